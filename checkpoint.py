@@ -1,0 +1,157 @@
+"""Weights on disk: which network they belong to, whether they are safe, and what they mean.
+
+Weights are a bare state dict, opened with ``weights_only=True``. Their card, a JSON file of the
+same name, says what they were trained on and how. Shipped weights carry the first eight digits
+of their SHA-256 in their name, which is checked whenever they are opened.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pickle
+import re
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from unet import UNet
+
+MODELS = {"unet": UNet}
+SHIPPED = Path(__file__).resolve().parent / "weights"
+
+
+def build_model(name: str, **settings: int) -> nn.Module:
+    """A network by its name; raises ValueError, listing the known ones, for another."""
+    if name not in MODELS:
+        raise ValueError(f"no model is called {name!r}; known: {', '.join(MODELS)}")
+    return MODELS[name](**settings)
+
+
+def load_state(path: Path | str) -> dict[str, Tensor]:
+    """The state dict in a file, on the CPU.
+
+    Raises FileNotFoundError or ValueError, naming the file, if it is missing, damaged, not bare
+    weights (such a file could run code: it is never opened), or not what its name's hash says.
+    """
+    path = Path(path)
+    state = load_tensors(path)
+    if "model" in state and "optimizer" in state:
+        raise ValueError(
+            f"{path}: is a training checkpoint, for --resume; give the weights beside it (.pt)"
+        )
+    if not state or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"{path}: holds no bare state dict; save model.state_dict()")
+    if not all(torch.isfinite(value).all() for value in state.values()):
+        raise ValueError(f"{path}: holds weights that are NaN or infinite; train it again")
+    return state
+
+
+def load_tensors(path: Path | str) -> dict:
+    """What `torch.save` wrote to a file, if it is a dict of tensors and plain values."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file of weights")
+    named = re.search(r"-([0-9a-f]{8})\.pt$", path.name)
+    if named and not file_hash(path).startswith(named[1]):
+        raise ValueError(f"{path}: its SHA-256 is not the one in its name; fetch it again")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path}: is not bare weights, or is damaged; refused, as opening it could run code"
+        ) from error
+    except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+        raise ValueError(f"{path}: is damaged or cut short; fetch it again") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: holds no state dict; save model.state_dict()")
+    return content
+
+
+def model_from_state(state: dict[str, Tensor], path: Path | str) -> tuple[str, nn.Module]:
+    """The name and the network (evaluation mode) that a state dict belongs to, read off its keys.
+
+    Raises ValueError, naming `path`, if it fits no known network.
+    """
+    for name, network in MODELS.items():
+        settings = network.settings_of(state)
+        if settings is None:
+            continue
+        model = network(**settings)
+        try:
+            model.load_state_dict(state, strict=True)
+        except RuntimeError as error:
+            reason = str(error).split("\n")[1].strip()
+            raise ValueError(f"{path}: does not fit {name}: {reason}") from error
+        return name, model.eval()
+    raise ValueError(
+        f"{path}: weights of another architecture (first key {next(iter(state))!r}); "
+        f"known here: {', '.join(MODELS)}"
+    )
+
+
+def initialise(model: nn.Module, path: Path | str) -> tuple[list[str], list[str]]:
+    """Copy into `model` all weights of a file that fit by name and shape.
+
+    Gives the names that were in the file but not used, and those of the model left as they were.
+    Raises ValueError, naming the file, if not one fits.
+    """
+    state, own = load_state(path), model.state_dict()
+    fitting = {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}
+    if not any(key.endswith("weight") for key in fitting):
+        raise ValueError(f"{path}: no weight in it fits the model; give weights of the same model")
+    model.load_state_dict(fitting, strict=False)
+    return sorted(state.keys() - fitting.keys()), sorted(own.keys() - fitting.keys())
+
+
+def save_weights(path: Path, state: dict[str, Tensor], card: dict) -> None:
+    """Write a bare state dict and its card, each whole or not at all; raises OSError."""
+    from utils import written_whole  # not needed by torch.hub, where `utils` may be another's
+
+    with written_whole(path) as temporary:
+        torch.save(state, temporary)
+    with written_whole(path.with_suffix(".json")) as temporary:
+        temporary.write_text(json.dumps(card, indent=2) + "\n")
+
+
+def read_card(path: Path | str) -> dict:
+    """The card beside a weights file; empty if there is none. ValueError if it is not JSON."""
+    card = Path(path).with_suffix(".json")
+    if not card.is_file():
+        return {}
+    try:
+        content = json.loads(card.read_text())
+    except ValueError as error:
+        raise ValueError(f"{card}: is not the JSON card of {Path(path).name}; remove it") from error
+    return content if isinstance(content, dict) else {}
+
+
+def shipped_weights(name: str) -> Path:
+    """The weights of a model that came with the project; FileNotFoundError if there are none."""
+    found = sorted(SHIPPED.glob(f"{name}-" + "[0-9a-f]" * 8 + ".pt"))
+    if not found:
+        raise FileNotFoundError(f"no pretrained weights for {name!r} in {SHIPPED}; train some")
+    return found[-1]
+
+
+def load_pretrained(name: str, **settings: int) -> nn.Module:
+    """The network `name` with its shipped weights, in evaluation mode.
+
+    Raises ValueError, before anything is loaded, if they were trained for other `settings`.
+    """
+    path = shipped_weights(name)
+    trained = read_card(path).get("settings", {})
+    odd = [key for key, value in settings.items() if trained.get(key) != value]
+    if odd:
+        raise ValueError(
+            f"the pretrained {name} has {odd[0]}={trained.get(odd[0])}, not {settings[odd[0]]}; "
+            "leave it at that, or ask for pretrained=False"
+        )
+    return model_from_state(load_state(path), path)[1]
+
+
+def file_hash(path: Path | str) -> str:
+    """SHA-256 of a file, in hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

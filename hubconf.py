@@ -1,0 +1,34 @@
+"""torch.hub entry points: `unet`, the bare network, and `segmenter`, raw volume in, mask out."""
+
+dependencies = ["torch"]
+
+
+def unet(in_channels=3, out_channels=1, init_features=32, pretrained=False):
+    """U-Net with batch norm for FLAIR-abnormality segmentation, in evaluation mode if pretrained.
+
+    Takes slices (N, in_channels, H, W) that were preprocessed as a volume, gives probabilities
+    (N, out_channels, H, W). For raw volumes use the entry `segmenter`, which preprocesses them.
+    in_channels, out_channels, init_features: the pretrained network has 3, 1 and 32.
+    pretrained: load the weights that come with the repository; their hash is checked.
+    """
+    from checkpoint import build_model, load_pretrained
+
+    settings = {
+        "in_channels": in_channels,
+        "out_channels": out_channels,
+        "init_features": init_features,
+    }
+    return load_pretrained("unet", **settings) if pretrained else build_model("unet", **settings)
+
+
+def segmenter(model="unet", device=None, **options):
+    """Raw volume (slices, H, W, 3) uint8 in, boolean mask (slices, H, W) out, pretrained.
+
+    Channels are pre-contrast, FLAIR, post-contrast; needs numpy and scikit-image.
+    device: an accelerator if there is one, unless named here.
+    options: threshold=0.5, largest_component=True, tta=False, batch_size=16, amp=None.
+    """
+    from checkpoint import shipped_weights
+    from segmentation import Segmenter
+
+    return Segmenter.from_weights(shipped_weights(model), device=device, **options)

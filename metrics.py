@@ -1,0 +1,101 @@
+"""Scores of one predicted volume against the truth, both bool (S, H, W), and of a cohort.
+
+A ratio whose denominator is empty is 1 if both masks are empty and 0 otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+
+def dsc(prediction: np.ndarray, truth: np.ndarray) -> float:
+    """Dice similarity coefficient, 2 |P and T| / (|P| + |T|); 1 if both are empty (Dice 1945)."""
+    return _ratio(2 * _overlap(prediction, truth), _count(prediction) + _count(truth))
+
+
+def iou(prediction: np.ndarray, truth: np.ndarray) -> float:
+    """Intersection over union, |P and T| / |P or T|; 1 if both are empty (Jaccard 1912)."""
+    overlap = _overlap(prediction, truth)
+    return _ratio(overlap, _count(prediction) + _count(truth) - overlap)
+
+
+def precision(prediction: np.ndarray, truth: np.ndarray) -> float:
+    """Share of the predicted voxels that are lesion; 1 for an empty prediction of an empty mask."""
+    if not truth.any() and not prediction.any():
+        return 1.0
+    return _overlap(prediction, truth) / max(_count(prediction), 1)
+
+
+def recall(prediction: np.ndarray, truth: np.ndarray) -> float:
+    """Share of the lesion voxels that are predicted; 1 for an empty prediction of an empty mask."""
+    return precision(truth, prediction)
+
+
+def hd95(
+    prediction: np.ndarray, truth: np.ndarray, spacing: Sequence[float] | None = None
+) -> float:
+    """95th percentile of the surface distances, both ways, in pixels or in units of `spacing`.
+
+    0 if both masks are empty; NaN if one is, as no distance is defined then.
+    """
+    if not prediction.any() or not truth.any():
+        return float("nan") if prediction.any() or truth.any() else 0.0
+    from medpy.metric.binary import hd95 as medpy_hd95
+
+    # Beyond a margin of one voxel both masks are empty and cannot hold a surface.
+    union = np.nonzero(prediction | truth)
+    box = tuple(slice(max(w.min() - 1, 0), w.max() + 2) for w in union)
+    return float(medpy_hd95(prediction[box], truth[box], voxelspacing=spacing))
+
+
+METRICS = {"dsc": dsc, "iou": iou, "precision": precision, "recall": recall, "hd95": hd95}
+
+
+def score(prediction: np.ndarray, truth: np.ndarray) -> dict[str, float]:
+    """Every metric of one volume, by name; raises ValueError if the two shapes differ."""
+    if prediction.shape != truth.shape:
+        raise ValueError(f"prediction of shape {prediction.shape}, mask of shape {truth.shape}")
+    return {name: metric(prediction, truth) for name, metric in METRICS.items()}
+
+
+def summarise(values: Sequence[float], resamples: int = 10_000, seed: int = 0) -> dict[str, float]:
+    """Mean, median, n and a 95 % percentile-bootstrap interval of the mean, over patients.
+
+    NaNs are left out (Efron 1979; the draws come from `seed`). Without a value, all but n is NaN.
+    """
+    values = np.asarray(values, dtype=float)
+    values = values[~np.isnan(values)]
+    if not len(values):
+        return {"mean": np.nan, "median": np.nan, "low": np.nan, "high": np.nan, "n": 0}
+    draws = np.random.default_rng(seed).choice(values, size=(resamples, len(values)))
+    low, high = np.percentile(draws.mean(axis=1), (2.5, 97.5))
+    return {
+        "mean": float(values.mean()),
+        "median": float(np.median(values)),
+        "low": float(low),
+        "high": float(high),
+        "n": len(values),
+    }
+
+
+def describe(values: Sequence[float], name: str = "DSC") -> str:
+    """One line that says mean, median, interval and n."""
+    s = summarise(values)
+    return (
+        f"{name} mean {s['mean']:.3f} (95 % interval {s['low']:.3f} to {s['high']:.3f}), "
+        f"median {s['median']:.3f}, n = {s['n']}"
+    )
+
+
+def _overlap(a: np.ndarray, b: np.ndarray) -> int:
+    return int(np.count_nonzero(a & b))
+
+
+def _count(mask: np.ndarray) -> int:
+    return int(np.count_nonzero(mask))
+
+
+def _ratio(part: float, whole: float) -> float:
+    return part / whole if whole else 1.0

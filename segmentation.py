@@ -1,0 +1,141 @@
+"""From a raw volume to its mask: the one path that training, inference and torch.hub share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from checkpoint import load_state, model_from_state, read_card
+from volume import Frame, preprocess, restore
+
+
+class Segmenter:
+    """A network with its preprocessing: call it with a raw volume, get the mask.
+
+    `image_size` is what slices are resized to, `threshold` the least probability of a lesion,
+    `largest_component` keeps the largest connected one only, `tta` averages over the slice and
+    its mirror image, `amp` computes in bfloat16 (None: wherever the device does so natively).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        image_size: int = 256,
+        threshold: float = 0.5,
+        largest_component: bool = True,
+        tta: bool = False,
+        batch_size: int = 16,
+        device: torch.device | str | None = None,
+        amp: bool | None = None,
+    ):
+        stride = model.stride
+        if image_size < stride or image_size % stride:
+            raise ValueError(
+                f"image size {image_size} is not a multiple of {stride}; "
+                f"{_fits(image_size, stride)}"
+            )
+        self.device = pick_device(device)
+        self.model = model.to(self.device, memory_format=torch.channels_last).eval()
+        self.image_size = image_size
+        self.threshold = threshold
+        self.largest_component = largest_component
+        self.tta = tta
+        self.batch_size = batch_size
+        self.amp = has_bfloat16(self.device) if amp is None else amp
+
+    @classmethod
+    def from_weights(cls, path: Path | str, **options) -> Segmenter:
+        """The segmenter of a weights file, at the image size its card names.
+
+        Raises FileNotFoundError or ValueError, naming the file, if it cannot be used.
+        """
+        _, model = model_from_state(load_state(path), path)
+        size = options.pop("image_size", None) or read_card(path).get("image_size", 256)
+        return cls(model, image_size=size, **options)
+
+    def __call__(self, volume: np.ndarray) -> np.ndarray:
+        """The mask (S, H, W), bool, of a raw volume (S, H, W, C) with C as trained.
+
+        Channels are pre-contrast, FLAIR, post-contrast; any numeric type. Raises ValueError.
+        """
+        return self.segment(*self.preprocess(volume))
+
+    def preprocess(self, volume: np.ndarray) -> tuple[Tensor, Frame]:
+        """The network's input (S, C, N, N) and its frame; ValueError for another channel count."""
+        wanted = self.model.settings["in_channels"]
+        if volume.ndim == 4 and volume.shape[3] != wanted:
+            raise ValueError(
+                f"{volume.shape[3]} channel(s), but the model was trained on {wanted}; "
+                "give the sequences it was trained on, FLAIR in place of a missing one"
+            )
+        return preprocess(volume, self.image_size)
+
+    def segment(self, images: Tensor, frame: Frame) -> np.ndarray:
+        """The mask (S, H, W), bool, in the source geometry, of preprocessed slices (S, C, N, N)."""
+        if frame.blank:
+            return np.zeros(frame.shape, dtype=bool)
+        return self.finish(self.probabilities(images), frame)
+
+    def finish(self, probabilities: Tensor, frame: Frame) -> np.ndarray:
+        """The mask (S, H, W), bool, in the source geometry, of probabilities (S, K, N, N)."""
+        restored = restore(probabilities[:, 0].cpu(), frame)  # (S, H, W)
+        mask = (restored >= self.threshold).numpy()
+        return keep_largest_component(mask) if self.largest_component else mask
+
+    @torch.inference_mode()
+    def probabilities(self, images: Tensor) -> Tensor:
+        """Probabilities (S, K, N, N), float32, on the device, of slices (S, C, N, N)."""
+        self.model.eval()
+        return torch.cat([self._forward(batch) for batch in images.split(self.batch_size)])
+
+    def _forward(self, batch: Tensor) -> Tensor:
+        batch = batch.to(self.device, torch.float32, memory_format=torch.channels_last)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
+            logits = self.model(batch, logits=True).float()
+            if self.tta:
+                mirrored = self.model(batch.flip(-1), logits=True).float().flip(-1)
+                return (logits.sigmoid() + mirrored.sigmoid()) / 2
+        return logits.sigmoid()
+
+
+def keep_largest_component(mask: np.ndarray) -> np.ndarray:
+    """The largest connected component (26 neighbours) of a bool mask (S, H, W)."""
+    from skimage.measure import label
+
+    labels = label(mask)
+    sizes = np.bincount(labels.ravel())
+    sizes[0] = 0  # the background
+    return labels == sizes.argmax() if len(sizes) > 1 else mask
+
+
+def pick_device(name: torch.device | str | None = None) -> torch.device:
+    """The device called `name`, or the accelerator if there is one, or the CPU.
+
+    Raises ValueError if the device is not there.
+    """
+    if name is None:
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(
+            f"device {name!r} is not there; leave --device out to use what is"
+        ) from error
+    return device
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether the device multiplies matrices in bfloat16 faster than in float32."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    # AMX tiles; without them bfloat16 on a CPU is emulated, and slower.
+    return device.type == "cpu" and getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
+
+
+def _fits(size: int, stride: int) -> str:
+    below = max(size // stride, 1) * stride
+    return f"try {below} or {below + stride}"

@@ -1,0 +1,41 @@
+"""Augmentation of a batch, on whatever device the batch is on."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def augment(
+    images: Tensor,
+    masks: Tensor,
+    generator: torch.Generator,
+    scale: float = 0.05,
+    angle: float = 15.0,
+    flip: float = 0.5,
+) -> tuple[Tensor, Tensor]:
+    """Scale, rotate and flip each slice of a batch at random, in one interpolation.
+
+    `images` (N, C, H, W) and `masks` (N, 1, H, W), float; the factor is uniform in 1 ± `scale`,
+    the rotation in ± `angle` degrees, a horizontal flip has probability `flip`. The draws come
+    from `generator`, on the CPU, so that they are the same on every device. What comes in from
+    outside is background: the least value of each slice and channel, not 0, which after
+    normalisation is tissue. The inputs are not modified.
+    """
+    n, _, height, width = images.shape
+    draws = torch.rand(n, 3, generator=generator)
+    zoom = 1 + scale * (2 * draws[:, 0] - 1)
+    theta = torch.deg2rad(angle * (2 * draws[:, 1] - 1))
+    mirror = torch.where(draws[:, 2] < flip, -1.0, 1.0)
+
+    # Output to input coordinates, both in -1..1: columns first, as affine_grid has them.
+    cos, sin, aspect = theta.cos() / zoom, theta.sin() / zoom, height / width
+    affine = torch.zeros(n, 2, 3)
+    affine[:, 0, 0], affine[:, 0, 1] = mirror * cos, -sin * aspect
+    affine[:, 1, 0], affine[:, 1, 1] = mirror * sin / aspect, cos
+    affine = affine.to(images.device)
+    grid = F.affine_grid(affine, [n, 1, height, width], align_corners=False)  # (N, H, W, 2)
+
+    background = images.amin(dim=(2, 3), keepdim=True)
+    images = F.grid_sample(images - background, grid, mode="bilinear", align_corners=False)
+    masks = F.grid_sample(masks, grid, mode="nearest", align_corners=False)
+    return images + background, masks

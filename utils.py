@@ -1,0 +1,139 @@
+"""Seeds, files written whole, worker threads, and the pictures."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+
+GREEN, RED = (0, 255, 0), (255, 0, 0)
+
+
+def make_generator(seed: int, *stream: int) -> torch.Generator:
+    """A generator on the CPU for one stream of draws, e.g. `make_generator(seed, epoch)`.
+
+    Every stream is independent of the others and can be made again at any time, which is what
+    lets an interrupted training go on with the draws that it would have made.
+    """
+    (state,) = np.random.SeedSequence([seed, *stream]).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(state >> np.uint64(1)))
+
+
+@contextmanager
+def written_whole(path: Path | str) -> Iterator[Path]:
+    """Give a temporary name beside `path`; rename it to `path` once the block is through.
+
+    If the block fails, or the disk is full, what was at `path` is still there, untouched.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)  # mkstemp makes files that only their owner can read
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def worker_threads(workers: int | None = None) -> ThreadPoolExecutor:
+    """Threads for reading, preprocessing and pictures; all cores unless `workers` says otherwise.
+
+    The work is done in libraries that release the interpreter, each on one core a thread.
+    """
+    return ThreadPoolExecutor(
+        workers or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else workers,
+        initializer=torch.set_num_threads,
+        initargs=(1,),
+    )
+
+
+class Interruption:
+    """Remembers the first SIGINT or SIGTERM, so that the step under way can be finished first."""
+
+    def __init__(self):
+        self.signal: int | None = None
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, _frame: object) -> None:
+        if self.signal is not None:  # asked twice: wait for nothing
+            sys.exit(128 + number)
+        self.signal = number
+
+
+def fail(error: BaseException | str) -> None:
+    """End the program with one sentence on stderr and exit status 1."""
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        error = f"{error.filename}: {error.strerror.lower()}"
+    sys.exit(f"error: {error}")
+
+
+def to_grey(volume: np.ndarray) -> np.ndarray:
+    """FLAIR (channel 1 of 3, or the only one) of a volume (S, H, W, C) as (S, H, W) uint8."""
+    flair = volume[..., 1 if volume.shape[-1] >= 2 else 0].astype(np.float32)
+    low, high = flair.min(), np.percentile(flair, 99.8)
+    return (255 * np.clip((flair - low) / max(high - low, 1e-6), 0, 1)).astype(np.uint8)
+
+
+def edge(mask: np.ndarray) -> np.ndarray:
+    """The voxels of each slice of a bool mask (S, H, W) that touch its outside (4 neighbours)."""
+    padded = np.pad(mask, ((0, 0), (1, 1), (1, 1)))
+    inner = padded[:, :-2, 1:-1] & padded[:, 2:, 1:-1] & padded[:, 1:-1, :-2] & padded[:, 1:-1, 2:]
+    return mask & ~inner
+
+
+def outline(
+    grey: np.ndarray, prediction: np.ndarray, truth: np.ndarray | None = None
+) -> np.ndarray:
+    """Slices (S, H, W) uint8 as RGB (S, H, W, 3): green truth, red prediction on top."""
+    pictures = np.repeat(grey[..., None], 3, axis=-1)
+    if truth is not None:
+        pictures[edge(truth)] = GREEN
+    pictures[edge(prediction)] = RED
+    return pictures
+
+
+def save_gif(path: Path | str, pictures: np.ndarray, seconds: float = 0.12) -> None:
+    """An endless GIF of pictures (S, H, W, 3), `seconds` a slice."""
+    import imageio.v3 as iio
+
+    with written_whole(path) as temporary:
+        iio.imwrite(temporary, pictures, duration=int(1000 * seconds), loop=0)
+
+
+def save_dsc_figure(path: Path | str, scores: dict[str, float], marked: Sequence[str] = ()) -> None:
+    """Horizontal bars of each case's DSC, sorted, with mean and median; `marked` cases are pale.
+
+    The marked ones (cases that the weights were trained on) do not count in mean and median.
+    """
+    from matplotlib.figure import Figure
+
+    names = sorted(scores, key=scores.get)
+    counted = [scores[name] for name in names if name not in marked] or list(scores.values())
+    figure = Figure(figsize=(8, 1.4 + 0.26 * len(names)), layout="constrained")
+    axes = figure.add_subplot()
+    colours = ["#b9c6d3" if name in marked else "#4c78a8" for name in names]
+    axes.barh(names, [scores[name] for name in names], color=colours)
+    axes.axvline(np.mean(counted), color="#e4572e", label=f"mean {np.mean(counted):.3f}")
+    axes.axvline(
+        np.median(counted), color="#2e933c", ls="--", label=f"median {np.median(counted):.3f}"
+    )
+    axes.set(xlim=(0, 1), xlabel="DSC per volume", ylim=(-0.6, len(names) - 0.4))
+    axes.tick_params(axis="y", labelsize=7, length=0)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    figure.legend(loc="outside upper right", ncols=2, frameon=False)
+    with written_whole(path) as temporary:
+        figure.savefig(temporary, dpi=150)

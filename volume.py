@@ -1,0 +1,294 @@
+"""A case on disk, and the way from its voxels to the network's input and back.
+
+The five steps of `preprocess` are part of what trained weights mean: change one and every
+checkpoint must be trained again.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+SLICE_NAME = re.compile(r"^(?P<stem>.+)_(?P<number>\d+)(?P<mask>_mask)?\.(?:tiff?|png)$", re.I)
+IMAGE_SUFFIXES = {".tif", ".tiff", ".png"}
+VERSION = 1  # of the preprocessing: cached volumes of another version are made anew
+
+
+@dataclass(frozen=True)
+class Case:
+    """The files of one case, in slice order. `masks` is empty if the case has none."""
+
+    name: str
+    numbers: tuple[int, ...]
+    slices: tuple[Path, ...]
+    masks: tuple[Path, ...]
+
+    @property
+    def folder(self) -> Path:
+        return self.slices[0].parent
+
+    def read(self) -> np.ndarray:
+        """The volume (S, H, W, C), in the data type of its files.
+
+        Raises ValueError, naming the file, for slices that are damaged or do not fit together.
+        """
+        return _stack([_read_slice(path) for path in self.slices], self.slices)
+
+    def read_mask(self) -> np.ndarray:
+        """The mask (S, H, W), bool: true wherever a mask file is not 0."""
+        masks = _stack([_read_slice(path) for path in self.masks], self.masks)
+        return masks.any(axis=-1)
+
+    def read_pair(self) -> tuple[np.ndarray, np.ndarray]:
+        """The volume and its mask; raises ValueError if there is none or it has another shape."""
+        if not self.masks:
+            raise ValueError(f"{self.folder}: no slice has a mask (<slice>_mask.tif)")
+        volume, mask = self.read(), self.read_mask()
+        if volume.shape[:3] != mask.shape:
+            raise ValueError(
+                f"{self.folder}: masks of {_by(mask.shape[1:])} pixels beside slices of "
+                f"{_by(volume.shape[1:3])}; export both from the same grid"
+            )
+        return volume, mask
+
+
+def find_cases(root: Path | str) -> list[Case]:
+    """The cases below `root`, which holds one folder a case or is itself a case; sorted by name.
+
+    Raises FileNotFoundError or ValueError, naming the folder, if there is nothing to read.
+    """
+    root = Path(root)
+    if not root.exists():
+        raise FileNotFoundError(f"{root}: no such folder; give the folder that holds the cases")
+    if not root.is_dir():
+        raise ValueError(f"{root}: is a file; give the folder that holds the cases")
+    if any(path.suffix.lower() in IMAGE_SUFFIXES for path in root.iterdir()):
+        return [find_case(root)]
+    folders = [p for p in sorted(root.iterdir()) if p.is_dir() and not p.name.startswith(".")]
+    if not folders:
+        raise ValueError(f"{root}: holds no case; give the folder that holds the case folders")
+    return [find_case(folder) for folder in folders]
+
+
+def find_case(folder: Path) -> Case:
+    """The case in `folder`; raises ValueError for gaps, duplicates or unpaired masks."""
+    slices: dict[int, Path] = {}
+    masks: dict[int, Path] = {}
+    for path in sorted(folder.iterdir()):
+        if path.suffix.lower() not in IMAGE_SUFFIXES or path.name.startswith("."):
+            continue
+        match = SLICE_NAME.match(path.name)
+        if not match:
+            raise ValueError(f"{path}: a slice is named <anything>_<number>.tif; rename or move it")
+        found = masks if match["mask"] else slices
+        number = int(match["number"])
+        if number in found:
+            raise ValueError(f"{path}: slice {number} is already there as {found[number].name}")
+        found[number] = path
+    if not slices:
+        raise ValueError(f"{folder}: holds no slice named <anything>_<number>.tif or .png")
+    numbers = sorted(slices)
+    gap = sorted(set(range(numbers[0], numbers[-1])) - set(numbers))
+    if gap:
+        raise ValueError(
+            f"{folder}: slice {gap[0]} is missing between {numbers[0]} and {numbers[-1]}; "
+            "add it or renumber the slices"
+        )
+    if masks and (odd := sorted(set(masks) ^ set(numbers))):
+        lacks = "slice" if odd[0] in masks else "mask"
+        raise ValueError(
+            f"{folder}: {lacks} {odd[0]} is missing though others are there; "
+            "add it (all zero where there is no lesion) or take all the masks away"
+        )
+    name = folder.resolve().name
+    paths = tuple(slices[n] for n in numbers), tuple(masks[n] for n in sorted(masks))
+    return Case(name, tuple(numbers), *paths)
+
+
+def _read_slice(path: Path) -> np.ndarray:
+    """One image (H, W, C) of 8 or 16 bits or of floats; ValueError, naming the file, if damaged."""
+    # Imported here: whoever only needs the arithmetic (torch.hub) needs no image library.
+    import imageio.v3 as iio
+    import tifffile
+
+    try:
+        try:
+            image = _read_tiff(path) if path.suffix.lower() != ".png" else iio.imread(path)
+        except (ValueError, tifffile.TiffFileError):  # e.g. LZW, which only Pillow can unpack
+            image = iio.imread(path, plugin="pillow")
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # each library has its own, some of them bare
+        raise ValueError(f"{path}: not a readable image, or cut short; export it again") from error
+    if image.ndim == 2:
+        image = image[..., None]
+    if image.ndim != 3 or image.size == 0:
+        raise ValueError(f"{path}: holds an array of shape {image.shape}, not one 2-D slice")
+    if image.dtype.kind == "f" and not np.isfinite(image).all():
+        raise ValueError(f"{path}: holds NaN or infinite voxels; export it again")
+    return image
+
+
+def _read_tiff(path: Path) -> np.ndarray:
+    """The first page of a TIFF; ValueError if there is none or its pixels are cut short."""
+    import logging
+
+    import tifffile
+
+    # tifffile logs a damaged directory and goes on; here that is an error, raised below.
+    logging.getLogger("tifffile").setLevel(logging.CRITICAL)
+    with tifffile.TiffFile(path) as tiff:
+        if not tiff.pages:
+            raise ValueError("no page")
+        return tiff.pages[0].asarray()
+
+
+def _stack(images: Sequence[np.ndarray], paths: Sequence[Path]) -> np.ndarray:
+    for image, path in zip(images, paths, strict=True):
+        if image.shape != images[0].shape:
+            raise ValueError(
+                f"{path}: {_by(image.shape)} voxels, but {paths[0].name} has "
+                f"{_by(images[0].shape)}; all slices of a case must agree"
+            )
+    return np.stack(images)
+
+
+def _by(shape: Sequence[int]) -> str:
+    return " x ".join(map(str, shape))
+
+
+@dataclass(frozen=True)
+class Frame:
+    """Where a preprocessed volume lies in its source: what `restore` needs to go back."""
+
+    shape: tuple[int, int, int]  # of the source: slices, rows, columns
+    box: tuple[int, int, int, int]  # top, bottom, left, right of the crop, in source voxels
+    size: int  # side of the preprocessed slice
+    blank: bool = False  # the source is all zero: there is nothing to segment
+
+    @cached_property
+    def side(self) -> int:
+        """Side of the square that the crop is padded to, in source voxels."""
+        top, bottom, left, right = self.box
+        return max(bottom - top, right - left)
+
+    def spans(self) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+        """For rows and columns: start and end of the crop in the source, padding before it."""
+        top, bottom, left, right = self.box
+        sides = (top, bottom), (left, right)
+        return tuple((start, end, (self.side - (end - start)) // 2) for start, end in sides)
+
+
+def preprocess(volume: np.ndarray, image_size: int = 256) -> tuple[Tensor, Frame]:
+    """Turn a volume (S, H, W, C) into the network's input (S, C, N, N), float32, and its frame.
+
+    1. voxels under 10 % of the maximum become 0; 2. crop rows and columns to what is left, pad
+    to a square; 3. resize each slice by a quadratic spline; 4. clip to the 10th and 99th
+    percentile and scale to 0..1; 5. per channel, subtract the mean, divide by the deviation.
+    The recipe is that of https://doi.org/10.1016/j.compbiomed.2019.05.002. The volume is not
+    modified. Raises ValueError for another number of axes, NaN, or one value everywhere but 0.
+    """
+    check_volume(volume)
+    shape = volume.shape[:3]
+    largest = volume.max()
+    if largest <= 0:
+        frame = Frame(shape, (0, shape[1], 0, shape[2]), image_size, blank=True)
+        return torch.zeros(shape[0], volume.shape[3], image_size, image_size), frame
+    if volume.min() == largest:
+        raise ValueError(f"every voxel is {largest}: this is not an image")
+
+    tissue = volume >= 0.1 * float(largest)  # step 1
+    seen = tissue.any(axis=(0, 3))  # (H, W)
+    (top, bottom), (left, right) = _extent(seen.any(axis=1)), _extent(seen.any(axis=0))
+    frame = Frame(shape, (top, bottom, left, right), image_size)  # step 2
+    crop = np.s_[:, top:bottom, left:right]
+    # Padding with zeros adds nothing to a linear operator, so the padded square is never made.
+    voxels = np.where(tissue[crop], volume[crop], 0).astype(np.float32)
+    voxels = torch.from_numpy(voxels.transpose(0, 3, 1, 2))  # (S, C, h, w)
+    square = spline_operator(frame.side, image_size)  # (N, side)
+    rows, columns = (square[:, pad : pad + end - start] for start, end, pad in frame.spans())
+    low = 0.0 if bottom - top != right - left else float(voxels.min())
+    resized = (rows @ voxels @ columns.T).clip_(low, float(largest))  # step 3: (S, C, N, N)
+    p10, p99 = np.percentile(resized.numpy(), (10, 99))
+    scale = float(p99 - p10) or 1.0
+    scaled = resized.clip_(float(p10), float(p99)).sub_(float(p10)).div_(scale)  # step 4
+    deviation, mean = torch.std_mean(scaled, dim=(0, 2, 3), correction=0, keepdim=True)
+    # A sequence that step 1 wiped out is constant: it becomes 0 rather than NaN.
+    return scaled.sub_(mean).div_(torch.where(deviation > 1e-6, deviation, 1.0)), frame
+
+
+def preprocess_mask(mask: np.ndarray, frame: Frame) -> Tensor:
+    """Bring a mask (S, H, W) into the frame of its volume, by nearest neighbour: (S, N, N) bool."""
+    if mask.shape != frame.shape:
+        raise ValueError(f"mask of {_by(mask.shape)} voxels for a volume of {_by(frame.shape)}")
+    nearest = spline_operator(frame.side, frame.size, order=0).argmax(dim=1).numpy()  # (N,)
+    rows, columns = (
+        np.where((inner := nearest - pad) < 0, -1, np.where(inner < end - start, inner + start, -1))
+        for start, end, pad in frame.spans()
+    )
+    inside = (rows >= 0)[:, None] & (columns >= 0)[None, :]
+    return torch.from_numpy(mask[:, rows[:, None], columns[None, :]].astype(bool) & inside)
+
+
+def restore(output: Tensor, frame: Frame) -> Tensor:
+    """Bring slices (S, N, N) back to the source geometry (S, H, W); outside the crop is 0.
+
+    Probabilities are interpolated linearly, a bool mask by nearest neighbour.
+    """
+    _, height, width = frame.shape
+    if frame.blank:
+        return output.new_zeros(frame.shape)
+    order = 0 if output.dtype == torch.bool else 1
+    full = spline_operator(frame.size, frame.side, order=order, mode="edge")  # (side, N)
+    operators = []
+    for length, (start, end, pad) in zip((height, width), frame.spans(), strict=True):
+        operator = torch.zeros(length, frame.size)
+        operator[start:end] = full[pad : pad + end - start]
+        operators.append(operator.to(output.device))
+    rows, columns = operators
+    restored = rows @ output.float() @ columns.T  # (S, H, W)
+    return restored > 0.5 if output.dtype == torch.bool else restored
+
+
+def check_volume(volume: np.ndarray) -> None:
+    """Raise ValueError unless `volume` is a finite, numeric, non-empty (S, H, W, C) array."""
+    if volume.ndim != 4 or volume.size == 0:
+        raise ValueError(f"a volume is (slices, rows, columns, channels), not {volume.shape}")
+    if volume.dtype.kind not in "uif":
+        raise ValueError(f"a volume holds numbers, not {volume.dtype}")
+    if volume.dtype.kind == "f" and not np.isfinite(volume).all():
+        raise ValueError("the volume holds NaN or infinite voxels")
+
+
+@lru_cache(maxsize=64)
+def spline_operator(source: int, target: int, order: int = 2, mode: str = "constant") -> Tensor:
+    """The matrix (target, source), float32, that resizes a line of voxels as scikit-image does.
+
+    A spline resize is linear and separable, so that resizing the columns of an identity matrix
+    gives an operator that replaces it exactly: ``A @ slice @ A.T``.
+    """
+    from skimage.transform import resize
+
+    operator = resize(
+        np.eye(source),
+        (target, source),
+        order=order,
+        mode=mode,
+        cval=0,
+        anti_aliasing=False,
+        clip=False,
+    )
+    return torch.from_numpy(operator.astype(np.float32))
+
+
+def _extent(present: np.ndarray) -> tuple[int, int]:
+    """First and one past the last true entry of a line."""
+    (where,) = np.nonzero(present)
+    return int(where[0]), int(where[-1]) + 1
