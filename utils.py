@@ -6,14 +6,17 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
 
+T, R = TypeVar("T"), TypeVar("R")
 GREEN, RED = (0, 255, 0), (255, 0, 0)
 
 
@@ -53,11 +56,25 @@ def worker_threads(workers: int | None = None) -> ThreadPoolExecutor:
 
     The work is done in libraries that release the interpreter, each on one core a thread.
     """
-    return ThreadPoolExecutor(
-        workers or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else workers,
-        initializer=torch.set_num_threads,
-        initargs=(1,),
-    )
+    workers = workers or os.cpu_count() or 1
+    return ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
+
+
+def in_order(
+    function: Callable[[T], R], items: Iterable[T], workers: int | None = None
+) -> Iterator[R]:
+    """`map` by threads that work a few items ahead, so that memory stays small."""
+    pool = worker_threads(workers)
+    try:
+        ahead: deque[Future[R]] = deque()
+        for item in items:
+            ahead.append(pool.submit(function, item))
+            if len(ahead) > pool._max_workers:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 class Interruption:

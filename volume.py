@@ -59,10 +59,11 @@ class Case:
         return volume, mask
 
 
-def find_cases(root: Path | str) -> list[Case]:
+def find_cases(root: Path | str, names: Sequence[str] | None = None) -> list[Case]:
     """The cases below `root`, which holds one folder a case or is itself a case; sorted by name.
 
-    Raises FileNotFoundError or ValueError, naming the folder, if there is nothing to read.
+    With `names`, only these. Raises FileNotFoundError or ValueError, naming the folder, if there
+    is nothing to read.
     """
     root = Path(root)
     if not root.exists():
@@ -74,6 +75,11 @@ def find_cases(root: Path | str) -> list[Case]:
     folders = [p for p in sorted(root.iterdir()) if p.is_dir() and not p.name.startswith(".")]
     if not folders:
         raise ValueError(f"{root}: holds no case; give the folder that holds the case folders")
+    if names is not None:
+        missing = sorted(set(names) - {folder.name for folder in folders})
+        if missing:
+            raise ValueError(f"{root}: holds no case {missing[0]!r}; check the name")
+        folders = [folder for folder in folders if folder.name in names]
     return [find_case(folder) for folder in folders]
 
 

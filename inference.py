@@ -1,0 +1,260 @@
+"""Segment cases, with or without masks, and score those that have masks.
+
+    python3 inference.py --images ./kaggle_3m                    every case, the shipped weights
+    python3 inference.py --images ./scans/patient_7              one case folder
+    python3 inference.py --images ./kaggle_3m --subset validation
+    python3 inference.py --images ./kaggle_3m --weights weights/unet.pt --skip-existing
+
+For every source slice, PREDICTIONS/<case>/ gets <case>_<k>_mask.tif (0 or 255, the source's
+height and width) and <case>_<k>.png with the outline drawn (green truth, red prediction);
+PREDICTIONS/<case>.gif shows them one after another. Where cases have masks, metrics.csv and the
+figure of sorted DSCs are written too, and cases that the weights were trained on are marked.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import sys
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import imageio.v3 as iio
+import numpy as np
+from torch import Tensor
+from tqdm import tqdm
+
+from checkpoint import read_card, shipped_weights
+from dataset import SUBSETS, select_cases
+from metrics import describe, score
+from segmentation import Segmenter
+from utils import fail, in_order, outline, save_dsc_figure, save_gif, to_grey, written_whole
+from volume import Case, Frame, find_cases
+
+TABLE = (
+    "case slices lesion_voxels predicted_voxels dsc iou precision recall hd95_px trained_on".split()
+)
+
+
+def get_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument_group("what").add_argument
+    add("--images", type=Path, default="./kaggle_3m", help="cases, or one case (%(default)s)")
+    add("--subset", default="all", help=f"all, {', '.join(SUBSETS)} (%(default)s)")
+    add("--cases", nargs="+", metavar="NAME", help="only these cases")
+    add("--skip-existing", action="store_true", help="keep predictions that are already there")
+
+    add = parser.add_argument_group("how").add_argument
+    add("--weights", type=Path, help="weights file (those that came with the project)")
+    add("--image-size", type=int, help="side of a resized slice (as the weights were trained)")
+    add("--threshold", type=float, default=0.5, help="least lesion probability (%(default)s)")
+    add(
+        "--largest-component",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="keep only the largest connected component",
+    )
+    add("--tta", action="store_true", help="average over each slice and its mirror image")
+    add("--batch-size", type=int, default=16, help="slices at once (%(default)s)")
+    add("--device", help="cuda, cuda:1, mps, cpu (an accelerator if there is one)")
+    add(
+        "--amp",
+        action=argparse.BooleanOptionalAction,
+        help="compute in bfloat16 (where the device is faster so)",
+    )
+    add("--workers", type=int, help="threads that read and write (all cores)")
+
+    add = parser.add_argument_group("where to").add_argument
+    add("--predictions", type=Path, default="./predictions", help="folder (%(default)s)")
+    add("--figure", type=Path, default="./dsc.png", help="figure of the DSCs (%(default)s)")
+    return parser
+
+
+@dataclass
+class Loaded:
+    """A case on its way: what was read, and the network's input unless a mask is there already."""
+
+    case: Case
+    volume: np.ndarray  # (S, H, W, C)
+    truth: np.ndarray | None  # (S, H, W) bool
+    prediction: np.ndarray | None  # (S, H, W) bool, of an earlier run
+    images: Tensor | None = None
+    frame: Frame | None = None
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = get_parser()
+    args = parser.parse_args(argv)
+    if args.batch_size < 1 or (args.workers or 1) < 1:
+        parser.error("--batch-size and --workers must be at least 1")
+    if not 0 < args.threshold < 1:
+        parser.error("--threshold is a probability between 0 and 1")
+    try:
+        failed = run(args)
+    except (ValueError, OSError) as error:
+        fail(error)
+    except KeyboardInterrupt:
+        sys.exit("stopped; finished cases are kept, go on with --skip-existing")
+    sys.exit(1 if failed else 0)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Segment the chosen cases, write and report; the number of cases that could not be read."""
+    weights = args.weights or shipped_weights("unet")
+    segmenter = Segmenter.from_weights(
+        weights,
+        image_size=args.image_size,
+        threshold=args.threshold,
+        largest_component=args.largest_component,
+        tta=args.tta,
+        batch_size=args.batch_size,
+        device=args.device,
+        amp=args.amp,
+    )
+    trained_on = set(read_card(weights).get("cases", {}).get("train", ()))
+    cases = select_cases(find_cases(args.images, args.cases), args.subset)
+    args.predictions.mkdir(parents=True, exist_ok=True)
+
+    rows, failed = [], 0
+    try:
+        for result in segment_all(cases, segmenter, args):
+            if isinstance(result, ValueError):
+                tqdm.write(f"error: {result}", file=sys.stderr)
+                failed += 1
+            elif result:
+                rows.append(result | {"trained_on": int(result["case"] in trained_on)})
+    finally:
+        if rows:
+            write_table(args.predictions / "metrics.csv", rows)
+    report(rows, args)
+    done = len(cases) - failed
+    print(f"{done} of {len(cases)} cases segmented with {weights}; masks and pictures: "
+          f"{args.predictions}")  # fmt: skip
+    return failed
+
+
+def segment_all(
+    cases: list[Case], segmenter: Segmenter, args: argparse.Namespace
+) -> Iterable[dict | ValueError | None]:
+    """For each case its row of scores, None without masks, or what is wrong with its files.
+
+    Threads read ahead and write behind while the network runs.
+    """
+
+    def segmented() -> Iterable[Loaded | ValueError]:
+        loading = in_order(lambda case: load(case, segmenter, args), cases, args.workers)
+        for item in tqdm(loading, "segmenting", len(cases), unit="case", disable=None):
+            if isinstance(item, Loaded) and item.prediction is None:
+                item.prediction = segmenter.segment(item.images, item.frame)
+                item.images = None
+                write_needed.add(item.case.name)
+            yield item
+
+    def finish(item: Loaded | ValueError) -> dict | ValueError | None:
+        if isinstance(item, ValueError):
+            return item
+        if item.case.name in write_needed:
+            write_case(item, args.predictions)
+        return row_of(item) if item.truth is not None else None
+
+    write_needed: set[str] = set()
+    return in_order(finish, segmented(), args.workers)
+
+
+def load(case: Case, segmenter: Segmenter, args: argparse.Namespace) -> Loaded | ValueError:
+    """Read a case and prepare it for the network; a ValueError is handed on, not raised."""
+    try:
+        volume, truth = case.read_pair() if case.masks else (case.read(), None)
+        earlier = find_prediction(case, args.predictions) if args.skip_existing else None
+        if earlier is not None and earlier.shape == volume.shape[:3]:
+            return Loaded(case, volume, truth, earlier)
+        try:
+            return Loaded(case, volume, truth, None, *segmenter.preprocess(volume))
+        except ValueError as error:
+            return ValueError(f"{case.folder}: {error}")
+    except ValueError as error:
+        return error
+
+
+def mask_name(case: Case, number: int) -> str:
+    return f"{case.name}_{number}_mask.tif"
+
+
+def find_prediction(case: Case, predictions: Path) -> np.ndarray | None:
+    """The mask (S, H, W) that an earlier run wrote, if it is there whole."""
+    paths = [predictions / case.name / mask_name(case, number) for number in case.numbers]
+    if not all(path.is_file() for path in paths):
+        return None
+    try:
+        return np.stack([iio.imread(path) for path in paths]) > 0
+    except (OSError, ValueError):
+        return None
+
+
+def write_case(item: Loaded, predictions: Path) -> None:
+    """Write masks, outlined slices and the GIF; the folder appears once all of it is there."""
+    case = item.case
+    pictures = outline(to_grey(item.volume), item.prediction, item.truth)
+    save_gif(predictions / f"{case.name}.gif", pictures)
+    folder = predictions / case.name
+    with tempfile.TemporaryDirectory(dir=predictions, prefix=f".{case.name}-") as scratch:
+        temporary = Path(scratch) / case.name
+        temporary.mkdir()
+        masks = item.prediction * np.uint8(255)
+        for number, mask, picture in zip(case.numbers, masks, pictures, strict=True):
+            iio.imwrite(temporary / mask_name(case, number), mask)
+            iio.imwrite(temporary / f"{case.name}_{number}.png", picture)
+        if folder.exists():
+            folder.rename(Path(scratch) / "old")
+        temporary.rename(folder)
+
+
+def row_of(item: Loaded) -> dict:
+    scores = score(item.prediction, item.truth)
+    scores["hd95_px"] = scores.pop("hd95")
+    return {
+        "case": item.case.name,
+        "slices": len(item.truth),
+        "lesion_voxels": int(item.truth.sum()),
+        "predicted_voxels": int(item.prediction.sum()),
+        **scores,
+    }
+
+
+def write_table(path: Path, rows: list[dict]) -> None:
+    with written_whole(path) as temporary, open(temporary, "w", newline="") as file:
+        table = csv.DictWriter(file, TABLE)
+        table.writeheader()
+        for row in rows:
+            table.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
+
+
+def report(rows: list[dict], args: argparse.Namespace) -> None:
+    """Print the table and its summary, and draw the figure, if any case had a mask."""
+    if not rows:
+        return
+    width = max(len(row["case"]) for row in rows) + 2
+    print(f"{'case':{width}}slices   lesion  predicted    DSC    IoU  precision  recall  HD95 px")
+    for row in rows:
+        print(
+            f"{row['case']:{width}}{row['slices']:6d} {row['lesion_voxels']:8d} "
+            f"{row['predicted_voxels']:10d} {row['dsc']:6.3f} {row['iou']:6.3f} "
+            f"{row['precision']:10.3f} {row['recall']:7.3f} {row['hd95_px']:8.1f}"
+            f"{'  *' if row['trained_on'] else ''}"
+        )
+    unseen = [row for row in rows if not row["trained_on"]]
+    if len(unseen) < len(rows):
+        print(f"* {len(rows) - len(unseen)} cases that the weights were trained on, not counted:")
+    if unseen:
+        print(describe([row["dsc"] for row in unseen]) + " volumes")
+    scores = {row["case"]: row["dsc"] for row in rows}
+    save_dsc_figure(args.figure, scores, [row["case"] for row in rows if row["trained_on"]])
+    print(f"table: {args.predictions / 'metrics.csv'}   figure: {args.figure}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,47 @@
+"""Phantom data for every test; real cases where ../shared/lgg or $LGG is there."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+SHARED = Path(os.environ.get("LGG", ROOT.parent / "shared" / "lgg"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def private_cache(tmp_path_factory):
+    """Keep preprocessed volumes of the tests away from the user's own."""
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+    torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def phantoms(tmp_path_factory) -> Path:
+    """A folder of 12 small phantom cases in the published layout. Copy it before changing it."""
+    from phantom import write_data_set
+
+    folder = tmp_path_factory.mktemp("phantoms") / "images"
+    write_data_set(folder, cases=12, slices=8, size=64, seed=0)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def lgg(tmp_path_factory) -> Path:
+    """Three real cases in the published layout, data.csv and README.md lying about in the root."""
+    if not (SHARED / "unpack.py").is_file():
+        pytest.skip(f"no real cases in {SHARED}")
+    import shutil
+    import subprocess
+
+    folder = tmp_path_factory.mktemp("lgg") / "kaggle_3m"
+    cases = ["TCGA_CS_4944_20010208", "TCGA_HT_7692_19960724", "TCGA_CS_4942_19970222"]
+    command = [sys.executable, str(SHARED / "unpack.py"), str(folder), *cases]
+    subprocess.run(command, check=True, capture_output=True)
+    for name in ("data.csv", "README.md"):
+        shutil.copy(SHARED / name, folder)
+    return folder
