@@ -195,15 +195,10 @@ def prepare(
         cache.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"{cache}: cannot be made; name another folder with --cache") from error
-    pool = worker_threads(workers)
-    try:
+    with worker_threads(workers) as pool:
         jobs = pool.map(partial(_prepare_one, image_size=image_size, cache=cache), cases)
-        bar = tqdm(
-            jobs, "preprocessing", len(cases), unit="case", disable=None if progress else True
-        )
-        return list(bar)
-    finally:
-        pool.shutdown(cancel_futures=True)
+        quiet = None if progress else True  # None: quiet unless on a terminal
+        return list(tqdm(jobs, "preprocessing", len(cases), unit="case", disable=quiet))
 
 
 def _prepare_one(case: Case, image_size: int, cache: Path) -> Prepared:

@@ -51,21 +51,30 @@ def written_whole(path: Path | str) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def worker_threads(workers: int | None = None) -> ThreadPoolExecutor:
+@contextmanager
+def worker_threads(workers: int | None = None) -> Iterator[ThreadPoolExecutor]:
     """Threads for reading, preprocessing and pictures; all cores unless `workers` says otherwise.
 
     The work is done in libraries that release the interpreter, each on one core a thread.
     """
-    workers = workers or os.cpu_count() or 1
-    return ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
+    # PyTorch hands the last number set by any thread to the next that asks, so that the caller's
+    # own must be read before, and set again after, or it would go on with one core.
+    threads = torch.get_num_threads()
+    pool = ThreadPoolExecutor(
+        workers or os.cpu_count(), initializer=torch.set_num_threads, initargs=(1,)
+    )
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)
 
 
 def in_order(
     function: Callable[[T], R], items: Iterable[T], workers: int | None = None
 ) -> Iterator[R]:
     """`map` by threads that work a few items ahead, so that memory stays small."""
-    pool = worker_threads(workers)
-    try:
+    with worker_threads(workers) as pool:
         ahead: deque[Future[R]] = deque()
         for item in items:
             ahead.append(pool.submit(function, item))
@@ -73,8 +82,6 @@ def in_order(
                 yield ahead.popleft().result()
         while ahead:
             yield ahead.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 class Interruption:

@@ -1,0 +1,30 @@
+# docker build -t brainseg .
+# docker run --rm --gpus all --shm-size 8G -v /path/to/kaggle_3m:/data:ro -v "$PWD/out:/out" \
+#     brainseg inference.py --images /data --predictions /out/predictions --figure /out/dsc.png
+#
+# Without a GPU: docker build --build-arg BASE=python:3.12-slim -t brainseg .
+ARG BASE=pytorch/pytorch:2.13.0-cuda12.6-cudnn9-runtime
+FROM ${BASE}
+
+ENV PYTHONUNBUFFERED=1 \
+    PYTHONDONTWRITEBYTECODE=1 \
+    PIP_NO_CACHE_DIR=1 \
+    PIP_DISABLE_PIP_VERSION_CHECK=1 \
+    PIP_BREAK_SYSTEM_PACKAGES=1 \
+    XDG_CACHE_HOME=/tmp/cache \
+    MPLCONFIGDIR=/tmp/cache/matplotlib
+
+# Dependencies before code: a change of the code does not install them again. The PyTorch of the
+# base image satisfies requirements.txt and is kept.
+COPY requirements.txt /tmp/requirements.txt
+RUN python3 -m pip install -r /tmp/requirements.txt
+
+WORKDIR /app
+COPY . .
+# Any user may run it (docker run --user "$(id -u)" keeps the files on mounted folders yours).
+RUN useradd --create-home --uid 10001 brainseg \
+    && mkdir -p /out && chown -R brainseg /out /app/weights
+USER brainseg
+
+ENTRYPOINT ["python3"]
+CMD ["inference.py", "--help"]
