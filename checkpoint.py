@@ -109,10 +109,21 @@ def save_weights(path: Path, state: dict[str, Tensor], card: dict) -> None:
     """Write a bare state dict and its card, each whole or not at all; raises OSError."""
     from utils import written_whole  # not needed by torch.hub, where `utils` may be another's
 
-    with written_whole(path) as temporary:
-        torch.save(state, temporary)
+    save_tensors(path, state)
     with written_whole(path.with_suffix(".json")) as temporary:
         temporary.write_text(json.dumps(card, indent=2) + "\n")
+
+
+def save_tensors(path: Path, content: dict) -> None:
+    """`torch.save`, whole or not at all; OSError, naming the file, if it cannot be written."""
+    from utils import written_whole
+
+    try:
+        with written_whole(path) as temporary:
+            torch.save(content, temporary)
+    except (OSError, RuntimeError) as error:  # RuntimeError: how torch.save says "disk full"
+        reason = getattr(error, "strerror", None) or "disk full?"
+        raise OSError(f"{path}: not written ({reason}), what was there is kept") from error
 
 
 def read_card(path: Path | str) -> dict:

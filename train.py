@@ -22,25 +22,24 @@ import sys
 import time
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
 from tqdm import tqdm
 
-from checkpoint import MODELS, build_model, initialise, load_tensors, save_weights
+from checkpoint import MODELS, load_tensors, read_card, save_tensors, save_weights
 from dataset import BrainSegmentationDataset
 from loss import LOSSES
-from metrics import dsc, summarise
-from segmentation import Segmenter, has_bfloat16, pick_device
-from transform import augment
+from metrics import summarise
+from segmentation import pick_device
+from trainer import RECIPE, Trainer, plain
 from utils import Interruption, fail, make_generator, outline, to_grey, written_whole
 
+if TYPE_CHECKING:
+    import numpy as np
+    from torch.utils.tensorboard import SummaryWriter
+
 ROOT = Path(__file__).resolve().parent
-# Settings that change the numbers of a run: a resumed run keeps those it was started with.
-FIXED = (
-    "images image_size batch_size lr schedule warmup ema loss model features seed aug_scale "
-    "aug_angle folds fold amp keep init_weights"
-).split()
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -121,100 +120,16 @@ def get_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict | 
     settings = checkpoint["args"]
     parser.set_defaults(**settings)
     args = parser.parse_args(argv)
-    for name in FIXED:
+    for name in RECIPE:
         if str(getattr(args, name)) != str(settings[name]):
             raise ValueError(
                 f"{path}: was started with --{name.replace('_', '-')} {settings[name]}, "
                 f"not {getattr(args, name)}; leave that out, or start anew in another --weights"
             )
-    args.images, args.logs = Path(args.images), Path(args.logs)
+    for name in ("images", "cache", "logs", "init_weights"):  # a checkpoint holds them as text
+        if getattr(args, name) is not None:
+            setattr(args, name, Path(getattr(args, name)))
     return args, checkpoint
-
-
-class Trainer:
-    """Everything that changes during training, and what a checkpoint holds of it."""
-
-    def __init__(self, args: argparse.Namespace, in_channels: int, steps_per_epoch: int):
-        self.args = args
-        self.device = pick_device(args.device)
-        self.amp = has_bfloat16(self.device) if args.amp is None else args.amp
-        torch.manual_seed(args.seed)
-        model = build_model(args.model, in_channels=in_channels, init_features=args.features)
-        if args.image_size % model.stride:
-            raise ValueError(f"--image-size {args.image_size} is not a multiple of {model.stride}")
-        if args.init_weights:
-            unused, untouched = initialise(model, args.init_weights)
-            print(f"{args.init_weights}: not used: {', '.join(unused) or 'nothing'}; "
-                  f"left at random: {', '.join(untouched) or 'nothing'}")  # fmt: skip
-        self.model = model.to(self.device, memory_format=torch.channels_last)
-        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=args.lr, fused=True)
-        average = torch.optim.swa_utils.get_ema_multi_avg_fn(args.ema)
-        self.ema = torch.optim.swa_utils.AveragedModel(
-            self.model, multi_avg_fn=average, use_buffers=True
-        ) if args.ema else None  # fmt: skip
-        self.steps_per_epoch = steps_per_epoch
-        self.epoch = 0  # finished epochs
-        self.step = 0  # finished steps of the epoch under way
-        self.loss_sum = 0.0  # over the slices of these steps
-        self.best = -1.0  # any first epoch is better, so that something is always kept
-
-    @property
-    def trained(self) -> nn.Module:
-        """The network to validate and to keep: the moving average if there is one."""
-        return self.ema.module if self.ema else self.model
-
-    @property
-    def global_step(self) -> int:
-        return self.epoch * self.steps_per_epoch + self.step
-
-    def learning_rate(self) -> float:
-        """Linear warm-up, then constant or half a cosine down to 0 at the last step."""
-        warm = min(1.0, (self.global_step + 1) / max(self.args.warmup, 1))
-        if self.args.schedule == "constant":
-            return self.args.lr * warm
-        progress = self.global_step / (self.args.epochs * self.steps_per_epoch)
-        return self.args.lr * warm * 0.5 * (1 + math.cos(math.pi * progress))
-
-    def train_step(self, images: Tensor, masks: Tensor) -> Tensor:
-        """One optimiser step on a batch as stored; the loss, still on the device."""
-        images = images.to(self.device, torch.float32, non_blocking=True)
-        masks = masks.to(self.device, torch.float32, non_blocking=True)
-        generator = make_generator(self.args.seed, 1, self.global_step)
-        images, masks = augment(images, masks, generator, self.args.aug_scale, self.args.aug_angle)
-        images = images.contiguous(memory_format=torch.channels_last)
-        self.model.train()
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
-            logits = self.model(images, logits=True)
-        loss = LOSSES[self.args.loss](logits, masks)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate()
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        self.optimizer.step()
-        if self.ema:
-            self.ema.update_parameters(self.model)
-        return loss.detach()
-
-    def state(self) -> dict:
-        plain = {k: str(v) if isinstance(v, Path) else v for k, v in vars(self.args).items()}
-        return {
-            "model": self.model.state_dict(),
-            "ema": self.ema.state_dict() if self.ema else None,
-            "optimizer": self.optimizer.state_dict(),
-            "epoch": self.epoch,
-            "step": self.step,
-            "loss_sum": self.loss_sum,
-            "best": self.best,
-            "args": plain | {"resume": False, "amp": self.amp},
-        }
-
-    def load(self, checkpoint: dict) -> None:
-        self.model.load_state_dict(checkpoint["model"])
-        if self.ema:
-            self.ema.load_state_dict(checkpoint["ema"])
-        self.optimizer.load_state_dict(checkpoint["optimizer"])
-        for name in ("epoch", "step", "loss_sum", "best"):
-            setattr(self, name, checkpoint[name])
 
 
 def train_one_epoch(
@@ -226,52 +141,40 @@ def train_one_epoch(
     weights = dataset.sampling_weights()
     drawn = torch.multinomial(weights, len(dataset), replacement=True, generator=generator)
     batches = drawn.split(args.batch_size)
-    start, slices = time.perf_counter(), 0
+    start, first = time.perf_counter(), trainer.step * args.batch_size
     bar = tqdm(
-        batches[trainer.step :], f"epoch {trainer.epoch + 1}/{args.epochs}", len(batches),
-        initial=trainer.step, unit="step", leave=False, disable=None,
-    )  # fmt: skip
+        total=len(dataset),
+        initial=first,
+        desc=f"epoch {trainer.epoch + 1}/{args.epochs}",
+        unit="image",
+        leave=False,
+        disable=None,
+    )
     losses = []
-    for batch in bar:
-        loss = trainer.train_step(*dataset.batch(batch.tolist()))
-        losses.append(loss * len(batch))
-        trainer.step += 1
-        slices += len(batch)
-        if not bar.disable and trainer.step % 5 == 0:
-            bar.set_postfix(loss=f"{loss.item():.3f}")
-        if trainer.step % 20 == 0 or trainer.step == len(batches):
-            trainer.loss_sum += torch.stack(losses).double().sum().item()
-            losses.clear()
-            if not math.isfinite(trainer.loss_sum):
-                raise ValueError(
-                    f"the loss became NaN at epoch {trainer.epoch + 1}, step {trainer.step}; "
-                    "the weights kept so far are whole: try a lower --lr or --no-amp"
-                )
-        if interruption.signal is not None and trainer.step < len(batches):
-            trainer.loss_sum += sum(value.item() for value in losses)
-            return None
-    return slices / (time.perf_counter() - start)
+    with bar:
+        for batch in batches[trainer.step :]:
+            loss = trainer.train_step(*dataset.batch(batch.tolist()))
+            losses.append(loss * len(batch))
+            trainer.step += 1
+            bar.update(len(batch))
+            last = trainer.step == len(batches)
+            if last or trainer.step % 20 == 0 or interruption.signal is not None:
+                trainer.loss_sum += torch.stack(losses).double().sum().item()
+                losses.clear()
+                check_loss(trainer)
+                bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+            if interruption.signal is not None and not last:
+                return None
+    return (len(dataset) - first) / (time.perf_counter() - start)
 
 
-@torch.inference_mode()
-def evaluate(
-    trainer: Trainer, dataset: BrainSegmentationDataset
-) -> tuple[float, dict[str, float], list[Tensor]]:
-    """Loss over the slices, DSC of each case in the source geometry, and the masks (S, H, W)."""
-    segmenter = Segmenter(
-        trainer.trained, trainer.args.image_size, batch_size=trainer.args.batch_size,
-        device=trainer.device, amp=trainer.amp,
-    )  # fmt: skip
-    total, scores, masks = 0.0, {}, []
-    for volume in tqdm(dataset.volumes, "validating", unit="case", leave=False, disable=None):
-        images = torch.from_numpy(volume.images)
-        probabilities = segmenter.probabilities(images)
-        target = torch.from_numpy(volume.mask)[:, None].to(probabilities)
-        loss = LOSSES[trainer.args.loss](torch.logit(probabilities, eps=1e-6), target)
-        total += loss.item() * len(images)
-        masks.append(segmenter.finish(probabilities, volume.frame))
-        scores[volume.name] = dsc(masks[-1], volume.truth)
-    return total / len(dataset), scores, masks
+def check_loss(trainer: Trainer) -> None:
+    if not math.isfinite(trainer.loss_sum):
+        raise ValueError(
+            f"the loss is no longer finite at epoch {trainer.epoch + 1}, step {trainer.step}; "
+            f"the weights in {trainer.args.weights} are of an earlier epoch and whole: "
+            "try a lower --lr, or --no-amp"
+        )
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -280,6 +183,8 @@ def main(argv: list[str] | None = None) -> None:
         run(args, checkpoint)
     except (ValueError, OSError) as error:
         fail(error)
+    except KeyboardInterrupt:
+        fail("stopped before the first step; preprocessed volumes are kept")
 
 
 def run(args: argparse.Namespace, checkpoint: dict | None) -> None:
@@ -288,15 +193,21 @@ def run(args: argparse.Namespace, checkpoint: dict | None) -> None:
     args.weights.mkdir(parents=True, exist_ok=True)
     train_set, validation_set = (
         BrainSegmentationDataset(
-            args.images, subset, args.image_size, args.folds, args.fold, args.cache, args.workers,
+            args.images,
+            subset,
+            image_size=args.image_size,
+            folds=args.folds,
+            fold=args.fold,
+            cache=args.cache,
+            workers=args.workers,
             progress=True,
         )
         for subset in ("train", "validation")
-    )  # fmt: skip
-    trainer = Trainer(args, train_set.in_channels, math.ceil(len(train_set) / args.batch_size))
+    )
+    trainer = Trainer(args, train_set)
     if checkpoint:
         trainer.load(checkpoint)
-    about = describe_run(trainer, train_set, validation_set)
+    about = describe_run(trainer, validation_set)
     print(
         f"{args.model} on {about['device']}{', bfloat16' if trainer.amp else ''}: "
         f"{len(train_set)} slices of {len(train_set.volumes)} cases to train on, "
@@ -307,33 +218,43 @@ def run(args: argparse.Namespace, checkpoint: dict | None) -> None:
         print(f"all {args.epochs} epochs are done; raise --epochs to go on")
         return
 
-    from torch.utils.tensorboard import SummaryWriter  # slow to import, and only needed here
+    from torch.utils.tensorboard import SummaryWriter  # slow: nobody waits for it with --help
 
     with SummaryWriter(args.logs, purge_step=trainer.epoch + 1) as log:
         with written_whole(args.logs / "args.json") as temporary:
-            temporary.write_text(json.dumps(about, indent=2) + "\n")
+            temporary.write_text(json.dumps(about | {"args": plain(args)}, indent=2) + "\n")
         interruption = Interruption()
-        while trainer.epoch < args.epochs:
-            speed = train_one_epoch(trainer, train_set, interruption)
-            if speed is None:
-                save_checkpoint(trainer)
-                print(f"stopped at epoch {trainer.epoch + 1}, step {trainer.step}; go on with: "
-                      f"python3 train.py --resume --weights {args.weights}")  # fmt: skip
-                sys.exit(128 + interruption.signal)
-            finish_epoch(trainer, train_set, validation_set, about, speed, log)
-            if interruption.signal is not None and trainer.epoch < args.epochs:
-                print(f"stopped after epoch {trainer.epoch}; go on with: "
-                      f"python3 train.py --resume --weights {args.weights}")  # fmt: skip
-                sys.exit(128 + interruption.signal)
+        bar = tqdm(total=args.epochs, initial=trainer.epoch, desc=args.model, disable=None)
+        with bar:
+            while trainer.epoch < args.epochs and interruption.signal is None:
+                speed = train_one_epoch(trainer, train_set, interruption)
+                if speed is None:
+                    save_checkpoint(trainer)
+                else:
+                    dsc = finish_epoch(trainer, len(train_set), validation_set, about, speed, log)
+                    bar.set_postfix(DSC=f"{dsc:.3f}", best=f"{trainer.best:.3f}", refresh=False)
+                    bar.update()
+    if trainer.epoch < args.epochs:
+        print(
+            f"stopped at epoch {trainer.epoch + 1}, step {trainer.step}; go on with: "
+            f"python3 train.py --resume --weights {args.weights}"
+        )
+        sys.exit(128 + interruption.signal)
     print(f"weights: {args.weights / args.model}.pt   logs: tensorboard --logdir {args.logs}")
 
 
-def finish_epoch(trainer, train_set, validation_set, about, speed, log) -> None:
-    """Validate, log, and save what the epoch has brought."""
+def finish_epoch(
+    trainer: Trainer,
+    slices: int,
+    validation_set: BrainSegmentationDataset,
+    about: dict,
+    speed: float,
+    log: SummaryWriter,
+) -> float:
+    """Validate, log, and save what the epoch has brought; the mean DSC."""
     args, epoch = trainer.args, trainer.epoch + 1
-    learning_rate = trainer.learning_rate()
-    train_loss = trainer.loss_sum / len(train_set)
-    loss, scores, masks = evaluate(trainer, validation_set)
+    learning_rate, train_loss = trainer.learning_rate(), trainer.loss_sum / slices
+    loss, scores, masks = trainer.evaluate(validation_set)
     mean = sum(scores.values()) / len(scores)
 
     log.add_scalar("loss/train", train_loss, epoch)
@@ -350,18 +271,24 @@ def finish_epoch(trainer, train_set, validation_set, about, speed, log) -> None:
     trainer.best = max(mean, trainer.best)
     trainer.epoch, trainer.step, trainer.loss_sum = epoch, 0, 0.0
     if better or args.keep == "last":
-        validation = summarise(list(scores.values())) | {"cases": scores}
-        card = about | {"epoch": epoch, "validation_dsc": validation}
+        card = about | {"epoch": epoch, "validation_dsc": summarise(list(scores.values()))}
         save_weights(args.weights / f"{args.model}.pt", trainer.trained.state_dict(), card)
     save_checkpoint(trainer)
-    print(
+    tqdm.write(
         f"epoch {epoch:3d}/{args.epochs}  loss {train_loss:.4f}  validation loss {loss:.4f}  "
-        f"DSC {mean:.4f}{' *' if better else '  '}  {speed:.1f} images/s",
-        flush=True,
+        f"DSC {mean:.4f}{' *' if better else '  '}  {speed:.1f} images/s"
     )
+    sys.stdout.flush()
+    return mean
 
 
-def draw(log, dataset: BrainSegmentationDataset, masks: list, most: int, epoch: int) -> None:
+def draw(
+    log: SummaryWriter,
+    dataset: BrainSegmentationDataset,
+    masks: list[np.ndarray],
+    most: int,
+    epoch: int,
+) -> None:
     """Log up to `most` slices of the validation cases, outlined, in the source geometry."""
     for volume, mask in zip(dataset.volumes, masks, strict=True):
         count = min(len(mask), most)
@@ -374,30 +301,31 @@ def draw(log, dataset: BrainSegmentationDataset, masks: list, most: int, epoch: 
 
 
 def save_checkpoint(trainer: Trainer) -> None:
-    with written_whole(trainer.args.weights / f"{trainer.args.model}.ckpt") as temporary:
-        torch.save(trainer.state(), temporary)
+    save_tensors(trainer.args.weights / f"{trainer.args.model}.ckpt", trainer.state())
 
 
-def describe_run(trainer, train_set, validation_set) -> dict:
-    """What a weights' card and the logs say of a run: data, split, recipe, versions, device."""
-    args = trainer.args
-    recipe = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
-    device = trainer.device
-    return {
+def describe_run(trainer: Trainer, validation_set: BrainSegmentationDataset) -> dict:
+    """What a weights' card says of a run: data, split, recipe, versions, device. No paths."""
+    args, device = trainer.args, trainer.device
+    recipe = {name: getattr(args, name) for name in (*RECIPE, "epochs")}
+    about = {
         "model": args.model,
         "settings": trainer.model.settings,
         "image_size": args.image_size,
         "cases": {
-            "train": [volume.name for volume in train_set.volumes],
+            "train": trainer.cases,
             "validation": [volume.name for volume in validation_set.volumes],
         },
         "recipe": recipe | {"amp": trainer.amp},
-        "kept": f"{args.keep} epoch",
         "commit": git_commit(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
+    if args.init_weights:
+        first = read_card(args.init_weights)
+        about["initialised_from"] = {k: first[k] for k in ("recipe", "commit") if k in first}
+    return about
 
 
 def git_commit() -> str | None:

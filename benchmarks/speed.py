@@ -27,9 +27,11 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import plain  # noqa: E402
+
 from dataset import BrainSegmentationDataset, prepare, select_cases  # noqa: E402
 from segmentation import has_bfloat16  # noqa: E402
-from train import Trainer, get_args  # noqa: E402
+from train import get_args  # noqa: E402
+from trainer import Trainer  # noqa: E402
 from transform import augment  # noqa: E402
 from unet import UNet  # noqa: E402
 from utils import make_generator  # noqa: E402
@@ -75,7 +77,7 @@ def row(name: str, ours: float, theirs: float | None, unit: str) -> None:
 
 def bench_preprocess(cases: list, args: argparse.Namespace) -> None:
     """Arithmetic of a volume and its mask, one core, nothing read or cached."""
-    chosen = [case for case in cases if len(case.slices) <= 30][: args.volumes]
+    chosen = select_cases(cases, "validation")[: args.volumes]
     pairs = [case.read_pair() for case in chosen]
     slices = sum(len(volume) for volume, _ in pairs)
 
@@ -135,16 +137,16 @@ def bench_augment(cases: list, args: argparse.Namespace) -> None:
 
 def bench_step(cases: list, args: argparse.Namespace) -> None:
     """Forward, loss, backward and optimiser on a batch that is already in memory."""
-    generator = make_generator(0)
-    images = torch.randn(BATCH, 3, SIZE, SIZE, generator=generator)
-    masks = (torch.rand(BATCH, 1, SIZE, SIZE, generator=generator) > 0.9).float()
+    dataset = BrainSegmentationDataset(args.images, "validation", SIZE)
+    items = [dataset[index] for index in range(0, len(dataset), len(dataset) // BATCH)[:BATCH]]
+    images, masks = (torch.stack(part) for part in zip(*items, strict=True))
     model = UNet()
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
     theirs = seconds(lambda: plain.train_step(model, optimizer, images, masks), 3)
     precisions = ["--no-amp"] + ["--amp"] * has_bfloat16(torch.device("cpu"))
     for precision in precisions:
         options = ["--device", "cpu", "--aug-scale", "0", "--aug-angle", "0", precision]
-        trainer = Trainer(get_args(options)[0], in_channels=3, steps_per_epoch=100)
+        trainer = Trainer(get_args(options)[0], dataset)
         ours = seconds(lambda trainer=trainer: trainer.train_step(images, masks), 3)
         name = "bfloat16" if precision == "--amp" else "float32"
         row(f"training step, batch {BATCH}, {SIZE} x {SIZE}, {name}", ours, theirs, "s")

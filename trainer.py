@@ -1,0 +1,146 @@
+"""One training run: its step, its schedule, its validation, and its state in a checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from tqdm import tqdm
+
+from checkpoint import build_model, initialise
+from dataset import BrainSegmentationDataset
+from loss import LOSSES
+from metrics import dsc
+from segmentation import Segmenter, has_bfloat16, pick_device
+from transform import augment
+from utils import make_generator
+
+# Settings that change the numbers of a run: a resumed run keeps those it was started with.
+RECIPE = (
+    "model features image_size loss batch_size lr schedule warmup ema aug_scale aug_angle "
+    "seed folds fold amp keep"
+).split()
+
+
+class Trainer:
+    """Everything that changes during training, and what a checkpoint holds of it."""
+
+    def __init__(self, args: argparse.Namespace, train_set: BrainSegmentationDataset):
+        self.args = args
+        self.device = pick_device(args.device)
+        self.amp = has_bfloat16(self.device) if args.amp is None else args.amp
+        torch.manual_seed(args.seed)
+        channels = train_set.in_channels
+        model = build_model(args.model, in_channels=channels, init_features=args.features)
+        if args.image_size % model.stride:
+            raise ValueError(f"--image-size {args.image_size} is not a multiple of {model.stride}")
+        if args.init_weights and not args.resume:
+            unused, untouched = initialise(model, args.init_weights)
+            print(
+                f"{args.init_weights}: not used: {', '.join(unused) or 'nothing'}; "
+                f"left at random: {', '.join(untouched) or 'nothing'}"
+            )
+        self.model = model.to(self.device, memory_format=torch.channels_last)
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=args.lr, fused=True)
+        self.ema = None
+        if args.ema:
+            average = get_ema_multi_avg_fn(args.ema)
+            self.ema = AveragedModel(self.model, multi_avg_fn=average, use_buffers=True)
+        self.cases = [volume.name for volume in train_set.volumes]
+        self.steps_per_epoch = math.ceil(len(train_set) / args.batch_size)
+        self.epoch = 0  # finished epochs
+        self.step = 0  # finished steps of the epoch under way
+        self.loss_sum = 0.0  # over the slices of these steps
+        self.best = -1.0  # any first epoch is better, so that something is always kept
+
+    @property
+    def trained(self) -> nn.Module:
+        """The network to validate and to keep: the moving average if there is one."""
+        return self.ema.module if self.ema else self.model
+
+    @property
+    def global_step(self) -> int:
+        return self.epoch * self.steps_per_epoch + self.step
+
+    def learning_rate(self) -> float:
+        """Linear warm-up, then constant or half a cosine down to 0 at the last step."""
+        warm = min(1.0, (self.global_step + 1) / max(self.args.warmup, 1))
+        if self.args.schedule == "constant":
+            return self.args.lr * warm
+        progress = self.global_step / (self.args.epochs * self.steps_per_epoch)
+        return self.args.lr * warm * 0.5 * (1 + math.cos(math.pi * progress))
+
+    def train_step(self, images: Tensor, masks: Tensor) -> Tensor:
+        """One optimiser step on a batch as stored; the loss, still on the device."""
+        images = images.to(self.device, torch.float32, non_blocking=True)
+        masks = masks.to(self.device, torch.float32, non_blocking=True)
+        generator = make_generator(self.args.seed, 1, self.global_step)
+        images, masks = augment(images, masks, generator, self.args.aug_scale, self.args.aug_angle)
+        images = images.contiguous(memory_format=torch.channels_last)
+        self.model.train()
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
+            logits = self.model(images, logits=True)
+        loss = LOSSES[self.args.loss](logits, masks)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate()
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimizer.step()
+        if self.ema:
+            self.ema.update_parameters(self.model)
+        return loss.detach()
+
+    def state(self) -> dict:
+        return {
+            "model": self.model.state_dict(),
+            "ema": self.ema.state_dict() if self.ema else None,
+            "optimizer": self.optimizer.state_dict(),
+            "epoch": self.epoch,
+            "step": self.step,
+            "loss_sum": self.loss_sum,
+            "best": self.best,
+            "cases": self.cases,
+            "args": plain(self.args) | {"resume": False, "amp": self.amp},
+        }
+
+    def load(self, checkpoint: dict) -> None:
+        """Take over what `state` gave; ValueError if the training cases are not the same."""
+        if checkpoint["cases"] != self.cases:
+            raise ValueError(f"{self.args.images}: not the training cases of the checkpoint")
+        self.model.load_state_dict(checkpoint["model"])
+        if self.ema:
+            self.ema.load_state_dict(checkpoint["ema"])
+        self.optimizer.load_state_dict(checkpoint["optimizer"])
+        for name in ("epoch", "step", "loss_sum", "best"):
+            setattr(self, name, checkpoint[name])
+
+    def evaluate(
+        self, dataset: BrainSegmentationDataset
+    ) -> tuple[float, dict[str, float], list[np.ndarray]]:
+        """Loss over the slices, DSC of each case, and the masks (S, H, W), in source geometry."""
+        segmenter = Segmenter(
+            self.trained,
+            self.args.image_size,
+            batch_size=self.args.batch_size,
+            device=self.device,
+            amp=self.amp,
+        )
+        loss, scores, masks = 0.0, {}, []
+        for volume in tqdm(dataset.volumes, "validating", unit="case", leave=False, disable=None):
+            probabilities = segmenter.probabilities(torch.from_numpy(volume.images))
+            target = torch.from_numpy(volume.mask)[:, None].to(probabilities)
+            logits = torch.logit(probabilities, eps=1e-6)
+            loss += LOSSES[self.args.loss](logits, target).item() * len(target)
+            masks.append(segmenter.finish(probabilities, volume.frame))
+            scores[volume.name] = dsc(masks[-1], volume.truth)
+        return loss / len(dataset), scores, masks
+
+
+def plain(args: argparse.Namespace) -> dict:
+    """The arguments as JSON and a checkpoint can hold them."""
+    return {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
