@@ -254,7 +254,11 @@ def _make_entry(entry: Path, case: Case, fingerprint: str, image_size: int) -> P
             about = {"fingerprint": fingerprint, "frame": asdict(frame), "checksums": checksums}
             (temporary / "entry.json").write_text(json.dumps(about))
             shutil.rmtree(entry, ignore_errors=True)
-            temporary.rename(entry)
+            try:
+                temporary.rename(entry)
+            except OSError:
+                if not entry.exists():  # else another process made it meanwhile
+                    raise
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     except OSError as error:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import signal
 import sys
 import tempfile
 from collections.abc import Iterable
@@ -93,6 +94,7 @@ def main(argv: list[str] | None = None) -> None:
         parser.error("--batch-size and --workers must be at least 1")
     if not 0 < args.threshold < 1:
         parser.error("--threshold is a probability between 0 and 1")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # tidy up as after Ctrl-C
     try:
         failed = run(args)
     except (ValueError, OSError) as error:

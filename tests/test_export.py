@@ -1,0 +1,68 @@
+"""Exported weights: small, named by their hash, with a card, and segmenting as before."""
+
+import json
+
+import pytest
+import torch
+
+import export
+from checkpoint import file_hash, load_state, model_from_state, save_weights
+from unet import UNet
+
+ROWS = "case,dsc,trained_on\na,0.8,0\nb,0.9,0\nc,0.99,1\n"
+
+
+@pytest.fixture
+def trained(tmp_path):
+    torch.manual_seed(0)
+    path = tmp_path / "unet.pt"
+    save_weights(path, UNet(init_features=4).state_dict(), {"cases": {"train": ["c"]}})
+    return path
+
+
+def exported(tmp_path, *options):
+    export.main([*map(str, options), "--out", str(tmp_path / "out")])
+    (path,) = (tmp_path / "out").glob("*.pt")
+    return path
+
+
+def test_name_card_and_size(trained, tmp_path):
+    path = exported(tmp_path, "--weights", trained)
+    digest = file_hash(path)
+    card = json.loads(path.with_suffix(".json").read_text())
+    assert path.name == f"unet-{digest[:8]}.pt" and card["sha256"] == digest
+    assert card["cases"]["train"] == ["c"] and "non-commercial" in card["licence"]
+    assert path.stat().st_size < 0.7 * trained.stat().st_size
+
+
+def test_half_precision_kernels_change_little(trained, tmp_path):
+    path = exported(tmp_path, "--weights", trained)
+    x = torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        before, after = (model_from_state(load_state(p), p)[1](x) for p in (trained, path))
+    assert torch.allclose(before, after, atol=2e-3)
+
+
+def test_scores_are_added_to_the_same_file_and_leave_out_training_cases(trained, tmp_path):
+    path = exported(tmp_path, "--weights", trained)
+    metrics = tmp_path / "metrics.csv"
+    metrics.write_text(ROWS)
+    assert exported(tmp_path, "--weights", path, "--metrics", metrics) == path
+    scores = json.loads(path.with_suffix(".json").read_text())["scores"]["validation"]
+    assert scores["n"] == 2 and scores["mean"] == pytest.approx(0.85)
+    assert scores["cases"] == {"a": 0.8, "b": 0.9}
+
+
+def test_refuses_metrics_of_training_cases_only(trained, tmp_path):
+    metrics = tmp_path / "metrics.csv"
+    metrics.write_text("case,dsc,trained_on\nc,0.99,1\n")
+    with pytest.raises(SystemExit, match="not trained on"):
+        exported(tmp_path, "--weights", trained, "--metrics", metrics)
+
+
+def test_refuses_weights_that_half_precision_cannot_hold(tmp_path):
+    model = UNet(init_features=4)
+    model.conv.weight.data.fill_(1e6)
+    save_weights(tmp_path / "unet.pt", model.state_dict(), {})
+    with pytest.raises(SystemExit, match="half precision"):
+        exported(tmp_path, "--weights", tmp_path / "unet.pt")

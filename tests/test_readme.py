@@ -1,0 +1,63 @@
+"""What the README tells a newcomer to type is run here as it stands there."""
+
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+
+from checkpoint import SHIPPED
+from metrics import dsc
+from phantom import make_volume
+from volume import find_cases
+
+README = (ROOT / "README.md").read_text()
+needs_weights = pytest.mark.skipif(not list(SHIPPED.glob("*-*.pt")), reason="no shipped weights")
+
+
+def notebook_example(volume: np.ndarray) -> np.ndarray:
+    """Run the Python block of the README on a volume, from the root of the repository."""
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    names = {"volume": volume}
+    exec(code, names)
+    return names["mask"]
+
+
+@needs_weights
+def test_notebook_example_gives_a_mask_of_the_volume(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    volume, _ = make_volume(seed=0, slices=6, size=64)
+    mask = notebook_example(volume)
+    assert mask.dtype == bool and mask.shape == volume.shape[:3]
+
+
+@needs_weights
+def test_notebook_example_is_right_on_a_real_case(lgg, monkeypatch):
+    """The front-page example of this family of code once gave a wrong mask (trap 9)."""
+    monkeypatch.chdir(ROOT)
+    volume, truth = find_cases(lgg, ["TCGA_CS_4944_20010208"])[0].read_pair()
+    assert dsc(notebook_example(volume), truth) > 0.7
+
+
+@pytest.mark.parametrize("script", ["train.py", "inference.py", "export.py", "phantom.py"])
+def test_every_option_that_the_readme_names_exists(script):
+    shown = subprocess.run(
+        [sys.executable, str(ROOT / script), "--help"], capture_output=True, text=True, check=True
+    ).stdout
+    calls = re.findall(rf"{script} ((?:[^\n`]|\\\n)*)", README)
+    for option in {o for call in calls for o in re.findall(r"(?<!\S)--[a-z-]+", call)}:
+        assert option.replace("--no-", "--") in shown.replace("--no-", "--"), option
+
+
+def test_files_that_the_readme_links_to_exist():
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
+
+
+def test_torch_is_pinned_alike_in_requirements_and_dockerfile():
+    (pin,) = re.findall(r"^torch==(\S+)$", (ROOT / "requirements.txt").read_text(), re.M)
+    assert f"pytorch/pytorch:{pin}-cuda" in (ROOT / "Dockerfile").read_text()
+    assert torch.__version__  # whatever is installed imports
