@@ -11,6 +11,7 @@ import hashlib
 import json
 import pickle
 import re
+import warnings
 from pathlib import Path
 
 import torch
@@ -57,7 +58,9 @@ def load_tensors(path: Path | str) -> dict:
     if named and not file_hash(path).startswith(named[1]):
         raise ValueError(f"{path}: its SHA-256 is not the one in its name; fetch it again")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():  # of a pickle that is refused just below
+            warnings.simplefilter("ignore")
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{path}: is not bare weights, or is damaged; refused, as opening it could run code"
@@ -122,20 +125,24 @@ def save_tensors(path: Path, content: dict) -> None:
         with written_whole(path) as temporary:
             torch.save(content, temporary)
     except (OSError, RuntimeError) as error:  # RuntimeError: how torch.save says "disk full"
-        reason = getattr(error, "strerror", None) or "disk full?"
-        raise OSError(f"{path}: not written ({reason}), what was there is kept") from error
+        reason = getattr(error, "strerror", None) or "is the disk full?"
+        raise OSError(f"{path}: not written ({reason}); what was there before is kept") from error
 
 
 def read_card(path: Path | str) -> dict:
-    """The card beside a weights file; empty if there is none. ValueError if it is not JSON."""
+    """The card beside a weights file; empty if there is none. ValueError if it is not a card."""
     card = Path(path).with_suffix(".json")
     if not card.is_file():
         return {}
     try:
         content = json.loads(card.read_text())
-    except ValueError as error:
+        if not isinstance(content.get("cases", {}), dict):
+            raise TypeError("cases")
+        if not isinstance(content.get("image_size", 256), int):
+            raise TypeError("image_size")
+    except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{card}: is not the JSON card of {Path(path).name}; remove it") from error
-    return content if isinstance(content, dict) else {}
+    return content
 
 
 def shipped_weights(name: str) -> Path:

@@ -49,10 +49,11 @@ def subset_of(case: str) -> str:
     The hash is of the patient's name, so that adding a case moves no other and no patient is in
     two subsets: of 20 patients about 14 train, 2 validate and 4 test.
     """
+    patient = patient_of(case)
     for subset in SUBSETS:
-        if case in _listed(subset):
+        if patient in _listed(subset):
             return subset
-    place = _hash(patient_of(case)) % 1000
+    place = _hash(patient) % 1000
     return "train" if place < 700 else "validation" if place < 800 else "test"
 
 
@@ -103,7 +104,7 @@ def _hash(name: str) -> int:
 
 def _listed(subset: str, lists: dict[str, frozenset[str]] = {}) -> frozenset[str]:  # noqa: B006
     if subset not in lists:  # read once
-        lists[subset] = frozenset((SPLITS / f"{subset}.txt").read_text().split())
+        lists[subset] = frozenset(map(patient_of, (SPLITS / f"{subset}.txt").read_text().split()))
     return lists[subset]
 
 
@@ -227,6 +228,8 @@ def _open_entry(entry: Path, case: Case, fingerprint: str) -> Prepared | None:
             return None
         if any(_checksum(entry / f"{name}.npy") != about["checksums"][name] for name in ARRAYS):
             return None
+        if _frame_checksum(about["frame"]) != about["checksums"]["frame"]:
+            return None
         arrays = {name: np.load(entry / f"{name}.npy", mmap_mode="c") for name in ARRAYS}
         frame = {k: tuple(v) if isinstance(v, list) else v for k, v in about["frame"].items()}
         return Prepared(case, Frame(**frame), **arrays)
@@ -251,6 +254,7 @@ def _make_entry(entry: Path, case: Case, fingerprint: str, image_size: int) -> P
             for name, array in arrays.items():
                 np.save(temporary / f"{name}.npy", array)
             checksums = {name: _checksum(temporary / f"{name}.npy") for name in ARRAYS}
+            checksums["frame"] = _frame_checksum(asdict(frame))
             about = {"fingerprint": fingerprint, "frame": asdict(frame), "checksums": checksums}
             (temporary / "entry.json").write_text(json.dumps(about))
             shutil.rmtree(entry, ignore_errors=True)
@@ -267,6 +271,10 @@ def _make_entry(entry: Path, case: Case, fingerprint: str, image_size: int) -> P
             "free space or name another folder with --cache"
         ) from error
     return _open_entry(entry, case, fingerprint) or Prepared(case, frame, **arrays)
+
+
+def _frame_checksum(frame: dict) -> int:
+    return zlib.crc32(json.dumps(frame).encode())
 
 
 def _checksum(path: Path) -> int:

@@ -31,8 +31,17 @@ from checkpoint import read_card, shipped_weights
 from dataset import SUBSETS, select_cases
 from metrics import describe, score
 from segmentation import Segmenter
-from utils import fail, in_order, outline, save_dsc_figure, save_gif, to_grey, written_whole
-from volume import Case, Frame, find_cases
+from utils import (
+    fail,
+    in_order,
+    naming,
+    outline,
+    save_dsc_figure,
+    save_gif,
+    to_grey,
+    written_whole,
+)
+from volume import Case, Frame, find_cases, read_slice
 
 TABLE = (
     "case slices lesion_voxels predicted_voxels dsc iou precision recall hd95_px trained_on".split()
@@ -90,7 +99,7 @@ class Loaded:
 def main(argv: list[str] | None = None) -> None:
     parser = get_parser()
     args = parser.parse_args(argv)
-    if args.batch_size < 1 or (args.workers or 1) < 1:
+    if args.batch_size < 1 or (args.workers is not None and args.workers < 1):
         parser.error("--batch-size and --workers must be at least 1")
     if not 0 < args.threshold < 1:
         parser.error("--threshold is a probability between 0 and 1")
@@ -192,21 +201,23 @@ def find_prediction(case: Case, predictions: Path) -> np.ndarray | None:
     if not all(path.is_file() for path in paths):
         return None
     try:
-        return np.stack([iio.imread(path) for path in paths]) > 0
-    except (OSError, ValueError):
+        return np.concatenate([read_slice(path)[None, ..., 0] for path in paths]) > 0
+    except ValueError:  # damaged, or of several sizes: made anew
         return None
 
 
 def write_case(item: Loaded, predictions: Path) -> None:
     """Write masks, outlined slices and the GIF; the folder appears once all of it is there."""
-    case = item.case
+    case, folder = item.case, predictions / item.case.name
     pictures = outline(to_grey(item.volume), item.prediction, item.truth)
+    masks = item.prediction * np.uint8(255)
     save_gif(predictions / f"{case.name}.gif", pictures)
-    folder = predictions / case.name
-    with tempfile.TemporaryDirectory(dir=predictions, prefix=f".{case.name}-") as scratch:
+    with (
+        naming(folder),
+        tempfile.TemporaryDirectory(dir=predictions, prefix=f".{case.name}-") as scratch,
+    ):
         temporary = Path(scratch) / case.name
         temporary.mkdir()
-        masks = item.prediction * np.uint8(255)
         for number, mask, picture in zip(case.numbers, masks, pictures, strict=True):
             iio.imwrite(temporary / mask_name(case, number), mask)
             iio.imwrite(temporary / f"{case.name}_{number}.png", picture)
@@ -250,7 +261,7 @@ def report(rows: list[dict], args: argparse.Namespace) -> None:
         )
     unseen = [row for row in rows if not row["trained_on"]]
     if len(unseen) < len(rows):
-        print(f"* {len(rows) - len(unseen)} cases that the weights were trained on, not counted:")
+        print(f"* the weights were trained on these {len(rows) - len(unseen)} cases: not counted")
     if unseen:
         print(describe([row["dsc"] for row in unseen]) + " volumes")
     scores = {row["case"]: row["dsc"] for row in rows}

@@ -101,8 +101,8 @@ def get_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict | 
     """The arguments and, with --resume, the checkpoint whose settings they take over."""
     parser = get_parser()
     args = parser.parse_args(argv)
-    for name in ("epochs", "batch_size", "features", "image_size"):
-        if getattr(args, name) < 1:
+    for name in ("epochs", "batch_size", "features", "image_size", "workers"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
     if (args.folds is None) != (args.fold is None):
         parser.error("--folds and --fold go together, as in --folds 5 --fold 0")

@@ -7,6 +7,7 @@ checkpoint must be trained again.
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -18,6 +19,8 @@ from torch import Tensor
 
 SLICE_NAME = re.compile(r"^(?P<stem>.+)_(?P<number>\d+)(?P<mask>_mask)?\.(?:tiff?|png)$", re.I)
 IMAGE_SUFFIXES = {".tif", ".tiff", ".png"}
+# Pillow's remark on a file that `read_slice` is about to refuse in its own words.
+warnings.filterwarnings("ignore", "Truncated File Read")
 VERSION = 1  # of the preprocessing: cached volumes of another version are made anew
 
 
@@ -39,11 +42,13 @@ class Case:
 
         Raises ValueError, naming the file, for slices that are damaged or do not fit together.
         """
-        return _stack([_read_slice(path) for path in self.slices], self.slices)
+        return _stack([read_slice(path) for path in self.slices], self.slices)
 
     def read_mask(self) -> np.ndarray:
         """The mask (S, H, W), bool: true wherever a mask file is not 0."""
-        masks = _stack([_read_slice(path) for path in self.masks], self.masks)
+        masks = _stack([read_slice(path) for path in self.masks], self.masks)
+        if masks.shape[-1] in (2, 4):  # the last channel is opacity
+            masks = masks[..., :-1]
         return masks.any(axis=-1)
 
     def read_pair(self) -> tuple[np.ndarray, np.ndarray]:
@@ -70,11 +75,15 @@ def find_cases(root: Path | str, names: Sequence[str] | None = None) -> list[Cas
         raise FileNotFoundError(f"{root}: no such folder; give the folder that holds the cases")
     if not root.is_dir():
         raise ValueError(f"{root}: is a file; give the folder that holds the cases")
-    if any(path.suffix.lower() in IMAGE_SUFFIXES for path in root.iterdir()):
-        return [find_case(root)]
-    folders = [p for p in sorted(root.iterdir()) if p.is_dir() and not p.name.startswith(".")]
+    if any(SLICE_NAME.match(path.name) for path in root.iterdir()):
+        folders = [root.resolve()]
+    else:
+        folders = [p for p in sorted(root.iterdir()) if p.is_dir() and not p.name.startswith(".")]
     if not folders:
-        raise ValueError(f"{root}: holds no case; give the folder that holds the case folders")
+        raise ValueError(
+            f"{root}: holds no case folder and no slice named <anything>_<number>.tif or .png; "
+            "give the folder that holds the cases, or one case"
+        )
     if names is not None:
         missing = sorted(set(names) - {folder.name for folder in folders})
         if missing:
@@ -118,7 +127,7 @@ def find_case(folder: Path) -> Case:
     return Case(name, tuple(numbers), *paths)
 
 
-def _read_slice(path: Path) -> np.ndarray:
+def read_slice(path: Path) -> np.ndarray:
     """One image (H, W, C) of 8 or 16 bits or of floats; ValueError, naming the file, if damaged."""
     # Imported here: whoever only needs the arithmetic (torch.hub) needs no image library.
     import imageio.v3 as iio
@@ -153,7 +162,13 @@ def _read_tiff(path: Path) -> np.ndarray:
     with tifffile.TiffFile(path) as tiff:
         if not tiff.pages:
             raise ValueError("no page")
-        return tiff.pages[0].asarray()
+        page = tiff.pages[0]
+        if "BitsPerSample" not in page.tags and page.samplesperpixel > 1:
+            raise ValueError("its directory is cut short")
+        if len(tiff.pages) > 1:  # 4 axes, which no slice has: the caller refuses it
+            return tiff.asarray().reshape(len(tiff.pages), *page.shape[:2], -1)
+        image = page.asarray()
+        return np.moveaxis(image, 0, -1) if page.axes == "SYX" else image
 
 
 def _stack(images: Sequence[np.ndarray], paths: Sequence[Path]) -> np.ndarray:
@@ -204,11 +219,13 @@ def preprocess(volume: np.ndarray, image_size: int = 256) -> tuple[Tensor, Frame
     check_volume(volume)
     shape = volume.shape[:3]
     largest = volume.max()
-    if largest <= 0:
+    if not volume.any():
         frame = Frame(shape, (0, shape[1], 0, shape[2]), image_size, blank=True)
         return torch.zeros(shape[0], volume.shape[3], image_size, image_size), frame
     if volume.min() == largest:
         raise ValueError(f"every voxel is {largest}: this is not an image")
+    if largest <= 0:
+        raise ValueError(f"no voxel is above 0 (the largest is {largest}): shift the intensities")
 
     tissue = volume >= 0.1 * float(largest)  # step 1
     seen = tissue.any(axis=(0, 3))  # (H, W)

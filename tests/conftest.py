@@ -17,7 +17,7 @@ SHARED = Path(os.environ.get("LGG", ROOT.parent / "shared" / "lgg"))
 def private_cache(tmp_path_factory):
     """Keep preprocessed volumes of the tests away from the user's own."""
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)  # tiny networks: several threads would mostly wait for each other
 
 
 @pytest.fixture(scope="session")

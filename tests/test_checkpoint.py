@@ -1,0 +1,243 @@
+"""Weights on disk: what is opened, what is refused before it can do harm, and what a card says."""
+
+import json
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import checkpoint
+from checkpoint import (
+    build_model,
+    file_hash,
+    initialise,
+    load_pretrained,
+    load_state,
+    load_tensors,
+    model_from_state,
+    read_card,
+    save_weights,
+    shipped_weights,
+)
+from unet import UNet
+
+
+class Evil:
+    """Runs a shell command when it is unpickled."""
+
+    def __init__(self, marker: Path):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.system, (f"touch '{self.marker}'",)
+
+
+def narrow(seed: int = 0, **settings: int) -> UNet:
+    torch.manual_seed(seed)
+    return UNet(**{"init_features": 4} | settings)
+
+
+def saved(path: Path, content: object = None) -> Path:
+    torch.save(narrow().state_dict() if content is None else content, path)
+    return path
+
+
+def shipped(folder: Path, model: UNet, card: dict | None = None) -> Path:
+    """Weights and card named as those that come with the project."""
+    path = saved(folder / "new.pt", model.state_dict())
+    path = path.rename(folder / f"unet-{file_hash(path)[:8]}.pt")
+    path.with_suffix(".json").write_text(json.dumps(card or {"settings": model.settings}))
+    return path
+
+
+def published_state(f: int = 32) -> dict[str, torch.Tensor]:
+    """A state dict with the names and shapes of the published checkpoint, made without UNet."""
+    state = {}
+
+    def block(place: str, name: str, before: int, features: int) -> None:
+        for i, channels in ((1, before), (2, features)):
+            state[f"{place}.{name}conv{i}.weight"] = torch.randn(features, channels, 3, 3)
+            for part in ("weight", "bias", "running_mean", "running_var"):
+                state[f"{place}.{name}norm{i}.{part}"] = torch.rand(features)
+            state[f"{place}.{name}norm{i}.num_batches_tracked"] = torch.tensor(7)
+
+    for i, before in enumerate((3, f, 2 * f, 4 * f), start=1):
+        block(f"encoder{i}", f"enc{i}", before, f * 2 ** (i - 1))
+    block("bottleneck", "bottleneck", 8 * f, 16 * f)
+    for i in (4, 3, 2, 1):
+        features = f * 2 ** (i - 1)
+        state[f"upconv{i}.weight"] = torch.randn(2 * features, features, 2, 2)
+        state[f"upconv{i}.bias"] = torch.randn(features)
+        block(f"decoder{i}", f"dec{i}", 2 * features, features)
+    state["conv.weight"], state["conv.bias"] = torch.randn(1, f, 1, 1), torch.randn(1)
+    return state
+
+
+def test_published_checkpoint_loads_strictly(tmp_path):
+    file = saved(tmp_path / "published.pt", published_state())
+    name, model = model_from_state(load_state(file), file)
+    assert name == "unet" and not model.training
+    model.load_state_dict(published_state(), strict=True)
+    assert sum(p.numel() for p in model.parameters()) == 7_763_041
+
+
+@pytest.mark.parametrize("settings", [(3, 1, 4), (1, 1, 4), (4, 2, 8)])
+def test_architecture_is_read_off_the_weights(settings):
+    names = ("in_channels", "out_channels", "init_features")
+    wanted = dict(zip(names, settings, strict=True))
+    model = narrow(**wanted)
+    name, again = model_from_state(model.state_dict(), "x.pt")
+    assert name == "unet" and again.settings == wanted and not again.training
+    assert all(torch.equal(a, b) for a, b in
+               zip(model.parameters(), again.parameters(), strict=True))  # fmt: skip
+
+
+def test_half_precision_weights_load(tmp_path):
+    full = narrow().state_dict()
+    half = {k: v.half() if v.is_floating_point() else v for k, v in full.items()}
+    file = saved(tmp_path / "half.pt", half)
+    _, model = model_from_state(load_state(file), file)
+    for key, value in model.state_dict().items():
+        assert value.dtype == full[key].dtype
+        assert torch.allclose(value.float(), full[key].float(), rtol=1e-3, atol=1e-6)
+
+
+def test_other_architectures_are_refused():
+    with pytest.raises(ValueError, match="x.pt: weights of another architecture.*known here: unet"):
+        model_from_state(nn.Linear(2, 2).state_dict(), "x.pt")
+    state = narrow().state_dict()
+    state["extra.weight"] = torch.zeros(1)
+    with pytest.raises(ValueError, match="x.pt: does not fit unet: .*extra.weight"):
+        model_from_state(state, "x.pt")
+    state = narrow().state_dict()
+    del state["decoder1.dec1conv1.weight"]
+    with pytest.raises(ValueError, match="x.pt: does not fit unet: .*dec1conv1"):
+        model_from_state(state, "x.pt")
+    with pytest.raises(ValueError, match="'vnet'; known: unet"):
+        build_model("vnet")
+
+
+@pytest.mark.parametrize(
+    "content, reason",
+    [
+        ({"model": {}, "optimizer": {}}, "is a training checkpoint, for --resume"),
+        ({"state_dict": {"a": torch.zeros(1)}}, "holds no bare state dict"),
+        ({}, "holds no bare state dict"),
+        ([torch.zeros(1)], "holds no state dict"),
+        ({"a": torch.tensor([1.0, float("nan")])}, "NaN or infinite"),
+        ({"a": torch.tensor([float("inf")])}, "NaN or infinite"),
+        (nn.Linear(2, 2), "refused"),
+    ],
+)
+def test_anything_but_sound_bare_weights_is_refused(tmp_path, content, reason):
+    file = saved(tmp_path / "x.pt", content)
+    with pytest.raises(ValueError, match=reason) as error:
+        load_state(file)
+    assert str(error.value).startswith(f"{file}: ") and "\n" not in str(error.value)
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("wrap", [lambda evil: evil, lambda evil: {"conv.weight": evil}])
+@pytest.mark.parametrize("dump", [torch.save, lambda x, path: path.write_bytes(pickle.dumps(x))])
+def test_a_pickle_that_would_run_code_is_refused_unopened(tmp_path, wrap, dump):
+    marker, file = tmp_path / "it-ran", tmp_path / "x.pt"
+    dump(wrap(Evil(marker)), file)
+    with pytest.raises(ValueError, match="refused") as error:
+        load_state(file)
+    assert str(file) in str(error.value) and not marker.exists()
+
+
+@pytest.mark.parametrize("share", [0, 0.001, 0.5, 0.999])
+def test_cut_short_weights_are_refused(tmp_path, share):
+    file = saved(tmp_path / "x.pt")
+    whole = file.read_bytes()
+    file.write_bytes(whole[: int(len(whole) * share)])
+    with pytest.raises(ValueError, match="damaged") as error:
+        load_state(file)
+    assert str(error.value).startswith(f"{file}: ")
+
+
+def test_missing_weights_are_named(tmp_path):
+    for path in (tmp_path / "x.pt", tmp_path):
+        with pytest.raises(FileNotFoundError, match=f"{path}: no such file"):
+            load_state(path)
+
+
+def test_hash_in_the_name_is_checked(tmp_path):
+    path = shipped(tmp_path, narrow())
+    assert load_state(path).keys() == narrow().state_dict().keys()
+    saved(path, narrow(seed=1).state_dict())
+    with pytest.raises(ValueError, match=f"{path}: its SHA-256 is not the one in its name"):
+        load_tensors(path)
+
+
+def test_saving_gives_weights_and_card_and_no_more(tmp_path):
+    path = tmp_path / "weights" / "unet.pt"
+    save_weights(path, narrow().state_dict(), {"image_size": 32})
+    assert read_card(path) == {"image_size": 32}
+    assert model_from_state(load_state(path), path)[0] == "unet"
+    assert sorted(p.name for p in path.parent.iterdir()) == ["unet.json", "unet.pt"]
+
+
+def test_card_is_optional_but_must_be_json(tmp_path):
+    path = saved(tmp_path / "x.pt")
+    assert read_card(path) == {}
+    for content in (b"{'image_size': 32}", b"\xff\xfe\x00", b""):
+        path.with_suffix(".json").write_bytes(content)
+        with pytest.raises(ValueError, match=f"{path.with_suffix('.json')}: is not the JSON card"):
+            read_card(path)
+
+
+def test_initialise_names_what_it_left():
+    model = narrow(in_channels=1)
+    before = model.state_dict()["encoder1.enc1conv1.weight"].clone()
+    with pytest.MonkeyPatch.context() as patch:
+        start = narrow(seed=1).state_dict() | {"head.weight": torch.zeros(2)}
+        patch.setattr(checkpoint, "load_state", lambda _: start)
+        unused, untouched = initialise(model, "x.pt")
+    assert unused == ["encoder1.enc1conv1.weight", "head.weight"]
+    assert untouched == ["encoder1.enc1conv1.weight"]
+    assert torch.equal(model.state_dict()["encoder1.enc1conv1.weight"], before)
+    assert torch.equal(model.state_dict()["conv.weight"], start["conv.weight"])
+
+
+def test_shipped_weights_are_found_by_name_and_hash(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "SHIPPED", tmp_path)
+    saved(tmp_path / "unet.pt")  # what train.py writes is not shipped
+    with pytest.raises(FileNotFoundError, match="no pretrained weights for 'unet'"):
+        shipped_weights("unet")
+    path = shipped(tmp_path, narrow())
+    assert shipped_weights("unet") == path
+    model = load_pretrained("unet", in_channels=3, out_channels=1, init_features=4)
+    assert not model.training
+
+
+@pytest.mark.parametrize("odd", [{"in_channels": 1}, {"out_channels": 2}, {"init_features": 8}])
+def test_pretrained_of_another_shape_is_refused_before_loading(tmp_path, monkeypatch, odd):
+    def opened(*_, **__):
+        raise AssertionError("weights were opened")
+
+    shipped(tmp_path, narrow())
+    monkeypatch.setattr(checkpoint, "SHIPPED", tmp_path)
+    for name in ("load_state", "load_tensors"):
+        monkeypatch.setattr(checkpoint, name, opened)
+    monkeypatch.setattr(torch, "load", opened)
+    ((key, value),) = odd.items()
+    with pytest.raises(ValueError, match=f"{key}=.*not {value}.*pretrained=False"):
+        load_pretrained("unet", **{"in_channels": 3, "out_channels": 1, "init_features": 4} | odd)
+
+
+def test_weights_that_come_with_the_project_are_sound():
+    paths = sorted(checkpoint.SHIPPED.glob("*-" + "[0-9a-f]" * 8 + ".pt"))
+    if not paths:
+        pytest.skip(f"no shipped weights in {checkpoint.SHIPPED} yet")
+    for path in paths:
+        name, model = model_from_state(load_state(path), path)
+        card = read_card(path)
+        assert path.name.startswith(f"{name}-") and card["settings"] == model.settings
+        assert card["cases"]["train"] and card["image_size"] % 16 == 0
+        assert load_pretrained(name, **model.settings).settings == model.settings
+    assert sum(path.stat().st_size for path in paths) < 24 << 20

@@ -1,0 +1,128 @@
+"""torch.hub: the entries, from this repository and from anywhere else."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import checkpoint
+from phantom import make_volume
+from unet import UNet
+
+ROOT = Path(checkpoint.__file__).resolve().parent
+
+
+def load(entry: str, **settings):
+    return torch.hub.load(str(ROOT), entry, source="local", **settings)
+
+
+@pytest.fixture
+def own_weights(tmp_path, monkeypatch) -> Path:
+    """Narrow weights in place of those that come with the project: (3, 1, 4), 32 x 32."""
+    torch.manual_seed(0)
+    model = UNet(init_features=4)
+    torch.save(model.state_dict(), tmp_path / "new.pt")
+    digits = hashlib.sha256((tmp_path / "new.pt").read_bytes()).hexdigest()[:8]
+    path = (tmp_path / "new.pt").rename(tmp_path / f"unet-{digits}.pt")
+    path.with_suffix(".json").write_text(json.dumps({"settings": model.settings, "image_size": 32}))
+    monkeypatch.setattr(checkpoint, "SHIPPED", tmp_path)
+    return path
+
+
+@pytest.fixture
+def shipped_weights() -> Path:
+    try:
+        return checkpoint.shipped_weights("unet")
+    except FileNotFoundError:
+        pytest.skip(f"no shipped weights for the U-Net in {checkpoint.SHIPPED} yet")
+
+
+def test_only_the_two_entries_are_listed_and_explained(monkeypatch):
+    # `list` and `help` know no local source: stand in for the download only.
+    monkeypatch.setattr(torch.hub, "_get_cache_or_reload", lambda *_, **__: str(ROOT))
+    assert sorted(torch.hub.list("owner/repository")) == ["segmenter", "unet"]
+    for entry, words in {"unet": "pretrained", "segmenter": "boolean mask"}.items():
+        assert words in torch.hub.help("owner/repository", entry)
+
+
+def test_dependencies_are_those_of_the_bare_network():
+    import hubconf
+
+    assert hubconf.dependencies == ["torch"]
+
+
+def test_bare_network():
+    model = load("unet", pretrained=False, init_features=4, in_channels=1, out_channels=2)
+    assert model(torch.zeros(2, 1, 32, 48)).shape == (2, 2, 32, 48)
+    standard = load("unet", in_channels=3, out_channels=1, init_features=32, pretrained=False)
+    assert sum(p.numel() for p in standard.parameters()) == 7_763_041
+
+
+def test_a_clean_process_elsewhere_with_modules_of_the_same_names(tmp_path):
+    for name in ("utils", "metrics", "loss"):
+        (tmp_path / f"{name}.py").write_text("OWN = True\n")
+    script = f"""
+import utils, metrics, loss, torch
+model = torch.hub.load({str(ROOT)!r}, "unet", source="local", pretrained=False, init_features=4)
+print(tuple(model(torch.zeros(1, 3, 32, 32)).shape), utils.OWN)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=120,
+        env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "(1, 1, 32, 32) True"
+
+
+def test_pretrained_checks_the_hash_and_the_channels(own_weights):
+    model = load("unet", pretrained=True, init_features=4)
+    assert not model.training
+    expected = torch.load(own_weights, weights_only=True)
+    assert all(torch.equal(value, expected[key]) for key, value in model.state_dict().items())
+    with pytest.raises(ValueError, match="in_channels=3, not 1"):
+        load("unet", pretrained=True, init_features=4, in_channels=1)
+    own_weights.write_bytes(own_weights.read_bytes() + b"\0")
+    with pytest.raises(ValueError, match="SHA-256"):
+        load("unet", pretrained=True, init_features=4)
+
+
+def check_segmenter(segmenter) -> None:
+    volume, _ = make_volume(0, slices=6, size=48)
+    before = volume.copy()
+    mask = segmenter(volume[:, :, :40])
+    assert mask.dtype == bool and mask.shape == (6, 48, 40)
+    assert not segmenter.model.training, "batch norm must not learn from what it segments"
+    segmenter.model.train()
+    assert np.array_equal(segmenter(volume[:, :, :40]), mask), "whatever mode it was left in"
+    assert not segmenter.model.training
+    assert np.array_equal(volume, before)
+    assert not segmenter(np.zeros_like(volume)).any()
+    with pytest.raises(ValueError, match="1 channel.*trained on 3"):
+        segmenter(volume[..., :1])
+
+
+def test_segmenter_takes_a_raw_volume(own_weights):
+    segmenter = load("segmenter", device="cpu", threshold=0.4)
+    assert segmenter.image_size == 32 and segmenter.threshold == 0.4
+    check_segmenter(segmenter)
+
+
+def test_without_shipped_weights_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "SHIPPED", tmp_path)
+    for entry, settings in (("unet", {"pretrained": True}), ("segmenter", {})):
+        with pytest.raises(FileNotFoundError, match="no pretrained weights for 'unet'"):
+            load(entry, **settings)
+
+
+def test_shipped_weights_through_the_hub(shipped_weights):
+    model = load("unet", in_channels=3, out_channels=1, init_features=32, pretrained=True)
+    assert not model.training
+    with pytest.raises(ValueError, match="in_channels=3, not 1"):
+        load("unet", in_channels=1, pretrained=True)
+    check_segmenter(load("segmenter", device="cpu"))

@@ -1,0 +1,478 @@
+"""inference.py from end to end: every file it writes, custom data, going on, and what is wrong."""
+
+import csv
+import hashlib
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from contextlib import redirect_stdout
+from pathlib import Path
+
+import imageio.v3 as iio
+import numpy as np
+import pytest
+import tifffile
+import torch
+
+import inference
+import metrics
+from phantom import make_volume
+from segmentation import Segmenter
+from unet import UNet
+from volume import find_case, preprocess
+
+TRAINED_ON = ["phantom_001", "phantom_002"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Networks this small are fastest on one thread, above all on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def make_weights(path: Path, in_channels: int = 3) -> Path:
+    """A network that calls the brightest tenth of FLAIR lesion, plus noise, and its card."""
+    torch.manual_seed(0)
+    model = UNet(in_channels, init_features=4).eval()
+    flair = min(1, in_channels - 1)
+    images, _ = preprocess(make_volume(0, 8, 64)[0][..., :in_channels], 32)
+    first, last = model.encoder1, model.decoder1
+    with torch.no_grad():  # the first feature hands FLAIR through; the other three are random
+        for layer, source in (
+            (first.enc1conv1, flair), (first.enc1conv2, 0), (last.dec1conv1, 4), (last.dec1conv2, 0)
+        ):  # fmt: skip
+            layer.weight[0] = 0
+            layer.weight[0, source, 1, 1] = 1
+        model.conv.weight *= 5
+        model.conv.weight[0, 0] = 4
+        model.conv.bias -= model(images, logits=True).quantile(0.9)
+    torch.save(model.state_dict(), path)
+    card = {"image_size": 32, "cases": {"train": TRAINED_ON}}
+    path.with_suffix(".json").write_text(json.dumps(card))
+    return path
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory) -> Path:
+    return make_weights(tmp_path_factory.mktemp("weights") / "narrow.pt")
+
+
+def infer(images: Path, out: Path, weights: Path, *more: object) -> str | int:
+    """Run to the end; the exit status, or the sentence that goes to stderr with status 1."""
+    base = {
+        "--images": images, "--weights": weights, "--predictions": out / "predictions",
+        "--figure": out / "dsc.png", "--device": "cpu",
+    }  # fmt: skip
+    words = [word for pair in base.items() for word in pair]
+    with pytest.raises(SystemExit) as stop:
+        inference.main([str(word) for word in (*words, *more)])
+    return stop.value.code
+
+
+def refused(*arguments: object) -> str:
+    message = infer(*arguments)
+    assert isinstance(message, str) and message.startswith("error: ")
+    assert "\n" not in message and "Errno" not in message
+    return message
+
+
+def one_sentence(capsys) -> str:
+    """What a run has said on stderr, which is one line."""
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    return line
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def digest(folder: Path) -> str:
+    return hashlib.sha256(repr(sorted(contents(folder).items())).encode()).hexdigest()
+
+
+def table(out: Path) -> list[dict]:
+    with open(out / "predictions" / "metrics.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def read_masks(out: Path, name: str) -> np.ndarray:
+    """The masks (S, H, W) written for a case, by slice number."""
+    paths = (out / "predictions" / name).glob(f"{name}_*_mask.tif")
+    paths = sorted(paths, key=lambda path: int(path.stem.split("_")[-2]))
+    return np.stack([tifffile.imread(path) for path in paths])
+
+
+def write_case(folder: Path, volume: np.ndarray, suffix: str = ".tif") -> Path:
+    """A case without masks, its slices numbered from 3 and named after nothing in particular."""
+    folder.mkdir(parents=True)
+    channels_last = {"photometric": "minisblack", "planarconfig": "contig"}
+    for k, image in enumerate(volume, start=3):
+        if suffix == ".tif":
+            options = channels_last if image.ndim == 3 else {}
+            tifffile.imwrite(folder / f"scan_of_{k}.tif", image, **options)
+        else:
+            iio.imwrite(folder / f"scan_of_{k}{suffix}", image)
+    return folder
+
+
+def subset_copy(phantoms: Path, folder: Path, *names: str) -> Path:
+    for name in names:
+        shutil.copytree(phantoms / name, folder / name)
+    return folder
+
+
+def damage(path: Path, length: int = 200) -> None:
+    """Cut a file short, as a broken download does."""
+    path.write_bytes(path.read_bytes()[:length])
+
+
+@pytest.fixture(scope="module")
+def done(phantoms, weights, tmp_path_factory) -> tuple[Path, str]:
+    """All cases segmented, and what was printed."""
+    out, said, before = tmp_path_factory.mktemp("done"), io.StringIO(), digest(phantoms)
+    with redirect_stdout(said):
+        assert infer(phantoms, out, weights) == 0
+    assert digest(phantoms) == before, "the inputs are untouched"
+    return out, said.getvalue()
+
+
+# What a run writes
+
+
+def test_every_slice_gets_a_mask_and_a_picture(phantoms, done):
+    out, _ = done
+    predictions, found = out / "predictions", 0
+    names = sorted(folder.name for folder in phantoms.iterdir())
+    assert sorted(p.name for p in predictions.iterdir()) == sorted(
+        [*names, *(f"{name}.gif" for name in names), "metrics.csv"]
+    )
+    for name in names:
+        masks = read_masks(out, name)
+        assert masks.shape == (8, 64, 64) and masks.dtype == np.uint8
+        assert set(np.unique(masks)) <= {0, 255}
+        found += np.count_nonzero(masks)
+        for k in range(1, 9):
+            picture = iio.imread(predictions / name / f"{name}_{k}.png")
+            assert picture.shape == (64, 64, 3) and picture.dtype == np.uint8
+            red = (picture == (255, 0, 0)).all(axis=-1)
+            assert red.any() == masks[k - 1].any() and (masks[k - 1][red] == 255).all()
+        assert len(list((predictions / name).iterdir())) == 16
+        assert len(iio.imread(predictions / f"{name}.gif", index=None)) == 8
+    assert found > 0, "these weights find something"
+    assert iio.imread(out / "dsc.png").shape[2] in (3, 4)
+
+
+def test_table_is_what_the_written_masks_score(phantoms, done):
+    rows = table(done[0])
+    assert (
+        list(rows[0])
+        == (
+            "case slices lesion_voxels predicted_voxels dsc iou precision recall hd95_px trained_on"
+        ).split()
+    )
+    assert [row["case"] for row in rows] == [f"phantom_{i:03d}" for i in range(12)]
+    for row in rows:
+        truth = find_case(phantoms / row["case"]).read_mask()
+        mask = read_masks(done[0], row["case"]) > 0
+        assert int(row["slices"]) == 8
+        assert (int(row["lesion_voxels"]), int(row["predicted_voxels"])) == (
+            truth.sum(),
+            mask.sum(),
+        )
+        for name in ("dsc", "iou", "precision", "recall"):
+            expected = getattr(metrics, name)(mask, truth)
+            assert float(row[name]) == pytest.approx(expected, rel=1e-5), name
+        expected = metrics.hd95(mask, truth)
+        assert float(row["hd95_px"]) == pytest.approx(expected, rel=1e-5, nan_ok=True)
+    assert sum(float(row["dsc"]) > 0 for row in rows) >= 3, "so that the scores mean something"
+
+
+def test_cases_trained_on_are_marked_and_not_counted(done):
+    out, said = done
+    rows = table(out)
+    assert [row["case"] for row in rows if row["trained_on"] == "1"] == TRAINED_ON
+    unseen = [float(row["dsc"]) for row in rows if row["trained_on"] == "0"]
+    pattern = (
+        r"DSC mean (\d\.\d{3}) \(95 % interval (\d\.\d{3}) to (\d\.\d{3})\), median (\d\.\d{3}), "
+        r"n = (\d+)"
+    )
+    (found,) = re.findall(pattern, said)
+    mean, low, high, median = map(float, found[:4])
+    assert int(found[4]) == len(unseen) == 10
+    assert mean == pytest.approx(np.mean(unseen), abs=6e-4) and low <= mean <= high
+    assert median == pytest.approx(np.median(unseen), abs=6e-4)
+    marked = [line.split()[0] for line in said.splitlines() if line.endswith("*")]
+    assert marked == TRAINED_ON and "12 of 12 cases segmented" in said
+
+
+def test_without_masks_there_is_no_table(phantoms, weights, done, tmp_path):
+    images = subset_copy(phantoms, tmp_path / "images", "phantom_003")
+    for path in images.rglob("*_mask.tif"):
+        path.unlink()
+    assert infer(images, tmp_path, weights) == 0
+    assert np.array_equal(read_masks(tmp_path, "phantom_003"), read_masks(done[0], "phantom_003"))
+    assert not (tmp_path / "predictions" / "metrics.csv").exists()
+    assert not (tmp_path / "dsc.png").exists()
+
+
+def test_one_case_folder_chosen_cases_and_subsets(phantoms, weights, done, tmp_path):
+    chosen = {
+        "one": (phantoms / "phantom_004", ()),
+        "two": (phantoms, ("--cases", "phantom_003", "phantom_005")),
+        "validation": (phantoms, ("--subset", "validation")),
+        "test": (phantoms, ("--subset", "test")),
+    }
+    cases = {}
+    for name, (images, more) in chosen.items():
+        assert infer(images, tmp_path / name, weights, *more) == 0
+        cases[name] = [int(row["case"][-3:]) for row in table(tmp_path / name)]
+    assert cases == {"one": [4], "two": [3, 5], "validation": [11], "test": [0, 7, 9]}
+    assert np.array_equal(
+        read_masks(tmp_path / "one", "phantom_004"), read_masks(done[0], "phantom_004")
+    )
+
+
+@pytest.mark.parametrize(
+    "dtype, channels, suffix",
+    [(np.uint8, 3, ".png"), (np.uint16, 3, ".tif"), (np.uint16, 1, ".png"), (np.uint8, 1, ".tif")],
+)
+def test_custom_slices_come_back_in_their_own_geometry(tmp_path, dtype, channels, suffix):
+    volume = make_volume(1, 6, 60)[0][:, :, 8:52, :channels].astype(dtype)
+    volume = volume * (257 if dtype == np.uint16 else 1)
+    volume = volume.astype(dtype)[..., 0] if channels == 1 else volume.astype(dtype)
+    write_case(tmp_path / "images" / "patient 7", volume, suffix)
+    narrow = make_weights(tmp_path / "narrow.pt", channels)
+    assert infer(tmp_path / "images", tmp_path, narrow) == 0
+    masks = read_masks(tmp_path, "patient 7")
+    assert masks.shape == (6, 60, 44) and set(np.unique(masks)) == {0, 255}
+    folder = tmp_path / "predictions" / "patient 7"
+    assert {p.name for p in folder.glob("*_mask.tif")} == {
+        f"patient 7_{k}_mask.tif" for k in range(3, 9)
+    }
+    assert iio.imread(folder / "patient 7_3.png").shape == (60, 44, 3)
+
+
+def test_flags_that_change_the_mask_do(phantoms, weights, done, tmp_path):
+    changes = {
+        "--no-largest-component": lambda new, old: (new >= old).all() and (new > old).any(),
+        "--tta": lambda new, old: (new != old).any(),
+        "--threshold=0.9": lambda new, old: new.sum() < old.sum(),
+    }
+    names = "phantom_003", "phantom_005"
+    before = np.stack([read_masks(done[0], name) for name in names])
+    for flag, changed in changes.items():
+        assert infer(phantoms, tmp_path / flag, weights, flag, "--cases", *names) == 0
+        after = np.stack([read_masks(tmp_path / flag, name) for name in names])
+        assert changed(after, before), flag
+
+
+def test_command_line_from_another_folder(phantoms, weights, tmp_path):
+    images = subset_copy(phantoms, tmp_path / "images", "phantom_003", "phantom_004")
+    damage(images / "phantom_004" / "phantom_004_5.tif")
+    words = "--device cpu --batch-size 4 --image-size 32 --predictions ./out --figure ./dsc.png"
+    finished = subprocess.run(
+        [sys.executable, inference.__file__, "--images", "images", "--weights", weights]
+        + words.split(),
+        cwd=tmp_path, capture_output=True, text=True, timeout=120,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert finished.returncode == 1 and "1 of 2 cases segmented" in finished.stdout
+    (line,) = finished.stderr.strip().splitlines()
+    assert line.startswith("error: images/phantom_004/phantom_004_5.tif: ")
+    assert len(contents(tmp_path / "out" / "phantom_003")) == 16
+    assert (tmp_path / "dsc.png").is_file()
+
+
+# Going on
+
+
+def test_finished_cases_are_skipped_and_still_scored(phantoms, weights, tmp_path, monkeypatch):
+    names = "phantom_003", "phantom_004", "phantom_005"
+    again = phantoms, tmp_path, weights, "--skip-existing", "--cases", *names
+    assert infer(*again) == 0
+    first = contents(tmp_path / "predictions")
+
+    segmented, segment = [], Segmenter.segment
+
+    def spy(self, images, frame):
+        segmented.append(frame)
+        return segment(self, images, frame)
+
+    monkeypatch.setattr(Segmenter, "segment", spy)
+    assert infer(*again) == 0
+    assert not segmented, "the network does not run again"
+    assert contents(tmp_path / "predictions") == first
+
+    folder = tmp_path / "predictions"
+    (folder / names[0] / f"{names[0]}_8_mask.tif").unlink()
+    assert infer(*again) == 0
+    assert len(segmented) == 1, "a folder that is not whole is made anew"
+    assert contents(folder) == first
+    for length in (0, 100, 200, 4000):  # each ends in another error of the image libraries
+        damage(folder / names[1] / f"{names[1]}_1_mask.tif", length)
+        assert infer(*again) == 0
+        assert contents(folder) == first
+
+
+def test_running_again_replaces_what_was_there(phantoms, weights, tmp_path):
+    run = phantoms, tmp_path, weights, "--cases", "phantom_003"
+    assert infer(*run, "--threshold", 0.9) == 0
+    before = contents(tmp_path / "predictions")
+    (tmp_path / "predictions" / "phantom_003" / "stale.png").write_text("")
+    assert infer(*run) == 0
+    after = contents(tmp_path / "predictions")
+    assert after.keys() == before.keys() and after != before
+
+
+# Bad images
+
+
+def test_a_damaged_case_does_not_stop_the_others(phantoms, weights, done, tmp_path, capsys):
+    names = [f"phantom_{i:03d}" for i in (3, 4, 5)]
+    images = subset_copy(phantoms, tmp_path / "images", *names)
+    damaged = images / names[1] / f"{names[1]}_5.tif"
+    damage(damaged)
+    assert infer(images, tmp_path, weights) == 1
+    captured = capsys.readouterr()
+    (line,) = captured.err.strip().splitlines()
+    assert line.startswith(f"error: {damaged}: ") and "2 of 3 cases" in captured.out
+    assert [row["case"] for row in table(tmp_path)] == [names[0], names[2]]
+    for name in (names[0], names[2]):
+        assert np.array_equal(read_masks(tmp_path, name), read_masks(done[0], name))
+    assert not (tmp_path / "predictions" / names[1]).exists()
+
+
+def test_an_all_zero_volume_has_an_empty_mask(weights, tmp_path):
+    write_case(tmp_path / "images" / "dark", np.zeros((5, 40, 48, 3), np.uint8))
+    assert infer(tmp_path / "images", tmp_path, weights) == 0
+    masks = read_masks(tmp_path, "dark")
+    assert masks.shape == (5, 40, 48) and not masks.any()
+
+
+def test_an_all_zero_volume_with_empty_masks_scores_1(weights, tmp_path):
+    folder = write_case(tmp_path / "images" / "dark", np.zeros((5, 40, 48, 3), np.uint8))
+    for k in range(3, 8):
+        tifffile.imwrite(folder / f"scan_of_{k}_mask.tif", np.zeros((40, 48), np.uint8))
+    assert infer(tmp_path / "images", tmp_path, weights) == 0
+    (row,) = table(tmp_path)
+    assert (row["dsc"], row["iou"], row["hd95_px"]) == ("1", "1", "0")
+
+
+@pytest.mark.parametrize(
+    "volume, reason",
+    [
+        (np.full((5, 40, 40, 3), 9, np.uint8), "every voxel is 9"),
+        (make_volume(1, 5, 40)[0][..., :2], r"2 channel\(s\), but the model was trained on 3"),
+        (make_volume(1, 5, 40)[0][..., [0, 1, 2, 2]], r"4 channel\(s\).*trained on 3"),
+        (make_volume(1, 5, 40)[0][..., 0], r"1 channel\(s\).*trained on 3"),
+        (np.full((5, 40, 40, 3), np.nan, np.float32), "NaN"),
+    ],
+    ids=["constant", "2 channels", "4 channels", "1 channel", "NaN"],
+)
+def test_a_volume_of_another_kind_is_one_sentence(weights, tmp_path, capsys, volume, reason):
+    folder = write_case(tmp_path / "images" / "odd", volume)
+    assert infer(tmp_path / "images", tmp_path, weights) == 1
+    line = one_sentence(capsys)
+    assert line.startswith(f"error: {folder}") and re.search(reason, line)
+    assert not (tmp_path / "predictions" / "odd").exists()
+
+
+def test_names_that_are_not_there_are_refused(phantoms, weights, tmp_path):
+    run = tmp_path, weights
+    assert "no case 'x'" in refused(phantoms, *run, "--cases", "phantom_003", "x")
+    assert "no case 'x'" in refused(phantoms / "phantom_003", *run, "--cases", "x")
+    assert "'rest'; known: all" in refused(phantoms, *run, "--subset", "rest")
+    assert f"{tmp_path / 'x'}: no such folder" in refused(tmp_path / "x", *run)
+    (tmp_path / "empty" / "case").mkdir(parents=True)
+    assert f"{tmp_path / 'empty' / 'case'}: holds no slice" in refused(tmp_path / "empty", *run)
+    assert not (tmp_path / "predictions").exists()
+
+
+def test_output_that_cannot_be_written_is_one_sentence(phantoms, weights, tmp_path):
+    only = weights, "--cases", "phantom_003"
+    (tmp_path / "predictions").write_text("kept")
+    assert str(tmp_path / "predictions") in refused(phantoms, tmp_path, *only)
+    assert (tmp_path / "predictions").read_text() == "kept"
+    (tmp_path / "b" / "dsc.png").mkdir(parents=True)
+    assert str(tmp_path / "b" / "dsc.png") in refused(phantoms, tmp_path / "b", *only)
+    assert len(table(tmp_path / "b")) == 1, "masks and table are not lost"
+
+
+def test_full_disk_leaves_no_half_written_case(phantoms, weights, tmp_path, monkeypatch):
+    write, written = iio.imwrite, []
+
+    def full_disk(path, *arguments, **options):
+        written.append(path)
+        if len(written) > 5:
+            raise OSError(28, "No space left on device")
+        return write(path, *arguments, **options)
+
+    monkeypatch.setattr(inference.iio, "imwrite", full_disk)
+    message = refused(phantoms, tmp_path, weights, "--cases", "phantom_003")
+    assert "phantom_003" in message and "space" in message.lower()
+    assert all(path.is_file() for path in (tmp_path / "predictions").iterdir())
+
+
+# Bad weights and settings
+
+
+class Evil:
+    def __init__(self, marker: Path):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.system, (f"touch '{self.marker}'",)
+
+
+def spoil(kind: str, path: Path, weights: Path) -> None:
+    whole = weights.read_bytes()
+    if kind == "truncated":
+        path.write_bytes(whole[: len(whole) // 2])
+    elif kind == "text":
+        path.write_text("not weights at all")
+    elif kind == "of another architecture":
+        torch.save(torch.nn.Linear(2, 2).state_dict(), path)
+    elif kind == "a training checkpoint":
+        torch.save({"model": {}, "optimizer": {}, "epoch": 1, "args": {}}, path)
+    elif kind == "a pickle that runs code":
+        torch.save({"conv.weight": Evil(path.with_name("it-ran"))}, path)
+    elif kind == "with a broken card":
+        path.write_bytes(whole)
+        path.with_suffix(".json").write_text("{")
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["missing", "truncated", "text", "of another architecture", "a training checkpoint",
+     "a pickle that runs code", "with a broken card"],
+)  # fmt: skip
+def test_weights_that_cannot_be_used_are_one_sentence(phantoms, weights, tmp_path, kind):
+    path = tmp_path / "bad.pt"
+    spoil(kind, path, weights)
+    message = refused(phantoms, tmp_path, path)
+    assert str(path.with_suffix("")) in message
+    assert not (tmp_path / "it-ran").exists(), "code in a weights file must never run"
+    assert not (tmp_path / "predictions").exists()
+
+
+@pytest.mark.parametrize(
+    "flag",
+    ["--threshold=0", "--threshold=1.5", "--threshold=nan", "--batch-size=0", "--workers=-1"],
+)
+def test_odd_numbers_are_refused(phantoms, weights, tmp_path, capsys, flag):
+    assert infer(phantoms, tmp_path, weights, flag) == 2
+    assert flag.split("=")[0] in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_image_size_and_device_are_checked(phantoms, weights, tmp_path):
+    assert "40 is not a multiple of 16" in refused(phantoms, tmp_path, weights, "--image-size", 40)
+    assert "'nowhere'" in refused(phantoms, tmp_path, weights, "--device", "nowhere")
+    if not torch.cuda.is_available():
+        assert "'cuda' is not there" in refused(phantoms, tmp_path, weights, "--device", "cuda")

@@ -1,0 +1,85 @@
+"""Losses on values worked out by hand, and finite where there is nothing to find."""
+
+import math
+
+import pytest
+import torch
+
+from loss import LOSSES, bce_dice_loss, dice_loss
+
+
+def logit(p: float) -> float:
+    return math.log(p / (1 - p))
+
+
+def masks(*rows: list[float]) -> torch.Tensor:
+    """One slice (1, 1, rows, columns)."""
+    return torch.tensor(rows)[None, None]
+
+
+def test_dice_by_hand():
+    logits = masks([logit(0.5), logit(0.8)], [logit(0.1), logit(0.2)])
+    target = masks([1.0, 1.0], [0.0, 0.0])
+    overlap, size = 0.5 + 0.8, (0.5 + 0.8 + 0.1 + 0.2) + 2
+    expected = 1 - (2 * overlap + 1) / (size + 1)
+    assert dice_loss(logits, target).item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_dice_is_of_the_whole_batch_not_of_each_slice():
+    logits = torch.cat([masks([logit(0.9)]), masks([logit(0.3)])])
+    target = torch.cat([masks([1.0]), masks([0.0])])
+    expected = 1 - (2 * 0.9 + 1) / (0.9 + 0.3 + 1 + 1)
+    assert dice_loss(logits, target).item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_dice_averages_over_channels():
+    """Trap 11: once only channel 0 was trained."""
+    logits = torch.randn(2, 3, 8, 8, requires_grad=True)
+    target = (torch.rand(2, 3, 8, 8) > 0.7).float()
+    loss = dice_loss(logits, target)
+    single = [dice_loss(logits[:, k : k + 1], target[:, k : k + 1]) for k in range(3)]
+    assert loss.item() == pytest.approx(torch.stack(single).mean().item(), abs=1e-6)
+    loss.backward()
+    assert (logits.grad.abs().sum(dim=(0, 2, 3)) > 0).all()
+
+
+def test_bce_dice_by_hand():
+    logits = masks([logit(0.5), logit(0.8)], [logit(0.1), logit(0.2)])
+    target = masks([1.0, 1.0], [0.0, 0.0])
+    entropy = -sum(map(math.log, (0.5, 0.8, 0.9, 0.8))) / 4
+    expected = entropy + dice_loss(logits, target).item()
+    assert bce_dice_loss(logits, target).item() == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+@pytest.mark.parametrize("value", [-40.0, 0.0, 40.0])
+@pytest.mark.parametrize("lesion", [0.0, 1.0])
+def test_empty_and_full_masks_are_finite(loss, value, lesion):
+    """Trap 2: an empty mask must not give NaN."""
+    logits = torch.full((2, 1, 8, 8), value, requires_grad=True)
+    result = loss(logits, torch.full((2, 1, 8, 8), lesion))
+    result.backward()
+    assert torch.isfinite(result) and torch.isfinite(logits.grad).all()
+    assert result >= 0
+
+
+@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+def test_perfect_prediction_has_loss_0_and_the_opposite_a_large_one(loss):
+    target = (torch.rand(2, 1, 8, 8) > 0.5).float()
+    right = 80 * (target - 0.5)
+    assert loss(right, target).item() == pytest.approx(0, abs=1e-5)
+    assert loss(-right, target).item() > 0.9
+    assert loss(torch.full_like(target, -40), torch.zeros_like(target)).item() < 1e-5
+
+
+@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+def test_bfloat16_logits_are_summed_in_float32(loss):
+    """A sum of 256 x 256 probabilities in bfloat16 would stop growing at 256."""
+    logits = torch.randn(2, 1, 256, 256).bfloat16().requires_grad_()
+    target = torch.rand(2, 1, 256, 256) > 0.9  # bool is welcome, too
+    result = loss(logits, target)
+    result.backward()
+    assert result.dtype == torch.float32
+    assert result.item() == pytest.approx(loss(logits.float(), target.float()).item(), abs=1e-6)
+    assert logits.grad.dtype == torch.bfloat16 and torch.isfinite(logits.grad).all()
+    assert logits.grad.abs().sum() > 0

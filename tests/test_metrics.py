@@ -1,0 +1,130 @@
+"""Scores on masks whose answer is known, empty masks, and the interval of a cohort."""
+
+import math
+
+import numpy as np
+import pytest
+from medpy.metric.binary import hd95 as medpy_hd95
+from scipy.ndimage import gaussian_filter
+
+from metrics import METRICS, describe, dsc, hd95, iou, precision, recall, score, summarise
+
+
+def cube(*slices: slice, shape=(6, 12, 12)) -> np.ndarray:
+    mask = np.zeros(shape, dtype=bool)
+    mask[slices] = True
+    return mask
+
+
+EMPTY = cube(slice(0, 0))
+TRUTH = cube(slice(1, 3), slice(2, 6), slice(2, 6))  # 2 x 4 x 4 = 32 voxels
+HALF = cube(slice(1, 3), slice(2, 6), slice(4, 10))  # 48 voxels, 16 of them in TRUTH
+
+
+def test_known_answer():
+    scores = score(HALF, TRUTH)
+    assert list(scores) == ["dsc", "iou", "precision", "recall", "hd95"]
+    assert scores["dsc"] == pytest.approx(2 * 16 / (48 + 32))
+    assert scores["iou"] == pytest.approx(16 / (48 + 32 - 16))
+    assert scores["precision"] == pytest.approx(16 / 48)
+    assert scores["recall"] == pytest.approx(16 / 32)
+    assert scores["hd95"] == pytest.approx(medpy_hd95(HALF, TRUTH))
+
+
+def test_perfect_and_disjoint():
+    assert score(TRUTH, TRUTH) == {"dsc": 1, "iou": 1, "precision": 1, "recall": 1, "hd95": 0}
+    other = cube(slice(1, 3), slice(2, 6), slice(8, 12))
+    assert [metric(other, TRUTH) for metric in (dsc, iou, precision, recall)] == [0, 0, 0, 0]
+
+
+def test_both_empty_count_1():
+    """Trap 2: two empty masks once gave a crash or NaN."""
+    assert score(EMPTY, EMPTY) == {"dsc": 1, "iou": 1, "precision": 1, "recall": 1, "hd95": 0}
+
+
+@pytest.mark.parametrize("prediction, truth", [(EMPTY, TRUTH), (TRUTH, EMPTY)])
+def test_one_empty_counts_0_and_has_no_distance(prediction, truth):
+    """Trap 2: a prediction with no voxel, or a case without lesion."""
+    scores = score(prediction, truth)
+    assert math.isnan(scores.pop("hd95"))
+    assert scores == {"dsc": 0, "iou": 0, "precision": 0, "recall": 0}
+
+
+def test_scores_are_symmetric_where_they_should_be():
+    assert dsc(HALF, TRUTH) == dsc(TRUTH, HALF) and iou(HALF, TRUTH) == iou(TRUTH, HALF)
+    assert precision(HALF, TRUTH) == recall(TRUTH, HALF)
+    assert hd95(HALF, TRUTH) == hd95(TRUTH, HALF)
+
+
+def test_hd95_of_a_shift_by_three_voxels():
+    point = cube(slice(2, 3), slice(4, 5), slice(4, 5))
+    moved = cube(slice(2, 3), slice(4, 5), slice(7, 8))
+    assert hd95(point, moved) == 3
+    assert hd95(point, moved, spacing=(5, 1, 0.5)) == 1.5
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("spacing", [None, (3.0, 1.0, 0.7)])
+def test_hd95_on_the_cropped_masks_is_that_of_the_whole(seed, spacing):
+    rng = np.random.default_rng(seed)
+    noise = gaussian_filter(rng.standard_normal((2, 8, 40, 36)), (0, 1, 3, 3))
+    a, b = noise > np.quantile(noise, 0.93 - 0.02 * seed, axis=(1, 2, 3), keepdims=True)
+    if seed % 2:  # also with lesions that do not touch the border of the volume
+        a[:, :6] = a[:, -9:] = b[:, :, :8] = False
+    assert hd95(a, b, spacing) == pytest.approx(medpy_hd95(a, b, voxelspacing=spacing), abs=1e-9)
+
+
+def test_masks_are_not_modified():
+    a, b = HALF.copy(), TRUTH.copy()
+    score(a, b)
+    assert np.array_equal(a, HALF) and np.array_equal(b, TRUTH)
+
+
+@pytest.mark.parametrize("shape", [(6, 12, 11), (5, 12, 12), (12, 12), (1, 12, 12)])
+def test_other_shape_is_refused(shape):
+    with pytest.raises(ValueError, match="shape"):
+        score(np.ones(shape, dtype=bool), TRUTH)
+
+
+def test_every_metric_is_a_float():
+    assert all(isinstance(metric(HALF, TRUTH), float) for metric in METRICS.values())
+
+
+def test_summary_by_hand():
+    summary = summarise([0.2, 0.9, 0.7, 0.6])
+    assert summary["mean"] == pytest.approx(0.6)
+    assert summary["median"] == pytest.approx(0.65)
+    assert summary["n"] == 4
+    assert 0.2 <= summary["low"] < 0.6 < summary["high"] <= 0.9
+
+
+def test_interval_is_deterministic_and_follows_the_seed():
+    values = np.random.default_rng(0).random(30)
+    assert summarise(values) == summarise(values)
+    assert summarise(values)["low"] != summarise(values, seed=1)["low"]
+
+
+def test_interval_has_the_width_of_the_standard_error():
+    values = np.random.default_rng(0).normal(0.8, 0.1, 100)
+    summary = summarise(values)
+    expected = 2 * 1.96 * values.std() / math.sqrt(len(values))
+    assert summary["high"] - summary["low"] == pytest.approx(expected, rel=0.1)
+
+
+def test_nan_is_left_out():
+    assert summarise([0.5, math.nan, 0.7]) == summarise([0.5, 0.7])
+
+
+@pytest.mark.parametrize("values", [[], [math.nan]])
+def test_nothing_to_summarise_is_no_crash(values, recwarn):
+    summary = summarise(values)
+    assert summary.pop("n") == 0
+    assert all(math.isnan(value) for value in summary.values())
+    assert "n = 0" in describe(values)
+    assert not recwarn.list
+
+
+def test_describe_is_one_line_with_everything():
+    line = describe([0.5, 0.7, 0.9])
+    assert line.startswith("DSC mean 0.700 (95 % interval 0.")
+    assert line.endswith("median 0.700, n = 3")

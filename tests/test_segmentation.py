@@ -1,0 +1,260 @@
+"""The one path from a raw volume to its mask: geometry, refusals, and a network left as found."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import phantom
+from segmentation import Segmenter, keep_largest_component, pick_device
+from unet import UNet
+from volume import preprocess
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Arrays this small gain nothing from a second core, and wait long for a busy one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def volume() -> np.ndarray:
+    """A phantom cut to 64 x 50, (6, 64, 50, 3) uint8."""
+    return phantom.make_volume(0, slices=6, size=64)[0][:, :, 5:55]
+
+
+@pytest.fixture
+def model(volume) -> UNet:
+    torch.manual_seed(0)
+    model = UNet(init_features=2)
+    for module in model.modules():  # statistics that are not those of an identity
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.running_mean, std=0.1)
+            nn.init.uniform_(module.running_var, 0.5, 1.5)
+    nn.init.normal_(model.conv.weight)
+    with torch.no_grad():  # call half of the voxels lesion
+        logits = model.eval()(preprocess(volume, 48)[0], logits=True)
+        model.conv.bias -= logits.median()
+    return model
+
+
+def segmenter(model: nn.Module, **options) -> Segmenter:
+    options = {"image_size": 48, "device": "cpu", "amp": False, **options}
+    return Segmenter(model, **options)
+
+
+def always(model: UNet, lesion: bool) -> UNet:
+    """A network that calls everything lesion, or nothing."""
+    nn.init.zeros_(model.conv.weight)
+    nn.init.constant_(model.conv.bias, 20 if lesion else -20)
+    return model
+
+
+# Masks
+
+
+@pytest.mark.parametrize("dtype, factor", [(np.uint8, 1), (np.uint16, 250), (np.float32, 0.1)])
+def test_mask_has_the_shape_of_its_source(model, volume, dtype, factor):
+    mask = segmenter(model)((volume * factor).astype(dtype))
+    assert mask.dtype == bool and mask.shape == volume.shape[:3]
+
+
+def test_mask_does_not_depend_on_the_brightness_or_the_batch(model, volume):
+    expected = segmenter(model, batch_size=16)(volume)
+    assert expected.any() and not expected.all()
+    assert np.array_equal(segmenter(model, batch_size=4)(volume), expected)
+    assert (segmenter(model)(volume * np.float64(3)) != expected).mean() < 1e-3
+
+
+def test_a_network_that_sees_lesion_everywhere_fills_the_crop(model, volume):
+    frame = preprocess(volume, 48)[1]
+    top, bottom, left, right = frame.box
+    expected = np.zeros(frame.shape, dtype=bool)
+    expected[:, top:bottom, left:right] = True
+    assert not expected.all()
+    assert np.array_equal(segmenter(always(model, True))(volume), expected)
+
+
+@pytest.mark.parametrize("largest", [True, False])
+def test_nothing_found_is_an_empty_mask(model, volume, largest):
+    """Trap 2: a prediction with no voxel once crashed."""
+    mask = segmenter(always(model, False), largest_component=largest)(volume)
+    assert mask.shape == volume.shape[:3] and not mask.any()
+
+
+@pytest.mark.parametrize("tta", [True, False])
+def test_blank_volume_has_an_empty_mask(model, volume, tta):
+    mask = segmenter(always(model, True), tta=tta)(np.zeros_like(volume))
+    assert mask.dtype == bool and mask.shape == volume.shape[:3] and not mask.any()
+
+
+def test_one_channel_model(volume):
+    model = UNet(in_channels=1, init_features=2)
+    assert segmenter(model)(volume[..., 1:2]).shape == volume.shape[:3]
+
+
+def test_threshold_and_largest_component_only_take_away(model, volume):
+    whole = segmenter(model, largest_component=False)(volume)
+    assert not (segmenter(model)(volume) & ~whole).any()
+    strict = segmenter(model, largest_component=False, threshold=0.6)(volume)
+    assert not (strict & ~whole).any() and strict.sum() < whole.sum()
+
+
+def test_volume_is_not_modified(model, volume):
+    before = volume.copy()
+    segmenter(model)(volume)
+    assert np.array_equal(volume, before)
+
+
+def test_bfloat16_finds_nearly_the_same(model, volume):
+    images, _ = preprocess(volume, 48)
+    exact, rough = (segmenter(model, amp=amp).probabilities(images) for amp in (False, True))
+    assert rough.dtype == torch.float32
+    torch.testing.assert_close(rough, exact, atol=0.1, rtol=0)
+
+
+# The network is left as it should be
+
+
+def test_model_is_in_evaluation_mode_and_its_statistics_stay(model, volume):
+    """Trap 9: an example left the network in training mode; its mask was wrong."""
+    model.train()
+    segment = segmenter(model)
+    assert not any(module.training for module in model.modules())
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    first = segment(volume)
+    model.train()  # e.g. by a training loop around it
+    assert np.array_equal(segment(volume), first)
+    assert not any(module.training for module in model.modules())
+    after = model.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+# Test-time augmentation
+
+
+def test_tta_answers_a_mirrored_slice_with_the_mirrored_mask(model, volume):
+    images, _ = preprocess(volume, 48)
+    with_tta, without = segmenter(model, tta=True), segmenter(model)
+    mirrored = with_tta.probabilities(images.flip(-1)).flip(-1)
+    torch.testing.assert_close(mirrored, with_tta.probabilities(images), atol=1e-5, rtol=0)
+    plain = without.probabilities(images)
+    assert (without.probabilities(images.flip(-1)).flip(-1) - plain).abs().max() > 1e-3
+    average = (plain + without.probabilities(images.flip(-1)).flip(-1)) / 2
+    torch.testing.assert_close(with_tta.probabilities(images), average, atol=1e-5, rtol=0)
+
+
+def test_tta_changes_nothing_in_a_symmetrical_network(model, volume):
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+                module.weight.copy_((module.weight + module.weight.flip(-1)) / 2)
+    images, _ = preprocess(volume, 48)
+    one, two = (segmenter(model, tta=tta).probabilities(images) for tta in (True, False))
+    torch.testing.assert_close(one, two, atol=1e-5, rtol=0)
+
+
+# Refusals
+
+
+@pytest.mark.parametrize("channels", [1, 2, 4])
+def test_other_channels_are_refused(model, channels):
+    volume = np.random.default_rng(0).integers(0, 255, (2, 32, 32, channels)).astype(np.uint8)
+    with pytest.raises(ValueError, match=rf"{channels} channel\(s\), but the model .* on 3"):
+        segmenter(model)(volume)
+
+
+@pytest.mark.parametrize("size", [0, -16, 8, 15, 100, 250])
+def test_image_size_that_16_does_not_divide_is_refused(model, size):
+    """Trap 10: said at once, with sizes that fit."""
+    with pytest.raises(ValueError, match=f"image size {size} is not a multiple of 16; try") as stop:
+        segmenter(model, image_size=size)
+    below, above = (int(word) for word in str(stop.value).split("try ")[1].split(" or "))
+    assert below % 16 == above % 16 == 0 and 0 < below < above
+
+
+@pytest.mark.parametrize(
+    "bad, reason",
+    [
+        (np.zeros((4, 32, 32), np.uint8), "slices, rows, columns, channels"),
+        (np.full((4, 32, 32, 3), 9, np.uint8), "every voxel is 9"),
+        (np.full((4, 32, 32, 3), np.nan), "NaN"),
+        (np.zeros((0, 32, 32, 3)), "slices, rows, columns, channels"),
+    ],
+    ids=["3 axes", "constant", "NaN", "no slice"],
+)
+def test_what_is_no_image_is_refused(model, bad, reason):
+    with pytest.raises(ValueError, match=reason):
+        segmenter(model)(bad)
+
+
+# Weights
+
+
+def test_from_weights_takes_the_image_size_of_the_card(tmp_path, model, volume):
+    path = tmp_path / "unet.pt"
+    torch.save(model.state_dict(), path)
+    assert Segmenter.from_weights(path, device="cpu").image_size == 256
+    path.with_suffix(".json").write_text(json.dumps({"image_size": 48}))
+    loaded = Segmenter.from_weights(path, device="cpu", amp=False)
+    assert loaded.image_size == 48
+    assert np.array_equal(loaded(volume), segmenter(model)(volume))
+    assert Segmenter.from_weights(path, image_size=64, device="cpu").image_size == 64
+
+
+# Largest component
+
+
+def test_largest_component_by_hand():
+    mask = np.zeros((3, 6, 8), dtype=bool)
+    mask[0, 1, 1:4] = True  # three voxels ...
+    mask[1, 2, 4] = True  # ... and two more over corners: 26 neighbours
+    mask[2, 3, 5] = True
+    small = mask.copy()
+    mask[0, 4:, :2] = True  # four voxels alone
+    before = mask.copy()
+    assert np.array_equal(keep_largest_component(mask), small)
+    assert np.array_equal(mask, before)
+
+
+@pytest.mark.parametrize("value", [False, True])
+def test_largest_component_of_an_empty_or_full_mask(value):
+    mask = np.full((2, 4, 4), value)
+    kept = keep_largest_component(mask)
+    assert kept.dtype == bool and np.array_equal(kept, mask)
+
+
+def test_largest_of_two_equal_components_is_one_of_them():
+    mask = np.zeros((1, 5, 5), dtype=bool)
+    mask[0, 0, :2] = mask[0, 4, 3:] = True
+    kept = keep_largest_component(mask)
+    assert kept.sum() == 2 and not (kept & ~mask).any()
+    assert np.array_equal(keep_largest_component(mask), kept)
+
+
+# Devices
+
+
+def test_a_device_that_is_there():
+    assert pick_device("cpu") == torch.device("cpu")
+    assert pick_device(torch.device("cpu")) == torch.device("cpu")
+    assert torch.zeros(1, device=pick_device()).sum() == 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is there")
+def test_cuda_without_cuda_is_an_error(model):
+    with pytest.raises(ValueError, match="'cuda' is not there"):
+        pick_device("cuda")
+    with pytest.raises(ValueError, match="'cuda' is not there"):
+        Segmenter(model, device="cuda")
+
+
+@pytest.mark.parametrize("name", ["nonsense", "cuda:999", ""])
+def test_nonsense_is_no_device(name):
+    with pytest.raises(ValueError, match=f"{name!r} is not there"):
+        pick_device(name)

@@ -1,0 +1,502 @@
+"""train.py from end to end: what a run leaves behind, resuming, and one sentence for what is wrong.
+
+All runs are of narrow networks on small slices, on the CPU, where results repeat bit for bit.
+"""
+
+import io
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import imageio.v3 as iio
+import numpy as np
+import pytest
+import tifffile
+import torch
+
+import train
+import trainer
+from checkpoint import load_state, load_tensors, model_from_state, read_card
+from dataset import BrainSegmentationDataset
+from unet import UNet
+
+SCRIPT = Path(train.__file__)
+VALIDATION, TRAIN = "phantom_011", "phantom_001"  # a validation and a training case of `phantoms`
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Networks this small are fastest on one thread, above all on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def own_signal_handlers():
+    """A run installs handlers for the rest of its process; here the process goes on."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.getsignal(number) for number in numbers]
+    yield
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
+
+
+def flags(images: Path, out: Path, *more: object) -> list[str]:
+    base = {
+        "--images": images, "--weights": out / "weights", "--logs": out / "logs",
+        "--image-size": 32, "--features": 4, "--epochs": 1, "--lr": 1e-3, "--vis-freq": 0,
+        "--device": "cpu",
+    }  # fmt: skip
+    return [str(word) for pair in base.items() for word in pair] + [str(word) for word in more]
+
+
+def run(images: Path, out: Path, *more: object) -> Path:
+    """Train for one epoch unless told otherwise; the folder of the weights."""
+    train.main(flags(images, out, *more))
+    return out / "weights"
+
+
+def refused(images: Path, out: Path, *more: object) -> str:
+    """The one sentence that a run ends with; what is a string has exit status 1."""
+    with pytest.raises(SystemExit) as stop:
+        run(images, out, *more)
+    message = stop.value.code
+    assert isinstance(message, str) and message.startswith("error: ")
+    assert "\n" not in message and "Errno" not in message
+    return message
+
+
+def same(a, b) -> bool:
+    """Whether two nested state dicts are equal bit for bit."""
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def same_run(a: Path, b: Path) -> bool:
+    """Whether two weights folders hold the same weights and could go on in the same way."""
+    one, two = load_tensors(a / "unet.ckpt"), load_tensors(b / "unet.ckpt")
+    parts = ("model", "ema", "optimizer", "epoch", "step", "best")
+    kept = same(load_state(a / "unet.pt"), load_state(b / "unet.pt"))
+    return kept and all(same(one[part], two[part]) for part in parts)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def interrupt(monkeypatch, step: int, number: int) -> None:
+    """Send this process a real signal in the middle of the `step`-th training step from now."""
+    original, done = train.Trainer.train_step, []
+
+    def train_step(self, *batch):
+        done.append(1)
+        if len(done) == step:
+            signal.raise_signal(number)
+        return original(self, *batch)
+
+    monkeypatch.setattr(train.Trainer, "train_step", train_step)
+
+
+def nan_loss(logits, target):
+    return logits.sum() * float("nan")
+
+
+@pytest.fixture(scope="module")
+def straight(phantoms, tmp_path_factory) -> Path:
+    """Three epochs without a break, pictures at the second and the last."""
+    out = tmp_path_factory.mktemp("straight")
+    run(phantoms, out, "--epochs", 3, "--vis-freq", 2)
+    return out
+
+
+def scalars(logs: Path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    return EventAccumulator(str(logs), size_guidance={"images": 0, "scalars": 0}).Reload()
+
+
+# What a run leaves behind
+
+
+def test_weights_load_strictly_and_carry_their_card(straight):
+    weights = straight / "weights"
+    assert sorted(contents(weights)) == ["unet.ckpt", "unet.json", "unet.pt"]
+    UNet(init_features=4).load_state_dict(load_state(weights / "unet.pt"), strict=True)
+    card = read_card(weights / "unet.pt")
+    assert card["settings"] == {"in_channels": 3, "out_channels": 1, "init_features": 4}
+    assert card["cases"]["validation"] == [VALIDATION]
+    assert len(card["cases"]["train"]) == 8 and TRAIN in card["cases"]["train"]
+    assert card["image_size"] == 32 and card["recipe"]["lr"] == 1e-3 and card["recipe"]["seed"]
+    assert card["validation_dsc"]["n"] == 1
+    assert 0 <= card["validation_dsc"]["mean"] <= 1
+    assert str(straight) not in json.dumps(card), "no paths of the machine in what is published"
+
+
+def test_arguments_versions_and_device_stand_beside_the_logs(straight):
+    about = json.loads((straight / "logs" / "args.json").read_text())
+    assert about["recipe"]["epochs"] == 3 and about["device"] == "cpu"
+    assert about["args"]["vis_freq"] == 2
+    assert about["versions"]["torch"] == torch.__version__ and "commit" in about
+
+
+def test_tensorboard_has_every_curve_and_picture(straight):
+    events = scalars(straight / "logs")
+    curves = (
+        "loss/train", "loss/validation", "dsc/validation", f"dsc_by_case/{VALIDATION}",
+        "learning_rate", "images_per_second",
+    )  # fmt: skip
+    for name in curves:
+        assert [event.step for event in events.Scalars(name)] == [1, 2, 3], name
+    assert events.Scalars("learning_rate")[0].value == pytest.approx(1e-3)
+    pictures = events.Images(VALIDATION)
+    assert [event.step for event in pictures] == [2, 3]
+    picture = iio.imread(io.BytesIO(pictures[0].encoded_image_string))
+    assert (picture == (0, 255, 0)).all(axis=-1).any(), "the truth is outlined in green"
+
+
+def test_vis_images_limits_the_slices_drawn(phantoms, tmp_path):
+    run(phantoms, tmp_path, "--vis-freq", 1, "--vis-images", 2)
+    (event,) = scalars(tmp_path / "logs").Images(VALIDATION)
+    assert iio.imread(io.BytesIO(event.encoded_image_string)).shape == (64, 2 * 64, 3)
+
+
+def test_same_seed_same_weights_whether_pictures_are_drawn_or_not(phantoms, straight, tmp_path):
+    again = run(phantoms, tmp_path / "a", "--epochs", 3)
+    assert same_run(again, straight / "weights")
+    other = run(phantoms, tmp_path / "b", "--epochs", 3, "--seed", 1)
+    assert not same(load_state(other / "unet.pt"), load_state(again / "unet.pt"))
+
+
+def test_every_epoch_draws_afresh(phantoms, tmp_path, monkeypatch):
+    drawn, seeds = [], []
+    batch, augment = BrainSegmentationDataset.batch, trainer.augment
+
+    def spy_batch(self, indices):
+        drawn.append(list(indices))
+        return batch(self, indices)
+
+    def spy_augment(images, masks, generator, *settings):
+        seeds.append(generator.initial_seed())
+        return augment(images, masks, generator, *settings)
+
+    monkeypatch.setattr(BrainSegmentationDataset, "batch", spy_batch)
+    monkeypatch.setattr(trainer, "augment", spy_augment)
+    run(phantoms, tmp_path, "--epochs", 3)
+    assert len(drawn) == 12 and len({tuple(indices) for indices in drawn}) == 12
+    assert len(set(seeds)) == 12, "every step augments in another way"
+    seen = [len(set().union(*drawn[: 4 * epoch])) for epoch in (1, 2, 3)]
+    assert seen[0] < seen[1] < seen[2], "later epochs reach slices that earlier ones did not"
+
+
+def test_command_line_takes_the_flags_of_old(phantoms, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    old = "--batch-size 8 --epochs 1 --lr 1e-4 --device cpu --workers 1 --vis-images 1 --vis-freq 1"
+    old += " --weights ./w --logs ./l --image-size 32 --aug-scale 0.05 --aug-angle 15"
+    train.main([*old.split(), "--images", str(phantoms), "--features", "4"])
+    assert {path.name for path in Path("w").iterdir()} == {"unet.pt", "unet.json", "unet.ckpt"}
+    assert "64 slices of 8 cases to train on" in capsys.readouterr().out
+
+
+# Going on
+
+
+@pytest.mark.parametrize("more", [(), ("--ema", 0.9)], ids=["plain", "ema"])
+def test_more_epochs_later_equal_all_at_once(phantoms, straight, tmp_path, more):
+    all_at_once = straight / "weights"
+    if more:
+        all_at_once = run(phantoms, tmp_path / "a", "--epochs", 3, *more)
+    run(phantoms, tmp_path / "b", *more)
+    in_two = run(phantoms, tmp_path / "b", "--resume", "--epochs", 3)
+    assert same_run(all_at_once, in_two)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_in_mid_epoch_and_resumed_equals_uninterrupted(
+    phantoms, tmp_path, monkeypatch, capsys, number
+):
+    recipe = "--epochs", 2, "--schedule", "cosine", "--warmup", 3, "--ema", 0.9
+    whole = run(phantoms, tmp_path / "a", *recipe)
+    with monkeypatch.context() as patch:
+        interrupt(patch, 6, number)  # of 2 x 4 steps
+        with pytest.raises(SystemExit) as stop:
+            run(phantoms, tmp_path / "b", *recipe)
+    assert stop.value.code == 128 + number
+    said = capsys.readouterr().out
+    assert "stopped at epoch 2, step 2" in said
+    assert f"train.py --resume --weights {tmp_path / 'b' / 'weights'}" in said
+    assert load_tensors(tmp_path / "b/weights/unet.ckpt")["step"] == 2, "the step was finished"
+    train.main(["--resume", "--weights", str(tmp_path / "b/weights")])  # as it says
+    assert same_run(whole, tmp_path / "b/weights")
+    losses = [scalars(tmp_path / x / "logs").Scalars("loss/train") for x in "ab"]
+    assert [e.step for e in losses[1]] == [1, 2]
+    assert losses[0][1].value == pytest.approx(losses[1][1].value, rel=1e-5)
+
+
+def test_a_real_process_stops_saves_and_goes_on(phantoms, tmp_path):
+    command = [sys.executable, SCRIPT, *flags(phantoms, tmp_path / "a", "--epochs", 10_000)]
+    pipe, env = subprocess.PIPE, os.environ | {"OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=env) as process:
+        said = [process.stdout.readline(), process.stdout.readline()]  # what it is; epoch 1
+        process.send_signal(signal.SIGTERM)
+        rest, errors = process.communicate(timeout=60)
+    assert said[1].startswith("epoch   1/10000"), errors
+    assert process.returncode == 128 + signal.SIGTERM and "Traceback" not in errors
+    assert "go on with: python3 train.py --resume" in rest
+    epochs = load_tensors(tmp_path / "a/weights/unet.ckpt")["epoch"] + 1
+    resumed = run(phantoms, tmp_path / "a", "--resume", "--epochs", epochs)
+    assert same_run(run(phantoms, tmp_path / "b", "--epochs", epochs), resumed)
+
+
+def test_interrupted_while_reading_ends_without_a_traceback(phantoms, tmp_path, monkeypatch):
+    def stopped(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "BrainSegmentationDataset", stopped)
+    with pytest.raises((SystemExit, KeyboardInterrupt)) as stop:
+        run(phantoms, tmp_path)
+    assert isinstance(stop.value, SystemExit) and stop.value.code not in (0, None)
+
+
+@pytest.mark.parametrize(
+    "flag, value", [("--lr", 0.1), ("--seed", 7), ("--batch-size", 8), ("--aug-angle", 0)]
+)
+def test_resuming_with_another_setting_is_refused(phantoms, straight, flag, value):
+    message = refused(phantoms, straight, "--resume", flag, value)
+    assert f"{flag} " in message and f"not {value}" in message and "unet.ckpt" in message
+
+
+def test_resuming_with_other_cases_is_refused(phantoms, straight, tmp_path):
+    images = shutil.copytree(phantoms, tmp_path / "images")
+    shutil.rmtree(images / TRAIN)
+    message = refused(images, straight, "--resume", "--epochs", 4)
+    assert f"{images}: not the training cases" in message
+
+
+def test_resuming_what_is_done_changes_nothing(phantoms, straight, capsys):
+    before = contents(straight / "weights")
+    run(phantoms, straight, "--resume", "--epochs", 3)
+    assert "all 3 epochs are done; raise --epochs" in capsys.readouterr().out
+    assert contents(straight / "weights") == before
+
+
+def test_resuming_without_a_sound_checkpoint_is_one_sentence(phantoms, straight, tmp_path):
+    place = tmp_path / "weights" / "unet.ckpt"
+    assert str(place) in refused(phantoms, tmp_path, "--resume")
+    place.parent.mkdir()
+    whole = (straight / "weights" / "unet.ckpt").read_bytes()
+    place.write_bytes(whole[: len(whole) // 2])
+    assert f"{place}: is damaged" in refused(phantoms, tmp_path, "--resume")
+    shutil.copy(straight / "weights" / "unet.pt", place)
+    assert f"{place}: is not a training checkpoint" in refused(phantoms, tmp_path, "--resume")
+
+
+# What is kept
+
+
+@pytest.mark.parametrize("keep, epoch", [("best", 1), ("last", 2)])
+def test_best_or_last_weights_are_kept(phantoms, tmp_path, monkeypatch, keep, epoch):
+    scores = iter([0.9, 0.1])
+    monkeypatch.setattr(trainer, "dsc", lambda *_: next(scores))
+    weights = run(phantoms, tmp_path, "--epochs", 2, "--keep", keep)
+    last = load_tensors(weights / "unet.ckpt")["model"]
+    assert same(load_state(weights / "unet.pt"), last) == (keep == "last")
+    card = read_card(weights / "unet.pt")
+    assert card["epoch"] == epoch and card["validation_dsc"]["mean"] == (0.9, 0.1)[epoch - 1]
+
+
+def test_a_run_that_never_improves_keeps_its_weights(phantoms, tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer, "dsc", lambda *_: 0.0)
+    weights = run(phantoms, tmp_path, "--lr", 0, "--epochs", 2)
+    model_from_state(load_state(weights / "unet.pt"), "unet.pt")
+    assert read_card(weights / "unet.pt")["validation_dsc"]["mean"] == 0
+
+
+def test_averaged_weights_are_the_ones_kept(phantoms, tmp_path):
+    weights = run(phantoms, tmp_path, "--ema", 0.9)
+    checkpoint = load_tensors(weights / "unet.ckpt")
+    average = {k.removeprefix("module."): v for k, v in checkpoint["ema"].items()}
+    average.pop("n_averaged")
+    kept = load_state(weights / "unet.pt")
+    assert same(kept, average) and not same(kept, checkpoint["model"])
+
+
+def test_shipped_weights_are_never_touched(phantoms, tmp_path):
+    shipped = tmp_path / "weights" / "unet-01234567.pt"
+    shipped.parent.mkdir()
+    for path in (shipped, shipped.with_suffix(".json")):
+        path.write_text("as shipped")
+    before = {path: path.stat().st_mtime_ns for path in shipped.parent.iterdir()}
+    run(phantoms, tmp_path, "--epochs", 2, "--keep", "last")
+    for path, time in before.items():
+        assert path.read_text() == "as shipped" and path.stat().st_mtime_ns == time
+
+
+@pytest.mark.parametrize("signalled", [False, True])
+def test_nan_loss_stops_and_keeps_earlier_weights(phantoms, tmp_path, monkeypatch, signalled):
+    weights = run(phantoms, tmp_path)
+    before = contents(weights)
+    monkeypatch.setitem(train.LOSSES, "dice", nan_loss)
+    if signalled:
+        interrupt(monkeypatch, 2, signal.SIGINT)
+    message = refused(phantoms, tmp_path, "--resume", "--epochs", 2, "--keep", "best")
+    assert "no longer finite" in message and "--lr" in message
+    assert contents(weights) == before
+
+
+def raises_no_space(save, state, path):
+    Path(path).write_bytes(b"the first bytes")
+    raise OSError(28, "No space left on device")
+
+
+def reaches_limit(save, state, path):
+    """What PyTorch itself does when the file cannot grow: a RuntimeError."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
+    try:
+        save(state, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("full", [raises_no_space, reaches_limit])
+@pytest.mark.parametrize("suffix", [".pt", ".ckpt"])
+def test_full_disk_leaves_the_old_file_whole(phantoms, tmp_path, monkeypatch, full, suffix):
+    recipe = "--epochs", 2, "--keep", "last"
+    weights = run(phantoms, tmp_path, "--keep", "last")
+    before, save = contents(weights), torch.save
+
+    def full_disk(state, path):
+        return full(save, state, path) if Path(path).suffix == suffix else save(state, path)
+
+    monkeypatch.setattr(torch, "save", full_disk)
+    message = refused(phantoms, tmp_path, "--resume", *recipe)
+    assert str(weights / f"unet{suffix}") in message
+    after = contents(weights)
+    assert sorted(after) == sorted(before), "no temporary file is left"
+    assert after["unet.ckpt"] == before["unet.ckpt"]
+    assert suffix == ".ckpt" or after == before
+    monkeypatch.undo()
+    run(phantoms, tmp_path, "--resume", *recipe)  # once there is space again
+    assert same_run(weights, run(phantoms, tmp_path / "straight", *recipe))
+
+
+# Data, folds and weights to start from
+
+
+def test_cases_without_lesion_are_used(phantoms, tmp_path):
+    images = shutil.copytree(phantoms, tmp_path / "images")
+    for name in (TRAIN, VALIDATION):
+        for path in images.glob(f"{name}/*_mask.tif"):
+            tifffile.imwrite(path, np.zeros((64, 64), np.uint8))
+    weights = run(images, tmp_path)
+    assert TRAIN in read_card(weights / "unet.pt")["cases"]["train"]
+    state = load_state(weights / "unet.pt")
+    assert all(torch.isfinite(value).all() for value in state.values())
+
+
+def test_folds_divide_all_but_the_test_cases(phantoms, tmp_path):
+    cases = [
+        read_card(run(phantoms, tmp_path / str(k), "--folds", 3, "--fold", k) / "unet.pt")["cases"]
+        for k in range(3)
+    ]
+    assert sorted(name for fold in cases for name in fold["validation"]) == sorted(
+        cases[0]["train"] + cases[0]["validation"]
+    )
+    assert all(set(fold["train"]).isdisjoint(fold["validation"]) for fold in cases)
+
+
+def test_fewer_cases_than_folds_is_refused(phantoms, tmp_path):
+    message = refused(phantoms, tmp_path, "--folds", 50, "--fold", 0)
+    assert "50 folds of 9 patients" in message and "2 to 9" in message
+    assert "--fold runs from 0 to 2" in refused(phantoms, tmp_path, "--folds", 3, "--fold", 3)
+
+
+def saved(model: UNet, path: Path) -> Path:
+    torch.save(model.state_dict(), path)
+    return path
+
+
+def test_fine_tuning_says_what_it_could_not_use(phantoms, tmp_path, monkeypatch, capsys):
+    start = UNet(in_channels=1, init_features=4)
+    file = saved(start, tmp_path / "start.pt")
+    weights = run(phantoms, tmp_path, "--init-weights", file, "--lr", 0)
+    said = capsys.readouterr().out
+    key = "encoder1.enc1conv1.weight"
+    assert f"{file}: not used: {key}; left at random: {key}" in said
+    trained = load_state(weights / "unet.pt")
+    assert torch.equal(trained["conv.weight"], start.conv.weight)
+    assert torch.equal(trained["bottleneck.bottleneckconv2.weight"],
+                       start.bottleneck.bottleneckconv2.weight)  # fmt: skip
+    assert trained[key].shape == (4, 3, 3, 3)
+    file.unlink()
+    run(phantoms, tmp_path, "--resume", "--lr", 0, "--epochs", 2)  # needs them no more
+
+
+def test_weights_to_start_from_that_do_not_fit_are_refused(phantoms, tmp_path):
+    file = saved(UNet(init_features=8), tmp_path / "wide.pt")
+    assert f"{file}: no weight in it fits" in refused(phantoms, tmp_path, "--init-weights", file)
+    missing = tmp_path / "missing.pt"
+    assert str(missing) in refused(phantoms, tmp_path, "--init-weights", missing)
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    "more, known",
+    [
+        (("--loss", "hinge"), ["hinge", "dice", "bce-dice"]),
+        (("--model", "vnet"), ["vnet", "unet"]),
+        (("--epochs", "0"), ["--epochs"]),
+        (("--folds", "5"), ["--fold "]),
+    ],
+)
+def test_unknown_names_and_odd_numbers_are_refused(phantoms, tmp_path, capsys, more, known):
+    with pytest.raises(SystemExit) as stop:
+        run(phantoms, tmp_path, *more)
+    assert stop.value.code == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert all(word in last for word in known)
+
+
+def test_image_size_that_16_does_not_divide_is_refused(phantoms, tmp_path):
+    message = refused(phantoms, tmp_path, "--image-size", 40)
+    assert "--image-size 40 is not a multiple of 16" in message
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_missing_device_is_refused_before_the_data_are_read(tmp_path):
+    message = refused(tmp_path / "nowhere", tmp_path, "--device", "cuda")
+    assert "'cuda' is not there" in message
+
+
+def test_missing_empty_or_unpaired_images_are_refused(phantoms, tmp_path):
+    assert f"{tmp_path / 'nowhere'}: no such folder" in refused(tmp_path / "nowhere", tmp_path)
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert f"{empty}: holds no case" in refused(empty, tmp_path)
+    images = shutil.copytree(phantoms, tmp_path / "images")
+    for path in images.glob(f"{TRAIN}/*_mask.tif"):
+        path.unlink()
+    assert f"{images / TRAIN}: no slice has a mask" in refused(images, tmp_path)
+    assert not list(tmp_path.glob("weights/*"))
+
+
+def test_a_file_in_place_of_an_output_folder_is_refused(phantoms, tmp_path):
+    for name in ("weights", "logs"):
+        (tmp_path / name / name).parent.mkdir()
+        (tmp_path / name / name).write_text("kept")
+        assert str(tmp_path / name / name) in refused(phantoms, tmp_path / name)
+        assert (tmp_path / name / name).read_text() == "kept"

@@ -1,0 +1,164 @@
+"""Augmentation: geometry, what comes in from outside, and draws that can be made again."""
+
+import numpy as np
+import pytest
+import torch
+from skimage.transform import SimilarityTransform, warp
+
+from transform import augment
+from utils import make_generator
+
+STILL = {"scale": 0, "angle": 0, "flip": 0}
+
+
+def blobs(height: int, width: int) -> np.ndarray:
+    """A smooth picture (H, W): one blob off the centre and a weaker one, on 0."""
+    y, x = np.mgrid[:height, :width]
+    places = (0.38, 0.66, 1.0), (0.6, 0.4, 0.5)
+    spots = [
+        peak * np.exp(-((y - row * height) ** 2 + (x - column * width) ** 2) / 18)
+        for row, column, peak in places
+    ]
+    return np.sum(spots, axis=0).astype(np.float32)
+
+
+def batch(n: int, height: int = 64, width: int = 64) -> tuple[torch.Tensor, torch.Tensor]:
+    """Three channels of blobs, and the mask of the bright one."""
+    picture = torch.from_numpy(blobs(height, width))
+    images = torch.stack([picture, 2 * picture - 1, 3 - picture])
+    mask = (picture > 0.6).float()[None]
+    return images.repeat(n, 1, 1, 1), mask.repeat(n, 1, 1, 1)
+
+
+def place(pictures: torch.Tensor) -> torch.Tensor:
+    """Centre of mass of (N, H, W), from the centre of the picture: x + iy, in voxels."""
+    height, width = pictures.shape[1:]
+    y = torch.arange(height) - (height - 1) / 2
+    x = torch.arange(width) - (width - 1) / 2
+    total = pictures.sum(dim=(1, 2))
+    return torch.complex(
+        (pictures.sum(dim=1) * x).sum(dim=1) / total, (pictures.sum(dim=2) * y).sum(dim=1) / total
+    )
+
+
+@pytest.mark.parametrize("height, width", [(64, 64), (48, 80), (33, 17)])
+def test_identity(height, width):
+    images, masks = batch(2, height, width)
+    moved, moved_masks = augment(images, masks, make_generator(0), **STILL)
+    torch.testing.assert_close(moved, images, atol=1e-5, rtol=0)
+    assert torch.equal(moved_masks, masks)
+
+
+@pytest.mark.parametrize("height, width", [(64, 64), (48, 80), (33, 17)])
+def test_flip_alone_is_the_mirror_image(height, width):
+    images, masks = batch(2, height, width)
+    moved, moved_masks = augment(images, masks, make_generator(0), scale=0, angle=0, flip=1)
+    torch.testing.assert_close(moved, images.flip(-1), atol=1e-5, rtol=0)
+    assert torch.equal(moved_masks, masks.flip(-1))
+
+
+def test_about_half_are_flipped():
+    images, masks = batch(200, 16, 16)
+    _, moved = augment(images, masks, make_generator(0), scale=0, angle=0)
+    flipped = (moved == masks.flip(-1)).all(dim=(1, 2, 3))
+    kept = (moved == masks).all(dim=(1, 2, 3))
+    assert (flipped ^ kept).all()
+    assert 70 < flipped.sum() < 130
+
+
+def test_same_generator_same_result_and_another_another():
+    images, masks = batch(4)
+    one, again, other = (augment(images, masks, make_generator(seed)) for seed in (0, 0, 1))
+    assert torch.equal(one[0], again[0]) and torch.equal(one[1], again[1])
+    assert not torch.equal(one[0], other[0])
+
+
+def test_each_slice_of_a_batch_and_each_batch_has_its_own_draws():
+    """Trap 1: the same augmentation must not come again and again."""
+    images, masks = batch(4)
+    generator = make_generator(0)
+    first, second = (augment(images, masks, generator)[0] for _ in range(2))
+    slices = torch.cat((first, second)).flatten(1)
+    assert len(torch.unique(slices, dim=0)) == 8
+
+
+@pytest.mark.parametrize("height, width", [(64, 64), (48, 80)])
+def test_rotation_and_scale_are_in_range_and_fill_it(height, width):
+    images, masks = batch(300, height, width)
+    images = images[:, :1]
+    moved, _ = augment(images, masks, make_generator(0), scale=0.1, angle=20, flip=0)
+    change = place(moved[:, 0]) / place(images[:, 0])
+    angle, zoom = torch.rad2deg(change.angle()), change.abs()
+    assert -20.3 < angle.min() < -18 and 18 < angle.max() < 20.3
+    assert 0.89 < zoom.min() < 0.92 and 1.08 < zoom.max() < 1.11
+    assert abs(angle.mean()) < 3 and abs(zoom.mean() - 1) < 0.02
+
+
+@pytest.mark.parametrize("height, width", [(64, 64), (48, 80)])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_agrees_with_scikit_image(height, width, seed):
+    """A similarity about the centre of the picture, also where it is not square: no shear."""
+    images, masks = batch(1, height, width)
+    moved, _ = augment(images, masks, make_generator(seed), scale=0.2, angle=30, flip=0)
+    change = (place(moved[:, 0]) / place(images[:, 0])).item()
+    assert abs(np.rad2deg(np.angle(change))) > 2, "choose a seed that moves something"
+    centre = np.array([(width - 1) / 2, (height - 1) / 2])
+    forward = (
+        SimilarityTransform(translation=-centre)
+        + SimilarityTransform(scale=abs(change), rotation=np.angle(change))
+        + SimilarityTransform(translation=centre)
+    )
+    expected = warp(images[0, 0].numpy(), forward.inverse, order=1)
+    np.testing.assert_allclose(moved[0, 0].numpy(), expected, atol=0.02)
+
+
+def test_mask_moves_with_its_image():
+    """A bright disk beside its own mask: they still cover each other."""
+    y, x = torch.meshgrid(torch.arange(64), torch.arange(64), indexing="ij")
+    disk = ((y - 20) ** 2 + (x - 40) ** 2 < 100).float()[None, None].repeat(16, 1, 1, 1)
+    images, masks = augment(disk, disk, make_generator(0), scale=0.2, angle=40)
+    overlap = ((images > 0.5) & (masks > 0)).sum(dim=(1, 2, 3))
+    size = (images > 0.5).sum(dim=(1, 2, 3)) + masks.sum(dim=(1, 2, 3))
+    assert (2 * overlap / size > 0.9).all()
+    assert not torch.equal(masks, disk)
+
+
+def test_masks_stay_0_or_1():
+    images, masks = batch(8)
+    _, moved = augment(images, masks, make_generator(0), scale=0.3, angle=45)
+    assert set(moved.unique().tolist()) == {0.0, 1.0}
+    assert moved.shape == masks.shape and moved.dtype == masks.dtype
+
+
+@pytest.mark.parametrize("background", [(-1.5, -0.25, -3.0), (2.0, 0.5, 0.0)])
+def test_background_comes_in_from_outside(background):
+    """Trap 6: after normalisation 0 is tissue; as a fill value it made grey wedges."""
+    least = torch.tensor(background)[None, :, None, None]
+    images = torch.ones(8, 3, 64, 64) * (least + 1)  # tissue up to the border ...
+    images[:, :, 30:34, 30:34] = least  # ... and background inside
+    masks = torch.ones(8, 1, 64, 64)
+    moved, moved_masks = augment(images, masks, make_generator(0), scale=0, angle=60)
+    outside = moved_masks[:, 0] == 0
+    assert outside.any(dim=(1, 2)).sum() >= 6, "the corners come from outside"
+    far = -torch.nn.functional.max_pool2d(-outside[:, None].float(), 5, 1, 2)[:, 0] > 0
+    for channel, value in enumerate(background):
+        torch.testing.assert_close(
+            moved[:, channel][far], torch.full((int(far.sum()),), value), atol=1e-5, rtol=0
+        )
+    assert (moved >= least - 1e-5).all(), "nothing is darker than the background"
+
+
+def test_inputs_are_not_modified():
+    images, masks = batch(4)
+    before = images.clone(), masks.clone()
+    augment(images, masks, make_generator(0))
+    assert torch.equal(images, before[0]) and torch.equal(masks, before[1])
+
+
+def test_global_random_state_is_left_alone():
+    images, masks = batch(2)
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    augment(images, masks, make_generator(5))
+    assert torch.equal(torch.rand(3), expected)

@@ -1,0 +1,141 @@
+"""The network: parameter names and shapes of the published checkpoint, odd sizes, errors."""
+
+import pytest
+import torch
+
+from unet import UNet
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Arrays this small gain nothing from a second core, and wait long for a busy one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def published_names(in_channels=3, out_channels=1, f=32) -> dict[str, tuple[int, ...]]:
+    """Every key of the published checkpoint with its shape, written out independently."""
+    names = {}
+
+    def block(module, prefix, channels, features):
+        for i, c in ((1, channels), (2, features)):
+            names[f"{module}.{prefix}conv{i}.weight"] = (features, c, 3, 3)
+            for key in ("weight", "bias", "running_mean", "running_var"):
+                names[f"{module}.{prefix}norm{i}.{key}"] = (features,)
+            names[f"{module}.{prefix}norm{i}.num_batches_tracked"] = ()
+
+    for level in (1, 2, 3, 4):
+        wide = f * 2 ** (level - 1)
+        block(f"encoder{level}", f"enc{level}", in_channels if level == 1 else wide // 2, wide)
+        block(f"decoder{level}", f"dec{level}", 2 * wide, wide)
+        names[f"upconv{level}.weight"] = (2 * wide, wide, 2, 2)
+        names[f"upconv{level}.bias"] = (wide,)
+    block("bottleneck", "bottleneck", 8 * f, 16 * f)
+    names["conv.weight"], names["conv.bias"] = (out_channels, f, 1, 1), (out_channels,)
+    return names
+
+
+@pytest.fixture(scope="module")
+def narrow() -> UNet:
+    torch.manual_seed(0)
+    return UNet(init_features=4).eval()
+
+
+def test_parameter_count():
+    assert sum(p.numel() for p in UNet().parameters()) == 7_763_041
+
+
+@pytest.mark.parametrize("settings", [(3, 1, 32), (1, 2, 4), (4, 1, 3)])
+def test_state_dict_has_the_published_names_and_shapes(settings):
+    state = UNet(*settings).state_dict()
+    assert {name: tuple(value.shape) for name, value in state.items()} == published_names(*settings)
+
+
+def test_a_dict_with_the_published_names_loads_strictly():
+    shapes = published_names(f=4)
+    state = {
+        name: torch.tensor(7) if name.endswith("tracked") else torch.full(shape, 0.5)
+        for name, shape in shapes.items()
+    }
+    model = UNet(init_features=4)
+    model.load_state_dict(state, strict=True)
+    assert all((value == 0.5).all() for value in model.parameters())
+    del state["upconv3.bias"]
+    with pytest.raises(RuntimeError, match="upconv3.bias"):
+        model.load_state_dict(state, strict=True)
+
+
+@pytest.mark.parametrize(
+    "n, channels, out, features, height, width",
+    [(1, 3, 1, 4, 16, 16), (2, 1, 1, 3, 32, 48), (1, 4, 3, 1, 80, 16), (3, 2, 2, 5, 48, 32)],
+)
+def test_shapes(n, channels, out, features, height, width):
+    model = UNet(channels, out, features).eval()
+    with torch.no_grad():
+        y = model(torch.randn(n, channels, height, width))
+    assert y.shape == (n, out, height, width)
+    assert y.min() >= 0 and y.max() <= 1
+
+
+def test_logits_are_the_probabilities_before_the_sigmoid(narrow):
+    x = 3 * torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        logits, probabilities = narrow(x, logits=True), narrow(x)
+    assert torch.equal(torch.sigmoid(logits), probabilities)
+    assert not torch.equal(logits, probabilities)
+
+
+def test_input_is_not_modified(narrow):
+    x = torch.randn(1, 3, 32, 32)
+    before = x.clone()
+    with torch.no_grad():
+        narrow(x)
+    assert torch.equal(x, before)
+
+
+def test_every_parameter_gets_a_gradient():
+    model = UNet(init_features=2)
+    model(torch.randn(2, 3, 32, 32), logits=True).square().mean().backward()
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+def test_upsampled_half_comes_first_in_the_concatenation():
+    """The published decoders were trained on (upsampled, skipped) in this order."""
+    model = UNet(init_features=2).eval()
+    seen = {}
+    model.upconv1.register_forward_hook(lambda _, args, output: seen.update(upsampled=output))
+    model.encoder1.register_forward_hook(lambda _, args, output: seen.update(skipped=output))
+    model.decoder1.register_forward_pre_hook(lambda _, args: seen.update(joined=args[0]))
+    with torch.no_grad():
+        model(torch.randn(1, 3, 16, 16))
+    assert torch.equal(seen["joined"], torch.cat((seen["upsampled"], seen["skipped"]), dim=1))
+
+
+@pytest.mark.parametrize("height, width", [(250, 250), (16, 24), (8, 16), (33, 32)])
+def test_size_that_16_does_not_divide_is_refused(narrow, height, width):
+    """Trap 10: it used to fail deep inside a concatenation."""
+    with pytest.raises(ValueError, match=rf"{height} x {width} is not a multiple of 16"):
+        narrow(torch.zeros(1, 3, height, width))
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 32, 32), (1, 4, 32, 32), (3, 32, 32)])
+def test_wrong_channels_are_refused(narrow, shape):
+    with pytest.raises(ValueError, match=r"takes \(N, 3, H, W\)"):
+        narrow(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("settings", [(3, 1, 32), (1, 2, 5)])
+def test_settings_of_reads_the_arguments_off_a_state_dict(settings):
+    model = UNet(*settings)
+    found = UNet.settings_of(model.state_dict())
+    assert found == model.settings
+    assert found == dict(
+        zip(("in_channels", "out_channels", "init_features"), settings, strict=True)
+    )
+
+
+def test_settings_of_another_network_is_none():
+    assert UNet.settings_of(torch.nn.Conv2d(3, 1, 1).state_dict()) is None
+    assert UNet.settings_of({}) is None
