@@ -171,5 +171,4 @@ def load_pretrained(name: str, **settings: int) -> nn.Module:
 
 def file_hash(path: Path | str) -> str:
     """SHA-256 of a file, in hexadecimal digits."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()

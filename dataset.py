@@ -123,6 +123,15 @@ class Prepared:
         return self.case.name
 
 
+def check_channels(volumes: Sequence[Prepared]) -> int:
+    """How many channels the volumes have; ValueError, naming two cases, if they differ."""
+    channels = {volume.images.shape[1]: volume.case.folder for volume in volumes}
+    if len(channels) > 1:
+        listed = ", ".join(f"{count} in {folder}" for count, folder in sorted(channels.items()))
+        raise ValueError(f"cases with different numbers of channels: {listed}")
+    return next(iter(channels))
+
+
 class BrainSegmentationDataset(Dataset):
     """The slices of a subset: index to (image (C, N, N), mask (1, N, N)), float32, always the same.
 
@@ -142,13 +151,26 @@ class BrainSegmentationDataset(Dataset):
         progress: bool = False,
     ):
         cases = select_cases(find_cases(images_dir), subset, folds, fold)
-        self.volumes = prepare(cases, image_size, cache, workers, progress)
-        channels = {volume.images.shape[1]: volume.name for volume in self.volumes}
-        if len(channels) > 1:
-            listed = ", ".join(f"{name} has {count}" for count, name in sorted(channels.items()))
-            raise ValueError(f"{images_dir}: cases with different channel counts: {listed}")
-        (self.in_channels,) = channels
-        self._place = [(v, s) for v, vol in enumerate(self.volumes) for s in range(len(vol.mask))]
+        self._hold(prepare(cases, image_size, cache, workers, progress))
+
+    @classmethod
+    def train_and_validation(
+        cls, images_dir: Path | str, folds: int | None = None, fold: int | None = None, **options
+    ) -> tuple[BrainSegmentationDataset, BrainSegmentationDataset]:
+        """The two subsets that a training needs, read together; `options` are those of `prepare`."""
+        cases = find_cases(images_dir)
+        train, validation = (select_cases(cases, s, folds, fold) for s in ("train", "validation"))
+        volumes = prepare(train + validation, **options)
+        check_channels(volumes)
+        parts = cls.__new__(cls), cls.__new__(cls)
+        parts[0]._hold(volumes[: len(train)])
+        parts[1]._hold(volumes[len(train) :])
+        return parts
+
+    def _hold(self, volumes: list[Prepared]) -> None:
+        self.volumes = volumes
+        self.in_channels = check_channels(volumes)
+        self._place = [(v, s) for v, vol in enumerate(volumes) for s in range(len(vol.mask))]
 
     def __len__(self) -> int:
         return len(self._place)

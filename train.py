@@ -191,18 +191,14 @@ def run(args: argparse.Namespace, checkpoint: dict | None) -> None:
     """Train from `args`, from the start or from a checkpoint, to the last epoch or a signal."""
     pick_device(args.device)  # before the long work: a missing device, a folder without right
     args.weights.mkdir(parents=True, exist_ok=True)
-    train_set, validation_set = (
-        BrainSegmentationDataset(
-            args.images,
-            subset,
-            image_size=args.image_size,
-            folds=args.folds,
-            fold=args.fold,
-            cache=args.cache,
-            workers=args.workers,
-            progress=True,
-        )
-        for subset in ("train", "validation")
+    train_set, validation_set = BrainSegmentationDataset.train_and_validation(
+        args.images,
+        args.folds,
+        args.fold,
+        image_size=args.image_size,
+        cache=args.cache,
+        workers=args.workers,
+        progress=True,
     )
     trainer = Trainer(args, train_set)
     if checkpoint:

@@ -340,7 +340,7 @@ def test_blank_case_is_used(two):
 def test_cases_of_different_channels_are_refused(two):
     for path in (two / "phantom_001").glob("*[0-9].tif"):
         iio.imwrite(path, iio.imread(path)[..., 1])
-    with pytest.raises(ValueError, match="phantom_001 has 1, phantom_002 has 3") as stop:
+    with pytest.raises(ValueError, match="1 in .*phantom_001, 3 in .*phantom_002") as stop:
         open_two(two)
     assert str(two) in str(stop.value)
 

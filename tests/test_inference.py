@@ -28,15 +28,6 @@ from volume import find_case, preprocess
 TRAINED_ON = ["phantom_001", "phantom_002"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Networks this small are fastest on one thread, above all on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def make_weights(path: Path, in_channels: int = 3) -> Path:
     """A network that calls the brightest tenth of FLAIR lesion, plus noise, and its card."""
     torch.manual_seed(0)

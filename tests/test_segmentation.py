@@ -13,15 +13,6 @@ from unet import UNet
 from volume import preprocess
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Arrays this small gain nothing from a second core, and wait long for a busy one."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def volume() -> np.ndarray:
     """A phantom cut to 64 x 50, (6, 64, 50, 3) uint8."""

@@ -29,15 +29,6 @@ SCRIPT = Path(train.__file__)
 VALIDATION, TRAIN = "phantom_011", "phantom_001"  # a validation and a training case of `phantoms`
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Networks this small are fastest on one thread, above all on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(autouse=True)
 def own_signal_handlers():
     """A run installs handlers for the rest of its process; here the process goes on."""
@@ -263,7 +254,7 @@ def test_interrupted_while_reading_ends_without_a_traceback(phantoms, tmp_path, 
     def stopped(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(train, "BrainSegmentationDataset", stopped)
+    monkeypatch.setattr(train.BrainSegmentationDataset, "train_and_validation", stopped)
     with pytest.raises((SystemExit, KeyboardInterrupt)) as stop:
         run(phantoms, tmp_path)
     assert isinstance(stop.value, SystemExit) and stop.value.code not in (0, None)

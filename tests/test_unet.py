@@ -6,15 +6,6 @@ import torch
 from unet import UNet
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Arrays this small gain nothing from a second core, and wait long for a busy one."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def published_names(in_channels=3, out_channels=1, f=32) -> dict[str, tuple[int, ...]]:
     """Every key of the published checkpoint with its shape, written out independently."""
     names = {}

@@ -18,15 +18,6 @@ from metrics import dsc
 from volume import Frame, find_case, find_cases, preprocess, preprocess_mask, restore
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Arrays this small gain nothing from a second core, and wait long for a busy one."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def pair() -> tuple[np.ndarray, np.ndarray]:
     """A phantom volume (6, 64, 64, 3) uint8 and its mask."""
