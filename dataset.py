@@ -157,7 +157,7 @@ class BrainSegmentationDataset(Dataset):
     def train_and_validation(
         cls, images_dir: Path | str, folds: int | None = None, fold: int | None = None, **options
     ) -> tuple[BrainSegmentationDataset, BrainSegmentationDataset]:
-        """The two subsets that a training needs, read together; `options` are those of `prepare`."""
+        """The two subsets a training needs, read together; `options` are those of `prepare`."""
         cases = find_cases(images_dir)
         train, validation = (select_cases(cases, s, folds, fold) for s in ("train", "validation"))
         volumes = prepare(train + validation, **options)
