@@ -23,7 +23,7 @@ from torch import Tensor
 
 from checkpoint import SHIPPED, load_state, model_from_state, read_card
 from metrics import summarise
-from utils import fail, written_whole
+from utils import fail, make_parser, written_whole
 
 LICENCE = (
     "Trained on MR images of TCGA-LGG (doi:10.7937/K9/TCIA.2016.L4LTD3TK) with the masks of Buda, "
@@ -33,13 +33,15 @@ LICENCE = (
 
 
 def get_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--weights", type=Path, required=True, help="file that train.py wrote")
     parser.add_argument("--metrics", type=Path, help="metrics.csv of inference.py with the weights")
-    parser.add_argument("--subset", default="validation", help="what it scores (%(default)s)")
-    parser.add_argument("--out", type=Path, default=SHIPPED, help="folder (%(default)s)")
+    parser.add_argument(
+        "--subset", type=str, default="validation", help="what it scores (%(default)s)"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=SHIPPED, help="folder (weights/ of the project)"
+    )
     return parser
 
 

@@ -34,6 +34,7 @@ from segmentation import Segmenter
 from utils import (
     fail,
     in_order,
+    make_parser,
     naming,
     outline,
     save_dsc_figure,
@@ -49,13 +50,13 @@ TABLE = (
 
 
 def get_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     add = parser.add_argument_group("what").add_argument
     add("--images", type=Path, default="./kaggle_3m", help="cases, or one case (%(default)s)")
-    add("--subset", default="all", help=f"all, {', '.join(SUBSETS)} (%(default)s)")
-    add("--cases", nargs="+", metavar="NAME", help="only these cases")
+    add("--subset", type=str, default="all", help=f"all, {', '.join(SUBSETS)} (%(default)s)")
+    add("--folds", type=int, help="with --fold: the subsets of a cross-validation")
+    add("--fold", type=int, help="the fold that was validated on, from 0")
+    add("--cases", type=str, nargs="+", help="only these cases")
     add("--skip-existing", action="store_true", help="keep predictions that are already there")
 
     add = parser.add_argument_group("how").add_argument
@@ -70,7 +71,7 @@ def get_parser() -> argparse.ArgumentParser:
     )
     add("--tta", action="store_true", help="average over each slice and its mirror image")
     add("--batch-size", type=int, default=16, help="slices at once (%(default)s)")
-    add("--device", help="cuda, cuda:1, mps, cpu (an accelerator if there is one)")
+    add("--device", type=str, help="cuda, cuda:1, mps, cpu (an accelerator if there is one)")
     add(
         "--amp",
         action=argparse.BooleanOptionalAction,
@@ -101,6 +102,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.batch_size < 1 or (args.workers is not None and args.workers < 1):
         parser.error("--batch-size and --workers must be at least 1")
+    if (args.folds is None) != (args.fold is None):
+        parser.error("--folds and --fold go together, as in --folds 5 --fold 0")
     if not 0 < args.threshold < 1:
         parser.error("--threshold is a probability between 0 and 1")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # tidy up as after Ctrl-C
@@ -127,7 +130,8 @@ def run(args: argparse.Namespace) -> int:
         amp=args.amp,
     )
     trained_on = set(read_card(weights).get("cases", {}).get("train", ()))
-    cases = select_cases(find_cases(args.images, args.cases), args.subset)
+    found = find_cases(args.images, args.cases)
+    cases = select_cases(found, args.subset, args.folds, args.fold)
     args.predictions.mkdir(parents=True, exist_ok=True)
 
     rows, failed = [], 0

@@ -33,7 +33,15 @@ from loss import LOSSES
 from metrics import summarise
 from segmentation import pick_device
 from trainer import RECIPE, Trainer, plain
-from utils import Interruption, fail, make_generator, outline, to_grey, written_whole
+from utils import (
+    Interruption,
+    fail,
+    make_generator,
+    make_parser,
+    outline,
+    to_grey,
+    written_whole,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -43,9 +51,7 @@ ROOT = Path(__file__).resolve().parent
 
 
 def get_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     add = parser.add_argument_group("data").add_argument
     add("--images", type=Path, default="./kaggle_3m", help="folder of cases (%(default)s)")
     add("--image-size", type=int, default=256, help="side of a resized slice (%(default)s)")
@@ -55,35 +61,37 @@ def get_parser() -> argparse.ArgumentParser:
     add("--workers", type=int, help="threads that read and preprocess (all cores)")
 
     add = parser.add_argument_group("network").add_argument
-    add("--model", default="unet", help=f"one of: {', '.join(MODELS)} (%(default)s)")
+    add("--model", type=str, default="unet", help=f"one of: {', '.join(MODELS)} (%(default)s)")
     add("--features", type=int, default=32, help="channels of the first level (%(default)s)")
     add("--init-weights", type=Path, help="weights to start from, as far as they fit")
 
     add = parser.add_argument_group("recipe").add_argument
-    add("--epochs", type=int, default=100, help="each of as many slices as there are (%(default)s)")
+    add("--epochs", type=int, default=100, help="each of as many slices as exist (%(default)s)")
     add("--batch-size", type=int, default=16, help="slices a step (%(default)s)")
     add("--lr", type=float, default=1e-4, help="learning rate of Adam, its peak (%(default)s)")
     add(
         "--schedule",
+        type=str,
         choices=("constant", "cosine"),
         default="constant",
         help="of the learning rate; cosine falls to 0 at the last epoch (%(default)s)",
     )
     add("--warmup", type=int, default=0, help="steps of linear warm-up (%(default)s)")
     add("--ema", type=float, default=0.0, help="decay of averaged weights, say 0.998; 0 is off")
-    add("--loss", default="dice", help=f"one of: {', '.join(LOSSES)} (%(default)s)")
+    add("--loss", type=str, default="dice", help=f"one of: {', '.join(LOSSES)} (%(default)s)")
     add("--aug-scale", type=float, default=0.05, help="random scale, 1 ± this (%(default)s)")
     add("--aug-angle", type=float, default=15, help="random rotation, ± degrees (%(default)s)")
     add("--seed", type=int, default=42, help="of every random draw (%(default)s)")
     add(
         "--keep",
+        type=str,
         choices=("best", "last"),
         default="best",
         help="weights of the epoch with the best validation DSC, or of the last (%(default)s)",
     )
 
     add = parser.add_argument_group("machine and files").add_argument
-    add("--device", help="cuda, cuda:1, mps, cpu (an accelerator if there is one)")
+    add("--device", type=str, help="cuda, cuda:1, mps, cpu (an accelerator if there is one)")
     add(
         "--amp",
         action=argparse.BooleanOptionalAction,

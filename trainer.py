@@ -34,9 +34,11 @@ class Trainer:
         self.args = args
         self.device = pick_device(args.device)
         self.amp = has_bfloat16(self.device) if args.amp is None else args.amp
-        torch.manual_seed(args.seed)
-        channels = train_set.in_channels
-        model = build_model(args.model, in_channels=channels, init_features=args.features)
+        torch.backends.cudnn.deterministic = True  # same seed, same device, same result
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(args.seed)
+            channels = train_set.in_channels
+            model = build_model(args.model, in_channels=channels, init_features=args.features)
         if args.image_size % model.stride:
             raise ValueError(f"--image-size {args.image_size} is not a multiple of {model.stride}")
         if args.init_weights and not args.resume:

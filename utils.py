@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import signal
 import sys
@@ -18,6 +19,18 @@ import torch
 
 T, R = TypeVar("T"), TypeVar("R")
 GREEN, RED = (0, 255, 0), (255, 0, 0)
+
+
+def make_parser(doc: str) -> argparse.ArgumentParser:
+    """A parser whose --help is the script's docstring, then one line an option."""
+
+    class Formatter(argparse.MetavarTypeHelpFormatter, argparse.RawDescriptionHelpFormatter):
+        def __init__(self, prog: str, **_: object):
+            super().__init__(prog, max_help_position=32, width=100)
+
+    return argparse.ArgumentParser(
+        usage="%(prog)s [options]", description=doc, formatter_class=Formatter
+    )
 
 
 def make_generator(seed: int, *stream: int) -> torch.Generator:
