@@ -81,6 +81,8 @@ def get_parser() -> argparse.ArgumentParser:
     add("--loss", type=str, default="dice", help=f"one of: {', '.join(LOSSES)} (%(default)s)")
     add("--aug-scale", type=float, default=0.05, help="random scale, 1 ± this (%(default)s)")
     add("--aug-angle", type=float, default=15, help="random rotation, ± degrees (%(default)s)")
+    add("--aug-intensity", type=float, default=0, help="random gain and shift, ± this; 0 is off")
+    add("--drop-sequences", type=float, default=0, help="share of slices without post-contrast")
     add("--seed", type=int, default=42, help="of every random draw (%(default)s)")
     add(
         "--keep",

@@ -17,13 +17,13 @@ from dataset import BrainSegmentationDataset
 from loss import LOSSES
 from metrics import dsc
 from segmentation import Segmenter, has_bfloat16, pick_device
-from transform import augment
+from transform import augment, drop_sequences, vary_intensity
 from utils import make_generator
 
 # Settings that change the numbers of a run: a resumed run keeps those it was started with.
 RECIPE = (
     "model features image_size loss batch_size lr schedule warmup ema aug_scale aug_angle "
-    "seed folds fold amp keep"
+    "aug_intensity drop_sequences seed folds fold amp keep"
 ).split()
 
 
@@ -35,9 +35,11 @@ class Trainer:
         self.device = pick_device(args.device)
         self.amp = has_bfloat16(self.device) if args.amp is None else args.amp
         torch.backends.cudnn.deterministic = True  # same seed, same device, same result
+        channels = train_set.in_channels
+        if args.drop_sequences and channels != 3:
+            raise ValueError(f"--drop-sequences is for 3 sequences a slice, not {channels}")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(args.seed)
-            channels = train_set.in_channels
             model = build_model(args.model, in_channels=channels, init_features=args.features)
         if args.image_size % model.stride:
             raise ValueError(f"--image-size {args.image_size} is not a multiple of {model.stride}")
@@ -83,6 +85,10 @@ class Trainer:
         masks = masks.to(self.device, torch.float32, non_blocking=True)
         generator = make_generator(self.args.seed, 1, self.global_step)
         images, masks = augment(images, masks, generator, self.args.aug_scale, self.args.aug_angle)
+        if self.args.drop_sequences:
+            images = drop_sequences(images, generator, self.args.drop_sequences)
+        if self.args.aug_intensity:
+            images = vary_intensity(images, generator, self.args.aug_intensity)
         images = images.contiguous(memory_format=torch.channels_last)
         self.model.train()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):

@@ -1,4 +1,8 @@
-"""Augmentation of a batch, on whatever device the batch is on."""
+"""Augmentation of a batch, on whatever device the batch is on.
+
+Draws come from a generator on the CPU, so that they are the same on every device. No function
+modifies what it is given.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -16,10 +20,9 @@ def augment(
     """Scale, rotate and flip each slice of a batch at random, in one interpolation.
 
     `images` (N, C, H, W) and `masks` (N, 1, H, W), float; the factor is uniform in 1 ± `scale`,
-    the rotation in ± `angle` degrees, a horizontal flip has probability `flip`. The draws come
-    from `generator`, on the CPU, so that they are the same on every device. What comes in from
-    outside is background: the least value of each slice and channel, not 0, which after
-    normalisation is tissue. The inputs are not modified.
+    the rotation in ± `angle` degrees, a horizontal flip has probability `flip`. What comes in
+    from outside is background: the least value of each slice and channel, not 0, which after
+    normalisation is tissue.
     """
     n, _, height, width = images.shape
     draws = torch.rand(n, 3, generator=generator)
@@ -39,3 +42,27 @@ def augment(
     images = F.grid_sample(images - background, grid, mode="bilinear", align_corners=False)
     masks = F.grid_sample(masks, grid, mode="nearest", align_corners=False)
     return images + background, masks
+
+
+def vary_intensity(images: Tensor, generator: torch.Generator, strength: float) -> Tensor:
+    """Scale and shift each sequence of each slice (N, C, H, W), as other scanners would.
+
+    The factor is uniform in 1 ± `strength`, the shift in ± `strength` standard deviations.
+    """
+    draws = strength * (2 * torch.rand(2, *images.shape[:2], 1, 1, generator=generator) - 1)
+    factor, shift = draws.to(images.device)
+    return images * (1 + factor) + shift
+
+
+def drop_sequences(images: Tensor, generator: torch.Generator, probability: float) -> Tensor:
+    """Put FLAIR (channel 1) in the place of post-contrast (2), half the time of pre-contrast too.
+
+    That is how the LGG data set fills in for a missing sequence. Of slices (N, 3, H, W), a share
+    of `probability` is changed.
+    """
+    draws = torch.rand(len(images), 2, generator=generator).to(images.device)
+    post = draws[:, 0] < probability
+    pre = post & (draws[:, 1] < 0.5)
+    keep = torch.zeros_like(post)
+    missing = torch.stack((pre, keep, post), dim=1)[:, :, None, None]  # (N, 3, 1, 1)
+    return torch.where(missing, images[:, 1:2], images)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from skimage.transform import SimilarityTransform, warp
 
-from transform import augment
+from transform import augment, drop_sequences, vary_intensity
 from utils import make_generator
 
 STILL = {"scale": 0, "angle": 0, "flip": 0}
@@ -162,3 +162,26 @@ def test_global_random_state_is_left_alone():
     torch.manual_seed(0)
     augment(images, masks, make_generator(5))
     assert torch.equal(torch.rand(3), expected)
+
+
+def test_intensity_varies_by_slice_and_sequence_within_its_bounds():
+    images = torch.ones(50, 3, 2, 2)
+    before = images.clone()
+    varied = vary_intensity(images, make_generator(0), 0.1)
+    assert torch.equal(images, before)
+    assert (varied.std(dim=(2, 3)) == 0).all() and len(varied[:, :, 0, 0].unique()) == 150
+    assert 0.8 <= varied.min() < 0.85 and 1.15 < varied.max() <= 1.2
+    assert torch.equal(varied, vary_intensity(images, make_generator(0), 0.1))
+
+
+def test_dropped_sequences_are_filled_with_flair():
+    images = torch.arange(3.0)[None, :, None, None].repeat(2000, 1, 2, 2)
+    before = images.clone()
+    dropped = drop_sequences(images, make_generator(0), 0.2)[:, :, 0, 0]
+    assert torch.equal(images, before)
+    assert (dropped[:, 1] == 1).all()
+    post, pre = dropped[:, 2] == 1, dropped[:, 0] == 1
+    assert post.float().mean() == pytest.approx(0.2, abs=0.03)
+    assert pre.float().mean() == pytest.approx(0.1, abs=0.03)
+    assert not (pre & ~post).any()
+    assert torch.equal(drop_sequences(images, make_generator(0), 0.0), images)
