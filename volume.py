@@ -49,7 +49,7 @@ class Case:
         masks = _stack([read_slice(path) for path in self.masks], self.masks)
         if masks.shape[-1] in (2, 4):  # the last channel is opacity
             masks = masks[..., :-1]
-        return masks.any(axis=-1)
+        return masks.max(axis=-1) > 0
 
     def read_pair(self) -> tuple[np.ndarray, np.ndarray]:
         """The volume and its mask; raises ValueError if there is none or it has another shape."""
@@ -227,13 +227,13 @@ def preprocess(volume: np.ndarray, image_size: int = 256) -> tuple[Tensor, Frame
     if largest <= 0:
         raise ValueError(f"no voxel is above 0 (the largest is {largest}): shift the intensities")
 
-    tissue = volume >= 0.1 * float(largest)  # step 1
-    seen = tissue.any(axis=(0, 3))  # (H, W)
+    least = 0.1 * float(largest)  # step 1
+    seen = volume.max(axis=0).max(axis=-1) >= least  # (H, W)
     (top, bottom), (left, right) = _extent(seen.any(axis=1)), _extent(seen.any(axis=0))
     frame = Frame(shape, (top, bottom, left, right), image_size)  # step 2
     crop = np.s_[:, top:bottom, left:right]
     # Padding with zeros adds nothing to a linear operator, so the padded square is never made.
-    voxels = np.where(tissue[crop], volume[crop], 0).astype(np.float32)
+    voxels = np.where(volume[crop] >= least, volume[crop], 0).astype(np.float32)
     voxels = torch.from_numpy(voxels.transpose(0, 3, 1, 2))  # (S, C, h, w)
     square = spline_operator(frame.side, image_size)  # (N, side)
     rows, columns = (square[:, pad : pad + end - start] for start, end, pad in frame.spans())
@@ -242,9 +242,10 @@ def preprocess(volume: np.ndarray, image_size: int = 256) -> tuple[Tensor, Frame
     p10, p99 = np.percentile(resized.numpy(), (10, 99))
     scale = float(p99 - p10) or 1.0
     scaled = resized.clip_(float(p10), float(p99)).sub_(float(p10)).div_(scale)  # step 4
-    deviation, mean = torch.std_mean(scaled, dim=(0, 2, 3), correction=0, keepdim=True)
+    centred = scaled.sub_(scaled.mean(dim=(0, 2, 3), keepdim=True))  # step 5
+    deviation = centred.square().mean(dim=(0, 2, 3), keepdim=True).sqrt()
     # A sequence that step 1 wiped out is constant: it becomes 0 rather than NaN.
-    return scaled.sub_(mean).div_(torch.where(deviation > 1e-6, deviation, 1.0)), frame
+    return centred.div_(torch.where(deviation > 1e-6, deviation, 1.0)), frame
 
 
 def preprocess_mask(mask: np.ndarray, frame: Frame) -> Tensor:
@@ -257,7 +258,7 @@ def preprocess_mask(mask: np.ndarray, frame: Frame) -> Tensor:
         for start, end, pad in frame.spans()
     )
     inside = (rows >= 0)[:, None] & (columns >= 0)[None, :]
-    return torch.from_numpy(mask[:, rows[:, None], columns[None, :]].astype(bool) & inside)
+    return torch.from_numpy(mask.astype(bool)[:, rows][:, :, columns] & inside)
 
 
 def restore(output: Tensor, frame: Frame) -> Tensor:
