@@ -82,6 +82,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("--aug-scale", type=float, default=0.05, help="random scale, 1 ± this (%(default)s)")
     add("--aug-angle", type=float, default=15, help="random rotation, ± degrees (%(default)s)")
     add("--aug-intensity", type=float, default=0, help="random gain and shift, ± this; 0 is off")
+    add("--tumour-share", type=float, default=0, help="of the slices drawn; 0: by lesion area")
     add("--drop-sequences", type=float, default=0, help="share of slices without post-contrast")
     add("--seed", type=int, default=42, help="of every random draw (%(default)s)")
     add(
@@ -114,6 +115,9 @@ def get_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict | 
     for name in ("epochs", "batch_size", "features", "image_size", "workers"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    for name in ("tumour_share", "drop_sequences", "ema"):
+        if not 0 <= getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} is a share: from 0 to less than 1")
     if (args.folds is None) != (args.fold is None):
         parser.error("--folds and --fold go together, as in --folds 5 --fold 0")
     if args.loss not in LOSSES:
@@ -148,7 +152,7 @@ def train_one_epoch(
     """Train to the end of the epoch: slices a second; None if a signal came in first."""
     args = trainer.args
     generator = make_generator(args.seed, 0, trainer.epoch)
-    weights = dataset.sampling_weights()
+    weights = dataset.sampling_weights(args.tumour_share)
     drawn = torch.multinomial(weights, len(dataset), replacement=True, generator=generator)
     batches = drawn.split(args.batch_size)
     start, first = time.perf_counter(), trainer.step * args.batch_size

@@ -23,7 +23,7 @@ from utils import make_generator
 # Settings that change the numbers of a run: a resumed run keeps those it was started with.
 RECIPE = (
     "model features image_size loss batch_size lr schedule warmup ema aug_scale aug_angle "
-    "aug_intensity drop_sequences seed folds fold amp keep"
+    "aug_intensity tumour_share drop_sequences seed folds fold amp keep"
 ).split()
 
 
