@@ -42,11 +42,18 @@ def load_state(path: Path | str) -> dict[str, Tensor]:
         raise ValueError(
             f"{path}: is a training checkpoint, for --resume; give the weights beside it (.pt)"
         )
-    if not state or not all(isinstance(value, Tensor) for value in state.values()):
+    if not state or not all(map(_is_plain, state.values())):
         raise ValueError(f"{path}: holds no bare state dict; save model.state_dict()")
     if not all(torch.isfinite(value).all() for value in state.values()):
         raise ValueError(f"{path}: holds weights that are NaN or infinite; train it again")
     return state
+
+
+def _is_plain(value: object) -> bool:
+    """Whether it is a dense tensor of ordinary numbers."""
+    return isinstance(value, Tensor) and (
+        value.layout == torch.strided and value.device.type == "cpu" and not value.is_quantized
+    )
 
 
 def load_tensors(path: Path | str) -> dict:
@@ -65,7 +72,9 @@ def load_tensors(path: Path | str) -> dict:
         raise ValueError(
             f"{path}: is not bare weights, or is damaged; refused, as opening it could run code"
         ) from error
-    except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+    except PermissionError:
+        raise
+    except Exception as error:  # of a damaged file, torch.load may raise nearly anything
         raise ValueError(f"{path}: is damaged or cut short; fetch it again") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: holds no state dict; save model.state_dict()")
@@ -146,11 +155,16 @@ def read_card(path: Path | str) -> dict:
 
 
 def shipped_weights(name: str) -> Path:
-    """The weights of a model that came with the project; FileNotFoundError if there are none."""
+    """The one weights file of a model that came with the project.
+
+    Raises FileNotFoundError if there is none and ValueError if there are several.
+    """
     found = sorted(SHIPPED.glob(f"{name}-" + "[0-9a-f]" * 8 + ".pt"))
     if not found:
         raise FileNotFoundError(f"no pretrained weights for {name!r} in {SHIPPED}; train some")
-    return found[-1]
+    if len(found) > 1:
+        raise ValueError(f"{SHIPPED} holds {found[0].name} and {found[1].name}; remove one")
+    return found[0]
 
 
 def load_pretrained(name: str, **settings: int) -> nn.Module:

@@ -15,8 +15,9 @@ import tempfile
 import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -27,20 +28,31 @@ from tqdm import tqdm
 from utils import worker_threads
 from volume import VERSION, Case, Frame, find_cases, preprocess, preprocess_mask
 
+Named = TypeVar("Named", Case, Path)
 SUBSETS = ("train", "validation", "test")
 SPLITS = Path(__file__).resolve().parent / "splits"
 # Of a case name, what follows the patient: the date of an LGG scan, the session of a BIDS one.
-SESSION = re.compile(r"(_\d{8}|_ses-[^_]+.*)$")
+SESSION = re.compile(r"(_(19|20)\d\d(0[1-9]|1[0-2])(0[1-9]|[12]\d|3[01])|_ses-[^_]+.*)$")
 
 
 def default_cache() -> Path:
     """Where preprocessed volumes are kept unless the caller names another folder."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "brainseg"
+    if os.environ.get("XDG_CACHE_HOME"):
+        return Path(os.environ["XDG_CACHE_HOME"]) / "brainseg"
+    try:
+        return Path.home() / ".cache" / "brainseg"
+    except RuntimeError:  # a user without a home, as in a container
+        return Path(tempfile.gettempdir()) / "brainseg"
 
 
 def patient_of(case: str) -> str:
     """The patient whom a case belongs to: its name without the date or session at its end."""
     return SESSION.sub("", case)
+
+
+def is_lgg(case: str) -> bool:
+    """Whether a case is of a patient of the published LGG data set."""
+    return any(patient_of(case) in _listed(subset) for subset in SUBSETS)
 
 
 def subset_of(case: str) -> str:
@@ -58,12 +70,13 @@ def subset_of(case: str) -> str:
 
 
 def select_cases(
-    cases: Sequence[Case], subset: str, folds: int | None = None, fold: int | None = None
-) -> list[Case]:
-    """The cases of a subset; with `folds`, `train` and `validation` are those of that `fold`.
+    cases: Sequence[Named], subset: str, folds: int | None = None, fold: int | None = None
+) -> list[Named]:
+    """The cases (or case folders) of a subset; with `folds`, those of that `fold`.
 
-    Folds are by patient, balanced over sites for LGG, the same on every machine, and never touch
-    the test cases. Raises ValueError for an unknown subset, too many folds or nothing left.
+    A fold's `validation` is held out and its `train` is the rest. Folds are by patient, balanced
+    over sites for LGG, the same on every machine, and never touch the test cases. Raises
+    ValueError for an unknown subset, too many folds or nothing left.
     """
     if subset not in (*SUBSETS, "all"):
         raise ValueError(f"no subset is called {subset!r}; known: all, {', '.join(SUBSETS)}")
@@ -79,7 +92,7 @@ def select_cases(
     return chosen
 
 
-def _in_fold(cases: Sequence[Case], subset: str, folds: int, fold: int | None) -> list[Case]:
+def _in_fold(cases: Sequence[Named], subset: str, folds: int, fold: int | None) -> list[Named]:
     pool = [case for case in cases if subset_of(case.name) != "test"]
     patients = sorted({patient_of(case.name) for case in pool}, key=lambda p: (_site(p), _hash(p)))
     if not 2 <= folds <= len(patients):
@@ -102,10 +115,10 @@ def _hash(name: str) -> int:
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
 
 
-def _listed(subset: str, lists: dict[str, frozenset[str]] = {}) -> frozenset[str]:  # noqa: B006
-    if subset not in lists:  # read once
-        lists[subset] = frozenset(map(patient_of, (SPLITS / f"{subset}.txt").read_text().split()))
-    return lists[subset]
+@cache
+def _listed(subset: str) -> frozenset[str]:
+    """The patients of LGG that are in a subset."""
+    return frozenset(map(patient_of, (SPLITS / f"{subset}.txt").read_text().split()))
 
 
 @dataclass(frozen=True)
@@ -153,6 +166,12 @@ class BrainSegmentationDataset(Dataset):
         cases = select_cases(find_cases(images_dir), subset, folds, fold)
         self._hold(prepare(cases, image_size, cache, workers, progress))
 
+    def _hold(self, volumes: list[Prepared]) -> BrainSegmentationDataset:
+        self.volumes = volumes
+        self.in_channels = check_channels(volumes)
+        self._place = [(v, s) for v, vol in enumerate(volumes) for s in range(len(vol.mask))]
+        return self
+
     @classmethod
     def train_and_validation(
         cls, images_dir: Path | str, folds: int | None = None, fold: int | None = None, **options
@@ -162,15 +181,8 @@ class BrainSegmentationDataset(Dataset):
         train, validation = (select_cases(cases, s, folds, fold) for s in ("train", "validation"))
         volumes = prepare(train + validation, **options)
         check_channels(volumes)
-        parts = cls.__new__(cls), cls.__new__(cls)
-        parts[0]._hold(volumes[: len(train)])
-        parts[1]._hold(volumes[len(train) :])
-        return parts
-
-    def _hold(self, volumes: list[Prepared]) -> None:
-        self.volumes = volumes
-        self.in_channels = check_channels(volumes)
-        self._place = [(v, s) for v, vol in enumerate(volumes) for s in range(len(vol.mask))]
+        parts = volumes[: len(train)], volumes[len(train) :]
+        return tuple(cls.__new__(cls)._hold(part) for part in parts)
 
     def __len__(self) -> int:
         return len(self._place)

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from checkpoint import SHIPPED, load_state, model_from_state, read_card
+from dataset import SUBSETS, is_lgg
 from metrics import summarise
 from utils import fail, make_parser, written_whole
 
@@ -37,7 +38,11 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("--weights", type=Path, required=True, help="file that train.py wrote")
     parser.add_argument("--metrics", type=Path, help="metrics.csv of inference.py with the weights")
     parser.add_argument(
-        "--subset", type=str, default="validation", help="what it scores (%(default)s)"
+        "--subset",
+        type=str,
+        choices=(*SUBSETS, "all"),
+        default="validation",
+        help="which cases it scores (%(default)s)",
     )
     parser.add_argument(
         "--out", type=Path, default=SHIPPED, help="folder (weights/ of the project)"
@@ -51,7 +56,9 @@ def main(argv: list[str] | None = None) -> None:
         state = load_state(args.weights)
         name, model = model_from_state(state, args.weights)
         card = read_card(args.weights)
-        card |= {"model": name, "settings": model.settings, "licence": LICENCE}
+        card |= {"model": name, "settings": model.settings}
+        if any(map(is_lgg, card.get("cases", {}).get("train", ()))):
+            card["licence"] = LICENCE
         if args.metrics:
             card.setdefault("scores", {})[args.subset] = read_scores(args.metrics)
         content = serialise(halve(state))
@@ -83,11 +90,14 @@ def serialise(state: dict[str, Tensor]) -> bytes:
 
 def read_scores(path: Path) -> dict:
     """DSC of the cases in a metrics.csv that the weights were not trained on, and its spread."""
-    with open(path, newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row.get("trained_on") == "0"]
-    if not rows:
+    try:
+        with open(path, newline="") as file:
+            rows = [row for row in csv.DictReader(file) if row["trained_on"] == "0"]
+        cases = {row["case"]: round(float(row["dsc"]), 4) for row in rows}
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"{path}: is not a metrics.csv that inference.py wrote") from error
+    if not cases:
         raise ValueError(f"{path}: scores no case that the weights were not trained on")
-    cases = {row["case"]: round(float(row["dsc"]), 4) for row in rows}
     return {"metric": "DSC per volume", **summarise(list(cases.values())), "cases": cases}
 
 

@@ -18,7 +18,7 @@ import csv
 import signal
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,10 +28,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from checkpoint import read_card, shipped_weights
-from dataset import SUBSETS, select_cases
+from dataset import SUBSETS, patient_of, select_cases
 from metrics import describe, score
 from segmentation import Segmenter
 from utils import (
+    check_writable,
     fail,
     in_order,
     make_parser,
@@ -39,10 +40,11 @@ from utils import (
     outline,
     save_dsc_figure,
     save_gif,
+    sentence,
     to_grey,
     written_whole,
 )
-from volume import Case, Frame, find_cases, read_slice
+from volume import Case, Frame, case_folders, find_case, read_slice
 
 TABLE = (
     "case slices lesion_voxels predicted_voxels dsc iou precision recall hd95_px trained_on".split()
@@ -57,7 +59,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("--folds", type=int, help="with --fold: the subsets of a cross-validation")
     add("--fold", type=int, help="the fold that was validated on, from 0")
     add("--cases", type=str, nargs="+", help="only these cases")
-    add("--skip-existing", action="store_true", help="keep predictions that are already there")
+    add("--skip-existing", action="store_true", help="keep the masks of an earlier run")
 
     add = parser.add_argument_group("how").add_argument
     add("--weights", type=Path, help="weights file (those that came with the project)")
@@ -67,7 +69,7 @@ def get_parser() -> argparse.ArgumentParser:
         "--largest-component",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="keep only the largest connected component",
+        help="keep only the largest connected component (yes)",
     )
     add("--tta", action="store_true", help="average over each slice and its mirror image")
     add("--batch-size", type=int, default=16, help="slices at once (%(default)s)")
@@ -80,21 +82,25 @@ def get_parser() -> argparse.ArgumentParser:
     add("--workers", type=int, help="threads that read and write (all cores)")
 
     add = parser.add_argument_group("where to").add_argument
-    add("--predictions", type=Path, default="./predictions", help="folder (%(default)s)")
-    add("--figure", type=Path, default="./dsc.png", help="figure of the DSCs (%(default)s)")
+    add(
+        "--predictions", type=Path, default="./predictions", help="folder to write to (%(default)s)"
+    )
+    add("--figure", type=Path, default="./dsc.png", help="bars of each case's DSC (%(default)s)")
     return parser
 
 
 @dataclass
-class Loaded:
-    """A case on its way: what was read, and the network's input unless a mask is there already."""
+class Result:
+    """A case on its way from its files to its masks and scores."""
 
     case: Case
     volume: np.ndarray  # (S, H, W, C)
     truth: np.ndarray | None  # (S, H, W) bool
-    prediction: np.ndarray | None  # (S, H, W) bool, of an earlier run
-    images: Tensor | None = None
+    fresh: bool  # to be segmented now, not found as an earlier run left it
+    images: Tensor | None = None  # the network's input
     frame: Frame | None = None
+    prediction: np.ndarray | None = None  # (S, H, W) bool
+    row: dict | None = None  # of the table, where there is a truth
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -129,70 +135,80 @@ def run(args: argparse.Namespace) -> int:
         device=args.device,
         amp=args.amp,
     )
-    trained_on = set(read_card(weights).get("cases", {}).get("train", ()))
-    found = find_cases(args.images, args.cases)
-    cases = select_cases(found, args.subset, args.folds, args.fold)
-    args.predictions.mkdir(parents=True, exist_ok=True)
+    trained_on = set(map(patient_of, read_card(weights).get("cases", {}).get("train", ())))
+    found = case_folders(args.images, args.cases)
+    folders = select_cases(found, args.subset, args.folds, args.fold)
+    check_writable(args.predictions)
+    for folder in folders:
+        if (args.predictions / folder.name).resolve() == folder.resolve():
+            raise ValueError(f"{folder}: is a source; name another folder with --predictions")
 
-    rows, failed = [], 0
+    rows, failed, kept = [], 0, 0
     try:
-        for result in segment_all(cases, segmenter, args):
-            if isinstance(result, ValueError):
-                tqdm.write(f"error: {result}", file=sys.stderr)
+        for result in segment_all(folders, segmenter, args):
+            if isinstance(result, Exception):
+                tqdm.write(f"error: {sentence(result)}", file=sys.stderr)
                 failed += 1
-            elif result:
-                rows.append(result | {"trained_on": int(result["case"] in trained_on)})
+                continue
+            kept += not result.fresh
+            if result.row:
+                seen = patient_of(result.case.name) in trained_on
+                rows.append(result.row | {"trained_on": int(seen)})
     finally:
         if rows:
             write_table(args.predictions / "metrics.csv", rows)
     report(rows, args)
-    done = len(cases) - failed
-    print(f"{done} of {len(cases)} cases segmented with {weights}; masks and pictures: "
-          f"{args.predictions}")  # fmt: skip
+    done = len(folders) - failed - kept
+    print(
+        f"{done} of {len(folders)} cases segmented with {weights}"
+        + (f", {kept} kept from an earlier run" if kept else "")
+        + f"; masks and pictures: {args.predictions}"
+    )
     return failed
 
 
 def segment_all(
-    cases: list[Case], segmenter: Segmenter, args: argparse.Namespace
-) -> Iterable[dict | ValueError | None]:
-    """For each case its row of scores, None without masks, or what is wrong with its files.
+    folders: list[Path], segmenter: Segmenter, args: argparse.Namespace
+) -> Iterator[Result | Exception]:
+    """For each case folder its result, written to disk, or what is wrong with its files.
 
     Threads read ahead and write behind while the network runs.
     """
 
-    def segmented() -> Iterable[Loaded | ValueError]:
-        loading = in_order(lambda case: load(case, segmenter, args), cases, args.workers)
-        for item in tqdm(loading, "segmenting", len(cases), unit="case", disable=None):
-            if isinstance(item, Loaded) and item.prediction is None:
+    def segmented() -> Iterator[Result | Exception]:
+        loading = in_order(lambda folder: load(folder, segmenter, args), folders, args.workers)
+        for item in tqdm(loading, "segmenting", len(folders), unit="case", disable=None):
+            if isinstance(item, Result) and item.fresh:
                 item.prediction = segmenter.segment(item.images, item.frame)
                 item.images = None
-                write_needed.add(item.case.name)
             yield item
 
-    def finish(item: Loaded | ValueError) -> dict | ValueError | None:
-        if isinstance(item, ValueError):
-            return item
-        if item.case.name in write_needed:
-            write_case(item, args.predictions)
-        return row_of(item) if item.truth is not None else None
+    def finish(item: Result | Exception) -> Result | Exception:
+        if isinstance(item, Result):
+            if item.fresh:
+                write_case(item, args.predictions)
+            if item.truth is not None:
+                item.row = row_of(item)
+        return item
 
-    write_needed: set[str] = set()
     return in_order(finish, segmented(), args.workers)
 
 
-def load(case: Case, segmenter: Segmenter, args: argparse.Namespace) -> Loaded | ValueError:
-    """Read a case and prepare it for the network; a ValueError is handed on, not raised."""
+def load(folder: Path, segmenter: Segmenter, args: argparse.Namespace) -> Result | Exception:
+    """Read a case and prepare it for the network; what is wrong is handed on, not raised."""
     try:
+        case = find_case(folder)
         volume, truth = case.read_pair() if case.masks else (case.read(), None)
         earlier = find_prediction(case, args.predictions) if args.skip_existing else None
         if earlier is not None and earlier.shape == volume.shape[:3]:
-            return Loaded(case, volume, truth, earlier)
-        try:
-            return Loaded(case, volume, truth, None, *segmenter.preprocess(volume))
-        except ValueError as error:
-            return ValueError(f"{case.folder}: {error}")
-    except ValueError as error:
+            return Result(case, volume, truth, fresh=False, prediction=earlier)
+    except (ValueError, OSError) as error:
         return error
+    try:
+        images, frame = segmenter.preprocess(volume)
+    except ValueError as error:
+        return ValueError(f"{folder}: {error}")
+    return Result(case, volume, truth, fresh=True, images=images, frame=frame)
 
 
 def mask_name(case: Case, number: int) -> str:
@@ -210,34 +226,32 @@ def find_prediction(case: Case, predictions: Path) -> np.ndarray | None:
         return None
 
 
-def write_case(item: Loaded, predictions: Path) -> None:
-    """Write masks, outlined slices and the GIF; the folder appears once all of it is there."""
-    case, folder = item.case, predictions / item.case.name
-    pictures = outline(to_grey(item.volume), item.prediction, item.truth)
-    masks = item.prediction * np.uint8(255)
+def write_case(result: Result, predictions: Path) -> None:
+    """Write masks, outlined slices and the GIF, each whole; other files of the folder stay."""
+    case, folder = result.case, predictions / result.case.name
+    pictures = outline(to_grey(result.volume), result.prediction, result.truth)
+    masks = result.prediction * np.uint8(255)
     save_gif(predictions / f"{case.name}.gif", pictures)
     with (
         naming(folder),
         tempfile.TemporaryDirectory(dir=predictions, prefix=f".{case.name}-") as scratch,
     ):
-        temporary = Path(scratch) / case.name
-        temporary.mkdir()
         for number, mask, picture in zip(case.numbers, masks, pictures, strict=True):
-            iio.imwrite(temporary / mask_name(case, number), mask)
-            iio.imwrite(temporary / f"{case.name}_{number}.png", picture)
-        if folder.exists():
-            folder.rename(Path(scratch) / "old")
-        temporary.rename(folder)
+            iio.imwrite(Path(scratch) / mask_name(case, number), mask)
+            iio.imwrite(Path(scratch) / f"{case.name}_{number}.png", picture)
+        folder.mkdir(exist_ok=True)
+        for path in Path(scratch).iterdir():
+            path.replace(folder / path.name)
 
 
-def row_of(item: Loaded) -> dict:
-    scores = score(item.prediction, item.truth)
+def row_of(result: Result) -> dict:
+    scores = score(result.prediction, result.truth)
     scores["hd95_px"] = scores.pop("hd95")
     return {
-        "case": item.case.name,
-        "slices": len(item.truth),
-        "lesion_voxels": int(item.truth.sum()),
-        "predicted_voxels": int(item.prediction.sum()),
+        "case": result.case.name,
+        "slices": len(result.truth),
+        "lesion_voxels": int(result.truth.sum()),
+        "predicted_voxels": int(result.prediction.sum()),
         **scores,
     }
 
@@ -265,9 +279,9 @@ def report(rows: list[dict], args: argparse.Namespace) -> None:
         )
     unseen = [row for row in rows if not row["trained_on"]]
     if len(unseen) < len(rows):
-        print(f"* the weights were trained on these {len(rows) - len(unseen)} cases: not counted")
+        print("* of a patient whom the weights were trained on: not counted below")
     if unseen:
-        print(describe([row["dsc"] for row in unseen]) + " volumes")
+        print(describe([row["dsc"] for row in unseen]))
     scores = {row["case"]: row["dsc"] for row in rows}
     save_dsc_figure(args.figure, scores, [row["case"] for row in rows if row["trained_on"]])
     print(f"table: {args.predictions / 'metrics.csv'}   figure: {args.figure}")

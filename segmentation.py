@@ -81,8 +81,8 @@ class Segmenter:
 
     def finish(self, probabilities: Tensor, frame: Frame) -> np.ndarray:
         """The mask (S, H, W), bool, in the source geometry, of probabilities (S, K, N, N)."""
-        restored = restore(probabilities[:, 0].cpu(), frame)  # (S, H, W)
-        mask = (restored >= self.threshold).numpy()
+        restored = restore(probabilities[:, 0], frame)  # (S, H, W)
+        mask = (restored >= self.threshold).cpu().numpy()
         return keep_largest_component(mask) if self.largest_component else mask
 
     @torch.inference_mode()
@@ -120,7 +120,7 @@ def pick_device(name: torch.device | str | None = None) -> torch.device:
         return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+        torch.zeros(1, device=device).item()  # "meta" exists but computes nothing
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(
             f"device {name!r} is not there; leave --device out to use what is"

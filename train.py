@@ -17,6 +17,7 @@ import argparse
 import json
 import math
 import platform
+import signal
 import subprocess
 import sys
 import time
@@ -27,7 +28,7 @@ from typing import TYPE_CHECKING
 import torch
 from tqdm import tqdm
 
-from checkpoint import MODELS, load_tensors, read_card, save_tensors, save_weights
+from checkpoint import MODELS, load_state, load_tensors, save_tensors, save_weights
 from dataset import BrainSegmentationDataset
 from loss import LOSSES
 from metrics import summarise
@@ -35,6 +36,7 @@ from segmentation import pick_device
 from trainer import RECIPE, Trainer, plain
 from utils import (
     Interruption,
+    check_writable,
     fail,
     make_generator,
     make_parser,
@@ -45,9 +47,11 @@ from utils import (
 
 if TYPE_CHECKING:
     import numpy as np
+    from torch import Tensor
     from torch.utils.tensorboard import SummaryWriter
 
 ROOT = Path(__file__).resolve().parent
+CHECKPOINT = set("args model ema optimizer epoch step loss_sum best cases".split())
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -61,12 +65,14 @@ def get_parser() -> argparse.ArgumentParser:
     add("--workers", type=int, help="threads that read and preprocess (all cores)")
 
     add = parser.add_argument_group("network").add_argument
-    add("--model", type=str, default="unet", help=f"one of: {', '.join(MODELS)} (%(default)s)")
+    add("--model", type=str, choices=MODELS, default="unet", help="the network (%(default)s)")
     add("--features", type=int, default=32, help="channels of the first level (%(default)s)")
     add("--init-weights", type=Path, help="weights to start from, as far as they fit")
 
     add = parser.add_argument_group("recipe").add_argument
-    add("--epochs", type=int, default=100, help="each of as many slices as exist (%(default)s)")
+    add(
+        "--epochs", type=int, default=100, help="in each, as many slices as there are (%(default)s)"
+    )
     add("--batch-size", type=int, default=16, help="slices a step (%(default)s)")
     add("--lr", type=float, default=1e-4, help="learning rate of Adam, its peak (%(default)s)")
     add(
@@ -78,7 +84,7 @@ def get_parser() -> argparse.ArgumentParser:
     )
     add("--warmup", type=int, default=0, help="steps of linear warm-up (%(default)s)")
     add("--ema", type=float, default=0.0, help="decay of averaged weights, say 0.998; 0 is off")
-    add("--loss", type=str, default="dice", help=f"one of: {', '.join(LOSSES)} (%(default)s)")
+    add("--loss", type=str, choices=LOSSES, default="dice", help="on a batch (%(default)s)")
     add("--aug-scale", type=float, default=0.05, help="random scale, 1 ± this (%(default)s)")
     add("--aug-angle", type=float, default=15, help="random rotation, ± degrees (%(default)s)")
     add("--aug-intensity", type=float, default=0, help="random gain and shift, ± this; 0 is off")
@@ -104,7 +110,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("--logs", type=Path, default="./logs", help="folder for TensorBoard (%(default)s)")
     add("--vis-images", type=int, default=200, help="validation slices to draw (%(default)s)")
     add("--vis-freq", type=int, default=10, help="epochs between drawings, 0: never (%(default)s)")
-    add("--resume", action="store_true", help="go on from WEIGHTS/<model>.ckpt, as it was started")
+    add("--resume", action="store_true", help="go on from WEIGHTS/<model>.ckpt, with its settings")
     return parser
 
 
@@ -112,27 +118,18 @@ def get_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict | 
     """The arguments and, with --resume, the checkpoint whose settings they take over."""
     parser = get_parser()
     args = parser.parse_args(argv)
-    for name in ("epochs", "batch_size", "features", "image_size", "workers"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1")
-    for name in ("tumour_share", "drop_sequences", "ema"):
-        if not 0 <= getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} is a share: from 0 to less than 1")
-    if (args.folds is None) != (args.fold is None):
-        parser.error("--folds and --fold go together, as in --folds 5 --fold 0")
-    if args.loss not in LOSSES:
-        parser.error(f"no loss is called {args.loss!r}; known: {', '.join(LOSSES)}")
-    if args.model not in MODELS:
-        parser.error(f"no model is called {args.model!r}; known: {', '.join(MODELS)}")
+    check_args(parser, args)
     if not args.resume:
         return args, None
 
     path = args.weights / f"{args.model}.ckpt"
     checkpoint = load_tensors(path)
-    if not {"args", "model", "optimizer", "epoch"} <= checkpoint.keys():
-        raise ValueError(f"{path}: is not a training checkpoint")
-    settings = checkpoint["args"]
-    parser.set_defaults(**settings)
+    settings = checkpoint.get("args", {})
+    if not (CHECKPOINT <= checkpoint.keys() and set(RECIPE) <= settings.keys()):
+        raise ValueError(f"{path}: is not a training checkpoint of this version")
+    # The folder it lies in and the machine may be others by now.
+    here = ("weights", "device", "workers", "resume")
+    parser.set_defaults(**{name: value for name, value in settings.items() if name not in here})
     args = parser.parse_args(argv)
     for name in RECIPE:
         if str(getattr(args, name)) != str(settings[name]):
@@ -140,19 +137,41 @@ def get_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict | 
                 f"{path}: was started with --{name.replace('_', '-')} {settings[name]}, "
                 f"not {getattr(args, name)}; leave that out, or start anew in another --weights"
             )
-    for name in ("images", "cache", "logs", "init_weights"):  # a checkpoint holds them as text
-        if getattr(args, name) is not None:
-            setattr(args, name, Path(getattr(args, name)))
     return args, checkpoint
 
 
+def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """End with a usage error for a value that could not work, before anything long is done."""
+    least = {"epochs": 1, "batch_size": 1, "features": 1, "workers": 1, "image_size": 32}
+    least |= {"seed": 0, "vis_freq": 0, "warmup": 0, "aug_angle": 0, "aug_intensity": 0}
+    for name, value in least.items():
+        if getattr(args, name) is not None and getattr(args, name) < value:
+            parser.error(f"--{name.replace('_', '-')} must be at least {value}")
+    for name in ("tumour_share", "drop_sequences", "ema", "aug_scale"):
+        if not 0 <= getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} goes from 0 to less than 1")
+    if (args.folds is None) != (args.fold is None):
+        parser.error("--folds and --fold go together, as in --folds 5 --fold 0")
+    stride = MODELS[args.model].stride
+    if args.image_size % stride:
+        parser.error(f"--image-size {args.image_size} is not a multiple of {stride}")
+    if args.init_weights and args.init_weights.resolve() == weights_path(args).resolve():
+        parser.error(f"--init-weights {args.init_weights} would be overwritten; set --weights")
+
+
+def weights_path(args: argparse.Namespace) -> Path:
+    return args.weights / f"{args.model}.pt"
+
+
 def train_one_epoch(
-    trainer: Trainer, dataset: BrainSegmentationDataset, interruption: Interruption
+    trainer: Trainer,
+    dataset: BrainSegmentationDataset,
+    weights: Tensor,
+    interruption: Interruption,
 ) -> float | None:
-    """Train to the end of the epoch: slices a second; None if a signal came in first."""
+    """Train on slices drawn by `weights` to the epoch's end: slices a second, None if stopped."""
     args = trainer.args
     generator = make_generator(args.seed, 0, trainer.epoch)
-    weights = dataset.sampling_weights(args.tumour_share)
     drawn = torch.multinomial(weights, len(dataset), replacement=True, generator=generator)
     batches = drawn.split(args.batch_size)
     start, first = time.perf_counter(), trainer.step * args.batch_size
@@ -173,25 +192,27 @@ def train_one_epoch(
             bar.update(len(batch))
             last = trainer.step == len(batches)
             if last or trainer.step % 20 == 0 or interruption.signal is not None:
-                trainer.loss_sum += torch.stack(losses).double().sum().item()
+                trainer.loss_sum += torch.stack(losses).cpu().double().sum().item()
                 losses.clear()
-                check_loss(trainer)
+                check_loss(trainer, trainer.loss_sum)
                 bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
             if interruption.signal is not None and not last:
                 return None
     return (len(dataset) - first) / (time.perf_counter() - start)
 
 
-def check_loss(trainer: Trainer) -> None:
-    if not math.isfinite(trainer.loss_sum):
+def check_loss(trainer: Trainer, loss: float) -> None:
+    """Raise ValueError if a loss is NaN or infinite, before anything of the epoch is saved."""
+    if not math.isfinite(loss):
         raise ValueError(
             f"the loss is no longer finite at epoch {trainer.epoch + 1}, step {trainer.step}; "
-            f"the weights in {trainer.args.weights} are of an earlier epoch and whole: "
-            "try a lower --lr, or --no-amp"
+            f"nothing of this epoch was written to {trainer.args.weights}: "
+            "start anew with a lower --lr, or with --no-amp"
         )
 
 
 def main(argv: list[str] | None = None) -> None:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, until training starts
     try:
         args, checkpoint = get_args(argv)
         run(args, checkpoint)
@@ -203,8 +224,11 @@ def main(argv: list[str] | None = None) -> None:
 
 def run(args: argparse.Namespace, checkpoint: dict | None) -> None:
     """Train from `args`, from the start or from a checkpoint, to the last epoch or a signal."""
-    pick_device(args.device)  # before the long work: a missing device, a folder without right
-    args.weights.mkdir(parents=True, exist_ok=True)
+    pick_device(args.device)  # what would stop the run later is better known before the long work
+    for folder in (args.weights, args.logs):
+        check_writable(folder)
+    if args.init_weights and not args.resume:
+        load_state(args.init_weights)
     train_set, validation_set = BrainSegmentationDataset.train_and_validation(
         args.images,
         args.folds,
@@ -217,6 +241,8 @@ def run(args: argparse.Namespace, checkpoint: dict | None) -> None:
     trainer = Trainer(args, train_set)
     if checkpoint:
         trainer.load(checkpoint)
+    elif (path := args.weights / f"{args.model}.ckpt").exists():
+        print(f"{path}: the checkpoint of an earlier run, overwritten after the first epoch")
     about = describe_run(trainer, validation_set)
     print(
         f"{args.model} on {about['device']}{', bfloat16' if trainer.amp else ''}: "
@@ -234,10 +260,11 @@ def run(args: argparse.Namespace, checkpoint: dict | None) -> None:
         with written_whole(args.logs / "args.json") as temporary:
             temporary.write_text(json.dumps(about | {"args": plain(args)}, indent=2) + "\n")
         interruption = Interruption()
+        weights = train_set.sampling_weights(args.tumour_share)
         bar = tqdm(total=args.epochs, initial=trainer.epoch, desc=args.model, disable=None)
         with bar:
             while trainer.epoch < args.epochs and interruption.signal is None:
-                speed = train_one_epoch(trainer, train_set, interruption)
+                speed = train_one_epoch(trainer, train_set, weights, interruption)
                 if speed is None:
                     save_checkpoint(trainer)
                 else:
@@ -247,10 +274,10 @@ def run(args: argparse.Namespace, checkpoint: dict | None) -> None:
     if trainer.epoch < args.epochs:
         print(
             f"stopped at epoch {trainer.epoch + 1}, step {trainer.step}; go on with: "
-            f"python3 train.py --resume --weights {args.weights}"
+            f"python3 train.py --resume --weights {args.weights} --model {args.model}"
         )
         sys.exit(128 + interruption.signal)
-    print(f"weights: {args.weights / args.model}.pt   logs: tensorboard --logdir {args.logs}")
+    print(f"weights: {weights_path(args)}   logs: tensorboard --logdir {args.logs}")
 
 
 def finish_epoch(
@@ -261,11 +288,20 @@ def finish_epoch(
     speed: float,
     log: SummaryWriter,
 ) -> float:
-    """Validate, log, and save what the epoch has brought; the mean DSC."""
+    """Validate, save what the epoch has brought, and log it; the mean DSC."""
     args, epoch = trainer.args, trainer.epoch + 1
     learning_rate, train_loss = trainer.learning_rate(), trainer.loss_sum / slices
     loss, scores, masks = trainer.evaluate(validation_set)
+    check_loss(trainer, loss)
     mean = sum(scores.values()) / len(scores)
+
+    better = mean > trainer.best
+    trainer.best = max(mean, trainer.best)
+    trainer.epoch, trainer.step, trainer.loss_sum = epoch, 0, 0.0
+    if better or args.keep == "last":
+        card = about | {"epoch": epoch, "validation_dsc": summarise(list(scores.values()))}
+        save_weights(weights_path(args), trainer.trained.state_dict(), card)
+    save_checkpoint(trainer)
 
     log.add_scalar("loss/train", train_loss, epoch)
     log.add_scalar("loss/validation", loss, epoch)
@@ -276,14 +312,6 @@ def finish_epoch(
     log.add_scalar("images_per_second", speed, epoch)
     if args.vis_freq and (epoch % args.vis_freq == 0 or epoch == args.epochs):
         draw(log, validation_set, masks, args.vis_images, epoch)
-
-    better = mean > trainer.best
-    trainer.best = max(mean, trainer.best)
-    trainer.epoch, trainer.step, trainer.loss_sum = epoch, 0, 0.0
-    if better or args.keep == "last":
-        card = about | {"epoch": epoch, "validation_dsc": summarise(list(scores.values()))}
-        save_weights(args.weights / f"{args.model}.pt", trainer.trained.state_dict(), card)
-    save_checkpoint(trainer)
     tqdm.write(
         f"epoch {epoch:3d}/{args.epochs}  loss {train_loss:.4f}  validation loss {loss:.4f}  "
         f"DSC {mean:.4f}{' *' if better else '  '}  {speed:.1f} images/s"
@@ -332,9 +360,11 @@ def describe_run(trainer: Trainer, validation_set: BrainSegmentationDataset) -> 
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
-    if args.init_weights:
-        first = read_card(args.init_weights)
-        about["initialised_from"] = {k: first[k] for k in ("recipe", "commit") if k in first}
+    first = trainer.initialised_from
+    if first:  # its training cases were seen by this network too
+        earlier = (first.get("cases") or {}).get("train", ())
+        about["cases"]["train"] = sorted({*trainer.cases, *earlier})
+        about["initialised_from"] = {k: first[k] for k in ("recipe", "commit")}
     return about
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from checkpoint import build_model, initialise
+from checkpoint import build_model, initialise, read_card
 from dataset import BrainSegmentationDataset
 from loss import LOSSES
 from metrics import dsc
@@ -41,14 +41,15 @@ class Trainer:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(args.seed)
             model = build_model(args.model, in_channels=channels, init_features=args.features)
-        if args.image_size % model.stride:
-            raise ValueError(f"--image-size {args.image_size} is not a multiple of {model.stride}")
+        self.initialised_from = None
         if args.init_weights and not args.resume:
             unused, untouched = initialise(model, args.init_weights)
             print(
                 f"{args.init_weights}: not used: {', '.join(unused) or 'nothing'}; "
                 f"left at random: {', '.join(untouched) or 'nothing'}"
             )
+            card = read_card(args.init_weights)
+            self.initialised_from = {k: card.get(k) for k in ("recipe", "commit", "cases")}
         self.model = model.to(self.device, memory_format=torch.channels_last)
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=args.lr, fused=True)
         self.ema = None
@@ -81,8 +82,7 @@ class Trainer:
 
     def train_step(self, images: Tensor, masks: Tensor) -> Tensor:
         """One optimiser step on a batch as stored; the loss, still on the device."""
-        images = images.to(self.device, torch.float32, non_blocking=True)
-        masks = masks.to(self.device, torch.float32, non_blocking=True)
+        images, masks = images.to(self.device).float(), masks.to(self.device).float()
         generator = make_generator(self.args.seed, 1, self.global_step)
         images, masks = augment(images, masks, generator, self.args.aug_scale, self.args.aug_angle)
         if self.args.drop_sequences:
@@ -113,6 +113,7 @@ class Trainer:
             "loss_sum": self.loss_sum,
             "best": self.best,
             "cases": self.cases,
+            "initialised_from": self.initialised_from,
             "args": plain(self.args) | {"resume": False, "amp": self.amp},
         }
 
@@ -120,11 +121,14 @@ class Trainer:
         """Take over what `state` gave; ValueError if the training cases are not the same."""
         if checkpoint["cases"] != self.cases:
             raise ValueError(f"{self.args.images}: not the training cases of the checkpoint")
-        self.model.load_state_dict(checkpoint["model"])
+        try:
+            self.model.load_state_dict(checkpoint["model"])
+        except RuntimeError as error:
+            raise ValueError(f"{self.args.images}: slices of other channels than before") from error
         if self.ema:
             self.ema.load_state_dict(checkpoint["ema"])
         self.optimizer.load_state_dict(checkpoint["optimizer"])
-        for name in ("epoch", "step", "loss_sum", "best"):
+        for name in ("epoch", "step", "loss_sum", "best", "initialised_from"):
             setattr(self, name, checkpoint[name])
 
     def evaluate(
@@ -142,7 +146,7 @@ class Trainer:
         for volume in tqdm(dataset.volumes, "validating", unit="case", leave=False, disable=None):
             probabilities = segmenter.probabilities(torch.from_numpy(volume.images))
             target = torch.from_numpy(volume.mask)[:, None].to(probabilities)
-            logits = torch.logit(probabilities, eps=1e-6)
+            logits = torch.logit(probabilities, eps=1e-6)  # within ± 14, finite for any loss
             loss += LOSSES[self.args.loss](logits, target).item() * len(target)
             masks.append(segmenter.finish(probabilities, volume.frame))
             scores[volume.name] = dsc(masks[-1], volume.truth)

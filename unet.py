@@ -65,13 +65,13 @@ class UNet(nn.Module):
     @staticmethod
     def settings_of(state: dict[str, Tensor]) -> dict[str, int] | None:
         """The arguments that build the network of a state dict; None if it is of another one."""
-        if "encoder1.enc1conv1.weight" not in state or "conv.weight" not in state:
+        first, last = state.get("encoder1.enc1conv1.weight"), state.get("conv.weight")
+        if first is None or last is None or first.ndim != 4 or last.ndim != 4:
             return None
-        init_features, in_channels = state["encoder1.enc1conv1.weight"].shape[:2]
         return {
-            "in_channels": in_channels,
-            "out_channels": state["conv.weight"].shape[0],
-            "init_features": init_features,
+            "in_channels": first.shape[1],
+            "out_channels": last.shape[0],
+            "init_features": first.shape[0],
         }
 
 

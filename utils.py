@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import numpy as np
 import torch
@@ -98,15 +98,22 @@ def worker_threads(workers: int | None = None) -> Iterator[ThreadPoolExecutor]:
 def in_order(
     function: Callable[[T], R], items: Iterable[T], workers: int | None = None
 ) -> Iterator[R]:
-    """`map` by threads that work a few items ahead, so that memory stays small."""
+    """`map` by threads that work at most four items ahead, so that memory stays small."""
     with worker_threads(workers) as pool:
         ahead: deque[Future[R]] = deque()
         for item in items:
             ahead.append(pool.submit(function, item))
-            if len(ahead) > pool._max_workers:
+            if len(ahead) > min(workers or os.cpu_count() or 1, 4):
                 yield ahead.popleft().result()
         while ahead:
             yield ahead.popleft().result()
+
+
+def check_writable(folder: Path) -> None:
+    """Make `folder` if need be; OSError, naming it, if no file can be written there."""
+    with naming(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
 
 
 class Interruption:
@@ -123,11 +130,16 @@ class Interruption:
         self.signal = number
 
 
-def fail(error: BaseException | str) -> None:
-    """End the program with one sentence on stderr and exit status 1."""
+def sentence(error: BaseException | str) -> str:
+    """What an error says, as one sentence that names its file."""
     if isinstance(error, OSError) and error.strerror and error.filename:
-        error = f"{error.filename}: {error.strerror.lower()}"
-    sys.exit(f"error: {error}")
+        return f"{error.filename}: {error.strerror.lower()}"
+    return str(error)
+
+
+def fail(error: BaseException | str) -> NoReturn:
+    """End the program with one sentence on stderr and exit status 1."""
+    sys.exit(f"error: {sentence(error)}")
 
 
 def to_grey(volume: np.ndarray) -> np.ndarray:

@@ -6,11 +6,12 @@ checkpoint must be trained again.
 
 from __future__ import annotations
 
+import logging
 import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cache, cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +20,6 @@ from torch import Tensor
 
 SLICE_NAME = re.compile(r"^(?P<stem>.+)_(?P<number>\d+)(?P<mask>_mask)?\.(?:tiff?|png)$", re.I)
 IMAGE_SUFFIXES = {".tif", ".tiff", ".png"}
-# Pillow's remark on a file that `read_slice` is about to refuse in its own words.
-warnings.filterwarnings("ignore", "Truncated File Read")
 VERSION = 1  # of the preprocessing: cached volumes of another version are made anew
 
 
@@ -65,20 +64,23 @@ class Case:
 
 
 def find_cases(root: Path | str, names: Sequence[str] | None = None) -> list[Case]:
-    """The cases below `root`, which holds one folder a case or is itself a case; sorted by name.
+    """Every case of `case_folders`; ValueError, naming the file, for one that is not sound."""
+    return [find_case(folder) for folder in case_folders(root, names)]
 
-    With `names`, only these. Raises FileNotFoundError or ValueError, naming the folder, if there
-    is nothing to read.
+
+def case_folders(root: Path | str, names: Sequence[str] | None = None) -> list[Path]:
+    """The case folders in `root`, which holds one a case or is itself a case; sorted by name.
+
+    With `names`, only these. Raises FileNotFoundError or ValueError if there is nothing to read.
     """
     root = Path(root)
     if not root.exists():
         raise FileNotFoundError(f"{root}: no such folder; give the folder that holds the cases")
     if not root.is_dir():
         raise ValueError(f"{root}: is a file; give the folder that holds the cases")
-    if any(SLICE_NAME.match(path.name) for path in root.iterdir()):
+    folders = [p for p in sorted(root.iterdir()) if p.is_dir() and p.name[0] not in "._"]
+    if not any(map(_holds_slices, folders)) and _holds_slices(root):
         folders = [root.resolve()]
-    else:
-        folders = [p for p in sorted(root.iterdir()) if p.is_dir() and not p.name.startswith(".")]
     if not folders:
         raise ValueError(
             f"{root}: holds no case folder and no slice named <anything>_<number>.tif or .png; "
@@ -89,7 +91,11 @@ def find_cases(root: Path | str, names: Sequence[str] | None = None) -> list[Cas
         if missing:
             raise ValueError(f"{root}: holds no case {missing[0]!r}; check the name")
         folders = [folder for folder in folders if folder.name in names]
-    return [find_case(folder) for folder in folders]
+    return folders
+
+
+def _holds_slices(folder: Path) -> bool:
+    return any(SLICE_NAME.match(path.name) for path in folder.iterdir())
 
 
 def find_case(folder: Path) -> Case:
@@ -122,23 +128,16 @@ def find_case(folder: Path) -> Case:
             f"{folder}: {lacks} {odd[0]} is missing though others are there; "
             "add it (all zero where there is no lesion) or take all the masks away"
         )
-    name = folder.resolve().name
     paths = tuple(slices[n] for n in numbers), tuple(masks[n] for n in sorted(masks))
-    return Case(name, tuple(numbers), *paths)
+    return Case(folder.name, tuple(numbers), *paths)
 
 
 def read_slice(path: Path) -> np.ndarray:
     """One image (H, W, C) of 8 or 16 bits or of floats; ValueError, naming the file, if damaged."""
-    # Imported here: whoever only needs the arithmetic (torch.hub) needs no image library.
-    import imageio.v3 as iio
-    import tifffile
-
+    _silence_readers()
     try:
-        try:
-            image = _read_tiff(path) if path.suffix.lower() != ".png" else iio.imread(path)
-        except (ValueError, tifffile.TiffFileError):  # e.g. LZW, which only Pillow can unpack
-            image = iio.imread(path, plugin="pillow")
-    except FileNotFoundError:
+        image = _read_png(path) if path.suffix.lower() == ".png" else _read_tiff(path)
+    except (FileNotFoundError, PermissionError):
         raise
     except Exception as error:  # each library has its own, some of them bare
         raise ValueError(f"{path}: not a readable image, or cut short; export it again") from error
@@ -151,24 +150,44 @@ def read_slice(path: Path) -> np.ndarray:
     return image
 
 
-def _read_tiff(path: Path) -> np.ndarray:
-    """The first page of a TIFF; ValueError if there is none or its pixels are cut short."""
-    import logging
+# The libraries below are imported where they are used: whoever only needs the arithmetic
+# (torch.hub) needs no reader of images.
 
+
+def _read_png(path: Path) -> np.ndarray:
+    import imageio.v3 as iio
+
+    with open(path, "rb") as file:
+        header = file.read(26)
+    deep_colour = header[24:] in (b"\x10\x02", b"\x10\x06")  # 16 bits of RGB or RGBA
+    return iio.imread(path, plugin="ITK" if deep_colour else "pillow")  # Pillow keeps only 8 bits
+
+
+def _read_tiff(path: Path) -> np.ndarray:
+    """The one page of a TIFF; of several, an array of 4 axes, which no slice has."""
+    import imageio.v3 as iio
     import tifffile
 
-    # tifffile logs a damaged directory and goes on; here that is an error, raised below.
+    try:
+        with tifffile.TiffFile(path) as tiff:
+            if not tiff.pages:
+                raise ValueError("no page")
+            page = tiff.pages[0]
+            if "BitsPerSample" not in page.tags and page.samplesperpixel > 1:
+                raise ValueError("its directory is cut short")
+            if len(tiff.pages) > 1:
+                return tiff.asarray().reshape(len(tiff.pages), *page.shape[:2], -1)
+            image = page.asarray()
+            return np.moveaxis(image, 0, -1) if page.axes == "SYX" else image
+    except ValueError:  # e.g. LZW, which only Pillow can unpack
+        return iio.imread(path, plugin="pillow")
+
+
+@cache
+def _silence_readers() -> None:
+    """Keep what the readers log of a damaged file off stderr: `read_slice` says it in one line."""
     logging.getLogger("tifffile").setLevel(logging.CRITICAL)
-    with tifffile.TiffFile(path) as tiff:
-        if not tiff.pages:
-            raise ValueError("no page")
-        page = tiff.pages[0]
-        if "BitsPerSample" not in page.tags and page.samplesperpixel > 1:
-            raise ValueError("its directory is cut short")
-        if len(tiff.pages) > 1:  # 4 axes, which no slice has: the caller refuses it
-            return tiff.asarray().reshape(len(tiff.pages), *page.shape[:2], -1)
-        image = page.asarray()
-        return np.moveaxis(image, 0, -1) if page.axes == "SYX" else image
+    warnings.filterwarnings("ignore", module="PIL")
 
 
 def _stack(images: Sequence[np.ndarray], paths: Sequence[Path]) -> np.ndarray:
@@ -287,8 +306,8 @@ def check_volume(volume: np.ndarray) -> None:
         raise ValueError(f"a volume is (slices, rows, columns, channels), not {volume.shape}")
     if volume.dtype.kind not in "uif":
         raise ValueError(f"a volume holds numbers, not {volume.dtype}")
-    if volume.dtype.kind == "f" and not np.isfinite(volume).all():
-        raise ValueError("the volume holds NaN or infinite voxels")
+    if volume.dtype.kind == "f" and not (np.abs(volume) <= np.finfo(np.float32).max).all():
+        raise ValueError("the volume holds NaN or infinite voxels, or such above 3e38")
 
 
 @lru_cache(maxsize=64)

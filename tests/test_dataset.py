@@ -523,3 +523,16 @@ def test_default_cache(monkeypatch, tmp_path):
     assert default_cache() == tmp_path / "brainseg"
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert default_cache() == Path.home() / ".cache" / "brainseg"
+
+
+@pytest.mark.parametrize(
+    "case, patient",
+    [
+        ("TCGA_CS_4944_20010208", "TCGA_CS_4944"),
+        ("sub-01_ses-2", "sub-01"),
+        ("case_00000001", "case_00000001"),
+        ("phantom_003", "phantom_003"),
+    ],
+)
+def test_patient_is_the_name_without_date_or_session(case, patient):
+    assert patient_of(case) == patient

@@ -9,14 +9,15 @@ import export
 from checkpoint import file_hash, load_state, model_from_state, save_weights
 from unet import UNet
 
-ROWS = "case,dsc,trained_on\na,0.8,0\nb,0.9,0\nc,0.99,1\n"
+SEEN = "TCGA_CS_4942_19970222"
+ROWS = f"case,dsc,trained_on\na,0.8,0\nb,0.9,0\n{SEEN},0.99,1\n"
 
 
 @pytest.fixture
 def trained(tmp_path):
     torch.manual_seed(0)
     path = tmp_path / "unet.pt"
-    save_weights(path, UNet(init_features=4).state_dict(), {"cases": {"train": ["c"]}})
+    save_weights(path, UNet(init_features=4).state_dict(), {"cases": {"train": [SEEN]}})
     return path
 
 
@@ -31,7 +32,7 @@ def test_name_card_and_size(trained, tmp_path):
     digest = file_hash(path)
     card = json.loads(path.with_suffix(".json").read_text())
     assert path.name == f"unet-{digest[:8]}.pt" and card["sha256"] == digest
-    assert card["cases"]["train"] == ["c"] and "non-commercial" in card["licence"]
+    assert card["cases"]["train"] == [SEEN] and "non-commercial" in card["licence"]
     assert path.stat().st_size < 0.7 * trained.stat().st_size
 
 
@@ -57,6 +58,21 @@ def test_refuses_metrics_of_training_cases_only(trained, tmp_path):
     metrics = tmp_path / "metrics.csv"
     metrics.write_text("case,dsc,trained_on\nc,0.99,1\n")
     with pytest.raises(SystemExit, match="not trained on"):
+        exported(tmp_path, "--weights", trained, "--metrics", metrics)
+
+
+def test_licence_of_the_data_is_not_put_on_weights_of_other_data(tmp_path):
+    model = UNet(init_features=4)
+    save_weights(tmp_path / "unet.pt", model.state_dict(), {"cases": {"train": ["mine"]}})
+    card = exported(tmp_path, "--weights", tmp_path / "unet.pt").with_suffix(".json")
+    assert "licence" not in json.loads(card.read_text())
+
+
+@pytest.mark.parametrize("content", ["", "case,trained_on\na,0\n", "case,dsc,trained_on\na,x,0\n"])
+def test_refuses_other_tables(trained, tmp_path, content):
+    metrics = tmp_path / "metrics.csv"
+    metrics.write_text(content)
+    with pytest.raises(SystemExit, match="metrics.csv"):
         exported(tmp_path, "--weights", trained, "--metrics", metrics)
 
 

@@ -316,10 +316,44 @@ def test_running_again_replaces_what_was_there(phantoms, weights, tmp_path):
     run = phantoms, tmp_path, weights, "--cases", "phantom_003"
     assert infer(*run, "--threshold", 0.9) == 0
     before = contents(tmp_path / "predictions")
-    (tmp_path / "predictions" / "phantom_003" / "stale.png").write_text("")
+    note = tmp_path / "predictions" / "phantom_003" / "note.txt"
+    note.write_text("the user's own")
     assert infer(*run) == 0
+    assert note.read_text() == "the user's own"
+    note.unlink()
     after = contents(tmp_path / "predictions")
     assert after.keys() == before.keys() and after != before
+
+
+def test_sources_are_never_overwritten(phantoms, weights, tmp_path):
+    """Predictions beside or over the images would take the place of slices and masks."""
+    shutil.copytree(phantoms, tmp_path / "images")
+    before = contents(tmp_path / "images")
+    for images in (tmp_path / "images", tmp_path / "images" / "phantom_003"):
+        message = refused(images, tmp_path, weights, "--predictions", tmp_path / "images")
+        assert "name another folder with --predictions" in message
+    assert contents(tmp_path / "images") == before
+
+
+def test_linked_case_folders_keep_their_own_names(phantoms, weights, tmp_path):
+    (tmp_path / "links").mkdir()
+    for name in ("p1", "p2"):
+        shutil.copytree(phantoms / "phantom_003", tmp_path / name / "scan")
+        (tmp_path / "links" / name).symlink_to(tmp_path / name / "scan")
+    assert infer(tmp_path / "links", tmp_path, weights) == 0
+    assert {path.name for path in (tmp_path / "predictions").glob("*.gif")} == {"p1.gif", "p2.gif"}
+
+
+def test_an_unsound_case_does_not_stop_the_others(phantoms, weights, tmp_path, capsys):
+    for name in ("phantom_001", "phantom_003"):
+        shutil.copytree(phantoms / name, tmp_path / "images" / name)
+    (tmp_path / "images" / "phantom_001" / "phantom_001_4.tif").unlink()
+    (tmp_path / "images" / "empty").mkdir()
+    (tmp_path / "images" / "figure_1.png").write_text("lies about in the root")
+    assert infer(tmp_path / "images", tmp_path, weights) == 1
+    err = capsys.readouterr().err
+    assert "slice 4 is missing" in err and "empty: holds no slice" in err
+    assert (tmp_path / "predictions" / "phantom_003").is_dir()
 
 
 # Bad images
@@ -381,8 +415,8 @@ def test_names_that_are_not_there_are_refused(phantoms, weights, tmp_path):
     assert "no case 'x'" in refused(phantoms / "phantom_003", *run, "--cases", "x")
     assert "'rest'; known: all" in refused(phantoms, *run, "--subset", "rest")
     assert f"{tmp_path / 'x'}: no such folder" in refused(tmp_path / "x", *run)
-    (tmp_path / "empty" / "case").mkdir(parents=True)
-    assert f"{tmp_path / 'empty' / 'case'}: holds no slice" in refused(tmp_path / "empty", *run)
+    (tmp_path / "empty").mkdir()
+    assert f"{tmp_path / 'empty'}: holds no case folder" in refused(tmp_path / "empty", *run)
     assert not (tmp_path / "predictions").exists()
 
 

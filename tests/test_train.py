@@ -452,6 +452,11 @@ def test_weights_to_start_from_that_do_not_fit_are_refused(phantoms, tmp_path):
         (("--model", "vnet"), ["vnet", "unet"]),
         (("--epochs", "0"), ["--epochs"]),
         (("--folds", "5"), ["--fold "]),
+        (["--image-size", 40], ["--image-size 40 is not a multiple of 16"]),
+        (["--image-size", 16], ["--image-size must be at least 32"]),
+        (["--seed", -1], ["--seed"]),
+        (["--aug-scale", 1], ["--aug-scale"]),
+        (["--tumour-share", 2], ["--tumour-share"]),
     ],
 )
 def test_unknown_names_and_odd_numbers_are_refused(phantoms, tmp_path, capsys, more, known):
@@ -460,11 +465,6 @@ def test_unknown_names_and_odd_numbers_are_refused(phantoms, tmp_path, capsys, m
     assert stop.value.code == 2
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert all(word in last for word in known)
-
-
-def test_image_size_that_16_does_not_divide_is_refused(phantoms, tmp_path):
-    message = refused(phantoms, tmp_path, "--image-size", 40)
-    assert "--image-size 40 is not a multiple of 16" in message
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
@@ -491,3 +491,38 @@ def test_a_file_in_place_of_an_output_folder_is_refused(phantoms, tmp_path):
         (tmp_path / name / name).write_text("kept")
         assert str(tmp_path / name / name) in refused(phantoms, tmp_path / name)
         assert (tmp_path / name / name).read_text() == "kept"
+
+
+def test_resumes_where_the_checkpoint_lies_now(phantoms, tmp_path):
+    """A folder of weights may be moved to another place or machine between two runs."""
+    run(phantoms, tmp_path / "a", "--epochs", 1)
+    moved = tmp_path / "moved"
+    (tmp_path / "a" / "weights").rename(moved)
+    train.main(["--resume", "--weights", str(moved), "--epochs", "2"])
+    assert json.loads((moved / "unet.json").read_text())["epoch"] in (1, 2)
+    assert torch.load(moved / "unet.ckpt")["epoch"] == 2
+    assert not (tmp_path / "a" / "weights").exists()
+
+
+def test_fine_tuning_remembers_whom_the_first_weights_were_trained_on(phantoms, tmp_path):
+    run(phantoms, tmp_path / "a", "--epochs", 1, "--folds", 2, "--fold", 0)
+    first = tmp_path / "a" / "weights" / "unet.pt"
+    run(phantoms, tmp_path / "b", "--epochs", 1, "--folds", 2, "--fold", 1, "--init-weights", first)
+    cards = [json.loads((tmp_path / n / "weights" / "unet.json").read_text()) for n in "ab"]
+    assert set(cards[0]["cases"]["train"]) < set(cards[1]["cases"]["train"])
+    assert cards[1]["initialised_from"]["recipe"] == cards[0]["recipe"]
+
+
+def test_first_weights_are_not_overwritten(phantoms, tmp_path, capsys):
+    run(phantoms, tmp_path, "--epochs", 1)
+    with pytest.raises(SystemExit):
+        run(phantoms, tmp_path, "--init-weights", tmp_path / "weights" / "unet.pt")
+    assert "would be overwritten" in capsys.readouterr().err
+
+
+def test_weights_that_no_longer_give_a_finite_loss_are_not_kept(phantoms, tmp_path):
+    run(phantoms, tmp_path, "--epochs", 1)
+    before = (tmp_path / "weights" / "unet.ckpt").read_bytes()
+    message = refused(phantoms, tmp_path, "--epochs", 1, "--lr", 1e30, "--batch-size", 64)
+    assert "no longer finite" in message
+    assert (tmp_path / "weights" / "unet.ckpt").read_bytes() == before

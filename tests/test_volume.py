@@ -3,6 +3,8 @@
 import io
 import math
 import shutil
+import struct
+import zlib
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -541,3 +543,17 @@ def test_nan_in_a_file(tmp_path, value):
     tifffile.imwrite(tmp_path / "x_2.tif", image)
     with pytest.raises(ValueError, match=f"{tmp_path}/x_2.tif: holds NaN"):
         find_case(tmp_path).read()
+
+
+def test_png_of_16_bit_colour_keeps_its_16_bits(tmp_path):
+    """Pillow, and so most readers, would cut it to 8 bits without a word."""
+    image = np.random.default_rng(0).integers(0, 4096, (20, 30, 3)).astype(np.uint16)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in image)
+    header = struct.pack(">IIBBBBB", 30, 20, 16, 2, 0, 0, 0)
+    with open(tmp_path / "scan_1.png", "wb") as file:
+        file.write(b"\x89PNG\r\n\x1a\n")
+        for name, data in ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")):
+            check = struct.pack(">I", zlib.crc32(name + data))
+            file.write(struct.pack(">I", len(data)) + name + data + check)
+    volume = find_case(tmp_path).read()
+    assert volume.dtype == np.uint16 and np.array_equal(volume[0], image)
