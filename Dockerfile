@@ -1,8 +1,10 @@
 # docker build -t brainseg .
-# docker run --rm --gpus all --shm-size 8G -v /path/to/kaggle_3m:/data:ro -v "$PWD/out:/out" \
-#     brainseg inference.py --images /data --predictions /out/predictions --figure /out/dsc.png
+# mkdir -p out
+# docker run --rm --gpus all --shm-size 8G --user "$(id -u):$(id -g)" \
+#     -v /path/to/kaggle_3m:/data:ro -v "$PWD/out:/out" brainseg \
+#     inference.py --images /data --predictions /out/predictions --figure /out/dsc.png
 #
-# Without a GPU: docker build --build-arg BASE=python:3.12-slim -t brainseg .
+# Another base, with or without PyTorch: docker build --build-arg BASE=python:3.12-slim -t brainseg .
 ARG BASE=pytorch/pytorch:2.13.0-cuda12.6-cudnn9-runtime
 FROM ${BASE}
 
@@ -15,15 +17,16 @@ ENV PYTHONUNBUFFERED=1 \
     MPLCONFIGDIR=/tmp/cache/matplotlib
 
 # Dependencies before code: a change of the code does not install them again. The PyTorch of the
-# base image satisfies requirements.txt and is kept.
+# base image, made for its CUDA, is kept whatever its version.
 COPY requirements.txt /tmp/requirements.txt
-RUN python3 -m pip install -r /tmp/requirements.txt
+RUN if python3 -c "import torch"; then sed -i '/^torch==/d' /tmp/requirements.txt; fi \
+    && python3 -m pip install -r /tmp/requirements.txt
 
 WORKDIR /app
 COPY . .
 # Any user may run it (docker run --user "$(id -u)" keeps the files on mounted folders yours).
 RUN useradd --create-home --uid 10001 brainseg \
-    && mkdir -p /out && chown -R brainseg /out /app/weights
+    && mkdir -p /out /app/weights && chown -R brainseg /out /app/weights
 USER brainseg
 
 ENTRYPOINT ["python3"]

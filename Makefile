@@ -4,7 +4,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint clean python3-venv
 
 demo: .venv/installed
 	@rm -rf demo
@@ -26,13 +26,20 @@ lint: .venv/installed-dev
 	@$(BIN)/ruff format --check .
 
 .venv/installed: requirements.txt
-	@$(PYTHON) -m venv .venv >/dev/null 2>&1 || { rm -rf .venv; \
-		test "$$(id -u)" = 0 && apt-get update -qq && apt-get install -y -qq python3-venv \
-		&& $(PYTHON) -m venv .venv; } || { rm -rf .venv; \
-		echo "error: $(PYTHON) cannot make .venv; run: sudo apt-get install python3-venv" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "error: Python 3.10 or later is needed; name one with make PYTHON=..." >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || $(MAKE) --no-print-directory python3-venv
+	@$(PYTHON) -m venv .venv
 	@echo "installing requirements.txt into .venv (a few minutes, once)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@
+
+# Debian and Ubuntu keep venv apart from python3.
+python3-venv:
+	@test "$$(id -u)" = 0 || \
+		{ echo "error: no venv in $(PYTHON); run: sudo apt-get install python3-venv" >&2; exit 1; }
+	@echo "installing python3-venv with apt-get"
+	@apt-get update -qq && apt-get install -y -qq python3-venv >/dev/null
 
 .venv/installed-dev: .venv/installed requirements-dev.txt
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
