@@ -8,6 +8,7 @@ of their SHA-256 in their name, which is checked whenever they are opened.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import pickle
 import re
@@ -17,16 +18,21 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from resnext_unet import ResNeXtUNet
 from unet import UNet
 
-MODELS = {"unet": UNet}
+MODELS = {"unet": UNet, "resnext_unet": ResNeXtUNet}
 SHIPPED = Path(__file__).resolve().parent / "weights"
 
 
-def build_model(name: str, **settings: int) -> nn.Module:
-    """A network by its name; raises ValueError, listing the known ones, for another."""
+def build_model(name: str, **settings) -> nn.Module:
+    """A network by its name; ValueError, listing the known ones, for another name or setting."""
     if name not in MODELS:
         raise ValueError(f"no model is called {name!r}; known: {', '.join(MODELS)}")
+    known = inspect.signature(MODELS[name]).parameters
+    for setting in settings:
+        if setting not in known:
+            raise ValueError(f"{name} has no setting {setting!r}; it has: {', '.join(known)}")
     return MODELS[name](**settings)
 
 

@@ -1,4 +1,4 @@
-"""torch.hub entry points: `unet`, the bare network, and `segmenter`, raw volume in, mask out."""
+"""torch.hub entry points: the bare networks, and `segmenter`, raw volume in, mask out."""
 
 dependencies = ["torch"]
 
@@ -19,6 +19,18 @@ def unet(in_channels=3, out_channels=1, init_features=32, pretrained=False):
         "init_features": init_features,
     }
     return load_pretrained("unet", **settings) if pretrained else build_model("unet", **settings)
+
+
+def resnext_unet(in_channels=3, out_channels=1, pretrained=False):
+    """U-Net on a ResNeXt-50 32x4d encoder; slices and probabilities as those of `unet`.
+
+    pretrained: True fetches an encoder that was trained on ImageNet, a path takes it from a file.
+    """
+    from checkpoint import build_model
+
+    return build_model(
+        "resnext_unet", in_channels=in_channels, out_channels=out_channels, pretrained=pretrained
+    )
 
 
 def segmenter(model="unet", device=None, **options):

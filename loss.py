@@ -26,4 +26,53 @@ def bce_dice_loss(logits: Tensor, target: Tensor) -> Tensor:
     return cross_entropy + dice_loss(logits, target)
 
 
-LOSSES = {"dice": dice_loss, "bce-dice": bce_dice_loss}
+def tversky_loss(
+    logits: Tensor, target: Tensor, alpha: float = 0.3, beta: float = 0.7, smooth: float = 1.0
+) -> Tensor:
+    """One minus the soft Tversky index of the whole batch, averaged over output channels.
+
+    Salehi, Erdogmus and Gholipour 2017 (https://arxiv.org/abs/1706.05721): `alpha` weighs false
+    positives, `beta` false negatives, so that the defaults trade precision for recall. With both
+    at 0.5 it is the Dice loss of twice the `smooth`.
+    """
+    return _tversky_distance(logits, target, alpha, beta, smooth).mean()
+
+
+def focal_tversky_loss(
+    logits: Tensor,
+    target: Tensor,
+    alpha: float = 0.3,
+    beta: float = 0.7,
+    gamma: float = 4 / 3,
+    smooth: float = 1.0,
+) -> Tensor:
+    """(1 - Tversky index) ** (1 / gamma) per output channel, averaged: steeper near the goal.
+
+    Abraham and Khan 2018 (https://arxiv.org/abs/1810.07842), whose code has the exponent 0.75,
+    that is gamma = 4/3; others call the exponent itself gamma. They swap the names of `alpha` and
+    `beta`; here they mean what they mean in `tversky_loss`.
+    """
+    distance = _tversky_distance(logits, target, alpha, beta, smooth)
+    # A power below 1 has an infinite slope at 0, and infinity times the 0 of a saturated sigmoid
+    # is NaN; so below 1e-6 the curve is replaced by a straight line from 0.
+    return (distance * distance.clamp(min=1e-6) ** (1 / gamma - 1)).mean()
+
+
+def _tversky_distance(
+    logits: Tensor, target: Tensor, alpha: float, beta: float, smooth: float
+) -> Tensor:
+    """One minus the Tversky index, per channel (K,), as one fraction: it is never below 0."""
+    probabilities, target = torch.sigmoid(logits.float()), target.float()
+    overlap = (probabilities * target).sum(dim=(0, 2, 3))
+    false_positives = (probabilities * (1 - target)).sum(dim=(0, 2, 3))
+    false_negatives = ((1 - probabilities) * target).sum(dim=(0, 2, 3))
+    errors = alpha * false_positives + beta * false_negatives
+    return errors / (overlap + errors + smooth)
+
+
+LOSSES = {
+    "dice": dice_loss,
+    "bce-dice": bce_dice_loss,
+    "tversky": tversky_loss,
+    "focal-tversky": focal_tversky_loss,
+}

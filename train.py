@@ -66,7 +66,14 @@ def get_parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("network").add_argument
     add("--model", type=str, choices=MODELS, default="unet", help="the network (%(default)s)")
-    add("--features", type=int, default=32, help="channels of the first level (%(default)s)")
+    add("--features", type=int, help="of unet: channels of its first level (32)")
+    add(
+        "--pretrained",
+        type=str,
+        nargs="?",
+        const=True,
+        help="of resnext_unet: ImageNet weights for its encoder, fetched or from a file",
+    )
     add("--init-weights", type=Path, help="weights to start from, as far as they fit")
 
     add = parser.add_argument_group("recipe").add_argument

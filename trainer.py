@@ -22,8 +22,8 @@ from utils import make_generator
 
 # Settings that change the numbers of a run: a resumed run keeps those it was started with.
 RECIPE = (
-    "model features image_size loss batch_size lr schedule warmup ema aug_scale aug_angle "
-    "aug_intensity tumour_share drop_sequences seed folds fold amp keep"
+    "model features pretrained image_size loss batch_size lr schedule warmup ema aug_scale "
+    "aug_angle aug_intensity tumour_share drop_sequences seed folds fold amp keep"
 ).split()
 
 
@@ -38,9 +38,14 @@ class Trainer:
         channels = train_set.in_channels
         if args.drop_sequences and channels != 3:
             raise ValueError(f"--drop-sequences is for 3 sequences a slice, not {channels}")
+        settings = {"in_channels": channels}
+        if args.features:
+            settings["init_features"] = args.features
+        if args.pretrained and not args.resume:
+            settings["pretrained"] = args.pretrained
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(args.seed)
-            model = build_model(args.model, in_channels=channels, init_features=args.features)
+            model = build_model(args.model, **settings)
         self.initialised_from = None
         if args.init_weights and not args.resume:
             unused, untouched = initialise(model, args.init_weights)

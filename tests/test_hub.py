@@ -43,10 +43,10 @@ def shipped_weights() -> Path:
         pytest.skip(f"no shipped weights for the U-Net in {checkpoint.SHIPPED} yet")
 
 
-def test_only_the_two_entries_are_listed_and_explained(monkeypatch):
+def test_only_the_entries_are_listed_and_explained(monkeypatch):
     # `list` and `help` know no local source: stand in for the download only.
     monkeypatch.setattr(torch.hub, "_get_cache_or_reload", lambda *_, **__: str(ROOT))
-    assert sorted(torch.hub.list("owner/repository")) == ["segmenter", "unet"]
+    assert sorted(torch.hub.list("owner/repository")) == ["resnext_unet", "segmenter", "unet"]
     for entry, words in {"unet": "pretrained", "segmenter": "boolean mask"}.items():
         assert words in torch.hub.help("owner/repository", entry)
 

@@ -501,3 +501,15 @@ def test_image_size_and_device_are_checked(phantoms, weights, tmp_path):
     assert "'nowhere'" in refused(phantoms, tmp_path, weights, "--device", "nowhere")
     if not torch.cuda.is_available():
         assert "'cuda' is not there" in refused(phantoms, tmp_path, weights, "--device", "cuda")
+
+
+def test_the_second_network_trains_and_segments_by_its_name_alone(phantoms, tmp_path, capsys):
+    import train
+
+    options = ["--model", "resnext_unet", "--image-size", "32", "--epochs", "1", "--folds", "6"]
+    options += ["--fold", "0", "--weights", str(tmp_path), "--logs", str(tmp_path / "logs")]
+    train.main(["--images", str(phantoms), *options])
+    only = "--cases", "phantom_003"
+    assert infer(phantoms, tmp_path, tmp_path / "resnext_unet.pt", *only) == 0
+    with pytest.raises(SystemExit, match="no setting 'init_features'"):
+        train.main(["--images", str(phantoms), *options, "--features", "4"])

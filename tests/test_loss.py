@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from loss import LOSSES, bce_dice_loss, dice_loss
+from loss import LOSSES, bce_dice_loss, dice_loss, focal_tversky_loss, tversky_loss
 
 
 def logit(p: float) -> float:
@@ -49,6 +49,89 @@ def test_bce_dice_by_hand():
     entropy = -sum(map(math.log, (0.5, 0.8, 0.9, 0.8))) / 4
     expected = entropy + dice_loss(logits, target).item()
     assert bce_dice_loss(logits, target).item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_tversky_by_hand():
+    logits = masks([logit(0.5), logit(0.8)], [logit(0.1), logit(0.2)])
+    target = masks([1.0, 1.0], [0.0, 0.0])
+    overlap, false_positives, false_negatives = 0.5 + 0.8, 0.1 + 0.2, 0.5 + 0.2
+    for alpha, beta, smooth in ((0.3, 0.7, 1.0), (0.9, 0.2, 0.5)):
+        errors = alpha * false_positives + beta * false_negatives
+        expected = 1 - (overlap + smooth) / (overlap + errors + smooth)
+        result = tversky_loss(logits, target, alpha, beta, smooth)
+        assert result.item() == pytest.approx(expected, abs=1e-6)
+        result = focal_tversky_loss(logits, target, alpha, beta, smooth=smooth)
+        assert result.item() == pytest.approx(expected**0.75, abs=1e-6)
+        result = focal_tversky_loss(logits, target, alpha, beta, gamma=2, smooth=smooth)
+        assert result.item() == pytest.approx(expected**0.5, abs=1e-6)
+
+
+@pytest.mark.parametrize("loss", [tversky_loss, focal_tversky_loss])
+def test_tversky_default_punishes_a_miss_more_than_a_false_alarm(loss):
+    target = masks([1.0, 1.0, 0.0, 0.0])
+    missed, invented = masks([40.0, -40.0, -40.0, -40.0]), masks([40.0, 40.0, 40.0, -40.0])
+    assert loss(missed, target) > loss(invented, target)
+    assert loss(missed, target, alpha=0.7, beta=0.3) < loss(invented, target, alpha=0.7, beta=0.3)
+
+
+def test_tversky_of_two_halves_is_dice():
+    logits, target = torch.randn(2, 3, 8, 8), (torch.rand(2, 3, 8, 8) > 0.7).float()
+    for smooth in (0.25, 1.0):
+        halves = tversky_loss(logits, target, alpha=0.5, beta=0.5, smooth=smooth)
+        dice = dice_loss(logits, target, smooth=2 * smooth)
+        assert halves.item() == pytest.approx(dice.item(), abs=1e-6)
+
+
+def test_focal_tversky_with_gamma_1_is_tversky():
+    logits, target = torch.randn(2, 3, 8, 8), (torch.rand(2, 3, 8, 8) > 0.7).float()
+    expected = tversky_loss(logits, target).item()
+    assert focal_tversky_loss(logits, target, gamma=1).item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_focal_tversky_takes_the_power_of_each_channel():
+    logits, target = torch.randn(2, 3, 8, 8), (torch.rand(2, 3, 8, 8) > 0.7).float()
+    logits[:, 0] = 80 * (target[:, 0] - 0.5)  # one channel is right already
+    single = [tversky_loss(logits[:, k : k + 1], target[:, k : k + 1]) for k in range(3)]
+    expected = (torch.stack(single) ** 0.75).mean().item()
+    assert focal_tversky_loss(logits, target).item() == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("gamma", [4 / 3, 3])
+@pytest.mark.parametrize("size", [0.0, 3.0, 12.0, 40.0, 200.0])
+@pytest.mark.parametrize("lesion", [0.0, 0.5, 1.0])
+def test_focal_tversky_has_a_finite_gradient_up_to_perfection(gamma, size, lesion):
+    """The slope of x ** (1 / gamma) at 0 is infinite; times a saturated sigmoid's 0 it is NaN."""
+    target = (torch.rand(1, 2, 16, 16) < lesion).float()
+    logits = (size * (2 * target - 1)).requires_grad_()
+    result = focal_tversky_loss(logits, target, gamma=gamma)
+    result.backward()
+    assert torch.isfinite(result) and torch.isfinite(logits.grad).all()
+    assert (logits.grad * (2 * target - 1) <= 0).all()  # never away from the mask
+    if size <= 12:
+        assert logits.grad.abs().sum() > 0
+
+
+def test_focal_tversky_meets_its_straight_line_without_a_step():
+    distances = []
+    for size in torch.linspace(12, 24, 400):  # 1 - index passes 1e-6 in between
+        logits, target = torch.full((1, 1, 8, 8), -size.item()), torch.zeros(1, 1, 8, 8)
+        x = tversky_loss(logits, target).item()
+        y = focal_tversky_loss(logits, target).item()
+        assert y == pytest.approx(x**0.75 if x > 1e-6 else x * 1e-6**-0.25, rel=1e-4)
+        distances.append((x, y))
+    assert distances == sorted(distances, reverse=True)
+    assert distances[0][0] > 1e-6 > distances[-1][0]
+
+
+@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+def test_every_output_channel_is_trained(loss):
+    """Trap 11 again, for each loss, one channel without any lesion."""
+    logits = torch.randn(2, 3, 8, 8, requires_grad=True)
+    target = (torch.rand(2, 3, 8, 8) > 0.7).float()
+    target[:, 1] = 0
+    loss(logits, target).backward()
+    assert torch.isfinite(logits.grad).all()
+    assert (logits.grad.abs().sum(dim=(0, 2, 3)) > 0).all()
 
 
 @pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)

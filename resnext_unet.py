@@ -1,0 +1,220 @@
+"""U-Net on a ResNeXt-50 32x4d encoder, for weights that were first trained on ImageNet.
+
+Encoder: Xie et al. 2017 (https://arxiv.org/abs/1611.05431), stride 2 on the 3x3 convolution, with
+torchvision's parameter names, so that its published weights load; but without the max-pool, so
+that layer 1 still sees half the resolution. Decoder: three convolutions a level that squeeze,
+upsample and widen, and skips that are added, as in LinkNet (https://arxiv.org/abs/1707.03718).
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections import OrderedDict
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from unet import check_input
+
+# IMAGENET1K_V2 of torchvision's resnext50_32x4d (81.2 % top-1); the name ends in its SHA-256.
+URL = "https://download.pytorch.org/models/resnext50_32x4d-1a0047aa.pth"
+
+
+class ResNeXtUNet(nn.Module):
+    """Four levels down to 2048 channels at 1/16 of the size, four up; skips are added.
+
+    Height and width must be multiples of 16. `pretrained`: True fetches torchvision's ImageNet
+    encoder, a path takes it from a file; see `load_imagenet` for what it raises.
+    """
+
+    stride = 16  # the stem and layers 2, 3 and 4 halve the size
+
+    def __init__(
+        self,
+        in_channels: int = 3,
+        out_channels: int = 1,
+        pretrained: bool | str | Path = False,
+    ):
+        super().__init__()
+        self.settings = {"in_channels": in_channels, "out_channels": out_channels}
+        self.encoder = ResNeXtEncoder(in_channels)
+        self.decoder4 = _decoder(2048, 1024)
+        self.decoder3 = _decoder(1024, 512)
+        self.decoder2 = _decoder(512, 256)
+        self.decoder1 = _decoder(256, 256)
+        self.head = nn.Sequential(
+            OrderedDict(conv=nn.Conv2d(256, 128, 3, padding=1), relu=nn.ReLU(inplace=True))
+        )
+        self.conv = nn.Conv2d(128, out_channels, 3, padding=1)
+        _initialise(self)
+        if pretrained not in (None, False):
+            load_imagenet(self.encoder, pretrained)
+
+    def forward(self, x: Tensor, logits: bool = False) -> Tensor:
+        """Probabilities (or `logits`) of shape (N, out, H, W) for slices of shape (N, in, H, W).
+
+        Raises ValueError for a channel count or an image size that does not fit the network.
+        """
+        check_input(x, self.settings["in_channels"], self.stride)
+        enc1, enc2, enc3, enc4 = self.encoder(x)  # (N, 2048, H/16, W/16) is the last
+        x = self.decoder4(enc4) + enc3  # (N, 1024, H/8, W/8)
+        x = self.decoder3(x) + enc2  # (N, 512, H/4, W/4)
+        x = self.decoder2(x) + enc1  # (N, 256, H/2, W/2)
+        x = self.decoder1(x)  # (N, 256, H, W)
+        x = self.head(x)  # (N, 128, H, W)
+        x = self.conv(x)  # (N, out, H, W)
+        return x if logits else torch.sigmoid(x)
+
+    @staticmethod
+    def settings_of(state: dict[str, Tensor]) -> dict[str, int] | None:
+        """The arguments that build the network of a state dict; None if it is of another one."""
+        if "encoder.conv1.weight" not in state or "conv.weight" not in state:
+            return None
+        return {
+            "in_channels": state["encoder.conv1.weight"].shape[1],
+            "out_channels": state["conv.weight"].shape[0],
+        }
+
+
+class ResNeXtEncoder(nn.Module):
+    """ResNeXt-50 32x4d without max-pool, pooling and classifier; torchvision's parameter names."""
+
+    def __init__(self, in_channels: int = 3):
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, 64, 7, stride=2, padding=3, bias=False)
+        self.bn1 = nn.BatchNorm2d(64)
+        self.relu = nn.ReLU(inplace=True)
+        self.layer1 = _layer(64, 256, blocks=3, stride=1)
+        self.layer2 = _layer(256, 512, blocks=4, stride=2)
+        self.layer3 = _layer(512, 1024, blocks=6, stride=2)
+        self.layer4 = _layer(1024, 2048, blocks=3, stride=2)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What layers 1 to 4 give for slices (N, in, H, W)."""
+        x = self.relu(self.bn1(self.conv1(x)))  # (N, 64, H/2, W/2)
+        enc1 = self.layer1(x)  # (N, 256, H/2, W/2)
+        enc2 = self.layer2(enc1)  # (N, 512, H/4, W/4)
+        enc3 = self.layer3(enc2)  # (N, 1024, H/8, W/8)
+        enc4 = self.layer4(enc3)  # (N, 2048, H/16, W/16)
+        return enc1, enc2, enc3, enc4
+
+
+class Bottleneck(nn.Module):
+    """1x1, grouped 3x3 and 1x1 convolution, each with batch norm, beside a shortcut.
+
+    Half of `out_channels` in between, in 32 groups: 4 channels a group in layer 1, 32 in layer 4.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int):
+        super().__init__()
+        width = out_channels // 2
+        self.conv1 = nn.Conv2d(in_channels, width, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, stride, padding=1, groups=32, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.conv3 = nn.Conv2d(width, out_channels, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(out_channels)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = nn.Identity()  # has no parameter, so adds no name to the state dict
+        if stride > 1 or in_channels != out_channels:
+            self.downsample = nn.Sequential(
+                nn.Conv2d(in_channels, out_channels, 1, stride, bias=False),
+                nn.BatchNorm2d(out_channels),
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, in, H, W) to (N, out, H / stride, W / stride)."""
+        shortcut = self.downsample(x)
+        x = self.relu(self.bn1(self.conv1(x)))
+        x = self.relu(self.bn2(self.conv2(x)))
+        x = self.bn3(self.conv3(x))
+        return self.relu(x + shortcut)
+
+
+def _layer(in_channels: int, out_channels: int, blocks: int, stride: int) -> nn.Sequential:
+    """Bottlenecks, the first of which changes channels and size."""
+    first = Bottleneck(in_channels, out_channels, stride)
+    others = (Bottleneck(out_channels, out_channels, stride=1) for _ in range(blocks - 1))
+    return nn.Sequential(first, *others)
+
+
+def _decoder(in_channels: int, out_channels: int) -> nn.Sequential:
+    """Squeeze to a quarter of the channels, double height and width, widen: (N, out, 2H, 2W)."""
+    quarter = in_channels // 4
+    return nn.Sequential(
+        OrderedDict(
+            squeeze=nn.Conv2d(in_channels, quarter, 1),
+            relu1=nn.ReLU(inplace=True),
+            upconv=nn.ConvTranspose2d(quarter, quarter, kernel_size=4, stride=2, padding=1),
+            widen=nn.Conv2d(quarter, out_channels, 1),
+            relu2=nn.ReLU(inplace=True),
+        )
+    )
+
+
+def _initialise(model: ResNeXtUNet) -> None:
+    """Normal weights of variance 2 / fan-in and biases 0 in the convolutions before a ReLU.
+
+    He et al. 2015 (https://arxiv.org/abs/1502.01852). The transposed convolutions and the last
+    one, which no ReLU follows, keep PyTorch's smaller ones: the decoder has no batch norm, and at
+    full scale its sums grow from level to level (logits of 1.6 in place of 0.2 at the start).
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d) and module is not model.conv:
+            nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+
+def load_imagenet(encoder: ResNeXtEncoder, source: bool | str | Path = True) -> None:
+    """Load torchvision's resnext50_32x4d into `encoder`: fetched (True) or from a local file.
+
+    Its classifier `fc` is left out, its stem adapted to the encoder's channels. Raises OSError if
+    the file cannot be fetched or read, ValueError if it is damaged or holds another network.
+    """
+    name = URL if source is True else source
+    state = _open_imagenet(name)
+    if not isinstance(state, dict) or getattr(state.get("conv1.weight"), "ndim", 0) != 4:
+        raise ValueError(f"{name}: holds no state dict of torchvision's resnext50_32x4d")
+    state = {key: value for key, value in state.items() if not key.startswith("fc.")}
+    state["conv1.weight"] = adapt_stem(state["conv1.weight"], encoder.conv1.in_channels)
+    try:
+        encoder.load_state_dict(state, strict=True)
+    except RuntimeError as error:
+        reason = str(error).split("\n")[1].strip()
+        raise ValueError(f"{name}: is not torchvision's resnext50_32x4d: {reason}") from error
+
+
+def _open_imagenet(name: str | Path) -> object:
+    """What is in the file at `URL` (kept in torch.hub's cache) or in a local one."""
+    try:
+        if name == URL:  # the hash in its name is checked when it is fetched
+            return torch.hub.load_state_dict_from_url(
+                URL, map_location="cpu", check_hash=True, weights_only=True
+            )
+        return torch.load(name, map_location="cpu", weights_only=True)
+    except OSError as error:
+        problem = f"cannot be read ({error.strerror or error}); give the path of"
+        if name == URL:
+            problem = "cannot be fetched (offline?); download it elsewhere and give the path of"
+        raise OSError(f"{name}: {problem} a resnext50_32x4d .pth file") from error
+    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError) as error:
+        remedy = "fetch it again"
+        if name == URL:
+            remedy = f"remove it from {torch.hub.get_dir()}/checkpoints and try again"
+        raise ValueError(
+            f"{name}: is damaged, not bare weights, or not what its hash says; {remedy}"
+        ) from error
+
+
+def adapt_stem(weight: Tensor, in_channels: int) -> Tensor:
+    """The stem's weight (64, 3, 7, 7) for `in_channels` n: mean over RGB times 3 / n, n times.
+
+    The weights of each output still sum to what they did, so that n equal images get the response
+    that the network was trained to give three of them. Three channels are left as they are.
+    """
+    if in_channels == weight.shape[1]:
+        return weight
+    mean = weight.mean(dim=1, keepdim=True)  # (64, 1, 7, 7)
+    return mean.repeat(1, in_channels, 1, 1) * (weight.shape[1] / in_channels)
