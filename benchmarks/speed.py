@@ -13,6 +13,7 @@ import argparse
 import os
 import platform
 import resource
+import signal
 import subprocess
 import sys
 import tempfile
@@ -28,7 +29,9 @@ sys.path.insert(0, str(ROOT))
 
 import plain  # noqa: E402
 
-from dataset import BrainSegmentationDataset, prepare, select_cases  # noqa: E402
+from cache import prepare  # noqa: E402
+from checkpoint import shipped_weights  # noqa: E402
+from dataset import BrainSegmentationDataset, select_cases  # noqa: E402
 from segmentation import has_bfloat16  # noqa: E402
 from train import get_args  # noqa: E402
 from trainer import Trainer  # noqa: E402
@@ -156,9 +159,7 @@ def bench_inference(cases: list, args: argparse.Namespace) -> None:
     """The ten validation cases, whole process: start, reading, network, pictures, figure."""
     names = [case.name for case in select_cases(cases, "validation")]
     with tempfile.TemporaryDirectory() as out:
-        state = Path(out) / "unet.pt"
-        torch.save(UNet().state_dict(), state)
-        weights = str(args.weights or state)
+        weights = str(args.weights or shipped_weights("unet"))
         program = PLAIN_INFERENCE.format(
             paths=[str(ROOT), str(ROOT / "benchmarks")],
             weights=weights,
@@ -178,23 +179,25 @@ def bench_inference(cases: list, args: argparse.Namespace) -> None:
 
 def bench_memory(cases: list, args: argparse.Namespace) -> None:
     """Peak memory of a training start: all volumes prepared, then stopped in the first steps."""
+    count = sum(len(select_cases(cases, subset)) for subset in ("train", "validation"))
     with tempfile.TemporaryDirectory() as out:
         command = [sys.executable, str(ROOT / "train.py"), "--images", str(args.images)]
         command += ["--weights", f"{out}/w", "--logs", f"{out}/l", "--batch-size", str(BATCH)]
         for name in ("cold", "warm"):
             _, memory = run([*command, "--cache", f"{out}/cache"], stop_after=args.start_seconds)
-            row(f"training start, {len(cases)} cases, {name}: peak memory", memory, None, "GiB")
+            row(f"training start, {count} cases, {name}: peak memory", memory, None, "GiB")
 
 
 def run(command: list[str], stop_after: float | None = None) -> tuple[float, float]:
-    """Wall seconds and peak memory (GiB) of a command, stopped by SIGINT if it takes too long."""
+    """Wall seconds and peak memory (GiB) of a command, asked to stop after `stop_after` seconds."""
     start = time.perf_counter()
     child = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     if stop_after:
         time.sleep(stop_after)
         child.terminate()
     _, status, usage = os.wait4(child.pid, 0)
-    if not stop_after and status:
+    stopped = bool(stop_after) and os.waitstatus_to_exitcode(status) == 128 + signal.SIGTERM
+    if status and not stopped:
         raise SystemExit(f"{' '.join(command[:3])} ... failed")
     return time.perf_counter() - start, usage.ru_maxrss / 2**20
 
@@ -214,7 +217,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--images", type=Path, required=True, help="the real cases")
-    parser.add_argument("--weights", type=Path, help="for inference.py (a random network)")
+    parser.add_argument("--weights", type=Path, help="for inference.py (the shipped ones)")
     parser.add_argument("--only", nargs="+", choices=BENCHES, default=list(BENCHES))
     parser.add_argument("--volumes", type=int, default=3, help="to preprocess (%(default)s)")
     parser.add_argument(

@@ -12,12 +12,11 @@ import numpy as np
 import pytest
 import torch
 
-import dataset
+from cache import default_cache
 from dataset import (
     SPLITS,
     SUBSETS,
     BrainSegmentationDataset,
-    default_cache,
     patient_of,
     select_cases,
     subset_of,
@@ -424,7 +423,7 @@ def test_added_slice_is_noticed(two):
 def test_volumes_of_another_preprocessing_are_made_anew(two, reads, monkeypatch):
     open_two(two)
     reads.clear()
-    monkeypatch.setattr(dataset, "VERSION", -1)
+    monkeypatch.setattr("cache.VERSION", -1)
     open_two(two)
     assert reads == ["phantom_001", "phantom_002"]
 
@@ -511,7 +510,7 @@ def test_full_disk_is_one_sentence_and_leaves_nothing_half_done(two, monkeypatch
 
     cache = two.parent / "cache"
     with monkeypatch.context() as patch:
-        patch.setattr(dataset.np, "save", full)
+        patch.setattr("cache.np.save", full)
         with pytest.raises(ValueError, match=f"{cache}: cannot keep .*No space left on device"):
             open_two(two)
     assert list(cache.iterdir()) == []
