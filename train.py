@@ -369,9 +369,9 @@ def describe_run(trainer: Trainer, validation_set: BrainSegmentationDataset) -> 
     }
     first = trainer.initialised_from
     if first:  # its training cases were seen by this network too
-        earlier = (first.get("cases") or {}).get("train", ())
+        earlier = (first["cases"] or {}).get("train", ())
         about["cases"]["train"] = sorted({*trainer.cases, *earlier})
-        about["initialised_from"] = {k: first[k] for k in ("recipe", "commit")}
+        about["initialised_from"] = {k: v for k, v in first.items() if k != "cases"}
     return about
 
 

@@ -54,7 +54,8 @@ class Trainer:
                 f"left at random: {', '.join(untouched) or 'nothing'}"
             )
             card = read_card(args.init_weights)
-            self.initialised_from = {k: card.get(k) for k in ("recipe", "commit", "cases")}
+            kept = ("recipe", "commit", "cases", "initialised_from")
+            self.initialised_from = {key: card.get(key) for key in kept}
         self.model = model.to(self.device, memory_format=torch.channels_last)
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=args.lr, fused=True)
         self.ema = None
