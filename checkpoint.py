@@ -76,7 +76,8 @@ def load_tensors(path: Path | str) -> dict:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"{path}: is not bare weights, or is damaged; refused, as opening it could run code"
+            f"{path}: is no file of weights, or is damaged; refused, as opening it could run code: "
+            "fetch it again, or leave --weights out to use those that came with the project"
         ) from error
     except PermissionError:
         raise

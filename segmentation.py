@@ -123,7 +123,7 @@ def pick_device(name: torch.device | str | None = None) -> torch.device:
         torch.zeros(1, device=device).item()  # "meta" exists but computes nothing
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(
-            f"device {name!r} is not there; leave --device out to use what is"
+            f"device {name!r} is not there; leave --device out for the best there is"
         ) from error
     return device
 
