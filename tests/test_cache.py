@@ -1,0 +1,191 @@
+"""Preprocessed volumes on disk: found again, never trusted blindly."""
+
+import errno
+import json
+import os
+import shutil
+from pathlib import Path
+
+import imageio.v3 as iio
+import numpy as np
+import pytest
+from conftest import SIZE, open_all, same
+
+from cache import default_cache
+from dataset import BrainSegmentationDataset
+from volume import Case, preprocess
+
+
+@pytest.fixture
+def reads(monkeypatch) -> list[str]:
+    """The cases whose sources are read, in order of reading."""
+    names, read = [], Case.read
+
+    def noted(case: Case) -> np.ndarray:
+        names.append(case.name)
+        return read(case)
+
+    monkeypatch.setattr(Case, "read", noted)
+    return names
+
+
+def test_second_opening_reads_no_source(two, monkeypatch):
+    first = open_all(two)
+
+    def fail(case):
+        raise AssertionError(f"{case.name} was read again")
+
+    monkeypatch.setattr(Case, "read", fail)
+    monkeypatch.setattr(Case, "read_mask", fail)
+    assert same(open_all(two), first)
+
+
+def test_cache_is_mapped_half_precision(two):
+    data = BrainSegmentationDataset(two, "all", SIZE, cache=two.parent / "cache")
+    for volume in data.volumes:
+        assert isinstance(volume.images, np.memmap) and volume.images.dtype == np.float16
+        assert isinstance(volume.mask, np.memmap) and isinstance(volume.truth, np.memmap)
+
+
+def test_nothing_is_written_beside_the_data(two):
+    """A read-only data folder is fine."""
+
+    def contents() -> dict[Path, int]:
+        return {path: path.stat().st_mtime_ns for path in (two, *two.rglob("*"))}
+
+    before = contents()
+    open_all(two)
+    assert contents() == before
+
+
+@pytest.mark.parametrize("name", ["phantom_002_4.tif", "phantom_002_4_mask.tif"])
+def test_touched_source_is_read_again(two, reads, name):
+    first = open_all(two)
+    os.utime(two / "phantom_002" / name, ns=(1, 1_700_000_000_000_000_000))
+    reads.clear()
+    assert same(open_all(two), first)
+    assert reads == ["phantom_002"], "and no other case"
+
+
+@pytest.mark.parametrize("name", ["phantom_002_4.tif", "phantom_002_4_mask.tif"])
+def test_rewritten_source_is_never_served_stale(two, name):
+    first = open_all(two)
+    path = two / "phantom_002" / name
+    time = path.stat().st_mtime_ns
+    iio.imwrite(path, 255 - iio.imread(path))
+    os.utime(path, ns=(time, time + 1_000_000))  # a millisecond later
+    again = open_all(two)
+    assert same(again[:8], first[:8]) and not same(again[8:], first[8:])
+
+
+def test_added_slice_is_noticed(two):
+    open_all(two)
+    for end in (".tif", "_mask.tif"):
+        shutil.copy(
+            two / f"phantom_001/phantom_001_8{end}", two / f"phantom_001/phantom_001_9{end}"
+        )
+    assert len(open_all(two)) == 17
+
+
+def test_volumes_of_another_preprocessing_are_made_anew(two, reads, monkeypatch):
+    open_all(two)
+    reads.clear()
+    monkeypatch.setattr("cache.VERSION", -1)
+    open_all(two)
+    assert reads == ["phantom_001", "phantom_002"]
+
+
+def test_image_sizes_are_kept_apart(two, reads):
+    small, large = open_all(two, 16), open_all(two, 48)
+    assert small[0][0].shape == (3, 16, 16) and large[0][0].shape == (3, 48, 48)
+    reads.clear()
+    assert same(open_all(two, 16), small) and same(open_all(two, 48), large)
+    assert reads == []
+
+
+def test_cases_of_one_name_in_two_folders_are_kept_apart(two):
+    other = two.parent / "other"
+    shutil.copytree(two, other)
+    for path in other.glob("*/*[0-9].tif"):
+        iio.imwrite(path, 255 - iio.imread(path))
+    first, second = open_all(two), open_all(other)
+    assert not same(first, second)
+    assert same(open_all(two), first) and same(open_all(other), second)
+
+
+def flip_a_byte(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) * 2 // 3] ^= 1
+    path.write_bytes(content)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-50])
+
+
+def change_frame(path: Path) -> None:
+    about = json.loads(path.read_text())
+    about["frame"]["box"][0] += 1
+    path.write_text(json.dumps(about))
+
+
+DAMAGE = {
+    "flipped bit in the images": lambda entry: flip_a_byte(entry / "images.npy"),
+    "flipped bit in the masks": lambda entry: flip_a_byte(entry / "mask.npy"),
+    "flipped bit in the truth": lambda entry: flip_a_byte(entry / "truth.npy"),
+    "truncated images": lambda entry: cut(entry / "images.npy"),
+    "empty images": lambda entry: (entry / "images.npy").write_bytes(b""),
+    "missing masks": lambda entry: (entry / "mask.npy").unlink(),
+    "missing entry.json": lambda entry: (entry / "entry.json").unlink(),
+    "truncated entry.json": lambda entry: cut(entry / "entry.json"),
+    "empty entry.json": lambda entry: (entry / "entry.json").write_bytes(b""),
+    "another entry.json": lambda entry: (entry / "entry.json").write_text("[1, 2]"),
+    "binary entry.json": lambda entry: (entry / "entry.json").write_bytes(b"\xff\xfe\0" * 9),
+    "changed frame": lambda entry: change_frame(entry / "entry.json"),
+    "empty folder": lambda entry: [path.unlink() for path in entry.iterdir()],
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_damaged_entry_is_rebuilt(two, reads, damage):
+    cache = two.parent / "cache"
+    first = open_all(two)
+    (entry,) = cache.glob("phantom_002-*")
+    damage(entry)
+    reads.clear()
+    again = BrainSegmentationDataset(two, "all", SIZE, cache=cache)
+    assert reads == ["phantom_002"]
+    assert same([*again], first)
+    assert again.volumes[1].frame == preprocess(again.volumes[1].case.read(), SIZE)[1]
+    reads.clear()
+    assert same(open_all(two), first) and reads == [], "the rebuilt entry is sound"
+    assert sorted(path.name[:11] for path in cache.iterdir()) == ["phantom_001", "phantom_002"]
+
+
+@pytest.mark.parametrize("below", ["", "deeper/cache"])
+def test_unusable_cache_folder_is_refused_by_name(two, below):
+    (two.parent / "file").write_text("kept")
+    cache = two.parent / "file" / below
+    with pytest.raises(ValueError, match=f"{cache}: cannot be made; .* --cache"):
+        open_all(two, cache=cache)
+    assert (two.parent / "file").read_text() == "kept"
+
+
+def test_full_disk_is_one_sentence_and_leaves_nothing_half_done(two, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    cache = two.parent / "cache"
+    with monkeypatch.context() as patch:
+        patch.setattr("cache.np.save", full)
+        with pytest.raises(ValueError, match=f"{cache}: cannot keep .*No space left on device"):
+            open_all(two)
+    assert list(cache.iterdir()) == []
+    assert len(open_all(two)) == 16
+
+
+def test_default_cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert default_cache() == tmp_path / "brainseg"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert default_cache() == Path.home() / ".cache" / "brainseg"
