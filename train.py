@@ -15,17 +15,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
-import platform
 import signal
-import subprocess
 import sys
-import time
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
 from tqdm import tqdm
 
 from checkpoint import MODELS, load_state, load_tensors, save_tensors, save_weights
@@ -38,7 +32,6 @@ from utils import (
     Interruption,
     check_writable,
     fail,
-    make_generator,
     make_parser,
     outline,
     to_grey,
@@ -47,10 +40,8 @@ from utils import (
 
 if TYPE_CHECKING:
     import numpy as np
-    from torch import Tensor
     from torch.utils.tensorboard import SummaryWriter
 
-ROOT = Path(__file__).resolve().parent
 CHECKPOINT = set("args model ema optimizer epoch step loss_sum best cases".split())
 
 
@@ -170,54 +161,6 @@ def weights_path(args: argparse.Namespace) -> Path:
     return args.weights / f"{args.model}.pt"
 
 
-def train_one_epoch(
-    trainer: Trainer,
-    dataset: BrainSegmentationDataset,
-    weights: Tensor,
-    interruption: Interruption,
-) -> float | None:
-    """Train on slices drawn by `weights` to the epoch's end: slices a second, None if stopped."""
-    args = trainer.args
-    generator = make_generator(args.seed, 0, trainer.epoch)
-    drawn = torch.multinomial(weights, len(dataset), replacement=True, generator=generator)
-    batches = drawn.split(args.batch_size)
-    start, first = time.perf_counter(), trainer.step * args.batch_size
-    bar = tqdm(
-        total=len(dataset),
-        initial=first,
-        desc=f"epoch {trainer.epoch + 1}/{args.epochs}",
-        unit="image",
-        leave=False,
-        disable=None,
-    )
-    losses = []
-    with bar:
-        for batch in batches[trainer.step :]:
-            loss = trainer.train_step(*dataset.batch(batch.tolist()))
-            losses.append(loss * len(batch))
-            trainer.step += 1
-            bar.update(len(batch))
-            last = trainer.step == len(batches)
-            if last or trainer.step % 20 == 0 or interruption.signal is not None:
-                trainer.loss_sum += torch.stack(losses).cpu().double().sum().item()
-                losses.clear()
-                check_loss(trainer, trainer.loss_sum)
-                bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
-            if interruption.signal is not None and not last:
-                return None
-    return (len(dataset) - first) / (time.perf_counter() - start)
-
-
-def check_loss(trainer: Trainer, loss: float) -> None:
-    """Raise ValueError if a loss is NaN or infinite, before anything of the epoch is saved."""
-    if not math.isfinite(loss):
-        raise ValueError(
-            f"the loss is no longer finite at epoch {trainer.epoch + 1}, step {trainer.step}; "
-            f"nothing of this epoch was written to {trainer.args.weights}: "
-            "start anew with a lower --lr, or with --no-amp"
-        )
-
-
 def main(argv: list[str] | None = None) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, until training starts
     try:
@@ -250,7 +193,7 @@ def run(args: argparse.Namespace, checkpoint: dict | None) -> None:
         trainer.load(checkpoint)
     elif (path := args.weights / f"{args.model}.ckpt").exists():
         print(f"{path}: the checkpoint of an earlier run, overwritten after the first epoch")
-    about = describe_run(trainer, validation_set)
+    about = trainer.describe(validation_set)
     print(
         f"{args.model} on {about['device']}{', bfloat16' if trainer.amp else ''}: "
         f"{len(train_set)} slices of {len(train_set.volumes)} cases to train on, "
@@ -271,7 +214,7 @@ def run(args: argparse.Namespace, checkpoint: dict | None) -> None:
         bar = tqdm(total=args.epochs, initial=trainer.epoch, desc=args.model, disable=None)
         with bar:
             while trainer.epoch < args.epochs and interruption.signal is None:
-                speed = train_one_epoch(trainer, train_set, weights, interruption)
+                speed = trainer.train_epoch(train_set, weights, interruption)
                 if speed is None:
                     save_checkpoint(trainer)
                 else:
@@ -299,7 +242,7 @@ def finish_epoch(
     args, epoch = trainer.args, trainer.epoch + 1
     learning_rate, train_loss = trainer.learning_rate(), trainer.loss_sum / slices
     loss, scores, masks = trainer.evaluate(validation_set)
-    check_loss(trainer, loss)
+    trainer.check_finite(loss)
     mean = sum(scores.values()) / len(scores)
 
     better = mean > trainer.best
@@ -347,41 +290,6 @@ def draw(
 
 def save_checkpoint(trainer: Trainer) -> None:
     save_tensors(trainer.args.weights / f"{trainer.args.model}.ckpt", trainer.state())
-
-
-def describe_run(trainer: Trainer, validation_set: BrainSegmentationDataset) -> dict:
-    """What a weights' card says of a run: data, split, recipe, versions, device. No paths."""
-    args, device = trainer.args, trainer.device
-    recipe = {name: getattr(args, name) for name in (*RECIPE, "epochs")}
-    about = {
-        "model": args.model,
-        "settings": trainer.model.settings,
-        "image_size": args.image_size,
-        "cases": {
-            "train": trainer.cases,
-            "validation": [volume.name for volume in validation_set.volumes],
-        },
-        "recipe": recipe | {"amp": trainer.amp},
-        "commit": git_commit(),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
-        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    }
-    first = trainer.initialised_from
-    if first:  # its training cases were seen by this network too
-        earlier = (first["cases"] or {}).get("train", ())
-        about["cases"]["train"] = sorted({*trainer.cases, *earlier})
-        about["initialised_from"] = {k: v for k, v in first.items() if k != "cases"}
-    return about
-
-
-def git_commit() -> str | None:
-    """The commit of this repository, marked if files differ from it; None outside of git."""
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
 
 
 if __name__ == "__main__":

@@ -1,9 +1,13 @@
-"""One training run: its step, its schedule, its validation, and its state in a checkpoint."""
+"""One training run: its steps, schedule and validation, and what is written down of it."""
 
 from __future__ import annotations
 
 import argparse
 import math
+import platform
+import subprocess
+import time
+from datetime import datetime, timezone
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +22,7 @@ from loss import LOSSES
 from metrics import dsc
 from segmentation import Segmenter, has_bfloat16, pick_device
 from transform import augment, drop_sequences, vary_intensity
-from utils import make_generator
+from utils import Interruption, make_generator
 
 # Settings that change the numbers of a run: a resumed run keeps those it was started with.
 RECIPE = (
@@ -28,7 +32,7 @@ RECIPE = (
 
 
 class Trainer:
-    """Everything that changes during training, and what a checkpoint holds of it."""
+    """Everything that changes during training, and what a checkpoint and a card hold of it."""
 
     def __init__(self, args: argparse.Namespace, train_set: BrainSegmentationDataset):
         self.args = args
@@ -109,6 +113,51 @@ class Trainer:
             self.ema.update_parameters(self.model)
         return loss.detach()
 
+    def train_epoch(
+        self, train_set: BrainSegmentationDataset, weights: Tensor, interruption: Interruption
+    ) -> float | None:
+        """Train on slices drawn by `weights` to the epoch's end: slices a second, None if stopped.
+
+        Raises ValueError once the loss is NaN or infinite.
+        """
+        generator = make_generator(self.args.seed, 0, self.epoch)
+        drawn = torch.multinomial(weights, len(train_set), replacement=True, generator=generator)
+        batches = drawn.split(self.args.batch_size)
+        start, first = time.perf_counter(), self.step * self.args.batch_size
+        bar = tqdm(
+            total=len(train_set),
+            initial=first,
+            desc=f"epoch {self.epoch + 1}/{self.args.epochs}",
+            unit="image",
+            leave=False,
+            disable=None,
+        )
+        losses = []
+        with bar:
+            for batch in batches[self.step :]:
+                loss = self.train_step(*train_set.batch(batch.tolist()))
+                losses.append(loss * len(batch))
+                self.step += 1
+                bar.update(len(batch))
+                last = self.step == len(batches)
+                if last or self.step % 20 == 0 or interruption.signal is not None:
+                    self.loss_sum += torch.stack(losses).cpu().double().sum().item()
+                    losses.clear()
+                    self.check_finite(self.loss_sum)
+                    bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+                if interruption.signal is not None and not last:
+                    return None
+        return (len(train_set) - first) / (time.perf_counter() - start)
+
+    def check_finite(self, loss: float) -> None:
+        """Raise ValueError if a loss is NaN or infinite, before anything of the epoch is saved."""
+        if not math.isfinite(loss):
+            raise ValueError(
+                f"the loss is no longer finite at epoch {self.epoch + 1}, step {self.step}; "
+                f"nothing of this epoch was written to {self.args.weights}: "
+                "start anew with a lower --lr, or with --no-amp"
+            )
+
     def state(self) -> dict:
         return {
             "model": self.model.state_dict(),
@@ -157,6 +206,41 @@ class Trainer:
             masks.append(segmenter.finish(probabilities, volume.frame))
             scores[volume.name] = dsc(masks[-1], volume.truth)
         return loss / len(dataset), scores, masks
+
+    def describe(self, validation_set: BrainSegmentationDataset) -> dict:
+        """What a weights' card says of the run: data, split, recipe, versions, device. No paths."""
+        recipe = {name: getattr(self.args, name) for name in (*RECIPE, "epochs")}
+        cuda = self.device.type == "cuda"
+        about = {
+            "model": self.args.model,
+            "settings": self.model.settings,
+            "image_size": self.args.image_size,
+            "cases": {
+                "train": self.cases,
+                "validation": [volume.name for volume in validation_set.volumes],
+            },
+            "recipe": recipe | {"amp": self.amp},
+            "commit": git_commit(),
+            "versions": {"python": platform.python_version(), "torch": torch.__version__},
+            "device": torch.cuda.get_device_name(self.device) if cuda else str(self.device),
+            "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        }
+        first = self.initialised_from
+        if first:  # its training cases were seen by this network too
+            earlier = (first["cases"] or {}).get("train", ())
+            about["cases"]["train"] = sorted({*self.cases, *earlier})
+            about["initialised_from"] = {k: v for k, v in first.items() if k != "cases"}
+        return about
+
+
+def git_commit() -> str | None:
+    """The commit of this repository, marked if files differ from it; None outside of git."""
+    root = Path(__file__).resolve().parent
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def plain(args: argparse.Namespace) -> dict:
