@@ -229,7 +229,7 @@ def find_prediction(case: Case, predictions: Path) -> np.ndarray | None:
 def write_case(result: Result, predictions: Path) -> None:
     """Write masks, outlined slices and the GIF, each whole; other files of the folder stay."""
     case, folder = result.case, predictions / result.case.name
-    pictures = outline(to_grey(result.volume), result.prediction, result.truth)
+    pictures = outline(to_grey(result.volume), result.prediction, result.truth, side=256)
     masks = result.prediction * np.uint8(255)
     save_gif(predictions / f"{case.name}.gif", pictures)
     with (

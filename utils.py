@@ -157,9 +157,17 @@ def edge(mask: np.ndarray) -> np.ndarray:
 
 
 def outline(
-    grey: np.ndarray, prediction: np.ndarray, truth: np.ndarray | None = None
+    grey: np.ndarray, prediction: np.ndarray, truth: np.ndarray | None = None, side: int = 1
 ) -> np.ndarray:
-    """Slices (S, H, W) uint8 as RGB (S, H, W, 3): green truth, red prediction on top."""
+    """Slices (S, H, W) uint8 as RGB (S, H, W, 3): green truth, red prediction on top.
+
+    Small slices are enlarged by the whole number that brings their shorter side nearest to `side`.
+    """
+    times = max(1, round(side / min(grey.shape[1:])))
+    grey, prediction, truth = (
+        array if array is None else array.repeat(times, axis=1).repeat(times, axis=2)
+        for array in (grey, prediction, truth)
+    )
     pictures = np.repeat(grey[..., None], 3, axis=-1)
     if truth is not None:
         pictures[edge(truth)] = GREEN
