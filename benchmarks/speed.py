@@ -170,6 +170,7 @@ def bench_inference(cases: list, args: argparse.Namespace) -> None:
         theirs, their_memory = run([sys.executable, "-c", program])
         command = [sys.executable, str(ROOT / "inference.py"), "--images", str(args.images)]
         command += ["--weights", weights, "--subset", "validation", "--figure", f"{out}/dsc.png"]
+        command += ["--image-size", str(SIZE)]  # as the plain one, whatever the weights' card says
         for precision in ["--no-amp"] + ["--amp"] * has_bfloat16(torch.device("cpu")):
             ours, our_memory = run([*command, precision, "--predictions", f"{out}/{precision[2:]}"])
             name = "bfloat16" if precision == "--amp" else "float32"
