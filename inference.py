@@ -14,7 +14,6 @@ figure of sorted DSCs are written too, and cases that the weights were trained o
 from __future__ import annotations
 
 import argparse
-import csv
 import signal
 import sys
 import tempfile
@@ -29,7 +28,7 @@ from tqdm import tqdm
 
 from checkpoint import read_card, shipped_weights
 from dataset import SUBSETS, patient_of, select_cases
-from metrics import describe, score
+from metrics import describe, in_pixels, score
 from segmentation import Segmenter
 from utils import (
     check_writable,
@@ -42,13 +41,9 @@ from utils import (
     save_gif,
     sentence,
     to_grey,
-    written_whole,
+    write_table,
 )
 from volume import Case, Frame, case_folders, find_case, read_slice
-
-TABLE = (
-    "case slices lesion_voxels predicted_voxels dsc iou precision recall hd95_px trained_on".split()
-)
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -245,23 +240,13 @@ def write_case(result: Result, predictions: Path) -> None:
 
 
 def row_of(result: Result) -> dict:
-    scores = score(result.prediction, result.truth)
-    scores["hd95_px"] = scores.pop("hd95")
     return {
         "case": result.case.name,
         "slices": len(result.truth),
         "lesion_voxels": int(result.truth.sum()),
         "predicted_voxels": int(result.prediction.sum()),
-        **scores,
+        **in_pixels(score(result.prediction, result.truth)),
     }
-
-
-def write_table(path: Path, rows: list[dict]) -> None:
-    with written_whole(path) as temporary, open(temporary, "w", newline="") as file:
-        table = csv.DictWriter(file, TABLE)
-        table.writeheader()
-        for row in rows:
-            table.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
 
 
 def report(rows: list[dict], args: argparse.Namespace) -> None:

@@ -40,17 +40,66 @@ def hd95(
 
     0 if both masks are empty; NaN if one is, as no distance is defined then.
     """
+    return _distance("hd95", prediction, truth, spacing)
+
+
+def assd(
+    prediction: np.ndarray, truth: np.ndarray, spacing: Sequence[float] | None = None
+) -> float:
+    """Average symmetric surface distance, over the surface voxels of both; else as `hd95`."""
+    return _distance("assd", prediction, truth, spacing)
+
+
+def _distance(name: str, prediction: np.ndarray, truth: np.ndarray, spacing) -> float:
     if not prediction.any() or not truth.any():
         return float("nan") if prediction.any() or truth.any() else 0.0
-    from medpy.metric.binary import hd95 as medpy_hd95
+    from medpy.metric import binary
 
     # Beyond a margin of one voxel both masks are empty and cannot hold a surface.
     union = np.nonzero(prediction | truth)
     box = tuple(slice(max(w.min() - 1, 0), w.max() + 2) for w in union)
-    return float(medpy_hd95(prediction[box], truth[box], voxelspacing=spacing))
+    return float(getattr(binary, name)(prediction[box], truth[box], voxelspacing=spacing))
 
 
-METRICS = {"dsc": dsc, "iou": iou, "precision": precision, "recall": recall, "hd95": hd95}
+def volume_error(prediction: np.ndarray, truth: np.ndarray) -> float:
+    """Relative volume error, (|P| - |T|) / |T|: above 0 is too much; NaN for an empty truth alone.
+
+    0 if both masks are empty.
+    """
+    if not truth.any():
+        return float("nan") if prediction.any() else 0.0
+    return _count(prediction) / _count(truth) - 1
+
+
+def lesion_recall(prediction: np.ndarray, truth: np.ndarray) -> float:
+    """Share of the lesions (components of the truth, 26 neighbours) that the prediction touches.
+
+    1 for an empty prediction of an empty mask.
+    """
+    if not truth.any() or not prediction.any():
+        return float(truth.any() == prediction.any())
+    from skimage.measure import label
+
+    lesions = label(truth)
+    return float(len(np.unique(lesions[prediction & truth])) / lesions.max())
+
+
+def lesion_precision(prediction: np.ndarray, truth: np.ndarray) -> float:
+    """Share of the predicted components that touch a lesion; 1 if both masks are empty."""
+    return lesion_recall(truth, prediction)
+
+
+METRICS = {
+    "dsc": dsc,
+    "iou": iou,
+    "precision": precision,
+    "recall": recall,
+    "hd95": hd95,
+    "assd": assd,
+    "volume_error": volume_error,
+    "lesion_recall": lesion_recall,
+    "lesion_precision": lesion_precision,
+}
 
 
 def score(prediction: np.ndarray, truth: np.ndarray) -> dict[str, float]:
@@ -58,6 +107,11 @@ def score(prediction: np.ndarray, truth: np.ndarray) -> dict[str, float]:
     if prediction.shape != truth.shape:
         raise ValueError(f"prediction of shape {prediction.shape}, mask of shape {truth.shape}")
     return {name: metric(prediction, truth) for name, metric in METRICS.items()}
+
+
+def in_pixels(scores: dict[str, float]) -> dict[str, float]:
+    """The same scores, their distances named with their unit: hd95_px, assd_px."""
+    return {f"{k}_px" if k in ("hd95", "assd") else k: v for k, v in scores.items()}
 
 
 def summarise(values: Sequence[float], resamples: int = 10_000, seed: int = 0) -> dict[str, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import csv
 import os
 import signal
 import sys
@@ -65,6 +66,15 @@ def written_whole(path: Path | str) -> Iterator[Path]:
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def write_table(path: Path, rows: Sequence[dict]) -> None:
+    """Dicts of the same keys as a CSV file with a header, written whole."""
+    with written_whole(path) as temporary, open(temporary, "w", newline="") as file:
+        table = csv.DictWriter(file, rows[0])
+        table.writeheader()
+        for row in rows:
+            table.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
 
 
 @contextmanager

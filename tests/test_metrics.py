@@ -4,10 +4,25 @@ import math
 
 import numpy as np
 import pytest
-from medpy.metric.binary import hd95 as medpy_hd95
+import torch
+from medpy.metric import binary
 from scipy.ndimage import gaussian_filter
 
-from metrics import METRICS, describe, dsc, hd95, iou, precision, recall, score, summarise
+from metrics import (
+    METRICS,
+    assd,
+    describe,
+    dsc,
+    hd95,
+    iou,
+    lesion_precision,
+    lesion_recall,
+    precision,
+    recall,
+    score,
+    summarise,
+    volume_error,
+)
 
 
 def cube(*slices: slice, shape=(6, 12, 12)) -> np.ndarray:
@@ -19,59 +34,115 @@ def cube(*slices: slice, shape=(6, 12, 12)) -> np.ndarray:
 EMPTY = cube(slice(0, 0))
 TRUTH = cube(slice(1, 3), slice(2, 6), slice(2, 6))  # 2 x 4 x 4 = 32 voxels
 HALF = cube(slice(1, 3), slice(2, 6), slice(4, 10))  # 48 voxels, 16 of them in TRUTH
+BEST = {name: 0 if name in ("hd95", "assd", "volume_error") else 1 for name in METRICS}
 
 
 def test_known_answer():
     scores = score(HALF, TRUTH)
-    assert list(scores) == ["dsc", "iou", "precision", "recall", "hd95"]
     assert scores["dsc"] == pytest.approx(2 * 16 / (48 + 32))
     assert scores["iou"] == pytest.approx(16 / (48 + 32 - 16))
     assert scores["precision"] == pytest.approx(16 / 48)
     assert scores["recall"] == pytest.approx(16 / 32)
-    assert scores["hd95"] == pytest.approx(medpy_hd95(HALF, TRUTH))
+    assert scores["hd95"] == pytest.approx(binary.hd95(HALF, TRUTH))
+    assert scores["assd"] == pytest.approx(binary.assd(HALF, TRUTH))
+    assert scores["volume_error"] == pytest.approx(48 / 32 - 1)
+    assert scores["lesion_recall"] == scores["lesion_precision"] == 1
+    assert list(scores) == list(METRICS)
 
 
 def test_perfect_and_disjoint():
-    assert score(TRUTH, TRUTH) == {"dsc": 1, "iou": 1, "precision": 1, "recall": 1, "hd95": 0}
+    assert score(TRUTH, TRUTH) == BEST
     other = cube(slice(1, 3), slice(2, 6), slice(8, 12))
     assert [metric(other, TRUTH) for metric in (dsc, iou, precision, recall)] == [0, 0, 0, 0]
 
 
 def test_both_empty_count_1():
     """Trap 2: two empty masks once gave a crash or NaN."""
-    assert score(EMPTY, EMPTY) == {"dsc": 1, "iou": 1, "precision": 1, "recall": 1, "hd95": 0}
+    assert score(EMPTY, EMPTY) == BEST
 
 
 @pytest.mark.parametrize("prediction, truth", [(EMPTY, TRUTH), (TRUTH, EMPTY)])
 def test_one_empty_counts_0_and_has_no_distance(prediction, truth):
     """Trap 2: a prediction with no voxel, or a case without lesion."""
     scores = score(prediction, truth)
-    assert math.isnan(scores.pop("hd95"))
-    assert scores == {"dsc": 0, "iou": 0, "precision": 0, "recall": 0}
+    assert math.isnan(scores.pop("hd95")) and math.isnan(scores.pop("assd"))
+    error = scores.pop("volume_error")
+    assert error == -1 if truth.any() else math.isnan(error)
+    assert set(scores.values()) == {0}
 
 
 def test_scores_are_symmetric_where_they_should_be():
     assert dsc(HALF, TRUTH) == dsc(TRUTH, HALF) and iou(HALF, TRUTH) == iou(TRUTH, HALF)
     assert precision(HALF, TRUTH) == recall(TRUTH, HALF)
-    assert hd95(HALF, TRUTH) == hd95(TRUTH, HALF)
+    assert hd95(HALF, TRUTH) == hd95(TRUTH, HALF) and assd(HALF, TRUTH) == assd(TRUTH, HALF)
+    assert lesion_precision(HALF, TRUTH) == lesion_recall(TRUTH, HALF)
 
 
 def test_hd95_of_a_shift_by_three_voxels():
     point = cube(slice(2, 3), slice(4, 5), slice(4, 5))
     moved = cube(slice(2, 3), slice(4, 5), slice(7, 8))
-    assert hd95(point, moved) == 3
-    assert hd95(point, moved, spacing=(5, 1, 0.5)) == 1.5
+    assert hd95(point, moved) == assd(point, moved) == 3
+    assert hd95(point, moved, spacing=(5, 1, 0.5)) == 1.5 == assd(point, moved, (5, 1, 0.5))
+
+
+def test_lesions_are_counted_not_their_voxels():
+    """Four lesions, one of them found; two predicted components, one of them right."""
+    truth = cube(0, slice(0, 2)) | cube(5, 0, 0) | cube(3, slice(5, 7), slice(5, 7))
+    truth[0, :, 6] = False  # a gap that divides the first block in two
+    prediction = cube(0, 0, slice(0, 2)) | cube(5, slice(9, 12), slice(9, 12))
+    assert lesion_recall(prediction, truth) == pytest.approx(1 / 4)
+    assert lesion_precision(prediction, truth) == pytest.approx(1 / 2)
+
+
+def test_voxels_that_touch_by_a_corner_are_one_lesion():
+    corner = cube(2, 4, 4) | cube(3, 5, 5)
+    assert lesion_recall(cube(2, 4, 4), corner) == 1
+
+
+def test_volume_error_is_signed():
+    assert volume_error(TRUTH, HALF) == pytest.approx(-1 / 3)
+    assert volume_error(HALF, TRUTH) == pytest.approx(1 / 2)
 
 
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("spacing", [None, (3.0, 1.0, 0.7)])
-def test_hd95_on_the_cropped_masks_is_that_of_the_whole(seed, spacing):
+def test_distances_on_the_cropped_masks_are_those_of_the_whole(seed, spacing):
     rng = np.random.default_rng(seed)
     noise = gaussian_filter(rng.standard_normal((2, 8, 40, 36)), (0, 1, 3, 3))
     a, b = noise > np.quantile(noise, 0.93 - 0.02 * seed, axis=(1, 2, 3), keepdims=True)
     if seed % 2:  # also with lesions that do not touch the border of the volume
         a[:, :6] = a[:, -9:] = b[:, :, :8] = False
-    assert hd95(a, b, spacing) == pytest.approx(medpy_hd95(a, b, voxelspacing=spacing), abs=1e-9)
+    for ours, theirs in ((hd95, binary.hd95), (assd, binary.assd)):
+        assert ours(a, b, spacing) == pytest.approx(theirs(a, b, voxelspacing=spacing), abs=1e-9)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_overlaps_are_those_of_medpy(seed):
+    a, b = np.random.default_rng(seed).random((2, 6, 12, 12)) < 0.2 + 0.1 * seed
+    assert dsc(a, b) == pytest.approx(binary.dc(a, b))
+    assert iou(a, b) == pytest.approx(binary.jc(a, b))
+    assert precision(a, b) == pytest.approx(binary.precision(a, b))
+    assert recall(a, b) == pytest.approx(binary.recall(a, b))
+    assert volume_error(a, b) == pytest.approx(binary.ravd(a, b))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_scores_are_those_of_monai(seed):
+    monai = pytest.importorskip("monai.metrics", reason="MONAI is not installed")
+    noise = gaussian_filter(
+        np.random.default_rng(seed).standard_normal((2, 8, 24, 24)), (0, 1, 3, 3)
+    )
+    a, b = noise > np.quantile(noise, 0.9, axis=(1, 2, 3), keepdims=True)
+    pair = [torch.from_numpy(mask)[None, None].float() for mask in (a, b)]
+    assert dsc(a, b) == pytest.approx(monai.compute_dice(*pair).item(), abs=1e-6)
+    assert iou(a, b) == pytest.approx(monai.compute_iou(*pair).item(), abs=1e-6)
+    confusion = monai.get_confusion_matrix(*pair)
+    for ours, name in ((precision, "precision"), (recall, "recall")):
+        theirs = monai.compute_confusion_matrix_metric(name, confusion)
+        assert ours(a, b) == pytest.approx(theirs.item(), abs=1e-6)
+    options = {"include_background": True, "symmetric": True}
+    theirs = monai.compute_average_surface_distance(*pair, **options).item()
+    assert assd(a, b) == pytest.approx(theirs, abs=1e-5)
 
 
 def test_masks_are_not_modified():
