@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -15,7 +16,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from cache import Prepared, prepare
-from volume import Case, find_cases
+from utils import in_order
+from volume import Case, find_case, find_cases
 
 Named = TypeVar("Named", Case, Path)
 SUBSETS = ("train", "validation", "test")
@@ -54,8 +56,8 @@ def select_cases(
     """The cases (or case folders) of a subset; with `folds`, those of that `fold`.
 
     A fold's `validation` is held out and its `train` is the rest. Folds are by patient, balanced
-    over sites for LGG, the same on every machine, and never touch the test cases. Raises
-    ValueError for an unknown subset, too many folds or nothing left.
+    over hospitals (for LGG) and lesion volumes, the same on every machine, and never touch the
+    test cases. Raises ValueError for an unknown subset, too many folds or nothing left.
     """
     if subset not in (*SUBSETS, "all"):
         raise ValueError(f"no subset is called {subset!r}; known: all, {', '.join(SUBSETS)}")
@@ -73,7 +75,11 @@ def select_cases(
 
 def _in_fold(cases: Sequence[Named], subset: str, folds: int, fold: int | None) -> list[Named]:
     pool = [case for case in cases if subset_of(case.name) != "test"]
-    patients = sorted({patient_of(case.name) for case in pool}, key=lambda p: (_site(p), _hash(p)))
+    lesion = Counter()  # voxels of each patient
+    for case, voxels in zip(pool, in_order(_lesion_voxels, pool), strict=True):
+        lesion[patient_of(case.name)] += voxels
+    # Dealt out one after another, the patients of a site, and of a size, go to different folds.
+    patients = sorted(lesion, key=lambda patient: (site_of(patient), lesion[patient], patient))
     if not 2 <= folds <= len(patients):
         raise ValueError(
             f"{folds} folds of {len(patients)} patients outside the test subset; "
@@ -85,9 +91,14 @@ def _in_fold(cases: Sequence[Named], subset: str, folds: int, fold: int | None) 
     return [case for case in pool if (patient_of(case.name) in held_out) == (subset != "train")]
 
 
-def _site(patient: str) -> str:
-    """The hospital in an LGG patient's name (TCGA_<site>_<number>); the same for all others."""
-    return patient.split("_")[1] if patient.startswith("TCGA_") else ""
+def _lesion_voxels(case: Named) -> int:
+    case = find_case(case) if isinstance(case, Path) else case
+    return int(case.read_mask().sum()) if case.masks else 0
+
+
+def site_of(case: str) -> str:
+    """The hospital in an LGG name (TCGA_<site>_<number>); empty for all others."""
+    return case.split("_")[1] if case.startswith("TCGA_") else ""
 
 
 def _hash(name: str) -> int:

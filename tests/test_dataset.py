@@ -205,6 +205,17 @@ def test_folds_are_balanced_over_hospitals():
         assert max(counts) - min(counts) <= 1, site
 
 
+def test_folds_are_balanced_over_lesion_volumes(phantoms):
+    """Of every three patients that follow one another by volume, each fold holds out one."""
+    cases = [case for case in find_cases(phantoms) if subset_of(case.name) != "test"]
+    folds = [names_of(select_cases(cases, "validation", 3, fold)) for fold in range(3)]
+    by_volume = sorted(cases, key=lambda case: case.read_mask().sum())
+    place = {case.name: k // 3 for k, case in enumerate(by_volume)}
+    assert [sorted(place[name] for name in fold) for fold in folds] == [[0, 1, 2]] * 3
+    folders = [case.folder for case in cases]
+    assert names_of(select_cases(folders, "validation", 3, 1)) == folds[1], "by folder alike"
+
+
 def test_folds_do_not_depend_on_the_order_of_the_cases():
     forth, back = (select_cases(made_up(names), "validation", 5, 2) for names in (LGG, LGG[::-1]))
     assert set(names_of(forth)) == set(names_of(back))
