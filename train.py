@@ -82,6 +82,7 @@ def get_parser() -> argparse.ArgumentParser:
     )
     add("--warmup", type=int, default=0, help="steps of linear warm-up (%(default)s)")
     add("--ema", type=float, default=0.0, help="decay of averaged weights, say 0.998; 0 is off")
+    add("--weight-decay", type=float, default=0, help="of AdamW; 0 is plain Adam (%(default)s)")
     add("--loss", type=str, choices=LOSSES, default="dice", help="on a batch (%(default)s)")
     add("--aug-scale", type=float, default=0.05, help="random scale, 1 ± this (%(default)s)")
     add("--aug-angle", type=float, default=15, help="random rotation, ± degrees (%(default)s)")
@@ -141,7 +142,14 @@ def get_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict | 
 def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """End with a usage error for a value that could not work, before anything long is done."""
     least = {"epochs": 1, "batch_size": 1, "features": 1, "workers": 1, "image_size": 32}
-    least |= {"seed": 0, "vis_freq": 0, "warmup": 0, "aug_angle": 0, "aug_intensity": 0}
+    least |= {
+        "seed": 0,
+        "vis_freq": 0,
+        "warmup": 0,
+        "weight_decay": 0,
+        "aug_angle": 0,
+        "aug_intensity": 0,
+    }
     for name, value in least.items():
         if getattr(args, name) is not None and getattr(args, name) < value:
             parser.error(f"--{name.replace('_', '-')} must be at least {value}")

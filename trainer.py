@@ -26,8 +26,8 @@ from utils import Interruption, make_generator
 
 # Settings that change the numbers of a run: a resumed run keeps those it was started with.
 RECIPE = (
-    "model features pretrained image_size loss batch_size lr schedule warmup ema aug_scale "
-    "aug_angle aug_intensity tumour_share drop_sequences seed folds fold amp keep"
+    "model features pretrained image_size loss batch_size lr weight_decay schedule warmup ema "
+    "aug_scale aug_angle aug_intensity tumour_share drop_sequences seed folds fold amp keep"
 ).split()
 
 
@@ -61,7 +61,9 @@ class Trainer:
             kept = ("recipe", "commit", "cases", "initialised_from")
             self.initialised_from = {key: card.get(key) for key in kept}
         self.model = model.to(self.device, memory_format=torch.channels_last)
-        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=args.lr, fused=True)
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True
+        )
         self.ema = None
         if args.ema:
             average = get_ema_multi_avg_fn(args.ema)
