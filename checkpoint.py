@@ -126,11 +126,10 @@ def initialise(model: nn.Module, path: Path | str) -> tuple[list[str], list[str]
 
 def save_weights(path: Path, state: dict[str, Tensor], card: dict) -> None:
     """Write a bare state dict and its card, each whole or not at all; raises OSError."""
-    from utils import written_whole  # not needed by torch.hub, where `utils` may be another's
+    from utils import write_json  # not needed by torch.hub, where `utils` may be another's
 
     save_tensors(path, state)
-    with written_whole(path.with_suffix(".json")) as temporary:
-        temporary.write_text(json.dumps(card, indent=2) + "\n")
+    write_json(path.with_suffix(".json"), card)
 
 
 def save_tensors(path: Path, content: dict) -> None:

@@ -12,10 +12,8 @@ it counts only cases that the weights were not trained on.
 from __future__ import annotations
 
 import argparse
-import csv
 import hashlib
 import io
-import json
 from pathlib import Path
 
 import torch
@@ -24,7 +22,7 @@ from torch import Tensor
 from checkpoint import SHIPPED, load_state, model_from_state, read_card
 from dataset import SUBSETS, is_lgg
 from metrics import summarise
-from utils import fail, make_parser, written_whole
+from utils import fail, make_parser, read_scores, write_json, written_whole
 
 LICENCE = (
     "Trained on MR images of TCGA-LGG (doi:10.7937/K9/TCIA.2016.L4LTD3TK) with the masks of Buda, "
@@ -60,14 +58,13 @@ def main(argv: list[str] | None = None) -> None:
         if any(map(is_lgg, card.get("cases", {}).get("train", ()))):
             card["licence"] = LICENCE
         if args.metrics:
-            card.setdefault("scores", {})[args.subset] = read_scores(args.metrics)
+            card.setdefault("scores", {})[args.subset] = scores_of_unseen(args.metrics)
         content = serialise(halve(state))
         digest = hashlib.sha256(content).hexdigest()
         path = args.out / f"{name}-{digest[:8]}.pt"
         with written_whole(path) as temporary:
             temporary.write_bytes(content)
-        with written_whole(path.with_suffix(".json")) as temporary:
-            temporary.write_text(json.dumps(card | {"sha256": digest}, indent=2) + "\n")
+        write_json(path.with_suffix(".json"), card | {"sha256": digest})
     except (ValueError, OSError) as error:
         fail(error)
     print(f"{path}, {len(content) / 2**20:.1f} MiB, and its card {path.with_suffix('.json').name}")
@@ -88,14 +85,10 @@ def serialise(state: dict[str, Tensor]) -> bytes:
     return buffer.getvalue()
 
 
-def read_scores(path: Path) -> dict:
+def scores_of_unseen(path: Path) -> dict:
     """DSC of the cases in a metrics.csv that the weights were not trained on, and its spread."""
-    try:
-        with open(path, newline="") as file:
-            rows = [row for row in csv.DictReader(file) if row["trained_on"] == "0"]
-        cases = {row["case"]: round(float(row["dsc"]), 4) for row in rows}
-    except (KeyError, ValueError) as error:
-        raise ValueError(f"{path}: is not a metrics.csv that inference.py wrote") from error
+    rows = [row for row in read_scores(path, ["dsc"]) if not row["trained_on"]]
+    cases = {row["case"]: round(row["dsc"], 4) for row in rows}
     if not cases:
         raise ValueError(f"{path}: scores no case that the weights were not trained on")
     return {"metric": "DSC per volume", **summarise(list(cases.values())), "cases": cases}

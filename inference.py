@@ -31,6 +31,7 @@ from dataset import SUBSETS, patient_of, select_cases
 from metrics import describe, in_pixels, score
 from segmentation import Segmenter
 from utils import (
+    add_segmenter_options,
     check_writable,
     fail,
     in_order,
@@ -39,6 +40,7 @@ from utils import (
     outline,
     save_dsc_figure,
     save_gif,
+    segmenter_options,
     sentence,
     to_grey,
     write_table,
@@ -55,27 +57,9 @@ def get_parser() -> argparse.ArgumentParser:
     add("--fold", type=int, help="the fold that was validated on, from 0")
     add("--cases", type=str, nargs="+", help="only these cases")
     add("--skip-existing", action="store_true", help="keep the masks of an earlier run")
-
-    add = parser.add_argument_group("how").add_argument
     add("--weights", type=Path, help="weights file (those that came with the project)")
-    add("--image-size", type=int, help="side of a resized slice (as the weights were trained)")
-    add("--threshold", type=float, default=0.5, help="least lesion probability (%(default)s)")
-    add(
-        "--largest-component",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="keep only the largest connected component (yes)",
-    )
-    add("--tta", action="store_true", help="average over each slice and its mirror image")
-    add("--batch-size", type=int, default=16, help="slices at once (%(default)s)")
-    add("--device", type=str, help="cuda, cuda:1, mps, cpu (an accelerator if there is one)")
-    add(
-        "--amp",
-        action=argparse.BooleanOptionalAction,
-        help="compute in bfloat16 (where the device is faster so)",
-    )
-    add("--workers", type=int, help="threads that read and write (all cores)")
 
+    add_segmenter_options(parser)
     add = parser.add_argument_group("where to").add_argument
     add(
         "--predictions", type=Path, default="./predictions", help="folder to write to (%(default)s)"
@@ -101,15 +85,12 @@ class Result:
 def main(argv: list[str] | None = None) -> None:
     parser = get_parser()
     args = parser.parse_args(argv)
-    if args.batch_size < 1 or (args.workers is not None and args.workers < 1):
-        parser.error("--batch-size and --workers must be at least 1")
+    options = segmenter_options(parser, args)
     if (args.folds is None) != (args.fold is None):
         parser.error("--folds and --fold go together, as in --folds 5 --fold 0")
-    if not 0 < args.threshold < 1:
-        parser.error("--threshold is a probability between 0 and 1")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # tidy up as after Ctrl-C
     try:
-        failed = run(args)
+        failed = run(args, options)
     except (ValueError, OSError) as error:
         fail(error)
     except KeyboardInterrupt:
@@ -117,19 +98,10 @@ def main(argv: list[str] | None = None) -> None:
     sys.exit(1 if failed else 0)
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace, options: dict) -> int:
     """Segment the chosen cases, write and report; the number of cases that could not be read."""
     weights = args.weights or shipped_weights("unet")
-    segmenter = Segmenter.from_weights(
-        weights,
-        image_size=args.image_size,
-        threshold=args.threshold,
-        largest_component=args.largest_component,
-        tta=args.tta,
-        batch_size=args.batch_size,
-        device=args.device,
-        amp=args.amp,
-    )
+    segmenter = Segmenter.from_weights(weights, **options)
     trained_on = set(map(patient_of, read_card(weights).get("cases", {}).get("train", ())))
     found = case_folders(args.images, args.cases)
     folders = select_cases(found, args.subset, args.folds, args.fold)

@@ -73,6 +73,11 @@ class Segmenter:
             )
         return preprocess(volume, self.image_size)
 
+    def probability_map(self, volume: np.ndarray) -> Tensor:
+        """Lesion probabilities (S, H, W) of a raw volume, in its geometry; raises ValueError."""
+        images, frame = self.preprocess(volume)
+        return restore(self.probabilities(images)[:, 0], frame)
+
     def segment(self, images: Tensor, frame: Frame) -> np.ndarray:
         """The mask (S, H, W), bool, in the source geometry, of preprocessed slices (S, C, N, N)."""
         if frame.blank:
@@ -81,9 +86,7 @@ class Segmenter:
 
     def finish(self, probabilities: Tensor, frame: Frame) -> np.ndarray:
         """The mask (S, H, W), bool, in the source geometry, of probabilities (S, K, N, N)."""
-        restored = restore(probabilities[:, 0], frame)  # (S, H, W)
-        mask = (restored >= self.threshold).cpu().numpy()
-        return keep_largest_component(mask) if self.largest_component else mask
+        return to_mask(restore(probabilities[:, 0], frame), self.threshold, self.largest_component)
 
     @torch.inference_mode()
     def probabilities(self, images: Tensor) -> Tensor:
@@ -99,6 +102,13 @@ class Segmenter:
                 mirrored = self.model(batch.flip(-1), logits=True).float().flip(-1)
                 return (logits.sigmoid() + mirrored.sigmoid()) / 2
         return logits.sigmoid()
+
+
+def to_mask(probabilities: Tensor, threshold: float, largest_component: bool) -> np.ndarray:
+    """Restored probabilities (S, H, W) as a bool mask: where they reach `threshold`, or that
+    mask's largest component only."""
+    mask = (probabilities >= threshold).cpu().numpy()
+    return keep_largest_component(mask) if largest_component else mask
 
 
 def keep_largest_component(mask: np.ndarray) -> np.ndarray:

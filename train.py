@@ -14,7 +14,6 @@ touches the weights that came with the project.
 from __future__ import annotations
 
 import argparse
-import json
 import signal
 import sys
 from pathlib import Path
@@ -27,15 +26,16 @@ from dataset import BrainSegmentationDataset
 from loss import LOSSES
 from metrics import summarise
 from segmentation import pick_device
-from trainer import RECIPE, Trainer, plain
+from trainer import RECIPE, Trainer
 from utils import (
     Interruption,
     check_writable,
     fail,
     make_parser,
     outline,
+    plain,
     to_grey,
-    written_whole,
+    write_json,
 )
 
 if TYPE_CHECKING:
@@ -215,8 +215,7 @@ def run(args: argparse.Namespace, checkpoint: dict | None) -> None:
     from torch.utils.tensorboard import SummaryWriter  # slow: nobody waits for it with --help
 
     with SummaryWriter(args.logs, purge_step=trainer.epoch + 1) as log:
-        with written_whole(args.logs / "args.json") as temporary:
-            temporary.write_text(json.dumps(about | {"args": plain(args)}, indent=2) + "\n")
+        write_json(args.logs / "args.json", about | {"args": plain(args)})
         interruption = Interruption()
         weights = train_set.sampling_weights(args.tumour_share)
         bar = tqdm(total=args.epochs, initial=trainer.epoch, desc=args.model, disable=None)

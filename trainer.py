@@ -22,7 +22,7 @@ from loss import LOSSES
 from metrics import dsc
 from segmentation import Segmenter, has_bfloat16, pick_device
 from transform import augment, drop_sequences, vary_intensity
-from utils import Interruption, make_generator
+from utils import Interruption, make_generator, plain
 
 # Settings that change the numbers of a run: a resumed run keeps those it was started with.
 RECIPE = (
@@ -243,8 +243,3 @@ def git_commit() -> str | None:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
-
-
-def plain(args: argparse.Namespace) -> dict:
-    """The arguments as JSON and a checkpoint can hold them."""
-    return {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}

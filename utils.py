@@ -1,9 +1,10 @@
-"""Seeds, files written whole, worker threads, and the pictures."""
+"""Options and files that scripts share, seeds, worker threads, and the pictures."""
 
 from __future__ import annotations
 
 import argparse
 import csv
+import json
 import os
 import signal
 import sys
@@ -32,6 +33,43 @@ def make_parser(doc: str) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(
         usage="%(prog)s [options]", description=doc, formatter_class=Formatter
     )
+
+
+def add_segmenter_options(parser: argparse.ArgumentParser) -> None:
+    """The options of every script that segments; `segmenter_options` reads them."""
+    add = parser.add_argument_group("how").add_argument
+    add("--image-size", type=int, help="side of a resized slice (as the weights were trained)")
+    add("--threshold", type=float, default=0.5, help="least lesion probability (%(default)s)")
+    add(
+        "--largest-component",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="keep only the largest connected component (yes)",
+    )
+    add("--tta", action="store_true", help="average over each slice and its mirror image")
+    add("--batch-size", type=int, default=16, help="slices at once (%(default)s)")
+    add("--device", type=str, help="cuda, cuda:1, mps, cpu (an accelerator if there is one)")
+    add(
+        "--amp",
+        action=argparse.BooleanOptionalAction,
+        help="compute in bfloat16 (where the device is faster so)",
+    )
+    add("--workers", type=int, help="threads that read and write (all cores)")
+
+
+def segmenter_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> dict:
+    """The options of a Segmenter; ends with a usage error for a value that could not work."""
+    if args.batch_size < 1 or (args.workers is not None and args.workers < 1):
+        parser.error("--batch-size and --workers must be at least 1")
+    if not 0 < args.threshold < 1:
+        parser.error("--threshold is a probability between 0 and 1")
+    names = "image_size threshold largest_component tta batch_size device amp".split()
+    return {name: getattr(args, name) for name in names}
+
+
+def plain(args: argparse.Namespace) -> dict:
+    """The arguments as JSON and a checkpoint can hold them."""
+    return {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
 
 
 def make_generator(seed: int, *stream: int) -> torch.Generator:
@@ -69,12 +107,39 @@ def written_whole(path: Path | str) -> Iterator[Path]:
 
 
 def write_table(path: Path, rows: Sequence[dict]) -> None:
-    """Dicts of the same keys as a CSV file with a header, written whole."""
+    """Dicts as the lines of a CSV file, written whole; a key that one lacks is left empty."""
     with written_whole(path) as temporary, open(temporary, "w", newline="") as file:
-        table = csv.DictWriter(file, rows[0])
+        table = csv.DictWriter(file, dict.fromkeys(key for row in rows for key in row))
         table.writeheader()
         for row in rows:
             table.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Indented JSON, written whole; NaN, which JSON does not know, becomes null."""
+    strict = json.loads(json.dumps(content), parse_constant=lambda _: None)
+    with written_whole(path) as temporary:
+        temporary.write_text(json.dumps(strict, indent=2) + "\n")
+
+
+def read_scores(path: Path, names: Iterable[str]) -> list[dict]:
+    """The lines of a metrics.csv of inference.py: `case`, `trained_on` (bool), `names` (float).
+
+    Raises OSError, or ValueError, naming the file, if it is none.
+    """
+    try:
+        with naming(path), open(path, newline="", encoding="utf-8") as file:
+            lines = list(csv.DictReader(file))
+        rows = [
+            {"case": line["case"], "trained_on": line["trained_on"] == "1"}
+            | {name: float(line[name]) for name in names}
+            for line in lines
+        ]
+        if not rows:
+            raise ValueError("no line")
+    except (KeyError, TypeError, ValueError, csv.Error) as error:
+        raise ValueError(f"{path}: is not a metrics.csv that inference.py wrote") from error
+    return rows
 
 
 @contextmanager

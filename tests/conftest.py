@@ -1,5 +1,6 @@
 """Phantom data for every test; real cases where ../shared/lgg or $LGG is there."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 SIZE = 32  # of preprocessed slices
+TRAINED_ON = ["phantom_001", "phantom_002"]
 Items = list[tuple[torch.Tensor, torch.Tensor]]  # of a data set: images and masks
 SHARED = Path(os.environ.get("LGG", ROOT.parent / "shared" / "lgg"))
 
@@ -70,3 +72,29 @@ def same(one: Items, other: Items) -> bool:
         for x, y in zip(one, other, strict=True)
         for a, b in zip(x, y, strict=True)
     )
+
+
+def make_weights(path: Path, in_channels: int = 3, trained_on=TRAINED_ON) -> Path:
+    """Write a network that calls the brightest tenth of FLAIR lesion, plus noise, and its card."""
+    from phantom import make_volume
+    from unet import UNet
+    from volume import preprocess
+
+    torch.manual_seed(0)
+    model = UNet(in_channels, init_features=4).eval()
+    flair = min(1, in_channels - 1)
+    images, _ = preprocess(make_volume(0, 8, 64)[0][..., :in_channels], 32)
+    first, last = model.encoder1, model.decoder1
+    with torch.no_grad():  # the first feature hands FLAIR through; the other three are random
+        for layer, source in (
+            (first.enc1conv1, flair), (first.enc1conv2, 0), (last.dec1conv1, 4), (last.dec1conv2, 0)
+        ):  # fmt: skip
+            layer.weight[0] = 0
+            layer.weight[0, source, 1, 1] = 1
+        model.conv.weight *= 5
+        model.conv.weight[0, 0] = 4
+        model.conv.bias -= model(images, logits=True).quantile(0.9)
+    torch.save(model.state_dict(), path)
+    card = {"image_size": 32, "cases": {"train": trained_on}}
+    path.with_suffix(".json").write_text(json.dumps(card))
+    return path

@@ -3,7 +3,6 @@
 import csv
 import hashlib
 import io
-import json
 import os
 import re
 import shutil
@@ -17,37 +16,13 @@ import numpy as np
 import pytest
 import tifffile
 import torch
+from conftest import TRAINED_ON, make_weights
 
 import inference
 import metrics
 from phantom import make_volume
 from segmentation import Segmenter
-from unet import UNet
-from volume import find_case, preprocess
-
-TRAINED_ON = ["phantom_001", "phantom_002"]
-
-
-def make_weights(path: Path, in_channels: int = 3) -> Path:
-    """A network that calls the brightest tenth of FLAIR lesion, plus noise, and its card."""
-    torch.manual_seed(0)
-    model = UNet(in_channels, init_features=4).eval()
-    flair = min(1, in_channels - 1)
-    images, _ = preprocess(make_volume(0, 8, 64)[0][..., :in_channels], 32)
-    first, last = model.encoder1, model.decoder1
-    with torch.no_grad():  # the first feature hands FLAIR through; the other three are random
-        for layer, source in (
-            (first.enc1conv1, flair), (first.enc1conv2, 0), (last.dec1conv1, 4), (last.dec1conv2, 0)
-        ):  # fmt: skip
-            layer.weight[0] = 0
-            layer.weight[0, source, 1, 1] = 1
-        model.conv.weight *= 5
-        model.conv.weight[0, 0] = 4
-        model.conv.bias -= model(images, logits=True).quantile(0.9)
-    torch.save(model.state_dict(), path)
-    card = {"image_size": 32, "cases": {"train": TRAINED_ON}}
-    path.with_suffix(".json").write_text(json.dumps(card))
-    return path
+from volume import find_case
 
 
 @pytest.fixture(scope="module")

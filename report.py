@@ -1,0 +1,337 @@
+"""What the scores of several models say: a summary, tables, pictures, and one page of it all."""
+
+from __future__ import annotations
+
+import base64
+import html
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from metrics import summarise
+from utils import written_whole
+
+THRESHOLDS = (0.3, 0.4, 0.5, 0.6, 0.7)
+SETTINGS = {  # column of the scores: threshold, whether only the largest component is kept
+    f"dsc_{threshold}_{'largest' if largest else 'all'}": (threshold, largest)
+    for largest in (True, False)
+    for threshold in THRESHOLDS
+}
+SCORES = {
+    "dsc": "DSC",
+    "iou": "IoU",
+    "precision": "precision",
+    "recall": "recall",
+    "hd95_px": "HD95 px",
+    "assd_px": "ASSD px",
+    "volume_error": "volume error",
+    "lesion_recall": "lesions found",
+    "lesion_precision": "components right",
+}
+
+
+@dataclass
+class Table:
+    title: str
+    header: list[str]
+    rows: list[list[str]]
+    note: str = ""
+
+    def as_text(self) -> str:
+        lines = [self.header, *self.rows]
+        widths = [max(len(line[k]) for line in lines) for k in range(len(self.header))]
+        text = [
+            "  ".join(
+                cell.rjust(w) if k else cell.ljust(w)
+                for k, (cell, w) in enumerate(zip(line, widths, strict=True))
+            ).rstrip()
+            for line in lines
+        ]
+        return "\n".join([self.title, *text] + [self.note] * bool(self.note))
+
+    def as_html(self) -> str:
+        def line(cells: Sequence[str], tag: str) -> str:
+            return "<tr>" + "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in cells) + "</tr>"
+
+        body = "".join(line(cells, "td") for cells in self.rows)
+        notes = "".join(f"<p>{html.escape(line)}</p>" for line in self.note.splitlines())
+        return (
+            f"<h2>{html.escape(self.title)}</h2><div class=wide><table><thead>"
+            f"{line(self.header, 'th')}</thead><tbody>{body}</tbody></table></div>{notes}"
+        )
+
+
+def compare(models: dict[str, list[dict]]) -> dict[str, dict]:
+    """Summary of scores by model, from its rows, one a case; all have the same cases in order.
+
+    For each model: `scores`, every metric; `difference`, its DSC case by case from that of the
+    first model; `groups`, both by hospital, missing sequence and lesion volume; `settings`, the
+    DSC at each threshold, with and without the largest component, and its difference from that
+    of `scores`; `chosen`, the setting that is best on the validation cases, and what it is worth on
+    the other cases. Intervals are over cases.
+    """
+    first = next(iter(models.values()))
+    groups, before = _groups(first), _column(first, "dsc")
+    summary = {}
+    for name, its in models.items():
+        dsc = _column(its, "dsc")
+        change = dsc - before
+        summary[name] = about = {
+            "scores": {metric: summarise(_column(its, metric)) for metric in SCORES},
+            "groups": {
+                group: {
+                    value: {"dsc": summarise(dsc[cases]), "difference": summarise(change[cases])}
+                    for value, cases in values.items()
+                }
+                for group, values in groups.items()
+            },
+        }
+        if its is not first:
+            counts = {"better": int((change > 0).sum()), "worse": int((change < 0).sum())}
+            about["difference"] = summarise(change) | counts
+        if SETTINGS.keys() <= its[0].keys():
+            settings = {setting: _column(its, setting) for setting in SETTINGS}
+            about["settings"] = {
+                setting: {"dsc": summarise(values), "difference": summarise(values - dsc)}
+                for setting, values in settings.items()
+            }
+            about["chosen"] = _choose(settings, dsc, _column(its, "subset") == "validation")
+    return summary
+
+
+def _column(rows: Sequence[dict], name: str) -> np.ndarray:
+    return np.array([row[name] for row in rows])
+
+
+def _groups(rows: Sequence[dict]) -> dict[str, dict[str, np.ndarray]]:
+    """For each way that divides the cases, and each value there is, which cases have it."""
+    voxels = _column(rows, "lesion_voxels")
+    low, high = np.quantile(voxels, (1 / 3, 2 / 3)).round().astype(int)
+    groups = {
+        "hospital": {value: _column(rows, "site") == value for value in _values(rows, "site")},
+        "missing": {value: _column(rows, "missing") == value for value in _values(rows, "missing")},
+        "lesion voxels": {
+            f"under {low}": voxels < low,
+            f"{low} to {high}": (low <= voxels) & (voxels <= high),
+            f"over {high}": voxels > high,
+        },
+    }
+    groups = {k: {v: c for v, c in values.items() if c.any()} for k, values in groups.items()}
+    return {k: values for k, values in groups.items() if len(values) > 1}
+
+
+def _values(rows: Sequence[dict], name: str) -> list[str]:
+    return sorted({row[name] for row in rows})
+
+
+def _choose(
+    settings: dict[str, np.ndarray], used: np.ndarray, validation: np.ndarray
+) -> dict | None:
+    """The setting of the best mean DSC on validation cases; None without such a case."""
+    if not validation.any():
+        return None
+    best = max(settings, key=lambda setting: settings[setting][validation].mean())
+    gain = settings[best] - used
+    return {
+        "setting": best,
+        "validation": summarise(settings[best][validation]),
+        "others": summarise(settings[best][~validation]),
+        "others_difference": summarise(gain[~validation]),
+    }
+
+
+def tables(summary: dict[str, dict]) -> list[Table]:
+    """The summary of `compare` as tables to print or to show."""
+    tried = {name: about for name, about in summary.items() if "settings" in about}
+    divided = next(iter(summary.values()))["groups"]
+    return [
+        _score_table(summary),
+        *([_difference_table(summary)] if len(summary) > 1 else []),
+        *([_group_table(summary)] if divided else []),
+        *([_settings_table(tried)] if tried else []),
+    ]
+
+
+def _score_table(summary: dict[str, dict]) -> Table:
+    rows = []
+    for name, about in summary.items():
+        dsc, *others = about["scores"].values()
+        rows.append([name, str(dsc["n"]), _interval(dsc), f"{dsc['median']:.3f}"])
+        rows[-1] += [f"{other['mean']:.3f}" for other in others]
+    return Table(
+        "Scores",
+        ["model", "n", "DSC (95 % interval)", "median", *list(SCORES.values())[1:]],
+        rows,
+        "Means over cases, each in the geometry of its source; intervals by bootstrap over cases. "
+        "Distances and volume errors only where they are defined.",
+    )
+
+
+def _difference_table(summary: dict[str, dict]) -> Table:
+    first, *others = summary
+    rows = []
+    for name in others:
+        d = summary[name]["difference"]
+        rows.append(
+            [name, _interval(d, "+"), f"{d['median']:+.3f}", f"{d['better']}", f"{d['worse']}"]
+        )
+    return Table(
+        f"Difference in DSC from {first}, case by case",
+        ["model", "mean (95 % interval)", "median", "better in", "worse in"],
+        rows,
+        "An interval that holds 0 is a difference that these cases cannot show.",
+    )
+
+
+def _group_table(summary: dict[str, dict]) -> Table:
+    first, *others = summary
+    rows = []
+    for group, values in summary[first]["groups"].items():
+        for value, about in values.items():
+            row = [f"{group}: {value or 'other'}", str(about["dsc"]["n"]), _interval(about["dsc"])]
+            for name in others:
+                other = summary[name]["groups"][group][value]
+                row += [_interval(other["dsc"]), _interval(other["difference"], "+")]
+            rows.append(row)
+    header = [part for name in others for part in (name, f"from {first}")]
+    return Table("DSC by group", ["group", "n", first, *header], rows)
+
+
+def _settings_table(summary: dict[str, dict]) -> Table:
+    rows = []
+    for setting, (threshold, largest) in SETTINGS.items():
+        row = [f"{threshold}, {_kept(largest)}"]
+        for about in summary.values():
+            tried = about["settings"][setting]
+            row += [f"{tried['dsc']['mean']:.3f}", _interval(tried["difference"], "+")]
+        rows.append(row)
+    header = [part for name in summary for part in (f"{name}: DSC", "from the setting used")]
+    return Table(
+        "What threshold and largest component are worth",
+        ["setting", *header],
+        rows,
+        "\n".join(
+            _choice(name, about["chosen"]) for name, about in summary.items() if about["chosen"]
+        ),
+    )
+
+
+def _choice(name: str, chosen: dict) -> str:
+    threshold, largest = SETTINGS[chosen["setting"]]
+    validation, others = chosen["validation"], chosen["others"]
+    text = (
+        f"{name}: best on the {validation['n']} validation cases is {threshold}, {_kept(largest)}, "
+        f"{validation['mean']:.3f} there"
+    )
+    if not others["n"]:
+        return f"{text}, a figure that is too good, as it was chosen on these very cases."
+    return (
+        f"{text}; on the {others['n']} other cases {_interval(others)}, "
+        f"{_interval(chosen['others_difference'], '+')} from the setting used."
+    )
+
+
+def _kept(largest: bool) -> str:
+    return "largest component" if largest else "every component"
+
+
+def _interval(s: dict[str, float], sign: str = "") -> str:
+    if not s["n"]:
+        return "none"
+    return f"{s['mean']:{sign}.3f} ({s['low']:{sign}.3f} to {s['high']:{sign}.3f})"
+
+
+def case_table(models: dict[str, list[dict]]) -> Table:
+    """The DSC of every case, worst first for the first model."""
+    lines = sorted(zip(*models.values(), strict=True), key=lambda line: line[0]["dsc"])
+    return Table(
+        "Every case",
+        ["case", "slices", "lesion voxels", "missing", *(f"{name}: DSC" for name in models)],
+        [
+            [row["case"], str(row["slices"]), str(row["lesion_voxels"]), row["missing"]]
+            + [f"{other['dsc']:.3f}" for other in line]
+            for line in lines
+            for row in line[:1]
+        ],
+    )
+
+
+def save_scores(path: Path, models: dict[str, list[dict]]) -> None:
+    """A box a model over the DSCs of its cases, and a point a case."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(2.2 + 1.3 * len(models), 4.2), layout="constrained")
+    axes = figure.add_subplot()
+    scores = [_column(rows, "dsc") for rows in models.values()]
+    axes.boxplot(scores, widths=0.5, showfliers=False, medianprops={"color": "#e4572e"})
+    for k, values in enumerate(scores, 1):
+        spread = np.random.default_rng(k).uniform(-0.16, 0.16, len(values))
+        axes.plot(k + spread, values, "o", ms=4, mew=0, alpha=0.6, color="#4c78a8")
+    axes.set(ylim=(-0.02, 1.02), ylabel="DSC per volume")
+    axes.set_xticks(range(1, len(models) + 1), list(models), rotation=15, fontsize=8)
+    axes.grid(axis="y", alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    with written_whole(path) as temporary:
+        figure.savefig(temporary, dpi=150)
+
+
+def save_gallery(
+    path: Path, models: dict[str, list[dict]], pictures: dict[tuple[str, str], np.ndarray]
+) -> None:
+    """Worst, median and best case of each model: a picture (H, W, 3) by (model, case)."""
+    from matplotlib.figure import Figure
+
+    drawn = {name: rows for name, rows in models.items() if (name, rows[0]["case"]) in pictures}
+    figure = Figure(figsize=(9.6, 3.6 * len(drawn)), layout="constrained")
+    grid = figure.subplots(len(drawn), 3, squeeze=False)
+    for line, (name, rows) in zip(grid, drawn.items(), strict=True):
+        rows = sorted(rows, key=lambda row: row["dsc"])
+        picked = {"worst": rows[0], "median": rows[len(rows) // 2], "best": rows[-1]}
+        for axes, (which, row) in zip(line, picked.items(), strict=True):
+            axes.imshow(pictures[name, row["case"]])
+            axes.set_title(f"{name}, {which}\n{row['case']}: DSC {row['dsc']:.3f}", fontsize=8)
+            axes.axis("off")
+    with written_whole(path) as temporary:
+        figure.savefig(temporary, dpi=110)
+
+
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 1180px; margin: 2rem auto; padding: 0 1rem;
+       color: #1d2733; background: #fff }
+h1 { font-size: 1.6rem; margin-bottom: 0 } h2 { font-size: 1.1rem; margin: 2.2rem 0 .5rem }
+.wide { overflow-x: auto } img { max-width: 100%; max-height: 90vh }
+table { border-collapse: collapse; font-size: .87rem; font-variant-numeric: tabular-nums }
+th, td { padding: .25rem .7rem; text-align: right; white-space: nowrap }
+th:first-child, td:first-child { text-align: left; padding-left: 0 }
+thead th { border-bottom: 2px solid #4c78a8; font-weight: 600 }
+tbody tr + tr td { border-top: 1px solid #e3e8ee } p { color: #52606d; max-width: 75ch }
+pre { font-size: .8rem; white-space: pre-wrap; overflow-wrap: anywhere; background: #f4f6f8;
+      padding: .8rem; border-radius: 4px }
+"""
+
+
+def save_page(
+    path: Path,
+    models: Sequence[str],
+    tables: Sequence[Table],
+    pictures: dict[str, Path],
+    details: str,
+) -> None:
+    """One HTML page that holds everything, pictures included, and asks no network for anything."""
+    title = html.escape(f"brainseg: {', '.join(models)}")
+    images = "".join(
+        f"<h2>{html.escape(name)}</h2><img alt='{html.escape(name)}' "
+        f"src='data:image/png;base64,{base64.b64encode(file.read_bytes()).decode()}'>"
+        for name, file in pictures.items()
+    )
+    page = (
+        f"<!doctype html><html lang=en><meta charset=utf-8><title>{title}</title>"
+        f"<meta name=viewport content='width=device-width'><style>{STYLE}</style>"
+        f"<h1>{title}</h1><p>Research only: not a medical device.</p>"
+        f"{''.join(table.as_html() for table in tables)}{images}"
+        f"<h2>How it was made</h2><pre>{html.escape(details)}</pre></html>\n"
+    )
+    with written_whole(path) as temporary:
+        temporary.write_text(page, encoding="utf-8")
