@@ -1,0 +1,138 @@
+"""What a random split of slices does to the score: one network, trained twice, scored three ways.
+
+    python3 benchmarks/leak.py --images ./kaggle_3m
+
+The same small U-Net is trained with the same recipe, the same number of steps and the same share
+of held-out slices. Once whole patients are held out (fold 0 of 5), once slices drawn at random
+from every patient, whose neighbours, a few millimetres away, are then trained on. Both networks
+are scored on what was held out from them, in the geometry of the source:
+
+- by patient: DSC over the held-out slices of a patient, averaged over patients;
+- by slice: DSC of each slice, 1 where both masks are empty, averaged over slices;
+- pooled: DSC of all held-out slices as if they were one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from dataset import BrainSegmentationDataset, select_cases  # noqa: E402
+from metrics import dsc, summarise  # noqa: E402
+from segmentation import Segmenter  # noqa: E402
+from train import get_args  # noqa: E402
+from trainer import Trainer  # noqa: E402
+from utils import make_generator  # noqa: E402
+
+RECIPE = "--schedule cosine --warmup 100 --loss bce-dice --tumour-share 0.4 --lr 2e-3".split()
+SHARE = 5  # one part in five is held out
+RUNNING = SimpleNamespace(signal=None)  # nobody interrupts
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--images", type=Path, required=True, help="the real cases")
+    parser.add_argument("--image-size", type=int, default=64, help="side of a slice (%(default)s)")
+    parser.add_argument("--features", type=int, default=8, help="of the U-Net (%(default)s)")
+    parser.add_argument("--epochs", type=int, default=20, help="(%(default)s)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="(%(default)s)")
+    args = parser.parse_args()
+
+    dataset = BrainSegmentationDataset(args.images, "all", args.image_size, progress=True)
+    print(
+        f"{len(dataset.volumes)} cases, {len(dataset)} slices of {args.image_size} x "
+        f"{args.image_size}, {args.features} features, {args.epochs} epochs, {' '.join(RECIPE)}\n"
+    )
+    print(
+        "| held out | seed | by patient (95 % interval) | by slice | pooled |\n|---|---|---|---|---|"
+    )
+    for seed in args.seeds:
+        for name, held_out in (
+            ("patients", by_patient(dataset)),
+            ("slices", by_slice(dataset, seed)),
+        ):
+            network = train(dataset, ~held_out, args, seed)
+            patients, slices, pooled = scores(network, dataset, held_out, args.image_size)
+            s = summarise(patients)
+            print(
+                f"| {name} ({int(held_out.sum())} slices of {s['n']} patients) | {seed} "
+                f"| {s['mean']:.3f} ({s['low']:.3f} to {s['high']:.3f}) "
+                f"| {np.mean(slices):.3f} | {pooled:.3f} |",
+                flush=True,
+            )
+            if name == "patients":
+                empty = np.mean(
+                    [not volume.mask[s].any() for volume, s in places(dataset, held_out)]
+                )
+    print(
+        f"\nA network that predicts nothing scores {empty:.3f} by slice on the patients held out."
+    )
+
+
+def by_patient(dataset: BrainSegmentationDataset) -> Tensor:
+    """Which slices (len(dataset),) belong to patients of the first fold."""
+    cases = [volume.case for volume in dataset.volumes]
+    held_out = {case.name for case in select_cases(cases, "validation", SHARE, 0)}
+    return torch.tensor([dataset.locate(k)[0] in held_out for k in range(len(dataset))])
+
+
+def by_slice(dataset: BrainSegmentationDataset, seed: int) -> Tensor:
+    """As many slices in all, drawn at random whatever patient they belong to."""
+    order = torch.randperm(len(dataset), generator=make_generator(seed, 9))
+    held_out = torch.zeros(len(dataset), dtype=torch.bool)
+    held_out[order[: int(by_patient(dataset).sum())]] = True
+    return held_out
+
+
+def train(
+    dataset: BrainSegmentationDataset, allowed: Tensor, args: argparse.Namespace, seed: int
+) -> torch.nn.Module:
+    """The network after the last epoch on the slices that are `allowed`."""
+    options = ["--image-size", args.image_size, "--features", args.features, "--seed", seed]
+    options += ["--epochs", args.epochs, *RECIPE]
+    trainer = Trainer(get_args([str(option) for option in options])[0], dataset)
+    weights = dataset.sampling_weights(tumour_share=0.4) * allowed
+    for trainer.epoch in range(args.epochs):
+        trainer.step = 0
+        trainer.train_epoch(dataset, weights, RUNNING)
+    return trainer.trained
+
+
+def places(dataset: BrainSegmentationDataset, held_out: Tensor) -> list[tuple]:
+    """Volume and place in it of each slice that is held out."""
+    each = [(volume, s) for volume in dataset.volumes for s in range(len(volume.mask))]
+    return [place for place, held in zip(each, held_out.tolist(), strict=True) if held]
+
+
+def scores(
+    network: torch.nn.Module, dataset: BrainSegmentationDataset, held_out: Tensor, size: int
+) -> tuple[list[float], list[float], float]:
+    """DSC of each patient, of each slice, and of all held-out slices together."""
+    segmenter = Segmenter(network, size, largest_component=False)
+    patients, slices, overlap, total = [], [], 0, 0
+    for volume, held in zip(
+        dataset.volumes, held_out.split([len(v.mask) for v in dataset.volumes]), strict=True
+    ):
+        if not held.any():
+            continue
+        mask = segmenter.segment(torch.from_numpy(volume.images), volume.frame)[held.numpy()]
+        truth = volume.truth[held.numpy()]
+        patients.append(dsc(mask, truth))
+        slices += [dsc(a, b) for a, b in zip(mask, truth, strict=True)]
+        overlap, total = overlap + (mask & truth).sum(), total + mask.sum() + truth.sum()
+    return patients, slices, float(2 * overlap / total)
+
+
+if __name__ == "__main__":
+    main()
