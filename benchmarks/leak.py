@@ -55,7 +55,8 @@ def main() -> None:
         f"{args.image_size}, {args.features} features, {args.epochs} epochs, {' '.join(RECIPE)}\n"
     )
     print(
-        "| held out | seed | by patient (95 % interval) | by slice | pooled |\n|---|---|---|---|---|"
+        "| held out | seed | by patient (95 % interval) | by slice | pooled |\n"
+        "|---|---|---|---|---|"
     )
     for seed in args.seeds:
         for name, held_out in (
