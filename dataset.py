@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from cache import Prepared, prepare
+from cases import case_name, find_case, find_cases
 from utils import in_order
-from volume import Case, find_case, find_cases
+from volume import Case
 
 Named = TypeVar("Named", Case, Path)
 SUBSETS = ("train", "validation", "test")
@@ -53,7 +54,7 @@ def subset_of(case: str) -> str:
 def select_cases(
     cases: Sequence[Named], subset: str, folds: int | None = None, fold: int | None = None
 ) -> list[Named]:
-    """The cases (or case folders) of a subset; with `folds`, those of that `fold`.
+    """The cases (or their paths) of a subset; with `folds`, those of that `fold`.
 
     A fold's `validation` is held out and its `train` is the rest. Folds are by patient, balanced
     over hospitals (for LGG) and lesion volumes, the same on every machine, and never touch the
@@ -62,7 +63,7 @@ def select_cases(
     if subset not in (*SUBSETS, "all"):
         raise ValueError(f"no subset is called {subset!r}; known: all, {', '.join(SUBSETS)}")
     if folds is None or subset in ("all", "test"):
-        chosen = [case for case in cases if subset in ("all", subset_of(case.name))]
+        chosen = [case for case in cases if subset in ("all", subset_of(_name(case)))]
     else:
         chosen = _in_fold(cases, subset, folds, fold)
     if not chosen:
@@ -74,10 +75,10 @@ def select_cases(
 
 
 def _in_fold(cases: Sequence[Named], subset: str, folds: int, fold: int | None) -> list[Named]:
-    pool = [case for case in cases if subset_of(case.name) != "test"]
+    pool = [case for case in cases if subset_of(_name(case)) != "test"]
     lesion = Counter()  # voxels of each patient
     for case, voxels in zip(pool, in_order(_lesion_voxels, pool), strict=True):
-        lesion[patient_of(case.name)] += voxels
+        lesion[patient_of(_name(case))] += voxels
     # Dealt out one after another, the patients of a site, and of a size, go to different folds.
     patients = sorted(lesion, key=lambda patient: (site_of(patient), lesion[patient], patient))
     if not 2 <= folds <= len(patients):
@@ -88,7 +89,11 @@ def _in_fold(cases: Sequence[Named], subset: str, folds: int, fold: int | None) 
     if fold is None or not 0 <= fold < folds:
         raise ValueError(f"fold {fold} of {folds}: --fold runs from 0 to {folds - 1}")
     held_out = set(patients[fold::folds])
-    return [case for case in pool if (patient_of(case.name) in held_out) == (subset != "train")]
+    return [case for case in pool if (patient_of(_name(case)) in held_out) == (subset != "train")]
+
+
+def _name(case: Named) -> str:
+    return case_name(case) if isinstance(case, Path) else case.name
 
 
 def _lesion_voxels(case: Named) -> int:

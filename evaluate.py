@@ -29,9 +29,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from cases import case_name, case_paths, find_case
 from checkpoint import file_hash, read_card, shipped_weights
 from dataset import SUBSETS, patient_of, select_cases, site_of, subset_of
-from metrics import dsc, in_pixels, score
+from metrics import dsc, score
 from report import (
     SCORES,
     SETTINGS,
@@ -57,7 +58,7 @@ from utils import (
     write_json,
     write_table,
 )
-from volume import Case, case_folders, find_case, missing_sequences
+from volume import Case, missing_sequences
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -177,10 +178,10 @@ def choose_cases(args: argparse.Namespace, models: list[Model]) -> tuple[list[Ca
     names = [model.name for model in models]
     if len(set(names)) < len(names):
         raise ValueError(f"two models are called {max(names, key=names.count)}; give NAME=PATH")
-    found = case_folders(args.images, args.cases)
-    chosen = {folder for subset in args.subset for folder in select_cases(found, subset)}
-    seen = {f for f in chosen if any(model.was_trained_on(f.name) for model in models)}
-    cases = [find_case(folder) for folder in found if folder in chosen - seen]
+    found = case_paths(args.images, args.cases)
+    chosen = {path for subset in args.subset for path in select_cases(found, subset)}
+    seen = {p for p in chosen if any(model.was_trained_on(case_name(p)) for model in models)}
+    cases = [find_case(path) for path in found if path in chosen - seen]
     if not cases:
         raise ValueError(
             f"{args.images}: the models were trained on all {len(chosen)} cases; "
@@ -193,7 +194,7 @@ def choose_cases(args: argparse.Namespace, models: list[Model]) -> tuple[list[Ca
                     f"{model.files[0]}: has no score of {case.name}; a comparison needs the same "
                     "cases: choose them with --subset or --cases, or run inference.py on them"
                 )
-    return cases, sorted(folder.name for folder in seen)
+    return cases, sorted(map(case_name, seen))
 
 
 def score_all(
@@ -239,7 +240,7 @@ def score_all(
             rows.append(
                 row
                 | {"predicted_voxels": int(mask.sum())}
-                | in_pixels(score(mask, truth))
+                | score(mask, truth)
                 | {key: dsc(to_mask(probabilities, *s), truth) for key, s in SETTINGS.items()}
             )
             k = int((truth if truth.any() else mask).sum(axis=(1, 2)).argmax())

@@ -1,24 +1,28 @@
 """Segment cases, with or without masks, and score those that have masks.
 
     python3 inference.py --images ./kaggle_3m                    every case, the shipped weights
-    python3 inference.py --images ./scans/patient_7              one case folder
+    python3 inference.py --images ./scans/patient_7              one case: a folder of slices
+    python3 inference.py --images ./scans/patient_7.nii.gz       NIfTI, NRRD, MetaImage, DICOM
+    python3 inference.py --flair f.nii.gz --post t1ce.nii.gz     sequences in files of their own
     python3 inference.py --images ./kaggle_3m --subset validation
     python3 inference.py --images ./kaggle_3m --weights weights/unet.pt --skip-existing
 
 For every source slice, PREDICTIONS/<case>/ gets <case>_<k>_mask.tif (0 or 255, the source's
 height and width) and <case>_<k>.png with the outline drawn (green truth, red prediction);
-PREDICTIONS/<case>.gif shows them one after another. Where cases have masks, metrics.csv and the
+PREDICTIONS/<case>.gif shows them one after another. A volume file gets one mask on its own grid,
+PREDICTIONS/<case>_mask.nii.gz, in place of the TIFFs. Where cases have masks, metrics.csv and the
 figure of sorted DSCs are written too, and cases that the weights were trained on are marked.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import signal
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -26,9 +30,11 @@ import numpy as np
 from torch import Tensor
 from tqdm import tqdm
 
+from cases import case_name, case_paths, find_case
 from checkpoint import read_card, shipped_weights
 from dataset import SUBSETS, patient_of, select_cases
-from metrics import describe, in_pixels, score
+from metrics import describe, score
+from scan import Scan
 from segmentation import Segmenter
 from utils import (
     add_segmenter_options,
@@ -45,13 +51,16 @@ from utils import (
     to_grey,
     write_table,
 )
-from volume import Case, Frame, case_folders, find_case, read_slice
+from volume import Case, Frame, read_slice
 
 
 def get_parser() -> argparse.ArgumentParser:
     parser = make_parser(__doc__)
     add = parser.add_argument_group("what").add_argument
     add("--images", type=Path, default="./kaggle_3m", help="cases, or one case (%(default)s)")
+    add("--flair", type=Path, help="in place of --images: the FLAIR sequence of one scan")
+    add("--pre", type=Path, help="with --flair: pre-contrast, on the same grid (FLAIR)")
+    add("--post", type=Path, help="with --flair: post-contrast, on the same grid (FLAIR)")
     add("--subset", type=str, default="all", help=f"all, {', '.join(SUBSETS)} (%(default)s)")
     add("--folds", type=int, help="with --fold: the subsets of a cross-validation")
     add("--fold", type=int, help="the fold that was validated on, from 0")
@@ -88,6 +97,8 @@ def main(argv: list[str] | None = None) -> None:
     options = segmenter_options(parser, args)
     if (args.folds is None) != (args.fold is None):
         parser.error("--folds and --fold go together, as in --folds 5 --fold 0")
+    if (args.pre or args.post) and not args.flair:
+        parser.error("--pre and --post go with --flair")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # tidy up as after Ctrl-C
     try:
         failed = run(args, options)
@@ -103,16 +114,23 @@ def run(args: argparse.Namespace, options: dict) -> int:
     weights = args.weights or shipped_weights("unet")
     segmenter = Segmenter.from_weights(weights, **options)
     trained_on = set(map(patient_of, read_card(weights).get("cases", {}).get("train", ())))
-    found = case_folders(args.images, args.cases)
-    folders = select_cases(found, args.subset, args.folds, args.fold)
+    if args.flair:
+        sequences = [args.pre or args.flair, args.flair, args.post or args.flair]
+        sources = [Scan.open(case_name(args.flair), sequences)]
+    else:
+        found = case_paths(args.images, args.cases)
+        sources = select_cases(found, args.subset, args.folds, args.fold)
     check_writable(args.predictions)
-    for folder in folders:
-        if (args.predictions / folder.name).resolve() == folder.resolve():
-            raise ValueError(f"{folder}: is a source; name another folder with --predictions")
+    for source in sources:
+        if (
+            isinstance(source, Path)
+            and (args.predictions / source.name).resolve() == source.resolve()
+        ):
+            raise ValueError(f"{source}: is a source; name another folder with --predictions")
 
     rows, failed, kept = [], 0, 0
     try:
-        for result in segment_all(folders, segmenter, args):
+        for result in segment_all(sources, segmenter, args):
             if isinstance(result, Exception):
                 tqdm.write(f"error: {sentence(result)}", file=sys.stderr)
                 failed += 1
@@ -125,9 +143,9 @@ def run(args: argparse.Namespace, options: dict) -> int:
         if rows:
             write_table(args.predictions / "metrics.csv", rows)
     report(rows, args)
-    done = len(folders) - failed - kept
+    done = len(sources) - failed - kept
     print(
-        f"{done} of {len(folders)} cases segmented with {weights}"
+        f"{done} of {len(sources)} cases segmented with {weights}"
         + (f", {kept} kept from an earlier run" if kept else "")
         + f"; masks and pictures: {args.predictions}"
     )
@@ -135,16 +153,16 @@ def run(args: argparse.Namespace, options: dict) -> int:
 
 
 def segment_all(
-    folders: list[Path], segmenter: Segmenter, args: argparse.Namespace
+    sources: list[Path | Case], segmenter: Segmenter, args: argparse.Namespace
 ) -> Iterator[Result | Exception]:
-    """For each case folder its result, written to disk, or what is wrong with its files.
+    """For each case its result, written to disk, or what is wrong with its files.
 
     Threads read ahead and write behind while the network runs.
     """
 
     def segmented() -> Iterator[Result | Exception]:
-        loading = in_order(lambda folder: load(folder, segmenter, args), folders, args.workers)
-        for item in tqdm(loading, "segmenting", len(folders), unit="case", disable=None):
+        loading = in_order(lambda source: load(source, segmenter, args), sources, args.workers)
+        for item in tqdm(loading, "segmenting", len(sources), unit="case", disable=None):
             if isinstance(item, Result) and item.fresh:
                 item.prediction = segmenter.segment(item.images, item.frame)
                 item.images = None
@@ -161,10 +179,10 @@ def segment_all(
     return in_order(finish, segmented(), args.workers)
 
 
-def load(folder: Path, segmenter: Segmenter, args: argparse.Namespace) -> Result | Exception:
+def load(source: Path | Case, segmenter: Segmenter, args: argparse.Namespace) -> Result | Exception:
     """Read a case and prepare it for the network; what is wrong is handed on, not raised."""
     try:
-        case = find_case(folder)
+        case = find_case(source) if isinstance(source, Path) else source
         volume, truth = case.read_pair() if case.masks else (case.read(), None)
         earlier = find_prediction(case, args.predictions) if args.skip_existing else None
         if earlier is not None and earlier.shape == volume.shape[:3]:
@@ -174,7 +192,7 @@ def load(folder: Path, segmenter: Segmenter, args: argparse.Namespace) -> Result
     try:
         images, frame = segmenter.preprocess(volume)
     except ValueError as error:
-        return ValueError(f"{folder}: {error}")
+        return ValueError(f"{case.folder}: {error}")
     return Result(case, volume, truth, fresh=True, images=images, frame=frame)
 
 
@@ -184,6 +202,12 @@ def mask_name(case: Case, number: int) -> str:
 
 def find_prediction(case: Case, predictions: Path) -> np.ndarray | None:
     """The mask (S, H, W) that an earlier run wrote, if it is there whole."""
+    if isinstance(case, Scan):
+        path = predictions / f"{case.name}_mask.nii.gz"
+        try:
+            return replace(case, masks=(path,)).read_mask()
+        except (ValueError, FileNotFoundError):
+            return None
     paths = [predictions / case.name / mask_name(case, number) for number in case.numbers]
     if not all(path.is_file() for path in paths):
         return None
@@ -204,20 +228,27 @@ def write_case(result: Result, predictions: Path) -> None:
         tempfile.TemporaryDirectory(dir=predictions, prefix=f".{case.name}-") as scratch,
     ):
         for number, mask, picture in zip(case.numbers, masks, pictures, strict=True):
-            iio.imwrite(Path(scratch) / mask_name(case, number), mask)
+            if not isinstance(case, Scan):
+                iio.imwrite(Path(scratch) / mask_name(case, number), mask)
             iio.imwrite(Path(scratch) / f"{case.name}_{number}.png", picture)
         folder.mkdir(exist_ok=True)
         for path in Path(scratch).iterdir():
             path.replace(folder / path.name)
+    if isinstance(case, Scan):
+        case.write_mask(predictions / f"{case.name}_mask.nii.gz", result.prediction)
 
 
 def row_of(result: Result) -> dict:
+    """The line of the table: sizes in voxels, and in millilitres where the spacing is known."""
+    voxels = {"lesion": int(result.truth.sum()), "predicted": int(result.prediction.sum())}
+    spacing = result.case.spacing
+    millilitres = {k: v * math.prod(spacing) / 1000 for k, v in voxels.items()} if spacing else {}
     return {
         "case": result.case.name,
         "slices": len(result.truth),
-        "lesion_voxels": int(result.truth.sum()),
-        "predicted_voxels": int(result.prediction.sum()),
-        **in_pixels(score(result.prediction, result.truth)),
+        **{f"{name}_voxels": value for name, value in voxels.items()},
+        **{f"{name}_ml": value for name, value in millilitres.items()},
+        **score(result.prediction, result.truth, spacing),
     }
 
 
@@ -226,12 +257,16 @@ def report(rows: list[dict], args: argparse.Namespace) -> None:
     if not rows:
         return
     width = max(len(row["case"]) for row in rows) + 2
-    print(f"{'case':{width}}slices   lesion  predicted    DSC    IoU  precision  recall  HD95 px")
+    hd95 = "hd95_mm" if "hd95_mm" in rows[0] else "hd95_px"
+    print(
+        f"{'case':{width}}slices   lesion  predicted    DSC    IoU  precision  recall  "
+        f"HD95 {hd95[-2:]}"
+    )
     for row in rows:
         print(
             f"{row['case']:{width}}{row['slices']:6d} {row['lesion_voxels']:8d} "
             f"{row['predicted_voxels']:10d} {row['dsc']:6.3f} {row['iou']:6.3f} "
-            f"{row['precision']:10.3f} {row['recall']:7.3f} {row['hd95_px']:8.1f}"
+            f"{row['precision']:10.3f} {row['recall']:7.3f} {row.get(hd95, math.nan):8.1f}"
             f"{'  *' if row['trained_on'] else ''}"
         )
     unseen = [row for row in rows if not row["trained_on"]]

@@ -94,24 +94,25 @@ METRICS = {
     "iou": iou,
     "precision": precision,
     "recall": recall,
-    "hd95": hd95,
-    "assd": assd,
     "volume_error": volume_error,
     "lesion_recall": lesion_recall,
     "lesion_precision": lesion_precision,
 }
+DISTANCES = {"hd95": hd95, "assd": assd}
 
 
-def score(prediction: np.ndarray, truth: np.ndarray) -> dict[str, float]:
-    """Every metric of one volume, by name; raises ValueError if the two shapes differ."""
+def score(
+    prediction: np.ndarray, truth: np.ndarray, spacing: Sequence[float] | None = None
+) -> dict[str, float]:
+    """Every metric of one volume: distances as hd95_px and assd_px, or in mm with a `spacing`.
+
+    Raises ValueError if the two shapes differ.
+    """
     if prediction.shape != truth.shape:
         raise ValueError(f"prediction of shape {prediction.shape}, mask of shape {truth.shape}")
-    return {name: metric(prediction, truth) for name, metric in METRICS.items()}
-
-
-def in_pixels(scores: dict[str, float]) -> dict[str, float]:
-    """The same scores, their distances named with their unit: hd95_px, assd_px."""
-    return {f"{k}_px" if k in ("hd95", "assd") else k: v for k, v in scores.items()}
+    scores = {name: metric(prediction, truth) for name, metric in METRICS.items()}
+    unit = "mm" if spacing else "px"
+    return scores | {f"{k}_{unit}": m(prediction, truth, spacing) for k, m in DISTANCES.items()}
 
 
 def summarise(values: Sequence[float], resamples: int = 10_000, seed: int = 0) -> dict[str, float]:

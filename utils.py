@@ -91,8 +91,9 @@ def written_whole(path: Path | str) -> Iterator[Path]:
     path = Path(path)
     with naming(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(
-            dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix
+        stem, *_ = path.name.partition(".")
+        handle, name = tempfile.mkstemp(  # with the suffix, .nii.gz say, as writers go by it
+            dir=path.parent, prefix=f".{stem}-", suffix=path.name[len(stem) :]
         )
         os.close(handle)
         temporary = Path(name)

@@ -7,7 +7,6 @@ checkpoint must be trained again.
 from __future__ import annotations
 
 import logging
-import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,8 +17,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-SLICE_NAME = re.compile(r"^(?P<stem>.+)_(?P<number>\d+)(?P<mask>_mask)?\.(?:tiff?|png)$", re.I)
-IMAGE_SUFFIXES = {".tif", ".tiff", ".png"}
 VERSION = 1  # of the preprocessing: cached volumes of another version are made anew
 
 
@@ -34,7 +31,13 @@ class Case:
 
     @property
     def folder(self) -> Path:
+        """What to call the case in a message: where its files are."""
         return self.slices[0].parent
+
+    @property
+    def spacing(self) -> tuple[float, float, float] | None:
+        """Millimetres from slice to slice, row to row, column to column; None: not recorded."""
+        return None
 
     def read(self) -> np.ndarray:
         """The volume (S, H, W, C), in the data type of its files.
@@ -61,75 +64,6 @@ class Case:
                 f"{_by(volume.shape[1:3])}; export both from the same grid"
             )
         return volume, mask
-
-
-def find_cases(root: Path | str, names: Sequence[str] | None = None) -> list[Case]:
-    """Every case of `case_folders`; ValueError, naming the file, for one that is not sound."""
-    return [find_case(folder) for folder in case_folders(root, names)]
-
-
-def case_folders(root: Path | str, names: Sequence[str] | None = None) -> list[Path]:
-    """The case folders in `root`, which holds one a case or is itself a case; sorted by name.
-
-    With `names`, only these. Raises FileNotFoundError or ValueError if there is nothing to read.
-    """
-    root = Path(root)
-    if not root.exists():
-        raise FileNotFoundError(f"{root}: no such folder; give the folder that holds the cases")
-    if not root.is_dir():
-        raise ValueError(f"{root}: is a file; give the folder that holds the cases")
-    folders = [p for p in sorted(root.iterdir()) if p.is_dir() and p.name[0] not in "._"]
-    if not any(map(_holds_slices, folders)) and _holds_slices(root):
-        folders = [root.resolve()]
-    if not folders:
-        raise ValueError(
-            f"{root}: holds no case folder and no slice named <anything>_<number>.tif or .png; "
-            "give the folder that holds the cases, or one case"
-        )
-    if names is not None:
-        missing = sorted(set(names) - {folder.name for folder in folders})
-        if missing:
-            raise ValueError(f"{root}: holds no case {missing[0]!r}; check the name")
-        folders = [folder for folder in folders if folder.name in names]
-    return folders
-
-
-def _holds_slices(folder: Path) -> bool:
-    return any(SLICE_NAME.match(path.name) for path in folder.iterdir())
-
-
-def find_case(folder: Path) -> Case:
-    """The case in `folder`; raises ValueError for gaps, duplicates or unpaired masks."""
-    slices: dict[int, Path] = {}
-    masks: dict[int, Path] = {}
-    for path in sorted(folder.iterdir()):
-        if path.suffix.lower() not in IMAGE_SUFFIXES or path.name.startswith("."):
-            continue
-        match = SLICE_NAME.match(path.name)
-        if not match:
-            raise ValueError(f"{path}: a slice is named <anything>_<number>.tif; rename or move it")
-        found = masks if match["mask"] else slices
-        number = int(match["number"])
-        if number in found:
-            raise ValueError(f"{path}: slice {number} is already there as {found[number].name}")
-        found[number] = path
-    if not slices:
-        raise ValueError(f"{folder}: holds no slice named <anything>_<number>.tif or .png")
-    numbers = sorted(slices)
-    gap = sorted(set(range(numbers[0], numbers[-1])) - set(numbers))
-    if gap:
-        raise ValueError(
-            f"{folder}: slice {gap[0]} is missing between {numbers[0]} and {numbers[-1]}; "
-            "add it or renumber the slices"
-        )
-    if masks and (odd := sorted(set(masks) ^ set(numbers))):
-        lacks = "slice" if odd[0] in masks else "mask"
-        raise ValueError(
-            f"{folder}: {lacks} {odd[0]} is missing though others are there; "
-            "add it (all zero where there is no lesion) or take all the masks away"
-        )
-    paths = tuple(slices[n] for n in numbers), tuple(masks[n] for n in sorted(masks))
-    return Case(folder.name, tuple(numbers), *paths)
 
 
 def read_slice(path: Path) -> np.ndarray:

@@ -30,6 +30,7 @@ sys.path.insert(0, str(ROOT))
 import plain  # noqa: E402
 
 from cache import prepare  # noqa: E402
+from cases import find_cases  # noqa: E402
 from checkpoint import shipped_weights  # noqa: E402
 from dataset import BrainSegmentationDataset, select_cases  # noqa: E402
 from segmentation import has_bfloat16  # noqa: E402
@@ -38,7 +39,7 @@ from trainer import Trainer  # noqa: E402
 from transform import augment  # noqa: E402
 from unet import UNet  # noqa: E402
 from utils import make_generator  # noqa: E402
-from volume import find_cases, preprocess, preprocess_mask  # noqa: E402
+from volume import preprocess, preprocess_mask  # noqa: E402
 
 SIZE, BATCH = 256, 16
 PLAIN_INFERENCE = """

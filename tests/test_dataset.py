@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import SIZE, open_all, same
 
+from cases import find_cases
 from dataset import (
     SPLITS,
     SUBSETS,
@@ -19,7 +20,7 @@ from dataset import (
 )
 from phantom import write_data_set
 from utils import make_generator
-from volume import Case, find_cases, preprocess, preprocess_mask
+from volume import Case, preprocess, preprocess_mask
 
 
 @pytest.fixture(scope="module")

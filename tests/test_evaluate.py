@@ -14,11 +14,11 @@ from conftest import TRAINED_ON, make_weights
 
 import evaluate
 import inference
+from cases import find_case
 from metrics import dsc, summarise
 from report import SETTINGS, Table, case_table, compare, tables
 from segmentation import Segmenter, keep_largest_component
 from unet import UNet
-from volume import find_case
 
 NAMES = [f"phantom_{k:03d}" for k in range(12)]
 

@@ -34,7 +34,7 @@ def cube(*slices: slice, shape=(6, 12, 12)) -> np.ndarray:
 EMPTY = cube(slice(0, 0))
 TRUTH = cube(slice(1, 3), slice(2, 6), slice(2, 6))  # 2 x 4 x 4 = 32 voxels
 HALF = cube(slice(1, 3), slice(2, 6), slice(4, 10))  # 48 voxels, 16 of them in TRUTH
-BEST = {name: 0 if name in ("hd95", "assd", "volume_error") else 1 for name in METRICS}
+BEST = {name: 0 if name == "volume_error" else 1 for name in METRICS} | {"hd95_px": 0, "assd_px": 0}
 
 
 def test_known_answer():
@@ -43,11 +43,11 @@ def test_known_answer():
     assert scores["iou"] == pytest.approx(16 / (48 + 32 - 16))
     assert scores["precision"] == pytest.approx(16 / 48)
     assert scores["recall"] == pytest.approx(16 / 32)
-    assert scores["hd95"] == pytest.approx(binary.hd95(HALF, TRUTH))
-    assert scores["assd"] == pytest.approx(binary.assd(HALF, TRUTH))
+    assert scores["hd95_px"] == pytest.approx(binary.hd95(HALF, TRUTH))
+    assert scores["assd_px"] == pytest.approx(binary.assd(HALF, TRUTH))
     assert scores["volume_error"] == pytest.approx(48 / 32 - 1)
     assert scores["lesion_recall"] == scores["lesion_precision"] == 1
-    assert list(scores) == list(METRICS)
+    assert list(scores) == [*METRICS, "hd95_px", "assd_px"]
 
 
 def test_perfect_and_disjoint():
@@ -65,7 +65,7 @@ def test_both_empty_count_1():
 def test_one_empty_counts_0_and_has_no_distance(prediction, truth):
     """Trap 2: a prediction with no voxel, or a case without lesion."""
     scores = score(prediction, truth)
-    assert math.isnan(scores.pop("hd95")) and math.isnan(scores.pop("assd"))
+    assert math.isnan(scores.pop("hd95_px")) and math.isnan(scores.pop("assd_px"))
     error = scores.pop("volume_error")
     assert error == -1 if truth.any() else math.isnan(error)
     assert set(scores.values()) == {0}
@@ -158,7 +158,12 @@ def test_other_shape_is_refused(shape):
 
 
 def test_every_metric_is_a_float():
-    assert all(isinstance(metric(HALF, TRUTH), float) for metric in METRICS.values())
+    assert all(isinstance(value, float) for value in score(HALF, TRUTH).values())
+
+
+def test_distances_are_in_millimetres_where_the_spacing_is_known():
+    scores = score(HALF, TRUTH, (5.0, 1.0, 0.5))
+    assert scores["hd95_mm"] == hd95(HALF, TRUTH, (5.0, 1.0, 0.5)) and "hd95_px" not in scores
 
 
 def test_summary_by_hand():

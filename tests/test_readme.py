@@ -9,10 +9,10 @@ import pytest
 import torch
 from conftest import ROOT
 
+from cases import find_cases
 from checkpoint import SHIPPED
 from metrics import dsc
 from phantom import make_volume
-from volume import find_cases
 
 README = (ROOT / "README.md").read_text()
 needs_weights = pytest.mark.skipif(not list(SHIPPED.glob("*-*.pt")), reason="no shipped weights")

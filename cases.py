@@ -1,0 +1,121 @@
+"""Which cases a folder holds: slices as images, medical volume files, DICOM series."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from scan import SUFFIXES, Scan, is_scan, scan_name
+from volume import Case
+
+SLICE_NAME = re.compile(r"^(?P<stem>.+)_(?P<number>\d+)(?P<mask>_mask)?\.(?:tiff?|png)$", re.I)
+IMAGE_SUFFIXES = {".tif", ".tiff", ".png"}
+
+
+def find_cases(root: Path | str, names: Sequence[str] | None = None) -> list[Case]:
+    """Every case of `case_paths`; ValueError, naming the file, for one that is not sound."""
+    return [find_case(path) for path in case_paths(root, names)]
+
+
+def case_paths(root: Path | str, names: Sequence[str] | None = None) -> list[Path]:
+    """The cases in `root`, which holds folders and volume files or is itself a case; by name.
+
+    With `names`, only these. Raises FileNotFoundError or ValueError if there is nothing to read.
+    """
+    root = Path(root)
+    if not root.exists():
+        raise FileNotFoundError(f"{root}: no such folder; give the folder that holds the cases")
+    if not root.is_dir() and not is_scan(root):
+        raise ValueError(f"{root}: is no volume file; give one, or the folder that holds the cases")
+    paths = [root] if is_scan(root) else _cases_in(root)
+    if not paths:
+        raise ValueError(
+            f"{root}: holds no case folder, no volume file and no slice named "
+            "<anything>_<number>.tif or .png; give the folder that holds the cases, or one case"
+        )
+    if names is not None:
+        missing = sorted(set(names) - set(map(case_name, paths)))
+        if missing:
+            raise ValueError(f"{root}: holds no case {missing[0]!r}; check the name")
+        paths = [path for path in paths if case_name(path) in names]
+    return paths
+
+
+def _cases_in(root: Path) -> list[Path]:
+    folders = [p for p in sorted(root.iterdir()) if p.is_dir() and p.name[0] not in "._"]
+    if volumes := _volumes_in(root):
+        return sorted(volumes + [folder for folder in folders if _holds_case(folder)])
+    if not any(map(_holds_case, folders)) and _holds_case(root):
+        return [root.resolve()]
+    return folders
+
+
+def _holds_case(folder: Path) -> bool:
+    slices = any(SLICE_NAME.match(path.name) for path in folder.iterdir())
+    return slices or is_scan(folder) or bool(_volumes_in(folder))
+
+
+def _volumes_in(folder: Path) -> list[Path]:
+    """The volume files of a folder that are no mask."""
+    files = [path for path in sorted(folder.iterdir()) if path.is_file() and is_scan(path)]
+    return [path for path in files if not scan_name(path).endswith("_mask")]
+
+
+def case_name(path: Path) -> str:
+    """The name of the case in a folder or volume file."""
+    return scan_name(path) if path.is_file() else path.name
+
+
+def find_case(path: Path) -> Case:
+    """The case in a folder or volume file; ValueError, naming the file, if it is not sound."""
+    if is_scan(path):
+        return _find_scan(path)
+    if path.is_dir() and (volumes := _volumes_in(path)):
+        if len(volumes) > 1:
+            raise ValueError(
+                f"{path}: holds {volumes[0].name} and {volumes[1].name}; name its sequences with "
+                "--pre, --flair and --post, or give each case one file of three channels"
+            )
+        return replace(_find_scan(volumes[0]), name=path.name)
+    return _find_slices(path)
+
+
+def _find_scan(path: Path) -> Scan:
+    masks = [path.with_name(f"{scan_name(path)}_mask{suffix}") for suffix in SUFFIXES]
+    return Scan.open(case_name(path), [path], next((m for m in masks if m.is_file()), None))
+
+
+def _find_slices(folder: Path) -> Case:
+    """The case in a folder of images; raises ValueError for gaps, duplicates or unpaired masks."""
+    slices: dict[int, Path] = {}
+    masks: dict[int, Path] = {}
+    for path in sorted(folder.iterdir()):
+        if path.suffix.lower() not in IMAGE_SUFFIXES or path.name.startswith("."):
+            continue
+        match = SLICE_NAME.match(path.name)
+        if not match:
+            raise ValueError(f"{path}: a slice is named <anything>_<number>.tif; rename or move it")
+        found = masks if match["mask"] else slices
+        number = int(match["number"])
+        if number in found:
+            raise ValueError(f"{path}: slice {number} is already there as {found[number].name}")
+        found[number] = path
+    if not slices:
+        raise ValueError(f"{folder}: holds no slice named <anything>_<number>.tif or .png")
+    numbers = sorted(slices)
+    gap = sorted(set(range(numbers[0], numbers[-1])) - set(numbers))
+    if gap:
+        raise ValueError(
+            f"{folder}: slice {gap[0]} is missing between {numbers[0]} and {numbers[-1]}; "
+            "add it or renumber the slices"
+        )
+    if masks and (odd := sorted(set(masks) ^ set(numbers))):
+        lacks = "slice" if odd[0] in masks else "mask"
+        raise ValueError(
+            f"{folder}: {lacks} {odd[0]} is missing though others are there; "
+            "add it (all zero where there is no lesion) or take all the masks away"
+        )
+    paths = tuple(slices[n] for n in numbers), tuple(masks[n] for n in sorted(masks))
+    return Case(folder.name, tuple(numbers), *paths)

@@ -1,0 +1,375 @@
+"""Cases on disk: images of every kind, folders, and what does not fit together."""
+
+import io
+import math
+import shutil
+import struct
+import zlib
+from pathlib import Path
+
+import imageio.v3 as iio
+import numpy as np
+import plain
+import pytest
+import tifffile
+from PIL import Image
+
+import phantom
+from cases import find_case, find_cases
+
+
+@pytest.fixture(scope="module")
+def pair() -> tuple[np.ndarray, np.ndarray]:
+    """A phantom volume (6, 64, 64, 3) uint8 and its mask."""
+    return phantom.make_volume(1, slices=6, size=64)
+
+
+def write(folder: Path, volume: np.ndarray, mask: np.ndarray | None = None, first=1) -> Path:
+    """One case as TIFFs, slices and masks numbered from `first`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for k, image in enumerate(volume, start=first):
+        iio.imwrite(folder / f"x_{k}.tif", image)
+    for k, label in enumerate(mask if mask is not None else (), start=first):
+        iio.imwrite(folder / f"x_{k}_mask.tif", label.astype(np.uint8) * 255)
+    return folder
+
+
+def noise(*shape: int, low=0, high=256, dtype=np.uint8) -> np.ndarray:
+    return np.random.default_rng(0).integers(low, high, shape).astype(dtype)
+
+
+# Reading
+
+
+def test_unpadded_numbers_are_in_the_order_of_integers(tmp_path):
+    volume, mask = noise(12, 10, 14, 3), noise(12, 10, 14) > 127
+    case = find_case(write(tmp_path / "case", volume, mask))
+    assert case.name == "case" and case.numbers == tuple(range(1, 13))
+    read, read_mask = case.read_pair()
+    assert np.array_equal(read, volume) and np.array_equal(read_mask, mask)
+
+
+@pytest.mark.parametrize("first", [0, 1, 20])
+def test_numbers_may_start_anywhere_and_be_padded(tmp_path, first):
+    volume = noise(3, 10, 14, 3)
+    for k, image in enumerate(volume, start=first):
+        iio.imwrite(tmp_path / f"any thing.1_{k:03d}.TIFF", image)
+    case = find_case(tmp_path)
+    assert case.numbers == (first, first + 1, first + 2) and case.masks == ()
+    assert np.array_equal(case.read(), volume)
+
+
+@pytest.mark.parametrize("suffix", ["tif", "tiff", "png", "PNG"])
+@pytest.mark.parametrize("channels", [(), (3,)])
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_formats(tmp_path, suffix, channels, dtype):
+    volume = noise(3, 10, 14, *channels, high=np.iinfo(dtype).max, dtype=dtype)
+    if suffix.lower() == "png" and channels and dtype == np.uint16:
+        pytest.skip("Pillow cannot write it")
+    for k, image in enumerate(volume):
+        iio.imwrite(tmp_path / f"x_{k}.{suffix}", image)
+    read = find_case(tmp_path).read()
+    assert read.dtype == dtype
+    assert np.array_equal(read, volume.reshape(3, 10, 14, -1))
+
+
+def test_float_tiff(tmp_path):
+    volume = np.random.default_rng(0).random((2, 10, 14), dtype=np.float32)
+    for k, image in enumerate(volume):
+        tifffile.imwrite(tmp_path / f"x_{k}.tif", image)
+    assert np.array_equal(find_case(tmp_path).read()[..., 0], volume)
+
+
+@pytest.mark.parametrize("compression", ["tiff_lzw", "tiff_adobe_deflate", "packbits", None])
+def test_compressed_tiff(tmp_path, compression):
+    image = noise(10, 14, 3)
+    Image.fromarray(image).save(tmp_path / "x_1.tif", compression=compression)
+    assert np.array_equal(find_case(tmp_path).read()[0], image)
+
+
+def test_tiff_with_planes_one_after_the_other(tmp_path):
+    image = noise(10, 14, 3)
+    planes = np.ascontiguousarray(image.transpose(2, 0, 1))
+    tifffile.imwrite(tmp_path / "x_1.tif", planes, photometric="rgb", planarconfig="separate")
+    assert np.array_equal(find_case(tmp_path).read()[0], image)
+
+
+MASKS = {
+    "0/255": ("tif", lambda m: m.astype(np.uint8) * 255),
+    "0/1": ("tif", lambda m: m.astype(np.uint8)),
+    "bool": ("tif", lambda m: m),
+    "uint16": ("tif", lambda m: m.astype(np.uint16) * 65535),
+    "float": ("tif", lambda m: m.astype(np.float32)),
+    "RGB": ("tif", lambda m: np.repeat(m[..., None], 3, axis=-1).astype(np.uint8) * 255),
+    "red": ("png", lambda m: m[..., None] * np.array([255, 0, 0], dtype=np.uint8)),
+    "png": ("png", lambda m: m.astype(np.uint8) * 255),
+    "png 0/1": ("png", lambda m: m.astype(np.uint8)),
+}
+
+
+@pytest.mark.parametrize("suffix, style", MASKS.values(), ids=MASKS)
+def test_masks_are_bool_however_they_are_stored(tmp_path, suffix, style):
+    """Trap 3: a newer image library left masks at 0/255; loss near -0.99, DSC 0, no error."""
+    volume, mask = noise(2, 10, 14, 3), noise(2, 10, 14) > 127
+    write(tmp_path, volume)
+    for k, label in enumerate(mask, start=1):
+        imwrite = tifffile.imwrite if suffix == "tif" else iio.imwrite
+        imwrite(tmp_path / f"x_{k}_mask.{suffix}", style(label))
+    read = find_case(tmp_path).read_mask()
+    assert read.dtype == bool and np.array_equal(read, mask)
+
+
+@pytest.mark.parametrize("mode", ["1", "P", "LA", "RGBA"])
+def test_png_masks_of_a_drawing_program(tmp_path, mode):
+    """An opaque alpha channel is no lesion."""
+    mask = noise(10, 14) > 127
+    write(tmp_path, noise(1, 10, 14, 3))
+    Image.fromarray(mask).convert("RGB" if mode == "P" else "L").convert(mode).save(
+        tmp_path / "x_1_mask.png"
+    )
+    assert np.array_equal(find_case(tmp_path).read_mask()[0], mask)
+
+
+# Folders
+
+
+def test_a_root_of_cases_with_stray_files(tmp_path, pair):
+    """`data.csv` and `README.md` lie about in the root of the published data set."""
+    for name in ("b", "a", "c"):
+        write(tmp_path / name, *pair)
+        (tmp_path / name / "notes.txt").write_text("not a slice")
+        (tmp_path / name / "._x_1.tif").write_bytes(b"left by a Mac")
+    (tmp_path / "data.csv").write_text("Patient")
+    (tmp_path / "README.md").write_text("# data")
+    (tmp_path / ".git").mkdir()
+    assert [case.name for case in find_cases(tmp_path)] == ["a", "b", "c"]
+    assert [case.name for case in find_cases(str(tmp_path), ["c", "a"])] == ["a", "c"]
+    assert np.array_equal(find_cases(tmp_path)[0].read(), pair[0])
+
+
+def test_published_layout(phantoms):
+    cases = find_cases(phantoms)
+    assert [case.name for case in cases] == [f"phantom_{k:03d}" for k in range(12)]
+    volume, mask = cases[0].read_pair()
+    assert volume.shape == (8, 64, 64, 3) and volume.dtype == np.uint8
+    assert mask.shape == (8, 64, 64) and mask.dtype == bool and mask.any()
+
+
+def test_real_cases(lgg):
+    cases = find_cases(lgg)
+    assert [case.name.split("_")[2] for case in cases] == ["4942", "4944", "7692"]
+    for case in cases:
+        assert case.numbers == tuple(range(1, len(case.slices) + 1))
+        volume, mask = plain.read_case(case.folder)
+        read = case.read_pair()
+        assert np.array_equal(read[0], volume) and np.array_equal(read[1], mask > 0)
+
+
+def test_a_case_folder_is_a_root_of_one(tmp_path, pair, monkeypatch):
+    """Trap 12: inference once needed ten cases, masks and the data set's own names."""
+    folder = write(tmp_path / "my scan", pair[0])
+    (case,) = find_cases(folder)
+    assert case.name == "my scan" and case.masks == () and len(case.read()) == 6
+    monkeypatch.chdir(folder)
+    assert [case.name for case in find_cases(".")] == ["my scan"]
+
+
+def test_a_case_folder_is_not_taken_for_another_case(tmp_path, pair):
+    folder = write(tmp_path / "mine", pair[0])
+    assert [case.name for case in find_cases(folder, ["mine"])] == ["mine"]
+    with pytest.raises(ValueError, match="holds no case 'other'"):
+        find_cases(folder, ["other"])
+
+
+def test_missing_root(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere: no such folder"):
+        find_cases(tmp_path / "nowhere")
+
+
+def test_file_in_place_of_root(tmp_path):
+    (tmp_path / "data.csv").write_text("Patient")
+    with pytest.raises(ValueError, match="data.csv: is no volume file"):
+        find_cases(tmp_path / "data.csv")
+
+
+@pytest.mark.parametrize("stray", [None, "data.csv", ".hidden/x"])
+def test_root_without_a_case(tmp_path, stray):
+    if stray:
+        (tmp_path / stray).parent.mkdir(exist_ok=True)
+        (tmp_path / stray).write_text("x")
+    with pytest.raises(ValueError, match=f"{tmp_path.name}: holds no case"):
+        find_cases(tmp_path)
+
+
+def test_case_without_a_slice(tmp_path, pair):
+    write(tmp_path / "a", *pair)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="empty: holds no slice"):
+        find_cases(tmp_path)
+
+
+def test_unknown_name(tmp_path, pair):
+    write(tmp_path / "a", *pair)
+    with pytest.raises(ValueError, match=f"{tmp_path.name}: holds no case 'b'"):
+        find_cases(tmp_path, ["a", "b"])
+
+
+# Slices that do not fit together
+
+
+@pytest.fixture
+def case(tmp_path, pair) -> Path:
+    """A sound case of six slices with masks, to be broken."""
+    return write(tmp_path / "case", *pair)
+
+
+@pytest.mark.parametrize("number", [1, 3, 6])
+def test_missing_mask_is_refused_not_shifted(case, number):
+    """Trap 4: it shifted every later mask by one slice, silently."""
+    (case / f"x_{number}_mask.tif").unlink()
+    with pytest.raises(ValueError, match=f"{case}: mask {number} is missing"):
+        find_case(case)
+
+
+@pytest.mark.parametrize("number", [1, 6])
+def test_mask_without_its_slice(case, number):
+    (case / f"x_{number}.tif").unlink()
+    with pytest.raises(ValueError, match=f"{case}: slice {number} is missing"):
+        find_case(case)
+
+
+def test_gap_in_the_numbers(case):
+    for name in ("x_4.tif", "x_4_mask.tif"):
+        (case / name).unlink()
+    with pytest.raises(ValueError, match=f"{case}: slice 4 is missing between 1 and 6"):
+        find_case(case)
+
+
+@pytest.mark.parametrize("copy", ["x_01.tif", "y_1.tif", "x_1.png", "x_01_mask.tif"])
+def test_two_files_for_one_slice(case, copy):
+    source = "x_1_mask.tif" if "mask" in copy else "x_1.tif"
+    shutil.copy(case / source, case / copy)
+    with pytest.raises(ValueError, match="slice 1 is already there as") as stop:
+        find_case(case)
+    assert str(case) in str(stop.value) and copy in str(stop.value)
+
+
+@pytest.mark.parametrize("name", ["preview.png", "x.tif", "x_1_seg.tif", "7.tif", "x_2b.tif"])
+def test_misnamed_slice(case, name):
+    shutil.copy(case / "x_1.tif", case / name)
+    with pytest.raises(ValueError, match=rf"{case / name}: a slice is named"):
+        find_case(case)
+
+
+@pytest.mark.parametrize("name", ["x_3.tif", "x_3_mask.tif"])
+def test_slice_of_another_shape(case, name):
+    iio.imwrite(case / name, iio.imread(case / name)[:, 1:])
+    with pytest.raises(ValueError, match=rf"{case / name}: 64 x 63 .*, but x_1.* has 64 x 64"):
+        find_case(case).read_pair()
+
+
+def test_slice_with_other_channels(case):
+    iio.imwrite(case / "x_3.tif", iio.imread(case / "x_3.tif")[..., 0])
+    with pytest.raises(ValueError, match=rf"{case}/x_3.tif: 64 x 64 x 1 .* has 64 x 64 x 3"):
+        find_case(case).read()
+
+
+def test_masks_of_another_shape(case):
+    for path in case.glob("*_mask.tif"):
+        iio.imwrite(path, iio.imread(path)[::2, ::2])
+    with pytest.raises(ValueError, match=f"{case}: masks of 32 x 32 .* slices of 64 x 64"):
+        find_case(case).read_pair()
+
+
+def test_no_mask_at_all_is_refused_where_one_is_needed(tmp_path, pair):
+    folder = write(tmp_path / "case", pair[0])
+    with pytest.raises(ValueError, match=f"{folder}: no slice has a mask"):
+        find_case(folder).read_pair()
+
+
+# Damaged files
+
+
+def encoded(image: np.ndarray, kind: str) -> bytes:
+    """A TIFF with its directory before the pixels (`first`) or behind them; or a PNG."""
+    buffer = io.BytesIO()
+    if kind == "first":
+        tifffile.imwrite(buffer, image, photometric="rgb")
+    elif kind == "png":
+        iio.imwrite(buffer, image, extension=".png")
+    else:
+        compression = None if kind == "plain" else kind
+        Image.fromarray(image).save(buffer, "tiff", compression=compression)
+    return buffer.getvalue()
+
+
+def test_directory_is_where_the_names_say():
+    """A directory that stands before the pixels survives their loss: the harder case."""
+    places = {}
+    for kind in ("first", "tiff_adobe_deflate"):
+        with tifffile.TiffFile(io.BytesIO(encoded(noise(20, 24, 3), kind))) as tiff:
+            places[kind] = tiff.pages[0].offset < tiff.pages[0].dataoffsets[0]
+    assert places == {"first": True, "tiff_adobe_deflate": False}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, of the same damage
+@pytest.mark.parametrize("kind", ["first", "plain", "tiff_adobe_deflate", "tiff_lzw", "packbits"])
+@pytest.mark.parametrize("kept", [0, 1, 4, 8, 9, 60, 150, 280, 0.5, 0.9, -200, -100, -8, -1])
+def test_truncated_tiff(tmp_path, kind, kept):
+    """Refused by name; or, where nothing that counts was lost, read as if it were whole."""
+    image = noise(20, 24, 3)
+    content = encoded(image, kind)
+    path = tmp_path / "x_1.tif"
+    path.write_bytes(content[: int(kept * len(content)) if 0 < kept < 1 else kept])
+    try:
+        read = find_case(tmp_path).read()
+    except ValueError as error:
+        assert str(path) in str(error) and "cut short" in str(error)
+    else:
+        assert read.dtype == np.uint8 and np.array_equal(read[0], image)
+        assert kept in (-1, -8)
+
+
+@pytest.mark.parametrize("kept", [0, 8, 40, 0.5, 0.9])
+def test_truncated_png(tmp_path, kept):
+    content = encoded(noise(20, 24, 3), "png")
+    path = tmp_path / "x_1.png"
+    path.write_bytes(content[: int(kept * len(content)) if 0 < kept < 1 else kept])
+    with pytest.raises(ValueError, match=f"{path}: not a readable image, or cut short"):
+        find_case(tmp_path).read()
+
+
+@pytest.mark.parametrize("name", ["x_2.tif", "x_2_mask.tif"])
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"this is no image\n" * 40, b"II*\0", b"\0" * 500],
+    ids="empty text head 0".split(),
+)
+def test_what_is_no_image(case, name, content):
+    (case / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"{case / name}: not a readable image"):
+        find_case(case).read_pair()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_nan_in_a_file(tmp_path, value):
+    image = np.ones((10, 14), dtype=np.float32)
+    tifffile.imwrite(tmp_path / "x_1.tif", image)
+    image[3, 3] = value
+    tifffile.imwrite(tmp_path / "x_2.tif", image)
+    with pytest.raises(ValueError, match=f"{tmp_path}/x_2.tif: holds NaN"):
+        find_case(tmp_path).read()
+
+
+def test_png_of_16_bit_colour_keeps_its_16_bits(tmp_path):
+    """Pillow, and so most readers, would cut it to 8 bits without a word."""
+    image = np.random.default_rng(0).integers(0, 4096, (20, 30, 3)).astype(np.uint16)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in image)
+    header = struct.pack(">IIBBBBB", 30, 20, 16, 2, 0, 0, 0)
+    with open(tmp_path / "scan_1.png", "wb") as file:
+        file.write(b"\x89PNG\r\n\x1a\n")
+        for name, data in ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")):
+            check = struct.pack(">I", zlib.crc32(name + data))
+            file.write(struct.pack(">I", len(data)) + name + data + check)
+    volume = find_case(tmp_path).read()
+    assert volume.dtype == np.uint16 and np.array_equal(volume[0], image)

@@ -1,0 +1,300 @@
+"""Volume files of any orientation: the voxels the network sees, and the mask's way back."""
+
+import itertools
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import make_weights
+from medpy.io import load, save
+
+import inference
+from cases import case_paths, find_case, find_cases
+from dataset import BrainSegmentationDataset
+from phantom import make_volume
+from scan import Grid, Scan
+from segmentation import Segmenter
+
+nibabel = pytest.importorskip("nibabel")
+
+# From voxels (column, row, slice), which run left, posterior and up, to RAS: negated twice.
+LPS = np.diag([-0.9, -0.9, 5.0, 1.0])
+LPS[:3, 3] = 110.0, 120.0, -30.0
+# What a file's axes run along, as nibabel writes it.
+ORIENTATIONS = ["LPS", "RAS", "LAS", "ASR", "PIL", "SLP"]
+
+
+def write(path: Path, volume: np.ndarray, orientation: str = "LPS", affine=LPS) -> Path:
+    """A volume (S, H, W[, C]) as a NIfTI file whose axes run along `orientation`."""
+    voxels = volume.transpose(2, 1, 0, *range(3, volume.ndim))
+    image = nibabel.Nifti1Image(voxels, affine)
+    ours = nibabel.orientations.axcodes2ornt("LPS")
+    wanted = nibabel.orientations.axcodes2ornt(orientation)
+    image = image.as_reoriented(nibabel.orientations.ornt_transform(ours, wanted))
+    assert "".join(nibabel.aff2axcodes(image.affine)) == orientation
+    nibabel.save(image, path)
+    return path
+
+
+def read(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Voxels and affine, by nibabel."""
+    image = nibabel.load(path)
+    return np.asanyarray(image.dataobj), image.affine
+
+
+@pytest.fixture(scope="module")
+def pair() -> tuple[np.ndarray, np.ndarray]:
+    """A phantom with no two sides alike: 7 slices of 60 x 52."""
+    volume, truth = make_volume(3, 7, 60)
+    return volume[:, :, 4:56], truth[:, :, 4:56]
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory) -> Path:
+    return make_weights(tmp_path_factory.mktemp("weights") / "narrow.pt")
+
+
+def infer(out: Path, weights: Path, *more: object) -> object:
+    words = ["--weights", weights, "--predictions", out, "--figure", out / "dsc.png", *more]
+    with pytest.raises(SystemExit) as stop:
+        inference.main([str(word) for word in (*words, "--device", "cpu")])
+    return stop.value.code
+
+
+# The way there and back
+
+
+@pytest.mark.parametrize("orientation", ORIENTATIONS)
+def test_every_orientation_gives_the_same_voxels(pair, tmp_path, orientation):
+    scan = find_case(write(tmp_path / "a.nii.gz", pair[0], orientation))
+    assert np.array_equal(scan.read(), pair[0])
+    assert scan.numbers == tuple(range(1, 8))
+    assert scan.spacing == pytest.approx((5.0, 0.9, 0.9))
+
+
+@pytest.mark.parametrize("orientation", ORIENTATIONS)
+def test_mask_lies_on_the_grid_of_the_scan(pair, weights, tmp_path, orientation):
+    """nibabel, which is not ours, reads the same affine, and the same voxels, of both files."""
+    volume, _ = pair
+    source = write(tmp_path / "a.nii.gz", volume, orientation)
+    assert infer(tmp_path / "out", weights, "--images", source) == 0
+    mask, affine = read(tmp_path / "out" / "a_mask.nii.gz")
+    voxels, expected = read(source)
+    np.testing.assert_allclose(affine, expected, atol=1e-4)
+    assert mask.shape == voxels.shape[:3] and set(np.unique(mask)) == {0, 1}
+    truth = write(
+        tmp_path / "direct.nii.gz",
+        Segmenter.from_weights(weights)(volume).astype("u1"),
+        orientation,
+    )
+    assert np.array_equal(mask, read(truth)[0]), "as the network marks the slices themselves"
+
+
+def test_all_48_orientations_come_back(pair):
+    class Header:
+        spacing, offset = (1, 1, 1), (0, 0, 0)
+
+    voxels = np.arange(2 * 3 * 4).reshape(2, 3, 4, 1)
+    seen = set()
+    for axes in itertools.permutations(range(3)):
+        for signs in itertools.product((-1, 1), repeat=3):
+            Header.direction = np.zeros((3, 3))
+            Header.direction[axes, range(3)] = signs
+            grid = Grid.of(voxels.shape, Header)
+            axial = grid.to_axial(voxels)
+            seen.add(axial.tobytes() + bytes(axial.shape))
+            assert np.array_equal(grid.from_axial(axial[..., 0]), voxels[..., 0])
+    assert len(seen) == 48
+
+
+def test_oblique_scan_goes_to_the_nearest_axes(pair, tmp_path):
+    angle = np.deg2rad(20)
+    turn = np.eye(4)
+    turn[:2, :2] = [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]
+    path = tmp_path / "oblique.nii.gz"
+    nibabel.save(nibabel.Nifti1Image(pair[0][..., 1].transpose(2, 1, 0), turn @ LPS), path)
+    scan = find_case(path)
+    assert np.array_equal(scan.read()[..., 1], pair[0][..., 1])
+    scan.write_mask(tmp_path / "mask.nii.gz", pair[1])
+    np.testing.assert_allclose(read(tmp_path / "mask.nii.gz")[1], turn @ LPS, atol=1e-4)
+
+
+@pytest.mark.parametrize("suffix", [".nii", ".mha", ".nrrd"])
+def test_other_formats(pair, tmp_path, suffix):
+    voxels, header = load(str(write(tmp_path / "a.nii.gz", pair[0][..., 1], "RAS")))
+    save(voxels, str(tmp_path / f"b{suffix}"), header)
+    assert np.array_equal(find_case(tmp_path / f"b{suffix}").read()[..., 1], pair[0][..., 1])
+
+
+# Sequences
+
+
+def test_flair_alone_stands_in_for_the_missing_sequences(pair, tmp_path):
+    volume = find_case(write(tmp_path / "flair.nii.gz", pair[0][..., 1])).read()
+    assert all(np.array_equal(volume[..., k], pair[0][..., 1]) for k in range(3))
+
+
+def test_sequences_in_files_of_their_own(pair, weights, tmp_path):
+    paths = [write(tmp_path / f"{n}.nii.gz", pair[0][..., k], "ASR") for k, n in enumerate("abc")]
+    together = write(tmp_path / "all.nii.gz", pair[0], "ASR")
+    options = "--pre", paths[0], "--flair", paths[1], "--post", paths[2]
+    assert infer(tmp_path / "out", weights, *options) == 0
+    assert infer(tmp_path / "out", weights, "--images", together) == 0
+    one, other = (read(tmp_path / "out" / f"{name}_mask.nii.gz")[0] for name in ("b", "all"))
+    assert np.array_equal(one, other) and one.any()
+    volume = Scan.open("b", [paths[1], paths[1], paths[2]]).read()
+    assert np.array_equal(volume, pair[0][..., [1, 1, 2]])
+
+
+def test_other_grids_are_refused_by_name(pair, weights, tmp_path, capsys):
+    flair = write(tmp_path / "flair.nii.gz", pair[0][..., 1])
+    shorter = write(tmp_path / "short.nii.gz", pair[0][:5, ..., 2])
+    assert infer(tmp_path / "out", weights, "--flair", flair, "--post", shorter) == 1
+    said = capsys.readouterr().err
+    assert f"error: {shorter}: 52 x 60 x 5 voxels, but {flair.name} has 52 x 60 x 7" in said
+    moved = LPS.copy()
+    moved[0, 3] += 3
+    moved = write(tmp_path / "moved.nii.gz", pair[0][..., 2], affine=moved)
+    assert infer(tmp_path / "out", weights, "--flair", flair, "--post", moved) == 1
+    assert f"{moved}: its offset is not that of {flair.name}" in capsys.readouterr().err
+
+
+# Folders, masks, training
+
+
+def test_a_folder_of_volume_files_with_their_masks(pair, weights, tmp_path):
+    (tmp_path / "in").mkdir()
+    for name, orientation in (("a", "RAS"), ("b", "ASR")):
+        write(tmp_path / "in" / f"{name}.nii.gz", pair[0], orientation)
+        write(tmp_path / "in" / f"{name}_mask.nii.gz", pair[1].astype("u1"), orientation)
+    cases = find_cases(tmp_path / "in")
+    assert [case.name for case in cases] == ["a", "b"]
+    for case in cases:
+        volume, truth = case.read_pair()
+        assert np.array_equal(volume, pair[0]) and np.array_equal(truth, pair[1])
+    assert infer(tmp_path / "out", weights, "--images", tmp_path / "in") == 0
+    header, *lines = (tmp_path / "out" / "metrics.csv").read_text().splitlines()
+    assert "hd95_mm" in header and "hd95_px" not in header
+    row = dict(zip(header.split(","), lines[0].split(","), strict=True))
+    assert float(row["lesion_ml"]) == pytest.approx(pair[1].sum() * 5 * 0.9 * 0.9 / 1000, rel=1e-4)
+    assert [line.split(",", 1)[0] for line in lines] == ["a", "b"]
+    assert lines[0].split(",", 1)[1] == lines[1].split(",", 1)[1], "one scan in two orientations"
+
+
+def test_finished_scans_are_skipped(pair, weights, tmp_path, capsys):
+    source = write(tmp_path / "a.nii.gz", pair[0])
+    out = tmp_path / "out"
+    assert infer(out, weights, "--images", source) == 0
+    before = (out / "a_mask.nii.gz").stat().st_mtime_ns
+    assert infer(out, weights, "--images", source, "--skip-existing") == 0
+    assert (out / "a_mask.nii.gz").stat().st_mtime_ns == before
+    (out / "a_mask.nii.gz").write_bytes(b"damaged")
+    assert infer(out, weights, "--images", source, "--skip-existing") == 0
+    assert read(out / "a_mask.nii.gz")[0].any(), "a damaged mask is made anew"
+
+
+def test_a_case_folder_may_hold_a_volume_file(pair, tmp_path):
+    (tmp_path / "patient_7").mkdir()
+    write(tmp_path / "patient_7" / "scan.nii.gz", pair[0])
+    (case,) = find_cases(tmp_path)
+    assert case.name == "patient_7" and np.array_equal(case.read(), pair[0])
+    write(tmp_path / "patient_7" / "scan2.nii.gz", pair[0])
+    with pytest.raises(ValueError, match="scan.nii.gz and scan2.nii.gz.*--flair"):
+        find_cases(tmp_path)
+
+
+def test_training_reads_volume_files_too(pair, tmp_path):
+    write(tmp_path / "in.nii.gz", pair[0], "RAS")
+    write(tmp_path / "in_mask.nii.gz", pair[1].astype("u1"), "RAS")
+    data = BrainSegmentationDataset(tmp_path, "all", 32, cache=tmp_path / "cache")
+    assert len(data) == 7 and data.locate(3) == ("in", 4)
+    assert np.array_equal(data.volumes[0].truth, pair[1])
+
+
+# DICOM
+
+
+def write_series(folder: Path, flair: np.ndarray, series: str = "1.2.3") -> Path:
+    """Axial slices (S, H, W) as a DICOM series, upward, its files in another order."""
+    pydicom = pytest.importorskip("pydicom")
+    from pydicom.dataset import FileMetaDataset
+    from pydicom.uid import ExplicitVRLittleEndian, MRImageStorage
+
+    folder.mkdir(exist_ok=True)
+    for k, image in enumerate(flair):
+        meta = FileMetaDataset()
+        meta.TransferSyntaxUID = ExplicitVRLittleEndian
+        meta.MediaStorageSOPClassUID = MRImageStorage
+        meta.MediaStorageSOPInstanceUID = f"{series}.{k + 1}"
+        data = pydicom.Dataset()
+        data.file_meta = meta
+        data.SOPClassUID, data.SOPInstanceUID = MRImageStorage, f"{series}.{k + 1}"
+        data.StudyInstanceUID, data.SeriesInstanceUID = "1.2", series
+        data.Modality, data.InstanceNumber = "MR", k + 1
+        data.Rows, data.Columns = image.shape
+        data.PixelSpacing, data.SliceThickness = [0.9, 0.9], 5
+        data.ImageOrientationPatient = [1, 0, 0, 0, 1, 0]  # columns to the left, rows to the back
+        data.ImagePositionPatient = [-110, -120, -30 + 5 * k]
+        data.SamplesPerPixel, data.PhotometricInterpretation = 1, "MONOCHROME2"
+        data.BitsAllocated, data.BitsStored, data.HighBit, data.PixelRepresentation = 16, 16, 15, 0
+        data.PixelData = image.astype("<u2").tobytes()
+        data.save_as(folder / f"IM{(7 * k) % 11:03d}", enforce_file_format=True)
+    return folder
+
+
+def test_dicom_series_goes_the_whole_way(pair, weights, tmp_path):
+    flair = pair[0][..., 1]
+    series = write_series(tmp_path / "series", flair)
+    scan = find_case(series)
+    assert np.array_equal(scan.read()[..., 1], flair) and scan.spacing == pytest.approx(
+        (5, 0.9, 0.9)
+    )
+    assert infer(tmp_path / "out", weights, "--images", series) == 0
+    mask, affine = read(tmp_path / "out" / "series_mask.nii.gz")
+    np.testing.assert_allclose(affine, LPS, atol=1e-4)
+    expected = Segmenter.from_weights(weights)(np.repeat(flair[..., None], 3, axis=3))
+    assert np.array_equal(mask.transpose(2, 1, 0) > 0, expected) and expected.any()
+    assert [path.name for path in case_paths(tmp_path)] == ["out", "series"]
+
+
+def test_two_series_in_one_folder_are_refused(pair, tmp_path):
+    series = write_series(tmp_path / "series", pair[0][:3, ..., 1])
+    write_series(tmp_path / "more", pair[0][:3, ..., 1], "1.2.4")
+    for path in (tmp_path / "more").iterdir():
+        shutil.copy(path, series / f"more{path.name}")
+    with pytest.raises(ValueError, match=f"{series}: holds more than one DICOM series"):
+        find_case(series)
+
+
+# Refusals
+
+
+@pytest.mark.parametrize("suffix", [".nii", ".nii.gz", ".nrrd"])
+@pytest.mark.parametrize("kept", [0, 100, 9000, -60])
+def test_damaged_file_is_refused_by_name(pair, weights, tmp_path, capsys, kept, suffix):
+    """The readers of NIfTI fill up what is missing with zeros; ours does not let them."""
+    path = tmp_path / f"a{suffix}"
+    if suffix == ".nrrd":
+        voxels, header = load(str(write(tmp_path / "b.nii.gz", pair[0][..., 1])))
+        save(voxels, str(path), header)
+    else:
+        write(path, pair[0])
+    path.write_bytes(path.read_bytes()[:kept])
+    assert infer(tmp_path / "out", weights, "--images", path) == 1
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert f"{path}: not a readable volume" in line
+
+
+def test_file_of_another_kind_is_refused(tmp_path, weights):
+    (tmp_path / "notes.txt").write_text("hello")
+    assert "is no volume file" in infer(tmp_path / "o", weights, "--images", tmp_path / "notes.txt")
+
+
+def test_missing_flair_is_refused(tmp_path, weights):
+    message = infer(tmp_path / "out", weights, "--flair", tmp_path / "none.nii.gz")
+    assert message == f"error: {tmp_path / 'none.nii.gz'}: no such file"
+
+
+def test_pre_and_post_need_flair(tmp_path, weights):
+    assert infer(tmp_path / "out", weights, "--post", tmp_path / "none.nii.gz") == 2
