@@ -151,8 +151,9 @@ def read_card(path: Path | str) -> dict:
         return {}
     try:
         content = json.loads(card.read_text())
-        if not isinstance(content.get("cases", {}), dict):
-            raise TypeError("cases")
+        for names in content.get("cases", {}).values():
+            if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+                raise TypeError("cases")
         if not isinstance(content.get("image_size", 256), int):
             raise TypeError("image_size")
     except (ValueError, TypeError, AttributeError) as error:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from cache import Prepared, prepare
-from cases import case_name, find_case, find_cases
+from cases import case_name, find_cases
 from utils import in_order
 from volume import Case
 
@@ -51,34 +51,36 @@ def subset_of(case: str) -> str:
     return "train" if place < 700 else "validation" if place < 800 else "test"
 
 
-def select_cases(
-    cases: Sequence[Named], subset: str, folds: int | None = None, fold: int | None = None
-) -> list[Named]:
-    """The cases (or their paths) of a subset; with `folds`, those of that `fold`.
-
-    A fold's `validation` is held out and its `train` is the rest. Folds are by patient, balanced
-    over hospitals (for LGG) and lesion volumes, the same on every machine, and never touch the
-    test cases. Raises ValueError for an unknown subset, too many folds or nothing left.
-    """
+def select_cases(cases: Sequence[Named], subset: str) -> list[Named]:
+    """The cases (or their paths) of a subset; ValueError if it is unknown or none falls into it."""
     if subset not in (*SUBSETS, "all"):
         raise ValueError(f"no subset is called {subset!r}; known: all, {', '.join(SUBSETS)}")
-    if folds is None or subset in ("all", "test"):
-        chosen = [case for case in cases if subset in ("all", subset_of(_name(case)))]
-    else:
-        chosen = _in_fold(cases, subset, folds, fold)
+    chosen = [case for case in cases if subset in ("all", subset_of(_name(case)))]
     if not chosen:
         raise ValueError(
             f"none of the {len(cases)} cases falls into the subset {subset!r}; "
-            "add cases, or divide what there is with --folds 5 --fold 0"
+            "add cases, or train with --folds 5 --fold 0 to divide what there is"
         )
     return chosen
 
 
-def _in_fold(cases: Sequence[Named], subset: str, folds: int, fold: int | None) -> list[Named]:
-    pool = [case for case in cases if subset_of(_name(case)) != "test"]
+def _name(case: Named) -> str:
+    return case_name(case) if isinstance(case, Path) else case.name
+
+
+def split_folds(
+    cases: Sequence[Case], folds: int, fold: int | None, workers: int | None = None
+) -> tuple[list[Case], list[Case]]:
+    """For cross-validation, the cases to train on and those that a `fold` holds out.
+
+    Folds are by patient, balanced over hospitals (for LGG) and lesion volumes, the same on every
+    machine for the same cases and masks; the test cases are in none. Raises ValueError for more
+    folds than patients or a fold that is not there.
+    """
+    pool = [case for case in cases if subset_of(case.name) != "test"]
     lesion = Counter()  # voxels of each patient
-    for case, voxels in zip(pool, in_order(_lesion_voxels, pool), strict=True):
-        lesion[patient_of(_name(case))] += voxels
+    for case, voxels in zip(pool, in_order(_lesion_voxels, pool, workers), strict=True):
+        lesion[patient_of(case.name)] += voxels
     # Dealt out one after another, the patients of a site, and of a size, go to different folds.
     patients = sorted(lesion, key=lambda patient: (site_of(patient), lesion[patient], patient))
     if not 2 <= folds <= len(patients):
@@ -89,15 +91,11 @@ def _in_fold(cases: Sequence[Named], subset: str, folds: int, fold: int | None) 
     if fold is None or not 0 <= fold < folds:
         raise ValueError(f"fold {fold} of {folds}: --fold runs from 0 to {folds - 1}")
     held_out = set(patients[fold::folds])
-    return [case for case in pool if (patient_of(_name(case)) in held_out) == (subset != "train")]
+    train = [case for case in pool if patient_of(case.name) not in held_out]
+    return train, [case for case in pool if patient_of(case.name) in held_out]
 
 
-def _name(case: Named) -> str:
-    return case_name(case) if isinstance(case, Path) else case.name
-
-
-def _lesion_voxels(case: Named) -> int:
-    case = find_case(case) if isinstance(case, Path) else case
+def _lesion_voxels(case: Case) -> int:
     return int(case.read_mask().sum()) if case.masks else 0
 
 
@@ -137,13 +135,11 @@ class BrainSegmentationDataset(Dataset):
         images_dir: Path | str,
         subset: str = "train",
         image_size: int = 256,
-        folds: int | None = None,
-        fold: int | None = None,
         cache: Path | str | None = None,
         workers: int | None = None,
         progress: bool = False,
     ):
-        cases = select_cases(find_cases(images_dir), subset, folds, fold)
+        cases = select_cases(find_cases(images_dir), subset)
         self._hold(prepare(cases, image_size, cache, workers, progress))
 
     def _hold(self, volumes: list[Prepared]) -> BrainSegmentationDataset:
@@ -156,9 +152,15 @@ class BrainSegmentationDataset(Dataset):
     def train_and_validation(
         cls, images_dir: Path | str, folds: int | None = None, fold: int | None = None, **options
     ) -> tuple[BrainSegmentationDataset, BrainSegmentationDataset]:
-        """The two subsets a training needs, read together; `options` are those of `prepare`."""
+        """The two subsets a training needs, read together; `options` are those of `prepare`.
+
+        With `folds`, those of a cross-validation (`split_folds`).
+        """
         cases = find_cases(images_dir)
-        train, validation = (select_cases(cases, s, folds, fold) for s in ("train", "validation"))
+        if folds is None:
+            train, validation = (select_cases(cases, subset) for subset in ("train", "validation"))
+        else:
+            train, validation = split_folds(cases, folds, fold, options.get("workers"))
         volumes = prepare(train + validation, **options)
         check_channels(volumes)
         parts = volumes[: len(train)], volumes[len(train) :]

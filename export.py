@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from checkpoint import SHIPPED, load_state, model_from_state, read_card
-from dataset import SUBSETS, is_lgg
+from dataset import SUBSETS, is_lgg, patient_of
 from metrics import summarise
 from utils import fail, make_parser, read_scores, write_json, written_whole
 
@@ -87,11 +87,12 @@ def serialise(state: dict[str, Tensor]) -> bytes:
 
 def scores_of_unseen(path: Path) -> dict:
     """DSC of the cases in a metrics.csv that the weights were not trained on, and its spread."""
-    rows = [row for row in read_scores(path, ["dsc"]) if not row["trained_on"]]
-    cases = {row["case"]: round(row["dsc"], 4) for row in rows}
+    scores = read_scores(path, ["dsc"])
+    cases = {case: round(row["dsc"], 4) for case, row in scores.items() if not row["trained_on"]}
     if not cases:
         raise ValueError(f"{path}: scores no case that the weights were not trained on")
-    return {"metric": "DSC per volume", **summarise(list(cases.values())), "cases": cases}
+    summary = summarise(list(cases.values()), [patient_of(case) for case in cases])
+    return {"metric": "DSC per volume", **summary, "cases": cases}
 
 
 if __name__ == "__main__":

@@ -62,8 +62,6 @@ def get_parser() -> argparse.ArgumentParser:
     add("--pre", type=Path, help="with --flair: pre-contrast, on the same grid (FLAIR)")
     add("--post", type=Path, help="with --flair: post-contrast, on the same grid (FLAIR)")
     add("--subset", type=str, default="all", help=f"all, {', '.join(SUBSETS)} (%(default)s)")
-    add("--folds", type=int, help="with --fold: the subsets of a cross-validation")
-    add("--fold", type=int, help="the fold that was validated on, from 0")
     add("--cases", type=str, nargs="+", help="only these cases")
     add("--skip-existing", action="store_true", help="keep the masks of an earlier run")
     add("--weights", type=Path, help="weights file (those that came with the project)")
@@ -95,8 +93,6 @@ def main(argv: list[str] | None = None) -> None:
     parser = get_parser()
     args = parser.parse_args(argv)
     options = segmenter_options(parser, args)
-    if (args.folds is None) != (args.fold is None):
-        parser.error("--folds and --fold go together, as in --folds 5 --fold 0")
     if (args.pre or args.post) and not args.flair:
         parser.error("--pre and --post go with --flair")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # tidy up as after Ctrl-C
@@ -119,7 +115,7 @@ def run(args: argparse.Namespace, options: dict) -> int:
         sources = [Scan.open(case_name(args.flair), sequences)]
     else:
         found = case_paths(args.images, args.cases)
-        sources = select_cases(found, args.subset, args.folds, args.fold)
+        sources = select_cases(found, args.subset)
     check_writable(args.predictions)
     for source in sources:
         if (
@@ -273,7 +269,8 @@ def report(rows: list[dict], args: argparse.Namespace) -> None:
     if len(unseen) < len(rows):
         print("* of a patient whom the weights were trained on: not counted below")
     if unseen:
-        print(describe([row["dsc"] for row in unseen]))
+        patients = [patient_of(row["case"]) for row in unseen]
+        print(describe([row["dsc"] for row in unseen], patients))
     scores = {row["case"]: row["dsc"] for row in rows}
     save_dsc_figure(args.figure, scores, [row["case"] for row in rows if row["trained_on"]])
     print(f"table: {args.predictions / 'metrics.csv'}   figure: {args.figure}")

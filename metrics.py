@@ -115,31 +115,43 @@ def score(
     return scores | {f"{k}_{unit}": m(prediction, truth, spacing) for k, m in DISTANCES.items()}
 
 
-def summarise(values: Sequence[float], resamples: int = 10_000, seed: int = 0) -> dict[str, float]:
+def summarise(
+    values: Sequence[float],
+    patients: Sequence[str] | None = None,
+    resamples: int = 10_000,
+    seed: int = 0,
+) -> dict[str, float]:
     """Mean, median, n and a 95 % percentile-bootstrap interval of the mean, over patients.
 
-    NaNs are left out (Efron 1979; the draws come from `seed`). Without a value, all but n is NaN.
+    Patients are drawn, with all of their values (Efron 1979; the draws come from `seed`); without
+    `patients` each value is one. NaNs are left out. Without a value, all but n is NaN.
     """
     values = np.asarray(values, dtype=float)
-    values = values[~np.isnan(values)]
-    if not len(values):
+    known = ~np.isnan(values)
+    values, n = values[known], int(known.sum())
+    if not n:
         return {"mean": np.nan, "median": np.nan, "low": np.nan, "high": np.nan, "n": 0}
-    draws = np.random.default_rng(seed).choice(values, size=(resamples, len(values)))
-    low, high = np.percentile(draws.mean(axis=1), (2.5, 97.5))
+    owner = np.arange(n)
+    if patients is not None:
+        _, owner = np.unique(np.asarray(patients)[known], return_inverse=True)
+    sums, counts = np.bincount(owner, values), np.bincount(owner)
+    draws = np.random.default_rng(seed).choice(len(sums), size=(resamples, len(sums)))
+    means = sums[draws].sum(axis=1) / counts[draws].sum(axis=1)
+    low, high = np.percentile(means, (2.5, 97.5))
     return {
         "mean": float(values.mean()),
         "median": float(np.median(values)),
         "low": float(low),
         "high": float(high),
-        "n": len(values),
+        "n": n,
     }
 
 
-def describe(values: Sequence[float], name: str = "DSC") -> str:
-    """One line that says mean, median, interval and n."""
-    s = summarise(values)
+def describe(values: Sequence[float], patients: Sequence[str] | None = None) -> str:
+    """One line that says mean, median, interval and n of the DSCs."""
+    s = summarise(values, patients)
     return (
-        f"{name} mean {s['mean']:.3f} (95 % interval {s['low']:.3f} to {s['high']:.3f}), "
+        f"DSC mean {s['mean']:.3f} (95 % interval {s['low']:.3f} to {s['high']:.3f}), "
         f"median {s['median']:.3f}, n = {s['n']}"
     )
 

@@ -1,4 +1,4 @@
-"""What the scores of several models say: a summary, tables, pictures, and one page of it all."""
+"""A comparison to look at: tables, a figure, a gallery, and one page of it all."""
 
 from __future__ import annotations
 
@@ -10,26 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
-from metrics import summarise
+from comparison import SCORES, SETTINGS
 from utils import written_whole
 
-THRESHOLDS = (0.3, 0.4, 0.5, 0.6, 0.7)
-SETTINGS = {  # column of the scores: threshold, whether only the largest component is kept
-    f"dsc_{threshold}_{'largest' if largest else 'all'}": (threshold, largest)
-    for largest in (True, False)
-    for threshold in THRESHOLDS
-}
-SCORES = {
-    "dsc": "DSC",
-    "iou": "IoU",
-    "precision": "precision",
-    "recall": "recall",
-    "hd95_px": "HD95 px",
-    "assd_px": "ASSD px",
-    "volume_error": "volume error",
-    "lesion_recall": "lesions found",
-    "lesion_precision": "components right",
-}
+FEW = 5  # cases, under which an interval would say too much
 
 
 @dataclass
@@ -63,85 +47,6 @@ class Table:
         )
 
 
-def compare(models: dict[str, list[dict]]) -> dict[str, dict]:
-    """Summary of scores by model, from its rows, one a case; all have the same cases in order.
-
-    For each model: `scores`, every metric; `difference`, its DSC case by case from that of the
-    first model; `groups`, both by hospital, missing sequence and lesion volume; `settings`, the
-    DSC at each threshold, with and without the largest component, and its difference from that
-    of `scores`; `chosen`, the setting that is best on the validation cases, and what it is worth on
-    the other cases. Intervals are over cases.
-    """
-    first = next(iter(models.values()))
-    groups, before = _groups(first), _column(first, "dsc")
-    summary = {}
-    for name, its in models.items():
-        dsc = _column(its, "dsc")
-        change = dsc - before
-        summary[name] = about = {
-            "scores": {metric: summarise(_column(its, metric)) for metric in SCORES},
-            "groups": {
-                group: {
-                    value: {"dsc": summarise(dsc[cases]), "difference": summarise(change[cases])}
-                    for value, cases in values.items()
-                }
-                for group, values in groups.items()
-            },
-        }
-        if its is not first:
-            counts = {"better": int((change > 0).sum()), "worse": int((change < 0).sum())}
-            about["difference"] = summarise(change) | counts
-        if SETTINGS.keys() <= its[0].keys():
-            settings = {setting: _column(its, setting) for setting in SETTINGS}
-            about["settings"] = {
-                setting: {"dsc": summarise(values), "difference": summarise(values - dsc)}
-                for setting, values in settings.items()
-            }
-            about["chosen"] = _choose(settings, dsc, _column(its, "subset") == "validation")
-    return summary
-
-
-def _column(rows: Sequence[dict], name: str) -> np.ndarray:
-    return np.array([row[name] for row in rows])
-
-
-def _groups(rows: Sequence[dict]) -> dict[str, dict[str, np.ndarray]]:
-    """For each way that divides the cases, and each value there is, which cases have it."""
-    voxels = _column(rows, "lesion_voxels")
-    low, high = np.quantile(voxels, (1 / 3, 2 / 3)).round().astype(int)
-    groups = {
-        "hospital": {value: _column(rows, "site") == value for value in _values(rows, "site")},
-        "missing": {value: _column(rows, "missing") == value for value in _values(rows, "missing")},
-        "lesion voxels": {
-            f"under {low}": voxels < low,
-            f"{low} to {high}": (low <= voxels) & (voxels <= high),
-            f"over {high}": voxels > high,
-        },
-    }
-    groups = {k: {v: c for v, c in values.items() if c.any()} for k, values in groups.items()}
-    return {k: values for k, values in groups.items() if len(values) > 1}
-
-
-def _values(rows: Sequence[dict], name: str) -> list[str]:
-    return sorted({row[name] for row in rows})
-
-
-def _choose(
-    settings: dict[str, np.ndarray], used: np.ndarray, validation: np.ndarray
-) -> dict | None:
-    """The setting of the best mean DSC on validation cases; None without such a case."""
-    if not validation.any():
-        return None
-    best = max(settings, key=lambda setting: settings[setting][validation].mean())
-    gain = settings[best] - used
-    return {
-        "setting": best,
-        "validation": summarise(settings[best][validation]),
-        "others": summarise(settings[best][~validation]),
-        "others_difference": summarise(gain[~validation]),
-    }
-
-
 def tables(summary: dict[str, dict]) -> list[Table]:
     """The summary of `compare` as tables to print or to show."""
     tried = {name: about for name, about in summary.items() if "settings" in about}
@@ -155,18 +60,29 @@ def tables(summary: dict[str, dict]) -> list[Table]:
 
 
 def _score_table(summary: dict[str, dict]) -> Table:
-    rows = []
+    rows, notes = [], []
     for name, about in summary.items():
         dsc, *others = about["scores"].values()
         rows.append([name, str(dsc["n"]), _interval(dsc), f"{dsc['median']:.3f}"])
-        rows[-1] += [f"{other['mean']:.3f}" for other in others]
+        rows[-1] += [_mean(other, dsc["n"]) for other in others]
+        if about["chose_epoch"]:
+            notes.append(
+                f"{name}: the epoch of its weights was chosen on {about['chose_epoch']} of these "
+                "cases, so that its score is too good; train with --keep last to choose on none."
+            )
     return Table(
         "Scores",
         ["model", "n", "DSC (95 % interval)", "median", *list(SCORES.values())[1:]],
         rows,
-        "Means over cases, each in the geometry of its source; intervals by bootstrap over cases. "
-        "Distances and volume errors only where they are defined.",
+        "Means over cases, each in the geometry of its source; intervals by bootstrap over "
+        "patients. (k): over the k cases where it is defined.\n" + "\n".join(notes),
     )
+
+
+def _mean(s: dict[str, float], cases: int) -> str:
+    if not s["n"]:
+        return "none"
+    return f"{s['mean']:.3f}" + (f" ({s['n']})" if s["n"] < cases else "")
 
 
 def _difference_table(summary: dict[str, dict]) -> Table:
@@ -196,7 +112,12 @@ def _group_table(summary: dict[str, dict]) -> Table:
                 row += [_interval(other["dsc"]), _interval(other["difference"], "+")]
             rows.append(row)
     header = [part for name in others for part in (name, f"from {first}")]
-    return Table("DSC by group", ["group", "n", first, *header], rows)
+    return Table(
+        "DSC by group",
+        ["group", "n", first, *header],
+        rows,
+        f"To explore: many groups of few cases. No interval under {FEW} cases.",
+    )
 
 
 def _settings_table(summary: dict[str, dict]) -> Table:
@@ -223,10 +144,11 @@ def _choice(name: str, chosen: dict) -> str:
     validation, others = chosen["validation"], chosen["others"]
     text = (
         f"{name}: best on the {validation['n']} validation cases is {threshold}, {_kept(largest)}, "
-        f"{validation['mean']:.3f} there"
+        f"{validation['mean']:.3f} there, {_interval(chosen['validation_difference'], '+')} from "
+        "the setting used"
     )
     if not others["n"]:
-        return f"{text}, a figure that is too good, as it was chosen on these very cases."
+        return f"{text}: too good, as it was chosen on these very cases."
     return (
         f"{text}; on the {others['n']} other cases {_interval(others)}, "
         f"{_interval(chosen['others_difference'], '+')} from the setting used."
@@ -240,6 +162,8 @@ def _kept(largest: bool) -> str:
 def _interval(s: dict[str, float], sign: str = "") -> str:
     if not s["n"]:
         return "none"
+    if s["n"] < FEW:
+        return f"{s['mean']:{sign}.3f}"
     return f"{s['mean']:{sign}.3f} ({s['low']:{sign}.3f} to {s['high']:{sign}.3f})"
 
 
@@ -264,13 +188,14 @@ def save_scores(path: Path, models: dict[str, list[dict]]) -> None:
 
     figure = Figure(figsize=(2.2 + 1.3 * len(models), 4.2), layout="constrained")
     axes = figure.add_subplot()
-    scores = [_column(rows, "dsc") for rows in models.values()]
+    scores = [[row["dsc"] for row in rows] for rows in models.values()]
     axes.boxplot(scores, widths=0.5, showfliers=False, medianprops={"color": "#e4572e"})
     for k, values in enumerate(scores, 1):
         spread = np.random.default_rng(k).uniform(-0.16, 0.16, len(values))
         axes.plot(k + spread, values, "o", ms=4, mew=0, alpha=0.6, color="#4c78a8")
     axes.set(ylim=(-0.02, 1.02), ylabel="DSC per volume")
-    axes.set_xticks(range(1, len(models) + 1), list(models), rotation=15, fontsize=8)
+    names = [name.replace("$", r"\$") for name in models]  # else it would start a formula
+    axes.set_xticks(range(1, len(models) + 1), names, rotation=15, fontsize=8)
     axes.grid(axis="y", alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     with written_whole(path) as temporary:
@@ -287,14 +212,19 @@ def save_gallery(
     figure = Figure(figsize=(9.6, 3.6 * len(drawn)), layout="constrained")
     grid = figure.subplots(len(drawn), 3, squeeze=False)
     for line, (name, rows) in zip(grid, drawn.items(), strict=True):
-        rows = sorted(rows, key=lambda row: row["dsc"])
-        picked = {"worst": rows[0], "median": rows[len(rows) // 2], "best": rows[-1]}
-        for axes, (which, row) in zip(line, picked.items(), strict=True):
+        for axes, (which, row) in zip(line, pick(rows).items(), strict=True):
             axes.imshow(pictures[name, row["case"]])
-            axes.set_title(f"{name}, {which}\n{row['case']}: DSC {row['dsc']:.3f}", fontsize=8)
+            title = f"{name}, {which}\n{row['case']}: DSC {row['dsc']:.3f}"
+            axes.set_title(title, fontsize=8, parse_math=False)
             axes.axis("off")
     with written_whole(path) as temporary:
         figure.savefig(temporary, dpi=110)
+
+
+def pick(rows: Sequence[dict]) -> dict[str, dict]:
+    """The rows of the worst, median and best DSC."""
+    rows = sorted(rows, key=lambda row: row["dsc"])
+    return {"worst": rows[0], "median": rows[len(rows) // 2], "best": rows[-1]}
 
 
 STYLE = """

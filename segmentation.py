@@ -65,17 +65,21 @@ class Segmenter:
 
     def preprocess(self, volume: np.ndarray) -> tuple[Tensor, Frame]:
         """The network's input (S, C, N, N) and its frame; ValueError for another channel count."""
-        wanted = self.model.settings["in_channels"]
-        if volume.ndim == 4 and volume.shape[3] != wanted:
-            raise ValueError(
-                f"{volume.shape[3]} channel(s), but the model was trained on {wanted}; "
-                "give the sequences it was trained on, FLAIR in place of a missing one"
-            )
+        if volume.ndim == 4:
+            self.check_channels(volume.shape[3])
         return preprocess(volume, self.image_size)
 
-    def probability_map(self, volume: np.ndarray) -> Tensor:
-        """Lesion probabilities (S, H, W) of a raw volume, in its geometry; raises ValueError."""
-        images, frame = self.preprocess(volume)
+    def check_channels(self, channels: int) -> None:
+        """Raise ValueError unless the network takes that many."""
+        wanted = self.model.settings["in_channels"]
+        if channels != wanted:
+            raise ValueError(
+                f"{channels} channel(s), but the model was trained on {wanted}; "
+                "give the sequences it was trained on, FLAIR in place of a missing one"
+            )
+
+    def restored(self, images: Tensor, frame: Frame) -> Tensor:
+        """Lesion probabilities (S, H, W) in the source geometry of preprocessed slices."""
         return restore(self.probabilities(images)[:, 0], frame)
 
     def segment(self, images: Tensor, frame: Frame) -> np.ndarray:

@@ -5,10 +5,8 @@ from __future__ import annotations
 import argparse
 import math
 import platform
-import subprocess
 import time
 from datetime import datetime, timezone
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -22,7 +20,7 @@ from loss import LOSSES
 from metrics import dsc
 from segmentation import Segmenter, has_bfloat16, pick_device
 from transform import augment, drop_sequences, vary_intensity
-from utils import Interruption, make_generator, plain
+from utils import Interruption, git_commit, make_generator, plain
 
 # Settings that change the numbers of a run: a resumed run keeps those it was started with.
 RECIPE = (
@@ -233,13 +231,3 @@ class Trainer:
             about["cases"]["train"] = sorted({*self.cases, *earlier})
             about["initialised_from"] = {k: v for k, v in first.items() if k != "cases"}
         return about
-
-
-def git_commit() -> str | None:
-    """The commit of this repository, marked if files differ from it; None outside of git."""
-    root = Path(__file__).resolve().parent
-    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None

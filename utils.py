@@ -7,6 +7,7 @@ import csv
 import json
 import os
 import signal
+import subprocess
 import sys
 import tempfile
 from collections import deque
@@ -72,6 +73,16 @@ def plain(args: argparse.Namespace) -> dict:
     return {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
 
 
+def git_commit() -> str | None:
+    """The commit of this repository, marked if files differ from it; None outside of git."""
+    root = Path(__file__).resolve().parent
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
 def make_generator(seed: int, *stream: int) -> torch.Generator:
     """A generator on the CPU for one stream of draws, e.g. `make_generator(seed, epoch)`.
 
@@ -123,24 +134,32 @@ def write_json(path: Path, content: dict) -> None:
         temporary.write_text(json.dumps(strict, indent=2) + "\n")
 
 
-def read_scores(path: Path, names: Iterable[str]) -> list[dict]:
-    """The lines of a metrics.csv of inference.py: `case`, `trained_on` (bool), `names` (float).
+def read_scores(path: Path, names: Iterable[str]) -> dict[str, dict]:
+    """By case, `trained_on` (bool) and `names` (float) of a metrics.csv that inference.py wrote.
 
-    Raises OSError, or ValueError, naming the file, if it is none.
+    Raises OSError, or ValueError, naming the file, if it is none or lacks a column.
     """
+    wrong = f"{path}: is not a metrics.csv that inference.py wrote"
     try:
         with naming(path), open(path, newline="", encoding="utf-8") as file:
             lines = list(csv.DictReader(file))
-        rows = [
-            {"case": line["case"], "trained_on": line["trained_on"] == "1"}
-            | {name: float(line[name]) for name in names}
-            for line in lines
-        ]
-        if not rows:
-            raise ValueError("no line")
-    except (KeyError, TypeError, ValueError, csv.Error) as error:
-        raise ValueError(f"{path}: is not a metrics.csv that inference.py wrote") from error
-    return rows
+    except (ValueError, csv.Error) as error:
+        raise ValueError(wrong) from error
+    if not lines or None in lines[0] or not {"case", "trained_on"} <= lines[0].keys():
+        raise ValueError(wrong)
+    if lacking := [name for name in names if name not in lines[0]]:
+        raise ValueError(f"{path}: has no column {lacking[0]}; run inference.py again to make it")
+    scores = {}
+    for line in lines:
+        if line["case"] in scores:
+            raise ValueError(f"{path}: scores {line['case']} twice; give one line a case")
+        try:
+            seen = {"0": False, "1": True}[line["trained_on"]]
+            row = {"trained_on": seen, **{name: float(line[name]) for name in names}}
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path}: its line of {line['case']} is damaged") from error
+        scores[line["case"]] = row
+    return scores
 
 
 @contextmanager

@@ -26,7 +26,7 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from dataset import BrainSegmentationDataset, select_cases  # noqa: E402
+from dataset import BrainSegmentationDataset, split_folds  # noqa: E402
 from metrics import dsc, summarise  # noqa: E402
 from segmentation import Segmenter  # noqa: E402
 from train import get_args  # noqa: E402
@@ -84,7 +84,7 @@ def main() -> None:
 def by_patient(dataset: BrainSegmentationDataset) -> Tensor:
     """Which slices (len(dataset),) belong to patients of the first fold."""
     cases = [volume.case for volume in dataset.volumes]
-    held_out = {case.name for case in select_cases(cases, "validation", SHARE, 0)}
+    held_out = {case.name for case in split_folds(cases, SHARE, 0)[1]}
     return torch.tensor([dataset.locate(k)[0] in held_out for k in range(len(dataset))])
 
 

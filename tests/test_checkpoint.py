@@ -185,7 +185,8 @@ def test_saving_gives_weights_and_card_and_no_more(tmp_path):
 def test_card_is_optional_but_must_be_json(tmp_path):
     path = saved(tmp_path / "x.pt")
     assert read_card(path) == {}
-    for content in (b"{'image_size': 32}", b"\xff\xfe\x00", b""):
+    odd = b'{"cases": {"train": 5}}', b'{"cases": {"train": "TCGA_CS_4944"}}', b"[1]"
+    for content in (b"{'image_size': 32}", b"\xff\xfe\x00", b"", *odd):
         path.with_suffix(".json").write_bytes(content)
         with pytest.raises(ValueError, match=f"{path.with_suffix('.json')}: is not the JSON card"):
             read_card(path)

@@ -16,6 +16,7 @@ from dataset import (
     BrainSegmentationDataset,
     patient_of,
     select_cases,
+    split_folds,
     subset_of,
 )
 from phantom import write_data_set
@@ -184,12 +185,10 @@ def test_folds_are_a_partition_by_patient(names, folds):
     test = set(names_of(select_cases(cases, "test")))
     held_out = []
     for fold in range(folds):
-        train = set(names_of(select_cases(cases, "train", folds, fold)))
-        validation = set(names_of(select_cases(cases, "validation", folds, fold)))
+        train, validation = (set(names_of(part)) for part in split_folds(cases, folds, fold))
         assert train | validation == set(names) - test, "test cases are never used"
         assert not {*map(patient_of, train)} & {*map(patient_of, validation)}
         held_out.append(validation)
-        assert set(names_of(select_cases(cases, "test", folds, fold))) == test
     assert sum(map(len, held_out)) == len(set.union(*held_out)) == len(set(names) - test)
     sizes = [len({patient_of(name) for name in fold}) for fold in held_out]
     assert max(sizes) - min(sizes) <= 1
@@ -198,7 +197,7 @@ def test_folds_are_a_partition_by_patient(names, folds):
 def test_folds_are_balanced_over_hospitals():
     cases = made_up(LGG)
     sites = [
-        Counter(name.split("_")[1] for name in names_of(select_cases(cases, "validation", 5, fold)))
+        Counter(name.split("_")[1] for name in names_of(split_folds(cases, 5, fold)[1]))
         for fold in range(5)
     ]
     for site in set().union(*sites):
@@ -209,33 +208,33 @@ def test_folds_are_balanced_over_hospitals():
 def test_folds_are_balanced_over_lesion_volumes(phantoms):
     """Of every three patients that follow one another by volume, each fold holds out one."""
     cases = [case for case in find_cases(phantoms) if subset_of(case.name) != "test"]
-    folds = [names_of(select_cases(cases, "validation", 3, fold)) for fold in range(3)]
+    folds = [names_of(split_folds(cases, 3, fold)[1]) for fold in range(3)]
     by_volume = sorted(cases, key=lambda case: case.read_mask().sum())
     place = {case.name: k // 3 for k, case in enumerate(by_volume)}
     assert [sorted(place[name] for name in fold) for fold in folds] == [[0, 1, 2]] * 3
-    folders = [case.folder for case in cases]
-    assert names_of(select_cases(folders, "validation", 3, 1)) == folds[1], "by folder alike"
 
 
 def test_folds_do_not_depend_on_the_order_of_the_cases():
-    forth, back = (select_cases(made_up(names), "validation", 5, 2) for names in (LGG, LGG[::-1]))
+    forth, back = (split_folds(made_up(names), 5, 2)[1] for names in (LGG, LGG[::-1]))
     assert set(names_of(forth)) == set(names_of(back))
 
 
 @pytest.mark.parametrize("folds", [-1, 0, 1, 89, 1000])
 def test_too_many_or_too_few_folds_are_refused(folds):
     with pytest.raises(ValueError, match=f"{folds} folds of 88 patients .* from 2 to 88"):
-        select_cases(made_up(LGG), "train", folds, 0)
+        split_folds(made_up(LGG), folds, 0)
 
 
 @pytest.mark.parametrize("fold", [None, -1, 5])
 def test_a_fold_that_is_not_there_is_refused(fold):
     with pytest.raises(ValueError, match=f"fold {fold} of 5: --fold runs from 0 to 4"):
-        select_cases(made_up(LGG), "train", 5, fold)
+        split_folds(made_up(LGG), 5, fold)
 
 
-def test_dataset_of_a_fold(phantoms):
-    parts = [BrainSegmentationDataset(phantoms, s, SIZE, 3, 1) for s in ("train", "validation")]
+def test_dataset_of_a_fold(phantoms, tmp_path):
+    parts = BrainSegmentationDataset.train_and_validation(
+        phantoms, 3, 1, image_size=SIZE, cache=tmp_path
+    )
     names = [{volume.name for volume in part.volumes} for part in parts]
     assert [len(part) for part in names] == [6, 3]
     assert not names[0] & names[1]

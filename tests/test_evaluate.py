@@ -15,8 +15,9 @@ from conftest import TRAINED_ON, make_weights
 import evaluate
 import inference
 from cases import find_case
+from comparison import SETTINGS, compare
 from metrics import dsc, summarise
-from report import SETTINGS, Table, case_table, compare, tables
+from report import Table, case_table, pick, tables
 from segmentation import Segmenter, keep_largest_component
 from unet import UNet
 
@@ -99,7 +100,7 @@ def test_settings_by_hand(phantoms, weights, done):
     segmenter = Segmenter.from_weights(weights, device="cpu")
     row = next(row for row in scores(done) if row["case"] == "phantom_004")
     volume, truth = find_case(phantoms / "phantom_004").read_pair()
-    probabilities = segmenter.probability_map(volume).numpy()
+    probabilities = segmenter.restored(*segmenter.preprocess(volume)).numpy()
     for name, (threshold, largest) in SETTINGS.items():
         mask = probabilities >= threshold
         mask = keep_largest_component(mask) if largest else mask
@@ -152,6 +153,50 @@ def test_a_fold_without_a_card_is_refused(phantoms, tmp_path, weights):
     assert str(tmp_path / "cv" / "0" / "unet.pt") in message and "card" in message
 
 
+def test_two_files_that_both_held_a_case_out_are_refused_by_name(phantoms, tmp_path):
+    for fold in "01":
+        (tmp_path / "cv" / fold).mkdir(parents=True)
+        blank_weights(tmp_path / "cv" / fold / "unet.pt", NAMES[6:])
+    message = refused(phantoms, tmp_path, "--subset", "all", "--weights", tmp_path / "cv")
+    assert "2 of its 2 weights files were not trained on phantom_000" in message
+
+
+def test_a_single_file_without_a_card_is_used_and_said(phantoms, weights, tmp_path, capsys):
+    bare = shutil.copy(weights, tmp_path / "bare.pt")
+    options = "--cases", *TRAINED_ON, "--subset", "all", "--image-size", 32, "--weights", bare
+    assert run(phantoms, tmp_path / "out", *options)["left out"] == []
+    assert f"{bare}: no card says what it was trained on" in capsys.readouterr().err
+
+
+def test_hidden_files_are_no_folds(phantoms, tmp_path):
+    (tmp_path / "cv" / "0").mkdir(parents=True)
+    blank_weights(tmp_path / "cv" / "0" / "unet.pt", NAMES[6:])
+    (tmp_path / "cv" / "0" / ".unet-x.pt").write_bytes(b"half a file")
+    options = "--cases", NAMES[0], "--subset", "all", "--weights", tmp_path / "cv"
+    assert run(phantoms, tmp_path / "out", *options)["models"]
+
+
+@pytest.mark.parametrize(
+    "text, name",
+    [("dice=./a/unet.pt", "dice"), ("x=cv/", "x"), ("./a/unet.pt", "a/unet"), ("cv/", "cv"),
+     ("n=a//unet.pt", "n"), ("lr=1e-4/unet.pt", "lr=1e-4/unet"), ("m=lr=1e-4/unet.pt", "m")],
+)  # fmt: skip
+def test_names_and_paths(phantoms, weights, tmp_path, monkeypatch, text, name):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("a", "cv", "lr=1e-4"):
+        Path(folder).mkdir()
+        for path in (weights, weights.with_suffix(".json")):
+            shutil.copy(path, Path(folder) / f"unet{path.suffix}")
+    options = "--cases", NAMES[4], "--subset", "all", "--weights", text
+    assert list(run(phantoms, tmp_path / "out", *options)["models"]) == [name]
+
+
+def test_missing_file_is_named_as_it_was_given(phantoms, tmp_path):
+    message = refused(phantoms, tmp_path, "--weights", "runs/lr=1e-4/unet.pt")
+    assert message.startswith("error: runs/lr=1e-4/unet.pt: no such file")
+    assert "needs a name" in refused(phantoms, tmp_path, "--weights", f"={phantoms}")
+
+
 @pytest.fixture
 def table(phantoms, weights, tmp_path) -> Path:
     """metrics.csv of four cases, one of them trained on."""
@@ -166,8 +211,37 @@ def test_a_table_of_scores_is_a_model(phantoms, weights, table, tmp_path):
     options = "--cases", *NAMES[2:6], "--subset", "all", "--weights"
     summary = run(phantoms, tmp_path / "out", *options, f"table={table}", f"net={weights}")
     assert summary["left out"] == ["phantom_002"]
-    assert summary["models"]["net"]["difference"]["mean"] == pytest.approx(0, abs=1e-6)
+    difference = summary["models"]["net"]["difference"]
+    assert (difference["mean"], difference["better"], difference["worse"]) == (0, 0, 0)
     assert "settings" not in summary["models"]["table"] and "settings" in summary["models"]["net"]
+
+
+def test_a_table_of_other_data_is_refused_by_name(phantoms, weights, table, tmp_path):
+    """The same names are not the same cases."""
+    lines = table.read_text().splitlines()
+    column = lines[0].split(",").index("lesion_voxels")
+    cells = lines[3].split(",")
+    cells[column] = "7"
+    table.write_text("\n".join([*lines[:3], ",".join(cells), *lines[4:]]) + "\n")
+    options = "--cases", *NAMES[2:6], "--subset", "all", "--weights", weights, table
+    message = refused(phantoms, tmp_path / "out", *options)
+    assert f"{table}: {cells[0]} has lesion_voxels 7 there, but " in message
+
+
+@pytest.mark.parametrize("damage", ["twice", "True", "column"])
+def test_a_damaged_table_is_refused_by_name(phantoms, weights, table, tmp_path, damage):
+    lines = table.read_text().splitlines()
+    if damage == "twice":
+        lines.append(lines[-1])
+        said = f"{table}: scores phantom_005 twice"
+    elif damage == "True":
+        lines[1] = lines[1][:-1] + "True"
+        said = f"{table}: its line of phantom_002 is damaged"
+    else:
+        lines[0] = lines[0].replace("assd_px", "assd")
+        said = f"{table}: has no column assd_px; run inference.py again"
+    table.write_text("\n".join(lines) + "\n")
+    assert said in refused(phantoms, tmp_path / "out", "--weights", table)
 
 
 def test_a_table_of_other_cases_is_refused_by_name(phantoms, weights, table, tmp_path):
@@ -176,7 +250,7 @@ def test_a_table_of_other_cases_is_refused_by_name(phantoms, weights, table, tmp
 
 
 def test_a_file_that_is_no_table_is_refused(phantoms, tmp_path):
-    for content in (b"", b"case,dsc\na,1\n", b"\xff\xfe\0" * 9):
+    for content in (b"", b"case,dsc\na,1\n", b"\xff\xfe\0" * 9, b"case,trained_on\n"):
         (tmp_path / "metrics.csv").write_bytes(content)
         message = refused(phantoms, tmp_path / "out", "--weights", tmp_path / "metrics.csv")
         assert "metrics.csv: is not a metrics.csv that inference.py wrote" in message
@@ -192,7 +266,14 @@ def made_up(values: dict[str, list[float]], **columns: list) -> dict[str, list[d
     return {
         model: [
             blank
-            | {"model": model, "case": f"case_{k}", "site": "", "missing": "none", "slices": 9}
+            | {
+                "model": model,
+                "case": f"case_{k}",
+                "patient": f"case_{k}",
+                "site": "",
+                "missing": "none",
+                "slices": 9,
+            }
             | {"subset": "test", "lesion_voxels": 10 * k, "dsc": value}
             | {name: column[k] for name, column in columns.items()}
             for k, value in enumerate(dscs)
@@ -205,8 +286,9 @@ def test_differences_are_case_by_case():
     a, b = [0.1, 0.5, 0.9, 0.7], [0.2, 0.6, 0.8, 0.7]
     summary = compare(made_up({"a": a, "b": b}))
     assert "difference" not in summary["a"]
-    expected = summarise(np.subtract(b, a)) | {"better": 2, "worse": 1}
-    assert summary["b"]["difference"] == expected
+    difference = summary["b"]["difference"]
+    assert (difference["better"], difference["worse"]) == (2, 1)
+    assert difference["low"] == pytest.approx(summarise(np.subtract(b, a))["low"])
     assert summary["b"]["difference"]["mean"] == pytest.approx(0.025)
     assert summary["b"]["scores"]["dsc"] == summarise(b)
 
@@ -219,9 +301,41 @@ def test_groups_divide_the_cases():
     )
     groups = compare(rows)["b"]["groups"]
     assert groups["hospital"]["CS"]["dsc"] == summarise([0.2, 0.6])
-    assert groups["hospital"]["DU"]["difference"] == summarise([0.0, 0.7 - 0.8])
-    assert groups["missing"]["post-contrast"]["dsc"]["n"] == 1
-    assert sum(value["dsc"]["n"] for value in groups["lesion voxels"].values()) == 4
+    assert groups["hospital"]["DU"]["difference"]["mean"] == pytest.approx(-0.05)
+    assert groups["missing"]["post-contrast"]["dsc"] == summarise([0.2])
+    sizes = groups["lesion voxels"]  # 0, 10, 20 and 30 voxels: the thirds end at 10 and 20
+    assert list(sizes) == ["under 10", "10 to 20", "over 20"]
+    assert [about["dsc"]["mean"] for about in sizes.values()] == pytest.approx([0.2, 0.4, 0.7])
+
+
+def test_what_does_not_divide_the_cases_is_no_group():
+    assert "hospital" not in compare(made_up({"a": [0.1, 0.2, 0.3]}))["a"]["groups"]
+
+
+def test_intervals_are_over_patients():
+    """Ten scans of two patients are no ten independent values."""
+    values, patients = [0.9] * 5 + [0.1] * 5, ["p"] * 5 + ["q"] * 5
+    rows = made_up({"a": values}, patient=patients)
+    assert compare(rows)["a"]["scores"]["dsc"] == summarise(values, patients)
+    assert summarise(values, patients)["low"] == pytest.approx(0.1)
+    assert summarise(values)["low"] > 0.2
+    assert summarise(values, [f"p{k}" for k in range(10)]) == summarise(values)
+
+
+def test_a_score_whose_epoch_was_chosen_on_the_cases_says_so():
+    rows = made_up({"a": [0.5] * 6, "b": [0.6] * 6}, chose_epoch=[1, 1, 0, 0, 0, 0])
+    assert (
+        "a: the epoch of its weights was chosen on 2 of these cases"
+        in tables(compare(rows))[0].note
+    )
+    assert "chosen" not in tables(compare(made_up({"a": [0.5] * 6})))[0].note
+
+
+def test_no_interval_of_few_cases_and_the_n_of_what_is_not_always_defined():
+    (row,) = tables(compare(made_up({"a": [0.5, 0.6, 0.7]}, hd95_px=[1.0, np.nan, 3.0])))[0].rows
+    assert row[1:3] == ["3", "0.600"] and "2.000 (2)" in row
+    (row,) = tables(compare(made_up({"a": [0.5, 0.6]}, hd95_px=[np.nan] * 2)))[0].rows
+    assert "none" in row
 
 
 def test_the_setting_is_chosen_on_validation_cases_and_scored_on_the_others():
@@ -236,10 +350,18 @@ def test_the_setting_is_chosen_on_validation_cases_and_scored_on_the_others():
     assert chosen["others"]["mean"] == pytest.approx(0.2)
     assert chosen["others_difference"]["mean"] == pytest.approx(-0.3)
     (note,) = (table.note for table in tables(summary) if "threshold" in table.title)
-    assert "0.3, every component, 0.850 there; on the 2 other cases 0.200" in note
+    assert "0.3, every component, 0.850 there, +0.350 from the setting used" in note
+    assert "on the 2 other cases 0.200, -0.300 from the setting used" in note
 
 
-def test_a_choice_on_the_very_cases_says_so(done):
+def test_of_equal_settings_the_one_used_is_chosen():
+    settings = {name: [0.4, 0.4] for name in SETTINGS} | {"dsc_0.5_largest": [0.5, 0.5]}
+    settings["dsc_0.3_largest"] = [0.6, 0.4]  # as good on average
+    summary = compare(made_up({"a": [0.5, 0.5]}, subset=["validation"] * 2, **settings))
+    assert summary["a"]["chosen"]["setting"] == "dsc_0.5_largest"
+
+
+def test_a_choice_on_the_very_cases_says_so():
     summary = compare(made_up({"a": [0.5, 0.6]}, subset=["validation"] * 2,
                               **{name: [0.5, 0.5] for name in SETTINGS}))  # fmt: skip
     assert "too good" in tables(summary)[-1].note
@@ -255,6 +377,13 @@ def test_cases_are_listed_worst_first():
     rows = case_table(made_up({"a": [0.7, 0.2], "b": [0.1, 0.3]})).rows
     assert [row[0] for row in rows] == ["case_1", "case_0"]
     assert rows[0][-2:] == ["0.200", "0.300"]
+
+
+def test_worst_median_and_best():
+    (rows,) = made_up({"a": [0.5, 0.1, 0.9, 0.7, 0.3]}).values()
+    assert {which: row["dsc"] for which, row in pick(rows).items()} == {
+        "worst": 0.1, "median": 0.5, "best": 0.9
+    }  # fmt: skip
 
 
 # What is written
@@ -279,8 +408,8 @@ def test_report_is_one_page_that_needs_no_network(done):
 def test_report_escapes_names(phantoms, weights, tmp_path):
     report = tmp_path / "report.html"
     options = "--cases", NAMES[4], "--subset", "all", "--report", report
-    run(phantoms, tmp_path, *options, "--weights", f"<script>&={weights}")
-    assert "<script>" not in report.read_text() and "&lt;script&gt;&amp;" in report.read_text()
+    run(phantoms, tmp_path, *options, "--weights", rf"<script>&$\foo$={weights}")
+    assert "<script>" not in report.read_text() and "&lt;script&gt;&amp;$" in report.read_text()
 
 
 def test_pictures(done):
@@ -304,7 +433,7 @@ def test_nothing_predicted_is_null_in_json(done):
 
 def test_two_models_of_one_name_are_refused(phantoms, weights, tmp_path):
     message = refused(phantoms, tmp_path, "--weights", f"a={weights}", f"a={weights}")
-    assert "two models are called a" in message
+    assert f"a={weights}: needs a name of its own" in message
 
 
 def test_models_that_have_seen_every_case_are_refused(phantoms, weights, tmp_path):
@@ -325,6 +454,17 @@ def test_a_case_without_masks_is_refused_by_name(phantoms, weights, tmp_path):
         path.unlink()
     message = refused(tmp_path / NAMES[4], tmp_path / "o", "--subset", "all", "--weights", weights)
     assert str(tmp_path / NAMES[4]) in message and "mask" in message
+
+
+def test_a_subset_without_a_case_is_refused(phantoms, weights, tmp_path):
+    options = "--cases", NAMES[0], "--weights", weights
+    message = refused(phantoms, tmp_path, *options)
+    assert "none of its 1 cases is in validation; choose another --subset" in message
+
+
+def test_a_folder_in_place_of_the_report_is_refused_at_once(phantoms, weights, tmp_path):
+    message = refused(phantoms, tmp_path / "out", "--weights", weights, "--report", tmp_path)
+    assert f"{tmp_path}: is a folder" in message and not (tmp_path / "out" / "scores.csv").exists()
 
 
 def test_images_of_other_channels_are_refused_by_name(phantoms, tmp_path):

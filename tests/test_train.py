@@ -419,6 +419,21 @@ def saved(model: UNet, path: Path) -> Path:
     return path
 
 
+def test_weight_decay_shrinks_the_weights_apart_from_the_gradient(phantoms, tmp_path):
+    """Decoupled: each of the 4 steps takes lr * decay of every weight, before Adam's own step."""
+    file = saved(UNet(init_features=4), tmp_path / "start.pt")
+    options = "--epochs", 1, "--init-weights", file
+    plain, decayed = (
+        load_state(
+            run(phantoms, tmp_path / str(decay), *options, "--weight-decay", decay) / "unet.pt"
+        )
+        for decay in (0, 100)
+    )
+    key = "bottleneck.bottleneckconv2.weight"
+    shrunk = (1 - 1e-3 * 100) ** 4
+    assert decayed[key].norm() / plain[key].norm() == pytest.approx(shrunk, rel=0.02)
+
+
 def test_fine_tuning_says_what_it_could_not_use(phantoms, tmp_path, monkeypatch, capsys):
     start = UNet(in_channels=1, init_features=4)
     file = saved(start, tmp_path / "start.pt")
@@ -457,6 +472,7 @@ def test_weights_to_start_from_that_do_not_fit_are_refused(phantoms, tmp_path):
         (["--seed", -1], ["--seed"]),
         (["--aug-scale", 1], ["--aug-scale"]),
         (["--tumour-share", 2], ["--tumour-share"]),
+        (["--weight-decay", -1], ["--weight-decay"]),
     ],
 )
 def test_unknown_names_and_odd_numbers_are_refused(phantoms, tmp_path, capsys, more, known):

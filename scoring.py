@@ -1,0 +1,228 @@
+"""What is compared, weights or finished scores, and how each of them scores case by case."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from cases import case_name, case_paths, find_case
+from checkpoint import file_hash, read_card
+from comparison import SCORES, SETTINGS
+from dataset import patient_of, site_of, subset_of
+from metrics import dsc, score
+from segmentation import Segmenter, to_mask
+from utils import in_order, outline, read_scores, to_grey
+from volume import Case, missing_sequences, preprocess
+
+
+@dataclass
+class Network:
+    file: Path
+    segmenter: Segmenter
+    seen: set[str]  # patients it was trained on
+    chose: set[str]  # patients whose scores chose its epoch
+
+
+@dataclass
+class Model:
+    """What is compared: one network, or one a fold, or the scores of a metrics.csv."""
+
+    name: str
+    path: Path
+    networks: list[Network] = field(default_factory=list)
+    scores: dict[str, dict] = field(default_factory=dict)
+
+    def networks_for(self, case: str) -> list[Network]:
+        """Those that were not trained on the patient of a case."""
+        return [network for network in self.networks if patient_of(case) not in network.seen]
+
+    def was_trained_on(self, case: str) -> bool:
+        if self.scores:
+            return case in self.scores and self.scores[case]["trained_on"]
+        return not self.networks_for(case)
+
+
+def open_models(texts: list[str], options: dict) -> list[Model]:
+    """The models that [NAME=]PATH mean; ValueError or FileNotFoundError if one cannot be used."""
+    named = {}
+    for text in texts:
+        name, equals, rest = text.partition("=")
+        path = Path(text)
+        if equals and not path.exists():
+            path = Path(rest)
+        else:
+            name = str(path.with_suffix("") if path.is_file() else path)
+        if not path.exists():
+            raise FileNotFoundError(f"{text}: no such file; give a path, or NAME=PATH")
+        if not name or name in named:
+            raise ValueError(f"{text}: needs a name of its own; give NAME=PATH")
+        named[name] = path
+    return [open_model(name, path, options) for name, path in named.items()]
+
+
+def open_model(name: str, path: Path, options: dict) -> Model:
+    if path.suffix == ".csv":
+        columns = [*SCORES, "slices", "lesion_voxels"]
+        return Model(name, path, scores=read_scores(path, columns))
+    files = [path]
+    if path.is_dir():
+        files = [file for file in sorted(path.rglob("*.pt")) if file.name[0] != "."]
+    if not files:
+        raise FileNotFoundError(f"{path}: no weights (.pt) in this folder; name a file")
+    return Model(name, path, [open_network(file, len(files), options) for file in files])
+
+
+def open_network(file: Path, files: int, options: dict) -> Network:
+    segmenter, card = Segmenter.from_weights(file, **options), read_card(file)
+    cases = card.get("cases", {})
+    if "train" not in cases:
+        if files > 1:
+            raise ValueError(f"{file}: no card says what it was trained on; it is no use as a fold")
+        print(f"{file}: no card says what it was trained on; no case is left out", file=sys.stderr)
+    chose = cases.get("validation", ()) if card.get("recipe", {}).get("keep") == "best" else ()
+    return Network(
+        file, segmenter, set(map(patient_of, cases.get("train", ()))), set(map(patient_of, chose))
+    )
+
+
+def describe(model: Model) -> dict | str:
+    """What was used, so that the numbers can be had again."""
+    if model.scores:
+        return str(model.path)
+    return {
+        str(network.file): {
+            "sha256": file_hash(network.file),
+            "image_size": network.segmenter.image_size,
+            "device": str(network.segmenter.device),
+            "bfloat16": network.segmenter.amp,
+        }
+        for network in model.networks
+    }
+
+
+def choose_cases(
+    images: Path, subsets: Sequence[str], names: Sequence[str] | None, models: Sequence[Model]
+) -> tuple[list[Case], list[str]]:
+    """The cases that every model can be scored on, and the names of those that one has seen.
+
+    Raises ValueError, naming the case, if one cannot be scored or nothing is left.
+    """
+    found = case_paths(images, names)
+    chosen = [p for p in found if {"all", subset_of(case_name(p))} & set(subsets)]
+    if not chosen:
+        raise ValueError(
+            f"{images}: none of its {len(found)} cases is in {' or '.join(subsets)}; "
+            "choose another --subset, such as all"
+        )
+    seen = {p for p in chosen if any(model.was_trained_on(case_name(p)) for model in models)}
+    cases = [find_case(path) for path in chosen if path not in seen]
+    if not cases:
+        raise ValueError(
+            f"{images}: the models were trained on all {len(chosen)} cases; "
+            "choose another --subset, or give a folder of folds"
+        )
+    for case in cases:
+        if not case.masks:
+            raise ValueError(
+                f"{case.folder}: has no mask to score against; choose others by --cases"
+            )
+        for model in models:
+            if model.scores and case.name not in model.scores:
+                raise ValueError(
+                    f"{model.path}: has no score of {case.name}; a comparison needs the same "
+                    "cases: choose them with --subset or --cases, or run inference.py on them"
+                )
+            if (held_out := len(model.networks_for(case.name))) > 1:
+                raise ValueError(
+                    f"{model.path}: {held_out} of its {len(model.networks)} weights files were not "
+                    f"trained on {case.name}; a folder holds the folds of one cross-validation: "
+                    "choose cases with --subset or --cases, or give one file"
+                )
+    return cases, sorted(map(case_name, seen))
+
+
+def score_all(
+    cases: Sequence[Case],
+    models: Sequence[Model],
+    threshold: float,
+    largest_component: bool,
+    workers: int | None = None,
+) -> Iterator[tuple[bytes, list[dict], dict]]:
+    """For each case a fingerprint, a row a model, and a picture by (model, case).
+
+    Threads read ahead and score behind while the networks run.
+    """
+    sizes = {network.segmenter.image_size for model in models for network in model.networks}
+
+    def load(case: Case) -> tuple:
+        volume, truth = case.read_pair()
+        try:
+            return case, volume, truth, {size: preprocess(volume, size) for size in sizes}
+        except ValueError as error:
+            raise ValueError(f"{case.folder}: {error}") from error
+
+    def segmented() -> Iterator[tuple]:
+        for case, volume, truth, prepared in in_order(load, cases, workers):
+            maps = {}
+            for model in models:
+                for network in model.networks_for(case.name):
+                    segmenter = network.segmenter
+                    try:
+                        segmenter.check_channels(volume.shape[-1])
+                    except ValueError as error:
+                        raise ValueError(f"{case.folder}: {error}") from error
+                    maps[model.name] = segmenter.restored(*prepared[segmenter.image_size])
+            yield case, volume, truth, maps
+
+    def scores(item: tuple) -> tuple[bytes, list[dict], dict]:
+        case, volume, truth, maps = item
+        about = {
+            "case": case.name,
+            "patient": patient_of(case.name),
+            "subset": subset_of(case.name),
+            "site": site_of(case.name),
+            "missing": missing_sequences(volume),
+            "slices": len(truth),
+            "lesion_voxels": int(truth.sum()),
+        }
+        rows, pictures, grey = [], {}, to_grey(volume)
+        for model in models:
+            row = {"model": model.name, **about}
+            if model.scores:
+                rows.append(row | scores_of(model, case, row))
+                continue
+            probabilities = maps[model.name]
+            (network,) = model.networks_for(case.name)
+            mask = to_mask(probabilities, threshold, largest_component)
+            rows.append(
+                row
+                | {"weights": str(network.file)}
+                | {"chose_epoch": int(about["patient"] in network.chose)}
+                | {"predicted_voxels": int(mask.sum())}
+                | score(mask, truth)
+                | {key: dsc(to_mask(probabilities, *s), truth) for key, s in SETTINGS.items()}
+            )
+            k = int((truth if truth.any() else mask).sum(axis=(1, 2)).argmax())
+            slices = (array[k : k + 1] for array in (grey, mask, truth))
+            pictures[model.name, case.name] = outline(*slices, side=256)[0]
+        fingerprint = hashlib.sha256(np.ascontiguousarray(volume)).digest()
+        return fingerprint + hashlib.sha256(truth).digest(), rows, pictures
+
+    return in_order(scores, segmented(), workers)
+
+
+def scores_of(model: Model, case: Case, row: dict) -> dict:
+    """The scores of a case in a metrics.csv; ValueError if they are of other data."""
+    written = model.scores[case.name]
+    for name in ("slices", "lesion_voxels"):
+        if written[name] != row[name]:
+            raise ValueError(
+                f"{model.path}: {case.name} has {name} {written[name]:.0f} there, but {row[name]} "
+                f"in {case.folder}; run inference.py on the same data"
+            )
+    return {name: written[name] for name in SCORES}
