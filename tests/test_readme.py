@@ -42,7 +42,9 @@ def test_notebook_example_is_right_on_a_real_case(lgg, monkeypatch):
     assert dsc(notebook_example(volume), truth) > 0.7
 
 
-@pytest.mark.parametrize("script", ["train.py", "inference.py", "export.py", "phantom.py"])
+@pytest.mark.parametrize(
+    "script", ["train.py", "inference.py", "evaluate.py", "export.py", "phantom.py"]
+)
 def test_every_option_that_the_readme_names_exists(script):
     shown = subprocess.run(
         [sys.executable, str(ROOT / script), "--help"], capture_output=True, text=True, check=True

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 import phantom
-from segmentation import Segmenter, keep_largest_component, pick_device
+from resnext_unet import ResNeXtUNet
+from segmentation import Segmenter, fold_batch_norm, keep_largest_component, pick_device
 from unet import UNet
 from volume import preprocess
 
@@ -44,6 +45,28 @@ def always(model: UNet, lesion: bool) -> UNet:
     nn.init.zeros_(model.conv.weight)
     nn.init.constant_(model.conv.bias, 20 if lesion else -20)
     return model
+
+
+# The network
+
+
+@pytest.mark.parametrize("network", [UNet(init_features=4), ResNeXtUNet()], ids=["unet", "resnext"])
+def test_folded_batch_norm_gives_the_same_logits(network):
+    torch.manual_seed(0)
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for tensor in (module.running_mean, module.weight, module.bias):
+                nn.init.normal_(tensor, 1, 0.2)
+            nn.init.uniform_(module.running_var, 0.5, 1.5)
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    folded, images = fold_batch_norm(network), torch.randn(2, 3, 64, 64)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
+    with torch.inference_mode():
+        expected = network.eval()(images, logits=True)
+        error = (folded(images, logits=True) - expected).abs().max() / expected.abs().max()
+    assert error < 1e-4
+    after = network.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items()), "left as it was"
 
 
 # Masks
@@ -112,16 +135,15 @@ def test_bfloat16_finds_nearly_the_same(model, volume):
 # The network is left as it should be
 
 
-def test_model_is_in_evaluation_mode_and_its_statistics_stay(model, volume):
+def test_a_network_in_training_segments_as_in_evaluation_and_is_left_as_it_was(model, volume):
     """Trap 9: an example left the network in training mode; its mask was wrong."""
-    model.train()
-    segment = segmenter(model)
-    assert not any(module.training for module in model.modules())
+    expected = segmenter(model)(volume)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    first = segment(volume)
-    model.train()  # e.g. by a training loop around it
-    assert np.array_equal(segment(volume), first)
-    assert not any(module.training for module in model.modules())
+    segment = segmenter(model.train())
+    assert np.array_equal(segment(volume), expected)
+    segment.model.train()  # nor does it matter what is done to the segmenter's own
+    assert np.array_equal(segment(volume), expected)
+    assert model.training
     after = model.state_dict()
     assert all(torch.equal(after[name], value) for name, value in before.items())
 
