@@ -82,7 +82,7 @@ def _prepare_one(case: Case, image_size: int, cache: Path) -> Prepared:
 
 def _fingerprint(case: Case, image_size: int) -> str:
     """Changes with any source file's name, size or time, and with the settings."""
-    files = [(p.name, (s := p.stat()).st_size, s.st_mtime_ns) for p in case.slices + case.masks]
+    files = [(p.name, (s := p.stat()).st_size, s.st_mtime_ns) for p in case.files]
     return hashlib.sha256(json.dumps([VERSION, image_size, files]).encode()).hexdigest()
 
 

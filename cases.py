@@ -7,11 +7,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from scan import SUFFIXES, Scan, is_scan, scan_name
+from scan import Scan, is_scan, scan_name
 from volume import Case
 
 SLICE_NAME = re.compile(r"^(?P<stem>.+)_(?P<number>\d+)(?P<mask>_mask)?\.(?:tiff?|png)$", re.I)
 IMAGE_SUFFIXES = {".tif", ".tiff", ".png"}
+# Last words of the names of volume files that are not FLAIR.
+OTHER_SEQUENCE = re.compile(r"[-_. ](t1\w*|t2w?|pre|post|gd|dwi|adc|seg\w*|label\w*)$", re.I)
 
 
 def find_cases(root: Path | str, names: Sequence[str] | None = None) -> list[Case]:
@@ -19,32 +21,40 @@ def find_cases(root: Path | str, names: Sequence[str] | None = None) -> list[Cas
     return [find_case(path) for path in case_paths(root, names)]
 
 
-def case_paths(root: Path | str, names: Sequence[str] | None = None) -> list[Path]:
+def case_paths(
+    root: Path | str, names: Sequence[str] | None = None, other_than: Path | None = None
+) -> list[Path]:
     """The cases in `root`, which holds folders and volume files or is itself a case; by name.
 
-    With `names`, only these. Raises FileNotFoundError or ValueError if there is nothing to read.
+    With `names`, only these; never the folder `other_than`. Raises FileNotFoundError or ValueError
+    if there is nothing to read, or two cases have one name.
     """
     root = Path(root)
     if not root.exists():
         raise FileNotFoundError(f"{root}: no such folder; give the folder that holds the cases")
     if not root.is_dir() and not is_scan(root):
         raise ValueError(f"{root}: is no volume file; give one, or the folder that holds the cases")
-    paths = [root] if is_scan(root) else _cases_in(root)
+    paths = [root.resolve()] if is_scan(root) else _cases_in(root, other_than)
     if not paths:
         raise ValueError(
             f"{root}: holds no case folder, no volume file and no slice named "
             "<anything>_<number>.tif or .png; give the folder that holds the cases, or one case"
         )
+    found = {}
+    for path in paths:
+        if (first := found.setdefault(case_name(path), path)) != path:
+            raise ValueError(f"{first} and {path.name} are cases of one name; rename one of them")
     if names is not None:
-        missing = sorted(set(names) - set(map(case_name, paths)))
+        missing = sorted(set(names) - set(found))
         if missing:
             raise ValueError(f"{root}: holds no case {missing[0]!r}; check the name")
         paths = [path for path in paths if case_name(path) in names]
     return paths
 
 
-def _cases_in(root: Path) -> list[Path]:
+def _cases_in(root: Path, other_than: Path | None) -> list[Path]:
     folders = [p for p in sorted(root.iterdir()) if p.is_dir() and p.name[0] not in "._"]
+    folders = [p for p in folders if not other_than or p.resolve() != other_than.resolve()]
     if volumes := _volumes_in(root):
         return sorted(volumes + [folder for folder in folders if _holds_case(folder)])
     if not any(map(_holds_case, folders)) and _holds_case(root):
@@ -53,14 +63,17 @@ def _cases_in(root: Path) -> list[Path]:
 
 
 def _holds_case(folder: Path) -> bool:
-    slices = any(SLICE_NAME.match(path.name) for path in folder.iterdir())
-    return slices or is_scan(folder) or bool(_volumes_in(folder))
+    return _holds_slices(folder) or is_scan(folder) or bool(_volumes_in(folder))
+
+
+def _holds_slices(folder: Path) -> bool:
+    return any(SLICE_NAME.match(path.name) for path in folder.iterdir())
 
 
 def _volumes_in(folder: Path) -> list[Path]:
     """The volume files of a folder that are no mask."""
     files = [path for path in sorted(folder.iterdir()) if path.is_file() and is_scan(path)]
-    return [path for path in files if not scan_name(path).endswith("_mask")]
+    return [path for path in files if not scan_name(path).lower().endswith("_mask")]
 
 
 def case_name(path: Path) -> str:
@@ -72,19 +85,41 @@ def find_case(path: Path) -> Case:
     """The case in a folder or volume file; ValueError, naming the file, if it is not sound."""
     if is_scan(path):
         return _find_scan(path)
-    if path.is_dir() and (volumes := _volumes_in(path)):
-        if len(volumes) > 1:
-            raise ValueError(
-                f"{path}: holds {volumes[0].name} and {volumes[1].name}; name its sequences with "
-                "--pre, --flair and --post, or give each case one file of three channels"
-            )
-        return replace(_find_scan(volumes[0]), name=path.name)
-    return _find_slices(path)
+    volumes = _volumes_in(path)
+    if not volumes:
+        return _find_slices(path)
+    if len(volumes) > 1:
+        raise ValueError(
+            f"{path}: holds {volumes[0].name} and {volumes[1].name}; name its sequences with "
+            "--flair, --pre and --post, or give each case one file of three channels"
+        )
+    if _holds_slices(path):
+        raise ValueError(f"{path}: holds slices and {volumes[0].name}; move one of them away")
+    return replace(_find_scan(volumes[0]), name=path.name)
+
+
+def find_sequences(flair: Path, pre: Path | None, post: Path | None) -> Scan:
+    """The scan whose sequences lie in files of their own, named after FLAIR and its folder."""
+    name = f"{flair.resolve().parent.name}_{case_name(flair)}"
+    return Scan.open(name, [pre or flair, flair, post or flair], _mask_of(flair))
 
 
 def _find_scan(path: Path) -> Scan:
-    masks = [path.with_name(f"{scan_name(path)}_mask{suffix}") for suffix in SUFFIXES]
-    return Scan.open(case_name(path), [path], next((m for m in masks if m.is_file()), None))
+    scan = Scan.open(case_name(path), [path], _mask_of(path))
+    odd = OTHER_SEQUENCE.search(scan.name)
+    if scan.channels == 1 and odd:
+        raise ValueError(
+            f"{path}: one channel is taken for FLAIR, but its name says {odd[1]!r}; name the "
+            "sequences with --flair, --pre and --post"
+        )
+    return scan
+
+
+def _mask_of(scan: Path) -> Path | None:
+    """The file <scan>_mask beside it, in any format."""
+    wanted = f"{scan_name(scan)}_mask".lower()
+    beside = [path for path in sorted(scan.parent.iterdir()) if path.is_file() and is_scan(path)]
+    return next((path for path in beside if scan_name(path).lower() == wanted), None)
 
 
 def _find_slices(folder: Path) -> Case:

@@ -21,6 +21,8 @@ SCORES = {
     "recall": "recall",
     "hd95_px": "HD95 px",
     "assd_px": "ASSD px",
+    "hd95_mm": "HD95 mm",
+    "assd_mm": "ASSD mm",
     "volume_error": "volume error, signed",
     "lesion_recall": "lesions found",
     "lesion_precision": "components right",
@@ -38,6 +40,7 @@ def compare(models: dict[str, list[dict]]) -> dict[str, dict]:
     over patients.
     """
     first = next(iter(models.values()))
+    known = [m for m in SCORES if all(m in row for rows in models.values() for row in rows)]
     groups, before, patients = _groups(first), _column(first, "dsc"), _column(first, "patient")
 
     def over_patients(values: np.ndarray, cases: np.ndarray | slice = slice(None)) -> dict:
@@ -49,7 +52,7 @@ def compare(models: dict[str, list[dict]]) -> dict[str, dict]:
         change = dsc - before
         change[np.abs(change) < 1e-5] = 0  # tables hold six digits
         summary[name] = about = {
-            "scores": {metric: over_patients(_column(its, metric)) for metric in SCORES},
+            "scores": {metric: over_patients(_column(its, metric)) for metric in known},
             "chose_epoch": sum(row.get("chose_epoch", 0) for row in its),
             "groups": {
                 group: {

@@ -23,13 +23,15 @@ from volume import Case
 Named = TypeVar("Named", Case, Path)
 SUBSETS = ("train", "validation", "test")
 SPLITS = Path(__file__).resolve().parent / "splits"
-# Of a case name, what follows the patient: the date of an LGG scan, the session of a BIDS one.
+# Of a case name, what follows the patient: the date of an LGG scan, or a session.
 SESSION = re.compile(r"(_(19|20)\d\d(0[1-9]|1[0-2])(0[1-9]|[12]\d|3[01])|_ses-[^_]+.*)$")
+SUBJECT = re.compile(r"sub-[^_]+")  # how the name of a BIDS file starts
 
 
 def patient_of(case: str) -> str:
-    """The patient whom a case belongs to: its name without the date or session at its end."""
-    return SESSION.sub("", case)
+    """The patient whom a case belongs to: `sub-<label>`, or the name without date or session."""
+    subject = SUBJECT.match(case)
+    return subject[0] if subject else SESSION.sub("", case)
 
 
 def is_lgg(case: str) -> bool:

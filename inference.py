@@ -30,7 +30,7 @@ import numpy as np
 from torch import Tensor
 from tqdm import tqdm
 
-from cases import case_name, case_paths, find_case
+from cases import case_paths, find_case, find_sequences
 from checkpoint import read_card, shipped_weights
 from dataset import SUBSETS, patient_of, select_cases
 from metrics import describe, score
@@ -57,7 +57,7 @@ from volume import Case, Frame, read_slice
 def get_parser() -> argparse.ArgumentParser:
     parser = make_parser(__doc__)
     add = parser.add_argument_group("what").add_argument
-    add("--images", type=Path, default="./kaggle_3m", help="cases, or one case (%(default)s)")
+    add("--images", type=Path, help="cases, or one case (./kaggle_3m)")
     add("--flair", type=Path, help="in place of --images: the FLAIR sequence of one scan")
     add("--pre", type=Path, help="with --flair: pre-contrast, on the same grid (FLAIR)")
     add("--post", type=Path, help="with --flair: post-contrast, on the same grid (FLAIR)")
@@ -95,6 +95,8 @@ def main(argv: list[str] | None = None) -> None:
     options = segmenter_options(parser, args)
     if (args.pre or args.post) and not args.flair:
         parser.error("--pre and --post go with --flair")
+    if args.flair and (args.images or args.cases or args.subset != "all"):
+        parser.error("--flair is one scan; --images, --cases and --subset choose others")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # tidy up as after Ctrl-C
     try:
         failed = run(args, options)
@@ -111,18 +113,17 @@ def run(args: argparse.Namespace, options: dict) -> int:
     segmenter = Segmenter.from_weights(weights, **options)
     trained_on = set(map(patient_of, read_card(weights).get("cases", {}).get("train", ())))
     if args.flair:
-        sequences = [args.pre or args.flair, args.flair, args.post or args.flair]
-        sources = [Scan.open(case_name(args.flair), sequences)]
+        sources = [find_sequences(args.flair, args.pre, args.post)]
     else:
-        found = case_paths(args.images, args.cases)
+        images = args.images or Path("kaggle_3m")
+        found = case_paths(images, args.cases, other_than=args.predictions)
         sources = select_cases(found, args.subset)
     check_writable(args.predictions)
     for source in sources:
-        if (
-            isinstance(source, Path)
-            and (args.predictions / source.name).resolve() == source.resolve()
-        ):
-            raise ValueError(f"{source}: is a source; name another folder with --predictions")
+        path = (source if isinstance(source, Path) else source.folder).resolve()
+        target = args.predictions.resolve()
+        if path in (target, target / path.name):  # also of a volume file: beside it lie true masks
+            raise ValueError(f"{path}: is a source; name another folder with --predictions")
 
     rows, failed, kept = [], 0, 0
     try:
@@ -179,6 +180,8 @@ def load(source: Path | Case, segmenter: Segmenter, args: argparse.Namespace) ->
     """Read a case and prepare it for the network; what is wrong is handed on, not raised."""
     try:
         case = find_case(source) if isinstance(source, Path) else source
+        for note in case.notes:
+            tqdm.write(note, file=sys.stderr)
         volume, truth = case.read_pair() if case.masks else (case.read(), None)
         earlier = find_prediction(case, args.predictions) if args.skip_existing else None
         if earlier is not None and earlier.shape == volume.shape[:3]:
@@ -253,7 +256,7 @@ def report(rows: list[dict], args: argparse.Namespace) -> None:
     if not rows:
         return
     width = max(len(row["case"]) for row in rows) + 2
-    hd95 = "hd95_mm" if "hd95_mm" in rows[0] else "hd95_px"
+    hd95 = "hd95_mm" if all("hd95_mm" in row for row in rows) else "hd95_px"
     print(
         f"{'case':{width}}slices   lesion  predicted    DSC    IoU  precision  recall  "
         f"HD95 {hd95[-2:]}"
@@ -262,7 +265,7 @@ def report(rows: list[dict], args: argparse.Namespace) -> None:
         print(
             f"{row['case']:{width}}{row['slices']:6d} {row['lesion_voxels']:8d} "
             f"{row['predicted_voxels']:10d} {row['dsc']:6.3f} {row['iou']:6.3f} "
-            f"{row['precision']:10.3f} {row['recall']:7.3f} {row.get(hd95, math.nan):8.1f}"
+            f"{row['precision']:10.3f} {row['recall']:7.3f} {row[hd95]:8.1f}"
             f"{'  *' if row['trained_on'] else ''}"
         )
     unseen = [row for row in rows if not row["trained_on"]]

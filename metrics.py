@@ -104,15 +104,18 @@ DISTANCES = {"hd95": hd95, "assd": assd}
 def score(
     prediction: np.ndarray, truth: np.ndarray, spacing: Sequence[float] | None = None
 ) -> dict[str, float]:
-    """Every metric of one volume: distances as hd95_px and assd_px, or in mm with a `spacing`.
+    """Every metric of one volume; distances as hd95_px, and hd95_mm where there is a `spacing`.
 
     Raises ValueError if the two shapes differ.
     """
     if prediction.shape != truth.shape:
         raise ValueError(f"prediction of shape {prediction.shape}, mask of shape {truth.shape}")
     scores = {name: metric(prediction, truth) for name, metric in METRICS.items()}
-    unit = "mm" if spacing else "px"
-    return scores | {f"{k}_{unit}": m(prediction, truth, spacing) for k, m in DISTANCES.items()}
+    scores |= {f"{name}_px": distance(prediction, truth) for name, distance in DISTANCES.items()}
+    if spacing:
+        for name, distance in DISTANCES.items():
+            scores[f"{name}_mm"] = distance(prediction, truth, spacing)
+    return scores
 
 
 def summarise(

@@ -70,9 +70,10 @@ def _score_table(summary: dict[str, dict]) -> Table:
                 f"{name}: the epoch of its weights was chosen on {about['chose_epoch']} of these "
                 "cases, so that its score is too good; train with --keep last to choose on none."
             )
+    _, *others = next(iter(summary.values()))["scores"]
     return Table(
         "Scores",
-        ["model", "n", "DSC (95 % interval)", "median", *list(SCORES.values())[1:]],
+        ["model", "n", "DSC (95 % interval)", "median", *(SCORES[name] for name in others)],
         rows,
         "Means over cases, each in the geometry of its source; intervals by bootstrap over "
         "patients. (k): over the k cases where it is defined.\n" + "\n".join(notes),

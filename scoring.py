@@ -67,8 +67,8 @@ def open_models(texts: list[str], options: dict) -> list[Model]:
 
 def open_model(name: str, path: Path, options: dict) -> Model:
     if path.suffix == ".csv":
-        columns = [*SCORES, "slices", "lesion_voxels"]
-        return Model(name, path, scores=read_scores(path, columns))
+        needed = [column for column in SCORES if not column.endswith("_mm")]
+        return Model(name, path, scores=read_scores(path, [*needed, "slices", "lesion_voxels"]))
     files = [path]
     if path.is_dir():
         files = [file for file in sorted(path.rglob("*.pt")) if file.name[0] != "."]
@@ -204,7 +204,7 @@ def score_all(
                 | {"weights": str(network.file)}
                 | {"chose_epoch": int(about["patient"] in network.chose)}
                 | {"predicted_voxels": int(mask.sum())}
-                | score(mask, truth)
+                | score(mask, truth, case.spacing)
                 | {key: dsc(to_mask(probabilities, *s), truth) for key, s in SETTINGS.items()}
             )
             k = int((truth if truth.any() else mask).sum(axis=(1, 2)).argmax())
@@ -225,4 +225,4 @@ def scores_of(model: Model, case: Case, row: dict) -> dict:
                 f"{model.path}: {case.name} has {name} {written[name]:.0f} there, but {row[name]} "
                 f"in {case.folder}; run inference.py on the same data"
             )
-    return {name: written[name] for name in SCORES}
+    return {name: written[name] for name in SCORES if name in written}

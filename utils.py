@@ -256,9 +256,9 @@ def outline(
 ) -> np.ndarray:
     """Slices (S, H, W) uint8 as RGB (S, H, W, 3): green truth, red prediction on top.
 
-    Small slices are enlarged by the whole number that brings their shorter side nearest to `side`.
+    Small slices are enlarged by the whole number that brings their longer side nearest to `side`.
     """
-    times = max(1, round(side / min(grey.shape[1:])))
+    times = max(1, round(side / max(grey.shape[1:])))
     grey, prediction, truth = (
         array if array is None else array.repeat(times, axis=1).repeat(times, axis=2)
         for array in (grey, prediction, truth)

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property, lru_cache
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ VERSION = 1  # of the preprocessing: cached volumes of another version are made 
 class Case:
     """The files of one case, in slice order. `masks` is empty if the case has none."""
 
+    mask_name: ClassVar[str] = "<slice>_mask.tif"
     name: str
     numbers: tuple[int, ...]
     slices: tuple[Path, ...]
@@ -33,6 +35,16 @@ class Case:
     def folder(self) -> Path:
         """What to call the case in a message: where its files are."""
         return self.slices[0].parent
+
+    @property
+    def files(self) -> list[Path]:
+        """Everything that is read; what changes if the case changes."""
+        return [*self.slices, *self.masks]
+
+    @property
+    def notes(self) -> list[str]:
+        """What the user should know of the way it is read."""
+        return []
 
     @property
     def spacing(self) -> tuple[float, float, float] | None:
@@ -56,7 +68,7 @@ class Case:
     def read_pair(self) -> tuple[np.ndarray, np.ndarray]:
         """The volume and its mask; raises ValueError if there is none or it has another shape."""
         if not self.masks:
-            raise ValueError(f"{self.folder}: no slice has a mask (<slice>_mask.tif)")
+            raise ValueError(f"{self.folder}: has no mask; put it beside, as {self.mask_name}")
         volume, mask = self.read(), self.read_mask()
         if volume.shape[:3] != mask.shape:
             raise ValueError(

@@ -283,7 +283,7 @@ def test_masks_of_another_shape(case):
 
 def test_no_mask_at_all_is_refused_where_one_is_needed(tmp_path, pair):
     folder = write(tmp_path / "case", pair[0])
-    with pytest.raises(ValueError, match=f"{folder}: no slice has a mask"):
+    with pytest.raises(ValueError, match=f"{folder}: has no mask"):
         find_case(folder).read_pair()
 
 

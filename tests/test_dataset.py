@@ -131,6 +131,7 @@ def test_real_cases_fall_into_their_lists(lgg):
     [
         ("TCGA_CS_4941_19960909", "TCGA_CS_4941"),
         ("sub-01_ses-b_run-2", "sub-01"),
+        ("sub-01_run-2_FLAIR", "sub-01"),
         ("phantom_003", "phantom_003"),
         ("anna_2024", "anna_2024"),
         ("case_00000001", "case_00000001"),
@@ -296,7 +297,7 @@ def test_epochs_draw_anew_and_reach_nearly_every_slice(data):
 def test_case_without_masks_is_refused(two):
     for path in (two / "phantom_002").glob("*_mask.tif"):
         path.unlink()
-    with pytest.raises(ValueError, match=f"{two}/phantom_002: no slice has a mask"):
+    with pytest.raises(ValueError, match=f"{two}/phantom_002: has no mask"):
         open_all(two)
 
 

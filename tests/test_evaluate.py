@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import imageio.v3 as iio
+import nibabel
 import numpy as np
 import pytest
 import torch
@@ -17,6 +18,7 @@ import inference
 from cases import find_case
 from comparison import SETTINGS, compare
 from metrics import dsc, summarise
+from phantom import make_volume
 from report import Table, case_table, pick, tables
 from segmentation import Segmenter, keep_largest_component
 from unet import UNet
@@ -254,6 +256,33 @@ def test_a_file_that_is_no_table_is_refused(phantoms, tmp_path):
         (tmp_path / "metrics.csv").write_bytes(content)
         message = refused(phantoms, tmp_path / "out", "--weights", tmp_path / "metrics.csv")
         assert "metrics.csv: is not a metrics.csv that inference.py wrote" in message
+
+
+def test_volume_files_are_scored_in_millimetres(pair_of_scans, weights, tmp_path):
+    words = ["--images", pair_of_scans, "--weights", weights, "--predictions", tmp_path / "p"]
+    words += ["--figure", tmp_path / "dsc.png", "--device", "cpu"]
+    with pytest.raises(SystemExit) as stop:
+        inference.main([str(word) for word in words])
+    assert stop.value.code == 0
+    options = "--subset", "all", "--weights", weights, f"table={tmp_path / 'p' / 'metrics.csv'}"
+    run(pair_of_scans, tmp_path / "out", *options)
+    with open(tmp_path / "p" / "metrics.csv", newline="") as file:
+        theirs = {row["case"]: row for row in csv.DictReader(file)}
+    for row in scores(tmp_path / "out")[:2]:
+        assert row["assd_mm"] == theirs[row["case"]]["assd_mm"] != row["assd_px"]
+
+
+@pytest.fixture
+def pair_of_scans(tmp_path) -> Path:
+    """Two NIfTI files with masks, of voxels that are 5 mm high."""
+    (tmp_path / "scans").mkdir()
+    for seed in (1, 2):
+        volume, truth = make_volume(seed, 6, 48)
+        for array, name in ((volume, f"s{seed}"), (truth.astype("u1"), f"s{seed}_mask")):
+            voxels = array.transpose(2, 1, 0, *range(3, array.ndim))
+            image = nibabel.Nifti1Image(voxels, np.diag([-0.9, -0.9, 5, 1]))
+            nibabel.save(image, tmp_path / "scans" / f"{name}.nii.gz")
+    return tmp_path / "scans"
 
 
 # Statistics

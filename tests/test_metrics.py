@@ -163,7 +163,8 @@ def test_every_metric_is_a_float():
 
 def test_distances_are_in_millimetres_where_the_spacing_is_known():
     scores = score(HALF, TRUTH, (5.0, 1.0, 0.5))
-    assert scores["hd95_mm"] == hd95(HALF, TRUTH, (5.0, 1.0, 0.5)) and "hd95_px" not in scores
+    assert scores["hd95_mm"] == hd95(HALF, TRUTH, (5.0, 1.0, 0.5))
+    assert scores["hd95_px"] == hd95(HALF, TRUTH) and "hd95_mm" not in score(HALF, TRUTH)
 
 
 def test_summary_by_hand():

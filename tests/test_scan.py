@@ -1,13 +1,20 @@
 """Volume files of any orientation: the voxels the network sees, and the mask's way back."""
 
 import itertools
+import resource
 import shutil
+import signal
 from pathlib import Path
 
+import nibabel
 import numpy as np
+import pydicom
 import pytest
+import torch
 from conftest import make_weights
 from medpy.io import load, save
+from pydicom.dataset import FileMetaDataset
+from pydicom.uid import ExplicitVRLittleEndian, MRImageStorage
 
 import inference
 from cases import case_paths, find_case, find_cases
@@ -15,8 +22,6 @@ from dataset import BrainSegmentationDataset
 from phantom import make_volume
 from scan import Grid, Scan
 from segmentation import Segmenter
-
-nibabel = pytest.importorskip("nibabel")
 
 # From voxels (column, row, slice), which run left, posterior and up, to RAS: negated twice.
 LPS = np.diag([-0.9, -0.9, 5.0, 1.0])
@@ -91,17 +96,14 @@ def test_mask_lies_on_the_grid_of_the_scan(pair, weights, tmp_path, orientation)
     assert np.array_equal(mask, read(truth)[0]), "as the network marks the slices themselves"
 
 
-def test_all_48_orientations_come_back(pair):
-    class Header:
-        spacing, offset = (1, 1, 1), (0, 0, 0)
-
+def test_all_48_orientations_come_back():
     voxels = np.arange(2 * 3 * 4).reshape(2, 3, 4, 1)
     seen = set()
     for axes in itertools.permutations(range(3)):
         for signs in itertools.product((-1, 1), repeat=3):
-            Header.direction = np.zeros((3, 3))
-            Header.direction[axes, range(3)] = signs
-            grid = Grid.of(voxels.shape, Header)
+            direction = np.zeros((3, 3))
+            direction[axes, range(3)] = signs
+            grid = Grid(voxels.shape[:3], (1, 1, 1), (0, 0, 0), direction)
             axial = grid.to_axial(voxels)
             seen.add(axial.tobytes() + bytes(axial.shape))
             assert np.array_equal(grid.from_axial(axial[..., 0]), voxels[..., 0])
@@ -141,10 +143,118 @@ def test_sequences_in_files_of_their_own(pair, weights, tmp_path):
     options = "--pre", paths[0], "--flair", paths[1], "--post", paths[2]
     assert infer(tmp_path / "out", weights, *options) == 0
     assert infer(tmp_path / "out", weights, "--images", together) == 0
-    one, other = (read(tmp_path / "out" / f"{name}_mask.nii.gz")[0] for name in ("b", "all"))
+    names = f"{tmp_path.name}_b", "all"
+    one, other = (read(tmp_path / "out" / f"{name}_mask.nii.gz")[0] for name in names)
     assert np.array_equal(one, other) and one.any()
     volume = Scan.open("b", [paths[1], paths[1], paths[2]]).read()
     assert np.array_equal(volume, pair[0][..., [1, 1, 2]])
+
+
+@pytest.mark.parametrize(
+    "given, said",
+    [
+        ("f", "FLAIR stands in for pre-contrast and post-contrast"),
+        ("pf", "FLAIR stands in for post-contrast"),
+        ("fc", "FLAIR stands in for pre-contrast"),
+        ("pfc", None),
+    ],
+)
+def test_what_flair_stands_in_for_is_said(pair, weights, tmp_path, capsys, given, said):
+    (tmp_path / "p1").mkdir()
+    files = {
+        k: write(tmp_path / "p1" / f"{k}.nii.gz", pair[0][..., n]) for n, k in enumerate("pfc")
+    }
+    flags = {"p": "--pre", "f": "--flair", "c": "--post"}
+    options = [word for k in given for word in (flags[k], files[k])]
+    assert infer(tmp_path / "out", weights, *options) == 0
+    lines = [line for line in capsys.readouterr().err.splitlines() if "stands in" in line]
+    assert lines == ([f"p1_f: {said}"] if said else [])
+    if given == "f":
+        assert infer(tmp_path / "out", weights, "--images", files["f"]) == 0
+        assert f"f: {said}" in capsys.readouterr().err
+
+
+def test_mask_beside_flair_is_its_truth(pair, weights, tmp_path):
+    flair = write(tmp_path / "flair.nii.gz", pair[0][..., 1])
+    write(tmp_path / "flair_mask.nii.gz", pair[1].astype("u1"))
+    assert infer(tmp_path / "out", weights, "--flair", flair) == 0
+    assert (tmp_path / "out" / "metrics.csv").read_text().count("\n") == 2
+
+
+def test_flair_with_three_channels_is_refused(pair, weights, tmp_path, capsys):
+    path = write(tmp_path / "all.nii.gz", pair[0])
+    assert infer(tmp_path / "out", weights, "--flair", path) == 1
+    assert f"{path}: 3 channels; give it with --images alone" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["p1_t1", "p1-T1ce", "x_seg", "a_t2w"])
+def test_a_file_whose_name_says_another_sequence_is_not_taken_for_flair(pair, tmp_path, name):
+    path = write(tmp_path / f"{name}.nii.gz", pair[0][..., 1])
+    with pytest.raises(ValueError, match=f"{path}: one channel is taken for FLAIR.*--flair"):
+        find_case(path)
+    path.unlink()
+    assert find_case(write(tmp_path / f"{name}.nii.gz", pair[0])).channels == 3
+
+
+# Headers that cannot be trusted
+
+
+def test_qform_and_sform_that_disagree_are_refused(pair, tmp_path):
+    path = write(tmp_path / "a.nii.gz", pair[0])
+    image = nibabel.load(path)
+    turned = LPS.copy()
+    turned[:, 3] += 7
+    image.set_qform(LPS, 1)
+    image.set_sform(turned, 2)
+    nibabel.save(image, tmp_path / "b.nii.gz")
+    with pytest.raises(ValueError, match="b.nii.gz: its qform and sform disagree"):
+        find_case(tmp_path / "b.nii.gz")
+
+
+def test_no_orientation_is_refused(pair, tmp_path):
+    image = nibabel.Nifti1Image(pair[0].transpose(2, 1, 0, 3), None)
+    nibabel.save(image, tmp_path / "a.nii.gz")
+    with pytest.raises(ValueError, match="a.nii.gz: its header gives no orientation"):
+        find_case(tmp_path / "a.nii.gz")
+
+
+def test_squashed_pixels_are_said(pair, tmp_path):
+    affine = np.diag([-1.0, -1.0, 6.0, 1.0])
+    scan = find_case(write(tmp_path / "a.nii.gz", pair[0], affine=affine))
+    assert scan.notes == []
+    sagittal = nibabel.Nifti1Image(pair[0].transpose(0, 2, 1, 3), np.diag([6.0, 1.0, 1.0, 1.0]))
+    nibabel.save(sagittal, tmp_path / "b.nii.gz")
+    (note,) = find_case(tmp_path / "b.nii.gz").notes
+    assert "1.0 x 6.0 mm" in note and "resample" in note
+
+
+@pytest.mark.parametrize("limit", [0, 100])
+def test_full_disk_keeps_the_earlier_mask(pair, tmp_path, limit):
+    """The writer of NIfTI says nothing of it."""
+    scan = find_case(write(tmp_path / "a.nii.gz", pair[0]))
+    scan.write_mask(tmp_path / "mask.nii.gz", pair[1])
+    before = (tmp_path / "mask.nii.gz").read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
+        with pytest.raises(OSError, match="not written"):
+            scan.write_mask(tmp_path / "mask.nii.gz", ~pair[1])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert (tmp_path / "mask.nii.gz").read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.nii.gz", "mask.nii.gz"]
+
+
+@pytest.mark.parametrize("kind", ["one-hot", "negative"])
+def test_what_is_no_mask_is_refused(pair, tmp_path, kind):
+    write(tmp_path / "a.nii.gz", pair[0])
+    mask = np.stack([~pair[1], pair[1]], axis=-1).astype("u1")
+    mask = mask if kind == "one-hot" else mask[..., 1].astype("i2") * 2 - 1
+    path = write(tmp_path / "a_mask.nii.gz", mask)
+    with pytest.raises(ValueError, match=f"{path}: is no mask"):
+        find_case(tmp_path / "a.nii.gz").read_pair()
 
 
 def test_other_grids_are_refused_by_name(pair, weights, tmp_path, capsys):
@@ -175,7 +285,7 @@ def test_a_folder_of_volume_files_with_their_masks(pair, weights, tmp_path):
         assert np.array_equal(volume, pair[0]) and np.array_equal(truth, pair[1])
     assert infer(tmp_path / "out", weights, "--images", tmp_path / "in") == 0
     header, *lines = (tmp_path / "out" / "metrics.csv").read_text().splitlines()
-    assert "hd95_mm" in header and "hd95_px" not in header
+    assert "hd95_mm" in header
     row = dict(zip(header.split(","), lines[0].split(","), strict=True))
     assert float(row["lesion_ml"]) == pytest.approx(pair[1].sum() * 5 * 0.9 * 0.9 / 1000, rel=1e-4)
     assert [line.split(",", 1)[0] for line in lines] == ["a", "b"]
@@ -204,6 +314,54 @@ def test_a_case_folder_may_hold_a_volume_file(pair, tmp_path):
         find_cases(tmp_path)
 
 
+def test_results_never_lie_beside_the_sources(pair, weights, tmp_path):
+    """The mask of the network would be taken for the truth, or overwrite it."""
+    path = write(tmp_path / "x.nii.gz", pair[0])
+    write(tmp_path / "x_mask.nii.gz", pair[1].astype("u1"))
+    before = (tmp_path / "x_mask.nii.gz").read_bytes()
+    for options in (("--images", tmp_path), ("--images", path)):
+        assert "is a source" in infer(tmp_path, weights, *options)
+    flair = write(tmp_path / "flair.nii.gz", pair[0][..., 1])
+    assert "is a source" in infer(tmp_path, weights, "--flair", flair)
+    assert (tmp_path / "x_mask.nii.gz").read_bytes() == before
+
+
+def test_predictions_among_the_sources_are_no_case(pair, weights, tmp_path, capsys):
+    (tmp_path / "p1").mkdir()
+    write(tmp_path / "p1" / "scan.nii.gz", pair[0])
+    for _ in range(2):
+        assert infer(tmp_path / "predictions", weights, "--images", tmp_path) == 0
+        assert "1 of 1 cases" in capsys.readouterr().out
+
+
+def test_two_cases_of_one_name_are_refused(pair, tmp_path):
+    write(tmp_path / "a.nii.gz", pair[0])
+    shutil.copy(tmp_path / "a.nii.gz", tmp_path / "a.nii")
+    with pytest.raises(ValueError, match="a.nii and a.nii.gz are cases of one name"):
+        case_paths(tmp_path)
+
+
+def test_slices_and_a_volume_in_one_folder_are_refused(phantoms, pair, tmp_path):
+    shutil.copytree(phantoms / "phantom_004", tmp_path / "p")
+    write(tmp_path / "p" / "stray.nii.gz", pair[0])
+    with pytest.raises(ValueError, match="holds slices and stray.nii.gz"):
+        find_case(tmp_path / "p")
+
+
+def test_suffixes_in_capitals(pair, tmp_path):
+    write(tmp_path / "a.nii", pair[0]).rename(tmp_path / "A.NII")
+    write(tmp_path / "a_mask.nii", pair[1].astype("u1")).rename(tmp_path / "A_Mask.NII")
+    (case,) = find_cases(tmp_path)
+    assert case.name == "A" and np.array_equal(case.read_pair()[1], pair[1])
+
+
+def test_finding_scans_reads_no_voxel(pair, tmp_path, monkeypatch):
+    write(tmp_path / "a.nii.gz", pair[0])
+    monkeypatch.setattr("scan.read_voxels", None)
+    (case,) = find_cases(tmp_path)
+    assert len(case.numbers) == 7
+
+
 def test_training_reads_volume_files_too(pair, tmp_path):
     write(tmp_path / "in.nii.gz", pair[0], "RAS")
     write(tmp_path / "in_mask.nii.gz", pair[1].astype("u1"), "RAS")
@@ -217,11 +375,7 @@ def test_training_reads_volume_files_too(pair, tmp_path):
 
 def write_series(folder: Path, flair: np.ndarray, series: str = "1.2.3") -> Path:
     """Axial slices (S, H, W) as a DICOM series, upward, its files in another order."""
-    pydicom = pytest.importorskip("pydicom")
-    from pydicom.dataset import FileMetaDataset
-    from pydicom.uid import ExplicitVRLittleEndian, MRImageStorage
-
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     for k, image in enumerate(flair):
         meta = FileMetaDataset()
         meta.TransferSyntaxUID = ExplicitVRLittleEndian
@@ -258,12 +412,61 @@ def test_dicom_series_goes_the_whole_way(pair, weights, tmp_path):
     assert [path.name for path in case_paths(tmp_path)] == ["out", "series"]
 
 
+def test_dicom_folder_by_a_relative_path(pair, tmp_path, monkeypatch):
+    monkeypatch.chdir(write_series(tmp_path / "series", pair[0][..., 1]))
+    assert [case.name for case in find_cases(".")] == ["series"]
+
+
+def edit(path: Path, **tags: object) -> None:
+    data = pydicom.dcmread(path)
+    for name, value in tags.items():
+        setattr(data, name, value)
+    data.save_as(path)
+
+
+@pytest.mark.parametrize("fault", ["gap", "twice", "plane", "mosaic"])
+def test_series_that_is_no_regular_stack_is_refused(pair, tmp_path, fault):
+    """ITK only warns, and gives slices at wrong places."""
+    series = write_series(tmp_path / "series", pair[0][..., 1])
+    path = series / "IM003"  # the fourth of seven slices has another number: see write_series
+    if fault == "gap":
+        path.unlink()
+    elif fault == "twice":
+        edit(path, ImagePositionPatient=[-110, -120, -30])
+    elif fault == "plane":
+        edit(path, ImageOrientationPatient=[1, 0, 0, 0, 0, -1])
+    else:
+        edit(path, ImageType=["ORIGINAL", "PRIMARY", "M", "MOSAIC"])
+    with pytest.raises(ValueError, match=f"{series}: .*(missing|another plane|mosaic)"):
+        find_case(series)
+
+
+def test_rewritten_dicom_is_not_served_from_the_cache(pair, tmp_path):
+    series = write_series(tmp_path / "in" / "series", pair[0][..., 1])
+    find_case(series).write_mask(tmp_path / "in" / "series_mask.nii.gz", pair[1])
+
+    def first_slice() -> torch.Tensor:
+        data = BrainSegmentationDataset(tmp_path / "in", "all", 32, cache=tmp_path / "cache")
+        return data[3][0]
+
+    before = first_slice()
+    path = series / "IM010"  # slice 4 of 7
+    edit(path, PixelData=(60000 - pair[0][3, ..., 1].astype("<u2")).tobytes())
+    assert not torch.equal(first_slice(), before)
+
+
+def test_contents_of_a_cd_are_no_series(pair, tmp_path):
+    series = write_series(tmp_path / "cd" / "series", pair[0][..., 1])
+    shutil.copy(next(series.iterdir()), tmp_path / "cd" / "DICOMDIR")
+    assert [case.name for case in find_cases(tmp_path / "cd")] == ["series"]
+
+
 def test_two_series_in_one_folder_are_refused(pair, tmp_path):
     series = write_series(tmp_path / "series", pair[0][:3, ..., 1])
     write_series(tmp_path / "more", pair[0][:3, ..., 1], "1.2.4")
     for path in (tmp_path / "more").iterdir():
         shutil.copy(path, series / f"more{path.name}")
-    with pytest.raises(ValueError, match=f"{series}: holds more than one DICOM series"):
+    with pytest.raises(ValueError, match=f"{series}: holds 2 DICOM series"):
         find_case(series)
 
 
@@ -282,8 +485,9 @@ def test_damaged_file_is_refused_by_name(pair, weights, tmp_path, capsys, kept, 
         write(path, pair[0])
     path.write_bytes(path.read_bytes()[:kept])
     assert infer(tmp_path / "out", weights, "--images", path) == 1
-    (line,) = capsys.readouterr().err.strip().splitlines()
-    assert f"{path}: not a readable volume" in line
+    said = capsys.readouterr().err.splitlines()
+    assert said[-1].startswith(f"error: {path}: not a readable volume")
+    assert all("stands in" in line for line in said[:-1])
 
 
 def test_file_of_another_kind_is_refused(tmp_path, weights):

@@ -497,7 +497,7 @@ def test_missing_empty_or_unpaired_images_are_refused(phantoms, tmp_path):
     images = shutil.copytree(phantoms, tmp_path / "images")
     for path in images.glob(f"{TRAIN}/*_mask.tif"):
         path.unlink()
-    assert f"{images / TRAIN}: no slice has a mask" in refused(images, tmp_path)
+    assert f"{images / TRAIN}: has no mask" in refused(images, tmp_path)
     assert not list(tmp_path.glob("weights/*"))
 
 

@@ -211,12 +211,13 @@ def test_small_slices_are_drawn_large():
     grey = np.arange(2 * 6 * 9, dtype=np.uint8).reshape(2, 6, 9)
     mask = np.zeros(grey.shape, dtype=bool)
     mask[:, 2:4, 3:5] = True
-    pictures = outline(grey, mask, side=20)
+    pictures = outline(grey, mask, side=26)
     assert pictures.shape == (2, 18, 27, 3)
     assert (pictures[:, ::3, ::3][~mask] == grey[~mask][:, None]).all()
     red = (pictures == RED).all(axis=-1)
     assert red.sum() == 2 * (4 * 5), "the border of 6 by 6 pixels, one pixel wide"
     assert outline(grey, mask, side=4).shape == (2, 6, 9, 3), "never made smaller"
+    assert outline(grey[:, :1], mask[:, :1], side=26).shape == (2, 3, 27, 3), "nor blown up"
 
 
 def test_drawing_does_not_change_what_it_draws(masks):
