@@ -19,8 +19,9 @@ from pydicom.uid import ExplicitVRLittleEndian, MRImageStorage
 import inference
 from cases import case_paths, find_case, find_cases
 from dataset import BrainSegmentationDataset
+from grid import Grid
 from phantom import make_volume
-from scan import Grid, Scan
+from scan import Scan
 from segmentation import Segmenter
 
 # From voxels (column, row, slice), which run left, posterior and up, to RAS: negated twice.
