@@ -154,8 +154,9 @@ def read_card(path: Path | str) -> dict:
         for names in content.get("cases", {}).values():
             if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
                 raise TypeError("cases")
-        if not isinstance(content.get("image_size", 256), int):
-            raise TypeError("image_size")
+        for name in ("image_size", "neighbours"):
+            if not isinstance(content.get(name, 0), int):
+                raise TypeError(name)
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{card}: is not the JSON card of {Path(path).name}; remove it") from error
     return content

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from cache import Prepared, prepare
 from cases import case_name, find_cases
 from utils import in_order
-from volume import Case
+from volume import Case, neighbourhoods
 
 Named = TypeVar("Named", Case, Path)
 SUBSETS = ("train", "validation", "test")
@@ -175,10 +175,21 @@ class BrainSegmentationDataset(Dataset):
         images, masks = self.batch([index])
         return images[0].float(), masks[0].float()
 
-    def batch(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Several slices at once, as stored: (B, C, N, N) float16 and (B, 1, N, N) bool."""
+    def batch(self, indices: Sequence[int], neighbours: int = 0) -> tuple[Tensor, Tensor]:
+        """Several slices at once, as stored: (B, C, N, N) float16 and (B, 1, N, N) bool.
+
+        With K `neighbours` on either side, their channels come too: (B, (2 K + 1) C, N, N).
+        """
         places = [self._place[index] for index in indices]
-        images = np.stack([self.volumes[v].images[s] for v, s in places])
+        seen = [
+            neighbourhoods(len(self.volumes[v].mask), neighbours)[s].tolist() for v, s in places
+        ]
+        images = np.stack(
+            [
+                np.concatenate(self.volumes[v].images[s])
+                for (v, _), s in zip(places, seen, strict=True)
+            ]
+        )
         masks = np.stack([self.volumes[v].mask[s][None] for v, s in places])
         return torch.from_numpy(images), torch.from_numpy(masks)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from checkpoint import load_state, model_from_state, read_card
-from volume import Frame, preprocess, restore
+from volume import Frame, neighbourhoods, preprocess, restore
 
 
 class Segmenter:
@@ -21,7 +21,8 @@ class Segmenter:
     `image_size` is what slices are resized to, `threshold` the least probability of a lesion,
     `largest_component` keeps the largest connected one only, `tta` averages over the slice and
     its mirror image, `amp` computes in bfloat16 (None: wherever the device does so natively).
-    The network is copied; `batch_size` is the most slices at once.
+    The network is copied; `batch_size` is the most slices at once, `neighbours` how many slices on
+    either side of each it was trained to see.
     """
 
     def __init__(
@@ -34,6 +35,7 @@ class Segmenter:
         batch_size: int = 16,
         device: torch.device | str | None = None,
         amp: bool | None = None,
+        neighbours: int = 0,
     ):
         stride = model.stride
         if image_size < stride or image_size % stride:
@@ -47,6 +49,7 @@ class Segmenter:
         self.threshold = threshold
         self.largest_component = largest_component
         self.tta = tta
+        self.neighbours = neighbours
         # A few slices at once stay in the cache of a processor, and are done a fifth sooner.
         self.batch_size = min(batch_size, 4) if self.device.type == "cpu" else batch_size
         self.amp = has_bfloat16(self.device) if amp is None else amp
@@ -58,8 +61,9 @@ class Segmenter:
         Raises FileNotFoundError or ValueError, naming the file, if it cannot be used.
         """
         _, model = model_from_state(load_state(path), path)
-        size = options.pop("image_size", None) or read_card(path).get("image_size", 256)
-        return cls(model, image_size=size, **options)
+        card = read_card(path)
+        size = options.pop("image_size", None) or card.get("image_size", 256)
+        return cls(model, image_size=size, neighbours=card.get("neighbours", 0), **options)
 
     def __call__(self, volume: np.ndarray) -> np.ndarray:
         """The mask (S, H, W), bool, of a raw volume (S, H, W, C) with C as trained.
@@ -76,7 +80,7 @@ class Segmenter:
 
     def check_channels(self, channels: int) -> None:
         """Raise ValueError unless the network takes that many."""
-        wanted = self.model.settings["in_channels"]
+        wanted = self.model.settings["in_channels"] // (2 * self.neighbours + 1)
         if channels != wanted:
             raise ValueError(
                 f"{channels} channel(s), but the model was trained on {wanted}; "
@@ -101,7 +105,8 @@ class Segmenter:
     def probabilities(self, images: Tensor) -> Tensor:
         """Probabilities (S, K, N, N), float32, on the device, of slices (S, C, N, N)."""
         self.model.eval()
-        return torch.cat([self._forward(batch) for batch in images.split(self.batch_size)])
+        seen = neighbourhoods(len(images), self.neighbours).split(self.batch_size)
+        return torch.cat([self._forward(images[slices].flatten(1, 2)) for slices in seen])
 
     def _forward(self, batch: Tensor) -> Tensor:
         batch = batch.to(self.device, torch.float32, memory_format=torch.channels_last)

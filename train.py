@@ -65,6 +65,9 @@ def get_parser() -> argparse.ArgumentParser:
         const=True,
         help="of resnext_unet: ImageNet weights for its encoder, fetched or from a file",
     )
+    add(
+        "--neighbours", type=int, default=0, help="slices seen on either side of each (%(default)s)"
+    )
     add("--init-weights", type=Path, help="weights to start from, as far as they fit")
 
     add = parser.add_argument_group("recipe").add_argument
@@ -147,6 +150,7 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
         "vis_freq": 0,
         "warmup": 0,
         "weight_decay": 0,
+        "neighbours": 0,
         "aug_angle": 0,
         "aug_intensity": 0,
     }

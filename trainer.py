@@ -24,8 +24,8 @@ from utils import Interruption, git_commit, make_generator, plain
 
 # Settings that change the numbers of a run: a resumed run keeps those it was started with.
 RECIPE = (
-    "model features pretrained image_size loss batch_size lr weight_decay schedule warmup ema "
-    "aug_scale aug_angle aug_intensity tumour_share drop_sequences seed folds fold amp keep"
+    "model features pretrained image_size neighbours loss batch_size lr weight_decay schedule warmup "
+    "ema aug_scale aug_angle aug_intensity tumour_share drop_sequences seed folds fold amp keep"
 ).split()
 
 
@@ -37,10 +37,10 @@ class Trainer:
         self.device = pick_device(args.device)
         self.amp = has_bfloat16(self.device) if args.amp is None else args.amp
         torch.backends.cudnn.deterministic = True  # same seed, same device, same result
-        channels = train_set.in_channels
-        if args.drop_sequences and channels != 3:
-            raise ValueError(f"--drop-sequences is for 3 sequences a slice, not {channels}")
-        settings = {"in_channels": channels}
+        self.sequences = train_set.in_channels
+        if args.drop_sequences and self.sequences != 3:
+            raise ValueError(f"--drop-sequences is for 3 sequences a slice, not {self.sequences}")
+        settings = {"in_channels": self.sequences * (2 * args.neighbours + 1)}
         if args.features:
             settings["init_features"] = args.features
         if args.pretrained and not args.resume:
@@ -98,7 +98,7 @@ class Trainer:
         if self.args.drop_sequences:
             images = drop_sequences(images, generator, self.args.drop_sequences)
         if self.args.aug_intensity:
-            images = vary_intensity(images, generator, self.args.aug_intensity)
+            images = vary_intensity(images, generator, self.args.aug_intensity, self.sequences)
         images = images.contiguous(memory_format=torch.channels_last)
         self.model.train()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
@@ -135,7 +135,7 @@ class Trainer:
         losses = []
         with bar:
             for batch in batches[self.step :]:
-                loss = self.train_step(*train_set.batch(batch.tolist()))
+                loss = self.train_step(*train_set.batch(batch.tolist(), self.args.neighbours))
                 losses.append(loss * len(batch))
                 self.step += 1
                 bar.update(len(batch))
@@ -196,6 +196,7 @@ class Trainer:
             batch_size=self.args.batch_size,
             device=self.device,
             amp=self.amp,
+            neighbours=self.args.neighbours,
         )
         loss, scores, masks = 0.0, {}, []
         for volume in tqdm(dataset.volumes, "validating", unit="case", leave=False, disable=None):
@@ -215,6 +216,7 @@ class Trainer:
             "model": self.args.model,
             "settings": self.model.settings,
             "image_size": self.args.image_size,
+            "neighbours": self.args.neighbours,
             "cases": {
                 "train": self.cases,
                 "validation": [volume.name for volume in validation_set.volumes],

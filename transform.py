@@ -44,12 +44,16 @@ def augment(
     return images + background, masks
 
 
-def vary_intensity(images: Tensor, generator: torch.Generator, strength: float) -> Tensor:
-    """Scale and shift each sequence of each slice (N, C, H, W), as other scanners would.
+def vary_intensity(
+    images: Tensor, generator: torch.Generator, strength: float, sequences: int
+) -> Tensor:
+    """Scale and shift each of the `sequences` of each slice (N, C, H, W), as other scanners would.
 
-    The factor is uniform in 1 ± `strength`, the shift in ± `strength` standard deviations.
+    The factor is uniform in 1 ± `strength`, the shift in ± `strength` standard deviations. Channels
+    are slices of so many sequences each, and vary alike.
     """
-    draws = strength * (2 * torch.rand(2, *images.shape[:2], 1, 1, generator=generator) - 1)
+    draws = torch.rand(2, len(images), sequences, 1, 1, generator=generator)
+    draws = strength * (2 * draws - 1).repeat(1, 1, images.shape[1] // sequences, 1, 1)
     factor, shift = draws.to(images.device)
     return images * (1 + factor) + shift
 
@@ -57,12 +61,13 @@ def vary_intensity(images: Tensor, generator: torch.Generator, strength: float) 
 def drop_sequences(images: Tensor, generator: torch.Generator, probability: float) -> Tensor:
     """Put FLAIR (channel 1) in the place of post-contrast (2), half the time of pre-contrast too.
 
-    That is how the LGG data set fills in for a missing sequence. Of slices (N, 3, H, W), a share
-    of `probability` is changed.
+    That is how the LGG data set fills in for a missing sequence. Of slices (N, C, H, W), a share
+    of `probability` is changed; channels are slices of three sequences each.
     """
     draws = torch.rand(len(images), 2, generator=generator).to(images.device)
     post = draws[:, 0] < probability
     pre = post & (draws[:, 1] < 0.5)
     keep = torch.zeros_like(post)
-    missing = torch.stack((pre, keep, post), dim=1)[:, :, None, None]  # (N, 3, 1, 1)
-    return torch.where(missing, images[:, 1:2], images)
+    missing = torch.stack((pre, keep, post), dim=1)[:, None, :, None, None]  # (N, 1, 3, 1, 1)
+    slices = images.unflatten(1, (-1, 3))  # (N, slices, 3, H, W)
+    return torch.where(missing, slices[:, :, 1:2], slices).flatten(1, 2)

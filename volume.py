@@ -255,6 +255,15 @@ def restore(output: Tensor, frame: Frame) -> Tensor:
     return restored > 0.5 if output.dtype == torch.bool else restored
 
 
+def neighbourhoods(slices: int, neighbours: int) -> Tensor:
+    """For each slice, which slices (S, 2 K + 1) the network sees: itself amid K on either side.
+
+    Beyond the first and the last slice, that one is seen again.
+    """
+    around = torch.arange(slices)[:, None] + torch.arange(-neighbours, neighbours + 1)
+    return around.clamp(0, slices - 1)
+
+
 def check_volume(volume: np.ndarray) -> None:
     """Raise ValueError unless `volume` is a finite, numeric, non-empty (S, H, W, C) array."""
     if volume.ndim != 4 or volume.size == 0:

@@ -72,6 +72,16 @@ def test_batch_is_the_items_as_stored(data):
         assert torch.equal(masks[k].float(), data[index][1])
 
 
+def test_batch_with_neighbours(data):
+    """Slices 0 and 7 are the ends of a case, slice 8 the start of the next one."""
+    images, masks = data.batch([0, 3, 7, 8], neighbours=1)
+    assert images.shape == (4, 9, SIZE, SIZE)
+    for place, seen in enumerate([(0, 0, 1), (2, 3, 4), (6, 7, 7), (8, 8, 9)]):
+        expected, _ = data.batch(seen)
+        assert torch.equal(images[place], expected.flatten(0, 1))
+    assert torch.equal(masks, data.batch([0, 3, 7, 8])[1])
+
+
 def test_locate_says_case_and_slice_number(data):
     assert data.locate(0) == ("phantom_000", 1)
     assert data.locate(7) == ("phantom_000", 8)

@@ -475,6 +475,20 @@ def test_image_size_and_device_are_checked(phantoms, weights, tmp_path):
         assert "'cuda' is not there" in refused(phantoms, tmp_path, weights, "--device", "cuda")
 
 
+def test_neighbours_travel_in_the_card(phantoms, tmp_path, capsys):
+    import train
+
+    options = ["--features", "4", "--image-size", "32", "--epochs", "1", "--neighbours", "1"]
+    options += ["--drop-sequences", "0.2", "--aug-intensity", "0.1", "--weights", str(tmp_path)]
+    train.main(["--images", str(phantoms), *options, "--logs", str(tmp_path / "logs")])
+    only = "--cases", "phantom_003"
+    assert infer(phantoms, tmp_path, tmp_path / "unet.pt", *only) == 0
+    (tmp_path / "unet.json").unlink()  # then nothing says that 9 channels are 3 slices
+    capsys.readouterr()
+    assert infer(phantoms, tmp_path, tmp_path / "unet.pt", *only, "--image-size", 32) == 1
+    assert "3 channel(s), but the model was trained on 9" in one_sentence(capsys)
+
+
 def test_the_second_network_trains_and_segments_by_its_name_alone(phantoms, tmp_path, capsys):
     import train
 

@@ -69,6 +69,19 @@ def test_folded_batch_norm_gives_the_same_logits(network):
     assert all(torch.equal(after[name], value) for name, value in before.items()), "left as it was"
 
 
+def test_a_network_that_sees_neighbours_gets_them(volume):
+    torch.manual_seed(0)
+    network = UNet(9, init_features=2).eval()
+    images = preprocess(volume, 48)[0]  # (6, 3, 48, 48)
+    before, after = (images[[0, 0, 1, 2, 3, 4]], images[[1, 2, 3, 4, 5, 5]])
+    with torch.inference_mode():
+        expected = network(torch.cat((before, images, after), dim=1))
+    segment = segmenter(network, neighbours=1)
+    torch.testing.assert_close(segment.probabilities(images), expected, atol=1e-5, rtol=0)
+    with pytest.raises(ValueError, match=r"2 channel\(s\), but the model was trained on 3"):
+        segment(volume[..., :2])
+
+
 # Masks
 
 

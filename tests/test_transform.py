@@ -167,11 +167,11 @@ def test_global_random_state_is_left_alone():
 def test_intensity_varies_by_slice_and_sequence_within_its_bounds():
     images = torch.ones(50, 3, 2, 2)
     before = images.clone()
-    varied = vary_intensity(images, make_generator(0), 0.1)
+    varied = vary_intensity(images, make_generator(0), 0.1, 3)
     assert torch.equal(images, before)
     assert (varied.std(dim=(2, 3)) == 0).all() and len(varied[:, :, 0, 0].unique()) == 150
     assert 0.8 <= varied.min() < 0.85 and 1.15 < varied.max() <= 1.2
-    assert torch.equal(varied, vary_intensity(images, make_generator(0), 0.1))
+    assert torch.equal(varied, vary_intensity(images, make_generator(0), 0.1, 3))
 
 
 def test_dropped_sequences_are_filled_with_flair():
@@ -185,3 +185,17 @@ def test_dropped_sequences_are_filled_with_flair():
     assert pre.float().mean() == pytest.approx(0.1, abs=0.03)
     assert not (pre & ~post).any()
     assert torch.equal(drop_sequences(images, make_generator(0), 0.0), images)
+
+
+def test_the_slices_that_a_sample_sees_vary_and_lose_sequences_alike():
+    """Of 9 channels, three slices of three sequences."""
+    images = torch.arange(3.0)[None, :, None, None].repeat(400, 3, 2, 2)
+    dropped = drop_sequences(images, make_generator(0), 0.5)[:, :, 0, 0]
+    assert torch.equal(dropped[:, :3], dropped[:, 3:6]) and torch.equal(
+        dropped[:, :3], dropped[:, 6:]
+    )
+    assert torch.equal(
+        dropped[:, :3], drop_sequences(images[:, :3], make_generator(0), 0.5)[:, :, 0, 0]
+    )
+    varied = vary_intensity(images, make_generator(0), 0.1, 3)
+    assert torch.equal(varied[:, :3], varied[:, 3:6]) and torch.equal(varied[:, :3], varied[:, 6:])

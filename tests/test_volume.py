@@ -10,7 +10,7 @@ import torch
 import phantom
 from cases import find_case
 from metrics import dsc
-from volume import Frame, preprocess, preprocess_mask, restore
+from volume import Frame, neighbourhoods, preprocess, preprocess_mask, restore
 
 
 @pytest.fixture(scope="module")
@@ -203,3 +203,9 @@ def test_probabilities_stay_in_range_and_are_0_outside_the_crop():
     assert restored.sum().item() == pytest.approx(inside.sum().item())
     mixed = restore(torch.rand(2, 32, 32), frame)
     assert mixed.min() >= 0 and mixed.max() <= 1
+
+
+def test_neighbourhoods():
+    assert neighbourhoods(4, 1).tolist() == [[0, 0, 1], [0, 1, 2], [1, 2, 3], [2, 3, 3]]
+    assert neighbourhoods(3, 0).tolist() == [[0], [1], [2]]
+    assert neighbourhoods(1, 2).tolist() == [[0] * 5]
