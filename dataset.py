@@ -181,17 +181,13 @@ class BrainSegmentationDataset(Dataset):
         With K `neighbours` on either side, their channels come too: (B, (2 K + 1) C, N, N).
         """
         places = [self._place[index] for index in indices]
-        seen = [
-            neighbourhoods(len(self.volumes[v].mask), neighbours)[s].tolist() for v, s in places
-        ]
-        images = np.stack(
-            [
-                np.concatenate(self.volumes[v].images[s])
-                for (v, _), s in zip(places, seen, strict=True)
-            ]
-        )
+        images = np.stack([self._channels(v, s, neighbours) for v, s in places])
         masks = np.stack([self.volumes[v].mask[s][None] for v, s in places])
         return torch.from_numpy(images), torch.from_numpy(masks)
+
+    def _channels(self, v: int, s: int, neighbours: int) -> np.ndarray:
+        images = self.volumes[v].images
+        return np.concatenate(images[neighbourhoods(len(images), neighbours)[s].tolist()])
 
     def locate(self, index: int) -> tuple[str, int]:
         """The case and the slice number that an item comes from."""

@@ -24,8 +24,9 @@ from utils import Interruption, git_commit, make_generator, plain
 
 # Settings that change the numbers of a run: a resumed run keeps those it was started with.
 RECIPE = (
-    "model features pretrained image_size neighbours loss batch_size lr weight_decay schedule warmup "
-    "ema aug_scale aug_angle aug_intensity tumour_share drop_sequences seed folds fold amp keep"
+    "model features pretrained image_size neighbours loss batch_size lr weight_decay schedule "
+    "warmup ema aug_scale aug_angle aug_intensity tumour_share drop_sequences seed folds fold amp "
+    "keep"
 ).split()
 
 
