@@ -17,6 +17,7 @@ figure of sorted DSCs are written too, and cases that the weights were trained o
 from __future__ import annotations
 
 import argparse
+import functools
 import math
 import signal
 import sys
@@ -154,18 +155,16 @@ def segment_all(
 ) -> Iterator[Result | Exception]:
     """For each case its result, written to disk, or what is wrong with its files.
 
-    Threads read ahead and write behind while the network runs.
+    Threads read ahead and write behind while the network runs; or, on a processor, each does all.
     """
 
-    def segmented() -> Iterator[Result | Exception]:
-        loading = in_order(lambda source: load(source, segmenter, args), sources, args.workers)
-        for item in tqdm(loading, "segmenting", len(sources), unit="case", disable=None):
-            if isinstance(item, Result) and item.fresh:
-                item.prediction = segmenter.segment(item.images, item.frame)
-                item.images = None
-            yield item
+    def segmented(item: Result | Exception) -> Result | Exception:
+        if isinstance(item, Result) and item.fresh:
+            item.prediction = segmenter.segment(item.images, item.frame)
+            item.images = None
+        return item
 
-    def finish(item: Result | Exception) -> Result | Exception:
+    def finished(item: Result | Exception) -> Result | Exception:
         if isinstance(item, Result):
             if item.fresh:
                 write_case(item, args.predictions)
@@ -173,7 +172,18 @@ def segment_all(
                 item.row = row_of(item)
         return item
 
-    return in_order(finish, segmented(), args.workers)
+    def loaded(source: Path | Case) -> Result | Exception:
+        return load(source, segmenter, args)
+
+    bar = functools.partial(tqdm, desc="segmenting", total=len(sources), unit="case", disable=None)
+    if segmenter.device.type == "cpu" and len(sources) > 1:
+        # Several cases at once with a core each: nothing waits for a thread that another one holds.
+        def whole(source: Path | Case) -> Result | Exception:
+            return finished(segmented(loaded(source)))
+
+        return iter(bar(in_order(whole, sources, args.workers)))
+    ahead = bar(in_order(loaded, sources, args.workers))
+    return in_order(finished, map(segmented, ahead), args.workers)
 
 
 def load(source: Path | Case, segmenter: Segmenter, args: argparse.Namespace) -> Result | Exception:
