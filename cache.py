@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import tempfile
+import threading
 import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -25,6 +26,9 @@ from utils import worker_threads
 from volume import VERSION, Case, Frame, preprocess, preprocess_mask
 
 ARRAYS = ("images", "mask", "truth")
+# np.load parses a file's header with ast, which threads must not do at once in Python 3.11
+# (https://github.com/python/cpython/issues/106905).
+ONE_AT_A_TIME = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -96,7 +100,8 @@ def _open_entry(entry: Path, case: Case, fingerprint: str) -> Prepared | None:
             return None
         if _frame_checksum(about["frame"]) != about["checksums"]["frame"]:
             return None
-        arrays = {name: np.load(entry / f"{name}.npy", mmap_mode="c") for name in ARRAYS}
+        with ONE_AT_A_TIME:
+            arrays = {name: np.load(entry / f"{name}.npy", mmap_mode="c") for name in ARRAYS}
         frame = {k: tuple(v) if isinstance(v, list) else v for k, v in about["frame"].items()}
         return Prepared(case, Frame(**frame), **arrays)
     except (OSError, ValueError, KeyError, TypeError):

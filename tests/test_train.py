@@ -174,9 +174,9 @@ def test_every_epoch_draws_afresh(phantoms, tmp_path, monkeypatch):
     drawn, seeds = [], []
     batch, augment = BrainSegmentationDataset.batch, trainer.augment
 
-    def spy_batch(self, indices):
+    def spy_batch(self, indices, neighbours):
         drawn.append(list(indices))
-        return batch(self, indices)
+        return batch(self, indices, neighbours)
 
     def spy_augment(images, masks, generator, *settings):
         seeds.append(generator.initial_seed())
