@@ -33,7 +33,7 @@ def case_paths(
     if not root.exists():
         raise FileNotFoundError(f"{root}: no such folder; give the folder that holds the cases")
     if not root.is_dir() and not is_scan(root):
-        raise ValueError(f"{root}: is no volume file; give one, or the folder that holds the cases")
+        raise ValueError(f"{root}: is no volume file; give one, or the folder of its case")
     paths = [root.resolve()] if is_scan(root) else _cases_in(root, other_than)
     if not paths:
         raise ValueError(

@@ -82,7 +82,9 @@ def load_tensors(path: Path | str) -> dict:
     except PermissionError:
         raise
     except Exception as error:  # of a damaged file, torch.load may raise nearly anything
-        raise ValueError(f"{path}: is damaged or cut short; fetch it again") from error
+        raise ValueError(
+            f"{path}: is no file of weights, or is damaged or cut short; fetch it again"
+        ) from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: holds no state dict; save model.state_dict()")
     return content

@@ -74,7 +74,8 @@ def main(argv: list[str] | None = None) -> None:
 
 def run(args: argparse.Namespace, options: dict) -> None:
     """Score every model on every case, print the tables, write the files."""
-    models = open_models(args.weights or [f"brainseg={shipped_weights('unet')}"], options)
+    shipped = shipped_weights("unet")
+    models = open_models(args.weights or [f"{shipped.stem}={shipped}"], options)
     cases, left_out = choose_cases(args.images, args.subset, args.cases, models)
     check_writable(args.out)
     if args.report:

@@ -98,6 +98,7 @@ METRICS = {
     "lesion_recall": lesion_recall,
     "lesion_precision": lesion_precision,
 }
+FEW = 5  # cases, under which an interval would say too much
 DISTANCES = {"hd95": hd95, "assd": assd}
 
 
@@ -151,12 +152,10 @@ def summarise(
 
 
 def describe(values: Sequence[float], patients: Sequence[str] | None = None) -> str:
-    """One line that says mean, median, interval and n of the DSCs."""
+    """One line that says mean, median, n and, unless of a few, the interval of the DSCs."""
     s = summarise(values, patients)
-    return (
-        f"DSC mean {s['mean']:.3f} (95 % interval {s['low']:.3f} to {s['high']:.3f}), "
-        f"median {s['median']:.3f}, n = {s['n']}"
-    )
+    interval = f" (95 % interval {s['low']:.3f} to {s['high']:.3f})" if s["n"] >= FEW else ""
+    return f"DSC mean {s['mean']:.3f}{interval}, median {s['median']:.3f}, n = {s['n']}"
 
 
 def _overlap(a: np.ndarray, b: np.ndarray) -> int:

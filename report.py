@@ -11,9 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from comparison import SCORES, SETTINGS
+from metrics import FEW
 from utils import written_whole
-
-FEW = 5  # cases, under which an interval would say too much
 
 
 @dataclass
@@ -76,7 +75,8 @@ def _score_table(summary: dict[str, dict]) -> Table:
         ["model", "n", "DSC (95 % interval)", "median", *(SCORES[name] for name in others)],
         rows,
         "Means over cases, each in the geometry of its source; intervals by bootstrap over "
-        "patients. (k): over the k cases where it is defined.\n" + "\n".join(notes),
+        f"patients, from {FEW} cases on. (k): over the k cases where it is defined.\n"
+        + "\n".join(notes),
     )
 
 

@@ -125,6 +125,8 @@ def get_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict | 
         return args, None
 
     path = args.weights / f"{args.model}.ckpt"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: nothing to go on from; start without --resume")
     checkpoint = load_tensors(path)
     settings = checkpoint.get("args", {})
     if not (CHECKPOINT <= checkpoint.keys() and set(RECIPE) <= settings.keys()):

@@ -202,6 +202,7 @@ def test_nothing_to_summarise_is_no_crash(values, recwarn):
 
 
 def test_describe_is_one_line_with_everything():
-    line = describe([0.5, 0.7, 0.9])
+    line = describe([0.5, 0.6, 0.7, 0.8, 0.9])
     assert line.startswith("DSC mean 0.700 (95 % interval 0.")
-    assert line.endswith("median 0.700, n = 3")
+    assert line.endswith("median 0.700, n = 5")
+    assert describe([0.5, 0.7, 0.9]) == "DSC mean 0.700, median 0.700, n = 3", "too few"
