@@ -31,9 +31,9 @@ import plain  # noqa: E402
 
 from cache import prepare  # noqa: E402
 from cases import find_cases  # noqa: E402
-from checkpoint import shipped_weights  # noqa: E402
+from checkpoint import load_pretrained, shipped_weights  # noqa: E402
 from dataset import BrainSegmentationDataset, select_cases  # noqa: E402
-from segmentation import has_bfloat16  # noqa: E402
+from segmentation import Segmenter, has_bfloat16  # noqa: E402
 from train import get_args  # noqa: E402
 from trainer import Trainer  # noqa: E402
 from transform import augment  # noqa: E402
@@ -156,6 +156,24 @@ def bench_step(cases: list, args: argparse.Namespace) -> None:
         row(f"training step, batch {BATCH}, {SIZE} x {SIZE}, {name}", ours, theirs, "s")
 
 
+def bench_network(cases: list, args: argparse.Namespace) -> None:
+    """Probabilities of 32 slices that are in memory: eager, batch 16, or through the Segmenter."""
+    dataset = BrainSegmentationDataset(args.images, "validation", SIZE)
+    images = torch.stack([dataset[index][0] for index in range(32)])
+    model = load_pretrained("unet")
+
+    def theirs() -> None:
+        with torch.inference_mode():
+            for batch in images.split(BATCH):
+                model(batch)
+
+    eager = seconds(theirs, 3) / len(images)
+    for amp in [False] + [True] * has_bfloat16(torch.device("cpu")):
+        segmenter = Segmenter(model, SIZE, device="cpu", amp=amp)
+        ours = seconds(lambda s=segmenter: s.probabilities(images), 3) / len(images)
+        row(f"network alone, {'bfloat16' if amp else 'float32'}", ours, eager, "s a slice")
+
+
 def bench_inference(cases: list, args: argparse.Namespace) -> None:
     """The ten validation cases, whole process: start, reading, network, pictures, figure."""
     names = [case.name for case in select_cases(cases, "validation")]
@@ -209,6 +227,7 @@ BENCHES = {
     "start": bench_start,
     "augment": bench_augment,
     "step": bench_step,
+    "network": bench_network,
     "inference": bench_inference,
     "memory": bench_memory,
 }
