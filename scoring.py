@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from torch import Tensor
 
 from cases import case_name, case_paths, find_case
 from checkpoint import file_hash, read_card
@@ -181,39 +182,56 @@ def score_all(
 
     def scores(item: tuple) -> tuple[bytes, list[dict], dict]:
         case, volume, truth, maps = item
-        about = {
-            "case": case.name,
-            "patient": patient_of(case.name),
-            "subset": subset_of(case.name),
-            "site": site_of(case.name),
-            "missing": missing_sequences(volume),
-            "slices": len(truth),
-            "lesion_voxels": int(truth.sum()),
-        }
-        rows, pictures, grey = [], {}, to_grey(volume)
-        for model in models:
-            row = {"model": model.name, **about}
-            if model.scores:
-                rows.append(row | scores_of(model, case, row))
-                continue
-            probabilities = maps[model.name]
-            (network,) = model.networks_for(case.name)
-            mask = to_mask(probabilities, threshold, largest_component)
-            rows.append(
-                row
-                | {"weights": str(network.file)}
-                | {"chose_epoch": int(about["patient"] in network.chose)}
-                | {"predicted_voxels": int(mask.sum())}
-                | score(mask, truth, case.spacing)
-                | {key: dsc(to_mask(probabilities, *s), truth) for key, s in SETTINGS.items()}
-            )
-            k = int((truth if truth.any() else mask).sum(axis=(1, 2)).argmax())
-            slices = (array[k : k + 1] for array in (grey, mask, truth))
-            pictures[model.name, case.name] = outline(*slices, side=256)[0]
+        rows, pictures = score_case(case, volume, truth, maps, models, threshold, largest_component)
         fingerprint = hashlib.sha256(np.ascontiguousarray(volume)).digest()
         return fingerprint + hashlib.sha256(truth).digest(), rows, pictures
 
     return in_order(scores, segmented(), workers)
+
+
+def score_case(
+    case: Case,
+    volume: np.ndarray,
+    truth: np.ndarray,
+    maps: dict[str, Tensor],
+    models: Sequence[Model],
+    threshold: float,
+    largest_component: bool,
+) -> tuple[list[dict], dict]:
+    """A row a model, and by (model, case) a picture of the slice with most lesion.
+
+    `maps` holds the lesion probabilities (S, H, W) of each model that is no table.
+    """
+    about = {
+        "case": case.name,
+        "patient": patient_of(case.name),
+        "subset": subset_of(case.name),
+        "site": site_of(case.name),
+        "missing": missing_sequences(volume),
+        "slices": len(truth),
+        "lesion_voxels": int(truth.sum()),
+    }
+    rows, pictures, grey = [], {}, to_grey(volume)
+    for model in models:
+        row = {"model": model.name, **about}
+        if model.scores:
+            rows.append(row | scores_of(model, case, row))
+            continue
+        probabilities = maps[model.name]
+        (network,) = model.networks_for(case.name)
+        mask = to_mask(probabilities, threshold, largest_component)
+        rows.append(
+            row
+            | {"weights": str(network.file)}
+            | {"chose_epoch": int(about["patient"] in network.chose)}
+            | {"predicted_voxels": int(mask.sum())}
+            | score(mask, truth, case.spacing)
+            | {key: dsc(to_mask(probabilities, *s), truth) for key, s in SETTINGS.items()}
+        )
+        k = int((truth if truth.any() else mask).sum(axis=(1, 2)).argmax())
+        slices = (array[k : k + 1] for array in (grey, mask, truth))
+        pictures[model.name, case.name] = outline(*slices, side=256)[0]
+    return rows, pictures
 
 
 def scores_of(model: Model, case: Case, row: dict) -> dict:
