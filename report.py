@@ -59,7 +59,11 @@ def tables(summary: dict[str, dict]) -> list[Table]:
 
 
 def _score_table(summary: dict[str, dict]) -> Table:
-    rows, notes = [], []
+    rows = []
+    notes = [
+        "Means over cases, each in the geometry of its source; intervals by bootstrap over "
+        f"patients, from {FEW} cases on. (k): over the k cases where it is defined."
+    ]
     for name, about in summary.items():
         dsc, *others = about["scores"].values()
         rows.append([name, str(dsc["n"]), _interval(dsc), f"{dsc['median']:.3f}"])
@@ -74,9 +78,7 @@ def _score_table(summary: dict[str, dict]) -> Table:
         "Scores",
         ["model", "n", "DSC (95 % interval)", "median", *(SCORES[name] for name in others)],
         rows,
-        "Means over cases, each in the geometry of its source; intervals by bootstrap over "
-        f"patients, from {FEW} cases on. (k): over the k cases where it is defined.\n"
-        + "\n".join(notes),
+        "\n".join(notes),
     )
 
 

@@ -1,11 +1,14 @@
-"""Train every network with every loss, all else alike, and compare them on the validation cases.
+"""What is each choice worth? Trainings that differ in one thing, compared by cross-validation.
 
-    python3 benchmarks/ablation.py --images ./kaggle_3m --out ablation
-    python3 benchmarks/ablation.py --images ./kaggle_3m --models unet --seeds 0 1 2 -- --ema 0
+    python3 benchmarks/ablation.py --images ./kaggle_3m --study recipe
+    python3 benchmarks/ablation.py --images ./kaggle_3m --study networks --fold 0
+    python3 benchmarks/ablation.py --images ./kaggle_3m --study recipe -- --image-size 128
 
-Each training keeps its last epoch, so that nothing is chosen on the cases it is scored on. What
-follows -- goes to each train.py and replaces the recipe below. A call that was stopped goes on
-where it was; the tables, the figure and OUT/report.html come from evaluate.py at the end.
+Study `networks` trains each network with each loss, `recipe` changes one piece of the recipe after
+the other. Every variant is trained once a fold of 5, by patient, and keeps its last epoch, so
+that nothing is chosen on the cases it is scored on. What follows -- are options of train.py for
+all of them. A call that was stopped goes on where it was. In the end evaluate.py pools the folds
+and compares every variant with the first, case by case: OUT/<study>/report.html.
 """
 
 from __future__ import annotations
@@ -22,8 +25,31 @@ sys.path.insert(0, str(ROOT))
 from checkpoint import MODELS  # noqa: E402
 from loss import LOSSES  # noqa: E402
 
-RECIPE = """--image-size 128 --epochs 10 --lr 1e-3 --schedule cosine --warmup 200 --ema 0.998
---tumour-share 0.35 --aug-intensity 0.3 --aug-scale 0.2 --drop-sequences 0.1""".split()
+# Of 600 steps: the moving average and the warm-up are as short as the training.
+RECIPE = """--image-size 64 --epochs 4 --lr 2e-3 --schedule cosine --warmup 50 --ema 0.99
+--loss bce-dice --tumour-share 0.35 --aug-scale 0.2 --aug-intensity 0.3 --drop-sequences 0.1
+--keep last --vis-freq 0""".split()
+STUDIES = {
+    "networks": {
+        f"{model}-{loss}": f"--model {model} --loss {loss}"
+        for loss, model in product(LOSSES, MODELS)
+    },
+    "recipe": {
+        "recipe": "",
+        "dice": "--loss dice",
+        "constant-rate": "--schedule constant",
+        "no-average": "--ema 0",
+        "drawn-by-area": "--tumour-share 0",
+        "little-scale": "--aug-scale 0.05",
+        "no-intensity": "--aug-intensity 0",
+        "no-dropped-sequence": "--drop-sequences 0",
+        "three-slices": "--neighbours 1",
+        "adamw": "--weight-decay 0.01",
+        "tversky": "--loss tversky",
+        "focal-tversky": "--loss focal-tversky",
+    },
+}
+SMALL = {"networks": "", "recipe": "--features 8"}
 
 
 def main() -> None:
@@ -31,28 +57,28 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--images", type=Path, required=True, help="the real cases")
+    parser.add_argument("--study", choices=STUDIES, required=True)
+    parser.add_argument("--fold", nargs="+", type=int, default=[0, 1, 2, 3, 4], help="of 5 (all)")
     parser.add_argument("--out", type=Path, default="ablation", help="folder (%(default)s)")
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--losses", nargs="+", choices=LOSSES, default=list(LOSSES))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[42], help="(42)")
-    parser.add_argument("recipe", nargs="*", help="options of train.py")
+    parser.add_argument("options", nargs="*", help="of train.py, after --")
     args = parser.parse_args()
 
-    named = []
-    for model, loss, seed in product(args.models, args.losses, args.seeds):
-        name = f"{model}-{loss}" + (f"-{seed}" if len(args.seeds) > 1 else "")
-        folder = args.out / name
+    out = args.out / args.study
+    for (name, change), fold in product(STUDIES[args.study].items(), args.fold):
+        model = change.split()[1] if "--model" in change else "unet"
+        folder = out / name / f"fold{fold}"
         command = ["train.py", "--images", args.images, "--weights", folder, "--model", model]
         if (folder / f"{model}.ckpt").exists():
             command += ["--resume"]
         else:
-            command += ["--loss", loss, "--seed", seed, "--keep", "last", "--vis-freq", 0]
-            command += ["--logs", folder / "logs", *(args.recipe or RECIPE)]
-        print(f"\n{name}", flush=True)
+            command += ["--folds", 5, "--fold", fold, "--logs", folder / "logs", *RECIPE]
+            command += [*SMALL[args.study].split(), *args.options, *change.split()]
+        print(f"\n{name}, fold {fold}", flush=True)
         run(command)
-        named.append(f"{name}={folder / model}.pt")
-    options = ["--out", args.out / "evaluation", "--report", args.out / "report.html"]
-    run(["evaluate.py", "--images", args.images, *options, "--weights", *named])
+    models = [f"{name}={out / name}" for name in STUDIES[args.study]]
+    where = ["--out", out / "evaluation", "--report", out / "report.html"]
+    run(["evaluate.py", "--images", args.images, "--subset", "train", "validation", *where]
+        + ["--weights", *models])  # fmt: skip
 
 
 def run(command: list[object]) -> None:
