@@ -21,7 +21,6 @@ import argparse
 import hashlib
 import json
 import signal
-from importlib.metadata import version
 from pathlib import Path
 
 from tqdm import tqdm
@@ -35,9 +34,8 @@ from utils import (
     add_segmenter_options,
     check_writable,
     fail,
-    git_commit,
     make_parser,
-    plain,
+    provenance,
     segmenter_options,
     write_json,
     write_table,
@@ -98,11 +96,8 @@ def run(args: argparse.Namespace, options: dict) -> None:
     if left_out:
         print(f"\n{len(left_out)} cases left out: a model was trained on their patients")
 
-    about = {
-        "arguments": plain(args),
+    about = provenance(args) | {
         "weights": {model.name: describe(model) for model in models},
-        "commit": git_commit(),
-        "versions": {name: version(name) for name in ("torch", "numpy", "scikit-image", "medpy")},
         "cases": [case.name for case in cases],
         "left out": left_out,
         "SHA-256 of the voxels and masks": digest.hexdigest(),

@@ -6,12 +6,14 @@
     python3 inference.py --flair f.nii.gz --post t1ce.nii.gz     sequences in files of their own
     python3 inference.py --images ./kaggle_3m --subset validation
     python3 inference.py --images ./kaggle_3m --weights weights/unet.pt --skip-existing
+    python3 inference.py --config settings.yaml                  the names of the flags; flags win
 
 For every source slice, PREDICTIONS/<case>/ gets <case>_<k>_mask.tif (0 or 255, the source's
 height and width) and <case>_<k>.png with the outline drawn (green truth, red prediction);
 PREDICTIONS/<case>.gif shows them one after another. A volume file gets one mask on its own grid,
 PREDICTIONS/<case>_mask.nii.gz, in place of the TIFFs. Where cases have masks, metrics.csv and the
 figure of sorted DSCs are written too, and cases that the weights were trained on are marked.
+args.json says how it was done.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cases import case_paths, find_case, find_sequences
-from checkpoint import read_card, shipped_weights
+from checkpoint import file_hash, read_card, shipped_weights
 from dataset import SUBSETS, patient_of, select_cases
 from metrics import describe, score
 from scan import Scan
@@ -45,11 +47,13 @@ from utils import (
     make_parser,
     naming,
     outline,
+    provenance,
     save_dsc_figure,
     save_gif,
     segmenter_options,
     sentence,
     to_grey,
+    write_json,
     write_table,
 )
 from volume import Case, Frame, read_slice
@@ -126,6 +130,8 @@ def run(args: argparse.Namespace, options: dict) -> int:
         if path in (target, target / path.name):  # also of a volume file: beside it lie true masks
             raise ValueError(f"{path}: is a source; name another folder with --predictions")
 
+    about = {"weights": {str(weights): file_hash(weights)}}
+    write_json(args.predictions / "args.json", provenance(args) | about)
     rows, failed, kept = [], 0, 0
     try:
         for result in segment_all(sources, segmenter, args):

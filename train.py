@@ -3,6 +3,7 @@
     python3 train.py --images ./kaggle_3m                 100 epochs; best weights: weights/unet.pt
     python3 train.py --resume                             go on after an interruption
     python3 train.py --resume --epochs 150                train on for longer
+    python3 train.py --config settings.yaml               the names of the flags; flags win
     python3 train.py --folds 5 --fold 0                   cross-validation by patient
     python3 train.py --init-weights weights/unet.pt ...   fine-tune
     tensorboard --logdir logs                             curves and outlined slices
@@ -221,7 +222,7 @@ def run(args: argparse.Namespace, checkpoint: dict | None) -> None:
     from torch.utils.tensorboard import SummaryWriter  # slow: nobody waits for it with --help
 
     with SummaryWriter(args.logs, purge_step=trainer.epoch + 1) as log:
-        write_json(args.logs / "args.json", about | {"args": plain(args)})
+        write_json(args.logs / "args.json", about | {"args": plain(args) | {"resume": False}})
         interruption = Interruption()
         weights = train_set.sampling_weights(args.tumour_share)
         bar = tqdm(total=args.epochs, initial=trainer.epoch, desc=args.model, disable=None)

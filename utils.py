@@ -13,27 +13,30 @@ import tempfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import NoReturn, TypeVar
 
 import numpy as np
 import torch
 
+from config import ConfigParser
+
 T, R = TypeVar("T"), TypeVar("R")
 GREEN, RED = (0, 255, 0), (255, 0, 0)
 
 
-def make_parser(doc: str) -> argparse.ArgumentParser:
+def make_parser(doc: str) -> ConfigParser:
     """A parser whose --help is the script's docstring, then one line an option."""
 
     class Formatter(argparse.MetavarTypeHelpFormatter, argparse.RawDescriptionHelpFormatter):
         def __init__(self, prog: str, **_: object):
             super().__init__(prog, max_help_position=32, width=100)
 
-    return argparse.ArgumentParser(
-        usage="%(prog)s [options]", description=doc, formatter_class=Formatter
-    )
+    parser = ConfigParser(usage="%(prog)s [options]", description=doc, formatter_class=Formatter)
+    parser.add_argument("--config", type=Path, help="YAML or args.json with any of these settings")
+    return parser
 
 
 def add_segmenter_options(parser: argparse.ArgumentParser) -> None:
@@ -71,6 +74,15 @@ def segmenter_options(parser: argparse.ArgumentParser, args: argparse.Namespace)
 def plain(args: argparse.Namespace) -> dict:
     """The arguments as JSON and a checkpoint can hold them."""
     return {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
+
+
+def provenance(args: argparse.Namespace) -> dict:
+    """What args.json says of a run: its arguments (a valid --config), the code and libraries."""
+    versions = {}
+    for name in ("torch", "numpy", "scikit-image", "medpy"):
+        with suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    return {"args": plain(args), "commit": git_commit(), "versions": versions}
 
 
 def git_commit() -> str | None:
