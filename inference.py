@@ -20,15 +20,12 @@ from __future__ import annotations
 
 import argparse
 import functools
-import math
 import signal
 import sys
-import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
-import imageio.v3 as iio
 import numpy as np
 from torch import Tensor
 from tqdm import tqdm
@@ -36,8 +33,8 @@ from tqdm import tqdm
 from cases import case_paths, find_case, find_sequences
 from checkpoint import file_hash, read_card, shipped_weights
 from dataset import SUBSETS, patient_of, select_cases
-from metrics import describe, score
-from scan import Scan
+from metrics import describe
+from predictions import find_masks, table_row, write_case
 from segmentation import Segmenter
 from utils import (
     add_segmenter_options,
@@ -45,18 +42,14 @@ from utils import (
     fail,
     in_order,
     make_parser,
-    naming,
-    outline,
     provenance,
     save_dsc_figure,
-    save_gif,
     segmenter_options,
     sentence,
-    to_grey,
     write_json,
     write_table,
 )
-from volume import Case, Frame, read_slice
+from volume import Case, Frame
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -173,9 +166,9 @@ def segment_all(
     def finished(item: Result | Exception) -> Result | Exception:
         if isinstance(item, Result):
             if item.fresh:
-                write_case(item, args.predictions)
+                write_case(args.predictions, item.case, item.volume, item.prediction, item.truth)
             if item.truth is not None:
-                item.row = row_of(item)
+                item.row = table_row(item.case, item.prediction, item.truth)
         return item
 
     def loaded(source: Path | Case) -> Result | Exception:
@@ -199,7 +192,7 @@ def load(source: Path | Case, segmenter: Segmenter, args: argparse.Namespace) ->
         for note in case.notes:
             tqdm.write(note, file=sys.stderr)
         volume, truth = case.read_pair() if case.masks else (case.read(), None)
-        earlier = find_prediction(case, args.predictions) if args.skip_existing else None
+        earlier = find_masks(args.predictions, case) if args.skip_existing else None
         if earlier is not None and earlier.shape == volume.shape[:3]:
             return Result(case, volume, truth, fresh=False, prediction=earlier)
     except (ValueError, OSError) as error:
@@ -209,62 +202,6 @@ def load(source: Path | Case, segmenter: Segmenter, args: argparse.Namespace) ->
     except ValueError as error:
         return ValueError(f"{case.folder}: {error}")
     return Result(case, volume, truth, fresh=True, images=images, frame=frame)
-
-
-def mask_name(case: Case, number: int) -> str:
-    return f"{case.name}_{number}_mask.tif"
-
-
-def find_prediction(case: Case, predictions: Path) -> np.ndarray | None:
-    """The mask (S, H, W) that an earlier run wrote, if it is there whole."""
-    if isinstance(case, Scan):
-        path = predictions / f"{case.name}_mask.nii.gz"
-        try:
-            return replace(case, masks=(path,)).read_mask()
-        except (ValueError, FileNotFoundError):
-            return None
-    paths = [predictions / case.name / mask_name(case, number) for number in case.numbers]
-    if not all(path.is_file() for path in paths):
-        return None
-    try:
-        return np.concatenate([read_slice(path)[None, ..., 0] for path in paths]) > 0
-    except ValueError:  # damaged, or of several sizes: made anew
-        return None
-
-
-def write_case(result: Result, predictions: Path) -> None:
-    """Write masks, outlined slices and the GIF, each whole; other files of the folder stay."""
-    case, folder = result.case, predictions / result.case.name
-    pictures = outline(to_grey(result.volume), result.prediction, result.truth, side=256)
-    masks = result.prediction * np.uint8(255)
-    save_gif(predictions / f"{case.name}.gif", pictures)
-    with (
-        naming(folder),
-        tempfile.TemporaryDirectory(dir=predictions, prefix=f".{case.name}-") as scratch,
-    ):
-        for number, mask, picture in zip(case.numbers, masks, pictures, strict=True):
-            if not isinstance(case, Scan):
-                iio.imwrite(Path(scratch) / mask_name(case, number), mask)
-            iio.imwrite(Path(scratch) / f"{case.name}_{number}.png", picture)
-        folder.mkdir(exist_ok=True)
-        for path in Path(scratch).iterdir():
-            path.replace(folder / path.name)
-    if isinstance(case, Scan):
-        case.write_mask(predictions / f"{case.name}_mask.nii.gz", result.prediction)
-
-
-def row_of(result: Result) -> dict:
-    """The line of the table: sizes in voxels, and in millilitres where the spacing is known."""
-    voxels = {"lesion": int(result.truth.sum()), "predicted": int(result.prediction.sum())}
-    spacing = result.case.spacing
-    millilitres = {k: v * math.prod(spacing) / 1000 for k, v in voxels.items()} if spacing else {}
-    return {
-        "case": result.case.name,
-        "slices": len(result.truth),
-        **{f"{name}_voxels": value for name, value in voxels.items()},
-        **{f"{name}_ml": value for name, value in millilitres.items()},
-        **score(result.prediction, result.truth, spacing),
-    }
 
 
 def report(rows: list[dict], args: argparse.Namespace) -> None:

@@ -117,7 +117,7 @@ def test_every_slice_gets_a_mask_and_a_picture(phantoms, done):
     predictions, found = out / "predictions", 0
     names = sorted(folder.name for folder in phantoms.iterdir())
     assert sorted(p.name for p in predictions.iterdir()) == sorted(
-        [*names, *(f"{name}.gif" for name in names), "metrics.csv"]
+        [*names, *(f"{name}.gif" for name in names), "metrics.csv", "args.json"]
     )
     for name in names:
         masks = read_masks(out, name)
@@ -411,7 +411,7 @@ def test_full_disk_leaves_no_half_written_case(phantoms, weights, tmp_path, monk
             raise OSError(28, "No space left on device")
         return write(path, *arguments, **options)
 
-    monkeypatch.setattr(inference.iio, "imwrite", full_disk)
+    monkeypatch.setattr(iio, "imwrite", full_disk)
     message = refused(phantoms, tmp_path, weights, "--cases", "phantom_003")
     assert "phantom_003" in message and "space" in message.lower()
     assert all(path.is_file() for path in (tmp_path / "predictions").iterdir())

@@ -1,0 +1,76 @@
+"""What is written of a segmented case, and found again: masks, pictures, a line of scores."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import imageio.v3 as iio
+import numpy as np
+
+from metrics import score
+from scan import Scan
+from utils import naming, outline, save_gif, to_grey
+from volume import Case, read_slice
+
+
+def mask_files(case: Case) -> list[Path]:
+    """Where the masks of a case lie, in a folder of predictions: a file a slice, or a scan."""
+    if isinstance(case, Scan):
+        return [Path(f"{case.name}_mask.nii.gz")]
+    return [Path(case.name, f"{case.name}_{number}_mask.tif") for number in case.numbers]
+
+
+def find_masks(folder: Path, case: Case) -> np.ndarray | None:
+    """The mask (S, H, W) of a case that an earlier run wrote, if it is there whole."""
+    paths = [folder / file for file in mask_files(case)]
+    if not all(path.is_file() for path in paths):
+        return None
+    try:
+        if isinstance(case, Scan):
+            return replace(case, masks=tuple(paths)).read_mask()
+        return np.concatenate([read_slice(path)[None, ..., 0] for path in paths]) > 0
+    except (ValueError, FileNotFoundError):  # damaged, or of several sizes: made anew
+        return None
+
+
+def write_case(
+    folder: Path, case: Case, volume: np.ndarray, mask: np.ndarray, truth: np.ndarray | None
+) -> None:
+    """Write masks, outlined slices and the GIF, each whole; other files of the folder stay.
+
+    `volume` is (S, H, W, C), `mask` and `truth` are (S, H, W), bool.
+    """
+    pictures = outline(to_grey(volume), mask, truth, side=256)
+    save_gif(folder / f"{case.name}.gif", pictures)
+    own = folder / case.name
+    with (
+        naming(own),
+        tempfile.TemporaryDirectory(dir=folder, prefix=f".{case.name}-") as scratch,
+    ):
+        if not isinstance(case, Scan):
+            for file, slice_mask in zip(mask_files(case), mask, strict=True):
+                iio.imwrite(Path(scratch, file.name), slice_mask * np.uint8(255))
+        for number, picture in zip(case.numbers, pictures, strict=True):
+            iio.imwrite(Path(scratch, f"{case.name}_{number}.png"), picture)
+        own.mkdir(exist_ok=True)
+        for path in Path(scratch).iterdir():
+            path.replace(own / path.name)
+    if isinstance(case, Scan):
+        case.write_mask(folder / mask_files(case)[0], mask)
+
+
+def table_row(case: Case, mask: np.ndarray, truth: np.ndarray) -> dict:
+    """The line of the table: sizes in voxels, and in millilitres where the spacing is known."""
+    voxels = {"lesion": int(truth.sum()), "predicted": int(mask.sum())}
+    spacing = case.spacing
+    millilitres = {k: v * math.prod(spacing) / 1000 for k, v in voxels.items()} if spacing else {}
+    return {
+        "case": case.name,
+        "slices": len(truth),
+        **{f"{name}_voxels": value for name, value in voxels.items()},
+        **{f"{name}_ml": value for name, value in millilitres.items()},
+        **score(mask, truth, spacing),
+    }
