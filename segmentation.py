@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from checkpoint import load_state, model_from_state, read_card
 from volume import Frame, neighbourhoods, preprocess, restore
+
+Progress = Callable[[int, int], None]
 
 
 class Segmenter:
@@ -87,9 +90,11 @@ class Segmenter:
                 "give the sequences it was trained on, FLAIR in place of a missing one"
             )
 
-    def restored(self, images: Tensor, frame: Frame) -> Tensor:
+    def restored(
+        self, images: Tensor, frame: Frame, progress: Progress = lambda done, of: None
+    ) -> Tensor:
         """Lesion probabilities (S, H, W) in the source geometry of preprocessed slices."""
-        return restore(self.probabilities(images)[:, 0], frame)
+        return restore(self.probabilities(images, progress)[:, 0], frame)
 
     def segment(self, images: Tensor, frame: Frame) -> np.ndarray:
         """The mask (S, H, W), bool, in the source geometry, of preprocessed slices (S, C, N, N)."""
@@ -102,11 +107,18 @@ class Segmenter:
         return to_mask(restore(probabilities[:, 0], frame), self.threshold, self.largest_component)
 
     @torch.inference_mode()
-    def probabilities(self, images: Tensor) -> Tensor:
-        """Probabilities (S, K, N, N), float32, on the device, of slices (S, C, N, N)."""
+    def probabilities(self, images: Tensor, progress: Progress = lambda done, of: None) -> Tensor:
+        """Probabilities (S, K, N, N), float32, on the device, of slices (S, C, N, N).
+
+        `progress` is told after each batch how many slices are done, of how many.
+        """
         self.model.eval()
-        seen = neighbourhoods(len(images), self.neighbours).split(self.batch_size)
-        return torch.cat([self._forward(images[slices].flatten(1, 2)) for slices in seen])
+        parts, done = [], 0
+        for slices in neighbourhoods(len(images), self.neighbours).split(self.batch_size):
+            parts.append(self._forward(images[slices].flatten(1, 2)))
+            done += len(slices)
+            progress(done, len(images))
+        return torch.cat(parts)
 
     def _forward(self, batch: Tensor) -> Tensor:
         batch = batch.to(self.device, torch.float32, memory_format=torch.channels_last)

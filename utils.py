@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import math
 import os
 import signal
 import subprocess
@@ -280,6 +281,17 @@ def outline(
         pictures[edge(truth)] = GREEN
     pictures[edge(prediction)] = RED
     return pictures
+
+
+def montage(pictures: np.ndarray) -> np.ndarray:
+    """Pictures (S, H, W, 3) as one, side by side on a grid that is about square."""
+    count, height, width, _ = pictures.shape
+    columns = math.ceil(math.sqrt(count * height / width))
+    rows = math.ceil(count / columns)
+    cells = np.zeros((rows * columns, *pictures.shape[1:]), pictures.dtype)
+    cells[:count] = pictures
+    cells = cells.reshape(rows, columns, height, width, 3).swapaxes(1, 2)
+    return cells.reshape(rows * height, columns * width, 3)
 
 
 def save_gif(path: Path | str, pictures: np.ndarray, seconds: float = 0.12) -> None:
