@@ -148,6 +148,8 @@ def read_voxels(path: Path) -> np.ndarray:
         _check_length(path, read_fields(path))
     try:
         voxels, header = load(str(path))
+    except MemoryError:
+        raise
     except Exception as error:  # SimpleITK raises RuntimeError, medpy its own
         raise ValueError(damaged(path)) from error
     if header.sitkimage.GetDimension() == 4:  # medpy takes the last of four axes for its channels

@@ -83,7 +83,7 @@ def read_slice(path: Path) -> np.ndarray:
     _silence_readers()
     try:
         image = _read_png(path) if path.suffix.lower() == ".png" else _read_tiff(path)
-    except (FileNotFoundError, PermissionError):
+    except (FileNotFoundError, PermissionError, MemoryError):
         raise
     except Exception as error:  # each library has its own, some of them bare
         raise ValueError(f"{path}: not a readable image, or cut short; export it again") from error

@@ -1,0 +1,295 @@
+"""What strangers may send: unpacked without harm, read in a process of its own, or refused."""
+
+import io
+import os
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+
+import upload
+from phantom import make_volume
+from upload import MIB, Limits, Named, read, store
+
+LIMITS = Limits()
+
+
+@pytest.fixture(scope="module")
+def phantom():
+    return make_volume(0, slices=4, size=32)
+
+
+def tiff(image: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    tifffile.imwrite(buffer, image)
+    return buffer.getvalue()
+
+
+def zipped(members: dict[str, bytes], method: int = zipfile.ZIP_DEFLATED) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", method) as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    return buffer.getvalue()
+
+
+def named(**files: bytes) -> list[Named]:
+    return [Named(name, io.BytesIO(content)) for name, content in files.items()]
+
+
+def volume_file(array: np.ndarray, path: Path) -> bytes:
+    import SimpleITK
+
+    image = SimpleITK.GetImageFromArray(array, isVector=array.ndim == 4)
+    SimpleITK.WriteImage(image, str(path))
+    return path.read_bytes()
+
+
+@pytest.fixture
+def receive(tmp_path):
+    """Stores and reads an upload, as the server does."""
+
+    def receive(parts, limits=LIMITS):
+        received, scratch = tmp_path / "received", tmp_path / "scratch"
+        received.mkdir()
+        scratch.mkdir()
+        return read(store(parts, received, limits), scratch, limits)
+
+    return receive
+
+
+def slices_of(phantom, prefix: str = "") -> dict[str, bytes]:
+    volume, mask = phantom
+    files = {}
+    for k in range(len(volume)):
+        files[f"{prefix}head_{k + 1}.tif"] = tiff(volume[k])
+        files[f"{prefix}head_{k + 1}_mask.tif"] = tiff(mask[k] * np.uint8(255))
+    return files
+
+
+# What is taken
+
+
+@pytest.mark.parametrize("kind", ["files", "archive", "archive of a folder", "with hidden files"])
+def test_slices_and_archives_of_them(phantom, receive, kind):
+    prefix = {"archive of a folder": "some/folder/"}.get(kind, "")
+    files = slices_of(phantom, prefix)
+    if kind == "with hidden files":
+        files |= {"__MACOSX/._head_1.tif": b"x", ".DS_Store": b"x", "notes.csv": b"a,b"}
+    images = named(**files) if kind == "files" else named(**{"scan.zip": zipped(files)})
+    loaded = receive({"images": images})
+    assert loaded.case.name == "head"
+    assert np.array_equal(loaded.volume, phantom[0])
+    assert np.array_equal(loaded.truth, phantom[1])
+
+
+def test_masks_of_slices_may_come_apart(phantom, receive):
+    files = slices_of(phantom)
+    images = {name: content for name, content in files.items() if "mask" not in name}
+    masks = {name: content for name, content in files.items() if "mask" in name}
+    loaded = receive({"images": named(**images), "mask": named(**{"m.zip": zipped(masks)})})
+    assert np.array_equal(loaded.truth, phantom[1])
+
+
+@pytest.mark.parametrize("suffix", [".nii.gz", ".nii", ".nrrd", ".mha"])
+def test_a_volume_file_with_its_mask(phantom, receive, tmp_path, suffix):
+    volume, mask = phantom
+    name = f"a b{suffix}"
+    scan = volume_file(volume, tmp_path / f"scan{suffix}")
+    truth = volume_file(mask.astype(np.uint8), tmp_path / "truth.nii.gz")
+    parts = {"images": named(**{name: scan}), "mask": named(**{"odd name.nii.gz": truth})}
+    loaded = receive(parts)
+    assert loaded.case.name == "a b"
+    assert np.array_equal(loaded.volume, volume) and np.array_equal(loaded.truth, mask)
+
+
+def test_sequences_in_files_of_their_own(phantom, receive, tmp_path):
+    volume, _ = phantom
+    sent = {
+        name: named(**{"scan.nii.gz": volume_file(volume[..., k], tmp_path / f"{name}.nii.gz")})
+        for k, name in enumerate(("pre", "flair", "post"))
+    }
+    assert np.array_equal(receive(sent).volume, volume)
+
+
+def test_flair_alone(phantom, receive, tmp_path):
+    flair = volume_file(phantom[0][..., 1], tmp_path / "flair.nii.gz")
+    loaded = receive({"flair": named(**{"f.nii.gz": flair})})
+    assert np.array_equal(loaded.volume, phantom[0][..., [1, 1, 1]])
+    assert loaded.case.notes == ["flair_f: FLAIR stands in for pre-contrast and post-contrast"]
+
+
+def test_a_name_cannot_leave_the_folder(phantom, receive, tmp_path):
+    scan = volume_file(phantom[0], tmp_path / "scan.nii.gz")
+    loaded = receive({"images": named(**{"../../..\\x/<b>:|\n.nii.gz": scan})})
+    assert loaded.case.name == "_b____"
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "received", "scan.nii.gz", "scratch",
+    ]  # fmt: skip
+
+
+# What is refused
+
+
+def refused(receive, parts, limits=LIMITS) -> str:
+    with pytest.raises(ValueError) as error:
+        receive(parts, limits)
+    message = str(error.value)
+    assert "\n" not in message and len(message) < 400
+    return message
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../head_1.tif", "a/../../head_1.tif", "/etc/head_1.tif", "C:\\head_1.tif", "..\\h_1.tif"],
+)
+def test_a_path_out_of_the_archive(receive, name):
+    message = refused(receive, {"images": named(**{"bad.zip": zipped({name: b"x"})})})
+    assert message.startswith("bad.zip: ") and "leads out of it" in message
+
+
+def test_a_link_in_an_archive(receive):
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        link = zipfile.ZipInfo("head_1.tif")
+        link.external_attr = 0o120777 << 16
+        archive.writestr(link, "/etc/passwd")
+    assert "leads out" in refused(receive, {"images": named(**{"bad.zip": buffer.getvalue()})})
+
+
+def test_an_archive_that_unpacks_to_too_much(receive):
+    bomb = zipped({"head_1.tif": bytes(30 * MIB)})
+    assert len(bomb) < MIB
+    message = refused(receive, {"images": named(**{"b.zip": bomb})}, Limits(unpacked=20 * MIB))
+    assert message == "b.zip: more than 20 MiB unpacked; send one case"
+
+
+def test_an_archive_that_lies_about_what_it_unpacks_to(receive, tmp_path):
+    bomb = bytearray(zipped({"head_1.tif": bytes(30 * MIB)}))
+    size = (30 * MIB).to_bytes(4, "little")
+    assert bomb.count(size) == 2  # beside the member, and in the directory
+    lying = bytes(bomb).replace(size, (100).to_bytes(4, "little"))
+    refused(receive, {"images": named(**{"b.zip": lying})}, Limits(unpacked=20 * MIB))
+    assert sum(p.stat().st_size for p in tmp_path.rglob("*") if p.is_file()) < 22 * MIB
+
+
+def test_too_many_files(receive):
+    many = zipped({f"head_{k}.tif": b"" for k in range(20)})
+    message = refused(receive, {"images": named(**{"b.zip": many})}, Limits(files=10))
+    assert message == "b.zip: more than 10 files; send one case"
+
+
+@pytest.mark.parametrize("kind", ["no zip", "cut short", "damaged", "encrypted", "empty", "nested"])
+def test_archives_that_cannot_be_read(phantom, receive, kind):
+    whole = zipped(slices_of(phantom))
+    content = {
+        "no zip": b"not an archive",
+        "cut short": whole[: len(whole) // 2],
+        "damaged": whole[:60] + bytes(200) + whole[260:],
+        "encrypted": whole.replace(
+            b"PK\x01\x02\x14\x03\x14\x00\x00", b"PK\x01\x02\x14\x03\x14\x00\x01"
+        ),
+        "empty": zipped({}),
+        "nested": zipped({"a.zip": whole}),
+    }[kind]
+    assert content != whole
+    assert "bad" in refused(receive, {"images": named(**{"bad.zip": content})})
+
+
+@pytest.mark.parametrize(
+    "parts, says",
+    [
+        ({}, "no file came"),
+        ({"mask": {"m.nii": b"x"}}, "no file came"),
+        ({"pre": {"a.nii": b"x"}}, "flair is missing"),
+        ({"flair": {"a.nii": b"x"}, "images": {"b.nii": b"x"}}, "send the one or the others"),
+        ({"flair": {"a.tif": b"x"}}, "flair: send one volume file"),
+        ({"images": {"a.nii": b"x", "b.nii": b"x"}}, "holds a.nii and b.nii"),
+        ({"images": {"a.doc": b"x"}}, "holds no slice"),
+        ({"images": {"a.nii.gz": b""}}, "a.nii.gz: not a readable volume"),
+        ({"images": {"h_1.tif": b"II*\0"}}, "h_1.tif: not a readable image"),
+        ({"images": {"x" * 300 + ".nii": b""}}, "its name is too long"),
+        ({"images": {"h_1.tif": b"x"}, "mask": {"m.nii": b"x"}}, "m.nii: is a volume file"),
+        ({"images": {"h.nii": b"x"}, "mask": {"m_1.tif": b"x"}}, "m_1.tif: send the mask as one"),
+        ({"images": {"a/h_1.tif": b"x", "b/h_1.tif": b"x"}}, "h_1.tif is there twice"),
+    ],
+)  # fmt: skip
+def test_uploads_that_make_no_case(receive, parts, says):
+    assert says in refused(receive, {name: named(**files) for name, files in parts.items()})
+
+
+@pytest.mark.parametrize(
+    "name, text",
+    [
+        ("a.mhd", "ElementDataFile = LOCAL\n"),
+        ("a.mha", "ObjectType = Image\nElementDataFile = {}\n"),
+        ("a.mha", "ObjectType = Image\nelementdatafile={}\n"),
+        ("a.mha", "ObjectType = Image\n"),
+        ("a.nrrd", "NRRD0004\ntype: uint8\ndata file: {}\n\n"),
+        ("a.nrrd", "NRRD0004\r\nDataFile: {}\r\n\r\n"),
+    ],
+)
+def test_a_header_that_points_at_a_file_of_the_server(receive, tmp_path, name, text):
+    secret = tmp_path / "secret"
+    secret.write_bytes(bytes(range(256)) * 32)
+    message = refused(receive, {"images": named(**{name: text.format(secret).encode()})})
+    assert "keeps its voxels in" in message and "secret" not in message
+
+
+def test_a_volume_with_too_many_voxels_axes_or_channels(receive, tmp_path):
+    large = volume_file(np.zeros((8, 40, 40), np.uint8), tmp_path / "a.nii.gz")
+    limits = Limits(voxels=1000)
+    assert "million voxels" in refused(receive, {"images": named(**{"a.nii.gz": large})}, limits)
+
+
+def test_five_axes(receive, tmp_path):
+    nibabel = pytest.importorskip("nibabel")
+    path = tmp_path / "five.nii"
+    nibabel.save(nibabel.Nifti1Image(np.zeros((4, 4, 4, 2, 2), np.uint8), np.eye(4)), path)
+    assert "five.nii" in refused(receive, {"images": named(**{"five.nii": path.read_bytes()})})
+
+
+def test_many_channels(receive, tmp_path):
+    content = volume_file(np.ones((4, 8, 8, 7), np.uint8), tmp_path / "a.nrrd")
+    assert "7 channels" in refused(receive, {"images": named(**{"a.nrrd": content})})
+
+
+# The process that reads
+
+
+def test_a_reader_that_takes_too_long_is_stopped(phantom, receive, tmp_path, monkeypatch):
+    scan = volume_file(phantom[0], tmp_path / "scan.nii.gz")
+    monkeypatch.setattr(upload, "_read", sleeping)
+    start = time.monotonic()
+    message = refused(receive, {"images": named(**{"a.nii.gz": scan})}, Limits(seconds=0.5))
+    assert "took more than" in message
+    assert time.monotonic() - start < 30, "stopped, not waited for"
+
+
+def sleeping(*_):
+    time.sleep(60)
+
+
+def test_a_reader_that_breaks_down_harms_nobody(phantom, receive, tmp_path, monkeypatch):
+    scan = volume_file(phantom[0], tmp_path / "scan.nii.gz")
+    monkeypatch.setattr(upload, "_read", aborting)
+    assert "broke down" in refused(receive, {"images": named(**{"a.nii.gz": scan})})
+
+
+def aborting(*_):
+    os.abort()
+
+
+def test_a_reader_has_bounded_memory(receive):
+    """A TIFF of 1.6 MB that unpacks to 1.1 GB."""
+    buffer, side = io.BytesIO(), 33_000
+    with tifffile.TiffWriter(buffer) as writer:
+        tiles = (np.zeros((8192, 8192), np.uint8) for _ in range(25))
+        options = {"compression": "zlib", "compressionargs": {"level": 1}}
+        writer.write(tiles, shape=(side, side), dtype=np.uint8, tile=(8192, 8192), **options)
+    limits = Limits(memory=1024 * MIB)
+    message = refused(receive, {"images": named(**{"h_1.tif": buffer.getvalue()})}, limits)
+    assert "needs more than 1024 MiB" in message
