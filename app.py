@@ -15,33 +15,28 @@ import argparse
 import asyncio
 import ipaddress
 import json
+import logging
 import os
-import signal
 import sys
-import tempfile
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from checkpoint import shipped_weights
 from segmentation import Segmenter
-from service import Answer, Busy, Job, Service, data_url
+from service import Answer, Busy, Job, Service
 from upload import MIB, Limits, Named
 from utils import add_segmenter_options, fail, make_parser, segmenter_options
 
 if TYPE_CHECKING:
-    import gradio
-    from fastapi import FastAPI
+    from starlette.applications import Starlette
     from starlette.datastructures import FormData
     from starlette.requests import Request
-    from starlette.routing import Route
+    from starlette.responses import Response
 
 WEB = Path(__file__).resolve().parent / "web"
-ABOUT = """# brainseg
-Finds the FLAIR abnormality of lower-grade glioma in brain MRI. **Research only: not a medical
-device, not for diagnosis or treatment.** It was trained on one public data set of adults with a
-known glioma; on other scans expect wrong masks without a warning."""
-API = """POST /api/segment, multipart/form-data:
+LINES = "application/x-ndjson"
+API = f"""POST /api/segment, multipart/form-data:
   images   a volume file (.nii, .nii.gz, .nrrd, .mha), or slices (.tif, .png), or the files of a
            DICOM series, or a zip archive of one of these
   flair    in place of images: a volume file of this sequence alone; with it maybe pre and post
@@ -50,8 +45,11 @@ API = """POST /api/segment, multipart/form-data:
 
 200: a zip archive with the mask in the geometry of the source (<scan>_mask.nii.gz, or
 <slice>_mask.tif for each slice), montage.png, <case>.gif and summary.json.
-Otherwise JSON, {"error": "what is wrong and what to do"}: 400 an upload that cannot be used,
+Otherwise JSON, {{"error": "what is wrong and what to do"}}: 400 an upload that cannot be used,
 408 one that came too slowly, 413 one that is too large, 503 a full queue (try again in a minute).
+
+With the header Accept: {LINES} the answer is lines of JSON: how far it is, and then
+everything that the page shows, or {{"error": ...}}.
 """
 
 
@@ -78,7 +76,6 @@ def main(argv: list[str] | None = None) -> None:
         parser.error("--auth is user:password")
     if min(args.max_upload, args.time_limit, args.queue) <= 0:
         parser.error("--max-upload, --time-limit and --queue must be above 0")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         run(args, options)
     except (ValueError, OSError) as error:
@@ -91,21 +88,18 @@ def main(argv: list[str] | None = None) -> None:
 
 def run(args: argparse.Namespace, options: dict) -> None:
     """Serve until a signal comes."""
-    import logging
-
     import uvicorn
 
-    logging.getLogger("python_multipart").setLevel(logging.CRITICAL)  # a refusal says it all
+    logging.getLogger("python_multipart").setLevel(logging.CRITICAL)  # the answer says it all
     segmenter = Segmenter.from_weights(args.weights or shipped_weights("unet"), **options)
     limits = Limits(upload=args.max_upload * MIB, seconds=args.time_limit)
-    service = Service(segmenter, limits, args.queue)
+    app = make_app(Service(segmenter, limits, args.queue), args.host, args.auth)
+    listener = uvicorn.Config(app, args.host, args.port, log_level="warning")
+    socket = listener.bind_socket()
     if not args.auth and not is_loopback(args.host):
         print("no --auth: everybody who reaches this machine can use it", file=sys.stderr)
-    with tempfile.TemporaryDirectory(prefix="brainseg-app-") as scratch:
-        os.chdir(scratch)  # uploads have a relative path, which tells a browser nothing
-        app = make_app(service, args.host, args.auth)
-        print(f"http://{args.host}:{args.port}", flush=True)
-        uvicorn.run(app, host=args.host, port=args.port, log_level="warning")
+    print(f"http://{args.host}:{args.port}", flush=True)
+    uvicorn.Server(listener).run(sockets=[socket])
 
 
 def is_loopback(host: str) -> bool:
@@ -115,74 +109,69 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def make_app(service: Service, host: str = "127.0.0.1", auth: str | None = None) -> FastAPI:
-    """The page at /, the API at /api/segment; call it in a folder for uploads, which it fills."""
-    os.environ |= {"GRADIO_TEMP_DIR": "uploads", "GRADIO_ANALYTICS_ENABLED": "False"}
-    import gradio
-    from fastapi import FastAPI
+def make_app(service: Service, host: str = "127.0.0.1", auth: str | None = None) -> Starlette:
+    """The page at /, the API at /api/segment."""
+    from starlette.applications import Starlette
+    from starlette.middleware import Middleware
     from starlette.middleware.trustedhost import TrustedHostMiddleware
+    from starlette.responses import PlainTextResponse
+    from starlette.routing import Mount, Route
+    from starlette.staticfiles import StaticFiles
 
     from guard import Guard
 
-    app = FastAPI(routes=api_routes(service), docs_url=None, redoc_url=None, openapi_url=None)
-    font = ("system-ui", "sans-serif")
-    app = gradio.mount_gradio_app(
-        app,
-        make_page(service),
-        path="/",
-        show_error=False,
-        max_file_size=service.limits.upload,
-        ssr_mode=False,
-        mcp_server=False,
-        footer_links=[],
-        theme=gradio.themes.Default(font=font, font_mono=("ui-monospace", "monospace")),
-    )
-    app.add_middleware(Guard, most=service.limits.upload + MIB, auth=auth)
+    async def segment(request: Request) -> Response:
+        return await respond(service, request)
+
+    middleware = [Middleware(Guard, most=service.limits.upload + MIB, auth=auth)]
     if is_loopback(host):  # else a page of another host could reach it by renaming that host
-        app.add_middleware(TrustedHostMiddleware, allowed_hosts=["localhost", "127.0.0.1", "[::1]"])
-    return app
+        ours = ["localhost", "127.0.0.1", "[::1]"]
+        middleware.insert(0, Middleware(TrustedHostMiddleware, allowed_hosts=ours))
+    routes = [
+        Route("/api", lambda request: PlainTextResponse(API)),
+        Route("/api/segment", segment, methods=["POST"]),
+        Mount("/", StaticFiles(directory=WEB, html=True)),
+    ]
+    return Starlette(routes=routes, middleware=middleware)
 
 
-def api_routes(service: Service) -> list[Route]:
-    from starlette.datastructures import FormData
+async def respond(service: Service, request: Request) -> Response:
+    """What an upload gets: an archive or lines, or what is wrong with it."""
     from starlette.exceptions import HTTPException
-    from starlette.responses import JSONResponse, PlainTextResponse, Response
-    from starlette.routing import Route
+    from starlette.responses import JSONResponse, Response, StreamingResponse
 
-    def refused(status: int, error: object) -> JSONResponse:
+    def refused(status: int, error: object) -> Response:
         return JSONResponse({"error": str(error)}, status)
 
-    def about(request: Request) -> Response:
-        return PlainTextResponse(API)
-
-    async def segment(request: Request) -> Response:
-        form, limits = FormData(), service.limits
-        try:
-            release = service.admit()
-        except Busy as error:
-            return refused(503, error)
-        try:
-            sent = request.form(max_files=limits.files, max_fields=8)
-            form = await asyncio.wait_for(sent, limits.seconds)
-            job = service.submit(None if "phantom" in form else parts_of(form))
-            answer = await finished(job, request)
-        except ValueError as error:
-            return refused(400, error)
-        except HTTPException as error:
-            return refused(error.status_code, error.detail)
-        except asyncio.TimeoutError:
-            return refused(408, f"the upload took more than {limits.seconds:.0f} s")
-        finally:
-            await form.close()
-            release()
-        name = answer.summary["case"].encode("ascii", "replace").decode()
-        return Response(
-            answer.archive(),
-            media_type="application/zip",
-            headers={"Content-Disposition": f'attachment; filename="{name}.zip"'},
-        )
-
-    return [Route("/api", about), Route("/api/segment", segment, methods=["POST"])]
+    limits = service.limits
+    try:
+        leave = service.enter()
+    except Busy as error:
+        return refused(503, error)
+    try:
+        sent = request.form(max_files=limits.files, max_fields=8)
+        form = await asyncio.wait_for(sent, limits.seconds)
+        job = service.submit(None if "phantom" in form else parts_of(form), leave)
+    except ValueError as error:
+        leave()
+        return refused(400, error)
+    except HTTPException as error:
+        leave()
+        return refused(error.status_code, error.detail)
+    except asyncio.TimeoutError:
+        leave()
+        return refused(408, f"the upload took more than {limits.seconds:.0f} s")
+    if LINES in request.headers.get("accept", ""):
+        return StreamingResponse(lines(service, job), media_type=LINES)
+    try:
+        answer = await finished(job, request)
+    except ValueError as error:
+        return refused(400, error)
+    name = answer.summary["case"].encode("ascii", "replace").decode()
+    disposition = f'attachment; filename="{name}.zip"'
+    return Response(
+        answer.archive(), 200, {"Content-Disposition": disposition}, media_type="application/zip"
+    )
 
 
 def parts_of(form: FormData) -> dict[str, list[Named]]:
@@ -196,124 +185,31 @@ def parts_of(form: FormData) -> dict[str, list[Named]]:
 
 
 async def finished(job: Job, request: Request) -> Answer:
-    """The answer; a job whose client has gone leaves the queue."""
+    """The answer of a job, which leaves the queue if its client goes."""
     answer = asyncio.wrap_future(job.future)
-    while not answer.done() and not await request.is_disconnected():
+    while not answer.done():
         await asyncio.wait([answer], timeout=1)
-    if not answer.done():
-        answer.cancel()
-    return await answer
+        if await request.is_disconnected():
+            answer.cancel()
+            raise ValueError("nobody waits for it")
+    return answer.result()
 
 
-def make_page(service: Service) -> gradio.Blocks:
-    import gradio
-
-    async def segment(files: list[str] | None, masks: list[str] | None) -> AsyncIterator[tuple]:
-        parts = {"images": files or [], "mask": masks or []}
-        try:
-            if not files:
-                raise ValueError("No file yet: drop a scan first, or try a phantom.")
-            opened = {
-                name: [Named(Path(path).name, open(path, "rb")) for path in paths]
-                for name, paths in parts.items()
-            }
-            async for value in watched(service, opened):
-                yield value, gradio.skip(), gradio.skip()
-        except (ValueError, OSError) as error:
-            yield json.dumps({"error": str(error)}), None, None
-        finally:
-            for path in (*parts["images"], *parts["mask"]):
-                Path(path).unlink(missing_ok=True)
-        yield gradio.skip(), None, None
-
-    async def phantom() -> AsyncIterator[str]:
-        try:
-            async for value in watched(service, None):
-                yield value
-        except ValueError as error:
-            yield json.dumps({"error": str(error)})
-
-    with gradio.Blocks(title="brainseg", analytics_enabled=False, delete_cache=(60, 600)) as page:
-        gradio.Markdown(ABOUT)
-        with gradio.Row():
-            with gradio.Column(scale=2, min_width=300):
-                files = gradio.File(
-                    label="Scan",
-                    file_count="multiple",
-                    height=140,
-                )
-                folder = gradio.UploadButton("Choose a folder of slices", file_count="directory")
-                with gradio.Accordion("True mask, to score against (optional)", open=False):
-                    masks = gradio.File(label="Mask", file_count="multiple", height=110)
-                go = gradio.Button("Segment", variant="primary")
-                example = gradio.Button("Try a phantom")
-                gradio.Markdown(
-                    "A scan is a NIfTI, NRRD or MetaImage file, or slices (TIFF, PNG), or a zip "
-                    "archive of slices or of a DICOM series. Its channels are pre-contrast, FLAIR "
-                    "and post-contrast; one channel is taken for FLAIR. Uploads are deleted once "
-                    "they are segmented. Programs can use the [HTTP API](/api)."
-                )
-            with gradio.Column(scale=3, min_width=300):
-                viewer = gradio.HTML(
-                    html_template=(WEB / "viewer.html").read_text(),
-                    css_template=(WEB / "viewer.css").read_text(),
-                    js_on_load=(WEB / "viewer.js").read_text(),
-                    elem_id="viewer",
-                )
-        folder.upload(
-            lambda paths: paths, folder, files, show_progress="hidden", api_visibility="private"
-        )
-        options = {"concurrency_limit": None, "show_progress": "hidden"}
-        options |= {"api_visibility": "private", "trigger_mode": "once"}
-        go.click(segment, [files, masks], [viewer, files, masks], **options)
-        example.click(phantom, None, viewer, **options)
-    return page.queue(max_size=None)
-
-
-async def watched(service: Service, parts: dict[str, list[Named]] | None) -> AsyncIterator[str]:
-    """For the viewer, as JSON: how far an upload is, twice a second, and then its slices."""
+async def lines(service: Service, job: Job) -> AsyncIterator[str]:
+    """How far a job is, twice a second, and then what the page shows of it, as lines of JSON."""
+    answer = asyncio.wrap_future(job.future)
     try:
-        release = service.admit()
-    except Busy as error:
-        raise ValueError(str(error)) from error
-    job = None
-    try:
-        job = service.submit(parts)
-        answer = asyncio.wrap_future(job.future)
         while not answer.done():
             ahead = service.ahead(job)
             waiting = f"waiting, {ahead} before you" if ahead else "reading"
-            if job.done:
-                waiting = f"segmenting, {job.done:.0%}"
-            yield json.dumps({"waiting": waiting, "done": job.done})
+            waiting = f"segmenting, {job.done:.0%}" if job.done else waiting
+            yield json.dumps({"waiting": waiting, "done": job.done}) + "\n"
             await asyncio.wait([answer], timeout=0.5)
-        yield json.dumps(shown(answer.result()))
+        yield json.dumps(answer.result().shown())
+    except ValueError as error:
+        yield json.dumps({"error": str(error)})
     finally:
-        if job:
-            job.future.cancel()
-        release()
-
-
-def shown(answer: Answer) -> dict:
-    """What the viewer draws: all of it travels to the browser, and nothing stays here."""
-    case, files = answer.summary["case"], answer.files
-    film = data_url(files[f"{case}.gif"], "image/gif")
-    (mask, *others) = answer.masks
-    downloads = {mask: data_url(files[mask], "application/octet-stream")}
-    if others:
-        zipped = answer.archive(answer.masks)
-        downloads = {f"{case}_masks.zip": data_url(zipped, "application/zip")}
-    montage = data_url(files["montage.png"], "image/png")
-    downloads |= {f"{case}_montage.png": montage, f"{case}.gif": film}
-    return {
-        "summary": answer.summary,
-        "slices": answer.slices,
-        "numbers": answer.numbers,
-        "first": answer.first,
-        "downloads": downloads,
-        "montage": montage,
-        "film": film,
-    }
+        answer.cancel()
 
 
 if __name__ == "__main__":

@@ -54,6 +54,25 @@ class Answer:
                 archive.writestr("summary.json", json.dumps(self.summary, indent=2) + "\n")
         return buffer.getvalue()
 
+    def shown(self) -> dict:
+        """What the page draws; all of it travels to the browser, and nothing stays here."""
+        case, (mask, *others) = self.summary["case"], self.masks
+        downloads = {mask: _data_url(self.files[mask], "application/octet-stream")}
+        if others:
+            zipped = self.archive(self.masks)
+            downloads = {f"{case}_masks.zip": _data_url(zipped, "application/zip")}
+        montage = _data_url(self.files["montage.png"], "image/png")
+        film = _data_url(self.files[f"{case}.gif"], "image/gif")
+        return {
+            "summary": self.summary,
+            "slices": self.slices,
+            "numbers": self.numbers,
+            "first": self.first,
+            "downloads": downloads | {f"{case}_montage.png": montage, f"{case}.gif": film},
+            "montage": montage,
+            "film": film,
+        }
+
 
 @dataclass
 class Job:
@@ -77,25 +96,30 @@ class Service:
         self.worker = ThreadPoolExecutor(1)
         self.numbers, self.finished = 0, 0
 
-    def admit(self) -> Callable[[], None]:
-        """Take a place in the queue and get what gives it back; raises Busy."""
+    def enter(self) -> Callable[[], None]:
+        """Take a place in the queue, and get what gives it back; raises Busy."""
         if not self.places.acquire(blocking=False):
             raise Busy(f"{self.waiting} uploads are waiting already; try again in a minute")
         return self.places.release
 
-    def submit(self, parts: dict[str, Sequence[Named]] | None) -> Job:
+    def submit(
+        self, parts: dict[str, Sequence[Named]] | None, leave: Callable[[], None] = lambda: None
+    ) -> Job:
         """Segment an upload (see upload.store), or without one the phantom, when its turn comes.
 
-        The job's future raises ValueError for an upload that cannot be used.
+        The job's future raises ValueError for an upload that cannot be used. Done or cancelled, it
+        calls `leave`.
         """
+
+        def count(_: Future[Answer]) -> None:
+            self.finished += 1
+            leave()
+
         job = Job(self.numbers)
         self.numbers += 1
         job.future = self.worker.submit(self._run, parts, job)
-        job.future.add_done_callback(self._count)
+        job.future.add_done_callback(count)
         return job
-
-    def _count(self, _: Future[Answer]) -> None:
-        self.finished += 1
 
     def ahead(self, job: Job) -> int:
         """How many uploads come before a job."""
@@ -183,18 +207,15 @@ def _slices(
         overlay[..., 2] = 255 * truth[small]
     pictures = []
     for k in range(len(mask)):
-        pictures.append({name: _data_url(array[k], ".jpg") for name, array in grey.items()})
-        pictures[-1]["overlay"] = _data_url(overlay[k], ".png")
+        slices = {
+            n: _data_url(_encoded(array[k], ".jpg"), "image/jpeg") for n, array in grey.items()
+        }
+        pictures.append(slices | {"overlay": _data_url(_encoded(overlay[k], ".png"), "image/png")})
     return pictures
 
 
-def data_url(content: bytes, kind: str) -> str:
-    """Content as a URL that holds it."""
+def _data_url(content: bytes, kind: str) -> str:
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
-
-
-def _data_url(picture: np.ndarray, suffix: str) -> str:
-    return data_url(_encoded(picture, suffix), {".jpg": "image/jpeg", ".png": "image/png"}[suffix])
 
 
 def _encoded(picture: np.ndarray, suffix: str) -> bytes:

@@ -1,0 +1,490 @@
+"""The server as its users meet it: the HTTP API, the page in a real browser, and its limits."""
+
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT, make_weights
+
+import inference
+from checkpoint import build_model
+from phantom import make_volume
+
+for module in ("starlette", "uvicorn", "python_multipart"):
+    pytest.importorskip(module, reason="pip install -r requirements-app.txt")
+httpx = pytest.importorskip("httpx")
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A scan with its mask, the same as slices in an archive, weights, and inference.py's masks."""
+    import SimpleITK
+
+    folder = tmp_path_factory.mktemp("files")
+    volume, mask = make_volume(0, slices=8, size=64)
+    for name, array in (("head", volume), ("head_mask", mask.astype(np.uint8))):
+        image = SimpleITK.GetImageFromArray(array, isVector=array.ndim == 4)
+        image.SetSpacing((1.5, 1.5, 4.0))
+        SimpleITK.WriteImage(image, str(folder / f"{name}.nii.gz"))
+    command = [sys.executable, ROOT / "phantom.py", folder / "slices"]
+    command += ["--cases", "1", "--slices", "8", "--size", "64"]
+    subprocess.run(list(map(str, command)), check=True, capture_output=True)
+    shutil.make_archive(str(folder / "slices"), "zip", folder / "slices")
+    weights = make_weights(folder / "unet.pt")
+    for images in ("head.nii.gz", "slices"):
+        with pytest.raises(SystemExit) as stop:
+            inference.main(
+                ["--images", str(folder / images), "--weights", str(weights)]
+                + ["--predictions", str(folder / "expected"), "--figure", str(folder / "dsc.png")]
+            )
+        assert stop.value.code == 0
+    return folder
+
+
+def start(folder: Path, weights: Path, *options: str) -> tuple[subprocess.Popen, str]:
+    """The server in a process of its own, and its address."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, str(ROOT / "app.py"), "--port", str(port), "--weights", str(weights)]
+    with open(folder / "server.log", "wb") as log:
+        process = subprocess.Popen(
+            [*command, *options], stdout=log, stderr=log, env=os.environ | {"TMPDIR": str(folder)}
+        )
+    url = f"http://127.0.0.1:{port}"
+    for _ in range(600):
+        assert process.poll() is None, (folder / "server.log").read_text()
+        try:
+            httpx.get(f"{url}/api")
+            return process, url
+        except httpx.TransportError:
+            time.sleep(0.2)
+    raise AssertionError("the server did not start")
+
+
+def stop(process: subprocess.Popen) -> None:
+    process.send_signal(signal.SIGTERM)
+    process.wait(timeout=30)
+
+
+@pytest.fixture(scope="module")
+def server(files, tmp_path_factory):
+    """The address of a server, and the folder of its temporary files."""
+    folder = tmp_path_factory.mktemp("server")
+    process, url = start(folder, files / "unet.pt", "--max-upload", "8", "--queue", "60")
+    yield url, folder
+    stop(process)
+    assert not [p.name for p in folder.iterdir() if p.name.startswith("brainseg")], "all is gone"
+    log = (folder / "server.log").read_text()
+    assert "Traceback" not in log and "never retrieved" not in log, log
+
+
+def post(url: str, **sent) -> httpx.Response:
+    return httpx.post(f"{url}/api/segment", timeout=120, **sent)
+
+
+def unpacked(response: httpx.Response) -> dict[str, bytes]:
+    assert response.status_code == 200, response.text
+    with zipfile.ZipFile(io.BytesIO(response.content)) as archive:
+        return {name: archive.read(name) for name in archive.namelist()}
+
+
+# The API
+
+
+def test_a_scan_gets_the_mask_of_inference_to_the_byte(server, files):
+    sent = {
+        "images": open(files / "head.nii.gz", "rb"),
+        "mask": open(files / "head_mask.nii.gz", "rb"),
+    }
+    answer = unpacked(post(server[0], files=sent))
+    assert sorted(answer) == ["head.gif", "head_mask.nii.gz", "montage.png", "summary.json"]
+    assert answer["head_mask.nii.gz"] == (files / "expected/head_mask.nii.gz").read_bytes()
+    summary = json.loads(answer["summary.json"])
+    table = (files / "expected/metrics.csv").read_text()
+    assert summary["case"] == "head" and summary["shape"] == [8, 64, 64]
+    assert summary["lesion_ml"] == pytest.approx(summary["lesion_voxels"] * 9 / 1000)
+    assert 0 < summary["scores"]["dsc"] <= 1 and "hd95_mm" in summary["scores"]
+    assert table
+
+
+def test_slices_in_an_archive_too(server, files):
+    answer = unpacked(post(server[0], files={"images": open(files / "slices.zip", "rb")}))
+    names = [f"phantom_000_{k}_mask.tif" for k in range(1, 9)]
+    assert set(names) < answer.keys()
+    for name in names:
+        assert answer[name] == (files / "expected/phantom_000" / name).read_bytes()
+    assert json.loads(answer["summary.json"])["lesion_ml"] is None, "slices know no spacing"
+
+
+def test_several_files_and_a_phantom(server, files):
+    slices = sorted((files / "slices/phantom_000").iterdir())
+    several = unpacked(post(server[0], files=[("images", open(path, "rb")) for path in slices]))
+    assert "phantom_000_1_mask.tif" in several
+    answer = unpacked(post(server[0], data={"phantom": "1"}))
+    assert json.loads(answer["summary.json"])["shape"] == [24, 192, 192]
+
+
+def test_the_example_of_the_readme(server, files, tmp_path, monkeypatch):
+    (example,) = re.findall(
+        r"<!-- run by tests/test_app.py -->\n```python\n(.*?)```",
+        (ROOT / "README.md").read_text(),
+        re.S,
+    )
+    assert len(example.strip().splitlines()) <= 10
+    shutil.copy(files / "head.nii.gz", tmp_path / "scan.nii.gz")
+    monkeypatch.chdir(tmp_path)
+    exec(example.replace("http://127.0.0.1:7860", server[0]), {})
+    assert (tmp_path / "result/scan_mask.nii.gz").read_bytes() == (
+        files / "expected/head_mask.nii.gz"
+    ).read_bytes()
+
+
+@pytest.mark.parametrize(
+    "sent, says",
+    [
+        ({"files": {"images": ("a.nii.gz", b"rubbish")}}, "a.nii.gz: not a readable volume"),
+        ({"files": {"images": ("a.doc", b"rubbish")}}, "holds no slice"),
+        ({"files": {"images": ("a.zip", b"rubbish")}}, "a.zip: is damaged"),
+        ({"files": {"images": ("a_1.tif", b"rubbish")}}, "a_1.tif: not a readable image"),
+        ({"files": {"picture": ("a.nii", b"rubbish")}}, "no file is called 'picture'"),
+        ({"data": {"images": "text"}}, "no file is called 'images'"),
+        ({}, "no file came"),
+        (
+            {"content": b"rubbish", "headers": {"Content-Type": "multipart/form-data; boundary=x"}},
+            "",
+        ),
+    ],
+)
+def test_a_bad_upload_gets_one_sentence(server, sent, says):
+    response = post(server[0], **sent)
+    assert response.status_code == 400
+    error = response.json()["error"]
+    assert says in error and "\n" not in error
+    assert str(server[1]) not in response.text and "received" not in response.text
+
+
+def test_blank_and_constant_volumes(server, tmp_path):
+    import SimpleITK
+
+    found = {}
+    for value in (0, 7):
+        image = SimpleITK.GetImageFromArray(np.full((4, 32, 32), value, np.uint8))
+        SimpleITK.WriteImage(image, str(tmp_path / "a.nii.gz"))
+        found[value] = post(server[0], files={"images": open(tmp_path / "a.nii.gz", "rb")})
+    assert json.loads(unpacked(found[0])["summary.json"])["slices_touched"] == []
+    assert found[7].status_code == 400
+    assert found[7].json()["error"] == "a: every voxel is 7: this is not an image"
+
+
+def test_too_much_is_refused(server):
+    message = {"error": "more than 9 MiB; crop the scan, or compress it"}
+    large = bytes(10 * 2**20)
+    response = post(server[0], files={"images": ("a.nii", large)})
+    assert (response.status_code, response.json()) == (413, message)
+
+
+def test_eight_clients_at_once_all_get_their_answer(server, files):
+    content = (files / "head.nii.gz").read_bytes()
+    expected = (files / "expected/head_mask.nii.gz").read_bytes()
+
+    def ask(k: int) -> bool:
+        answer = unpacked(post(server[0], files={"images": (f"head{k}.nii.gz", content)}))
+        return answer[f"head{k}_mask.nii.gz"] == expected
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(ask, range(8)))
+
+
+def test_nothing_is_kept(server, files):
+    url, folder = server
+    unpacked(post(url, files={"images": open(files / "head.nii.gz", "rb")}))
+    post(url, files={"images": ("a.nii.gz", b"rubbish")})
+    left = [path for path in folder.rglob("*") if path.is_file() and path.name != "server.log"]
+    assert left == []
+
+
+def test_the_page_serves_no_file_of_the_machine(server):
+    for path in (
+        "../README.md",
+        "%2e%2e/README.md",
+        "//etc/passwd",
+        "..%5cREADME.md",
+        "web/../app.py",
+    ):
+        assert httpx.get(f"{server[0]}/{path}").status_code in (400, 404)
+
+
+def test_progress_and_result_as_lines(server, files):
+    sent = {"images": open(files / "head.nii.gz", "rb")}
+    response = post(server[0], files=sent, headers={"Accept": "application/x-ndjson"})
+    *waiting, last = map(json.loads, response.text.splitlines())
+    assert waiting and all("waiting" in line for line in waiting)
+    assert len(last["slices"]) == 8 and last["summary"]["case"] == "head"
+    sent = {"images": ("a.nii", b"rubbish")}
+    response = post(server[0], files=sent, headers={"Accept": "application/x-ndjson"})
+    assert "a.nii: not a readable" in json.loads(response.text.splitlines()[-1])["error"]
+
+
+def test_another_host_name_is_refused(server):
+    response = httpx.get(f"{server[0]}/", headers={"Host": "elsewhere.example"})
+    assert response.status_code == 400
+
+
+# Limits
+
+
+def test_a_full_queue_says_so():
+    from segmentation import Segmenter
+    from service import Busy, Service
+    from upload import Limits
+
+    service = Service(Segmenter(build_model("unet", init_features=2), 32), Limits(), waiting=2)
+    leave = service.enter()
+    service.enter()
+    with pytest.raises(Busy, match="2 uploads are waiting already"):
+        service.enter()
+    leave()
+    service.enter()
+
+
+def test_segmenting_takes_no_longer_than_it_may(files):
+    from segmentation import Segmenter
+    from service import Service
+    from upload import Limits, Named
+
+    segmenter = Segmenter.from_weights(files / "unet.pt", batch_size=1)
+    service = Service(segmenter, Limits(seconds=60))
+    object.__setattr__(service.limits, "seconds", 60)
+    segmenter.probabilities = slow(segmenter.probabilities)
+    with open(files / "head.nii.gz", "rb") as scan:
+        job = service.submit({"images": [Named("head.nii.gz", scan)]})
+        with pytest.raises(ValueError, match="segmenting it took more than 60 s"):
+            job.future.result()
+
+
+def slow(function):
+    """The same, a minute later by the clock."""
+    clock = time.monotonic
+
+    def wrapped(*arguments):
+        time.monotonic = lambda: clock() + 61
+        try:
+            return function(*arguments)
+        finally:
+            time.monotonic = clock
+
+    return wrapped
+
+
+async def echo(scope, receive, send):
+    """An application that reads all and answers with a header of its own."""
+    while (await receive()).get("more_body"):
+        pass
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"x-frame", b"1")]})
+    await send({"type": "http.response.body", "body": b"ok"})
+
+
+def guarded(method: str, **options) -> httpx.Response:
+    import asyncio
+
+    from guard import Guard
+
+    async def ask() -> httpx.Response:
+        app = Guard(echo, most=2**20, auth=options.pop("wanted", None))
+        async with httpx.AsyncClient(
+            transport=httpx.ASGITransport(app), base_url="http://server"
+        ) as client:
+            return await client.request(method, "/", **options)
+
+    return asyncio.run(ask())
+
+
+def test_the_password():
+    assert guarded("GET").status_code == 200
+    assert guarded("GET", wanted="me:secret", auth=("me", "secret")).status_code == 200
+    for wrong in (None, ("me", "Secret"), ("you", "secret"), ("me", "")):
+        response = guarded("GET", wanted="me:secret", auth=wrong)
+        assert response.status_code == 401 and "Basic" in response.headers["www-authenticate"]
+
+
+def test_size_is_counted_where_it_is_not_said():
+    async def chunks():
+        for _ in range(40):
+            yield bytes(2**16)
+
+    assert guarded("POST", content=chunks()).status_code == 413
+    assert guarded("POST", content=bytes(2**20)).status_code == 200
+    assert guarded("POST", content=bytes(2**20 + 1)).status_code == 413
+    assert guarded("POST", content=b"", headers={"Content-Length": "-1"}).status_code == 413
+
+
+def test_a_page_may_load_nothing_from_outside():
+    headers = guarded("GET").headers
+    assert "default-src 'none'" in headers["content-security-policy"]
+    assert headers["x-frame"] == "1", "what the application says stays"
+
+
+@pytest.mark.parametrize(
+    "options, says",
+    [
+        (["--auth", "nobody"], "--auth is user:password"),
+        (["--queue", "0"], "must be above 0"),
+        (["--weights", "none.pt"], "none.pt: no such file"),
+    ],
+)
+def test_bad_options(options, says, capsys):
+    import app
+
+    with pytest.raises(SystemExit) as stop:
+        app.main(options)
+    assert stop.value.code != 0
+    assert says in f"{stop.value.code}" + capsys.readouterr().err
+
+
+def test_a_port_that_is_taken(files, tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        command = [sys.executable, str(ROOT / "app.py"), "--weights", str(files / "unet.pt")]
+        done = subprocess.run(
+            [*command, "--port", str(taken.getsockname()[1])], capture_output=True, text=True
+        )
+    assert done.returncode != 0 and "Traceback" not in done.stderr
+    assert "in use" in done.stderr
+
+
+# The page
+
+
+@pytest.fixture(scope="module")
+def browser():
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is missing")
+    if not CHROMIUM:
+        pytest.skip("no chromium on this machine; apt-get install chromium")
+    with playwright.sync_playwright() as p:
+        browser = p.chromium.launch(
+            executable_path=CHROMIUM,
+            args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"],
+        )
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(browser, server):
+    """The page, watched: it may ask no other host, and log no error."""
+    page = browser.new_page(viewport={"width": 1366, "height": 768}, accept_downloads=True)
+    page.set_default_timeout(90_000)
+    asked, errors = [], []
+    page.on("request", lambda request: asked.append(request.url))
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.on("console", lambda m: errors.append(m.text) if m.type == "error" else None)
+    page.goto(server[0])
+    page.get_by_role("button", name="Try a phantom").wait_for()
+    yield page
+    outside = [url for url in asked if not url.startswith((server[0], "data:", "blob:"))]
+    page.close()
+    assert not outside and not errors, (outside, errors)
+
+
+def drop(page, path: Path) -> None:
+    page.locator("#files").set_input_files(str(path))
+    page.locator("#chosen").get_by_text(path.name).wait_for()
+    page.get_by_role("button", name="Segment").click()
+
+
+def drawn(page) -> bytes:
+    page.wait_for_timeout(500)
+    return page.locator("canvas").screenshot()
+
+
+def downloaded(page, name: str) -> bytes:
+    with page.expect_download() as download:
+        page.get_by_role("link", name=name).click()
+    return Path(download.value.path()).read_bytes()
+
+
+def test_a_scan_in_a_browser(page, server, files):
+    drop(page, files / "head.nii.gz")
+    page.locator("h2").get_by_text("head").wait_for()
+    assert re.search(r"Lesion: [\d.]+ ml \(\d+ voxels\)", page.locator("#numbers").inner_text())
+    mask = downloaded(page, "head_mask.nii.gz")
+    assert mask == (files / "expected/head_mask.nii.gz").read_bytes()
+
+    first = drawn(page)
+    slider = page.get_by_label("Slice")
+    slider.fill("0")
+    assert page.locator("output").inner_text() == "slice 1 of 8"
+    assert drawn(page) != first
+    slider.fill("4")
+    with_outline = drawn(page)
+    page.get_by_label("Outline").uncheck()
+    without = drawn(page)
+    page.get_by_label("Probability").check()
+    heat = drawn(page)
+    page.get_by_label("post-contrast").check()
+    assert len({with_outline, without, heat, drawn(page)}) == 4
+    left = [p for p in server[1].rglob("*") if p.is_file() and p.name != "server.log"]
+    assert left == [], "the upload is deleted"
+
+
+def test_the_phantom_on_a_phone(page):
+    page.set_viewport_size({"width": 390, "height": 844})
+    page.get_by_role("button", name="Try a phantom").click()
+    page.locator("h2").get_by_text("phantom_000").wait_for()
+    page.locator("#scores").get_by_text("DSC").wait_for()
+    width = page.evaluate("document.documentElement.scrollWidth")
+    assert width <= 390, "nothing sticks out"
+    page.get_by_text("All slices").click()
+    assert page.locator("#montage").evaluate("image => image.naturalWidth") > 0
+    assert len(downloaded(page, "phantom_000_masks.zip")) > 1000
+
+
+def test_what_cannot_be_segmented_is_said_on_the_page(page, tmp_path):
+    page.get_by_role("button", name="Segment").click()
+    page.locator("#error").get_by_text("No scan yet").wait_for()
+    (tmp_path / "broken.nii.gz").write_bytes(b"rubbish")
+    drop(page, tmp_path / "broken.nii.gz")
+    page.locator("#error").get_by_text("broken.nii.gz: not a readable volume").wait_for()
+
+
+def test_a_folder_in_a_browser(page, files):
+    page.locator("#folder").set_input_files(str(files / "slices/phantom_000"))
+    page.locator("#chosen").get_by_text("16 files").wait_for()
+    page.get_by_role("button", name="Segment").click()
+    page.locator("#scores").get_by_text("DSC").wait_for()
+    with zipfile.ZipFile(io.BytesIO(downloaded(page, "phantom_000_masks.zip"))) as archive:
+        for name in archive.namelist():
+            expected = files / "expected/phantom_000" / name
+            assert archive.read(name) == expected.read_bytes()
+
+
+def test_a_real_case_in_a_browser(page, files, lgg, tmp_path):
+    case = "TCGA_CS_4944_20010208"
+    shutil.make_archive(str(tmp_path / case), "zip", lgg / case)
+    with pytest.raises(SystemExit):
+        inference.main(
+            ["--images", str(lgg / case), "--weights", str(files / "unet.pt")]
+            + ["--predictions", str(tmp_path / "out"), "--figure", str(tmp_path / "dsc.png")]
+        )
+    drop(page, tmp_path / f"{case}.zip")
+    page.locator("#scores").get_by_text("DSC").wait_for()
+    with zipfile.ZipFile(io.BytesIO(downloaded(page, f"{case}_masks.zip"))) as archive:
+        assert archive.namelist()
+        for name in archive.namelist():
+            assert archive.read(name) == (tmp_path / "out" / case / name).read_bytes()
