@@ -58,13 +58,18 @@ def main() -> None:
     )
     parser.add_argument("--images", type=Path, required=True, help="the real cases")
     parser.add_argument("--study", choices=STUDIES, required=True)
+    parser.add_argument("--only", nargs="+", help="variants of the study (all)")
     parser.add_argument("--fold", nargs="+", type=int, default=[0, 1, 2, 3, 4], help="of 5 (all)")
     parser.add_argument("--out", type=Path, default="ablation", help="folder (%(default)s)")
     parser.add_argument("options", nargs="*", help="of train.py, after --")
     args = parser.parse_args()
 
-    out = args.out / args.study
-    for (name, change), fold in product(STUDIES[args.study].items(), args.fold):
+    out, variants = args.out / args.study, STUDIES[args.study]
+    if unknown := set(args.only or ()) - variants.keys():
+        parser.error(f"no variant is called {unknown.pop()!r}; known: {', '.join(variants)}")
+    names = args.only or list(variants)
+    for name, fold in product(names, args.fold):
+        change = variants[name]
         model = change.split()[1] if "--model" in change else "unet"
         folder = out / name / f"fold{fold}"
         command = ["train.py", "--images", args.images, "--weights", folder, "--model", model]
@@ -75,7 +80,7 @@ def main() -> None:
             command += [*SMALL[args.study].split(), *args.options, *change.split()]
         print(f"\n{name}, fold {fold}", flush=True)
         run(command)
-    models = [f"{name}={out / name}" for name in STUDIES[args.study]]
+    models = [f"{name}={out / name}" for name in names]
     where = ["--out", out / "evaluation", "--report", out / "report.html"]
     run(["evaluate.py", "--images", args.images, "--subset", "train", "validation", *where]
         + ["--weights", *models])  # fmt: skip

@@ -115,7 +115,7 @@ function present(answer) {
   find("[type=range]").value = answer.first;
   find("#sequences").replaceChildren(...Object.keys(NAMES).filter((n) => slices[0][n]).map(radio));
   find("#legend").textContent = "Outlined in red: what the network found"
-    + (summary.scores ? "; in green: the true mask." : ".");
+    + (summary.scores ? "; in green: the true mask" : "") + ". Yellow: its probability.";
   find("#links").replaceChildren("Download:", ...Object.entries(answer.downloads).map(([name, url]) =>
     Object.assign(document.createElement("a"), { href: url, download: name, textContent: name })));
   find("#scores").replaceChildren(...Object.keys(SCORES).filter((name) =>
@@ -123,6 +123,7 @@ function present(answer) {
   find("#montage").src = answer.montage;
   find("#film").src = answer.film;
   show("result");
+  find("section").scrollIntoView({ block: "nearest" });
   draw();
 }
 
