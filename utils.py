@@ -286,7 +286,7 @@ def outline(
 def montage(pictures: np.ndarray) -> np.ndarray:
     """Pictures (S, H, W, 3) as one, side by side on a grid that is about square."""
     count, height, width, _ = pictures.shape
-    columns = math.ceil(math.sqrt(count * height / width))
+    columns = max(1, round(math.sqrt(count * height / width)))
     rows = math.ceil(count / columns)
     cells = np.zeros((rows * columns, *pictures.shape[1:]), pictures.dtype)
     cells[:count] = pictures
