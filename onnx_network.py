@@ -56,8 +56,12 @@ class OnnxNetwork:
         self.settings, self.stride = self.card["settings"], self.card["stride"]
         kind, _, gpu = str(device or "").partition(":")
         available = needed("onnxruntime", path).get_available_providers()
+        try:
+            chosen = pick_providers(providers, kind, available)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
         self._providers = []  # names and options, as ONNX Runtime takes them
-        for name in pick_providers(providers, kind, available):
+        for name in chosen:
             options = {} if name == "cpu" else {"device_id": gpu or "0"}
             if name == "tensorrt":
                 size = image_size or self.card["image_size"]

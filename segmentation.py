@@ -48,8 +48,8 @@ class Segmenter:
         if isinstance(model, OnnxNetwork):  # it takes and gives what is in main memory
             if amp:
                 raise ValueError(
-                    "an ONNX file computes in the precision it was exported in; leave --amp out, "
-                    "or export it again with --precision float16"
+                    f"{model.path}: computes in the precision it was exported in; leave --amp "
+                    "out, or export it again with --precision float16"
                 )
             self.model, self.device, self.amp = model, torch.device("cpu"), False
             self.on_cpu, self.runtime = model.provider == "cpu", f"ONNX Runtime ({model.provider})"
