@@ -102,13 +102,13 @@ def test_number_height_and_width_are_free(onnx, weights, shape):
     x = torch.randn(shape)
     with torch.inference_mode():
         expected = model_from_state(load_state(weights), weights)[1](x)
-    torch.testing.assert_close(OnnxNetwork(onnx)(x), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(OnnxNetwork(onnx, ["cpu"])(x), expected, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("shape", [(1, 2, 32, 32), (3, 32, 32), (1, 3, 32, 40)])
 def test_other_shapes_are_refused_as_by_the_network_itself(onnx, shape):
     with pytest.raises(ValueError, match="the network takes|not a multiple of 16"):
-        OnnxNetwork(onnx)(torch.zeros(shape))
+        OnnxNetwork(onnx, ["cpu"])(torch.zeros(shape))
 
 
 @needs_onnx
@@ -276,9 +276,14 @@ def test_a_provider_that_does_not_start_is_named(onnx, monkeypatch):
     import onnxruntime
 
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: list(PROVIDERS.values()))
-    monkeypatch.setattr(OnnxNetwork, "_tensorrt_options", lambda *_: {})
-    with pytest.warns(UserWarning), pytest.raises(ValueError, match="'tensorrt' does not start"):
+
+    class Started:
+        get_providers = staticmethod(lambda: [PROVIDERS["cpu"]])
+
+    monkeypatch.setattr(OnnxNetwork, "_session", lambda _: Started)
+    with pytest.raises(ValueError, match="'tensorrt' does not start"):
         OnnxNetwork(onnx, ["tensorrt", "cpu"])
+    assert OnnxNetwork(onnx).provider == "cpu", "what was not asked for by name need not start"
 
 
 def test_providers_are_those_there_the_fastest_first():
@@ -295,7 +300,7 @@ def test_providers_are_those_there_the_fastest_first():
 
 
 def test_tensorrt_gets_one_engine_for_every_batch(onnx):
-    options = OnnxNetwork(onnx)._tensorrt_options(16, 64)
+    options = OnnxNetwork(onnx, ["cpu"])._tensorrt_options(16, 64)
     assert options["trt_profile_min_shapes"] == "slices:1x3x64x64"
     assert options["trt_profile_max_shapes"] == "slices:16x3x64x64"
     assert options["trt_fp16_enable"] == "False" and Path(options["trt_engine_cache_path"]).is_dir()
