@@ -18,10 +18,16 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from onnx_network import read_onnx_card
 from resnext_unet import ResNeXtUNet
 from unet import UNet
 
 MODELS = {"unet": UNet, "resnext_unet": ResNeXtUNet}
+OTHERS = {  # made of weights, but no weights
+    ".onnx": "is an ONNX file, for inference.py and evaluate.py; give the weights it was made of",
+    ".pt2": "is an exported program, refused, as opening it could run code; give the weights it "
+    "was made of, or an ONNX file (export.py --format onnx)",
+}
 SHIPPED = Path(__file__).resolve().parent / "weights"
 
 
@@ -67,6 +73,8 @@ def load_tensors(path: Path | str) -> dict:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file of weights")
+    if path.suffix in OTHERS:
+        raise ValueError(f"{path}: {OTHERS[path.suffix]}")
     named = re.search(r"-([0-9a-f]{8})\.pt$", path.name)
     if named and not file_hash(path).startswith(named[1]):
         raise ValueError(f"{path}: its SHA-256 is not the one in its name; fetch it again")
@@ -147,7 +155,12 @@ def save_tensors(path: Path, content: dict) -> None:
 
 
 def read_card(path: Path | str) -> dict:
-    """The card beside a weights file; empty if there is none. ValueError if it is not a card."""
+    """The card beside a weights file, or inside an ONNX one; empty if there is none.
+
+    ValueError if it is not a card.
+    """
+    if Path(path).suffix == ".onnx":
+        return read_onnx_card(path)
     card = Path(path).with_suffix(".json")
     if not card.is_file():
         return {}

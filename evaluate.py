@@ -5,11 +5,12 @@
     python3 evaluate.py --images ./kaggle_3m --weights cv/ --subset train validation   folds, pooled
     python3 evaluate.py --images ./kaggle_3m --weights a/unet.pt predictions/metrics.csv
 
-Each of --weights is a model: a weights file; a folder with a weights file a fold, each of which
-scores the cases that it was not trained on; or the metrics.csv that inference.py wrote. NAME=PATH
-gives it a name. The others are compared with the first one, case by case. A case that one of the
-models was trained on counts for none; one on which train.py --keep best has chosen an epoch counts,
-and is named as such. --threshold, --tta and the like do not change a metrics.csv.
+Each of --weights is a model: a weights file, or an .onnx file of export.py; a folder with a weights
+file a fold, each of which scores the cases that it was not trained on; or the metrics.csv that
+inference.py wrote. NAME=PATH gives it a name. The others are compared with the first one, case by
+case. A case that one of the models was trained on counts for none; one on which train.py --keep
+best has chosen an epoch counts, and is named as such. --threshold, --tta and the like do not
+change a metrics.csv.
 
 Writes scores.csv (a line a model and case), summary.json, scores.png and gallery.png to OUT, and
 with --report one page that holds all of it and needs no network.

@@ -1,12 +1,21 @@
-"""Turn weights that were trained into weights to hand on.
+"""Turn weights that were trained into weights to hand on, or into a file that runs by itself.
 
     python3 export.py --weights weights/unet.pt                      weights/unet-<hash>.pt, card
     python3 inference.py --weights weights/unet-<hash>.pt --subset validation
     python3 export.py --weights weights/unet-<hash>.pt --metrics predictions/metrics.csv
+    python3 export.py --weights weights/unet.pt --format onnx        weights/unet.onnx
+    python3 inference.py --weights weights/unet.onnx --images ./scans
+    python3 export.py --weights weights/unet.pt --format torch-export          weights/unet.pt2
 
-Convolution kernels are stored in half precision; the name carries the first eight digits of the
-file's SHA-256, which is checked whenever it is opened. The second call adds scores to the card;
-it counts only cases that the weights were not trained on.
+Weights: convolution kernels are stored in half precision; the name carries the first eight digits
+of the file's SHA-256, which is checked whenever it is opened. The third command adds scores to the
+card; it counts only cases that the weights were not trained on.
+
+The other formats hold the network, batch norm folded, from preprocessed slices (N, C, H, W) to
+probabilities (N, K, H, W), both float32, of any number and of any height and width that 16
+divides; and the card, which says how to preprocess. They are compared with the network in PyTorch
+before they take their place. A .pt2 is for programs of your own (torch.export.load): nothing here
+opens one, as opening it could run code that it holds.
 """
 
 from __future__ import annotations
@@ -17,11 +26,13 @@ import io
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from checkpoint import SHIPPED, load_state, model_from_state, read_card
+from checkpoint import SHIPPED, file_hash, load_state, model_from_state, read_card
 from dataset import SUBSETS, is_lgg, patient_of
 from metrics import summarise
+from onnx_network import OnnxNetwork, needed
+from program import check_finite, largest_difference, slices_to_compare, to_onnx, to_pt2, trace
 from utils import fail, make_parser, read_scores, write_json, written_whole
 
 LICENCE = (
@@ -29,11 +40,20 @@ LICENCE = (
     "Saha and Mazurowski 2019 (doi:10.1016/j.compbiomed.2019.05.002): use them, and these weights, "
     "non-commercially, share alike and give credit. Not a medical device."
 )
+SUFFIXES = {"onnx": ".onnx", "torch-export": ".pt2"}
+TOLERANCES = {"float32": 1e-4, "float16": 5e-2}  # of a probability
 
 
 def get_parser() -> argparse.ArgumentParser:
     parser = make_parser(__doc__)
     parser.add_argument("--weights", type=Path, required=True, help="file that train.py wrote")
+    parser.add_argument(
+        "--format",
+        type=str,
+        choices=("weights", *SUFFIXES),
+        default="weights",
+        help="weights, onnx or torch-export (%(default)s)",
+    )
     parser.add_argument("--metrics", type=Path, help="metrics.csv of inference.py with the weights")
     parser.add_argument(
         "--subset",
@@ -45,11 +65,26 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--out", type=Path, default=SHIPPED, help="folder (weights/ of the project)"
     )
+    add = parser.add_argument_group("onnx and torch-export").add_argument
+    add(
+        "--precision",
+        type=str,
+        choices=TOLERANCES,
+        help="float32 or float16, of the network inside (float32)",
+    )
+    add(
+        "--images",
+        type=Path,
+        help="cases, to compare on the first (./kaggle_3m, or a synthetic one if that is missing)",
+    )
     return parser
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = get_parser().parse_args(argv)
+    parser = get_parser()
+    args = parser.parse_args(argv)
+    if args.format == "weights" and (args.precision or args.images):
+        parser.error("--precision and --images go with --format onnx or torch-export")
     try:
         state = load_state(args.weights)
         name, model = model_from_state(state, args.weights)
@@ -59,22 +94,30 @@ def main(argv: list[str] | None = None) -> None:
             card["licence"] = LICENCE
         if args.metrics:
             card.setdefault("scores", {})[args.subset] = scores_of_unseen(args.metrics)
-        content = serialise(halve(state))
-        digest = hashlib.sha256(content).hexdigest()
-        path = args.out / f"{name}-{digest[:8]}.pt"
-        with written_whole(path) as temporary:
-            temporary.write_bytes(content)
-        write_json(path.with_suffix(".json"), card | {"sha256": digest})
+        if args.format == "weights":
+            said = write_weights(args.out, state, card)
+        else:
+            said = write_network(args, model, card)
     except (ValueError, OSError) as error:
         fail(error)
-    print(f"{path}, {len(content) / 2**20:.1f} MiB, and its card {path.with_suffix('.json').name}")
+    print(said)
+
+
+def write_weights(out: Path, state: dict[str, Tensor], card: dict) -> str:
+    """Write weights named by their hash, and their card; what to say of them."""
+    content = serialise(halve(state))
+    digest = hashlib.sha256(content).hexdigest()
+    path = out / f"{card['model']}-{digest[:8]}.pt"
+    with written_whole(path) as temporary:
+        temporary.write_bytes(content)
+    write_json(path.with_suffix(".json"), card | {"sha256": digest})
+    return f"{path}, {len(content) / 2**20:.1f} MiB, and its card {path.with_suffix('.json').name}"
 
 
 def halve(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Kernels in half precision; batch norm and biases, small and sensitive, as they are."""
     halved = {k: v.half() if v.is_floating_point() and v.ndim > 1 else v for k, v in state.items()}
-    if not all(torch.isfinite(value).all() for value in halved.values()):
-        raise ValueError("a weight is too large for half precision")
+    check_finite(halved)
     return halved
 
 
@@ -93,6 +136,43 @@ def scores_of_unseen(path: Path) -> dict:
         raise ValueError(f"{path}: scores no case that the weights were not trained on")
     summary = summarise(list(cases.values()), [patient_of(case) for case in cases])
     return {"metric": "DSC per volume", **summary, "cases": cases}
+
+
+def write_network(args: argparse.Namespace, model: nn.Module, card: dict) -> str:
+    """Write an ONNX file or an exported program that agrees with `model`; what to say of it.
+
+    Raises ValueError, and leaves what was there, if it does not agree.
+    """
+    if args.format == "onnx":
+        for package in ("onnxscript", "onnxruntime"):
+            needed(package, "--format onnx")
+    precision = args.precision or "float32"
+    suffix = ("-float16" if precision == "float16" else "") + SUFFIXES[args.format]
+    path = args.out / f"{args.weights.stem}{suffix}"
+    card = {"image_size": 256, "neighbours": 0} | card
+    card |= {"stride": model.stride, "precision": precision}
+    card["weights"] = {"file": args.weights.name, "sha256": file_hash(args.weights)}
+    card.pop("sha256", None)  # of the weights
+    case, slices = slices_to_compare(args.images, model, card)
+    program = trace(model, precision)
+    with written_whole(path) as temporary:
+        if args.format == "onnx":
+            temporary.write_bytes(to_onnx(program, card))
+            network = OnnxNetwork(temporary, ["cpu"])
+        else:
+            temporary.write_bytes(to_pt2(program, card))
+            network = torch.export.load(temporary).module()
+        difference = largest_difference(network, model, slices)
+        if not difference <= TOLERANCES[precision]:
+            raise ValueError(
+                f"{path}: not written, as its probabilities are up to {difference:.2g} off those "
+                f"of {args.weights} on {case}; export it in float32, or with another PyTorch"
+            )
+        size = temporary.stat().st_size / 2**20
+    return (
+        f"{path}, {size:.1f} MiB; on {len(slices)} slices of {case} its probabilities are within "
+        f"{difference:.1e} of those of PyTorch ({TOLERANCES[precision]:g} is allowed)"
+    )
 
 
 if __name__ == "__main__":

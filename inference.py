@@ -6,6 +6,7 @@
     python3 inference.py --flair f.nii.gz --post t1ce.nii.gz     sequences in files of their own
     python3 inference.py --images ./kaggle_3m --subset validation
     python3 inference.py --images ./kaggle_3m --weights weights/unet.pt --skip-existing
+    python3 inference.py --images ./kaggle_3m --weights weights/unet.onnx   of export.py
     python3 inference.py --config settings.yaml                  the names of the flags; flags win
 
 For every source slice, PREDICTIONS/<case>/ gets <case>_<k>_mask.tif (0 or 255, the source's
@@ -62,7 +63,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("--subset", type=str, default="all", help=f"all, {', '.join(SUBSETS)} (%(default)s)")
     add("--cases", type=str, nargs="+", help="only these cases")
     add("--skip-existing", action="store_true", help="keep the masks of an earlier run")
-    add("--weights", type=Path, help="weights file (those that came with the project)")
+    add("--weights", type=Path, help="weights or .onnx file (weights that came with the project)")
 
     add_segmenter_options(parser)
     add = parser.add_argument_group("where to").add_argument
@@ -142,7 +143,7 @@ def run(args: argparse.Namespace, options: dict) -> int:
     report(rows, args)
     done = len(sources) - failed - kept
     print(
-        f"{done} of {len(sources)} cases segmented with {weights}"
+        f"{done} of {len(sources)} cases segmented with {weights} by {segmenter.runtime}"
         + (f", {kept} kept from an earlier run" if kept else "")
         + f"; masks and pictures: {args.predictions}"
     )
@@ -175,7 +176,7 @@ def segment_all(
         return load(source, segmenter, args)
 
     bar = functools.partial(tqdm, desc="segmenting", total=len(sources), unit="case", disable=None)
-    if segmenter.device.type == "cpu" and len(sources) > 1:
+    if segmenter.on_cpu and len(sources) > 1:
         # Several cases at once with a core each: nothing waits for a thread that another one holds.
         def whole(source: Path | Case) -> Result | Exception:
             return finished(segmented(loaded(source)))

@@ -63,6 +63,8 @@ def open_models(texts: list[str], options: dict) -> list[Model]:
         if not name or name in named:
             raise ValueError(f"{text}: needs a name of its own; give NAME=PATH")
         named[name] = path
+    if options.get("providers") and all(path.suffix != ".onnx" for path in named.values()):
+        raise ValueError("--providers is for .onnx files, and none is given; leave it out")
     return [open_model(name, path, options) for name, path in named.items()]
 
 
@@ -79,6 +81,8 @@ def open_model(name: str, path: Path, options: dict) -> Model:
 
 
 def open_network(file: Path, files: int, options: dict) -> Network:
+    if file.suffix != ".onnx":
+        options = options | {"providers": None}
     segmenter, card = Segmenter.from_weights(file, **options), read_card(file)
     cases = card.get("cases", {})
     if "train" not in cases:
@@ -99,7 +103,7 @@ def describe(model: Model) -> dict | str:
         str(network.file): {
             "sha256": file_hash(network.file),
             "image_size": network.segmenter.image_size,
-            "device": str(network.segmenter.device),
+            "runtime": network.segmenter.runtime,
             "bfloat16": network.segmenter.amp,
         }
         for network in model.networks

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from checkpoint import load_state, model_from_state, read_card
+from onnx_network import OnnxNetwork
 from volume import Frame, neighbourhoods, preprocess, restore
 
 Progress = Callable[[int, int], None]
@@ -25,12 +26,12 @@ class Segmenter:
     `largest_component` keeps the largest connected one only, `tta` averages over the slice and
     its mirror image, `amp` computes in bfloat16 (None: wherever the device does so natively).
     The network is copied; `batch_size` is the most slices at once, `neighbours` how many slices on
-    either side of each it was trained to see.
+    either side of each it was trained to see. An ONNX network has its own device and precision.
     """
 
     def __init__(
         self,
-        model: nn.Module,
+        model: nn.Module | OnnxNetwork,
         image_size: int = 256,
         threshold: float = 0.5,
         largest_component: bool = True,
@@ -46,25 +47,45 @@ class Segmenter:
                 f"image size {image_size} is not a multiple of {stride}; "
                 f"{_fits(image_size, stride)}"
             )
-        self.device = pick_device(device)
-        self.model = fold_batch_norm(model).to(self.device, memory_format=torch.channels_last)
+        if isinstance(model, OnnxNetwork):  # it takes and gives what is in main memory
+            if amp:
+                raise ValueError(
+                    f"{model.path}: computes in the precision it was exported in; leave --amp "
+                    "out, or export it again with --precision float16"
+                )
+            self.model, self.device, self.amp = model, torch.device("cpu"), False
+            self.on_cpu, self.runtime = model.provider == "cpu", f"ONNX Runtime ({model.provider})"
+        else:
+            self.device = pick_device(device)
+            self.model = fold_batch_norm(model).to(self.device, memory_format=torch.channels_last)
+            self.amp = has_bfloat16(self.device) if amp is None else amp
+            self.on_cpu, self.runtime = self.device.type == "cpu", f"PyTorch ({self.device})"
         self.image_size = image_size
         self.threshold = threshold
         self.largest_component = largest_component
         self.tta = tta
         self.neighbours = neighbours
         # A few slices at once stay in the cache of a processor, and are done a fifth sooner.
-        self.batch_size = min(batch_size, 4) if self.device.type == "cpu" else batch_size
-        self.amp = has_bfloat16(self.device) if amp is None else amp
+        self.batch_size = min(batch_size, 4) if self.on_cpu else batch_size
 
     @classmethod
-    def from_weights(cls, path: Path | str, **options) -> Segmenter:
-        """The segmenter of a weights file, at the image size its card names.
+    def from_weights(
+        cls, path: Path | str, providers: Sequence[str] | None = None, **options
+    ) -> Segmenter:
+        """The segmenter of a file of weights or an ONNX file, at the image size its card names.
 
-        Raises FileNotFoundError or ValueError, naming the file, if it cannot be used.
+        `providers` of ONNX Runtime: see `OnnxNetwork`. Raises FileNotFoundError or ValueError,
+        naming the file, if it cannot be used.
         """
-        _, model = model_from_state(load_state(path), path)
-        card = read_card(path)
+        if Path(path).suffix == ".onnx":
+            names = "device", "batch_size", "image_size"
+            model = OnnxNetwork(path, providers, **{k: options[k] for k in names if k in options})
+            card = model.card
+        elif providers:
+            raise ValueError(f"{path}: is no ONNX file; leave --providers out, or give one")
+        else:
+            _, model = model_from_state(load_state(path), path)
+            card = read_card(path)
         size = options.pop("image_size", None) or card.get("image_size", 256)
         return cls(model, image_size=size, neighbours=card.get("neighbours", 0), **options)
 
@@ -112,7 +133,6 @@ class Segmenter:
 
         `progress` is told after each batch how many slices are done, of how many.
         """
-        self.model.eval()
         parts, done = [], 0
         for slices in neighbourhoods(len(images), self.neighbours).split(self.batch_size):
             parts.append(self._forward(images[slices].flatten(1, 2)))
@@ -122,12 +142,16 @@ class Segmenter:
 
     def _forward(self, batch: Tensor) -> Tensor:
         batch = batch.to(self.device, torch.float32, memory_format=torch.channels_last)
+        probabilities = self._network(batch)
+        if self.tta:
+            return (probabilities + self._network(batch.flip(-1)).flip(-1)) / 2
+        return probabilities
+
+    def _network(self, batch: Tensor) -> Tensor:
+        if isinstance(self.model, OnnxNetwork):
+            return self.model(batch)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
-            logits = self.model(batch, logits=True).float()
-            if self.tta:
-                mirrored = self.model(batch.flip(-1), logits=True).float().flip(-1)
-                return (logits.sigmoid() + mirrored.sigmoid()) / 2
-        return logits.sigmoid()
+            return self.model.eval()(batch, logits=True).float().sigmoid()
 
 
 def fold_batch_norm(model: nn.Module) -> nn.Module:

@@ -60,6 +60,13 @@ def add_segmenter_options(parser: argparse.ArgumentParser) -> None:
         help="compute in bfloat16 (where the device is faster so)",
     )
     add("--workers", type=int, help="threads that read and write (all cores)")
+    add(
+        "--providers",
+        type=str,
+        nargs="+",
+        choices=("tensorrt", "cuda", "cpu"),
+        help="tensorrt, cuda, cpu: those of ONNX Runtime to run an .onnx file (all there are)",
+    )
 
 
 def segmenter_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> dict:
@@ -68,7 +75,7 @@ def segmenter_options(parser: argparse.ArgumentParser, args: argparse.Namespace)
         parser.error("--batch-size and --workers must be at least 1")
     if not 0 < args.threshold < 1:
         parser.error("--threshold is a probability between 0 and 1")
-    names = "image_size threshold largest_component tta batch_size device amp".split()
+    names = "image_size threshold largest_component tta batch_size device amp providers".split()
     return {name: getattr(args, name) for name in names}
 
 

@@ -19,6 +19,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import redirect_stdout
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -29,10 +31,12 @@ sys.path.insert(0, str(ROOT))
 
 import plain  # noqa: E402
 
+import export  # noqa: E402
 from cache import prepare  # noqa: E402
 from cases import find_cases  # noqa: E402
-from checkpoint import load_pretrained, shipped_weights  # noqa: E402
+from checkpoint import load_pretrained, load_state, model_from_state, shipped_weights  # noqa: E402
 from dataset import BrainSegmentationDataset, select_cases  # noqa: E402
+from metrics import dsc  # noqa: E402
 from segmentation import Segmenter, has_bfloat16  # noqa: E402
 from train import get_args  # noqa: E402
 from trainer import Trainer  # noqa: E402
@@ -174,6 +178,49 @@ def bench_network(cases: list, args: argparse.Namespace) -> None:
         row(f"network alone, {'bfloat16' if amp else 'float32'}", ours, eager, "s a slice")
 
 
+def bench_onnx(cases: list, args: argparse.Namespace) -> None:
+    """Probabilities of the validation cases, prepared in memory, and the DSC of their masks."""
+    weights = args.weights or shipped_weights("unet")
+    model = model_from_state(load_state(weights), weights)[1]
+    plainly = Segmenter(model, SIZE, device="cpu", amp=False)
+    prepared = []
+    for case in select_cases(cases, "validation"):
+        volume, truth = case.read_pair()
+        prepared.append((*plainly.preprocess(volume), truth))
+
+    def eager(images: torch.Tensor) -> torch.Tensor:
+        with torch.inference_mode():
+            return torch.cat([model(batch) for batch in images.split(BATCH)])
+
+    def measured(network: Callable[[torch.Tensor], torch.Tensor]) -> tuple[float, float]:
+        """Seconds a case, and mean DSC."""
+        network(prepared[0][0])
+        start = time.perf_counter()
+        maps = [network(images) for images, _, _ in prepared]
+        spent = (time.perf_counter() - start) / len(prepared)
+        masks = (plainly.finish(m, frame) for m, (_, frame, _) in zip(maps, prepared, strict=True))
+        pairs = zip(masks, prepared, strict=True)
+        return spent, float(np.mean([dsc(mask, truth) for mask, (_, _, truth) in pairs]))
+
+    networks = {"the Segmenter's PyTorch, float32": plainly.probabilities}
+    with tempfile.TemporaryDirectory() as out:
+        for precision in ("float32", "float16"):
+            words = "--weights", weights, "--images", args.images, "--out", f"{out}/{precision}"
+            words += "--format", "onnx", "--precision", precision
+            with redirect_stdout(sys.stderr):  # the table goes on
+                export.main([str(word) for word in words])
+            (path,) = Path(out, precision).glob("*.onnx")
+            segmenter = Segmenter.from_weights(path, providers=["cpu"], image_size=SIZE)
+            networks[f"ONNX Runtime {version('onnxruntime')}, {precision}"] = (
+                segmenter.probabilities
+            )
+    theirs, reference = measured(eager)
+    for name, network in networks.items():
+        ours, score = measured(network)
+        about = f"{name}; mean DSC of {len(prepared)} cases {score:.4f} (plain {reference:.4f})"
+        row(about, ours, theirs, "s a case")
+
+
 def bench_inference(cases: list, args: argparse.Namespace) -> None:
     """The ten validation cases, whole process: start, reading, network, pictures, figure."""
     names = [case.name for case in select_cases(cases, "validation")]
@@ -228,6 +275,7 @@ BENCHES = {
     "augment": bench_augment,
     "step": bench_step,
     "network": bench_network,
+    "onnx": bench_onnx,
     "inference": bench_inference,
     "memory": bench_memory,
 }

@@ -1,0 +1,130 @@
+"""A network as a program that needs none of this code: an exported one of PyTorch, or ONNX.
+
+It takes preprocessed slices (N, C, H, W) and gives probabilities (N, K, H, W), both float32.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from cases import case_paths, find_case
+from onnx_network import CARD, INPUT, OUTPUT, PRODUCER, sealed
+from phantom import make_volume
+from segmentation import fold_batch_norm
+from volume import neighbourhoods, preprocess
+
+OPSET = 18  # the one that the exporter is written in; ONNX Runtime reads it from 1.14 on
+
+
+class Probabilities(nn.Module):
+    """What is exported: a network that computes in `dtype`, float32 on the outside."""
+
+    def __init__(self, network: nn.Module, dtype: torch.dtype):
+        super().__init__()
+        self.network, self.dtype = network.to(dtype), dtype
+
+    def forward(self, slices: Tensor) -> Tensor:
+        """Probabilities (N, out, H, W) of slices (N, in, H, W)."""
+        return self.network(slices.to(self.dtype), logits=True).float().sigmoid()
+
+
+def trace(model: nn.Module, precision: str) -> ExportedProgram:
+    """The network as a program for any number of slices and any size that its stride divides.
+
+    Raises ValueError if a weight is too large for the precision.
+    """
+    network = Probabilities(fold_batch_norm(model), getattr(torch, precision)).eval()
+    check_finite(network.state_dict())
+    sides = {axis: model.stride * Dim(name) for axis, name in ((2, "rows"), (3, "columns"))}
+    example = torch.zeros(2, model.settings["in_channels"], 4 * model.stride, 3 * model.stride)
+    program = torch.export.export(
+        network, (example,), dynamic_shapes={"slices": {0: Dim("batch"), **sides}}
+    )
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)  # paths of this machine
+    return program
+
+
+def check_finite(state: dict[str, Tensor]) -> None:
+    """ValueError if a weight has overflowed."""
+    if not all(torch.isfinite(value).all() for value in state.values()):
+        raise ValueError("a weight is too large for half precision")
+
+
+def to_onnx(program: ExportedProgram, card: dict) -> bytes:
+    """The program as a sealed ONNX file with its card."""
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the exporter's own use of PyTorch
+        exported = torch.onnx.export(
+            program,
+            input_names=[INPUT],
+            output_names=[OUTPUT],
+            opset_version=OPSET,
+            external_data=False,
+            verbose=False,
+        )
+    proto = exported.model_proto
+    proto.producer_name, proto.producer_version = PRODUCER, f"torch {torch.__version__}"
+    proto.doc_string = (
+        f"{INPUT} (batch, C, rows, columns) float32, preprocessed as a whole volume; {OUTPUT} "
+        f"(batch, K, rows, columns) float32; rows and columns are multiples of {card['stride']}. "
+        f"The metadata {CARD} holds the card, JSON."
+    )
+    proto.metadata_props.add(key=CARD, value=json.dumps(card))
+    graph = proto.graph
+    graph.ClearField("value_info")
+    for part in (graph, *graph.node, *graph.input, *graph.output):
+        part.ClearField("metadata_props")  # of the exporter, half a page a layer
+    for value in (*graph.input, *graph.output):
+        batch, _, rows, columns = value.type.tensor_type.shape.dim
+        batch.dim_param, rows.dim_param, columns.dim_param = "batch", "rows", "columns"
+    return sealed(proto.SerializeToString())
+
+
+def to_pt2(program: ExportedProgram, card: dict) -> bytes:
+    """The program as the file that `torch.export.load` opens, with card.json in it."""
+    buffer = io.BytesIO()
+    torch.export.save(program, buffer, extra_files={"card.json": json.dumps(card)})
+    return buffer.getvalue()
+
+
+def slices_to_compare(images: Path | None, model: nn.Module, card: dict) -> tuple[str, Tensor]:
+    """The name of a case, and four slices of it (4, C, N, N) as the network takes them."""
+    if images is None and Path("kaggle_3m").is_dir():
+        images = Path("kaggle_3m")
+    if images:
+        case = find_case(case_paths(images)[0])
+        name, volume = case.name, case.read()
+    else:
+        name, volume = "a synthetic case", make_volume(0)[0]
+    neighbours = card["neighbours"]
+    channels = model.settings["in_channels"] // (2 * neighbours + 1)
+    volume = volume[..., np.arange(channels) % volume.shape[-1]]
+    prepared, _ = preprocess(volume, card["image_size"])
+    middle = len(prepared) // 2
+    seen = neighbourhoods(len(prepared), neighbours)[max(middle - 2, 0) : middle + 2]
+    return name, prepared[seen].flatten(1, 2)
+
+
+@torch.inference_mode()
+def largest_difference(
+    network: Callable[[Tensor], Tensor], model: nn.Module, slices: Tensor
+) -> float:
+    """How far the probabilities of two networks are apart at most, NaN if one is.
+
+    One slice alone, of another height and width, is tried too.
+    """
+    odd = nn.functional.pad(slices[:1], (0, model.stride, 0, 2 * model.stride))
+    differences = [(network(x) - model(x)).abs().flatten() for x in (slices, odd)]
+    return torch.cat(differences).max().item()

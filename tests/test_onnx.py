@@ -1,0 +1,373 @@
+"""Networks without their code: the files of export.py, and ONNX Runtime behind the Segmenter."""
+
+import csv
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, TRAINED_ON, make_weights
+from torch import nn
+
+import evaluate
+import export
+import inference
+import program
+import resnext_unet
+from checkpoint import load_state, model_from_state, read_card
+from onnx_network import PROVIDERS, OnnxNetwork, needed, pick_providers, sealed
+from phantom import make_volume
+from resnext_unet import ResNeXtUNet
+from segmentation import Segmenter
+from unet import UNet
+
+MISSING = [p for p in ("onnxruntime", "onnxscript") if importlib.util.find_spec(p) is None]
+needs_onnx = pytest.mark.skipif(
+    bool(MISSING), reason=f"{', '.join(MISSING)} missing: pip install -r requirements-onnx.txt"
+)
+
+
+def run_export(weights: Path, out: Path, *options: object) -> None:
+    export.main([str(word) for word in ("--weights", weights, "--out", out, *options)])
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory) -> Path:
+    return make_weights(tmp_path_factory.mktemp("weights") / "narrow.pt")
+
+
+@pytest.fixture(scope="module")
+def onnx(weights) -> Path:
+    if MISSING:
+        pytest.skip(f"{', '.join(MISSING)} missing: pip install -r requirements-onnx.txt")
+    run_export(weights, weights.parent, "--format", "onnx")
+    return weights.with_suffix(".onnx")
+
+
+@pytest.fixture(scope="module")
+def volume() -> np.ndarray:
+    return make_volume(5, slices=6, size=60)[0]
+
+
+def segmenter(path: Path, **options) -> Segmenter:
+    return Segmenter.from_weights(path, **{"device": "cpu", "amp": False, **options})
+
+
+def infer(images: Path, out: Path, weights: Path, *more: object) -> str | int:
+    """The exit status, or the sentence that goes to stderr with status 1."""
+    words = ["--images", images, "--weights", weights, "--predictions", out / "predictions"]
+    with pytest.raises(SystemExit) as stop:
+        inference.main([str(word) for word in (*words, "--figure", out / "dsc.png", *more)])
+    return stop.value.code
+
+
+def refused(images: Path, out: Path, weights: Path, *more: object) -> str:
+    message = infer(images, out, weights, *more)
+    assert isinstance(message, str) and message.startswith("error: ") and "\n" not in message
+    return message
+
+
+def table(out: Path) -> list[dict]:
+    with open(out / "predictions" / "metrics.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+# The same network
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"tta": True}, {"image_size": 64, "batch_size": 1}, {"batch_size": 4}],
+    ids=str,
+)
+def test_probabilities_are_those_of_pytorch(onnx, weights, volume, options):
+    there, here = (segmenter(path, **options) for path in (onnx, weights))
+    images, _ = here.preprocess(volume)
+    expected = here.probabilities(images)
+    assert expected.max() - expected.min() > 0.5, "so that equality means something"
+    torch.testing.assert_close(there.probabilities(images), expected, atol=1e-5, rtol=0)
+
+
+def test_masks_are_those_of_pytorch(onnx, weights, volume):
+    mask = segmenter(onnx)(volume)
+    assert mask.any() and mask.dtype == bool
+    assert np.array_equal(mask, segmenter(weights)(volume))
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 16, 16), (3, 3, 32, 48), (5, 3, 96, 16)])
+def test_number_height_and_width_are_free(onnx, weights, shape):
+    x = torch.randn(shape)
+    with torch.inference_mode():
+        expected = model_from_state(load_state(weights), weights)[1](x)
+    torch.testing.assert_close(OnnxNetwork(onnx, ["cpu"])(x), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 32, 32), (3, 32, 32), (1, 3, 32, 40)])
+def test_other_shapes_are_refused_as_by_the_network_itself(onnx, shape):
+    with pytest.raises(ValueError, match="the network takes|not a multiple of 16"):
+        OnnxNetwork(onnx, ["cpu"])(torch.zeros(shape))
+
+
+@needs_onnx
+def test_half_precision_and_neighbours(tmp_path, volume):
+    torch.manual_seed(0)
+    path, file = tmp_path / "unet.pt", tmp_path / "unet-float16.onnx"
+    torch.save(UNet(9, init_features=8).state_dict(), path)
+    path.with_suffix(".json").write_text(json.dumps({"image_size": 32, "neighbours": 1}))
+    run_export(path, tmp_path, "--format", "onnx", "--precision", "float16")
+    assert file.stat().st_size < 0.6 * path.stat().st_size
+    there, here = segmenter(file), segmenter(path)
+    images, _ = here.preprocess(volume)
+    assert there.neighbours == 1 and images.shape[1] == 3
+    rough, exact = there.probabilities(images), here.probabilities(images)
+    assert rough.dtype == torch.float32 and not torch.equal(rough, exact)
+    torch.testing.assert_close(rough, exact, atol=0.01, rtol=0)
+
+
+@needs_onnx
+def test_resnext_unet_exports(tmp_path, monkeypatch):
+    """With one block a layer, all different, as the exporter takes a minute for all sixteen."""
+    layer = resnext_unet._layer
+    monkeypatch.setattr(resnext_unet, "_layer", lambda i, o, blocks, stride: layer(i, o, 1, stride))
+    torch.manual_seed(0)
+    model = ResNeXtUNet().eval()
+    card = {"settings": model.settings, "stride": model.stride, "image_size": 32}
+    path = tmp_path / "resnext_unet.onnx"
+    path.write_bytes(program.to_onnx(program.trace(model, "float32"), card))
+    network = OnnxNetwork(path, ["cpu"])
+    assert program.largest_difference(network, model, torch.randn(2, 3, 32, 32)) < 1e-4
+
+
+# What travels in the file
+
+
+def test_the_card_travels_inside(onnx, tmp_path):
+    alone = tmp_path / "alone.onnx"
+    alone.write_bytes(onnx.read_bytes())
+    card = read_card(alone)
+    assert card["image_size"] == 32 and card["neighbours"] == 0 and card["model"] == "unet"
+    assert card["settings"] == {"in_channels": 3, "out_channels": 1, "init_features": 4}
+    assert card["cases"]["train"] == TRAINED_ON and card["weights"]["file"] == "narrow.pt"
+    assert segmenter(alone).image_size == 32
+
+
+def test_no_path_of_this_machine_is_in_the_file(onnx):
+    content = onnx.read_bytes()
+    for path in (ROOT, Path(torch.__file__).parent, onnx.parent):
+        assert str(path).encode() not in content
+
+
+def test_torch_export_agrees_and_has_its_card(tmp_path, capsys):
+    path = make_weights(tmp_path / "narrow.pt", trained_on=["TCGA_CS_4942_19970222"])
+    run_export(path, tmp_path, "--format", "torch-export")
+    assert "within" in capsys.readouterr().out
+    extra = {"card.json": ""}
+    network = torch.export.load(tmp_path / "narrow.pt2", extra_files=extra).module()
+    assert json.loads(extra["card.json"])["licence"] == export.LICENCE
+    model = model_from_state(load_state(path), path)[1]
+    assert program.largest_difference(network, model, torch.randn(3, 3, 48, 32)) < 1e-5
+
+
+# inference.py and evaluate.py
+
+
+def test_inference_scores_the_same(phantoms, onnx, weights, tmp_path, capsys):
+    some = "--cases", "phantom_001", "phantom_003", "phantom_005", "--device", "cpu"
+    assert infer(phantoms, tmp_path / "onnx", onnx, *some, "--providers", "cpu") == 0
+    assert f"segmented with {onnx} by ONNX Runtime (cpu)" in capsys.readouterr().out
+    assert infer(phantoms, tmp_path / "torch", weights, *some, "--no-amp") == 0
+    assert "by PyTorch (cpu)" in capsys.readouterr().out
+    rows = table(tmp_path / "onnx")
+    assert rows == table(tmp_path / "torch")
+    assert [row["trained_on"] for row in rows] == ["1", "0", "0"]
+    assert any(float(row["dsc"]) > 0 for row in rows), "so that equality means something"
+
+
+def test_evaluate_compares_both(phantoms, onnx, weights, tmp_path):
+    words = ["--images", phantoms, "--out", tmp_path, "--cases", "phantom_003", "phantom_004"]
+    words += ["--subset", "all", "--device", "cpu", "--providers", "cpu", "--no-amp"]
+    evaluate.main([str(w) for w in (*words, "--weights", f"torch={weights}", f"onnx={onnx}")])
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["models"]["onnx"]["difference"]["mean"] == 0
+    (about,) = summary["weights"]["onnx"].values()
+    assert about["runtime"] == "ONNX Runtime (cpu)" and about["bfloat16"] is False
+
+
+# What is refused
+
+
+@pytest.mark.parametrize("share", [0.001, 0.3, 0.999])
+def test_a_file_cut_short_is_refused(phantoms, onnx, tmp_path, share):
+    file, whole = tmp_path / "x.onnx", onnx.read_bytes()
+    file.write_bytes(whole[: int(len(whole) * share)])
+    message = refused(phantoms, tmp_path, file)
+    assert message.startswith(f"error: {file}: is damaged or cut short") and "export" in message
+
+
+def test_one_flipped_bit_is_noticed(phantoms, onnx, tmp_path):
+    content = bytearray(onnx.read_bytes())
+    content[len(content) // 2] ^= 1
+    file = tmp_path / "x.onnx"
+    file.write_bytes(content)
+    assert f"{file}: is damaged" in refused(phantoms, tmp_path, file)
+
+
+@pytest.mark.parametrize("content", [b"", b"<html>not found</html>", b"\x08\x0a\x12\x07pytorch"])
+def test_what_export_did_not_write_is_refused(phantoms, tmp_path, content):
+    file = tmp_path / "x.onnx"
+    file.write_bytes(content)
+    message = refused(phantoms, tmp_path, file)
+    assert message.startswith(f"error: {file}: is no ONNX file that export.py wrote")
+    assert "export.py --format onnx" in message
+
+
+@needs_onnx
+def test_a_sound_onnx_file_of_another_model_is_refused(phantoms, tmp_path):
+    from onnx import TensorProto, helper
+
+    value = [helper.make_tensor_value_info(n, TensorProto.FLOAT, [1]) for n in ("slices", "y")]
+    graph = helper.make_graph(
+        [helper.make_node("Relu", ["slices"], ["y"])], "g", value[:1], value[1:]
+    )
+    file = tmp_path / "x.onnx"
+    file.write_bytes(helper.make_model(graph).SerializeToString())
+    assert f"{file}: is no ONNX file that export.py wrote" in refused(phantoms, tmp_path, file)
+
+
+def test_what_onnx_runtime_cannot_run_is_one_sentence(phantoms, onnx, tmp_path):
+    graph = onnx.read_bytes()[: -len(sealed(b""))]
+    file = tmp_path / "x.onnx"
+    file.write_bytes(sealed(graph.replace(b"ConvTranspose", b"ConvUnheardOf")))
+    message = refused(phantoms, tmp_path, file)
+    assert message.startswith(f"error: {file}: ONNX Runtime ") and "cannot run it" in message
+
+
+def test_missing_files_are_named(phantoms, tmp_path):
+    file = tmp_path / "x.onnx"
+    assert f"{file}: no such ONNX file" in refused(phantoms, tmp_path, file)
+
+
+def test_options_that_do_not_fit_are_refused(phantoms, onnx, weights, tmp_path):
+    run = phantoms, tmp_path
+    assert "leave --amp out" in refused(*run, onnx, "--amp")
+    assert "is no ONNX file" in refused(*run, weights, "--providers", "cpu")
+    assert "not a multiple of 16" in refused(*run, onnx, "--image-size", 40)
+    assert "device 'nonsense'" in refused(*run, onnx, "--device", "nonsense")
+    with pytest.raises(SystemExit, match="--providers is for .onnx files"):
+        words = "--images", phantoms, "--weights", weights, "--providers", "cpu"
+        evaluate.main([str(word) for word in words])
+
+
+@needs_onnx
+def test_a_provider_that_is_not_installed_is_named(phantoms, onnx, tmp_path):
+    import onnxruntime
+
+    if PROVIDERS["cuda"] in onnxruntime.get_available_providers():
+        pytest.skip("this ONNX Runtime has the CUDA provider")
+    for options in (("--providers", "cuda"), ("--device", "cuda")):
+        message = refused(phantoms, tmp_path, onnx, *options)
+        assert "'cuda'" in message and "there is cpu" in message and "onnxruntime-gpu" in message
+
+
+def test_a_provider_that_does_not_start_is_named(onnx, monkeypatch):
+    import onnxruntime
+
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: list(PROVIDERS.values()))
+
+    class Started:
+        get_providers = staticmethod(lambda: [PROVIDERS["cpu"]])
+
+    monkeypatch.setattr(OnnxNetwork, "_session", lambda _: Started)
+    with pytest.raises(ValueError, match="'tensorrt' does not start"):
+        OnnxNetwork(onnx, ["tensorrt", "cpu"])
+    assert OnnxNetwork(onnx).provider == "cpu", "what was not asked for by name need not start"
+
+
+def test_providers_are_those_there_the_fastest_first():
+    every, cpu = list(PROVIDERS.values()), [PROVIDERS["cpu"]]
+    assert pick_providers(None, "", [*cpu, "AzureExecutionProvider"]) == ["cpu"]
+    assert pick_providers(None, "", every[::-1]) == ["tensorrt", "cuda", "cpu"]
+    assert pick_providers(None, "cuda", every) == ["tensorrt", "cuda"]
+    assert pick_providers(None, "cpu", every) == ["cpu"]
+    assert pick_providers(["cpu", "cuda"], "", every) == ["cpu", "cuda"]
+    with pytest.raises(ValueError, match="'cuda' does not run on the device 'cpu'"):
+        pick_providers(["cuda"], "cpu", every)
+    with pytest.raises(ValueError, match="'mps': ONNX Runtime has no provider for it"):
+        pick_providers(None, "mps", every)
+
+
+def test_tensorrt_gets_one_engine_for_every_batch(onnx):
+    options = OnnxNetwork(onnx, ["cpu"])._tensorrt_options(16, 64)
+    assert options["trt_profile_min_shapes"] == "slices:1x3x64x64"
+    assert options["trt_profile_max_shapes"] == "slices:16x3x64x64"
+    assert options["trt_fp16_enable"] == "False" and Path(options["trt_engine_cache_path"]).is_dir()
+
+
+def test_a_missing_package_is_asked_for(phantoms, weights, tmp_path, monkeypatch):
+    for package in ("onnxruntime", "onnxscript"):
+        monkeypatch.setitem(sys.modules, package, None)
+        with pytest.raises(ValueError, match=rf"x: needs {package}.*-r requirements-onnx.txt"):
+            needed(package, "x")
+    with pytest.raises(SystemExit, match="error: --format onnx: needs onnxscript"):
+        run_export(weights, tmp_path, "--format", "onnx")
+    file = tmp_path / "x.onnx"
+    file.write_bytes(sealed(b"\x12\x08brainseg"))
+    assert f"{file}: needs onnxruntime" in refused(phantoms, tmp_path, file)
+
+
+def test_an_exported_program_is_never_opened(phantoms, tmp_path):
+    file = tmp_path / "x.pt2"
+    file.write_bytes(b"PK")
+    assert f"{file}: is an exported program, refused" in refused(phantoms, tmp_path, file)
+
+
+def test_onnx_files_are_no_weights(onnx, tmp_path):
+    with pytest.raises(SystemExit, match="is an ONNX file.*give the weights"):
+        run_export(onnx, tmp_path)
+
+
+# An export that is not right
+
+
+def test_an_export_that_disagrees_leaves_what_was_there(weights, tmp_path, monkeypatch):
+    kept = tmp_path / "narrow.pt2"
+    kept.write_text("kept")
+    trace = program.trace
+
+    def wrong(model: nn.Module, precision: str):
+        model = model_from_state(model.state_dict(), "x")[1]
+        model.conv.bias.data += 1
+        return trace(model, precision)
+
+    monkeypatch.setattr(export, "trace", wrong)
+    with pytest.raises(SystemExit, match="not written, as its probabilities are up to 0"):
+        run_export(weights, tmp_path, "--format", "torch-export")
+    assert [path.name for path in tmp_path.iterdir()] == ["narrow.pt2"]
+    assert kept.read_text() == "kept"
+
+
+def test_a_difference_that_is_nan_is_not_passed_over():
+    def network(x: torch.Tensor) -> torch.Tensor:
+        return torch.full_like(x, float("nan") if x.shape[0] == 1 else 0)
+
+    model = nn.Identity()
+    model.stride = 16
+    assert np.isnan(program.largest_difference(network, model, torch.zeros(2, 1, 16, 16)))
+
+
+def test_weights_that_half_precision_cannot_hold_are_refused(tmp_path):
+    model = UNet(init_features=4)
+    model.conv.weight.data.fill_(1e6)
+    torch.save(model.state_dict(), tmp_path / "unet.pt")
+    options = "--format", "torch-export", "--precision", "float16"
+    with pytest.raises(SystemExit, match="half precision"):
+        run_export(tmp_path / "unet.pt", tmp_path, *options)
+
+
+def test_options_of_other_formats_are_a_usage_error(weights, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        run_export(weights, tmp_path, "--precision", "float16")
+    assert "--precision and --images go with --format" in capsys.readouterr().err
