@@ -41,9 +41,8 @@ python3-venv:
 	@echo "installing python3-venv with apt-get"
 	@apt-get update -qq && apt-get install -y -qq python3-venv >/dev/null
 
-.venv/installed-dev: .venv/installed requirements-dev.txt requirements-onnx.txt
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt \
-		-r requirements-onnx.txt
+.venv/installed-dev: .venv/installed $(wildcard requirements-*.txt)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	@touch $@
 
 clean:
