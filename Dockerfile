@@ -3,6 +3,7 @@
 # docker run --rm --gpus all --shm-size 8G --user "$(id -u):$(id -g)" \
 #     -v /path/to/kaggle_3m:/data:ro -v "$PWD/out:/out" brainseg \
 #     inference.py --images /data --predictions /out/predictions --figure /out/dsc.png
+# docker run --rm -p 127.0.0.1:7860:7860 brainseg app.py --host 0.0.0.0
 #
 # Another base, with or without PyTorch: docker build --build-arg BASE=python:3.12-slim -t brainseg .
 ARG BASE=pytorch/pytorch:2.13.0-cuda12.6-cudnn9-runtime
@@ -18,9 +19,9 @@ ENV PYTHONUNBUFFERED=1 \
 
 # Dependencies before code: a change of the code does not install them again. The PyTorch of the
 # base image, made for its CUDA, is kept whatever its version.
-COPY requirements.txt /tmp/requirements.txt
+COPY requirements.txt requirements-app.txt /tmp/
 RUN if python3 -c "import torch"; then sed -i '/^torch==/d' /tmp/requirements.txt; fi \
-    && python3 -m pip install -r /tmp/requirements.txt
+    && python3 -m pip install -r /tmp/requirements-app.txt
 
 WORKDIR /app
 COPY . .
