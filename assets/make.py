@@ -1,8 +1,10 @@
 """Make the README's pictures from phantoms that the demo's network has not seen.
 
 make demo && .venv/bin/python assets/make.py
+python3 app.py & python3 assets/make.py http://127.0.0.1:7860       # those of the page (playwright)
 """
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -36,5 +38,23 @@ def main() -> None:
     save_dsc_figure(ROOT / "assets" / "dsc.png", scores)
 
 
+def screenshots(url: str) -> None:
+    """The page with the phantom, at laptop and phone width."""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=shutil.which("chromium"), args=["--no-sandbox", "--disable-gpu"]
+        )
+        for name, width, height in (("app", 1100, 800), ("app-phone", 390, 844)):
+            page = browser.new_page(viewport={"width": width, "height": height})
+            page.goto(url)
+            page.get_by_role("button", name="Try a phantom").click()
+            page.locator("#result canvas[data-drawn]").wait_for()
+            page.locator("h2").evaluate("heading => heading.scrollIntoView({block: 'nearest'})")
+            page.screenshot(path=ROOT / "assets" / f"{name}.png")
+        browser.close()
+
+
 if __name__ == "__main__":
-    main()
+    screenshots(sys.argv[1]) if sys.argv[1:] else main()

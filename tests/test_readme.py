@@ -20,7 +20,8 @@ needs_weights = pytest.mark.skipif(not list(SHIPPED.glob("*-*.pt")), reason="no 
 
 def notebook_example(volume: np.ndarray) -> np.ndarray:
     """Run the Python block of the README on a volume, from the root of the repository."""
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    marked = r"<!-- run by tests/test_readme.py -->\n```python\n(.*?)```"
+    (code,) = re.findall(marked, README, re.S)
     names = {"volume": volume}
     exec(code, names)
     return names["mask"]
@@ -43,7 +44,7 @@ def test_notebook_example_is_right_on_a_real_case(lgg, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "script", ["train.py", "inference.py", "evaluate.py", "export.py", "phantom.py"]
+    "script", ["train.py", "inference.py", "evaluate.py", "export.py", "app.py", "phantom.py"]
 )
 def test_every_option_that_the_readme_names_exists(script):
     shown = subprocess.run(
