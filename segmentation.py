@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from checkpoint import load_state, model_from_state, read_card
-from volume import Frame, neighbourhoods, preprocess, restore
+from volume import Frame, neighbourhoods_of, preprocess, restore
 
 
 class Segmenter:
@@ -102,10 +103,13 @@ class Segmenter:
         return to_mask(restore(probabilities[:, 0], frame), self.threshold, self.largest_component)
 
     @torch.inference_mode()
-    def probabilities(self, images: Tensor) -> Tensor:
-        """Probabilities (S, K, N, N), float32, on the device, of slices (S, C, N, N)."""
+    def probabilities(self, images: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
+        """Probabilities (S, K, N, N), float32, on the device, of slices (S, C, N, N).
+
+        Of several volumes one after the other, `lengths` says how many slices each has.
+        """
         self.model.eval()
-        seen = neighbourhoods(len(images), self.neighbours).split(self.batch_size)
+        seen = neighbourhoods_of(lengths or [len(images)], self.neighbours).split(self.batch_size)
         return torch.cat([self._forward(images[slices].flatten(1, 2)) for slices in seen])
 
     def _forward(self, batch: Tensor) -> Tensor:
@@ -127,7 +131,7 @@ def fold_batch_norm(model: nn.Module) -> nn.Module:
     model = copy.deepcopy(model).eval()
     for module in list(model.modules()):
         for (name, conv), (norm_name, norm) in pairwise(list(module.named_children())):
-            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+            if isinstance(conv, nn.Conv2d) and isinstance(norm, (nn.BatchNorm2d, nn.SyncBatchNorm)):
                 setattr(module, name, fuse_conv_bn_eval(conv, norm))
                 setattr(module, norm_name, nn.Identity())
     return model
