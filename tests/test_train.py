@@ -100,7 +100,7 @@ def interrupt(monkeypatch, step: int, number: int) -> None:
     monkeypatch.setattr(train.Trainer, "train_step", train_step)
 
 
-def nan_loss(logits, target):
+def nan_loss(logits, target, **_):
     return logits.sum() * float("nan")
 
 
@@ -178,9 +178,9 @@ def test_every_epoch_draws_afresh(phantoms, tmp_path, monkeypatch):
         drawn.append(list(indices))
         return batch(self, indices, neighbours)
 
-    def spy_augment(images, masks, generator, *settings):
+    def spy_augment(images, masks, generator, *settings, **more):
         seeds.append(generator.initial_seed())
-        return augment(images, masks, generator, *settings)
+        return augment(images, masks, generator, *settings, **more)
 
     monkeypatch.setattr(BrainSegmentationDataset, "batch", spy_batch)
     monkeypatch.setattr(trainer, "augment", spy_augment)
