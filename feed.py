@@ -49,6 +49,9 @@ class Feed:
                 f"({free / 2**30:.1f} GiB free on {device})"
             )
 
+    def __len__(self) -> int:
+        return len(self.dataset)
+
     def batches(self, drawn: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches of these slices, one by one; each of `drawn` holds indices (B,)."""
         if self.on_device:  # the indices go there in one piece, so that no step waits for them

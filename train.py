@@ -21,6 +21,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from tqdm import tqdm
 
 from checkpoint import MODELS, load_state, load_tensors, save_tensors, save_weights
@@ -122,6 +123,12 @@ def get_parser() -> argparse.ArgumentParser:
         action=argparse.BooleanOptionalAction,
         help="compute in bfloat16 (where the device is faster so)",
     )
+    add(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="compile the network first: minutes, for faster steps (no)",
+    )
     add("--sync-bn", action="store_true", help="batch norm over the whole batch of several GPUs")
     add("--weights", type=Path, default="./weights", help="folder to write to (%(default)s)")
     add("--logs", type=Path, default="./logs", help="folder for TensorBoard (%(default)s)")
@@ -199,6 +206,8 @@ def main(argv: list[str] | None = None) -> None:
             run(args, checkpoint)
     except (ValueError, OSError) as error:
         fail(error)
+    except torch.OutOfMemoryError as error:
+        fail(f"out of memory, with no step under way: {str(error).splitlines()[0]}")
     except KeyboardInterrupt:
         fail("stopped before the first step; preprocessed volumes are kept")
 
@@ -269,6 +278,8 @@ def train(
     """Train until the last epoch is done or a signal comes; the number of the signal, or 0."""
     args = trainer.args
     trainer.parallelise()
+    if args.compile:
+        print(f"compiled in {together(trainer.compile):.1f} s", flush=True)
     in_main(lambda: write_json(args.logs / "args.json", about | {"args": plain(args)}))
     interruption = Interruption()
     weights = train_set.sampling_weights(args.tumour_share)

@@ -119,6 +119,32 @@ class Trainer:
             own = [self.device] if self.device.type == "cuda" else None
             self.network = DistributedDataParallel(self.model, device_ids=own)
 
+    def compile(self) -> float:
+        """Compile the network for the batches of an epoch, so that no step waits; the seconds.
+
+        Raises ValueError if that cannot be done here.
+        """
+        start, args = time.perf_counter(), self.args
+        before = {name: value.clone() for name, value in self.model.state_dict().items()}
+        self.network = torch.compile(self.network, dynamic=False)
+        self.model.train()
+        last = len(self.feed) % args.batch_size or args.batch_size
+        for whole in (args.batch_size, last):
+            own = len(share_of_batch(range(whole)))
+            shape = own, self.model.settings["in_channels"], args.image_size, args.image_size
+            images = torch.zeros(shape, device=self.device)
+            images = images.contiguous(memory_format=torch.channels_last)
+            try:
+                self.logits(images).sum().backward()
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                reason = str(getattr(error, "inner_exception", error)).strip().split("\n")[0]
+                raise ValueError(f"--compile fails here ({reason}); leave it out") from error
+        self.optimizer.zero_grad(set_to_none=True)
+        self.model.load_state_dict(before)  # the statistics of batch norm have changed
+        return time.perf_counter() - start
+
     def train_step(self, images: Tensor, masks: Tensor, whole: int | None = None) -> Tensor:
         """One optimiser step on a batch as stored; the loss of the batch, still on the device.
 
@@ -140,6 +166,38 @@ class Trainer:
         if self.ema:
             self.ema.update_parameters(self.model)
         return loss.detach()
+
+    def step_in_memory(self, images: Tensor, masks: Tensor, whole: int) -> Tensor:
+        """`train_step`; ValueError, naming a batch that fits, for one that does not."""
+        try:
+            return self.train_step(images, masks, whole)
+        except torch.OutOfMemoryError:
+            pass  # what the failed step has left is free only once this block is left
+        fits = self.batch_that_fits(len(images)) * processes()
+        advice = f"--batch-size {fits} has just gone through: start anew with that"
+        if not fits:
+            advice = "not even one slice fits: start anew with a smaller --image-size or network"
+        raise ValueError(f"{self.device} is out of memory at --batch-size {whole}; {advice}")
+
+    def batch_that_fits(self, size: int) -> int:
+        """The largest of a half, a quarter ... of `size` that a step goes through with, 0 if none.
+
+        The weights are of no use afterwards.
+        """
+        shape = self.model.settings["in_channels"], self.args.image_size, self.args.image_size
+        while size := size // 2:
+            self.optimizer.zero_grad(set_to_none=True)
+            images = torch.zeros((size, *shape), device=self.device)
+            images = images.contiguous(memory_format=torch.channels_last)
+            try:
+                with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
+                    logits = self.model(images, logits=True)
+                LOSSES[self.args.loss](logits, torch.zeros_like(logits)).backward()
+                self.optimizer.step()
+                return size
+            except torch.OutOfMemoryError:
+                pass
+        return 0
 
     def augmented(self, images: Tensor, masks: Tensor, whole: int) -> tuple[Tensor, Tensor]:
         """The batch with the random changes of this step, channels last."""
@@ -181,7 +239,7 @@ class Trainer:
         losses = []
         with bar:
             for batch, part in zip(batches[self.step :], ahead, strict=True):
-                loss = self.train_step(*part, len(batch))
+                loss = self.step_in_memory(*part, len(batch))
                 losses.append(loss * len(batch))
                 self.step += 1
                 bar.update(len(batch))
