@@ -10,6 +10,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -61,8 +62,9 @@ def process_group() -> Iterator[None]:
     if count == 1 or "RANK" not in os.environ:
         yield
         return
-    try:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    try:  # one may wait long for another that preprocesses; one that dies is noticed at once
+        dist.init_process_group(backend, timeout=timedelta(days=1))
     except dist.DistError as error:
         raise ValueError(f"the {count} processes did not all start, or cannot connect") from error
     try:

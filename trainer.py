@@ -131,11 +131,8 @@ class Trainer:
         last = len(self.feed) % args.batch_size or args.batch_size
         for whole in (args.batch_size, last):
             own = len(share_of_batch(range(whole)))
-            shape = own, self.model.settings["in_channels"], args.image_size, args.image_size
-            images = torch.zeros(shape, device=self.device)
-            images = images.contiguous(memory_format=torch.channels_last)
             try:
-                self.logits(images).sum().backward()
+                self.logits(self.blank(own)).sum().backward()
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:
@@ -184,14 +181,11 @@ class Trainer:
 
         The weights are of no use afterwards.
         """
-        shape = self.model.settings["in_channels"], self.args.image_size, self.args.image_size
+        self.network = self.model.eval()  # which waits for no other process
         while size := size // 2:
             self.optimizer.zero_grad(set_to_none=True)
-            images = torch.zeros((size, *shape), device=self.device)
-            images = images.contiguous(memory_format=torch.channels_last)
             try:
-                with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
-                    logits = self.model(images, logits=True)
+                logits = self.logits(self.blank(size))
                 LOSSES[self.args.loss](logits, torch.zeros_like(logits)).backward()
                 self.optimizer.step()
                 return size
@@ -210,6 +204,12 @@ class Trainer:
         if args.aug_intensity:
             images = vary_intensity(images, generator, args.aug_intensity, self.sequences, whole)
         return images.contiguous(memory_format=torch.channels_last), masks
+
+    def blank(self, size: int) -> Tensor:
+        """A batch of so many slices as the network sees them, all 0."""
+        shape = self.model.settings["in_channels"], self.args.image_size, self.args.image_size
+        images = torch.zeros((size, *shape), device=self.device)
+        return images.contiguous(memory_format=torch.channels_last)
 
     def logits(self, images: Tensor) -> Tensor:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
