@@ -83,8 +83,8 @@ def process_group() -> Iterator[None]:
         if not _of_connection(error):
             raise
         print(
-            f"error: process {rank()} lost another of the {count}, whose own message says why; "
-            "what was written before is whole",
+            f"error: process {rank()} lost another of the {count}: look above for what that one, "
+            "or torchrun, says; files are whole, as they were last written",
             file=sys.stderr,
             flush=True,
         )
