@@ -1,11 +1,11 @@
 """Phantom data for every test; real cases where ../shared/lgg or $LGG is there."""
 
+import functools
 import json
 import multiprocessing
 import os
 import pickle
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -107,20 +107,21 @@ def make_weights(path: Path, in_channels: int = 3, trained_on=TRAINED_ON) -> Pat
 
 
 def in_processes(count: int, work: Callable[[], object], seconds: float = 120) -> list[object]:
-    """What `work` gives in each of `count` processes that are set up as torchrun does it.
+    """What `work` gives in each of `count` processes, set up nearly as torchrun does it.
 
     An exception, SystemExit included, is given in the place of a result; None is what a process
     leaves that was killed. They are forked, so that patches of the test hold in them too.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
     with tempfile.TemporaryDirectory() as folder:
 
         def process(rank: int) -> None:
             places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count}
-            os.environ.update({name: str(value) for name, value in places.items()} | address)
+            os.environ.update({name: str(value) for name, value in places.items()})
             os.environ["LOCAL_WORLD_SIZE"] = str(count)
+            # They meet in a file: a port that is free now may be another test's a moment later.
+            meeting = {"init_method": f"file://{folder}/store", "rank": rank, "world_size": count}
+            join = torch.distributed.init_process_group
+            torch.distributed.init_process_group = functools.partial(join, **meeting)
             try:
                 result = work()
             except BaseException as error:
