@@ -65,7 +65,8 @@ def process_group() -> Iterator[None]:
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     try:  # one may wait long for another that preprocesses; one that dies is noticed at once
         dist.init_process_group(backend, timeout=timedelta(days=1))
-    except dist.DistError as error:
+        largest(0)  # none leaves, for bad arguments say, while another is still joining
+    except RuntimeError as error:
         raise ValueError(f"the {count} processes did not all start, or cannot connect") from error
     try:
         yield
