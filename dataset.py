@@ -151,6 +151,11 @@ class BrainSegmentationDataset(Dataset):
         return self
 
     @classmethod
+    def of(cls, volumes: list[Prepared]) -> BrainSegmentationDataset:
+        """The slices of volumes that are prepared already."""
+        return cls.__new__(cls)._hold(volumes)
+
+    @classmethod
     def train_and_validation(
         cls, images_dir: Path | str, folds: int | None = None, fold: int | None = None, **options
     ) -> tuple[BrainSegmentationDataset, BrainSegmentationDataset]:
@@ -166,7 +171,7 @@ class BrainSegmentationDataset(Dataset):
         volumes = prepare(train + validation, **options)
         check_channels(volumes)
         parts = volumes[: len(train)], volumes[len(train) :]
-        return tuple(cls.__new__(cls)._hold(part) for part in parts)
+        return tuple(map(cls.of, parts))
 
     def __len__(self) -> int:
         return len(self._place)

@@ -6,6 +6,7 @@
     python3 inference.py --flair f.nii.gz --post t1ce.nii.gz     sequences in files of their own
     python3 inference.py --images ./kaggle_3m --subset validation
     python3 inference.py --images ./kaggle_3m --weights weights/unet.pt --skip-existing
+    torchrun --nproc-per-node=4 inference.py --images ./cohort   cases shared by four GPUs
     python3 inference.py --images ./kaggle_3m --weights weights/unet.onnx   of export.py
     python3 inference.py --config settings.yaml                  the names of the flags; flags win
 
@@ -28,12 +29,24 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from cases import case_paths, find_case, find_sequences
 from checkpoint import file_hash, read_card, shipped_weights
 from dataset import SUBSETS, patient_of, select_cases
+from distributed import (
+    gather,
+    in_main,
+    is_main,
+    only_main_speaks,
+    own_device,
+    own_workers,
+    process_group,
+    share,
+    together,
+)
 from metrics import describe
 from predictions import find_masks, table_row, write_case
 from segmentation import Segmenter
@@ -89,16 +102,18 @@ class Result:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = get_parser()
-    args = parser.parse_args(argv)
-    options = segmenter_options(parser, args)
-    if (args.pre or args.post) and not args.flair:
-        parser.error("--pre and --post go with --flair")
-    if args.flair and (args.images or args.cases or args.subset != "all"):
-        parser.error("--flair is one scan; --images, --cases and --subset choose others")
+    with only_main_speaks():
+        parser = get_parser()
+        args = parser.parse_args(argv)
+        options = segmenter_options(parser, args)
+        if (args.pre or args.post) and not args.flair:
+            parser.error("--pre and --post go with --flair")
+        if args.flair and (args.images or args.cases or args.subset != "all"):
+            parser.error("--flair is one scan; --images, --cases and --subset choose others")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # tidy up as after Ctrl-C
     try:
-        failed = run(args, options)
+        with process_group():
+            failed = run(args, options)
     except (ValueError, OSError) as error:
         fail(error)
     except KeyboardInterrupt:
@@ -107,10 +122,50 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def run(args: argparse.Namespace, options: dict) -> int:
-    """Segment the chosen cases, write and report; the number of cases that could not be read."""
+    """Segment the chosen cases, write and report; the number of cases that could not be read.
+
+    Several processes share the cases; the main one writes the table and reports on all.
+    """
     weights = args.weights or shipped_weights("unet")
-    segmenter = Segmenter.from_weights(weights, **options)
+    segmenter, sources = together(lambda: prepare(args, options, weights))
     trained_on = set(map(patient_of, read_card(weights).get("cases", {}).get("train", ())))
+    about = provenance(args) | {"weights": {str(weights): file_hash(weights)}}
+    in_main(lambda: write_json(args.predictions / "args.json", about))
+    rows, failed, kept = [], 0, 0
+    try:
+        for result in segment_all(share(sources), segmenter, args):
+            rows.append(None)
+            if isinstance(result, Exception):
+                tqdm.write(f"error: {sentence(result)}", file=sys.stderr)
+                failed += 1
+                continue
+            kept += not result.fresh
+            if result.row:
+                seen = patient_of(result.case.name) in trained_on
+                rows[-1] = result.row | {"trained_on": int(seen)}
+        rows, failed, kept = gather(rows), sum(gather([failed])), sum(gather([kept]))
+    finally:
+        rows = [row for row in rows if row]
+        if rows and is_main():
+            write_table(args.predictions / "metrics.csv", rows)
+    summary = (
+        f"{len(sources) - failed - kept} of {len(sources)} cases segmented with {weights} "
+        f"by {segmenter.runtime}"
+        + (f", {kept} kept from an earlier run" if kept else "")
+        + f"; masks and pictures: {args.predictions}"
+    )
+    in_main(lambda: report(rows, args, summary))
+    return failed
+
+
+def prepare(
+    args: argparse.Namespace, options: dict, weights: Path
+) -> tuple[Segmenter, list[Path | Case]]:
+    """The segmenter and the cases; raises what would stop the run."""
+    args.workers = own_workers(args.workers)
+    segmenter = Segmenter.from_weights(
+        weights, **options | {"device": own_device(options["device"])}
+    )
     if args.flair:
         sources = [find_sequences(args.flair, args.pre, args.post)]
     else:
@@ -123,31 +178,7 @@ def run(args: argparse.Namespace, options: dict) -> int:
         target = args.predictions.resolve()
         if path in (target, target / path.name):  # also of a volume file: beside it lie true masks
             raise ValueError(f"{path}: is a source; name another folder with --predictions")
-
-    about = {"weights": {str(weights): file_hash(weights)}}
-    write_json(args.predictions / "args.json", provenance(args) | about)
-    rows, failed, kept = [], 0, 0
-    try:
-        for result in segment_all(sources, segmenter, args):
-            if isinstance(result, Exception):
-                tqdm.write(f"error: {sentence(result)}", file=sys.stderr)
-                failed += 1
-                continue
-            kept += not result.fresh
-            if result.row:
-                seen = patient_of(result.case.name) in trained_on
-                rows.append(result.row | {"trained_on": int(seen)})
-    finally:
-        if rows:
-            write_table(args.predictions / "metrics.csv", rows)
-    report(rows, args)
-    done = len(sources) - failed - kept
-    print(
-        f"{done} of {len(sources)} cases segmented with {weights} by {segmenter.runtime}"
-        + (f", {kept} kept from an earlier run" if kept else "")
-        + f"; masks and pictures: {args.predictions}"
-    )
-    return failed
+    return segmenter, sources
 
 
 def segment_all(
@@ -160,7 +191,7 @@ def segment_all(
 
     def segmented(item: Result | Exception) -> Result | Exception:
         if isinstance(item, Result) and item.fresh:
-            item.prediction = segmenter.segment(item.images, item.frame)
+            item.prediction = segment_in_memory(segmenter, item)
             item.images = None
         return item
 
@@ -175,7 +206,13 @@ def segment_all(
     def loaded(source: Path | Case) -> Result | Exception:
         return load(source, segmenter, args)
 
-    bar = functools.partial(tqdm, desc="segmenting", total=len(sources), unit="case", disable=None)
+    bar = functools.partial(
+        tqdm,
+        desc="segmenting",
+        total=len(sources),
+        unit="case",
+        disable=None if is_main() else True,
+    )
     if segmenter.on_cpu and len(sources) > 1:
         # Several cases at once with a core each: nothing waits for a thread that another one holds.
         def whole(source: Path | Case) -> Result | Exception:
@@ -184,6 +221,23 @@ def segment_all(
         return iter(bar(in_order(whole, sources, args.workers)))
     ahead = bar(in_order(loaded, sources, args.workers))
     return in_order(finished, map(segmented, ahead), args.workers)
+
+
+def segment_in_memory(segmenter: Segmenter, item: Result) -> np.ndarray:
+    """The mask of a case; where the memory does not do, by smaller batches from now on."""
+    while True:
+        try:
+            return segmenter.segment(item.images, item.frame)
+        except torch.OutOfMemoryError as error:
+            if segmenter.batch_size == 1:
+                raise ValueError(f"{segmenter.device}: not even one slice fits in it") from error
+        size = segmenter.batch_size
+        segmenter.batch_size = size // 2
+        tqdm.write(
+            f"{segmenter.device} is out of memory at --batch-size {size}; going on with "
+            f"{segmenter.batch_size}",
+            file=sys.stderr,
+        )
 
 
 def load(source: Path | Case, segmenter: Segmenter, args: argparse.Namespace) -> Result | Exception:
@@ -205,10 +259,14 @@ def load(source: Path | Case, segmenter: Segmenter, args: argparse.Namespace) ->
     return Result(case, volume, truth, fresh=True, images=images, frame=frame)
 
 
-def report(rows: list[dict], args: argparse.Namespace) -> None:
-    """Print the table and its summary, and draw the figure, if any case had a mask."""
-    if not rows:
-        return
+def report(rows: list[dict], args: argparse.Namespace, summary: str) -> None:
+    """Print the summary; if any case had a mask, the table before it, and draw the figure."""
+    if rows:
+        report_scores(rows, args)
+    print(summary)
+
+
+def report_scores(rows: list[dict], args: argparse.Namespace) -> None:
     width = max(len(row["case"]) for row in rows) + 2
     hd95 = "hd95_mm" if all("hd95_mm" in row for row in rows) else "hd95_px"
     print(

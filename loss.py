@@ -1,14 +1,25 @@
 """Losses on logits (N, K, H, W) against masks of the same shape, 0 or 1.
 
-Each is computed in float32 whatever the network's precision, and is finite for empty masks.
+Each is computed in float32 whatever the network's precision, and is finite for empty masks. Each
+is a function of sums over the batch; where the batch is divided over processes, `total` adds those
+up (`distributed.total`), and the loss is that of the whole batch in every process.
 """
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+Total = Callable[[Tensor], Tensor]
 
-def dice_loss(logits: Tensor, target: Tensor, smooth: float = 1.0) -> Tensor:
+
+def alone(sums: Tensor) -> Tensor:
+    """The `total` of a process that has the whole batch."""
+    return sums
+
+
+def dice_loss(logits: Tensor, target: Tensor, smooth: float = 1.0, total: Total = alone) -> Tensor:
     """One minus the soft Dice coefficient of the whole batch, averaged over output channels.
 
     Milletari, Navab and Ahmadi 2016 (https://arxiv.org/abs/1606.04797), without the squares and
@@ -17,17 +28,27 @@ def dice_loss(logits: Tensor, target: Tensor, smooth: float = 1.0) -> Tensor:
     probabilities, target = torch.sigmoid(logits.float()), target.float()
     overlap = (probabilities * target).sum(dim=(0, 2, 3))  # (K,)
     size = probabilities.sum(dim=(0, 2, 3)) + target.sum(dim=(0, 2, 3))
+    overlap, size = total(torch.stack((overlap, size)))
     return (1 - (2 * overlap + smooth) / (size + smooth)).mean()
 
 
-def bce_dice_loss(logits: Tensor, target: Tensor) -> Tensor:
+def bce_dice_loss(logits: Tensor, target: Tensor, total: Total = alone) -> Tensor:
     """Binary cross-entropy plus Dice loss: even gradients early on, the score itself later."""
-    cross_entropy = F.binary_cross_entropy_with_logits(logits.float(), target.float())
-    return cross_entropy + dice_loss(logits, target)
+    cross_entropy = F.binary_cross_entropy_with_logits(
+        logits.float(), target.float(), reduction="sum"
+    )
+    pixels = torch.full_like(cross_entropy, target.numel())
+    cross_entropy, pixels = total(torch.stack((cross_entropy, pixels)))
+    return cross_entropy / pixels + dice_loss(logits, target, total=total)
 
 
 def tversky_loss(
-    logits: Tensor, target: Tensor, alpha: float = 0.3, beta: float = 0.7, smooth: float = 1.0
+    logits: Tensor,
+    target: Tensor,
+    alpha: float = 0.3,
+    beta: float = 0.7,
+    smooth: float = 1.0,
+    total: Total = alone,
 ) -> Tensor:
     """One minus the soft Tversky index of the whole batch, averaged over output channels.
 
@@ -35,7 +56,7 @@ def tversky_loss(
     positives, `beta` false negatives, so that the defaults trade precision for recall. With both
     at 0.5 it is the Dice loss of twice the `smooth`.
     """
-    return _tversky_distance(logits, target, alpha, beta, smooth).mean()
+    return _tversky_distance(logits, target, alpha, beta, smooth, total).mean()
 
 
 def focal_tversky_loss(
@@ -45,6 +66,7 @@ def focal_tversky_loss(
     beta: float = 0.7,
     gamma: float = 4 / 3,
     smooth: float = 1.0,
+    total: Total = alone,
 ) -> Tensor:
     """(1 - Tversky index) ** (1 / gamma) per output channel, averaged: steeper near the goal.
 
@@ -52,20 +74,22 @@ def focal_tversky_loss(
     that is gamma = 4/3; others call the exponent itself gamma. They swap the names of `alpha` and
     `beta`; here they mean what they mean in `tversky_loss`.
     """
-    distance = _tversky_distance(logits, target, alpha, beta, smooth)
+    distance = _tversky_distance(logits, target, alpha, beta, smooth, total)
     # A power below 1 has an infinite slope at 0, and infinity times the 0 of a saturated sigmoid
     # is NaN; so below 1e-6 the curve is replaced by a straight line from 0.
     return (distance * distance.clamp(min=1e-6) ** (1 / gamma - 1)).mean()
 
 
 def _tversky_distance(
-    logits: Tensor, target: Tensor, alpha: float, beta: float, smooth: float
+    logits: Tensor, target: Tensor, alpha: float, beta: float, smooth: float, total: Total
 ) -> Tensor:
     """One minus the Tversky index, per channel (K,), as one fraction: it is never below 0."""
     probabilities, target = torch.sigmoid(logits.float()), target.float()
     overlap = (probabilities * target).sum(dim=(0, 2, 3))
     false_positives = (probabilities * (1 - target)).sum(dim=(0, 2, 3))
     false_negatives = ((1 - probabilities) * target).sum(dim=(0, 2, 3))
+    sums = torch.stack((overlap, false_positives, false_negatives))
+    overlap, false_positives, false_negatives = total(sums)
     errors = alpha * false_positives + beta * false_negatives
     return errors / (overlap + errors + smooth)
 

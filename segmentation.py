@@ -14,7 +14,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from checkpoint import load_state, model_from_state, read_card
 from onnx_network import OnnxNetwork
-from volume import Frame, neighbourhoods, preprocess, restore
+from volume import Frame, neighbourhoods_of, preprocess, restore
 
 Progress = Callable[[int, int], None]
 
@@ -128,13 +128,20 @@ class Segmenter:
         return to_mask(restore(probabilities[:, 0], frame), self.threshold, self.largest_component)
 
     @torch.inference_mode()
-    def probabilities(self, images: Tensor, progress: Progress = lambda done, of: None) -> Tensor:
+    def probabilities(
+        self,
+        images: Tensor,
+        progress: Progress = lambda done, of: None,
+        lengths: Sequence[int] | None = None,
+    ) -> Tensor:
         """Probabilities (S, K, N, N), float32, on the device, of slices (S, C, N, N).
 
-        `progress` is told after each batch how many slices are done, of how many.
+        `progress` is told after each batch how many slices are done, of how many. Of several
+        volumes one after the other, `lengths` says how many slices each has.
         """
         parts, done = [], 0
-        for slices in neighbourhoods(len(images), self.neighbours).split(self.batch_size):
+        seen = neighbourhoods_of(lengths or [len(images)], self.neighbours)
+        for slices in seen.split(self.batch_size):
             parts.append(self._forward(images[slices].flatten(1, 2)))
             done += len(slices)
             progress(done, len(images))
@@ -163,7 +170,7 @@ def fold_batch_norm(model: nn.Module) -> nn.Module:
     model = copy.deepcopy(model).eval()
     for module in list(model.modules()):
         for (name, conv), (norm_name, norm) in pairwise(list(module.named_children())):
-            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+            if isinstance(conv, nn.Conv2d) and isinstance(norm, (nn.BatchNorm2d, nn.SyncBatchNorm)):
                 setattr(module, name, fuse_conv_bn_eval(conv, norm))
                 setattr(module, norm_name, nn.Identity())
     return model

@@ -6,6 +6,7 @@
     python3 train.py --config settings.yaml               the names of the flags; flags win
     python3 train.py --folds 5 --fold 0                   cross-validation by patient
     python3 train.py --init-weights weights/unet.pt ...   fine-tune
+    torchrun --nproc-per-node=4 train.py ...              on four GPUs of this machine
     tensorboard --logdir logs                             curves and outlined slices
 
 Writes WEIGHTS/<model>.pt (with its card, <model>.json) and WEIGHTS/<model>.ckpt, and never
@@ -17,13 +18,27 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from tqdm import tqdm
 
 from checkpoint import MODELS, load_state, load_tensors, save_tensors, save_weights
 from dataset import BrainSegmentationDataset
+from distributed import (
+    gather,
+    in_main,
+    largest,
+    one_first,
+    only_main_speaks,
+    own_device,
+    own_workers,
+    process_group,
+    processes,
+    together,
+)
 from loss import LOSSES
 from metrics import summarise
 from segmentation import pick_device
@@ -109,6 +124,13 @@ def get_parser() -> argparse.ArgumentParser:
         action=argparse.BooleanOptionalAction,
         help="compute in bfloat16 (where the device is faster so)",
     )
+    add(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="compile the network first: minutes, for faster steps (no)",
+    )
+    add("--sync-bn", action="store_true", help="batch norm over the whole batch of several GPUs")
     add("--weights", type=Path, default="./weights", help="folder to write to (%(default)s)")
     add("--logs", type=Path, default="./logs", help="folder for TensorBoard (%(default)s)")
     add("--vis-images", type=int, default=200, help="validation slices to draw (%(default)s)")
@@ -129,9 +151,10 @@ def get_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict | 
     if not path.is_file():
         raise FileNotFoundError(f"{path}: nothing to go on from; start without --resume")
     checkpoint = load_tensors(path)
-    settings = checkpoint.get("args", {})
-    if not (CHECKPOINT <= checkpoint.keys() and set(RECIPE) <= settings.keys()):
+    if not CHECKPOINT <= checkpoint.keys():
         raise ValueError(f"{path}: is not a training checkpoint of this version")
+    # An option that is younger than the checkpoint was at its default then.
+    settings = {name: parser.get_default(name) for name in RECIPE} | checkpoint["args"]
     # The folder it lies in and the machine may be others by now.
     here = ("weights", "device", "workers", "resume")
     parser.set_defaults(**{name: value for name, value in settings.items() if name not in here})
@@ -179,69 +202,106 @@ def weights_path(args: argparse.Namespace) -> Path:
 def main(argv: list[str] | None = None) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, until training starts
     try:
-        args, checkpoint = get_args(argv)
-        run(args, checkpoint)
+        with process_group(), only_main_speaks():
+            args, checkpoint = together(lambda: get_args(argv))
+            run(args, checkpoint)
     except (ValueError, OSError) as error:
         fail(error)
+    except torch.OutOfMemoryError as error:
+        fail(f"out of memory, with no step under way: {str(error).splitlines()[0]}")
     except KeyboardInterrupt:
         fail("stopped before the first step; preprocessed volumes are kept")
 
 
 def run(args: argparse.Namespace, checkpoint: dict | None) -> None:
     """Train from `args`, from the start or from a checkpoint, to the last epoch or a signal."""
-    pick_device(args.device)  # what would stop the run later is better known before the long work
-    for folder in (args.weights, args.logs):
-        check_writable(folder)
-    if args.init_weights and not args.resume:
-        load_state(args.init_weights)
-    train_set, validation_set = BrainSegmentationDataset.train_and_validation(
-        args.images,
-        args.folds,
-        args.fold,
-        image_size=args.image_size,
-        cache=args.cache,
-        workers=args.workers,
-        progress=True,
+    together(lambda: check_machine(args))
+    train_set, validation_set = one_first(
+        lambda: BrainSegmentationDataset.train_and_validation(
+            args.images,
+            args.folds,
+            args.fold,
+            image_size=args.image_size,
+            cache=args.cache,
+            workers=args.workers,
+            progress=True,
+        )
     )
-    trainer = Trainer(args, train_set)
+    trainer = one_first(lambda: Trainer(args, train_set))
     if checkpoint:
-        trainer.load(checkpoint)
+        together(lambda: trainer.load(checkpoint))
     elif (path := args.weights / f"{args.model}.ckpt").exists():
         print(f"{path}: the checkpoint of an earlier run, overwritten after the first epoch")
     about = trainer.describe(validation_set)
     print(
-        f"{args.model} on {about['device']}{', bfloat16' if trainer.amp else ''}: "
+        f"{args.model} on {f'{processes()} x ' if processes() > 1 else ''}{about['device']}"
+        f"{', bfloat16' if trainer.amp else ''}: "
         f"{len(train_set)} slices of {len(train_set.volumes)} cases to train on, "
-        f"{len(validation_set.volumes)} cases to validate on",
+        f"{len(validation_set.volumes)} cases to validate on; {trainer.feed.place}",
         flush=True,
     )
     if trainer.epoch >= args.epochs:
         print(f"all {args.epochs} epochs are done; raise --epochs to go on")
         return
 
-    from torch.utils.tensorboard import SummaryWriter  # slow: nobody waits for it with --help
-
-    with SummaryWriter(args.logs, purge_step=trainer.epoch + 1) as log:
-        write_json(args.logs / "args.json", about | {"args": plain(args) | {"resume": False}})
-        interruption = Interruption()
-        weights = train_set.sampling_weights(args.tumour_share)
-        bar = tqdm(total=args.epochs, initial=trainer.epoch, desc=args.model, disable=None)
-        with bar:
-            while trainer.epoch < args.epochs and interruption.signal is None:
-                speed = trainer.train_epoch(train_set, weights, interruption)
-                if speed is None:
-                    save_checkpoint(trainer)
-                else:
-                    dsc = finish_epoch(trainer, len(train_set), validation_set, about, speed, log)
-                    bar.set_postfix(DSC=f"{dsc:.3f}", best=f"{trainer.best:.3f}", refresh=False)
-                    bar.update()
+    stop = train(trainer, train_set, validation_set, about)
     if trainer.epoch < args.epochs:
+        python = "python3" if processes() == 1 else f"torchrun --nproc-per-node={processes()}"
         print(
             f"stopped at epoch {trainer.epoch + 1}, step {trainer.step}; go on with: "
-            f"python3 train.py --resume --weights {args.weights} --model {args.model}"
+            f"{python} train.py --resume --weights {args.weights} --model {args.model}"
         )
-        sys.exit(128 + interruption.signal)
+        sys.exit(128 + stop)
     print(f"weights: {weights_path(args)}   logs: tensorboard --logdir {args.logs}")
+
+
+def check_machine(args: argparse.Namespace) -> None:
+    """Raise what would stop the run later: it is better known before the long work."""
+    args.device, args.workers = own_device(args.device), own_workers(args.workers)
+    pick_device(args.device)
+    for folder in (args.weights, args.logs):
+        check_writable(folder)
+    if args.init_weights and not args.resume:
+        load_state(args.init_weights)
+    if args.batch_size < processes():
+        raise ValueError(
+            f"--batch-size {args.batch_size} is less than a slice for each of {processes()} "
+            "processes; raise it, or start fewer"
+        )
+
+
+def train(
+    trainer: Trainer,
+    train_set: BrainSegmentationDataset,
+    validation_set: BrainSegmentationDataset,
+    about: dict,
+) -> int:
+    """Train until the last epoch is done or a signal comes; the number of the signal, or 0."""
+    args = trainer.args
+    trainer.parallelise()
+    if args.compile:
+        print(f"compiled in {together(trainer.compile):.1f} s", flush=True)
+    about_run = about | {"args": plain(args) | {"resume": False}}
+    in_main(lambda: write_json(args.logs / "args.json", about_run))
+    interruption = Interruption()
+    weights = train_set.sampling_weights(args.tumour_share)
+    bar = tqdm(total=args.epochs, initial=trainer.epoch, desc=args.model, disable=None)
+    with in_main(lambda: open_log(trainer)) or nullcontext() as log, bar:
+        while not (stop := largest(interruption.signal or 0)) and trainer.epoch < args.epochs:
+            speed = trainer.train_epoch(train_set, weights, interruption)
+            if speed is None:
+                in_main(lambda: save_checkpoint(trainer))
+            else:
+                dsc = finish_epoch(trainer, len(train_set), validation_set, about, speed, log)
+                bar.set_postfix(DSC=f"{dsc:.3f}", best=f"{trainer.best:.3f}", refresh=False)
+                bar.update()
+    return stop
+
+
+def open_log(trainer: Trainer) -> SummaryWriter:
+    from torch.utils.tensorboard import SummaryWriter  # slow: nobody waits for it with --help
+
+    return SummaryWriter(trainer.args.logs, purge_step=trainer.epoch + 1)
 
 
 def finish_epoch(
@@ -250,32 +310,33 @@ def finish_epoch(
     validation_set: BrainSegmentationDataset,
     about: dict,
     speed: float,
-    log: SummaryWriter,
+    log: SummaryWriter | None,
 ) -> float:
-    """Validate, save what the epoch has brought, and log it; the mean DSC."""
+    """Validate, save what the epoch has brought, and log it in the main process; the mean DSC."""
     args, epoch = trainer.args, trainer.epoch + 1
     learning_rate, train_loss = trainer.learning_rate(), trainer.loss_sum / slices
     loss, scores, masks = trainer.evaluate(validation_set)
-    trainer.check_finite(loss)
+    together(lambda: trainer.check_finite(loss))
     mean = sum(scores.values()) / len(scores)
 
     better = mean > trainer.best
     trainer.best = max(mean, trainer.best)
     trainer.epoch, trainer.step, trainer.loss_sum = epoch, 0, 0.0
-    if better or args.keep == "last":
-        card = about | {"epoch": epoch, "validation_dsc": summarise(list(scores.values()))}
-        save_weights(weights_path(args), trainer.trained.state_dict(), card)
-    save_checkpoint(trainer)
+    card = about | {"epoch": epoch, "validation_dsc": summarise(list(scores.values()))}
+    in_main(lambda: save(trainer, card if better or args.keep == "last" else None))
 
-    log.add_scalar("loss/train", train_loss, epoch)
-    log.add_scalar("loss/validation", loss, epoch)
-    log.add_scalar("dsc/validation", mean, epoch)
-    for name, value in scores.items():
-        log.add_scalar(f"dsc_by_case/{name}", value, epoch)
-    log.add_scalar("learning_rate", learning_rate, epoch)
-    log.add_scalar("images_per_second", speed, epoch)
+    curves = {
+        "loss/train": train_loss,
+        "loss/validation": loss,
+        "dsc/validation": mean,
+        **{f"dsc_by_case/{name}": value for name, value in scores.items()},
+        "learning_rate": learning_rate,
+        "images_per_second": speed,
+    }
+    in_main(lambda: [log.add_scalar(name, value, epoch) for name, value in curves.items()])
     if args.vis_freq and (epoch % args.vis_freq == 0 or epoch == args.epochs):
-        draw(log, validation_set, masks, args.vis_images, epoch)
+        masks = gather(masks)
+        in_main(lambda: draw(log, validation_set, masks, args.vis_images, epoch))
     tqdm.write(
         f"epoch {epoch:3d}/{args.epochs}  loss {train_loss:.4f}  validation loss {loss:.4f}  "
         f"DSC {mean:.4f}{' *' if better else '  '}  {speed:.1f} images/s"
@@ -300,6 +361,13 @@ def draw(
         grey = to_grey(volume.case.read())[:count]
         pictures = outline(grey, mask[:count], volume.truth[:count])
         log.add_images(volume.name, pictures, epoch, dataformats="NHWC")
+
+
+def save(trainer: Trainer, card: dict | None) -> None:
+    """Write the checkpoint and, with a card, the weights."""
+    if card:
+        save_weights(weights_path(trainer.args), trainer.trained.state_dict(), card)
+    save_checkpoint(trainer)
 
 
 def save_checkpoint(trainer: Trainer) -> None:

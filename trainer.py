@@ -6,28 +6,44 @@ import argparse
 import math
 import platform
 import time
+from collections.abc import Iterator, Sequence
 from datetime import datetime, timezone
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
+from cache import Prepared
 from checkpoint import build_model, initialise, read_card
 from dataset import BrainSegmentationDataset
+from distributed import (
+    copy_buffers,
+    gather,
+    largest,
+    processes,
+    share,
+    share_of_batch,
+    together,
+    total,
+)
+from feed import Feed
 from loss import LOSSES
 from metrics import dsc
 from segmentation import Segmenter, has_bfloat16, pick_device
 from transform import augment, drop_sequences, vary_intensity
-from utils import Interruption, git_commit, make_generator, plain
+from utils import Interruption, git_commit, make_generator, plain, to_device
 
 # Settings that change the numbers of a run: a resumed run keeps those it was started with.
 RECIPE = (
     "model features pretrained image_size neighbours loss batch_size lr weight_decay schedule "
     "warmup ema aug_scale aug_angle aug_intensity tumour_share drop_sequences seed folds fold amp "
-    "keep"
+    "keep sync_bn"
 ).split()
+SYNC = 20  # steps between two looks at the loss, for which host and device wait for each other
+AT_ONCE = 256  # slices whose probabilities a GPU holds in validation
 
 
 class Trainer:
@@ -59,7 +75,12 @@ class Trainer:
             card = read_card(args.init_weights)
             kept = ("recipe", "commit", "cases", "initialised_from")
             self.initialised_from = {key: card.get(key) for key in kept}
+        if args.sync_bn:
+            if self.device.type != "cuda":
+                raise ValueError(f"--sync-bn is for CUDA devices, not {self.device}; leave it out")
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         self.model = model.to(self.device, memory_format=torch.channels_last)
+        self.network = self.model  # as it is called in a training step
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True
         )
@@ -67,6 +88,7 @@ class Trainer:
         if args.ema:
             average = get_ema_multi_avg_fn(args.ema)
             self.ema = AveragedModel(self.model, multi_avg_fn=average, use_buffers=True)
+        self.feed = Feed(train_set, self.device, args.neighbours, args.workers)
         self.cases = [volume.name for volume in train_set.volumes]
         self.steps_per_epoch = math.ceil(len(train_set) / args.batch_size)
         self.epoch = 0  # finished epochs
@@ -91,20 +113,48 @@ class Trainer:
         progress = self.global_step / (self.args.epochs * self.steps_per_epoch)
         return self.args.lr * warm * 0.5 * (1 + math.cos(math.pi * progress))
 
-    def train_step(self, images: Tensor, masks: Tensor) -> Tensor:
-        """One optimiser step on a batch as stored; the loss, still on the device."""
-        images, masks = images.to(self.device).float(), masks.to(self.device).float()
-        generator = make_generator(self.args.seed, 1, self.global_step)
-        images, masks = augment(images, masks, generator, self.args.aug_scale, self.args.aug_angle)
-        if self.args.drop_sequences:
-            images = drop_sequences(images, generator, self.args.drop_sequences)
-        if self.args.aug_intensity:
-            images = vary_intensity(images, generator, self.args.aug_intensity, self.sequences)
-        images = images.contiguous(memory_format=torch.channels_last)
+    def parallelise(self) -> None:
+        """Have the processes, if there are several, end each step with the same gradients."""
+        if processes() > 1:
+            own = [self.device] if self.device.type == "cuda" else None
+            self.network = DistributedDataParallel(self.model, device_ids=own)
+
+    def compile(self) -> float:
+        """Compile the network for the batches of an epoch, so that no step waits; the seconds.
+
+        Raises ValueError if that cannot be done here.
+        """
+        start, args = time.perf_counter(), self.args
+        before = {name: value.clone() for name, value in self.model.state_dict().items()}
+        self.network = torch.compile(self.network, dynamic=False)
         self.model.train()
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
-            logits = self.model(images, logits=True)
-        loss = LOSSES[self.args.loss](logits, masks)
+        last = len(self.feed) % args.batch_size or args.batch_size
+        for whole in (args.batch_size, last):
+            own = len(share_of_batch(range(whole)))
+            try:
+                self.logits(self.blank(own)).sum().backward()
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                reason = str(getattr(error, "inner_exception", error)).strip().split("\n")[0]
+                raise ValueError(f"--compile fails here ({reason}); leave it out") from error
+        self.optimizer.zero_grad(set_to_none=True)
+        self.model.load_state_dict(before)  # the statistics of batch norm have changed
+        return time.perf_counter() - start
+
+    def train_step(self, images: Tensor, masks: Tensor, whole: int | None = None) -> Tensor:
+        """One optimiser step on a batch as stored; the loss of the batch, still on the device.
+
+        Of a `whole` batch that is divided over processes, this one's part is given.
+        """
+        whole = whole or len(images)
+        images, masks = (to_device(part, self.device).float() for part in (images, masks))
+        images, masks = self.augmented(images, masks, whole)
+        self.model.train()
+        logits = self.logits(images)
+        if not share(range(whole)):  # a stand-in: it takes part in the step but does not count
+            logits, masks = logits[:0], masks[:0]
+        loss = LOSSES[self.args.loss](logits, masks, total=total)
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate()
         self.optimizer.zero_grad(set_to_none=True)
@@ -114,16 +164,69 @@ class Trainer:
             self.ema.update_parameters(self.model)
         return loss.detach()
 
+    def step_in_memory(self, images: Tensor, masks: Tensor, whole: int) -> Tensor:
+        """`train_step`; ValueError, naming a batch that fits, for one that does not."""
+        try:
+            return self.train_step(images, masks, whole)
+        except torch.OutOfMemoryError:
+            pass  # what the failed step has left is free only once this block is left
+        fits = self.batch_that_fits(len(images)) * processes()
+        advice = f"--batch-size {fits} has just gone through: start anew with that"
+        if not fits:
+            advice = "not even one slice fits: start anew with a smaller --image-size or network"
+        raise ValueError(f"{self.device} is out of memory at --batch-size {whole}; {advice}")
+
+    def batch_that_fits(self, size: int) -> int:
+        """The largest of a half, a quarter ... of `size` that a step goes through with, 0 if none.
+
+        The weights are of no use afterwards.
+        """
+        self.network = self.model.eval()  # which waits for no other process
+        while size := size // 2:
+            self.optimizer.zero_grad(set_to_none=True)
+            try:
+                logits = self.logits(self.blank(size))
+                LOSSES[self.args.loss](logits, torch.zeros_like(logits)).backward()
+                self.optimizer.step()
+                return size
+            except torch.OutOfMemoryError:
+                pass
+        return 0
+
+    def augmented(self, images: Tensor, masks: Tensor, whole: int) -> tuple[Tensor, Tensor]:
+        """The batch with the random changes of this step, channels last."""
+        args, generator = self.args, make_generator(self.args.seed, 1, self.global_step)
+        images, masks = augment(
+            images, masks, generator, args.aug_scale, args.aug_angle, whole=whole
+        )
+        if args.drop_sequences:
+            images = drop_sequences(images, generator, args.drop_sequences, whole)
+        if args.aug_intensity:
+            images = vary_intensity(images, generator, args.aug_intensity, self.sequences, whole)
+        return images.contiguous(memory_format=torch.channels_last), masks
+
+    def blank(self, size: int) -> Tensor:
+        """A batch of so many slices as the network sees them, all 0."""
+        shape = self.model.settings["in_channels"], self.args.image_size, self.args.image_size
+        images = torch.zeros((size, *shape), device=self.device)
+        return images.contiguous(memory_format=torch.channels_last)
+
+    def logits(self, images: Tensor) -> Tensor:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
+            return self.network(images, logits=True)
+
     def train_epoch(
         self, train_set: BrainSegmentationDataset, weights: Tensor, interruption: Interruption
     ) -> float | None:
         """Train on slices drawn by `weights` to the epoch's end: slices a second, None if stopped.
 
-        Raises ValueError once the loss is NaN or infinite.
+        Raises ValueError once the loss is NaN or infinite. Processes share each batch, so that
+        an epoch has the same slices and steps whatever their number; a signal to one stops all.
         """
         generator = make_generator(self.args.seed, 0, self.epoch)
         drawn = torch.multinomial(weights, len(train_set), replacement=True, generator=generator)
         batches = drawn.split(self.args.batch_size)
+        ahead = self.feed.batches([share_of_batch(b) for b in batches[self.step :]])
         start, first = time.perf_counter(), self.step * self.args.batch_size
         bar = tqdm(
             total=len(train_set),
@@ -135,18 +238,18 @@ class Trainer:
         )
         losses = []
         with bar:
-            for batch in batches[self.step :]:
-                loss = self.train_step(*train_set.batch(batch.tolist(), self.args.neighbours))
+            for batch, part in zip(batches[self.step :], ahead, strict=True):
+                loss = self.step_in_memory(*part, len(batch))
                 losses.append(loss * len(batch))
                 self.step += 1
                 bar.update(len(batch))
-                last = self.step == len(batches)
-                if last or self.step % 20 == 0 or interruption.signal is not None:
+                last, stop = self.step == len(batches), largest(interruption.signal or 0)
+                if last or self.step % SYNC == 0 or stop:
                     self.loss_sum += torch.stack(losses).cpu().double().sum().item()
                     losses.clear()
-                    self.check_finite(self.loss_sum)
+                    together(lambda: self.check_finite(self.loss_sum))
                     bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
-                if interruption.signal is not None and not last:
+                if stop and not last:
                     return None
         return (len(train_set) - first) / (time.perf_counter() - start)
 
@@ -190,7 +293,11 @@ class Trainer:
     def evaluate(
         self, dataset: BrainSegmentationDataset
     ) -> tuple[float, dict[str, float], list[np.ndarray]]:
-        """Loss over the slices, DSC of each case, and the masks (S, H, W), in source geometry."""
+        """Loss over the slices, DSC of each case, and the masks (S, H, W), in source geometry.
+
+        Processes share the cases: loss and DSCs are of all, masks of those that are its own.
+        """
+        copy_buffers(self.trained)
         segmenter = Segmenter(
             self.trained,
             self.args.image_size,
@@ -199,15 +306,30 @@ class Trainer:
             amp=self.amp,
             neighbours=self.args.neighbours,
         )
-        loss, scores, masks = 0.0, {}, []
-        for volume in tqdm(dataset.volumes, "validating", unit="case", leave=False, disable=None):
-            probabilities = segmenter.probabilities(torch.from_numpy(volume.images))
-            target = torch.from_numpy(volume.mask)[:, None].to(probabilities)
-            logits = torch.logit(probabilities, eps=1e-6)  # within ± 14, finite for any loss
-            loss += LOSSES[self.args.loss](logits, target).item() * len(target)
-            masks.append(segmenter.finish(probabilities, volume.frame))
-            scores[volume.name] = dsc(masks[-1], volume.truth)
-        return loss / len(dataset), scores, masks
+        volumes = share(dataset.volumes)
+        bar = tqdm(total=len(volumes), desc="validating", unit="case", leave=False, disable=None)
+        losses, scores, masks = [], [], []
+        with bar:
+            for group in in_groups(volumes, 1 if self.device.type == "cpu" else AT_ONCE):
+                for volume, probabilities in zip(
+                    group, self.probabilities(segmenter, group), strict=True
+                ):
+                    target = to_device(torch.from_numpy(volume.mask), self.device)[:, None]
+                    logits = torch.logit(probabilities, eps=1e-6)  # within ± 14, always finite
+                    losses.append(LOSSES[self.args.loss](logits, target.to(logits)))
+                    masks.append(segmenter.finish(probabilities, volume.frame))
+                    scores.append(dsc(masks[-1], volume.truth))
+                    bar.update()
+        losses = gather(torch.stack(losses).tolist() if losses else [])
+        loss = sum(x * len(v.mask) for x, v in zip(losses, dataset.volumes, strict=True))
+        names = [volume.name for volume in dataset.volumes]
+        return loss / len(dataset), dict(zip(names, gather(scores), strict=True)), masks
+
+    def probabilities(self, segmenter: Segmenter, group: list[Prepared]) -> Sequence[Tensor]:
+        """Those (S, 1, N, N) of each volume, from batches that go on from one to the next."""
+        images = [to_device(torch.from_numpy(volume.images), self.device) for volume in group]
+        lengths = [len(volume.images) for volume in group]
+        return segmenter.probabilities(torch.cat(images), lengths=lengths).split(lengths)
 
     def describe(self, validation_set: BrainSegmentationDataset) -> dict:
         """What a weights' card says of the run: data, split, recipe, versions, device. No paths."""
@@ -226,6 +348,7 @@ class Trainer:
             "commit": git_commit(),
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
             "device": torch.cuda.get_device_name(self.device) if cuda else str(self.device),
+            "processes": processes(),
             "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         }
         first = self.initialised_from
@@ -234,3 +357,15 @@ class Trainer:
             about["cases"]["train"] = sorted({*self.cases, *earlier})
             about["initialised_from"] = {k: v for k, v in first.items() if k != "cases"}
         return about
+
+
+def in_groups(volumes: Sequence[Prepared], slices: int) -> Iterator[list[Prepared]]:
+    """Volumes, in their order, in groups that have at least so many slices, but for the last."""
+    group = []
+    for volume in volumes:
+        group.append(volume)
+        if sum(len(each.mask) for each in group) >= slices:
+            yield group
+            group = []
+    if group:
+        yield group

@@ -21,6 +21,7 @@ from typing import NoReturn, TypeVar
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from config import ConfigParser
 
@@ -111,6 +112,13 @@ def make_generator(seed: int, *stream: int) -> torch.Generator:
     """
     (state,) = np.random.SeedSequence(seed, spawn_key=stream).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(state >> np.uint64(1)))
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on `device`. A copy to a GPU is queued there, and nobody waits for it."""
+    if device.type != "cuda" or tensor.is_cuda:
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 @contextmanager

@@ -264,6 +264,15 @@ def neighbourhoods(slices: int, neighbours: int) -> Tensor:
     return around.clamp(0, slices - 1)
 
 
+def neighbourhoods_of(lengths: Sequence[int], neighbours: int) -> Tensor:
+    """The same (S, 2 K + 1) for volumes of these `lengths`, one after the other."""
+    first, each = 0, []
+    for slices in lengths:
+        each.append(first + neighbourhoods(slices, neighbours))
+        first += slices
+    return torch.cat(each)
+
+
 def check_volume(volume: np.ndarray) -> None:
     """Raise ValueError unless `volume` is a finite, numeric, non-empty (S, H, W, C) array."""
     if volume.ndim != 4 or volume.size == 0:

@@ -1,17 +1,21 @@
 """Time brainseg beside a plain scikit-image, NumPy and eager PyTorch rendering of the same steps.
 
-    python3 benchmarks/speed.py --images ./kaggle_3m                        every row
+    python3 benchmarks/speed.py --images ./kaggle_3m                        every short row
     python3 benchmarks/speed.py --images ./kaggle_3m --only preprocess step
+    python3 benchmarks/speed.py --images ./kaggle_3m --only epoch target    hours on a processor
+    python3 benchmarks/speed.py --images ./kaggle_3m --scaling              more cases, more pixels
 
 Both are timed on the same cases in the same run, one after the other, on an otherwise idle
-machine; the plain rendering is benchmarks/plain.py. Prints a Markdown table and the conditions.
+machine, on the accelerator if there is one; the plain rendering is benchmarks/plain.py. Prints a
+Markdown table and the conditions; --json FILE keeps both.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import os
-import platform
+import re
 import resource
 import signal
 import subprocess
@@ -22,6 +26,7 @@ from collections.abc import Callable
 from contextlib import redirect_stdout
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -30,22 +35,28 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import plain  # noqa: E402
+from scaling import scale_cases, scale_pixels  # noqa: E402
+from timing import BATCH, ROWS, conditions, one_thread, precisions, row, seconds  # noqa: E402
 
 import export  # noqa: E402
 from cache import prepare  # noqa: E402
 from cases import find_cases  # noqa: E402
 from checkpoint import load_pretrained, load_state, model_from_state, shipped_weights  # noqa: E402
 from dataset import BrainSegmentationDataset, select_cases  # noqa: E402
+from feed import Feed  # noqa: E402
 from metrics import dsc  # noqa: E402
-from segmentation import Segmenter, has_bfloat16  # noqa: E402
+from segmentation import Segmenter, pick_device  # noqa: E402
 from train import get_args  # noqa: E402
 from trainer import Trainer  # noqa: E402
 from transform import augment  # noqa: E402
 from unet import UNet  # noqa: E402
-from utils import make_generator  # noqa: E402
+from utils import fail, make_generator, to_device, write_json  # noqa: E402
 from volume import preprocess, preprocess_mask  # noqa: E402
 
-SIZE, BATCH = 256, 16
+LONG = ("epoch", "target")  # asked for by name only
+# The shorter one of the README.
+RECIPE = """--epochs 30 --lr 1e-3 --schedule cosine --warmup 200 --ema 0.998 --loss bce-dice
+--tumour-share 0.35 --aug-scale 0.2 --aug-intensity 0.3 --drop-sequences 0.1 --vis-freq 0""".split()
 PLAIN_INFERENCE = """
 import sys; sys.path[:0] = {paths!r}
 import plain
@@ -53,34 +64,6 @@ from checkpoint import load_state
 scores = plain.infer_folder(load_state({weights!r}), {images!r}, {cases!r}, {out!r})
 print(sum(scores.values()) / len(scores))
 """
-
-
-def seconds(work: Callable[[], object], repeats: int = 1, warm: bool = True) -> float:
-    """The median wall time of `work`, after one call that does not count."""
-    if warm:
-        work()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - start)
-    return float(np.median(times))
-
-
-def one_thread(work: Callable[[], object]) -> Callable[[], object]:
-    def limited() -> None:
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        work()
-        torch.set_num_threads(threads)
-
-    return limited
-
-
-def row(name: str, ours: float, theirs: float | None, unit: str) -> None:
-    ratio = f"{theirs / ours:.1f}" if theirs is not None else ""
-    plain_time = f"{theirs:.4g}" if theirs is not None else ""
-    print(f"| {name} | {plain_time} | {ours:.4g} | {unit} | {ratio} |", flush=True)
 
 
 def bench_preprocess(cases: list, args: argparse.Namespace) -> None:
@@ -91,13 +74,13 @@ def bench_preprocess(cases: list, args: argparse.Namespace) -> None:
 
     def ours() -> None:
         for volume, mask in pairs:
-            _, frame = preprocess(volume, SIZE)
+            _, frame = preprocess(volume, args.image_size)
             preprocess_mask(mask, frame)
 
     def theirs() -> None:
         for volume, mask in pairs:
-            plain.preprocess(volume, SIZE)
-            plain.preprocess_mask(volume, mask, SIZE)
+            plain.preprocess(volume, args.image_size)
+            plain.preprocess_mask(volume, mask, args.image_size)
 
     row(
         f"preprocess {len(pairs)} volumes, {slices} slices, one core",
@@ -111,23 +94,26 @@ def bench_start(cases: list, args: argparse.Namespace) -> None:
     """Read and preprocess all cases into an empty cache, then open them from it."""
     slices = sum(len(case.slices) for case in cases)
     with tempfile.TemporaryDirectory() as cache:
-        cold = seconds(lambda: prepare(cases, SIZE, cache), warm=False)
-        warm = seconds(lambda: prepare(cases, SIZE, cache), warm=False)
+        cold = seconds(lambda: prepare(cases, args.image_size, cache), warm=False)
+        warm = seconds(lambda: prepare(cases, args.image_size, cache), warm=False)
     row(f"cold start, {len(cases)} cases, {slices} slices, reading included", cold, None, "s")
     row(f"warm start, {len(cases)} cases", warm, None, "s")
 
 
 def bench_augment(cases: list, args: argparse.Namespace) -> None:
     """A training batch from the stored volumes: gathered, scaled, rotated, flipped."""
-    dataset = BrainSegmentationDataset(args.images, "validation", SIZE)
+    dataset = BrainSegmentationDataset(args.images, "validation", args.image_size, args.cache)
     indices = np.linspace(0, len(dataset) - 1, BATCH).astype(int).tolist()
     items = [dataset[index] for index in indices]
     images = np.stack([image.numpy().transpose(1, 2, 0) for image, _ in items])
     masks = np.stack([mask.numpy().transpose(1, 2, 0) for _, mask in items])
 
+    feed = Feed(dataset, args.device)
+
     def ours() -> None:
-        batch, mask = dataset.batch(indices)
-        augment(batch.float(), mask.float(), make_generator(0))
+        for batch, mask in feed.batches([torch.tensor(indices)]):
+            batch, mask = (to_device(part, args.device).float() for part in (batch, mask))
+            augment(batch, mask, make_generator(0))
 
     for order, name in ((1, "linear"), (2, "quadratic")):
 
@@ -145,44 +131,48 @@ def bench_augment(cases: list, args: argparse.Namespace) -> None:
 
 def bench_step(cases: list, args: argparse.Namespace) -> None:
     """Forward, loss, backward and optimiser on a batch that is already in memory."""
-    dataset = BrainSegmentationDataset(args.images, "validation", SIZE)
+    dataset = BrainSegmentationDataset(args.images, "validation", args.image_size, args.cache)
     items = [dataset[index] for index in range(0, len(dataset), len(dataset) // BATCH)[:BATCH]]
-    images, masks = (torch.stack(part) for part in zip(*items, strict=True))
-    model = UNet()
+    images, masks = (torch.stack(part).to(args.device) for part in zip(*items, strict=True))
+    model = UNet().to(args.device)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
     theirs = seconds(lambda: plain.train_step(model, optimizer, images, masks), 3)
-    precisions = ["--no-amp"] + ["--amp"] * has_bfloat16(torch.device("cpu"))
-    for precision in precisions:
-        options = ["--device", "cpu", "--aug-scale", "0", "--aug-angle", "0", precision]
+    for precision, name in precisions(args.device).items():
+        options = ["--device", str(args.device), "--aug-scale", "0", "--aug-angle", "0", precision]
         trainer = Trainer(get_args(options)[0], dataset)
         ours = seconds(lambda trainer=trainer: trainer.train_step(images, masks), 3)
-        name = "bfloat16" if precision == "--amp" else "float32"
-        row(f"training step, batch {BATCH}, {SIZE} x {SIZE}, {name}", ours, theirs, "s")
+        row(
+            f"training step, batch {BATCH}, {args.image_size} x {args.image_size}, {name}",
+            ours,
+            theirs,
+            "s",
+        )
 
 
 def bench_network(cases: list, args: argparse.Namespace) -> None:
     """Probabilities of 32 slices that are in memory: eager, batch 16, or through the Segmenter."""
-    dataset = BrainSegmentationDataset(args.images, "validation", SIZE)
-    images = torch.stack([dataset[index][0] for index in range(32)])
+    dataset = BrainSegmentationDataset(args.images, "validation", args.image_size, args.cache)
+    images = torch.stack([dataset[index][0] for index in range(32)]).to(args.device)
     model = load_pretrained("unet")
+    eager_model = copy.deepcopy(model).to(args.device)
 
     def theirs() -> None:
         with torch.inference_mode():
             for batch in images.split(BATCH):
-                model(batch)
+                eager_model(batch)
 
     eager = seconds(theirs, 3) / len(images)
-    for amp in [False] + [True] * has_bfloat16(torch.device("cpu")):
-        segmenter = Segmenter(model, SIZE, device="cpu", amp=amp)
+    for precision, name in precisions(args.device).items():
+        segmenter = Segmenter(model, args.image_size, device=args.device, amp=precision == "--amp")
         ours = seconds(lambda s=segmenter: s.probabilities(images), 3) / len(images)
-        row(f"network alone, {'bfloat16' if amp else 'float32'}", ours, eager, "s a slice")
+        row(f"network alone, {name}", ours, eager, "s a slice")
 
 
 def bench_onnx(cases: list, args: argparse.Namespace) -> None:
     """Probabilities of the validation cases, prepared in memory, and the DSC of their masks."""
     weights = args.weights or shipped_weights("unet")
     model = model_from_state(load_state(weights), weights)[1]
-    plainly = Segmenter(model, SIZE, device="cpu", amp=False)
+    plainly = Segmenter(model, args.image_size, device="cpu", amp=False)
     prepared = []
     for case in select_cases(cases, "validation"):
         volume, truth = case.read_pair()
@@ -210,7 +200,7 @@ def bench_onnx(cases: list, args: argparse.Namespace) -> None:
             with redirect_stdout(sys.stderr):  # the table goes on
                 export.main([str(word) for word in words])
             (path,) = Path(out, precision).glob("*.onnx")
-            segmenter = Segmenter.from_weights(path, providers=["cpu"], image_size=SIZE)
+            segmenter = Segmenter.from_weights(path, providers=["cpu"], image_size=args.image_size)
             networks[f"ONNX Runtime {version('onnxruntime')}, {precision}"] = (
                 segmenter.probabilities
             )
@@ -236,10 +226,13 @@ def bench_inference(cases: list, args: argparse.Namespace) -> None:
         theirs, their_memory = run([sys.executable, "-c", program])
         command = [sys.executable, str(ROOT / "inference.py"), "--images", str(args.images)]
         command += ["--weights", weights, "--subset", "validation", "--figure", f"{out}/dsc.png"]
-        command += ["--image-size", str(SIZE)]  # as the plain one, whatever the weights' card says
-        for precision in ["--no-amp"] + ["--amp"] * has_bfloat16(torch.device("cpu")):
+        command += [
+            "--image-size",
+            str(args.image_size),
+        ]  # as the plain one
+        command += ["--device", str(args.device)]
+        for precision, name in precisions(args.device).items():
             ours, our_memory = run([*command, precision, "--predictions", f"{out}/{precision[2:]}"])
-            name = "bfloat16" if precision == "--amp" else "float32"
             row(f"inference.py, {len(names)} validation cases, {name}", ours, theirs, "s")
             row("its peak memory", our_memory, their_memory, "GiB")
 
@@ -253,6 +246,50 @@ def bench_memory(cases: list, args: argparse.Namespace) -> None:
         for name in ("cold", "warm"):
             _, memory = run([*command, "--cache", f"{out}/cache"], stop_after=args.start_seconds)
             row(f"training start, {count} cases, {name}: peak memory", memory, None, "GiB")
+
+
+def bench_epoch(cases: list, args: argparse.Namespace) -> None:
+    """One epoch of training and its validation, from volumes that are preprocessed already."""
+    sets = BrainSegmentationDataset.train_and_validation(
+        args.images, image_size=args.image_size, cache=args.cache
+    )
+    train_set, validation_set = sets
+    options = ["--device", str(args.device), "--image-size", str(args.image_size), *RECIPE]
+    trainer = Trainer(get_args(options)[0], train_set)
+    weights = train_set.sampling_weights(trainer.args.tumour_share)
+    silent = SimpleNamespace(signal=None)
+
+    def epoch() -> None:
+        trainer.step = 0
+        trainer.train_epoch(train_set, weights, silent)
+
+    name = "bfloat16" if trainer.amp else "float32"
+    row(f"an epoch, {len(train_set)} slices, {name}", seconds(epoch, warm=False), None, "s")
+    validation = seconds(lambda: trainer.evaluate(validation_set), warm=False)
+    row(f"its validation, {len(validation_set)} slices, {name}", validation, None, "s")
+
+
+def bench_target(cases: list, args: argparse.Namespace) -> None:
+    """A training from its command on until the validation cases reach the mean DSC --target."""
+    with tempfile.TemporaryDirectory() as out:
+        command = [sys.executable, str(ROOT / "train.py"), "--images", str(args.images), *RECIPE]
+        command += ["--weights", f"{out}/w", "--logs", f"{out}/l", "--device", str(args.device)]
+        command += ["--image-size", str(args.image_size)]
+        command += ["--cache", str(args.cache)] if args.cache else []
+        start = time.perf_counter()
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as training:
+            for line in training.stdout:
+                said = re.match(r"epoch +(\d+)/.* DSC (\d\.\d+)", line)
+                if said and float(said[2]) >= args.target:
+                    what = f"until mean DSC {args.target:.2f} on the validation cases"
+                    took = time.perf_counter() - start
+                    row(f"{what}: epoch {said[1]} of the recipe's 30", took, None, "s")
+                    training.terminate()
+                    training.communicate()
+                    return
+    if training.returncode:
+        raise SystemExit(f"{' '.join(command[:3])} ... failed")
+    print(f"| mean DSC {args.target:.2f}: not reached in 30 epochs | | | | |", flush=True)
 
 
 def run(command: list[str], stop_after: float | None = None) -> tuple[float, float]:
@@ -278,30 +315,47 @@ BENCHES = {
     "onnx": bench_onnx,
     "inference": bench_inference,
     "memory": bench_memory,
+    "epoch": bench_epoch,
+    "target": bench_target,
 }
 
 
-def main() -> None:
+def get_args_of_benchmark() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--images", type=Path, required=True, help="the real cases")
-    parser.add_argument("--weights", type=Path, help="for inference.py (the shipped ones)")
-    parser.add_argument("--only", nargs="+", choices=BENCHES, default=list(BENCHES))
-    parser.add_argument("--volumes", type=int, default=3, help="to preprocess (%(default)s)")
-    parser.add_argument(
-        "--start-seconds", type=float, default=90, help="until a training is stopped (%(default)s)"
-    )
+    add = parser.add_argument
+    add("--images", type=Path, required=True, help="the real cases")
+    add("--weights", type=Path, help="for inference.py (the shipped ones)")
+    add("--only", nargs="+", choices=BENCHES, help="these rows (all but epoch and target)")
+    add("--scaling", action="store_true", help="times of 1, 2, 4, 8 times the cases, and by pixels")
+    add("--device", help="cuda, cpu ... (an accelerator if there is one)")
+    add("--image-size", type=int, default=256, help="side of a resized slice (%(default)s)")
+    add("--cache", type=Path, help="preprocessed volumes (~/.cache/brainseg)")
+    add("--volumes", type=int, default=3, help="to preprocess (%(default)s)")
+    add("--start-seconds", type=float, default=90, help="until a training is stopped (%(default)s)")
+    add("--target", type=float, default=0.9, help="mean DSC of row target (%(default)s)")
+    add("--json", type=Path, help="file to keep rows and conditions in")
     args = parser.parse_args()
-    cases = find_cases(args.images)
-    print(
-        f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, "
-        f"bfloat16 tiles: {has_bfloat16(torch.device('cpu'))}, Python {platform.python_version()}, "
-        f"torch {torch.__version__}, NumPy {np.__version__}\n"
-    )
+    if args.only is None:
+        args.only = [] if args.scaling else [name for name in BENCHES if name not in LONG]
+    return args
+
+
+def main() -> None:
+    args = get_args_of_benchmark()
+    try:
+        args.device, cases = pick_device(args.device), find_cases(args.images)
+    except (ValueError, OSError) as error:
+        fail(error)
+    about = conditions(args, cases)
+    print(", ".join(f"{name}: {value}" for name, value in about.items()) + "\n")
     print("| what | plain | brainseg | unit | times faster |\n|---|---|---|---|---|")
-    for name in args.only:
-        BENCHES[name](cases, args)
+    benches = [BENCHES[name] for name in args.only] + [scale_cases, scale_pixels] * args.scaling
+    for bench in benches:
+        bench(cases, args)
+        if args.json:  # after each, so that a long run that is stopped has not been for nothing
+            write_json(args.json, {"conditions": about, "rows": ROWS})
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(f"\npeak memory of the benchmark itself: {peak:.1f} GiB")
 

@@ -1,10 +1,15 @@
 """Phantom data for every test; real cases where ../shared/lgg or $LGG is there."""
 
+import functools
 import json
+import multiprocessing
 import os
+import pickle
 import shutil
 import subprocess
 import sys
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,6 +21,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 SIZE = 32  # of preprocessed slices
 TRAINED_ON = ["phantom_001", "phantom_002"]
 Items = list[tuple[torch.Tensor, torch.Tensor]]  # of a data set: images and masks
+FORK = multiprocessing.get_context("fork")
 SHARED = Path(os.environ.get("LGG", ROOT.parent / "shared" / "lgg"))
 
 
@@ -98,3 +104,38 @@ def make_weights(path: Path, in_channels: int = 3, trained_on=TRAINED_ON) -> Pat
     card = {"image_size": 32, "cases": {"train": trained_on}}
     path.with_suffix(".json").write_text(json.dumps(card))
     return path
+
+
+def in_processes(count: int, work: Callable[[], object], seconds: float = 120) -> list[object]:
+    """What `work` gives in each of `count` processes, set up nearly as torchrun does it.
+
+    An exception, SystemExit included, is given in the place of a result; None is what a process
+    leaves that was killed. They are forked, so that patches of the test hold in them too.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+
+        def process(rank: int) -> None:
+            places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count}
+            os.environ.update({name: str(value) for name, value in places.items()})
+            os.environ["LOCAL_WORLD_SIZE"] = str(count)
+            # They meet in a file: a port that is free now may be another test's a moment later.
+            meeting = {"init_method": f"file://{folder}/store", "rank": rank, "world_size": count}
+            join = torch.distributed.init_process_group
+            torch.distributed.init_process_group = functools.partial(join, **meeting)
+            try:
+                result = work()
+            except BaseException as error:
+                result = error
+            Path(folder, str(rank)).write_bytes(pickle.dumps(result))
+
+        children = [FORK.Process(target=process, args=(rank,)) for rank in range(count)]
+        for child in children:
+            child.start()
+        for child in children:
+            child.join(seconds)
+        hung = [child for child in children if child.is_alive()]
+        for child in hung:
+            child.kill()
+        assert not hung, f"{len(hung)} of {count} processes hang"
+        files = [Path(folder, str(rank)) for rank in range(count)]
+        return [pickle.loads(file.read_bytes()) if file.exists() else None for file in files]

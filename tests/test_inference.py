@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import tifffile
 import torch
-from conftest import TRAINED_ON, make_weights
+from conftest import TRAINED_ON, in_processes, make_weights
 
 import inference
 import metrics
@@ -328,6 +328,70 @@ def test_an_unsound_case_does_not_stop_the_others(phantoms, weights, tmp_path, c
     assert (tmp_path / "predictions" / "phantom_003").is_dir()
 
 
+# Several processes
+
+
+def shared(count: int, images: Path, out: Path, weights: Path, *more: object) -> list[str | int]:
+    """How each of the processes ends: its exit status, or its sentence."""
+    return in_processes(count, lambda: infer(images, out, weights, *more))
+
+
+def test_processes_share_the_cases_and_write_what_one_would(phantoms, weights, done, tmp_path):
+    assert shared(2, phantoms, tmp_path, weights) == [0, 0]
+    assert contents(tmp_path / "predictions") == contents(done[0] / "predictions")
+    assert (tmp_path / "dsc.png").read_bytes() == (done[0] / "dsc.png").read_bytes()
+
+
+def test_each_process_segments_its_own_cases_only(phantoms, weights, tmp_path, monkeypatch, capfd):
+    written, write = tmp_path / "written", inference.write_case
+
+    def spy(result, predictions):
+        with open(written, "a") as file:
+            file.write(f"{os.getpid()} {result.case.name}\n")
+        write(result, predictions)
+
+    monkeypatch.setattr(inference, "write_case", spy)
+    cases = "--cases", "phantom_003", "phantom_004", "phantom_005"
+    assert shared(2, phantoms, tmp_path, weights, "--skip-existing", *cases) == [0, 0]
+    lines = [line.split() for line in written.read_text().splitlines()]
+    assert sorted(name for _, name in lines) == list(cases[1:])
+    assert len({pid for pid, _ in lines}) == 2
+    said = capfd.readouterr().out
+    assert said.count("3 of 3 cases segmented") == 1
+    shutil.rmtree(tmp_path / "predictions" / "phantom_004")  # as if it had been stopped before
+    assert shared(3, phantoms, tmp_path, weights, "--skip-existing", *cases) == [0, 0, 0]
+    assert len(written.read_text().splitlines()) == 4
+    assert "1 of 3 cases segmented" in capfd.readouterr().out
+    assert [row["case"] for row in table(tmp_path)] == list(cases[1:])
+
+
+def test_a_damaged_case_in_one_process_is_named_by_it(phantoms, weights, tmp_path, capfd):
+    images = subset_copy(phantoms, tmp_path / "images", "phantom_003", "phantom_004")
+    damage(images / "phantom_004" / "phantom_004_5.tif")
+    assert shared(2, images, tmp_path, weights) == [1, 1]
+    out, err = capfd.readouterr()
+    assert "1 of 2 cases segmented" in out and err.count("phantom_004_5.tif: ") == 1
+
+
+def test_what_stops_all_processes_is_said_once(phantoms, weights, tmp_path, capfd):
+    main, other = shared(2, phantoms, tmp_path, tmp_path / "none.pt")
+    assert "none.pt: no such file" in main and other == 1
+    assert shared(2, phantoms, tmp_path, weights, "--batch-size=0") == [2, 2]
+    assert capfd.readouterr().err.count("--batch-size and --workers must") == 1
+
+
+def test_torchrun_starts_it(phantoms, weights, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+    options = f"--images {phantoms} --weights {weights} --subset test --device cpu"
+    options += f" --predictions {tmp_path / 'out'} --figure {tmp_path / 'dsc.png'}"
+    finished = subprocess.run(
+        [*command, inference.__file__, *options.split()],
+        capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout.count("3 of 3 cases segmented") == 1
+
+
 # Bad images
 
 
@@ -499,3 +563,23 @@ def test_the_second_network_trains_and_segments_by_its_name_alone(phantoms, tmp_
     assert infer(phantoms, tmp_path, tmp_path / "resnext_unet.pt", *only) == 0
     with pytest.raises(SystemExit, match="no setting 'init_features'"):
         train.main(["--images", str(phantoms), *options, "--features", "4"])
+
+
+def test_a_batch_too_large_for_the_memory_is_halved(
+    phantoms, weights, done, tmp_path, monkeypatch, capsys
+):
+    forward, most = Segmenter._forward, [1]
+
+    def small(self, batch):
+        if len(batch) > most[0]:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return forward(self, batch)
+
+    monkeypatch.setattr(Segmenter, "_forward", small)
+    only = "--cases", "phantom_003"
+    assert infer(phantoms, tmp_path, weights, *only) == 0
+    said = capsys.readouterr().err.strip().splitlines()
+    assert len(said) == 2 and said[1].endswith("--batch-size 2; going on with 1")
+    assert np.array_equal(read_masks(tmp_path, "phantom_003"), read_masks(done[0], "phantom_003"))
+    most[0] = 0
+    assert "not even one slice fits" in refused(phantoms, tmp_path, weights, *only)

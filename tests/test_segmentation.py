@@ -69,6 +69,28 @@ def test_folded_batch_norm_gives_the_same_logits(network):
     assert all(torch.equal(after[name], value) for name, value in before.items()), "left as it was"
 
 
+def test_batch_norm_over_processes_is_folded_too():
+    torch.manual_seed(0)
+    network = nn.SyncBatchNorm.convert_sync_batchnorm(UNet(init_features=4)).eval()
+    network(images := torch.randn(2, 3, 32, 32))
+    folded = fold_batch_norm(network)
+    assert not any(isinstance(module, nn.SyncBatchNorm) for module in folded.modules())
+    torch.testing.assert_close(folded(images), network(images), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("neighbours", [0, 1])
+def test_several_volumes_at_once_are_as_one_by_one(volume, neighbours):
+    """Batches go on from one volume to the next, but a slice never sees another volume's."""
+    torch.manual_seed(0)
+    network = UNet(3 * (2 * neighbours + 1), init_features=2).eval()
+    images = preprocess(volume, 48)[0]
+    volumes = images[:3], images.flip(0)[:1], images.flip(-1)
+    one = segmenter(network, neighbours=neighbours, batch_size=4)
+    together = one.probabilities(torch.cat(volumes), lengths=[len(each) for each in volumes])
+    expected = torch.cat([one.probabilities(each) for each in volumes])
+    torch.testing.assert_close(together, expected, atol=1e-5, rtol=1e-4)
+
+
 def test_a_network_that_sees_neighbours_gets_them(volume):
     torch.manual_seed(0)
     network = UNet(9, init_features=2).eval()

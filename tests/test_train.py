@@ -3,9 +3,11 @@
 All runs are of narrow networks on small slices, on the CPU, where results repeat bit for bit.
 """
 
+import functools
 import io
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -100,7 +102,7 @@ def interrupt(monkeypatch, step: int, number: int) -> None:
     monkeypatch.setattr(train.Trainer, "train_step", train_step)
 
 
-def nan_loss(logits, target):
+def nan_loss(logits, target, **_):
     return logits.sum() * float("nan")
 
 
@@ -178,9 +180,9 @@ def test_every_epoch_draws_afresh(phantoms, tmp_path, monkeypatch):
         drawn.append(list(indices))
         return batch(self, indices, neighbours)
 
-    def spy_augment(images, masks, generator, *settings):
+    def spy_augment(images, masks, generator, *settings, **more):
         seeds.append(generator.initial_seed())
-        return augment(images, masks, generator, *settings)
+        return augment(images, masks, generator, *settings, **more)
 
     monkeypatch.setattr(BrainSegmentationDataset, "batch", spy_batch)
     monkeypatch.setattr(trainer, "augment", spy_augment)
@@ -544,3 +546,65 @@ def test_weights_that_no_longer_give_a_finite_loss_are_not_kept(phantoms, tmp_pa
     message = refused(phantoms, tmp_path, "--epochs", 1, "--lr", 1e30, "--batch-size", 64)
     assert "no longer finite" in message
     assert (tmp_path / "weights" / "unet.ckpt").read_bytes() == before
+
+
+# Compiling, and memory
+
+
+@pytest.fixture
+def graphs(monkeypatch) -> list[str]:
+    """Who had the network compiled, with a compiler that changes nothing and takes no time."""
+    found, ahead = [], []
+    compile_ahead = trainer.Trainer.compile
+
+    def spy(self):
+        ahead.append(1)
+        seconds = compile_ahead(self)
+        ahead.clear()
+        return seconds
+
+    def backend(graph, _):
+        found.append("ahead" if ahead else "in a step")
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    monkeypatch.setattr(trainer.Trainer, "compile", spy)
+    torch._dynamo.reset()
+    yield found
+    torch._dynamo.reset()
+
+
+def test_compiled_ahead_of_the_first_step_and_the_same_weights(phantoms, tmp_path, capsys, graphs):
+    """64 slices in steps of 24: the last step is of 16, for which nothing waits either."""
+    more = "--batch-size", 24, "--epochs", 2
+    run(phantoms, tmp_path / "plain", *more)
+    assert not graphs and "compiled in" not in capsys.readouterr().out
+    run(phantoms, tmp_path / "ahead", *more, "--compile")
+    assert graphs and set(graphs) == {"ahead"}
+    assert re.search(r"^compiled in \d+\.\d s$", capsys.readouterr().out, re.M)
+    assert same_run(tmp_path / "plain" / "weights", tmp_path / "ahead" / "weights")
+
+
+def test_a_compiler_that_fails_is_one_sentence(phantoms, tmp_path, monkeypatch):
+    def backend(*_):
+        raise RuntimeError("no C++ compiler\nin any of these places")
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    message = refused(phantoms, tmp_path, "--compile")
+    assert "--compile fails here (no C++ compiler)" in message and "leave it out" in message
+
+
+@pytest.mark.parametrize("most, advice", [(5, "--batch-size 4 has just"), (0, "not even one")])
+def test_out_of_memory_names_a_batch_that_fits(phantoms, tmp_path, monkeypatch, most, advice):
+    weights = run(phantoms, tmp_path)
+    before, forward = contents(weights), UNet.forward
+
+    def small(self, x, logits=False):
+        if len(x) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return forward(self, x, logits)
+
+    monkeypatch.setattr(UNet, "forward", small)
+    message = refused(phantoms, tmp_path, "--epochs", 2)
+    assert "out of memory at --batch-size 16" in message and advice in message
+    assert contents(weights) == before

@@ -1,0 +1,70 @@
+"""What more cases and more pixels cost: the rows of speed.py --scaling."""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+
+import numpy as np
+import torch
+from timing import BATCH, one_thread, row, seconds
+
+from cache import prepare
+from checkpoint import load_pretrained
+from dataset import BrainSegmentationDataset
+from feed import Feed
+from segmentation import Segmenter
+from train import get_args
+from trainer import Trainer
+from volume import preprocess
+
+FEW = 4  # slices a step for each number of pixels, so that the largest ones go into memory
+
+
+def scale_cases(cases: list, args: argparse.Namespace) -> None:
+    """What more cases cost: to start, to draw a batch from, to segment."""
+    if len(cases) < 8:
+        raise SystemExit(f"error: --scaling needs 8 cases or more, not {len(cases)}")
+    segmenter = Segmenter(load_pretrained("unet"), args.image_size, device=args.device)
+    for times in (1, 2, 4, 8):
+        chosen = cases[: len(cases) // 8 * times]
+        with tempfile.TemporaryDirectory() as cache:
+            start = seconds(lambda c=chosen: prepare(c, args.image_size, cache), warm=False)
+            again = seconds(lambda c=chosen: prepare(c, args.image_size, cache), warm=False)
+            dataset = BrainSegmentationDataset.of(prepare(chosen, args.image_size, cache))
+            feed, weights = Feed(dataset, args.device), dataset.sampling_weights()
+            drawn = torch.multinomial(weights, 20 * BATCH, replacement=True).split(BATCH)
+            batch = seconds(lambda f=feed, d=drawn: list(f.batches(d))) / 20
+
+            def segment(dataset: BrainSegmentationDataset = dataset) -> None:
+                for volume in dataset.volumes:
+                    segmenter.segment(torch.from_numpy(volume.images), volume.frame)
+
+            masks = seconds(segment, warm=False)
+        name = f"{times} x: {len(chosen)} cases, {len(dataset)} slices"
+        row(f"{name}: cold start", start, None, "s")
+        row(f"{name}: warm start", again, None, "s")
+        row(f"{name}: a training batch of {BATCH} drawn", batch, None, "s")
+        row(f"{name}: segmented, from preprocessed slices to masks", masks, None, "s")
+
+
+def scale_pixels(cases: list, args: argparse.Namespace) -> None:
+    """What more pixels cost a slice: to preprocess, to train on, to segment."""
+    model = load_pretrained("unet")
+    volume, _ = cases[0].read_pair()
+    for size in (128, 256, 512):
+        with tempfile.TemporaryDirectory() as cache:
+            dataset = BrainSegmentationDataset.of(prepare(cases[:1], size, cache))
+            images, masks = dataset.batch(np.arange(FEW) % len(dataset))
+            options = ["--device", str(args.device), "--image-size", str(size)]
+            trainer = Trainer(get_args(options)[0], dataset)
+            segmenter = Segmenter(model, size, device=args.device)
+            work = {
+                "preprocessed, one core": one_thread(lambda n=size: preprocess(volume, n)),
+                "trained on": lambda t=trainer, i=images, m=masks: t.train_step(i, m),
+                "segmented": lambda s=segmenter, i=images: s.probabilities(i),
+            }
+            for (what, once), slices in zip(work.items(), (len(volume), FEW, FEW), strict=True):
+                row(f"{size} x {size}: {what}", seconds(once, 3) / slices, None, "s a slice")
+        kept = (images.nbytes + masks.nbytes) / FEW / 2**20
+        row(f"{size} x {size}: kept", kept, None, "MiB a slice")

@@ -1,0 +1,305 @@
+"""Two processes do what one does: the same gradients, epochs, files and messages.
+
+They are forked, talk through gloo, and train narrow networks on the CPU. Batch norm over several
+processes needs CUDA; where gradients are compared, the networks are therefore without it.
+"""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+import torch._dynamo  # by DistributedDataParallel: once here, not once in every process
+from conftest import in_processes
+from test_train import contents, flags, same, scalars
+from torch import nn
+
+import distributed
+import train
+import trainer
+from checkpoint import load_state, load_tensors, read_card
+from dataset import BrainSegmentationDataset
+from distributed import gather, in_main, one_first, process_group, share, share_of_batch, together
+from loss import LOSSES
+from trainer import Trainer
+
+INDICES = [3, 17, 40, 41, 60]  # a batch that does not divide evenly
+
+
+def in_group(work):
+    def joined():
+        with process_group():
+            return work()
+
+    return joined
+
+
+@pytest.fixture
+def no_batch_norm(monkeypatch):
+    build = trainer.build_model
+
+    def built(*arguments, **settings):
+        model = build(*arguments, **settings)
+        torch.manual_seed(0)
+        for module in list(model.modules()):
+            if isinstance(module, nn.Conv2d):  # or, without the norm, the signal fades away
+                nn.init.kaiming_normal_(module.weight)
+            for name, child in module.named_children():
+                if isinstance(child, nn.BatchNorm2d):
+                    setattr(module, name, nn.Identity())
+        return model
+
+    monkeypatch.setattr(trainer, "build_model", built)
+
+
+# The pieces
+
+
+def test_items_shared_and_gathered_are_in_their_old_order():
+    def work():
+        return [share(list(range(n))) for n in range(6)], [
+            gather(share(list(range(n)))) for n in range(6)
+        ]
+
+    (own, whole), (others, also) = in_processes(2, in_group(work))
+    assert whole == also == [list(range(n)) for n in range(6)]
+    assert all(
+        sorted(a + b) == list(range(n)) for n, (a, b) in enumerate(zip(own, others, strict=True))
+    )
+    assert share([1, 2]) == gather([1, 2]) == [1, 2], "one process has all"
+
+
+def test_a_process_without_a_slice_gets_the_first_as_a_stand_in():
+    assert in_processes(2, in_group(lambda: share_of_batch([7]))) == [[7], [7]]
+    assert in_processes(2, in_group(lambda: share_of_batch([7, 8, 9]))) == [[7, 9], [8]]
+
+
+def only_in(number: int):
+    def work():
+        if distributed.rank() == number:
+            raise FileNotFoundError(2, "No such file or directory", "x.pt")
+        return "fine"
+
+    return work
+
+
+@pytest.mark.parametrize("number", [0, 1])
+@pytest.mark.parametrize("way", [together, one_first])
+def test_an_error_of_one_process_ends_all_and_is_said_once(way, number):
+    main, other = in_processes(2, in_group(lambda: way(only_in(number))))
+    assert isinstance(main, SystemExit) and main.code == "error: x.pt: no such file or directory"
+    assert isinstance(other, SystemExit) and other.code == 1
+
+
+def test_the_first_process_of_a_machine_works_before_the_others(tmp_path):
+    def work():
+        with open(tmp_path / "order", "a") as file:
+            file.write(str(distributed.rank()))
+        return distributed.rank()
+
+    assert in_processes(2, in_group(lambda: one_first(work))) == [0, 1]
+    assert (tmp_path / "order").read_text() == "01"
+    assert in_processes(2, in_group(lambda: in_main(work))) == [0, None]
+    assert (tmp_path / "order").read_text() == "010"
+
+
+def test_one_device_cannot_be_named_for_all():
+    for result in in_processes(2, in_group(lambda: distributed.own_device("cuda:1"))):
+        assert isinstance(result, ValueError) and "--device cuda:1" in str(result)
+    assert distributed.own_device("cuda:1") == "cuda:1", "one process may have any"
+
+
+# Gradients
+
+
+def gradients(phantoms, out, indices, *more):
+    """Of one training step on a batch, in this process or divided over all."""
+
+    def work():
+        args, _ = train.get_args(flags(phantoms, out, *more))
+        dataset = BrainSegmentationDataset(phantoms, "all", 32, workers=1)
+        one = Trainer(args, dataset)
+        one.parallelise()
+        own = share_of_batch(indices)
+        loss = one.train_step(*dataset.batch(own), len(indices))
+        return loss.item(), {k: p.grad.numpy() for k, p in one.model.named_parameters()}
+
+    return work
+
+
+def assert_equal_gradients(expected, results, tolerance=1e-4):
+    for loss, found in results:
+        assert loss == pytest.approx(expected[0], rel=1e-6)
+        for name, gradient in expected[1].items():
+            error = abs(found[name] - gradient).max()
+            assert error <= tolerance * abs(gradient).max(), name
+
+
+@pytest.mark.parametrize("indices", [INDICES, INDICES[:1]], ids=["uneven", "one slice"])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_two_processes_have_the_gradient_of_one(phantoms, tmp_path, no_batch_norm, loss, indices):
+    """Of the whole batch, augmented alike, though each loss is a ratio of sums over it."""
+    more = "--no-amp", "--loss", loss, "--aug-intensity", 0.3, "--drop-sequences", 0.4
+    work = gradients(phantoms, tmp_path, indices, *more)
+    assert_equal_gradients(work(), in_processes(2, in_group(work)))
+
+
+def test_the_mean_of_two_losses_would_have_another_gradient(
+    phantoms, tmp_path, no_batch_norm, monkeypatch
+):
+    """So that the test above is known to tell them apart."""
+    work = gradients(phantoms, tmp_path, INDICES, "--no-amp")
+    expected = work()
+    monkeypatch.setattr(trainer, "total", lambda sums: sums)
+    with pytest.raises(AssertionError):
+        assert_equal_gradients(expected, in_processes(2, in_group(work)), tolerance=1e-2)
+
+
+# Whole runs
+
+
+def trained(phantoms: Path, out: Path, *more: object, processes: int = 2) -> list:
+    """How each process ended, None for well; the weights are in `out`."""
+    return in_processes(processes, lambda: train.main(flags(phantoms, out, *more)))
+
+
+def sentences(ends: list) -> list[object]:
+    assert all(isinstance(end, SystemExit) for end in ends), ends
+    return [end.code for end in ends]
+
+
+@pytest.fixture(scope="module")
+def pair(phantoms, tmp_path_factory) -> Path:
+    """Two epochs by two processes, with pictures, drawn from masks of both."""
+    out = tmp_path_factory.mktemp("pair")
+    more = "--epochs", 2, "--vis-freq", 2, "--ema", 0.9, "--folds", 3, "--fold", 0
+    assert trained(phantoms, out, *more) == [None, None]
+    return out
+
+
+def test_one_process_writes_for_all(pair):
+    assert sorted(contents(pair / "weights")) == ["unet.ckpt", "unet.json", "unet.pt"]
+    card = read_card(pair / "weights" / "unet.pt")
+    assert card["processes"] == 2 and card["validation_dsc"]["n"] == 3
+    assert len(list((pair / "logs").glob("events*"))) == 1
+    events = scalars(pair / "logs")
+    assert [event.step for event in events.Scalars("dsc/validation")] == [1, 2]
+    by_case = [tag for tag in events.Tags()["scalars"] if tag.startswith("dsc_by_case/")]
+    assert len(by_case) == len(events.Tags()["images"]) == 3
+
+
+def test_same_seed_and_number_of_processes_same_weights(phantoms, pair, tmp_path):
+    more = "--epochs", 2, "--ema", 0.9, "--folds", 3, "--fold", 0
+    assert trained(phantoms, tmp_path, *more) == [None, None]
+    one, two = (load_tensors(x / "weights" / "unet.ckpt") for x in (pair, tmp_path))
+    assert all(same(one[key], two[key]) for key in ("model", "ema", "optimizer", "best"))
+
+
+def close(a: Path, b: Path) -> bool:
+    one, two = (load_tensors(x / "weights" / "unet.ckpt") for x in (a, b))
+    assert (one["epoch"], one["step"]) == (two["epoch"], two["step"])
+    assert one["loss_sum"] == pytest.approx(two["loss_sum"], rel=1e-4)
+    one, two = one["model"], two["model"]
+    return all(torch.allclose(one[k], two[k], rtol=1e-3, atol=2e-5) for k in one)
+
+
+def test_an_epoch_is_the_same_for_any_number_of_processes(phantoms, tmp_path, no_batch_norm):
+    """Of 64 slices in steps of 7: the last step has one slice, for two processes."""
+    more = "--no-amp", "--batch-size", 7, "--lr", 1e-4, "--epochs", 2
+    train.main(flags(phantoms, tmp_path / "one", *more))
+    assert trained(phantoms, tmp_path / "two", *more) == [None, None]
+    assert close(tmp_path / "one", tmp_path / "two")
+    losses = [scalars(tmp_path / x / "logs").Scalars("loss/train") for x in ("one", "two")]
+    for one, two in zip(*losses, strict=True):
+        assert one.value == pytest.approx(two.value, rel=1e-4)
+
+
+def send_signal(monkeypatch, step: int, number: int, to: int) -> None:
+    """Have one process send itself a signal in the middle of a step."""
+    original, done = Trainer.train_step, []
+
+    def train_step(self, *batch):
+        done.append(1)
+        if len(done) == step and distributed.rank() == to:
+            os.kill(os.getpid(), number)
+        return original(self, *batch)
+
+    monkeypatch.setattr(Trainer, "train_step", train_step)
+
+
+@pytest.mark.parametrize("counts", [(2, 1), (1, 2), (3, 2)])
+def test_a_run_goes_on_with_another_number_of_processes(
+    phantoms, tmp_path, monkeypatch, no_batch_norm, counts
+):
+    """One process gets the signal; all stop after the same step, and others go on from there."""
+    more = "--no-amp", "--epochs", 2, "--lr", 1e-4
+    train.main(flags(phantoms, tmp_path / "whole", *more))
+    first, then = counts
+    with monkeypatch.context() as patch:
+        send_signal(patch, 6, signal.SIGTERM, to=first - 1)  # of 2 x 4 steps
+        ends = trained(phantoms, tmp_path / "parts", *more, processes=first)
+    assert sentences(ends) == [128 + signal.SIGTERM] * first
+    stopped = load_tensors(tmp_path / "parts" / "weights" / "unet.ckpt")
+    assert (stopped["epoch"], stopped["step"]) == (1, 2)
+    ends = trained(phantoms, tmp_path / "parts", *more, "--resume", processes=then)
+    assert ends == [None] * then
+    assert close(tmp_path / "whole", tmp_path / "parts")
+
+
+# What goes wrong
+
+
+def test_a_nan_loss_stops_all_and_is_said_once(phantoms, tmp_path, monkeypatch):
+    assert trained(phantoms, tmp_path) == [None, None]
+    before = contents(tmp_path / "weights")
+    dice = LOSSES["dice"]
+
+    def nan_in_one(logits, target, total):
+        return dice(logits * (float("nan") if distributed.rank() else 1), target, total=total)
+
+    monkeypatch.setitem(LOSSES, "dice", nan_in_one)
+    main, other = sentences(trained(phantoms, tmp_path, "--resume", "--epochs", 2))
+    assert "no longer finite at epoch 2, step" in main and other == 1
+    assert contents(tmp_path / "weights") == before
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_process_that_dies_ends_the_other_with_a_sentence(
+    phantoms, tmp_path, monkeypatch, capfd, lost
+):
+    assert trained(phantoms, tmp_path) == [None, None]
+    before = contents(tmp_path / "weights")
+    capfd.readouterr()
+    send_signal(monkeypatch, 2, signal.SIGKILL, to=lost)
+    assert trained(phantoms, tmp_path, "--resume", "--epochs", 2) == [None, None], "both are gone"
+    said = capfd.readouterr().err
+    assert f"error: process {1 - lost} lost another of the 2" in said
+    assert "Traceback" not in said
+    assert contents(tmp_path / "weights") == before
+    load_state(tmp_path / "weights" / "unet.pt")
+
+
+def test_bad_input_is_said_once(phantoms, tmp_path, capfd):
+    main, other = sentences(trained(tmp_path / "nowhere", tmp_path))
+    assert main.startswith(f"error: {tmp_path / 'nowhere'}: no such folder") and other == 1
+    main, other = sentences(trained(phantoms, tmp_path, "--batch-size", 1))
+    assert "--batch-size 1 is less than a slice for each of 2 processes" in main and other == 1
+    capfd.readouterr()
+    assert sentences(trained(phantoms, tmp_path, "--epochs", 0)) == [2, 2]
+    assert capfd.readouterr().err.count("--epochs must be at least 1") == 1
+
+
+def test_a_full_disk_is_said_once(phantoms, tmp_path, monkeypatch):
+    def full_disk(state, path):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full_disk)
+    main, other = sentences(trained(phantoms, tmp_path))
+    assert "unet.pt: not written" in main and other == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_batch_norm_over_processes_needs_cuda(phantoms, tmp_path):
+    main, other = sentences(trained(phantoms, tmp_path, "--sync-bn"))
+    assert "--sync-bn is for CUDA devices" in main and other == 1
