@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import ipaddress
 import json
 import logging
@@ -21,11 +22,14 @@ import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import quote
 
 from checkpoint import shipped_weights
+from guard import Guard, TooLarge, drain, refuse
+from reader import MIB
 from segmentation import Segmenter
 from service import Answer, Busy, Job, Service
-from upload import MIB, Limits, Named
+from upload import Limits, Named
 from utils import add_segmenter_options, fail, make_parser, segmenter_options
 
 if TYPE_CHECKING:
@@ -36,12 +40,13 @@ if TYPE_CHECKING:
 
 WEB = Path(__file__).resolve().parent / "web"
 LINES = "application/x-ndjson"
+FAILED = "it could not be segmented, for a reason that the log of the server says"
 API = f"""POST /api/segment, multipart/form-data:
   images   a volume file (.nii, .nii.gz, .nrrd, .mha), or slices (.tif, .png), or the files of a
            DICOM series, or a zip archive of one of these
   flair    in place of images: a volume file of this sequence alone; with it maybe pre and post
   mask     maybe the true mask, to be scored against: a volume file, or the masks of the slices
-  phantom  in place of all: anything; segments a synthetic head
+  phantom  in place of all others: anything; segments a synthetic head
 
 200: a zip archive with the mask in the geometry of the source (<scan>_mask.nii.gz, or
 <slice>_mask.tif for each slice), montage.png, <case>.gif and summary.json.
@@ -74,8 +79,10 @@ def main(argv: list[str] | None = None) -> None:
     args.auth = args.auth or os.environ.get("BRAINSEG_AUTH")
     if args.auth and not all(args.auth.partition(":")):
         parser.error("--auth is user:password")
-    if min(args.max_upload, args.time_limit, args.queue) <= 0:
+    if min(args.max_upload, args.queue) < 1 or not 0 < args.time_limit < 1e6:
         parser.error("--max-upload, --time-limit and --queue must be above 0")
+    if not 0 <= args.port < 2**16:
+        parser.error("--port goes from 0 to 65535")
     try:
         run(args, options)
     except (ValueError, OSError) as error:
@@ -94,11 +101,14 @@ def run(args: argparse.Namespace, options: dict) -> None:
     segmenter = Segmenter.from_weights(args.weights or shipped_weights("unet"), **options)
     limits = Limits(upload=args.max_upload * MIB, seconds=args.time_limit)
     app = make_app(Service(segmenter, limits, args.queue), args.host, args.auth)
-    listener = uvicorn.Config(app, args.host, args.port, log_level="warning")
+    listener = uvicorn.Config(
+        app, args.host, args.port, log_level="warning", timeout_graceful_shutdown=2
+    )
     socket = listener.bind_socket()
     if not args.auth and not is_loopback(args.host):
         print("no --auth: everybody who reaches this machine can use it", file=sys.stderr)
-    print(f"http://{args.host}:{args.port}", flush=True)
+    host = f"[{args.host}]" if ":" in args.host else args.host
+    print(f"http://{host}:{args.port}", flush=True)
     uvicorn.Server(listener).run(sockets=[socket])
 
 
@@ -110,7 +120,7 @@ def is_loopback(host: str) -> bool:
 
 
 def make_app(service: Service, host: str = "127.0.0.1", auth: str | None = None) -> Starlette:
-    """The page at /, the API at /api/segment."""
+    """The page at /, the API at /api/segment; closes the service when it ends."""
     from starlette.applications import Starlette
     from starlette.middleware import Middleware
     from starlette.middleware.trustedhost import TrustedHostMiddleware
@@ -118,26 +128,53 @@ def make_app(service: Service, host: str = "127.0.0.1", auth: str | None = None)
     from starlette.routing import Mount, Route
     from starlette.staticfiles import StaticFiles
 
-    from guard import Guard
-
-    async def segment(request: Request) -> Response:
-        return await respond(service, request)
+    @contextlib.asynccontextmanager
+    async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        yield
+        await asyncio.to_thread(service.close)
 
     middleware = [Middleware(Guard, most=service.limits.upload + MIB, auth=auth)]
     if is_loopback(host):  # else a page of another host could reach it by renaming that host
-        ours = ["localhost", "127.0.0.1", "[::1]"]
+        ours = ["localhost", "127.0.0.1", "[::1]", host]
         middleware.insert(0, Middleware(TrustedHostMiddleware, allowed_hosts=ours))
     routes = [
         Route("/api", lambda request: PlainTextResponse(API)),
-        Route("/api/segment", segment, methods=["POST"]),
+        Route("/api/segment", Segment(service), methods=["POST"]),
         Mount("/", StaticFiles(directory=WEB, html=True)),
     ]
-    return Starlette(routes=routes, middleware=middleware)
+    return Starlette(routes=routes, middleware=middleware, lifespan=lifespan)
+
+
+class Segment:
+    """The ASGI endpoint that takes an upload, and a place in the queue until it is answered."""
+
+    def __init__(self, service: Service):
+        self.service = service
+
+    async def __call__(self, scope, receive, send) -> None:
+        from starlette.requests import ClientDisconnect, Request
+
+        service = self.service
+        try:
+            service.enter()
+        except Busy as error:
+            await drain(receive, service.limits.upload)
+            await refuse(send, 503, str(error))
+            return
+        try:
+            response = await respond(service, Request(scope, receive))
+            whole = service.limits.seconds * (service.waiting + 2)  # the queue, and the sending
+            await asyncio.wait_for(response(scope, receive, send), whole)
+        except (ClientDisconnect, asyncio.TimeoutError):
+            pass  # nobody is there to read an answer
+        finally:
+            service.leave()
 
 
 async def respond(service: Service, request: Request) -> Response:
     """What an upload gets: an archive or lines, or what is wrong with it."""
     from starlette.exceptions import HTTPException
+    from starlette.requests import ClientDisconnect
     from starlette.responses import JSONResponse, Response, StreamingResponse
 
     def refused(status: int, error: object) -> Response:
@@ -145,54 +182,58 @@ async def respond(service: Service, request: Request) -> Response:
 
     limits = service.limits
     try:
-        leave = service.enter()
-    except Busy as error:
-        return refused(503, error)
-    try:
+        if not request.headers.get("content-type", "").startswith("multipart/form-data"):
+            raise ValueError("send multipart/form-data; GET /api says what it can hold")
         sent = request.form(max_files=limits.files, max_fields=8)
         form = await asyncio.wait_for(sent, limits.seconds)
-        job = service.submit(None if "phantom" in form else parts_of(form), leave)
+        job = service.submit(parts_of(form))
+        if LINES in request.headers.get("accept", "").lower():
+            return StreamingResponse(lines(service, job), media_type=LINES)
+        answer = await finished(job, request)
+        archive = await asyncio.to_thread(answer.archive)
+    except (ClientDisconnect, TooLarge):
+        raise
     except ValueError as error:
-        leave()
         return refused(400, error)
     except HTTPException as error:
-        leave()
         return refused(error.status_code, error.detail)
     except asyncio.TimeoutError:
-        leave()
         return refused(408, f"the upload took more than {limits.seconds:.0f} s")
-    if LINES in request.headers.get("accept", ""):
-        return StreamingResponse(lines(service, job), media_type=LINES)
-    try:
-        answer = await finished(job, request)
-    except ValueError as error:
-        return refused(400, error)
-    name = answer.summary["case"].encode("ascii", "replace").decode()
-    disposition = f'attachment; filename="{name}.zip"'
-    return Response(
-        answer.archive(), 200, {"Content-Disposition": disposition}, media_type="application/zip"
-    )
+    except Exception:
+        logging.exception("an upload could not be segmented")
+        return refused(500, FAILED)
+    name = quote(f"{answer.summary['case']}.zip")
+    headers = {"Content-Disposition": f"attachment; filename*=UTF-8''{name}"}
+    return Response(archive, 200, headers, media_type="application/zip")
 
 
-def parts_of(form: FormData) -> dict[str, list[Named]]:
-    """The files of a form by their field; ValueError for a field that is not known."""
+def parts_of(form: FormData) -> dict[str, list[Named]] | None:
+    """The files of a form by their field, None for the phantom; ValueError for an unknown field."""
+    if "phantom" in form and len(form.multi_items()) == 1:
+        return None
     parts: dict[str, list[Named]] = {}
     for name, sent in form.multi_items():
-        if name not in ("images", "flair", "pre", "post", "mask") or isinstance(sent, str):
+        if name not in ("images", "flair", "pre", "post", "mask"):
             raise ValueError(f"no file is called {name!r} here; GET /api says which there are")
-        parts.setdefault(name, []).append(Named(sent.filename or "", sent.file))
+        if isinstance(sent, str) or not sent.filename:
+            raise ValueError(f"{name}: is no file; send it with a file name")
+        parts.setdefault(name, []).append(Named(sent.filename, sent.file))
     return parts
 
 
 async def finished(job: Job, request: Request) -> Answer:
     """The answer of a job, which leaves the queue if its client goes."""
+    from starlette.requests import ClientDisconnect
+
     answer = asyncio.wrap_future(job.future)
-    while not answer.done():
-        await asyncio.wait([answer], timeout=1)
-        if await request.is_disconnected():
-            answer.cancel()
-            raise ValueError("nobody waits for it")
-    return answer.result()
+    try:
+        while not answer.done():
+            await asyncio.wait([answer], timeout=1)
+            if not answer.done() and await request.is_disconnected():
+                raise ClientDisconnect
+        return answer.result()
+    finally:
+        answer.cancel()
 
 
 async def lines(service: Service, job: Job) -> AsyncIterator[str]:
@@ -205,9 +246,13 @@ async def lines(service: Service, job: Job) -> AsyncIterator[str]:
             waiting = f"segmenting, {job.done:.0%}" if job.done else waiting
             yield json.dumps({"waiting": waiting, "done": job.done}) + "\n"
             await asyncio.wait([answer], timeout=0.5)
-        yield json.dumps(answer.result().shown())
+        shown = answer.result().shown
+        yield await asyncio.to_thread(lambda: json.dumps(shown()))
     except ValueError as error:
         yield json.dumps({"error": str(error)})
+    except Exception:
+        logging.exception("an upload could not be segmented")
+        yield json.dumps({"error": FAILED})
     finally:
         answer.cancel()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 from scan import Scan, is_scan, scan_name
@@ -140,10 +141,10 @@ def _find_slices(folder: Path) -> Case:
     if not slices:
         raise ValueError(f"{folder}: holds no slice named <anything>_<number>.tif or .png")
     numbers = sorted(slices)
-    gap = sorted(set(range(numbers[0], numbers[-1])) - set(numbers))
-    if gap:
+    gap = next((k + 1 for k, after in pairwise(numbers) if after != k + 1), None)
+    if gap is not None:
         raise ValueError(
-            f"{folder}: slice {gap[0]} is missing between {numbers[0]} and {numbers[-1]}; "
+            f"{folder}: slice {gap} is missing between {numbers[0]} and {numbers[-1]}; "
             "add it or renumber the slices"
         )
     if masks and (odd := sorted(set(masks) ^ set(numbers))):

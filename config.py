@@ -20,6 +20,9 @@ class ConfigParser(argparse.ArgumentParser):
 
     config: Path | None = None  # the file whose settings are being looked at
 
+    def __init__(self, **options: object):
+        super().__init__(allow_abbrev=False, **options)  # names are whole there, and so here
+
     def parse_args(
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> argparse.Namespace:
@@ -28,7 +31,12 @@ class ConfigParser(argparse.ArgumentParser):
         if path is not None:
             self.config = path
             settings = self._flags_of(path)
+            required = [action for action in self._actions if action.required]
+            for action in required:  # the command line may have it
+                action.required = False
             super().parse_args(settings)  # alone, so that what is wrong is blamed on the file
+            for action in required:
+                action.required = True
             self.config = None
             argv = settings + argv
         return super().parse_args(argv, namespace)
@@ -67,20 +75,25 @@ class ConfigParser(argparse.ArgumentParser):
             self.error(f"cannot be read ({error.strerror})")
         except (yaml.YAMLError, ValueError, RecursionError):
             self.error("is not YAML; write one `name: value` a line")
+        if isinstance(content, dict):  # args.json says more of its run than its settings
+            content = content.get("args", content)
         if not isinstance(content, dict):
             self.error("holds no settings; write one `name: value` a line")
-        return content.get("args", content)  # args.json says more of its run than its settings
+        return content
 
     def _words(self, action: argparse.Action, value: object) -> list[str]:
-        flag, *off = action.option_strings
+        flag, *others = action.option_strings
         takes_value = action.nargs != 0
-        if isinstance(value, bool):
-            if not takes_value and not off and not value:
-                return []
-            if not takes_value or (value and action.nargs == "?"):
-                return [flag if value else off[-1]]
+        if value is True and (not takes_value or action.nargs == "?"):
+            return [flag]
+        if value is False and not takes_value:
+            return [other for other in others if other == f"--no-{flag[2:]}"]
         values = value if isinstance(value, list) and action.nargs in ("+", "*") else [value]
-        if not takes_value or any(isinstance(each, (bool, list, dict)) for each in values):
+        if (
+            not values
+            or not takes_value
+            or any(isinstance(each, (bool, list, dict)) for each in values)
+        ):
             wanted = "a value" if takes_value else "true or false"
             self.error(f"{flag[2:]} takes {wanted}, not {value!r}")
         return [flag, *map(str, values)] if len(values) > 1 else [f"{flag}={values[0]}"]

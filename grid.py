@@ -106,9 +106,9 @@ def _fields(info: object) -> dict[str, str]:
 
 def _check_orientation(path: Path, field: dict[str, str], grid: Grid) -> None:
     """Raise ValueError if the header of a NIfTI file has no orientation, or two."""
-    if field["qform_code"] == field["sform_code"] == "0":
+    if field.get("qform_code", "0") == field.get("sform_code", "0") == "0":
         raise ValueError(f"{path}: its header gives no orientation; set its sform or qform")
-    if field["sform_code"] != "0":
+    if field.get("sform_code", "0") != "0":
         sform = np.array([field[f"srow_{row}"].split() for row in "xyz"], dtype=float)
         ours = np.column_stack((grid.direction * grid.spacing, grid.offset))
         ours[:2] *= -1  # NIfTI counts to the right and to the front

@@ -10,7 +10,7 @@ import tempfile
 import threading
 import time
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,13 +18,13 @@ from pathlib import Path
 import imageio.v3 as iio
 import numpy as np
 
-import upload
 from metrics import score
-from phantom import write_data_set
+from phantom import make_volume
 from predictions import mask_files, write_case
 from segmentation import Segmenter, to_mask
-from upload import Limits, Loaded, Named
+from upload import Limits, Loaded, Named, Reader
 from utils import montage, outline, sentence, to_grey
+from volume import Case
 
 SHOWN = 384  # pixels, the longest side of a slice in the viewer
 
@@ -47,11 +47,13 @@ class Answer:
     def archive(self, names: Sequence[str] | None = None) -> bytes:
         """A zip archive of some files, or of all of them and summary.json."""
         buffer = io.BytesIO()
-        with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        with zipfile.ZipFile(buffer, "w") as archive:
             for name in names or self.files:
-                archive.writestr(name, self.files[name])
+                packed = name.endswith((".png", ".gif", ".gz"))
+                method = zipfile.ZIP_STORED if packed else zipfile.ZIP_DEFLATED
+                archive.writestr(name, self.files[name], method)
             if names is None:
-                archive.writestr("summary.json", json.dumps(self.summary, indent=2) + "\n")
+                archive.writestr("summary.json", f"{json.dumps(self.summary, indent=2)}\n")
         return buffer.getvalue()
 
     def shown(self) -> dict:
@@ -78,7 +80,6 @@ class Answer:
 class Job:
     """An upload on its way."""
 
-    number: int
     done: float = 0.0  # share of its slices that are segmented
     future: Future[Answer] = field(default_factory=Future)
 
@@ -90,40 +91,44 @@ class Service:
     """
 
     def __init__(self, segmenter: Segmenter, limits: Limits, waiting: int = 64):
-        self.segmenter, self.limits = segmenter, limits
+        self.segmenter, self.limits, self.waiting = segmenter, limits, waiting
         self.places = threading.BoundedSemaphore(waiting)
-        self.waiting = waiting
+        self.reader = Reader(limits)
         self.worker = ThreadPoolExecutor(1)
-        self.numbers, self.finished = 0, 0
+        self.pending: list[Job] = []
+        self.closed = False
 
-    def enter(self) -> Callable[[], None]:
-        """Take a place in the queue, and get what gives it back; raises Busy."""
+    def enter(self) -> None:
+        """Take one of the places, for `leave` to give back; raises Busy."""
         if not self.places.acquire(blocking=False):
             raise Busy(f"{self.waiting} uploads are waiting already; try again in a minute")
-        return self.places.release
 
-    def submit(
-        self, parts: dict[str, Sequence[Named]] | None, leave: Callable[[], None] = lambda: None
-    ) -> Job:
-        """Segment an upload (see upload.store), or without one the phantom, when its turn comes.
+    def leave(self) -> None:
+        self.places.release()
 
-        The job's future raises ValueError for an upload that cannot be used. Done or cancelled, it
-        calls `leave`.
+    def submit(self, parts: dict[str, Sequence[Named]] | None) -> Job:
+        """Segment an upload (see reader.unpack), or without one the phantom, when its turn comes.
+
+        The job's future raises ValueError for an upload that cannot be used.
         """
-
-        def count(_: Future[Answer]) -> None:
-            self.finished += 1
-            leave()
-
-        job = Job(self.numbers)
-        self.numbers += 1
+        job = Job()
+        self.pending.append(job)
         job.future = self.worker.submit(self._run, parts, job)
-        job.future.add_done_callback(count)
+        job.future.add_done_callback(lambda _: self.pending.remove(job))
         return job
 
     def ahead(self, job: Job) -> int:
         """How many uploads come before a job."""
-        return max(0, job.number - self.finished)
+        try:
+            return self.pending.index(job)
+        except ValueError:  # just done
+            return 0
+
+    def close(self) -> None:
+        """Give up what waits and what is under way, and leave nothing behind."""
+        self.closed = True
+        self.reader.close()
+        self.worker.shutdown(cancel_futures=True)
 
     def _run(self, parts: dict[str, Sequence[Named]] | None, job: Job) -> Answer:
         with tempfile.TemporaryDirectory(prefix="brainseg-") as name:
@@ -132,21 +137,21 @@ class Service:
                 return self._segment(parts, folder, job)
             except (ValueError, OSError) as error:
                 raise ValueError(_without(folder, sentence(error))) from None
+            except MemoryError:
+                raise ValueError("it needs more memory than there is; crop it") from None
 
     def _segment(self, parts: dict[str, Sequence[Named]] | None, folder: Path, job: Job) -> Answer:
-        received, scratch, out = (folder / name for name in ("received", "scratch", "out"))
-        for each in (received, scratch, out):
-            each.mkdir()
         if parts is None:
-            write_data_set(received, cases=1, slices=24, size=192)
-            place = received / "phantom_000"
+            volume, truth = make_volume(0, slices=24, size=192)
+            loaded = Loaded(Case("phantom", tuple(range(1, 25)), (), ()), [], volume, truth)
         else:
-            place = upload.store(parts, received, self.limits)
-        loaded = upload.read(place, scratch, self.limits)
+            loaded = self.reader.read(parts, folder)
         start = time.monotonic()
 
         def progress(done: int, of: int) -> None:
             job.done = done / of
+            if self.closed:
+                raise ValueError("the server is stopping")
             if time.monotonic() - start > self.limits.seconds:
                 raise ValueError(
                     f"{loaded.case.name}: segmenting it took more than "
@@ -159,6 +164,8 @@ class Service:
             raise ValueError(f"{loaded.case.name}: {error}") from error
         probabilities = self.segmenter.restored(images, frame, progress)
         mask = to_mask(probabilities, self.segmenter.threshold, self.segmenter.largest_component)
+        out = folder / "out"
+        out.mkdir()
         return make_answer(loaded, probabilities.cpu().numpy(), mask, out)
 
 
@@ -179,7 +186,7 @@ def make_answer(loaded: Loaded, probabilities: np.ndarray, mask: np.ndarray, out
         "lesion_voxels": int(mask.sum()),
         "lesion_ml": mask.sum() * math.prod(case.spacing) / 1000 if case.spacing else None,
         "slices_touched": [case.numbers[k] for k in np.flatnonzero(touched)],
-        "notes": case.notes,
+        "notes": loaded.notes,
         "scores": None,
     }
     if truth is not None:
@@ -224,6 +231,6 @@ def _encoded(picture: np.ndarray, suffix: str) -> bytes:
 
 def _without(folder: Path, message: str) -> str:
     """A message in which no path of this machine is left."""
-    for path in (folder / "received", folder / "scratch", folder / "out", folder):
+    for path in (folder / "received", folder / "out", folder):
         message = message.replace(f"{path}/", "").replace(str(path), "the upload")
     return message

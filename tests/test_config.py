@@ -70,6 +70,7 @@ def test_negative_numbers_and_names_that_start_with_a_hyphen(settings):
         ("lr: [1, 2]", "lr takes a value, not [1, 2]"),
         ("lr: {a: 1}", "lr takes a value"),
         ("- lr", "holds no settings"),
+        ("args: 3", "holds no settings"),
         ("", "holds no settings"),
         ("lr: [", "is not YAML"),
         ("lr: !!python/object/apply:os.getcwd []", "is not YAML"),
@@ -108,3 +109,22 @@ def test_args_json_is_a_config(tmp_path):
     path.write_text(json.dumps(provenance(args)))
     again = get_parser().parse_args(["--config", str(path)])
     assert vars(again) == vars(args) | {"config": path}
+
+
+def test_a_required_flag_may_be_in_either_place(tmp_path):
+    from export import get_parser
+
+    path = tmp_path / "settings.yaml"
+    path.write_text("out: there\n")
+    args = get_parser().parse_args(["--config", str(path), "--weights", "w.pt"])
+    assert (str(args.out), str(args.weights)) == ("there", "w.pt")
+    path.write_text("weights: w.pt\n")
+    assert str(get_parser().parse_args(["--config", str(path)]).weights) == "w.pt"
+    path.write_text("out: there\n")
+    with pytest.raises(SystemExit):
+        get_parser().parse_args(["--config", str(path)])
+
+
+def test_no_flag_is_shortened():
+    with pytest.raises(SystemExit):
+        get_parser().parse_args(["--conf", "settings.yaml"])

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import tifffile
 
-import upload
+import reader
 from phantom import make_volume
-from upload import MIB, Limits, Named, read, store
+from reader import MIB, attend
+from upload import Limits, Loaded, Named, Reader
 
 LIMITS = Limits()
 
@@ -48,17 +49,29 @@ def volume_file(array: np.ndarray, path: Path) -> bytes:
     return path.read_bytes()
 
 
+@pytest.fixture(scope="module")
+def process():
+    """The process that reads for most of the tests."""
+    process = Reader(LIMITS)
+    yield process
+    process.close()
+
+
 @pytest.fixture
-def receive(tmp_path):
-    """Stores and reads an upload, as the server does."""
+def receive(process, tmp_path):
+    """Has an upload read, as the server does."""
+    others = []
 
-    def receive(parts, limits=LIMITS):
-        received, scratch = tmp_path / "received", tmp_path / "scratch"
-        received.mkdir()
-        scratch.mkdir()
-        return read(store(parts, received, limits), scratch, limits)
+    def receive(parts, limits=LIMITS) -> Loaded:
+        folder = tmp_path / "folder"
+        folder.mkdir()
+        if limits != LIMITS:
+            others.append(Reader(limits))
+        return (others or [process])[-1].read(parts, folder)
 
-    return receive
+    yield receive
+    for other in others:
+        other.close()
 
 
 def slices_of(phantom, prefix: str = "") -> dict[str, bytes]:
@@ -119,16 +132,14 @@ def test_flair_alone(phantom, receive, tmp_path):
     flair = volume_file(phantom[0][..., 1], tmp_path / "flair.nii.gz")
     loaded = receive({"flair": named(**{"f.nii.gz": flair})})
     assert np.array_equal(loaded.volume, phantom[0][..., [1, 1, 1]])
-    assert loaded.case.notes == ["flair_f: FLAIR stands in for pre-contrast and post-contrast"]
+    assert loaded.notes == ["flair_f: FLAIR stands in for pre-contrast and post-contrast"]
 
 
 def test_a_name_cannot_leave_the_folder(phantom, receive, tmp_path):
     scan = volume_file(phantom[0], tmp_path / "scan.nii.gz")
     loaded = receive({"images": named(**{"../../..\\x/<b>:|\n.nii.gz": scan})})
     assert loaded.case.name == "_b____"
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "received", "scan.nii.gz", "scratch",
-    ]  # fmt: skip
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "scan.nii.gz"]
 
 
 # What is refused
@@ -214,22 +225,40 @@ def test_archives_that_cannot_be_read(phantom, receive, kind):
         ({"images": {"x" * 300 + ".nii": b""}}, "its name is too long"),
         ({"images": {"h_1.tif": b"x"}, "mask": {"m.nii": b"x"}}, "m.nii: is a volume file"),
         ({"images": {"h.nii": b"x"}, "mask": {"m_1.tif": b"x"}}, "m_1.tif: send the mask as one"),
-        ({"images": {"a/h_1.tif": b"x", "b/h_1.tif": b"x"}}, "h_1.tif is there twice"),
+        ({"images": {"a/h_1.tif": b"x", "b/h_1.tif": b"x"}}, "h_1.tif comes twice"),
     ],
 )  # fmt: skip
 def test_uploads_that_make_no_case(receive, parts, says):
     assert says in refused(receive, {name: named(**files) for name, files in parts.items()})
 
 
+MHA = "ObjectType = Image\nNDims = 3\nDimSize = 8 8 4\nElementType = MET_UCHAR\n"
+NRRD = "NRRD0004\ntype: uint8\ndimension: 3\nsizes: 8 8 4\nencoding: raw\n"
+
+
 @pytest.mark.parametrize(
     "name, text",
     [
-        ("a.mhd", "ElementDataFile = LOCAL\n"),
-        ("a.mha", "ObjectType = Image\nElementDataFile = {}\n"),
-        ("a.mha", "ObjectType = Image\nelementdatafile={}\n"),
-        ("a.mha", "ObjectType = Image\n"),
-        ("a.nrrd", "NRRD0004\ntype: uint8\ndata file: {}\n\n"),
-        ("a.nrrd", "NRRD0004\r\nDataFile: {}\r\n\r\n"),
+        ("a.mhd", MHA + "ElementDataFile = LOCAL\n"),
+        ("a.mha", MHA + "ElementDataFile = {}\n"),
+        ("a.mha", MHA + "ElementDataFile={}\n"),
+        ("a.mha", MHA + "ElementDataFile : {}\n"),
+        ("a.mha", MHA + "ElementDataFile = LIST\n{}\n"),
+        ("a.mha", MHA + "elementdatafile = LOCAL\nElementDataFile = {}\n"),
+        ("a.mha", MHA + "XElementDataFile = LOCAL\nElementDataFile = {}\n"),
+        ("a.mha", MHA + "Comment = ElementDataFile = LOCAL\nElementDataFile = {}\n"),
+        ("a.mha", MHA + "Comment = x\rElementDataFile = {}\nElementDataFile = LOCAL\n"),
+        ("a.mha", MHA + "ElementDataFile\0 = {}\nElementDataFile = LOCAL\n"),
+        ("a.mha", MHA + "Comment = x\n" * 100_000 + "ElementDataFile = {}\n"),
+        ("a.mha", MHA),
+        ("a.nrrd", NRRD + "data file: {}\n\n"),
+        ("a.nrrd", NRRD + "DataFile: {}\n\n"),
+        ("a.nrrd", NRRD.replace("\n", "\r\n") + "data file: {}\r\n\r\n"),
+        ("a.nrrd", NRRD.replace("\n", "\r") + "data file: {}\r\r"),
+        ("a.nrrd", NRRD + "# x\rdata file: {}\n\n"),
+        ("a.nrrd", NRRD + "# x\n" * 300_000 + "data file: {}\n\n"),
+        ("a.nrrd", NRRD + "data file: {}"),
+        ("a.nrrd", NRRD + "\tdata file: {}\n\n"),
     ],
 )
 def test_a_header_that_points_at_a_file_of_the_server(receive, tmp_path, name, text):
@@ -239,10 +268,20 @@ def test_a_header_that_points_at_a_file_of_the_server(receive, tmp_path, name, t
     assert "keeps its voxels in" in message and "secret" not in message
 
 
+@pytest.mark.parametrize("name", ["a.nrrd", "a.mha", "a.nii", "h_1.png", "a.dcm"])
+@pytest.mark.parametrize("place", [0, 512, 4096])
+def test_a_file_of_a_format_that_links_to_others(receive, name, place):
+    content = bytes(place) + reader.HDF5 + bytes(10_000)
+    images = named(**{name: content}, **({"b.dcm": b"x"} if name == "a.dcm" else {}))
+    assert "is an HDF5 file" in refused(receive, {"images": images})
+
+
 def test_a_volume_with_too_many_voxels_axes_or_channels(receive, tmp_path):
     large = volume_file(np.zeros((8, 40, 40), np.uint8), tmp_path / "a.nii.gz")
     limits = Limits(voxels=1000)
-    assert "million voxels" in refused(receive, {"images": named(**{"a.nii.gz": large})}, limits)
+    assert "voxels are too many" in refused(
+        receive, {"images": named(**{"a.nii.gz": large})}, limits
+    )
 
 
 def test_five_axes(receive, tmp_path):
@@ -257,30 +296,68 @@ def test_many_channels(receive, tmp_path):
     assert "7 channels" in refused(receive, {"images": named(**{"a.nrrd": content})})
 
 
+def test_a_slice_number_far_away(phantom, receive):
+    files = {"h_1.tif": tiff(phantom[0][0]), "h_999999999.tif": tiff(phantom[0][0])}
+    assert "slice 2 is missing" in refused(receive, {"images": named(**files)})
+
+
+def test_hidden_files_of_a_folder(phantom, receive):
+    files = slices_of(phantom) | {".DS_Store": b"x", "._head_1.tif": b"x"}
+    assert np.array_equal(receive({"images": named(**files)}).volume, phantom[0])
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 2000), (2000, 8, 8), (8, 1025, 8)])
+def test_a_volume_of_a_long_side(receive, tmp_path, shape):
+    content = volume_file(np.ones(shape, np.uint8), tmp_path / "a.nii.gz")
+    assert "at most 1024 along an axis" in refused(
+        receive, {"images": named(**{"a.nii.gz": content})}
+    )
+
+
+@pytest.mark.parametrize("member", [".", "./", "a//", "a/."])
+def test_members_with_odd_names(receive, member):
+    message = refused(receive, {"images": named(**{"bad.zip": zipped({member: b"x"})})})
+    assert message.startswith("bad.zip: ") or "holds no slice" in message
+
+
+def test_archives_packed_in_other_ways(phantom, receive):
+    content = zipped(slices_of(phantom), zipfile.ZIP_LZMA)
+    assert "packed in an odd way" in refused(receive, {"images": named(**{"bad.zip": content})})
+
+
 # The process that reads
 
 
-def test_a_reader_that_takes_too_long_is_stopped(phantom, receive, tmp_path, monkeypatch):
-    scan = volume_file(phantom[0], tmp_path / "scan.nii.gz")
-    monkeypatch.setattr(upload, "_read", sleeping)
+@pytest.fixture
+def order(tmp_path):
+    limits = {"seconds": 30, "memory": 1 << 32}
+    return {"folder": str(tmp_path), "parts": [("images", "a.nii", "")], "limits": limits}
+
+
+def test_a_reader_that_takes_too_long_is_stopped(order, monkeypatch):
+    monkeypatch.setattr(reader, "work", lambda _: time.sleep(60))
+    order["limits"]["seconds"] = 0.3
     start = time.monotonic()
-    message = refused(receive, {"images": named(**{"a.nii.gz": scan})}, Limits(seconds=0.5))
-    assert "took more than" in message
+    assert attend(order) == {"error": "a.nii: reading it took more than 0 s"}
     assert time.monotonic() - start < 30, "stopped, not waited for"
 
 
-def sleeping(*_):
-    time.sleep(60)
+def test_a_reader_that_breaks_down_harms_nobody(order, monkeypatch):
+    monkeypatch.setattr(reader, "work", lambda _: os.abort())
+    assert attend(order) == {"error": f"a.nii: {reader.BROKEN}"}
 
 
-def test_a_reader_that_breaks_down_harms_nobody(phantom, receive, tmp_path, monkeypatch):
-    scan = volume_file(phantom[0], tmp_path / "scan.nii.gz")
-    monkeypatch.setattr(upload, "_read", aborting)
-    assert "broke down" in refused(receive, {"images": named(**{"a.nii.gz": scan})})
+def test_a_reader_that_died_is_started_again(phantom, receive, process):
+    os.kill(process._process.pid, 9)
+    process._process.wait()
+    assert np.array_equal(receive({"images": named(**slices_of(phantom))}).volume, phantom[0])
 
 
-def aborting(*_):
-    os.abort()
+def test_a_closed_reader_reads_no_more(tmp_path):
+    closed = Reader(LIMITS)
+    closed.close()
+    with pytest.raises(ValueError, match="is stopping"):
+        closed.read({"images": named(a=b"x")}, tmp_path)
 
 
 def test_a_reader_has_bounded_memory(receive):

@@ -40,8 +40,13 @@ for (const event of ["dragover", "dragleave", "drop"]) {
 }
 drop.addEventListener("drop", async (event) => {
   const entries = [...event.dataTransfer.items].map((item) => item.webkitGetAsEntry()).filter(Boolean);
-  choose("images", (await Promise.all(entries.map(filesIn))).flat());
+  try { choose("images", (await Promise.all(entries.map(filesIn))).flat()); }
+  catch { fail("What was dropped could not be read; choose it instead."); }
 });
+
+for (const event of ["dragover", "drop"]) { // beside the zone, it would take the page's place
+  window.addEventListener(event, (e) => e.preventDefault());
+}
 
 // Sending
 
@@ -65,21 +70,21 @@ function send(form) {
   request.setRequestHeader("Accept", "application/x-ndjson");
   request.upload.onprogress = (e) => wait(`sending, ${Math.round(100 * e.loaded / e.total)} %`);
   request.onprogress = () => {
-    const line = lines(request).at(-2);
-    if (request.status === 200 && line?.waiting) wait(line.waiting, line.done);
+    const text = request.responseText, end = text.lastIndexOf("\n");
+    if (request.status !== 200 || end < 0) return;
+    const line = JSON.parse(text.slice(text.lastIndexOf("\n", end - 1) + 1, end));
+    wait(line.waiting, line.done);
   };
-  request.onload = () => finish(lines(request).at(-1) ?? {});
+  request.onload = () => finish(last(request.responseText));
   request.onerror = () => finish({ error: "The server does not answer, or the upload is too large for it." });
   for (const button of document.querySelectorAll("button")) button.disabled = true;
   wait("sending");
   request.send(form);
 }
 
-// The answer is lines of JSON, of which the last may be on its way still.
-function lines(request) {
-  return request.responseText.split("\n").map((line) => {
-    try { return JSON.parse(line); } catch { return undefined; }
-  }).filter((line, k, all) => line !== undefined || k === all.length - 1);
+// The answer is lines of JSON, or one.
+function last(text) {
+  try { return JSON.parse(text.slice(text.lastIndexOf("\n") + 1)); } catch { return {}; }
 }
 
 function finish(answer) {

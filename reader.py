@@ -1,0 +1,345 @@
+"""Reads what strangers have sent, each upload in a process of its own with bounded memory and time.
+
+The archives are of unknown origin and the readers are large libraries in C and C++: whatever breaks
+down here, the server goes on. upload.Reader starts this file and keeps it; for each line of JSON on
+its input (see `attend`) it forks, and answers with a line when the upload is read.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import stat
+import sys
+import time
+import zipfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
+
+from cases import SLICE_NAME, find_case, find_sequences
+from scan import SUFFIXES, Scan, is_scan, scan_name
+from utils import sentence
+from volume import Case
+
+MIB = 2**20
+SEQUENCES = ("flair", "pre", "post")
+HDF5 = b"\x89HDF\r\n\x1a\n"  # at 0, 512, 1024, 2048 ... of a file: its data may lie in other files
+BROKEN = "its reader broke down; it is damaged, or too large: export it again"
+
+
+class Sent(NamedTuple):
+    """A file as it was sent: the name it came with, and where its content lies."""
+
+    name: str
+    path: Path
+
+
+def main() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the server, which ends this too
+    for line in sys.stdin:
+        print(json.dumps(attend(json.loads(line))), flush=True)
+
+
+def attend(order: dict) -> dict:
+    """Have a process of its own read one upload: what is known of the case, or its `error`.
+
+    `order` has the `folder` of the upload, the `parts` ([field, name, file] each) and the `limits`.
+    """
+    folder, seconds = Path(order["folder"]), order["limits"]["seconds"]
+    name = order["parts"][0][1] if order["parts"] else "the upload"
+    child = os.fork()
+    if child == 0:
+        try:
+            work(order)
+        finally:
+            os._exit(1)
+    deadline = time.monotonic() + seconds
+    while os.waitpid(child, os.WNOHANG)[0] == 0:
+        if time.monotonic() > deadline:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            return {"error": f"{name}: reading it took more than {seconds:.0f} s"}
+        time.sleep(0.01)
+    try:
+        return json.loads((folder / "answer.json").read_text())
+    except (OSError, ValueError):
+        return {"error": f"{name}: {BROKEN}"}
+
+
+def work(order: dict) -> None:
+    """In the process: read the upload, and leave volume.npy, truth.npy and answer.json."""
+    folder, limits = Path(order["folder"]), order["limits"]
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    for stream in (0, 1, 2):  # the answers' own, and what libraries say
+        os.dup2(nowhere, stream)
+    try:
+        bound(limits)
+        parts: dict[str, list[Sent]] = {}
+        for field, name, file in order["parts"]:
+            parts.setdefault(field, []).append(Sent(name, Path(file)))
+        answer = read(parts, folder, limits)
+    except (ValueError, OSError) as error:
+        answer = {"error": sentence(error)}
+    except MemoryError:
+        answer = {"error": f"it needs more than {limits['memory'] // MIB} MiB to read; crop it"}
+    except Exception:  # a library's own
+        answer = {"error": BROKEN}
+    temporary = folder / "answer.tmp"
+    temporary.write_text(json.dumps(answer))
+    temporary.rename(folder / "answer.json")
+    os._exit(0)
+
+
+def bound(limits: dict) -> None:
+    """Bound this process in memory, time and the size of the files it writes."""
+    import resource
+
+    for kind, most in (
+        (resource.RLIMIT_DATA, limits["memory"]),
+        (resource.RLIMIT_CPU, int(limits["seconds"]) + 1),
+        (resource.RLIMIT_FSIZE, limits["memory"]),
+        (resource.RLIMIT_CORE, 0),
+    ):
+        resource.setrlimit(kind, (most, most))
+
+
+def read(parts: dict[str, list[Sent]], folder: Path, limits: dict) -> dict:
+    """Unpack and read an upload; what the server must know of its case."""
+    received = folder / "received"
+    received.mkdir()
+    case = unpack(parts, received, limits)
+    if isinstance(case, Scan):
+        check_size(case.folder, case.grid.shape, limits)
+    volume, truth = case.read_pair() if case.masks else (case.read(), None)
+    check_size(case.folder, volume.shape[:3], limits)
+    if volume.shape[3] > 4:
+        raise ValueError(
+            f"{case.folder}: {volume.shape[3]} channels; give pre-contrast, FLAIR, post-contrast"
+        )
+    np.save(folder / "volume.npy", volume)
+    if truth is not None:
+        np.save(folder / "truth.npy", truth)
+    grid = None
+    if isinstance(case, Scan):
+        grid = {
+            "shape": case.grid.shape,
+            "spacing": case.grid.spacing,
+            "offset": case.grid.offset,
+            "direction": case.grid.direction.tolist(),
+        }
+    return {
+        "name": case.name,
+        "numbers": case.numbers,
+        "notes": case.notes,
+        "grid": grid,
+        "truth": truth is not None,
+    }
+
+
+def check_size(path: Path, shape: Sequence[int], limits: dict) -> None:
+    """Raise ValueError for a volume (S, H, W), or (X, Y, Z), that would take too much memory."""
+    if np.prod(shape, dtype=float) > limits["voxels"] or max(shape) > limits["side"]:
+        raise ValueError(
+            f"{path}: {' x '.join(map(str, shape))} voxels are too many (at most {limits['side']} "
+            f"along an axis, {limits['voxels'] / 1e6:.0f} million in all); crop or resample it"
+        )
+
+
+def unpack(parts: dict[str, list[Sent]], folder: Path, limits: dict) -> Case:
+    """Put the files of an upload where they make a case, in an empty folder; the case.
+
+    `parts` has the files of `images` (a volume file, or slices, or the files of a DICOM series, or
+    a zip archive of one of these), or one volume file each of `flair`, `pre` and `post`; and maybe
+    of `mask` (a volume file, or the masks of the slices). Raises ValueError, naming the file.
+    """
+    images, masks = parts.get("images", []), parts.get("mask", [])
+    sequences = {name: parts[name] for name in SEQUENCES if name in parts}
+    if sequences:
+        place = _place_sequences(sequences, images, folder)
+    elif not images:
+        raise ValueError("no file came; send a volume file, slices, or a zip archive of either")
+    elif len(images) == 1 and _is_volume(images[0].name):
+        place = images[0].path.rename(folder / _plain(images[0].name))
+    else:
+        place = _place_slices(images, folder, limits)
+    if masks:
+        _place_mask(masks, place, limits)
+    for path in folder.rglob("*"):
+        if path.is_file():
+            check_alone(path)
+    if not sequences:
+        return find_case(place)
+    return find_sequences(*(next((folder / name).iterdir(), None) for name in SEQUENCES))
+
+
+def _place_sequences(
+    sequences: dict[str, list[Sent]], images: Sequence[Sent], folder: Path
+) -> Path:
+    """Move each sequence to a folder of its own; gives the file of FLAIR."""
+    if images:
+        raise ValueError("images came beside flair, pre or post; send the one or the others")
+    if "flair" not in sequences:
+        raise ValueError("flair is missing; it is the sequence that the lesion is seen on")
+    for name in SEQUENCES:
+        (folder / name).mkdir()
+    for name, files in sequences.items():
+        if len(files) > 1 or not _is_volume(files[0].name):
+            raise ValueError(f"{name}: send one volume file ({', '.join(SUFFIXES)})")
+        files[0].path.rename(folder / name / _plain(files[0].name))
+    return next((folder / "flair").iterdir())
+
+
+def _place_slices(files: Sequence[Sent], folder: Path, limits: dict) -> Path:
+    """Put slices, the files of a series, or what is in an archive into a folder of the case."""
+    case = folder / "upload"
+    case.mkdir()
+    names = _write_all(files, case, limits)
+    parents = {PurePosixPath(name).parent.name for name in names}
+    slices = filter(None, (SLICE_NAME.match(path.name) for path in sorted(case.iterdir())))
+    stem = next((match["stem"] for match in slices), "")
+    name = stem or (parents.pop() if len(parents) == 1 else "") or Path(_plain(files[0].name)).stem
+    return case.rename(folder / _plain(name)) if name != case.name else case
+
+
+def _place_mask(masks: Sequence[Sent], scan: Path, limits: dict) -> None:
+    """Put a true mask where the reader of the case looks for it."""
+    inside = [scan] if scan.is_file() else [path for path in scan.iterdir() if is_scan(path)]
+    if len(masks) == 1 and _is_volume(masks[0].name):
+        if len(inside) != 1:
+            raise ValueError(f"{masks[0].name}: is a volume file, but the images are not")
+        plain = _plain(masks[0].name)
+        suffix = plain[len(scan_name(Path(plain))) :]
+        masks[0].path.rename(inside[0].with_name(f"{scan_name(inside[0])}_mask{suffix}"))
+    elif inside:
+        raise ValueError(f"{masks[0].name}: send the mask as one volume file on the scan's grid")
+    else:
+        _write_all(masks, scan, limits)
+
+
+def _write_all(files: Sequence[Sent], folder: Path, limits: dict) -> list[str]:
+    """Write files, or the members of an archive, side by side; their names as they were sent."""
+    names, left = [], limits["unpacked"]
+    for file in files:
+        try:
+            for name, content in _members(file, limits):
+                path = folder / _plain(name)
+                if path.exists():
+                    raise ValueError(f"{file.name}: {path.name} comes twice; send one case")
+                left -= _write(content, path, left, file.name, limits)
+                names.append(name)
+        except ValueError:
+            raise
+        except Exception as error:  # damaged archives raise nearly anything
+            raise ValueError(f"{file.name}: {DAMAGED}") from error
+    if not names:
+        raise ValueError(f"{files[0].name}: holds no file")
+    return names
+
+
+DAMAGED = "is damaged, encrypted or packed in an odd way; zip it again"
+
+
+def _members(file: Sent, limits: dict) -> Iterator[tuple[str, BinaryIO]]:
+    """The file itself, or the files in it if it is a zip archive; hidden ones are left out."""
+    if not file.name.lower().endswith(".zip"):
+        if not PurePosixPath(file.name).name.startswith("."):
+            with open(file.path, "rb") as content:
+                yield file.name, content
+        return
+    try:
+        archive = zipfile.ZipFile(file.path)
+    except ValueError as error:  # in words of its own, as of a negative place in the file
+        raise zipfile.BadZipFile from error
+    with archive:
+        members = [member for member in archive.infolist() if not member.is_dir()]
+        if len(members) > limits["files"]:
+            raise ValueError(f"{file.name}: more than {limits['files']} files; send one case")
+        if sum(member.file_size for member in members) > limits["unpacked"]:
+            raise ValueError(_too_large(file.name, limits))
+        for member in members:
+            parts = PurePosixPath(member.filename.replace("\\", "/")).parts
+            linked = stat.S_ISLNK(member.external_attr >> 16)
+            if not parts or ".." in parts or parts[0] == "/" or ":" in parts[0] or linked:
+                raise ValueError(f"{file.name}: holds a path that leads out of it; zip it again")
+            if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                raise ValueError(f"{file.name}: {DAMAGED}")
+            if not any(part.startswith((".", "__MACOSX")) for part in parts):
+                with archive.open(member) as content:
+                    yield "/".join(parts), content
+
+
+def _write(content: BinaryIO, path: Path, most: int, archive: str, limits: dict) -> int:
+    """Copy `most` bytes at most to a file; how many there were."""
+    with open(path, "xb") as file:
+        while part := content.read(MIB):
+            file.write(part)
+            if file.tell() > most:
+                raise ValueError(_too_large(archive, limits))
+        return file.tell()
+
+
+def _too_large(name: str, limits: dict) -> str:
+    return f"{name}: more than {limits['unpacked'] // MIB} MiB unpacked; send one case"
+
+
+def _plain(name: str) -> str:
+    """The last part of a name, without anything that means something to a file system."""
+    name = re.sub(r"[^\w.()+ -]", "_", re.split(r"[/\\]", name)[-1]).lstrip(". ")
+    if len(name.encode()) > 200:
+        raise ValueError(f"{name[:40]}…: its name is too long; rename it")
+    return name or "upload"
+
+
+def _is_volume(name: str) -> bool:
+    return _plain(name).lower().endswith(SUFFIXES)
+
+
+def check_alone(path: Path) -> None:
+    """Raise ValueError if a file may keep its voxels in another one, which could be the server's.
+
+    Headers are held to the letter of their format, as readers are more lenient than this is.
+    """
+    size, name = path.stat().st_size, path.name.lower()
+    with open(path, "rb") as file:
+        header = file.read(MIB)
+        for place in [0, *(512 << k for k in range(60) if 512 << k < size)]:
+            file.seek(place)
+            if file.read(len(HDF5)) == HDF5:
+                raise ValueError(f"{path}: is an HDF5 file; save it as NIfTI")
+    if name.endswith(".mhd"):
+        raise ValueError(f"{path}: keeps its voxels in a file of its own; save it as .mha or .nrrd")
+    if name.endswith(".mha") and not _is_whole_mha(header):
+        raise ValueError(f"{path}: keeps its voxels in another file; save it as one file")
+    if name.endswith(".nrrd") and not _is_whole_nrrd(header):
+        raise ValueError(f"{path}: keeps its voxels in another file; save it as one file")
+
+
+def _is_whole_mha(header: bytes) -> bool:
+    """Whether `name = value` lines lead to ElementDataFile = LOCAL, and nowhere else before."""
+    for line in header.replace(b"\r\n", b"\n").split(b"\n"):
+        field = re.fullmatch(rb"(\w+) ?= ?([ -~\x80-\xff]*)", line)
+        if not field:
+            return False
+        if field[1].lower() == b"elementdatafile":
+            return field[1] == b"ElementDataFile" and field[2].strip() == b"LOCAL"
+    return False
+
+
+def _is_whole_nrrd(header: bytes) -> bool:
+    """Whether the header ends within a MiB, in lines of text of which none names a data file."""
+    lines, end, _ = header.replace(b"\r\n", b"\n").partition(b"\n\n")
+    if not end or not lines.startswith(b"NRRD") or re.search(rb"[^\n\t -~\x80-\xff]", lines):
+        return False
+    names = (
+        re.sub(rb"[^a-z]", b"", line.partition(b":")[0].lower()) for line in lines.split(b"\n")
+    )
+    return not any(name.endswith(b"datafile") for name in names)
+
+
+if __name__ == "__main__":
+    main()
