@@ -4,9 +4,9 @@
     BRAINSEG_AUTH=me:secret python3 app.py --host 0.0.0.0          for a network, with a password
     curl -F images=@scan.nii.gz http://127.0.0.1:7860/api/segment -o result.zip
 
-The page takes what inference.py takes: a volume file, slices, a zip archive of slices or of a DICOM
-series. An upload is deleted once it is segmented, and so is everything made of it once it is sent;
-nothing is fetched from other hosts. Needs: pip install -r requirements-app.txt
+The page takes one case, as inference.py does: a volume file (no .mhd), slices, a zip archive of
+slices or of a DICOM series. An upload is deleted once it is segmented, and so is everything made of
+it once it is sent; nothing is fetched from other hosts. Needs: pip install -r requirements-app.txt
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ API = f"""POST /api/segment, multipart/form-data:
 200: a zip archive with the mask in the geometry of the source (<scan>_mask.nii.gz, or
 <slice>_mask.tif for each slice), montage.png, <case>.gif and summary.json.
 Otherwise JSON, {{"error": "what is wrong and what to do"}}: 400 an upload that cannot be used,
-408 one that came too slowly, 413 one that is too large, 503 a full queue (try again in a minute).
+401 a wrong password, 403 a request by the page of another host, 408 an upload that came too slowly,
+413 one that is too large, 500 a fault of the server, 503 a full queue (try again in a minute).
 
 With the header Accept: {LINES} the answer is lines of JSON: how far it is, and then
 everything that the page shows, or {{"error": ...}}.
@@ -61,14 +62,14 @@ everything that the page shows, or {{"error": ...}}.
 def get_parser() -> argparse.ArgumentParser:
     parser = make_parser(__doc__)
     parser.add_argument("--weights", type=Path, help="weights file (the one of the project)")
-    add_segmenter_options(parser)
+    add_segmenter_options(parser, workers=False)
     add = parser.add_argument_group("server").add_argument
     add("--host", type=str, default="127.0.0.1", help="address to listen on (%(default)s)")
     add("--port", type=int, default=7860, help="(%(default)s)")
     add("--auth", type=str, help="user:password that is asked for (BRAINSEG_AUTH; none)")
     add("--max-upload", type=int, default=256, help="MiB of one upload (%(default)s)")
     add("--time-limit", type=float, default=300, help="seconds to read, or segment, one (300)")
-    add("--queue", type=int, default=64, help="uploads that may wait (%(default)s)")
+    add("--queue", type=int, default=64, help="uploads at once; one is segmented, others wait (64)")
     return parser
 
 
@@ -133,7 +134,7 @@ def make_app(service: Service, host: str = "127.0.0.1", auth: str | None = None)
         yield
         await asyncio.to_thread(service.close)
 
-    middleware = [Middleware(Guard, most=service.limits.upload + MIB, auth=auth)]
+    middleware = [Middleware(Guard, most=service.limits.upload, auth=auth)]
     if is_loopback(host):  # else a page of another host could reach it by renaming that host
         ours = ["localhost", "127.0.0.1", "[::1]", host]
         middleware.insert(0, Middleware(TrustedHostMiddleware, allowed_hosts=ours))

@@ -128,6 +128,8 @@ def _make_entry(entry: Path, case: Case, fingerprint: str, image_size: int) -> P
             checksums["frame"] = _frame_checksum(asdict(frame))
             about = {"fingerprint": fingerprint, "frame": asdict(frame), "checksums": checksums}
             (temporary / "entry.json").write_text(json.dumps(about))
+            if made := _open_entry(entry, case, fingerprint):
+                return made  # by another process meanwhile, which may have mapped it
             shutil.rmtree(entry, ignore_errors=True)
             try:
                 temporary.rename(entry)

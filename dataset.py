@@ -199,24 +199,15 @@ class BrainSegmentationDataset(Dataset):
         v, s = self._place[index]
         return self.volumes[v].name, self.volumes[v].case.numbers[s]
 
-    def sampling_weights(self, tumour_share: float = 0) -> Tensor:
+    def sampling_weights(self) -> Tensor:
         """The probability (len(self),) of each slice in training.
 
         A case is drawn uniformly, then a slice by its mask area plus a tenth of the case's mean
-        area; a case without lesion draws its slices evenly. With a `tumour_share`, that share of
-        the draws falls evenly on the slices with lesion, and the rest evenly on the others.
+        area; a case without lesion draws its slices evenly.
         """
         weights = []
         for volume in self.volumes:
             area = torch.from_numpy(volume.mask.sum(axis=(1, 2))).double()
-            lesion = area > 0
-            if not lesion.any() or (tumour_share and lesion.all()):
-                weight = torch.ones_like(area)
-            elif tumour_share:
-                inside, outside = lesion.double(), (~lesion).double()
-                weight = tumour_share * inside / inside.sum()
-                weight = weight + (1 - tumour_share) * outside / outside.sum()
-            else:
-                weight = area + 0.1 * area.mean()
+            weight = area + 0.1 * area.mean() if area.any() else torch.ones_like(area)
             weights.append(weight / weight.sum() / len(self.volumes))
         return torch.cat(weights)

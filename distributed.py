@@ -102,7 +102,7 @@ def _of_connection(error: RuntimeError) -> bool:
 @contextlib.contextmanager
 def only_main_speaks() -> Iterator[None]:
     """Silence the other processes: what they print, and their progress bars."""
-    if int(os.environ.get("RANK", 0)) == 0:
+    if int(os.environ.get("RANK", 0)) == 0 or int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield
         return
     with (

@@ -44,10 +44,9 @@ class Feed:
         elif device.type == "cpu":
             self.place = "slices in host memory"
         else:
-            self.place = (
-                f"{size / 2**30:.1f} GiB of slices in host memory, gathered ahead "
-                f"({free / 2**30:.1f} GiB free on {device})"
-            )
+            self.place = f"{size / 2**30:.1f} GiB of slices in host memory, gathered ahead"
+            if device.type == "cuda":
+                self.place += f" ({free / 2**30:.1f} GiB free on {device})"
 
     def __len__(self) -> int:
         return len(self.dataset)

@@ -127,9 +127,10 @@ def run(args: argparse.Namespace, options: dict) -> int:
     Several processes share the cases; the main one writes the table and reports on all.
     """
     weights = args.weights or shipped_weights("unet")
+    about = provenance(args)  # before this process takes its part of the machine
     segmenter, sources = together(lambda: prepare(args, options, weights))
     trained_on = set(map(patient_of, read_card(weights).get("cases", {}).get("train", ())))
-    about = provenance(args) | {"weights": {str(weights): file_hash(weights)}}
+    about["weights"] = {str(weights): file_hash(weights)}
     in_main(lambda: write_json(args.predictions / "args.json", about))
     rows, failed, kept = [], 0, 0
     try:

@@ -85,7 +85,14 @@ class OnnxNetwork:
         """
         check_input(x, self.settings["in_channels"], self.stride)
         images = x.float().contiguous().numpy()
-        (probabilities,) = self._session().run([OUTPUT], {INPUT: images})
+        try:
+            (probabilities,) = self._session().run([OUTPUT], {INPUT: images})
+        except Exception as error:  # ONNX Runtime's exceptions have no base of their own
+            reason = str(error).splitlines()[0]
+            raise ValueError(
+                f"{self.path}: ONNX Runtime fails on {len(images)} slices ({reason}); try a "
+                "smaller --batch-size"
+            ) from error
         return torch.from_numpy(probabilities)
 
     def _session(self) -> Any:

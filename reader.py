@@ -29,6 +29,7 @@ from volume import Case
 MIB = 2**20
 SEQUENCES = ("flair", "pre", "post")
 HDF5 = b"\x89HDF\r\n\x1a\n"  # at 0, 512, 1024, 2048 ... of a file: its data may lie in other files
+DAMAGED = "is damaged, encrypted or packed in an odd way; zip it again"
 BROKEN = "its reader broke down; it is damaged, or too large: export it again"
 
 
@@ -159,8 +160,10 @@ def unpack(parts: dict[str, list[Sent]], folder: Path, limits: dict) -> Case:
     """
     images, masks = parts.get("images", []), parts.get("mask", [])
     sequences = {name: parts[name] for name in SEQUENCES if name in parts}
+    placed: dict[str, Path] = {}
     if sequences:
-        place = _place_sequences(sequences, images, folder)
+        placed = _place_sequences(sequences, images, folder)
+        place = placed["flair"]
     elif not images:
         raise ValueError("no file came; send a volume file, slices, or a zip archive of either")
     elif len(images) == 1 and _is_volume(images[0].name):
@@ -174,24 +177,24 @@ def unpack(parts: dict[str, list[Sent]], folder: Path, limits: dict) -> Case:
             check_alone(path)
     if not sequences:
         return find_case(place)
-    return find_sequences(*(next((folder / name).iterdir(), None) for name in SEQUENCES))
+    return find_sequences(placed["flair"], placed.get("pre"), placed.get("post"))
 
 
 def _place_sequences(
     sequences: dict[str, list[Sent]], images: Sequence[Sent], folder: Path
-) -> Path:
-    """Move each sequence to a folder of its own; gives the file of FLAIR."""
+) -> dict[str, Path]:
+    """Move each sequence to a folder of its own; where it lies, by its name."""
     if images:
         raise ValueError("images came beside flair, pre or post; send the one or the others")
     if "flair" not in sequences:
         raise ValueError("flair is missing; it is the sequence that the lesion is seen on")
-    for name in SEQUENCES:
-        (folder / name).mkdir()
+    placed = {}
     for name, files in sequences.items():
         if len(files) > 1 or not _is_volume(files[0].name):
             raise ValueError(f"{name}: send one volume file ({', '.join(SUFFIXES)})")
-        files[0].path.rename(folder / name / _plain(files[0].name))
-    return next((folder / "flair").iterdir())
+        (folder / name).mkdir()
+        placed[name] = files[0].path.rename(folder / name / _plain(files[0].name))
+    return placed
 
 
 def _place_slices(files: Sequence[Sent], folder: Path, limits: dict) -> Path:
@@ -239,9 +242,6 @@ def _write_all(files: Sequence[Sent], folder: Path, limits: dict) -> list[str]:
     if not names:
         raise ValueError(f"{files[0].name}: holds no file")
     return names
-
-
-DAMAGED = "is damaged, encrypted or packed in an odd way; zip it again"
 
 
 def _members(file: Sent, limits: dict) -> Iterator[tuple[str, BinaryIO]]:

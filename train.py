@@ -106,7 +106,6 @@ def get_parser() -> argparse.ArgumentParser:
     add("--aug-scale", type=float, default=0.05, help="random scale, 1 ± this (%(default)s)")
     add("--aug-angle", type=float, default=15, help="random rotation, ± degrees (%(default)s)")
     add("--aug-intensity", type=float, default=0, help="random gain and shift, ± this; 0 is off")
-    add("--tumour-share", type=float, default=0, help="of the slices drawn; 0: by lesion area")
     add("--drop-sequences", type=float, default=0, help="share of slices without post-contrast")
     add("--seed", type=int, default=42, help="of every random draw (%(default)s)")
     add(
@@ -183,7 +182,7 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
     for name, value in least.items():
         if getattr(args, name) is not None and getattr(args, name) < value:
             parser.error(f"--{name.replace('_', '-')} must be at least {value}")
-    for name in ("tumour_share", "drop_sequences", "ema", "aug_scale"):
+    for name in ("drop_sequences", "ema", "aug_scale"):
         if not 0 <= getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} goes from 0 to less than 1")
     if (args.folds is None) != (args.fold is None):
@@ -215,6 +214,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def run(args: argparse.Namespace, checkpoint: dict | None) -> None:
     """Train from `args`, from the start or from a checkpoint, to the last epoch or a signal."""
+    asked = plain(args) | {"resume": False}  # before this process takes its part of the machine
     together(lambda: check_machine(args))
     train_set, validation_set = one_first(
         lambda: BrainSegmentationDataset.train_and_validation(
@@ -244,9 +244,10 @@ def run(args: argparse.Namespace, checkpoint: dict | None) -> None:
         print(f"all {args.epochs} epochs are done; raise --epochs to go on")
         return
 
+    in_main(lambda: write_json(args.logs / "args.json", about | {"args": asked}))
     stop = train(trainer, train_set, validation_set, about)
     if trainer.epoch < args.epochs:
-        python = "python3" if processes() == 1 else f"torchrun --nproc-per-node={processes()}"
+        python = "python3" if processes() == 1 else "torchrun, as before, with:"
         print(
             f"stopped at epoch {trainer.epoch + 1}, step {trainer.step}; go on with: "
             f"{python} train.py --resume --weights {args.weights} --model {args.model}"
@@ -281,10 +282,8 @@ def train(
     trainer.parallelise()
     if args.compile:
         print(f"compiled in {together(trainer.compile):.1f} s", flush=True)
-    about_run = about | {"args": plain(args) | {"resume": False}}
-    in_main(lambda: write_json(args.logs / "args.json", about_run))
     interruption = Interruption()
-    weights = train_set.sampling_weights(args.tumour_share)
+    weights = train_set.sampling_weights()
     bar = tqdm(total=args.epochs, initial=trainer.epoch, desc=args.model, disable=None)
     with in_main(lambda: open_log(trainer)) or nullcontext() as log, bar:
         while not (stop := largest(interruption.signal or 0)) and trainer.epoch < args.epochs:

@@ -8,6 +8,7 @@ import platform
 import time
 from collections.abc import Iterator, Sequence
 from datetime import datetime, timezone
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -39,7 +40,7 @@ from utils import Interruption, git_commit, make_generator, plain, to_device
 # Settings that change the numbers of a run: a resumed run keeps those it was started with.
 RECIPE = (
     "model features pretrained image_size neighbours loss batch_size lr weight_decay schedule "
-    "warmup ema aug_scale aug_angle aug_intensity tumour_share drop_sequences seed folds fold amp "
+    "warmup ema aug_scale aug_angle aug_intensity drop_sequences seed folds fold amp "
     "keep sync_bn"
 ).split()
 SYNC = 20  # steps between two looks at the loss, for which host and device wait for each other
@@ -77,7 +78,7 @@ class Trainer:
             self.initialised_from = {key: card.get(key) for key in kept}
         if args.sync_bn:
             if self.device.type != "cuda":
-                raise ValueError(f"--sync-bn is for CUDA devices, not {self.device}; leave it out")
+                raise ValueError(f"--sync-bn is for CUDA devices, and this is {self.device}")
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         self.model = model.to(self.device, memory_format=torch.channels_last)
         self.network = self.model  # as it is called in a training step
@@ -334,6 +335,8 @@ class Trainer:
     def describe(self, validation_set: BrainSegmentationDataset) -> dict:
         """What a weights' card says of the run: data, split, recipe, versions, device. No paths."""
         recipe = {name: getattr(self.args, name) for name in (*RECIPE, "epochs")}
+        if isinstance(recipe["pretrained"], str):
+            recipe["pretrained"] = Path(recipe["pretrained"]).name
         cuda = self.device.type == "cuda"
         about = {
             "model": self.args.model,

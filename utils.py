@@ -41,7 +41,7 @@ def make_parser(doc: str) -> ConfigParser:
     return parser
 
 
-def add_segmenter_options(parser: argparse.ArgumentParser) -> None:
+def add_segmenter_options(parser: argparse.ArgumentParser, workers: bool = True) -> None:
     """The options of every script that segments; `segmenter_options` reads them."""
     add = parser.add_argument_group("how").add_argument
     add("--image-size", type=int, help="side of a resized slice (as the weights were trained)")
@@ -60,7 +60,8 @@ def add_segmenter_options(parser: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
         help="compute in bfloat16 (where the device is faster so)",
     )
-    add("--workers", type=int, help="threads that read and write (all cores)")
+    if workers:
+        add("--workers", type=int, help="threads that read and write (all cores)")
     add(
         "--providers",
         type=str,
@@ -72,7 +73,7 @@ def add_segmenter_options(parser: argparse.ArgumentParser) -> None:
 
 def segmenter_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> dict:
     """The options of a Segmenter; ends with a usage error for a value that could not work."""
-    if args.batch_size < 1 or (args.workers is not None and args.workers < 1):
+    if min(args.batch_size, getattr(args, "workers", None) or 1) < 1:
         parser.error("--batch-size and --workers must be at least 1")
     if not 0 < args.threshold < 1:
         parser.error("--threshold is a probability between 0 and 1")

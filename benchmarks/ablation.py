@@ -27,7 +27,7 @@ from loss import LOSSES  # noqa: E402
 
 # Of 600 steps: the moving average and the warm-up are as short as the training.
 RECIPE = """--image-size 64 --epochs 4 --lr 2e-3 --schedule cosine --warmup 50 --ema 0.99
---loss bce-dice --tumour-share 0.35 --aug-scale 0.2 --aug-intensity 0.3 --drop-sequences 0.1
+--loss bce-dice --aug-scale 0.2 --aug-intensity 0.3 --drop-sequences 0.1
 --keep last --vis-freq 0""".split()
 STUDIES = {
     "networks": {
@@ -39,7 +39,6 @@ STUDIES = {
         "dice": "--loss dice",
         "constant-rate": "--schedule constant",
         "no-average": "--ema 0",
-        "drawn-by-area": "--tumour-share 0",
         "little-scale": "--aug-scale 0.05",
         "no-intensity": "--aug-intensity 0",
         "no-dropped-sequence": "--drop-sequences 0",

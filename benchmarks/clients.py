@@ -54,13 +54,15 @@ def run(args: argparse.Namespace, scan: bytes, folder: Path) -> None:
     url = f"http://127.0.0.1:{port}/api"
     command = [sys.executable, str(ROOT / "app.py"), "--port", str(port)]
     command += ["--queue", str(args.clients + 1), "--time-limit", "3600"]
-    server = subprocess.Popen(
-        command, start_new_session=True, env=os.environ | {"TMPDIR": str(folder)}
-    )
+    server = subprocess.Popen(command, env=os.environ | {"TMPDIR": str(folder)})
     try:
         while not answers(url):
+            if server.poll() is not None:
+                sys.exit("the server did not start")
             time.sleep(0.2)
         masks, alone = ask(url, scan)
+        if not masks:
+            sys.exit("the server refuses the scan")
         memory, done = [resident(server.pid)], threading.Event()
         watcher = threading.Thread(target=watch, args=(server.pid, memory, done))
         watcher.start()
@@ -75,7 +77,7 @@ def run(args: argparse.Namespace, scan: bytes, folder: Path) -> None:
         server.wait()
     right = sum(result == masks for result, _ in results)
     seconds = [seconds for _, seconds in results]
-    left = [path for path in folder.glob("brainseg*")]
+    left = [path for path in folder.iterdir() if path.name != "images"]
     print(f"{args.clients} clients, {args.slices} slices of {args.size} x {args.size} each")
     print(f"answered with the right masks: {right}, lost or wrong: {args.clients - right}")
     print(f"one client alone: {alone:.2f} s; all of them: {total:.1f} s")
@@ -105,22 +107,25 @@ def ask(url: str, scan: bytes) -> tuple[dict[str, bytes], float]:
     return masks, seconds
 
 
-def watch(session: int, memory: list[int], done: threading.Event) -> None:
+def watch(server: int, memory: list[int], done: threading.Event) -> None:
     while not done.wait(0.2):
-        memory.append(resident(session))
+        memory.append(resident(server))
 
 
-def resident(session: int) -> int:
-    """Bytes of memory that the processes of a session hold (Linux)."""
-    total = 0
+def resident(server: int) -> int:
+    """Bytes of memory that a process and all that come of it hold (Linux)."""
+    parents, pages = {}, {}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             fields = (folder / "stat").read_text().rsplit(")", 1)[1].split()
-            if int(fields[3]) == session:
-                total += int((folder / "statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+            pages[int(folder.name)] = int((folder / "statm").read_text().split()[1])
+            parents[int(folder.name)] = int(fields[1])
         except OSError:  # it has ended
             continue
-    return total
+    family = {server}
+    while more := {child for child, parent in parents.items() if parent in family} - family:
+        family |= more
+    return sum(pages.get(each, 0) for each in family) * os.sysconf("SC_PAGE_SIZE")
 
 
 if __name__ == "__main__":

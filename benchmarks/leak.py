@@ -33,7 +33,7 @@ from train import get_args  # noqa: E402
 from trainer import Trainer  # noqa: E402
 from utils import make_generator  # noqa: E402
 
-RECIPE = "--schedule cosine --warmup 100 --loss bce-dice --tumour-share 0.4 --lr 2e-3".split()
+RECIPE = "--schedule cosine --warmup 100 --loss bce-dice --lr 2e-3".split()
 SHARE = 5  # one part in five is held out
 RUNNING = SimpleNamespace(signal=None)  # nobody interrupts
 
@@ -103,7 +103,7 @@ def train(
     options = ["--image-size", args.image_size, "--features", args.features, "--seed", seed]
     options += ["--epochs", args.epochs, *RECIPE]
     trainer = Trainer(get_args([str(option) for option in options])[0], dataset)
-    weights = dataset.sampling_weights(tumour_share=0.4) * allowed
+    weights = dataset.sampling_weights() * allowed
     for trainer.epoch in range(args.epochs):
         trainer.step = 0
         trainer.train_epoch(dataset, weights, RUNNING)

@@ -24,7 +24,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import redirect_stdout
-from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -56,7 +55,7 @@ from volume import preprocess, preprocess_mask  # noqa: E402
 LONG = ("epoch", "target")  # asked for by name only
 # The shorter one of the README.
 RECIPE = """--epochs 30 --lr 1e-3 --schedule cosine --warmup 200 --ema 0.998 --loss bce-dice
---tumour-share 0.35 --aug-scale 0.2 --aug-intensity 0.3 --drop-sequences 0.1 --vis-freq 0""".split()
+--aug-scale 0.2 --aug-intensity 0.3 --drop-sequences 0.1 --vis-freq 0""".split()
 PLAIN_INFERENCE = """
 import sys; sys.path[:0] = {paths!r}
 import plain
@@ -170,6 +169,12 @@ def bench_network(cases: list, args: argparse.Namespace) -> None:
 
 def bench_onnx(cases: list, args: argparse.Namespace) -> None:
     """Probabilities of the validation cases, prepared in memory, and the DSC of their masks."""
+    try:
+        import onnxruntime
+        import onnxscript  # noqa: F401
+    except ImportError:
+        print("onnx: not measured; pip install -r requirements-onnx.txt", file=sys.stderr)
+        return
     weights = args.weights or shipped_weights("unet")
     model = model_from_state(load_state(weights), weights)[1]
     plainly = Segmenter(model, args.image_size, device="cpu", amp=False)
@@ -201,7 +206,7 @@ def bench_onnx(cases: list, args: argparse.Namespace) -> None:
                 export.main([str(word) for word in words])
             (path,) = Path(out, precision).glob("*.onnx")
             segmenter = Segmenter.from_weights(path, providers=["cpu"], image_size=args.image_size)
-            networks[f"ONNX Runtime {version('onnxruntime')}, {precision}"] = (
+            networks[f"ONNX Runtime {onnxruntime.__version__}, {precision}"] = (
                 segmenter.probabilities
             )
     theirs, reference = measured(eager)
@@ -226,11 +231,7 @@ def bench_inference(cases: list, args: argparse.Namespace) -> None:
         theirs, their_memory = run([sys.executable, "-c", program])
         command = [sys.executable, str(ROOT / "inference.py"), "--images", str(args.images)]
         command += ["--weights", weights, "--subset", "validation", "--figure", f"{out}/dsc.png"]
-        command += [
-            "--image-size",
-            str(args.image_size),
-        ]  # as the plain one
-        command += ["--device", str(args.device)]
+        command += ["--image-size", str(args.image_size), "--device", str(args.device)]
         for precision, name in precisions(args.device).items():
             ours, our_memory = run([*command, precision, "--predictions", f"{out}/{precision[2:]}"])
             row(f"inference.py, {len(names)} validation cases, {name}", ours, theirs, "s")
@@ -256,7 +257,7 @@ def bench_epoch(cases: list, args: argparse.Namespace) -> None:
     train_set, validation_set = sets
     options = ["--device", str(args.device), "--image-size", str(args.image_size), *RECIPE]
     trainer = Trainer(get_args(options)[0], train_set)
-    weights = train_set.sampling_weights(trainer.args.tumour_share)
+    weights = train_set.sampling_weights()
     silent = SimpleNamespace(signal=None)
 
     def epoch() -> None:

@@ -109,8 +109,8 @@ def make_weights(path: Path, in_channels: int = 3, trained_on=TRAINED_ON) -> Pat
 def in_processes(count: int, work: Callable[[], object], seconds: float = 120) -> list[object]:
     """What `work` gives in each of `count` processes, set up nearly as torchrun does it.
 
-    An exception, SystemExit included, is given in the place of a result; None is what a process
-    leaves that was killed. They are forked, so that patches of the test hold in them too.
+    An exception, SystemExit included, is given in the place of a result; "killed" is what a
+    process leaves that was killed. They are forked, so that patches of the test hold in them too.
     """
     with tempfile.TemporaryDirectory() as folder:
 
@@ -138,4 +138,4 @@ def in_processes(count: int, work: Callable[[], object], seconds: float = 120) -
             child.kill()
         assert not hung, f"{len(hung)} of {count} processes hang"
         files = [Path(folder, str(rank)) for rank in range(count)]
-        return [pickle.loads(file.read_bytes()) if file.exists() else None for file in files]
+        return [pickle.loads(file.read_bytes()) if file.exists() else "killed" for file in files]

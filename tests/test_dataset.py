@@ -266,14 +266,6 @@ def test_sampling_weights_by_hand(data):
     assert weights.sum().item() == pytest.approx(1) and (weights > 0).all()
 
 
-def test_tumour_share_is_kept_in_every_case(data):
-    weights = data.sampling_weights(tumour_share=0.3).reshape(12, 8)
-    lesion = torch.tensor([bool(data[i][1].any()) for i in range(len(data))]).reshape(12, 8)
-    torch.testing.assert_close((weights * lesion).sum(dim=1), torch.full((12,), 0.3 / 12).double())
-    torch.testing.assert_close(weights.sum(dim=1), torch.full((12,), 1 / 12).double())
-    assert len(weights[0][lesion[0]].unique()) == len(weights[0][~lesion[0]].unique()) == 1
-
-
 def test_case_without_lesion_draws_its_slices_evenly(tmp_path):
     """Trap 2: a healthy case, of another length, is used and not fatal."""
     write_data_set(tmp_path / "images", cases=2, slices=6, size=32, no_lesion=2)

@@ -345,10 +345,10 @@ def test_processes_share_the_cases_and_write_what_one_would(phantoms, weights, d
 def test_each_process_segments_its_own_cases_only(phantoms, weights, tmp_path, monkeypatch, capfd):
     written, write = tmp_path / "written", inference.write_case
 
-    def spy(result, predictions):
+    def spy(folder, case, *more):
         with open(written, "a") as file:
-            file.write(f"{os.getpid()} {result.case.name}\n")
-        write(result, predictions)
+            file.write(f"{os.getpid()} {case.name}\n")
+        write(folder, case, *more)
 
     monkeypatch.setattr(inference, "write_case", spy)
     cases = "--cases", "phantom_003", "phantom_004", "phantom_005"

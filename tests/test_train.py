@@ -475,7 +475,7 @@ def test_weights_to_start_from_that_do_not_fit_are_refused(phantoms, tmp_path):
         (["--image-size", 16], ["--image-size must be at least 32"]),
         (["--seed", -1], ["--seed"]),
         (["--aug-scale", 1], ["--aug-scale"]),
-        (["--tumour-share", 2], ["--tumour-share"]),
+        (["--drop-sequences", 2], ["--drop-sequences"]),
         (["--weight-decay", -1], ["--weight-decay"]),
     ],
 )

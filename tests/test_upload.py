@@ -128,6 +128,19 @@ def test_sequences_in_files_of_their_own(phantom, receive, tmp_path):
     assert np.array_equal(receive(sent).volume, volume)
 
 
+def test_a_mask_beside_sequences_is_no_sequence(phantom, receive, tmp_path):
+    volume, mask = phantom
+    sent = {
+        name: named(**{"scan.nii.gz": volume_file(volume[..., k], tmp_path / f"{name}.nii.gz")})
+        for name, k in (("flair", 1), ("post", 2))
+    }
+    truth = volume_file(mask.astype(np.uint8), tmp_path / "truth.nii.gz")
+    loaded = receive(sent | {"mask": named(**{"truth.nii.gz": truth})})
+    assert loaded.case.name == "flair_scan"
+    assert np.array_equal(loaded.volume, volume[..., [1, 1, 2]])
+    assert np.array_equal(loaded.truth, mask)
+
+
 def test_flair_alone(phantom, receive, tmp_path):
     flair = volume_file(phantom[0][..., 1], tmp_path / "flair.nii.gz")
     loaded = receive({"flair": named(**{"f.nii.gz": flair})})

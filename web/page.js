@@ -11,10 +11,11 @@ let result = null;
 // Choosing
 
 function choose(field, files) {
+  if (field === "images") choose("mask", []); // it was of the scan before
   chosen[field] = files;
   const names = files.map((file) => file.name);
   find(field === "mask" ? "#chosen-mask" : "#chosen").textContent =
-    names.length > 3 ? `${names[0]} … ${names.at(-1)}, ${names.length} files` : names.join(", ");
+    !names.length ? "none" : names.length > 3 ? `${names[0]} … ${names.at(-1)}, ${names.length} files` : names.join(", ");
 }
 
 for (const input of document.querySelectorAll("input[type=file]")) {
