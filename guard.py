@@ -68,8 +68,10 @@ class Guard:
             return message
 
         if self.wanted and not right:
+            await drain(receive, self.most)
             await refuse(with_headers, 401, "wrong user or password")
         elif headers.get(b"sec-fetch-site") == b"cross-site" and scope["method"] == "POST":
+            await drain(receive, self.most)
             await refuse(with_headers, 403, "sent by the page of another host")
         elif not length.isdigit() or int(length) > self.most:
             await drain(receive, 2 * self.most)

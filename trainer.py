@@ -171,9 +171,11 @@ class Trainer:
             return self.train_step(images, masks, whole)
         except torch.OutOfMemoryError:
             pass  # what the failed step has left is free only once this block is left
-        fits = self.batch_that_fits(len(images)) * processes()
-        advice = f"--batch-size {fits} has just gone through: start anew with that"
-        if not fits:
+        if processes() > 1:  # the others take part in every step, so that none can be tried alone
+            advice = f"start anew with {whole // 2}, or with more processes"
+        elif fits := self.batch_that_fits(len(images)):
+            advice = f"--batch-size {fits} has just gone through: start anew with that"
+        else:
             advice = "not even one slice fits: start anew with a smaller --image-size or network"
         raise ValueError(f"{self.device} is out of memory at --batch-size {whole}; {advice}")
 
@@ -182,7 +184,7 @@ class Trainer:
 
         The weights are of no use afterwards.
         """
-        self.network = self.model.eval()  # which waits for no other process
+        self.network = self.model.eval()  # not compiled for each of these sizes
         while size := size // 2:
             self.optimizer.zero_grad(set_to_none=True)
             try:

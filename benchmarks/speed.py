@@ -60,7 +60,8 @@ PLAIN_INFERENCE = """
 import sys; sys.path[:0] = {paths!r}
 import plain
 from checkpoint import load_state
-scores = plain.infer_folder(load_state({weights!r}), {images!r}, {cases!r}, {out!r})
+state = {{name: value.to({device!r}) for name, value in load_state({weights!r}).items()}}
+scores = plain.infer_folder(state, {images!r}, {cases!r}, {out!r}, {image_size})
 print(sum(scores.values()) / len(scores))
 """
 
@@ -224,6 +225,8 @@ def bench_inference(cases: list, args: argparse.Namespace) -> None:
         program = PLAIN_INFERENCE.format(
             paths=[str(ROOT), str(ROOT / "benchmarks")],
             weights=weights,
+            device=str(args.device),
+            image_size=args.image_size,
             images=str(args.images),
             cases=names,
             out=f"{out}/plain",
