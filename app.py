@@ -26,10 +26,10 @@ from urllib.parse import quote
 
 from checkpoint import shipped_weights
 from guard import Guard, TooLarge, drain, refuse
-from reader import MIB
+from reader import MIB, Limits
 from segmentation import Segmenter
 from service import Answer, Busy, Job, Service
-from upload import Limits, Named
+from upload import Named
 from utils import add_segmenter_options, fail, make_parser, segmenter_options
 
 if TYPE_CHECKING:

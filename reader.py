@@ -16,6 +16,7 @@ import sys
 import time
 import zipfile
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, NamedTuple
 
@@ -31,6 +32,19 @@ SEQUENCES = ("flair", "pre", "post")
 HDF5 = b"\x89HDF\r\n\x1a\n"  # at 0, 512, 1024, 2048 ... of a file: its data may lie in other files
 DAMAGED = "is damaged, encrypted or packed in an odd way; zip it again"
 BROKEN = "its reader broke down; it is damaged, or too large: export it again"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one upload may take."""
+
+    upload: int = 256 * MIB  # bytes sent
+    unpacked: int = 1024 * MIB  # bytes of the files in an archive
+    files: int = 2048
+    voxels: int = 2**26  # of a volume, each sequence: 512 x 512 x 256
+    side: int = 1024  # voxels along an axis
+    memory: int = 4096 * MIB  # bytes of the process that reads
+    seconds: float = 300.0  # for reading, and again for segmenting
 
 
 class Sent(NamedTuple):
@@ -74,7 +88,7 @@ def attend(order: dict) -> dict:
 
 def work(order: dict) -> None:
     """In the process: read the upload, and leave volume.npy, truth.npy and answer.json."""
-    folder, limits = Path(order["folder"]), order["limits"]
+    folder, limits = Path(order["folder"]), Limits(**order["limits"])
     nowhere = os.open(os.devnull, os.O_RDWR)
     for stream in (0, 1, 2):  # the answers' own, and what libraries say
         os.dup2(nowhere, stream)
@@ -87,7 +101,7 @@ def work(order: dict) -> None:
     except (ValueError, OSError) as error:
         answer = {"error": sentence(error)}
     except MemoryError:
-        answer = {"error": f"it needs more than {limits['memory'] // MIB} MiB to read; crop it"}
+        answer = {"error": f"it needs more than {limits.memory // MIB} MiB to read; crop it"}
     except Exception:  # a library's own
         answer = {"error": BROKEN}
     temporary = folder / "answer.tmp"
@@ -96,20 +110,20 @@ def work(order: dict) -> None:
     os._exit(0)
 
 
-def bound(limits: dict) -> None:
+def bound(limits: Limits) -> None:
     """Bound this process in memory, time and the size of the files it writes."""
     import resource
 
     for kind, most in (
-        (resource.RLIMIT_DATA, limits["memory"]),
-        (resource.RLIMIT_CPU, int(limits["seconds"]) + 1),
-        (resource.RLIMIT_FSIZE, limits["memory"]),
+        (resource.RLIMIT_DATA, limits.memory),
+        (resource.RLIMIT_CPU, int(limits.seconds) + 1),
+        (resource.RLIMIT_FSIZE, limits.memory),
         (resource.RLIMIT_CORE, 0),
     ):
         resource.setrlimit(kind, (most, most))
 
 
-def read(parts: dict[str, list[Sent]], folder: Path, limits: dict) -> dict:
+def read(parts: dict[str, list[Sent]], folder: Path, limits: Limits) -> dict:
     """Unpack and read an upload; what the server must know of its case."""
     received = folder / "received"
     received.mkdir()
@@ -142,16 +156,16 @@ def read(parts: dict[str, list[Sent]], folder: Path, limits: dict) -> dict:
     }
 
 
-def check_size(path: Path, shape: Sequence[int], limits: dict) -> None:
+def check_size(path: Path, shape: Sequence[int], limits: Limits) -> None:
     """Raise ValueError for a volume (S, H, W), or (X, Y, Z), that would take too much memory."""
-    if np.prod(shape, dtype=float) > limits["voxels"] or max(shape) > limits["side"]:
+    if np.prod(shape, dtype=float) > limits.voxels or max(shape) > limits.side:
         raise ValueError(
-            f"{path}: {' x '.join(map(str, shape))} voxels are too many (at most {limits['side']} "
-            f"along an axis, {limits['voxels'] / 1e6:.0f} million in all); crop or resample it"
+            f"{path}: {' x '.join(map(str, shape))} voxels are too many (at most {limits.side} "
+            f"along an axis, {limits.voxels / 1e6:.0f} million in all); crop or resample it"
         )
 
 
-def unpack(parts: dict[str, list[Sent]], folder: Path, limits: dict) -> Case:
+def unpack(parts: dict[str, list[Sent]], folder: Path, limits: Limits) -> Case:
     """Put the files of an upload where they make a case, in an empty folder; the case.
 
     `parts` has the files of `images` (a volume file, or slices, or the files of a DICOM series, or
@@ -197,7 +211,7 @@ def _place_sequences(
     return placed
 
 
-def _place_slices(files: Sequence[Sent], folder: Path, limits: dict) -> Path:
+def _place_slices(files: Sequence[Sent], folder: Path, limits: Limits) -> Path:
     """Put slices, the files of a series, or what is in an archive into a folder of the case."""
     case = folder / "upload"
     case.mkdir()
@@ -209,7 +223,7 @@ def _place_slices(files: Sequence[Sent], folder: Path, limits: dict) -> Path:
     return case.rename(folder / _plain(name)) if name != case.name else case
 
 
-def _place_mask(masks: Sequence[Sent], scan: Path, limits: dict) -> None:
+def _place_mask(masks: Sequence[Sent], scan: Path, limits: Limits) -> None:
     """Put a true mask where the reader of the case looks for it."""
     inside = [scan] if scan.is_file() else [path for path in scan.iterdir() if is_scan(path)]
     if len(masks) == 1 and _is_volume(masks[0].name):
@@ -224,9 +238,9 @@ def _place_mask(masks: Sequence[Sent], scan: Path, limits: dict) -> None:
         _write_all(masks, scan, limits)
 
 
-def _write_all(files: Sequence[Sent], folder: Path, limits: dict) -> list[str]:
+def _write_all(files: Sequence[Sent], folder: Path, limits: Limits) -> list[str]:
     """Write files, or the members of an archive, side by side; their names as they were sent."""
-    names, left = [], limits["unpacked"]
+    names, left = [], limits.unpacked
     for file in files:
         try:
             for name, content in _members(file, limits):
@@ -244,7 +258,7 @@ def _write_all(files: Sequence[Sent], folder: Path, limits: dict) -> list[str]:
     return names
 
 
-def _members(file: Sent, limits: dict) -> Iterator[tuple[str, BinaryIO]]:
+def _members(file: Sent, limits: Limits) -> Iterator[tuple[str, BinaryIO]]:
     """The file itself, or the files in it if it is a zip archive; hidden ones are left out."""
     if not file.name.lower().endswith(".zip"):
         if not PurePosixPath(file.name).name.startswith("."):
@@ -257,9 +271,9 @@ def _members(file: Sent, limits: dict) -> Iterator[tuple[str, BinaryIO]]:
         raise zipfile.BadZipFile from error
     with archive:
         members = [member for member in archive.infolist() if not member.is_dir()]
-        if len(members) > limits["files"]:
-            raise ValueError(f"{file.name}: more than {limits['files']} files; send one case")
-        if sum(member.file_size for member in members) > limits["unpacked"]:
+        if len(members) > limits.files:
+            raise ValueError(f"{file.name}: more than {limits.files} files; send one case")
+        if sum(member.file_size for member in members) > limits.unpacked:
             raise ValueError(_too_large(file.name, limits))
         for member in members:
             parts = PurePosixPath(member.filename.replace("\\", "/")).parts
@@ -273,7 +287,7 @@ def _members(file: Sent, limits: dict) -> Iterator[tuple[str, BinaryIO]]:
                     yield "/".join(parts), content
 
 
-def _write(content: BinaryIO, path: Path, most: int, archive: str, limits: dict) -> int:
+def _write(content: BinaryIO, path: Path, most: int, archive: str, limits: Limits) -> int:
     """Copy `most` bytes at most to a file; how many there were."""
     with open(path, "xb") as file:
         while part := content.read(MIB):
@@ -283,8 +297,8 @@ def _write(content: BinaryIO, path: Path, most: int, archive: str, limits: dict)
         return file.tell()
 
 
-def _too_large(name: str, limits: dict) -> str:
-    return f"{name}: more than {limits['unpacked'] // MIB} MiB unpacked; send one case"
+def _too_large(name: str, limits: Limits) -> str:
+    return f"{name}: more than {limits.unpacked // MIB} MiB unpacked; send one case"
 
 
 def _plain(name: str) -> str:

@@ -21,8 +21,9 @@ import numpy as np
 from metrics import score
 from phantom import make_volume
 from predictions import mask_files, write_case
+from reader import Limits
 from segmentation import Segmenter, to_mask
-from upload import Limits, Loaded, Named, Reader
+from upload import Loaded, Named, Reader
 from utils import montage, outline, sentence, to_grey
 from volume import Case
 

@@ -1,4 +1,4 @@
-"""What one upload may take of the machine, and the process that reads it."""
+"""An upload on its way to the process that reads it, and back."""
 
 from __future__ import annotations
 
@@ -17,22 +17,9 @@ from typing import BinaryIO
 import numpy as np
 
 from grid import Grid
-from reader import BROKEN, MIB
+from reader import BROKEN, Limits
 from scan import Scan
 from volume import Case
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What one upload may take."""
-
-    upload: int = 256 * MIB  # bytes sent
-    unpacked: int = 1024 * MIB  # bytes of the files in an archive
-    files: int = 2048
-    voxels: int = 2**26  # of a volume, each sequence: 512 x 512 x 256
-    side: int = 1024  # voxels along an axis
-    memory: int = 4096 * MIB  # bytes of the process that reads
-    seconds: float = 300.0  # for reading, and again for segmenting
 
 
 @dataclass(frozen=True)

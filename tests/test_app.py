@@ -254,9 +254,9 @@ def test_another_host_name_is_refused(server):
 
 
 def test_a_full_queue_says_so():
+    from reader import Limits
     from segmentation import Segmenter
     from service import Busy, Service
-    from upload import Limits
 
     service = Service(Segmenter(build_model("unet", init_features=2), 32), Limits(), waiting=2)
     service.enter()
@@ -269,9 +269,9 @@ def test_a_full_queue_says_so():
 
 
 def test_segmenting_takes_no_longer_than_it_may(files):
+    from reader import Limits
     from segmentation import Segmenter
     from service import Service
-    from upload import Limits
 
     service = Service(Segmenter.from_weights(files / "unet.pt", batch_size=1), Limits(seconds=1e-6))
     with pytest.raises(ValueError, match="segmenting it took more than 0 s"):

@@ -12,8 +12,8 @@ import tifffile
 
 import reader
 from phantom import make_volume
-from reader import MIB, attend
-from upload import Limits, Loaded, Named, Reader
+from reader import MIB, Limits, attend
+from upload import Loaded, Named, Reader
 
 LIMITS = Limits()
 
