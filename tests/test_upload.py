@@ -128,6 +128,21 @@ def test_sequences_in_files_of_their_own(phantom, receive, tmp_path):
     assert np.array_equal(receive(sent).volume, volume)
 
 
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_dicom_series(phantom, receive, tmp_path, packed):
+    from test_scan import write_series
+
+    flair = phantom[0][..., 1]
+    files = {p.name: p.read_bytes() for p in write_series(tmp_path / "series", flair).iterdir()}
+    if packed:
+        files = {"scan.zip": zipped({f"series/{name}": files[name] for name in files})}
+    loaded = receive({"images": named(**files)})
+    assert np.array_equal(loaded.volume, flair[..., None].repeat(3, axis=3))
+    assert loaded.case.spacing is not None
+    if packed:
+        assert loaded.case.name == "series"
+
+
 def test_a_mask_beside_sequences_is_no_sequence(phantom, receive, tmp_path):
     volume, mask = phantom
     sent = {
