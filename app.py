@@ -162,12 +162,16 @@ class Segment:
             await drain(receive, service.limits.upload)
             await refuse(send, 503, str(error))
             return
+        response = None
         try:
             response = await respond(service, Request(scope, receive))
             whole = service.limits.seconds * (service.waiting + 2)  # the queue, and the sending
             await asyncio.wait_for(response(scope, receive, send), whole)
         except (ClientDisconnect, asyncio.TimeoutError):
             pass  # nobody is there to read an answer
+        except asyncio.CancelledError:  # the server ends
+            if response is None:
+                await refuse(send, 503, "the server is stopping")
         finally:
             service.leave()
 

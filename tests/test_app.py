@@ -324,6 +324,7 @@ def test_it_ends_soon_and_leaves_nothing_while_clients_wait(files, tmp_path):
             each.result()
     assert len(answered) < 6, "some still waited"
     assert [path.name for path in tmp_path.iterdir()] == ["server.log"]
+    assert "Traceback" not in (tmp_path / "server.log").read_text()
 
 
 async def echo(scope, receive, send):
