@@ -88,6 +88,13 @@ def bench_preprocess(cases: list, args: argparse.Namespace) -> None:
         seconds(one_thread(theirs), 1, warm=False) / slices,
         "s a slice",
     )
+    if args.device.type != "cpu":
+
+        def there() -> None:
+            for volume, _ in pairs:
+                preprocess(volume, args.image_size, args.device)
+
+        row(f"the volumes alone on {args.device}", seconds(there, 3) / slices, None, "s a slice")
 
 
 def bench_start(cases: list, args: argparse.Namespace) -> None:

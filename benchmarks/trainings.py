@@ -1,0 +1,114 @@
+"""Many trainings, several at once, each a call of train.py that can be stopped and gone on with."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from checkpoint import read_card
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True)
+class Training:
+    """One call of train.py, whose weights and log go to `folder`."""
+
+    model: str
+    folder: Path
+    options: tuple[str, ...]
+
+    @property
+    def weights(self) -> Path:
+        return self.folder / f"{self.model}.pt"
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.weights.with_suffix(".ckpt")
+
+    @property
+    def log(self) -> Path:
+        return self.folder / "log.txt"
+
+    @property
+    def done(self) -> bool:
+        card = read_card(self.weights)
+        return bool(card) and card["epoch"] >= card["recipe"]["epochs"]
+
+    def command(self) -> list[str]:
+        words = ["--weights", self.folder, "--model", self.model, "--logs", self.folder / "logs"]
+        rest = ["--resume"] if self.checkpoint.exists() else self.options
+        return script("train.py", *words, *rest)
+
+    def last_line(self) -> str:
+        """Of its last epoch if it is done, else of whatever it said."""
+        lines = [line.strip() for line in self.log.read_text().splitlines() if line.strip()]
+        epochs = [line for line in lines if line.startswith("epoch")]
+        return ((self.done and epochs) or lines or ["it said nothing"])[-1]
+
+
+class Pool:
+    """Runs trainings, `jobs` at once. An interruption has each of them save and stop first."""
+
+    def __init__(self, jobs: int):
+        self.jobs = jobs
+        self.lock, self.running, self.closed = threading.Lock(), set(), False
+
+    def run(self, what: str, trainings: Sequence[Training]) -> list[Training]:
+        """Train those that are not done yet; all that are done in the end."""
+        left = [training for training in trainings if not training.done]
+        executor = ThreadPoolExecutor(self.jobs)
+        with tqdm(total=len(left), desc=what, unit="training", disable=None) as bar:
+            try:
+                futures = {executor.submit(self._train, training): training for training in left}
+                for future in as_completed(futures):
+                    future.result()
+                    tqdm.write(f"{futures[future].folder}: {futures[future].last_line()}")
+                    sys.stdout.flush()
+                    bar.update()
+            except BaseException:
+                self._stop()
+                raise
+            finally:
+                executor.shutdown(cancel_futures=True)
+        return [training for training in trainings if training.done]
+
+    def _train(self, training: Training) -> None:
+        training.folder.mkdir(parents=True, exist_ok=True)
+        with open(training.log, "a") as log:
+            with self.lock:
+                if self.closed:
+                    return
+                process = subprocess.Popen(  # Ctrl-C is to reach it once, through _stop
+                    training.command(), stdout=log, stderr=log, start_new_session=True
+                )
+                self.running.add(process)
+            process.wait()
+            with self.lock:
+                self.running.discard(process)
+
+    def _stop(self) -> None:
+        with self.lock:
+            self.closed = True
+            for process in self.running:
+                process.terminate()
+
+
+def script(name: str, *words: object) -> list[str]:
+    """The command that runs a script of the project."""
+    return [sys.executable, str(ROOT / name), *map(str, words)]
+
+
+def call(command: list[str]) -> None:
+    """Run a script that is to go through; ValueError, with its reason, if it does not."""
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        raise ValueError(f"{' '.join(command[1:])}: {reason.removeprefix('error: ')}")

@@ -1,0 +1,82 @@
+"""benchmarks/campaign.py: trainings that go on where they were stopped, and what comes of them."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+SMALL = "--image-size 32 --epochs 1 --features 2 --batch-size 8".split()
+
+
+def start(images: Path, out: Path, *words: str, options: list[str] = SMALL) -> subprocess.Popen:
+    script = [sys.executable, str(ROOT / "benchmarks" / "campaign.py"), "--model", "unet"]
+    script += ["--images", str(images), "--out", str(out), "--folds", "2", *words]
+    return subprocess.Popen(
+        [*script, "--", *options, "--cache", str(out / "cache")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+
+
+def finish(process: subprocess.Popen) -> tuple[int, str, str]:
+    out, err = process.communicate(timeout=300)
+    return process.returncode, out, err
+
+
+@pytest.fixture(scope="module")
+def searched(phantoms, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("campaign")
+    status, said, err = finish(start(phantoms, out, "--stage", "search", "--only", "dice"))
+    assert status == 0, err
+    assert "The recipe goes on with" in said
+    return out
+
+
+def test_a_search_compares_each_change_case_by_case(searched):
+    table = (searched / "campaign.md").read_text()
+    assert "| recipe |" in table and "| dice | --loss dice |" in table
+    models = json.loads((searched / "unet/tables/search/summary.json").read_text())["models"]
+    assert list(models) == ["recipe", "dice"] and "difference" in models["dice"]
+    cards = [json.loads(path.read_text()) for path in searched.glob("unet/search/dice/*/unet.json")]
+    assert len(cards) == 2 and {card["recipe"]["loss"] for card in cards} == {"dice"}
+    held_out = [set(card["cases"]["validation"]) for card in cards]
+    assert not held_out[0] & held_out[1]
+
+
+def test_what_is_done_is_not_done_again(searched, phantoms):
+    weights = {path: path.stat().st_mtime_ns for path in searched.rglob("unet.pt")}
+    again = start(phantoms, searched, "--stage", "search", "--only", "dice")
+    assert finish(again)[0] == 0
+    assert {path: path.stat().st_mtime_ns for path in searched.rglob("unet.pt")} == weights
+
+
+def test_other_settings_are_not_mixed_with_those_of_before(searched, phantoms):
+    status, _, err = finish(start(phantoms, searched, options=[*SMALL, "--seed", "3"]))
+    assert status == 1 and err.count("\n") == 1 and "name another --out" in err
+
+
+def test_a_stage_that_comes_too_early_says_what_to_run_first(phantoms, tmp_path):
+    status, _, err = finish(start(phantoms, tmp_path, "--stage", "final"))
+    assert status == 1 and "run --stage search first" in err
+
+
+def test_a_signal_stops_the_trainings_which_save(phantoms, tmp_path):
+    long = [*SMALL, "--epochs", "100000"]
+    process = start(phantoms, tmp_path, "--stage", "search", "--only", "dice", options=long)
+    folder = tmp_path / "unet/search/recipe/fold0"
+    for _ in range(600):
+        if (folder / "unet.ckpt").exists():
+            break
+        time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    status, _, err = finish(process)
+    assert status == 1 and err.strip().endswith("the same call goes on here")
+    assert "go on with" in (folder / "log.txt").read_text().splitlines()[-1]
