@@ -23,15 +23,23 @@ from volume import Case, neighbourhoods
 Named = TypeVar("Named", Case, Path)
 SUBSETS = ("train", "validation", "test")
 SPLITS = Path(__file__).resolve().parent / "splits"
-# Of a case name, what follows the patient: the date of an LGG scan, or a session.
-SESSION = re.compile(r"(_(19|20)\d\d(0[1-9]|1[0-2])(0[1-9]|[12]\d|3[01])|_ses-[^_]+.*)$")
-SUBJECT = re.compile(r"sub-[^_]+")  # how the name of a BIDS file starts
+# Of a case name, what follows the patient: the date of an LGG scan, or a session, and the rest.
+SESSION = re.compile(r"_((19|20)\d\d(0[1-9]|1[0-2])(0[1-9]|[12]\d|3[01])|ses-[^_]+)(_.*)?$")
+SUBJECT = re.compile(r"(?<![^_])sub-[^_]+")  # of a BIDS file
+TCGA = re.compile(r"(?<![^_])TCGA[-_](\w\w)[-_](\w{4})(?![^-_])")
 
 
 def patient_of(case: str) -> str:
-    """The patient whom a case belongs to: `sub-<label>`, or the name without date or session."""
-    subject = SUBJECT.match(case)
-    return subject[0] if subject else SESSION.sub("", case)
+    """The patient whom a case belongs to.
+
+    `sub-<label>` of a BIDS name, `TCGA_<site>_<patient>` of one of TCGA, with whatever around it;
+    else the name up to `_<yyyymmdd>` or `_ses-<label>`, or all of it.
+    """
+    if subject := SUBJECT.search(case):
+        return subject[0]
+    if tcga := TCGA.search(case):
+        return f"TCGA_{tcga[1]}_{tcga[2]}"
+    return SESSION.sub("", case)
 
 
 def is_lgg(case: str) -> bool:
@@ -61,7 +69,7 @@ def select_cases(cases: Sequence[Named], subset: str) -> list[Named]:
     if not chosen:
         raise ValueError(
             f"none of the {len(cases)} cases falls into the subset {subset!r}; "
-            "add cases, or train with --folds 5 --fold 0 to divide what there is"
+            "choose another --subset, add cases, or divide what there is with --folds 5 --fold 0"
         )
     return chosen
 
@@ -102,8 +110,9 @@ def _lesion_voxels(case: Case) -> int:
 
 
 def site_of(case: str) -> str:
-    """The hospital in an LGG name (TCGA_<site>_<number>); empty for all others."""
-    return case.split("_")[1] if case.startswith("TCGA_") else ""
+    """The hospital in an LGG name (TCGA_<site>_<patient>); empty for all others."""
+    patient = patient_of(case)
+    return patient.split("_")[1] if patient.startswith("TCGA_") else ""
 
 
 def _hash(name: str) -> int:
@@ -199,15 +208,16 @@ class BrainSegmentationDataset(Dataset):
         v, s = self._place[index]
         return self.volumes[v].name, self.volumes[v].case.numbers[s]
 
-    def sampling_weights(self) -> Tensor:
+    def sampling_weights(self, background: float = 0.1) -> Tensor:
         """The probability (len(self),) of each slice in training.
 
-        A case is drawn uniformly, then a slice by its mask area plus a tenth of the case's mean
-        area; a case without lesion draws its slices evenly.
+        A case is drawn uniformly, then a slice by its mask area plus `background` times the case's
+        mean area, so that background / (1 + background) of the draws are even over its slices; a
+        case without lesion draws its slices evenly.
         """
         weights = []
         for volume in self.volumes:
             area = torch.from_numpy(volume.mask.sum(axis=(1, 2))).double()
-            weight = area + 0.1 * area.mean() if area.any() else torch.ones_like(area)
+            weight = area + background * area.mean() if area.any() else torch.ones_like(area)
             weights.append(weight / weight.sum() / len(self.volumes))
         return torch.cat(weights)

@@ -22,10 +22,12 @@ from __future__ import annotations
 
 import argparse
 import functools
+import json
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +42,7 @@ from distributed import (
     gather,
     in_main,
     is_main,
+    one_first,
     only_main_speaks,
     own_device,
     own_workers,
@@ -54,6 +57,7 @@ from utils import (
     add_segmenter_options,
     check_writable,
     fail,
+    in_groups,
     in_order,
     make_parser,
     provenance,
@@ -64,6 +68,8 @@ from utils import (
     write_table,
 )
 from volume import Case, Frame
+
+GROUP = 4  # batches; a GPU is handed cases of so many slices at once
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -97,6 +103,7 @@ class Result:
     fresh: bool  # to be segmented now, not found as an earlier run left it
     images: Tensor | None = None  # the network's input
     frame: Frame | None = None
+    probabilities: Tensor | None = None  # the network's output (S, 1, N, N)
     prediction: np.ndarray | None = None  # (S, H, W) bool
     row: dict | None = None  # of the table, where there is a truth
 
@@ -116,6 +123,8 @@ def main(argv: list[str] | None = None) -> None:
             failed = run(args, options)
     except (ValueError, OSError) as error:
         fail(error)
+    except torch.OutOfMemoryError as error:
+        fail(f"out of memory beside the network: {str(error).splitlines()[0]}; use --device cpu")
     except KeyboardInterrupt:
         sys.exit("stopped; finished cases are kept, go on with --skip-existing")
     sys.exit(1 if failed else 0)
@@ -128,9 +137,12 @@ def run(args: argparse.Namespace, options: dict) -> int:
     """
     weights = args.weights or shipped_weights("unet")
     about = provenance(args)  # before this process takes its part of the machine
-    segmenter, sources = together(lambda: prepare(args, options, weights))
+    # One process of a machine first: it keeps what TensorRT builds, and the others find it.
+    segmenter, sources = one_first(lambda: prepare(args, options, weights))
     trained_on = set(map(patient_of, read_card(weights).get("cases", {}).get("train", ())))
     about["weights"] = {str(weights): file_hash(weights)}
+    if args.skip_existing:
+        together(lambda: check_alike(args.predictions / "args.json", about))
     in_main(lambda: write_json(args.predictions / "args.json", about))
     rows, failed, kept = [], 0, 0
     try:
@@ -159,6 +171,26 @@ def run(args: argparse.Namespace, options: dict) -> int:
     return failed
 
 
+def check_alike(path: Path, about: dict) -> None:
+    """Raise ValueError if masks to be kept were made with other weights or settings."""
+    try:
+        before = json.loads(path.read_text())
+        changed = [
+            f"--{name.replace('_', '-')} {before['args'][name]}"
+            for name in ("image_size", "threshold", "largest_component", "tta")
+            if before["args"][name] != about["args"][name]
+        ]
+        if list(before["weights"].values()) != list(about["weights"].values()):
+            changed.insert(0, f"weights {', '.join(before['weights'])}")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return  # nothing is known of them
+    if changed:
+        raise ValueError(
+            f"{path.parent}: masks there were made with {', '.join(changed)}; leave "
+            "--skip-existing out, or name another folder with --predictions"
+        )
+
+
 def prepare(
     args: argparse.Namespace, options: dict, weights: Path
 ) -> tuple[Segmenter, list[Path | Case]]:
@@ -174,6 +206,7 @@ def prepare(
         found = case_paths(images, args.cases, other_than=args.predictions)
         sources = select_cases(found, args.subset)
     check_writable(args.predictions)
+    check_writable(args.figure.parent)
     for source in sources:
         path = (source if isinstance(source, Path) else source.folder).resolve()
         target = args.predictions.resolve()
@@ -187,18 +220,21 @@ def segment_all(
 ) -> Iterator[Result | Exception]:
     """For each case its result, written to disk, or what is wrong with its files.
 
-    Threads read ahead and write behind while the network runs; or, on a processor, each does all.
+    Threads read ahead and write behind while the network runs on batches that go on from one case
+    to the next; or, on a processor, each thread does all of a case.
     """
 
-    def segmented(item: Result | Exception) -> Result | Exception:
-        if isinstance(item, Result) and item.fresh:
-            item.prediction = segment_in_memory(segmenter, item)
-            item.images = None
-        return item
+    def segmented(group: list[Result | Exception]) -> list[Result | Exception]:
+        results = [item for item in group if slices_of(item)]
+        for item, part in zip(results, probabilities_in_memory(segmenter, results), strict=True):
+            item.images, item.probabilities = None, part
+        return group
 
     def finished(item: Result | Exception) -> Result | Exception:
         if isinstance(item, Result):
             if item.fresh:
+                item.prediction = segmenter.finish(item.probabilities, item.frame)
+                item.probabilities = None
                 write_case(args.predictions, item.case, item.volume, item.prediction, item.truth)
             if item.truth is not None:
                 item.row = table_row(item.case, item.prediction, item.truth)
@@ -217,18 +253,27 @@ def segment_all(
     if segmenter.on_cpu and len(sources) > 1:
         # Several cases at once with a core each: nothing waits for a thread that another one holds.
         def whole(source: Path | Case) -> Result | Exception:
-            return finished(segmented(loaded(source)))
+            return finished(*segmented([loaded(source)]))
 
         return iter(bar(in_order(whole, sources, args.workers)))
     ahead = bar(in_order(loaded, sources, args.workers))
-    return in_order(finished, map(segmented, ahead), args.workers)
+    groups = in_groups(ahead, slices_of, GROUP * segmenter.batch_size)
+    return in_order(finished, chain.from_iterable(map(segmented, groups)), args.workers)
 
 
-def segment_in_memory(segmenter: Segmenter, item: Result) -> np.ndarray:
-    """The mask of a case; where the memory does not do, by smaller batches from now on."""
-    while True:
+def slices_of(item: Result | Exception) -> int:
+    """How many slices the network has to do."""
+    return len(item.images) if isinstance(item, Result) and item.fresh else 0
+
+
+def probabilities_in_memory(segmenter: Segmenter, items: list[Result]) -> Sequence[Tensor]:
+    """Those of each case; where the memory does not do, by smaller batches from now on."""
+    lengths = list(map(slices_of, items))
+    while items:
         try:
-            return segmenter.segment(item.images, item.frame)
+            place = items[0].images.device
+            images = torch.cat([item.images.to(place) for item in items])
+            return segmenter.probabilities(images, lengths=lengths).split(lengths)
         except torch.OutOfMemoryError as error:
             if segmenter.batch_size == 1:
                 raise ValueError(f"{segmenter.device}: not even one slice fits in it") from error
@@ -239,6 +284,9 @@ def segment_in_memory(segmenter: Segmenter, item: Result) -> np.ndarray:
             f"{segmenter.batch_size}",
             file=sys.stderr,
         )
+        for item in items:
+            item.images = item.images.cpu()
+    return []
 
 
 def load(source: Path | Case, segmenter: Segmenter, args: argparse.Namespace) -> Result | Exception:
@@ -257,6 +305,8 @@ def load(source: Path | Case, segmenter: Segmenter, args: argparse.Namespace) ->
         images, frame = segmenter.preprocess(volume)
     except ValueError as error:
         return ValueError(f"{case.folder}: {error}")
+    if frame.blank:
+        tqdm.write(f"{case.folder}: every voxel is 0, and so is its mask", file=sys.stderr)
     return Result(case, volume, truth, fresh=True, images=images, frame=frame)
 
 

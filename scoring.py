@@ -162,12 +162,13 @@ def score_all(
 
     Threads read ahead and score behind while the networks run.
     """
-    sizes = {network.segmenter.image_size for model in models for network in model.networks}
+    segmenters = [network.segmenter for model in models for network in model.networks]
+    ways = {(segmenter.image_size, segmenter.device) for segmenter in segmenters}
 
     def load(case: Case) -> tuple:
         volume, truth = case.read_pair()
         try:
-            return case, volume, truth, {size: preprocess(volume, size) for size in sizes}
+            return case, volume, truth, {way: preprocess(volume, *way) for way in ways}
         except ValueError as error:
             raise ValueError(f"{case.folder}: {error}") from error
 
@@ -181,7 +182,8 @@ def score_all(
                         segmenter.check_channels(volume.shape[-1])
                     except ValueError as error:
                         raise ValueError(f"{case.folder}: {error}") from error
-                    maps[model.name] = segmenter.restored(*prepared[segmenter.image_size])
+                    way = segmenter.image_size, segmenter.device
+                    maps[model.name] = segmenter.restored(*prepared[way])
             yield case, volume, truth, maps
 
     def scores(item: tuple) -> tuple[bytes, list[dict], dict]:

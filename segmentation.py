@@ -47,6 +47,8 @@ class Segmenter:
                 f"image size {image_size} is not a multiple of {stride}; "
                 f"{_fits(image_size, stride)}"
             )
+        if not 0 < threshold < 1:
+            raise ValueError(f"threshold {threshold}: it is a probability between 0 and 1")
         if isinstance(model, OnnxNetwork):  # it takes and gives what is in main memory
             if amp:
                 raise ValueError(
@@ -92,14 +94,22 @@ class Segmenter:
     def __call__(self, volume: np.ndarray) -> np.ndarray:
         """The mask (S, H, W), bool, of a raw volume (S, H, W, C) with C as trained.
 
-        Channels are pre-contrast, FLAIR, post-contrast; any numeric type. Raises ValueError.
+        Channels are pre-contrast, FLAIR, post-contrast; any numeric type, in an array or what
+        NumPy can make one of. Raises ValueError.
         """
-        return self.segment(*self.preprocess(volume))
+        return self.segment(*self.preprocess(np.asarray(volume)))
 
     def preprocess(self, volume: np.ndarray) -> tuple[Tensor, Frame]:
-        """The network's input (S, C, N, N) and its frame; ValueError for another channel count."""
+        """The network's input (S, C, N, N), on its device if there is room, and its frame.
+
+        Raises ValueError for another channel count.
+        """
         if volume.ndim == 4:
             self.check_channels(volume.shape[3])
+        try:
+            return preprocess(volume, self.image_size, self.device)
+        except torch.OutOfMemoryError:
+            pass  # what it had taken of the device is free only once this block is left
         return preprocess(volume, self.image_size)
 
     def check_channels(self, channels: int) -> None:
@@ -119,8 +129,6 @@ class Segmenter:
 
     def segment(self, images: Tensor, frame: Frame) -> np.ndarray:
         """The mask (S, H, W), bool, in the source geometry, of preprocessed slices (S, C, N, N)."""
-        if frame.blank:
-            return np.zeros(frame.shape, dtype=bool)
         return self.finish(self.probabilities(images), frame)
 
     def finish(self, probabilities: Tensor, frame: Frame) -> np.ndarray:

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING
 import torch
 from tqdm import tqdm
 
+from cases import case_paths
 from checkpoint import MODELS, load_state, load_tensors, save_tensors, save_weights
 from dataset import BrainSegmentationDataset
 from distributed import (
@@ -66,7 +67,11 @@ def get_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("data").add_argument
     add("--images", type=Path, default="./kaggle_3m", help="folder of cases (%(default)s)")
     add("--image-size", type=int, default=256, help="side of a resized slice (%(default)s)")
-    add("--folds", type=int, help="cross-validation: number of folds, by patient")
+    add(
+        "--folds",
+        type=int,
+        help="cross-validation: number of folds, by patient, of all but the test cases",
+    )
     add("--fold", type=int, help="cross-validation: the fold to validate on, from 0")
     add("--cache", type=Path, help="preprocessed volumes (~/.cache/brainseg)")
     add("--workers", type=int, help="threads that read and preprocess (all cores)")
@@ -103,6 +108,12 @@ def get_parser() -> argparse.ArgumentParser:
     add("--ema", type=float, default=0.0, help="decay of averaged weights, say 0.998; 0 is off")
     add("--weight-decay", type=float, default=0, help="of AdamW; 0 is plain Adam (%(default)s)")
     add("--loss", type=str, choices=LOSSES, default="dice", help="on a batch (%(default)s)")
+    add(
+        "--background",
+        type=float,
+        default=0.1,
+        help="slices are drawn by lesion area plus this times the mean one (%(default)s)",
+    )
     add("--aug-scale", type=float, default=0.05, help="random scale, 1 ± this (%(default)s)")
     add("--aug-angle", type=float, default=15, help="random rotation, ± degrees (%(default)s)")
     add("--aug-intensity", type=float, default=0, help="random gain and shift, ± this; 0 is off")
@@ -176,6 +187,7 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
         "warmup": 0,
         "weight_decay": 0,
         "neighbours": 0,
+        "background": 0,
         "aug_angle": 0,
         "aug_intensity": 0,
     }
@@ -187,6 +199,10 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
             parser.error(f"--{name.replace('_', '-')} goes from 0 to less than 1")
     if (args.folds is None) != (args.fold is None):
         parser.error("--folds and --fold go together, as in --folds 5 --fold 0")
+    if args.features and args.model != "unet":
+        parser.error("--features is for --model unet")
+    if args.weights.suffix == ".pt":
+        parser.error(f"--weights {args.weights} is to be a folder; weights are named by --model")
     stride = MODELS[args.model].stride
     if args.image_size % stride:
         parser.error(f"--image-size {args.image_size} is not a multiple of {stride}")
@@ -209,7 +225,7 @@ def main(argv: list[str] | None = None) -> None:
     except torch.OutOfMemoryError as error:
         fail(f"out of memory, with no step under way: {str(error).splitlines()[0]}")
     except KeyboardInterrupt:
-        fail("stopped before the first step; preprocessed volumes are kept")
+        fail("stopped at once; preprocessed volumes and finished epochs are kept")
 
 
 def run(args: argparse.Namespace, checkpoint: dict | None) -> None:
@@ -260,6 +276,7 @@ def check_machine(args: argparse.Namespace) -> None:
     """Raise what would stop the run later: it is better known before the long work."""
     args.device, args.workers = own_device(args.device), own_workers(args.workers)
     pick_device(args.device)
+    case_paths(args.images)
     for folder in (args.weights, args.logs):
         check_writable(folder)
     if args.init_weights and not args.resume:
@@ -279,11 +296,11 @@ def train(
 ) -> int:
     """Train until the last epoch is done or a signal comes; the number of the signal, or 0."""
     args = trainer.args
-    trainer.parallelise()
-    if args.compile:
+    if args.compile:  # before processes depend on each other, so that one that fails stops none
         print(f"compiled in {together(trainer.compile):.1f} s", flush=True)
+    trainer.parallelise()
     interruption = Interruption()
-    weights = train_set.sampling_weights()
+    weights = train_set.sampling_weights(args.background)
     bar = tqdm(total=args.epochs, initial=trainer.epoch, desc=args.model, disable=None)
     with in_main(lambda: open_log(trainer)) or nullcontext() as log, bar:
         while not (stop := largest(interruption.signal or 0)) and trainer.epoch < args.epochs:

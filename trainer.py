@@ -6,7 +6,7 @@ import argparse
 import math
 import platform
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -35,12 +35,12 @@ from loss import LOSSES
 from metrics import dsc
 from segmentation import Segmenter, has_bfloat16, pick_device
 from transform import augment, drop_sequences, vary_intensity
-from utils import Interruption, git_commit, make_generator, plain, to_device
+from utils import Interruption, git_commit, in_groups, make_generator, plain, to_device
 
 # Settings that change the numbers of a run: a resumed run keeps those it was started with.
 RECIPE = (
     "model features pretrained image_size neighbours loss batch_size lr weight_decay schedule "
-    "warmup ema aug_scale aug_angle aug_intensity drop_sequences seed folds fold amp "
+    "warmup ema background aug_scale aug_angle aug_intensity drop_sequences seed folds fold amp "
     "keep sync_bn"
 ).split()
 SYNC = 20  # steps between two looks at the loss, for which host and device wait for each other
@@ -118,7 +118,7 @@ class Trainer:
         """Have the processes, if there are several, end each step with the same gradients."""
         if processes() > 1:
             own = [self.device] if self.device.type == "cuda" else None
-            self.network = DistributedDataParallel(self.model, device_ids=own)
+            self.network = DistributedDataParallel(self.network, device_ids=own)
 
     def compile(self) -> float:
         """Compile the network for the batches of an epoch, so that no step waits; the seconds.
@@ -127,7 +127,7 @@ class Trainer:
         """
         start, args = time.perf_counter(), self.args
         before = {name: value.clone() for name, value in self.model.state_dict().items()}
-        self.network = torch.compile(self.network, dynamic=False)
+        self.network = torch.compile(self.model, dynamic=False)
         self.model.train()
         last = len(self.feed) % args.batch_size or args.batch_size
         for whole in (args.batch_size, last):
@@ -313,7 +313,8 @@ class Trainer:
         bar = tqdm(total=len(volumes), desc="validating", unit="case", leave=False, disable=None)
         losses, scores, masks = [], [], []
         with bar:
-            for group in in_groups(volumes, 1 if self.device.type == "cpu" else AT_ONCE):
+            at_once = 1 if self.device.type == "cpu" else AT_ONCE
+            for group in in_groups(volumes, lambda volume: len(volume.mask), at_once):
                 for volume, probabilities in zip(
                     group, self.probabilities(segmenter, group), strict=True
                 ):
@@ -362,15 +363,3 @@ class Trainer:
             about["cases"]["train"] = sorted({*self.cases, *earlier})
             about["initialised_from"] = {k: v for k, v in first.items() if k != "cases"}
         return about
-
-
-def in_groups(volumes: Sequence[Prepared], slices: int) -> Iterator[list[Prepared]]:
-    """Volumes, in their order, in groups that have at least so many slices, but for the last."""
-    group = []
-    for volume in volumes:
-        group.append(volume)
-        if sum(len(each.mask) for each in group) >= slices:
-            yield group
-            group = []
-    if group:
-        yield group

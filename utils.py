@@ -233,6 +233,19 @@ def in_order(
             yield ahead.popleft().result()
 
 
+def in_groups(items: Iterable[T], size: Callable[[T], int], least: int) -> Iterator[list[T]]:
+    """The items, in their order, in groups whose sizes add up to `least`, but for the last."""
+    group, total = [], 0
+    for item in items:
+        group.append(item)
+        total += size(item)
+        if total >= least:
+            yield group
+            group, total = [], 0
+    if group:
+        yield group
+
+
 def check_writable(folder: Path) -> None:
     """Make `folder` if need be; OSError, naming it, if no file can be written there."""
     with naming(folder):
@@ -250,7 +263,7 @@ class Interruption:
 
     def _note(self, number: int, _frame: object) -> None:
         if self.signal is not None:  # asked twice: wait for nothing
-            sys.exit(128 + number)
+            raise KeyboardInterrupt
         self.signal = number
 
 
@@ -321,23 +334,26 @@ def save_gif(path: Path | str, pictures: np.ndarray, seconds: float = 0.12) -> N
 def save_dsc_figure(path: Path | str, scores: dict[str, float], marked: Sequence[str] = ()) -> None:
     """Horizontal bars of each case's DSC, sorted, with mean and median; `marked` cases are pale.
 
-    The marked ones (cases that the weights were trained on) do not count in mean and median.
+    The marked ones, cases of patients that the weights were trained on, do not count in mean and
+    median.
     """
     from matplotlib.figure import Figure
 
     names = sorted(scores, key=scores.get)
-    counted = [scores[name] for name in names if name not in marked] or list(scores.values())
+    counted = [scores[name] for name in names if name not in marked]
     figure = Figure(figsize=(8, 1.4 + 0.26 * len(names)), layout="constrained")
     axes = figure.add_subplot()
     colours = ["#b9c6d3" if name in marked else "#4c78a8" for name in names]
     axes.barh(names, [scores[name] for name in names], color=colours)
-    axes.axvline(np.mean(counted), color="#e4572e", label=f"mean {np.mean(counted):.3f}")
-    axes.axvline(
-        np.median(counted), color="#2e933c", ls="--", label=f"median {np.median(counted):.3f}"
-    )
+    if counted:
+        mean, median = np.mean(counted), np.median(counted)
+        axes.axvline(mean, color="#e4572e", label=f"mean {mean:.3f}")
+        axes.axvline(median, color="#2e933c", ls="--", label=f"median {median:.3f}")
+    if marked:
+        axes.barh([], [], color="#b9c6d3", label="trained on, not counted")
     axes.set(xlim=(0, 1), xlabel="DSC per volume", ylim=(-0.6, len(names) - 0.4))
     axes.tick_params(axis="y", labelsize=7, length=0)
     axes.spines[["top", "right", "left"]].set_visible(False)
-    figure.legend(loc="outside upper right", ncols=2, frameon=False)
+    figure.legend(loc="outside upper right", ncols=3, frameon=False)
     with written_whole(path) as temporary:
         figure.savefig(temporary, dpi=150)

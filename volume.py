@@ -181,21 +181,25 @@ class Frame:
         return tuple((start, end, (self.side - (end - start)) // 2) for start, end in sides)
 
 
-def preprocess(volume: np.ndarray, image_size: int = 256) -> tuple[Tensor, Frame]:
+def preprocess(
+    volume: np.ndarray, image_size: int = 256, device: torch.device | str = "cpu"
+) -> tuple[Tensor, Frame]:
     """Turn a volume (S, H, W, C) into the network's input (S, C, N, N), float32, and its frame.
 
     1. voxels under 10 % of the maximum become 0; 2. crop rows and columns to what is left, pad
     to a square; 3. resize each slice by a quadratic spline; 4. clip to the 10th and 99th
     percentile and scale to 0..1; 5. per channel, subtract the mean, divide by the deviation.
     The recipe is that of https://doi.org/10.1016/j.compbiomed.2019.05.002. The volume is not
-    modified. Raises ValueError for another number of axes, NaN, or one value everywhere but 0.
+    modified. Steps 3 to 5 are done on `device`, where the input stays. Raises ValueError for
+    another number of axes, NaN, or one value everywhere but 0.
     """
     check_volume(volume)
     shape = volume.shape[:3]
     largest = volume.max()
     if not volume.any():
         frame = Frame(shape, (0, shape[1], 0, shape[2]), image_size, blank=True)
-        return torch.zeros(shape[0], volume.shape[3], image_size, image_size), frame
+        blank = torch.zeros(shape[0], volume.shape[3], image_size, image_size, device=device)
+        return blank, frame
     if volume.min() == largest:
         raise ValueError(f"every voxel is {largest}: this is not an image")
     if largest <= 0:
@@ -208,18 +212,30 @@ def preprocess(volume: np.ndarray, image_size: int = 256) -> tuple[Tensor, Frame
     crop = np.s_[:, top:bottom, left:right]
     # Padding with zeros adds nothing to a linear operator, so the padded square is never made.
     voxels = np.where(volume[crop] >= least, volume[crop], 0).astype(np.float32)
-    voxels = torch.from_numpy(voxels.transpose(0, 3, 1, 2))  # (S, C, h, w)
-    square = spline_operator(frame.side, image_size)  # (N, side)
-    rows, columns = (square[:, pad : pad + end - start] for start, end, pad in frame.spans())
     low = 0.0 if bottom - top != right - left else float(voxels.min())
+    voxels = torch.from_numpy(voxels).to(device).permute(0, 3, 1, 2)  # (S, C, h, w)
+    square = spline_operator(frame.side, image_size).to(device)  # (N, side)
+    rows, columns = (square[:, pad : pad + end - start] for start, end, pad in frame.spans())
     resized = (rows @ voxels @ columns.T).clip_(low, float(largest))  # step 3: (S, C, N, N)
-    p10, p99 = np.percentile(resized.numpy(), (10, 99))
-    scale = float(p99 - p10) or 1.0
-    scaled = resized.clip_(float(p10), float(p99)).sub_(float(p10)).div_(scale)  # step 4
+    if resized.device.type == "cpu":  # NumPy sorts no more than it must
+        p10, p99 = np.percentile(resized.numpy(), (10, 99)).tolist()
+    else:
+        p10, p99 = percentiles(resized, (10, 99))
+    scaled = resized.clip_(p10, p99).sub_(p10).div_(p99 - p10 or 1.0)  # step 4
     centred = scaled.sub_(scaled.mean(dim=(0, 2, 3), keepdim=True))  # step 5
     deviation = centred.square().mean(dim=(0, 2, 3), keepdim=True).sqrt()
     # A sequence that step 1 wiped out is constant: it becomes 0 rather than NaN.
     return centred.div_(torch.where(deviation > 1e-6, deviation, 1.0)), frame
+
+
+def percentiles(values: Tensor, percents: Sequence[float]) -> list[float]:
+    """What np.percentile gives, computed where the values are; torch.quantile takes too few."""
+    ordered = values.flatten().sort().values
+    places = torch.tensor(percents, dtype=torch.float64) / 100 * (len(ordered) - 1)
+    below = places.floor().long()
+    pair = torch.stack((below, (below + 1).clamp(max=len(ordered) - 1)))
+    first, second = ordered[pair.to(ordered.device)].cpu().double()
+    return torch.lerp(first, second, places - below).tolist()
 
 
 def preprocess_mask(mask: np.ndarray, frame: Frame) -> Tensor:

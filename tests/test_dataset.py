@@ -140,7 +140,12 @@ def test_real_cases_fall_into_their_lists(lgg):
     "case, patient",
     [
         ("TCGA_CS_4941_19960909", "TCGA_CS_4941"),
+        ("TCGA-CS-4941", "TCGA_CS_4941"),
+        ("TCGA_CS_4941_19960909_flair", "TCGA_CS_4941"),
+        ("mine_TCGA-CS-4941-a", "TCGA_CS_4941"),
+        ("anna_20240131_flair", "anna"),
         ("sub-01_ses-b_run-2", "sub-01"),
+        ("anat_sub-01_FLAIR", "sub-01"),
         ("sub-01_run-2_FLAIR", "sub-01"),
         ("phantom_003", "phantom_003"),
         ("anna_2024", "anna_2024"),

@@ -20,7 +20,8 @@ from conftest import TRAINED_ON, in_processes, make_weights
 
 import inference
 import metrics
-from cases import find_case
+from cases import case_paths, find_case
+from metrics import dsc
 from phantom import make_volume
 from segmentation import Segmenter
 
@@ -262,13 +263,13 @@ def test_finished_cases_are_skipped_and_still_scored(phantoms, weights, tmp_path
     assert infer(*again) == 0
     first = contents(tmp_path / "predictions")
 
-    segmented, segment = [], Segmenter.segment
+    segmented, finish = [], Segmenter.finish
 
-    def spy(self, images, frame):
+    def spy(self, probabilities, frame):
         segmented.append(frame)
-        return segment(self, images, frame)
+        return finish(self, probabilities, frame)
 
-    monkeypatch.setattr(Segmenter, "segment", spy)
+    monkeypatch.setattr(Segmenter, "finish", spy)
     assert infer(*again) == 0
     assert not segmented, "the network does not run again"
     assert contents(tmp_path / "predictions") == first
@@ -282,6 +283,35 @@ def test_finished_cases_are_skipped_and_still_scored(phantoms, weights, tmp_path
         damage(folder / names[1] / f"{names[1]}_1_mask.tif", length)
         assert infer(*again) == 0
         assert contents(folder) == first
+
+
+def test_masks_of_other_weights_or_settings_are_not_kept(phantoms, weights, tmp_path):
+    only = "--cases", "phantom_003"
+    assert infer(phantoms, tmp_path, weights, *only) == 0
+    before = contents(tmp_path / "predictions")
+    other = make_weights(tmp_path / "other.pt", trained_on=["x"])
+    other.write_bytes(weights.read_bytes() + b"\0")
+    again = *only, "--skip-existing"
+    said = refused(phantoms, tmp_path, weights, *again, "--threshold", 0.9, "--tta")
+    assert "made with --threshold 0.5, --tta False; leave --skip-existing out" in said
+    assert f"made with weights {weights}; leave" in refused(phantoms, tmp_path, other, *again)
+    assert contents(tmp_path / "predictions") == before
+
+
+def test_a_figure_that_cannot_be_written_is_known_at_once(phantoms, weights, tmp_path):
+    (tmp_path / "file").touch()
+    figure = "--figure", tmp_path / "file" / "dsc.png"
+    assert str(tmp_path / "file") in refused(phantoms, tmp_path, weights, *figure)
+    assert not list(tmp_path.rglob("*_mask.tif"))
+
+
+def test_a_blank_case_is_named(phantoms, weights, tmp_path, capsys):
+    folder = tmp_path / "images" / "blank"
+    folder.mkdir(parents=True)
+    for k in range(2):
+        tifffile.imwrite(folder / f"blank_{k}.tif", np.zeros((40, 40, 3), np.uint8))
+    assert infer(tmp_path / "images", tmp_path, weights) == 0
+    assert one_sentence(capsys) == f"{folder}: every voxel is 0, and so is its mask"
 
 
 def test_running_again_replaces_what_was_there(phantoms, weights, tmp_path):
@@ -563,8 +593,51 @@ def test_the_second_network_trains_and_segments_by_its_name_alone(phantoms, tmp_
     train.main(["--images", str(phantoms), *options])
     only = "--cases", "phantom_003"
     assert infer(phantoms, tmp_path, tmp_path / "resnext_unet.pt", *only) == 0
-    with pytest.raises(SystemExit, match="no setting 'init_features'"):
-        train.main(["--images", str(phantoms), *options, "--features", "4"])
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """Batches go on from one case to the next, as they do where a GPU waits for them."""
+    made = Segmenter.__init__
+
+    def init(self, *args, **options):
+        made(self, *args, **options)
+        self.on_cpu, self.batch_size = False, options["batch_size"]
+
+    monkeypatch.setattr(Segmenter, "__init__", init)
+
+
+def test_batches_go_on_from_case_to_case(
+    phantoms, weights, done, tmp_path, monkeypatch, as_on_a_gpu
+):
+    forward, sizes = Segmenter._forward, []
+    monkeypatch.setattr(
+        Segmenter, "_forward", lambda self, batch: sizes.append(len(batch)) or forward(self, batch)
+    )
+    cases = case_paths(phantoms)
+    assert infer(phantoms, tmp_path, weights, "--batch-size", 5, "--no-amp") == 0
+    slices = sum(len(find_case(path).slices) for path in cases)
+    assert sum(sizes) == slices and len(sizes) < sum(
+        -(-len(find_case(path).slices) // 5) for path in cases
+    )
+    for path in cases:
+        assert dsc(read_masks(tmp_path, path.name) > 0, read_masks(done[0], path.name) > 0) > 0.99
+
+
+def test_memory_that_runs_out_between_cases_loses_none(
+    phantoms, weights, done, tmp_path, monkeypatch, as_on_a_gpu
+):
+    forward = Segmenter._forward
+
+    def small(self, batch):
+        if len(batch) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return forward(self, batch)
+
+    monkeypatch.setattr(Segmenter, "_forward", small)
+    assert infer(phantoms, tmp_path, weights) == 0
+    for path in case_paths(phantoms):
+        assert dsc(read_masks(tmp_path, path.name) > 0, read_masks(done[0], path.name) > 0) > 0.99
 
 
 def test_a_batch_too_large_for_the_memory_is_halved(

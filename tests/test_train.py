@@ -608,3 +608,18 @@ def test_out_of_memory_names_a_batch_that_fits(phantoms, tmp_path, monkeypatch, 
     message = refused(phantoms, tmp_path, "--epochs", 2)
     assert "out of memory at --batch-size 16" in message and advice in message
     assert contents(weights) == before
+
+
+def test_options_that_do_not_fit_are_a_usage_error(phantoms, tmp_path, capsys):
+    for words, said in {
+        ("--weights", str(tmp_path / "x.pt")): "is to be a folder",
+        ("--model", "resnext_unet"): "--features is for --model unet",
+    }.items():
+        with pytest.raises(SystemExit) as stop:
+            run(phantoms, tmp_path / "out", *words)
+        assert stop.value.code == 2 and said in capsys.readouterr().err
+
+
+def test_without_images_no_folder_is_made(tmp_path):
+    assert "no such folder" in refused(tmp_path / "nowhere", tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -10,7 +10,7 @@ import torch
 import phantom
 from cases import find_case
 from metrics import dsc
-from volume import Frame, neighbourhoods, preprocess, preprocess_mask, restore
+from volume import Frame, neighbourhoods, percentiles, preprocess, preprocess_mask, restore
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +74,23 @@ def test_preprocess_of_a_real_case_is_the_plain_recipe(lgg):
     small = preprocess_mask(mask, frame)
     np.testing.assert_array_equal(small, plain.preprocess_mask(volume, mask, 128) > 0)
     assert mask.any() and dsc(restore(small, frame).numpy(), mask) > 0.94
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 1000])
+def test_percentiles_are_those_of_numpy(size):
+    values = np.random.default_rng(size).normal(size=size).astype(np.float32)
+    percents = (0, 10, 33.3, 99, 100)
+    expected = np.percentile(values, percents)
+    np.testing.assert_allclose(percentiles(torch.from_numpy(values), percents), expected, rtol=1e-6)
+
+
+@pytest.mark.skipif(not torch.accelerator.is_available(), reason="no accelerator")
+def test_preprocess_on_an_accelerator_is_that_of_the_processor(pair):
+    device = torch.accelerator.current_accelerator()
+    images, frame = preprocess(pair[0], 64, device)
+    expected, expected_frame = preprocess(pair[0], 64)
+    assert images.device.type == device.type and frame == expected_frame
+    torch.testing.assert_close(images.cpu(), expected, atol=1e-4, rtol=0)
 
 
 def test_inputs_are_not_modified(pair):
