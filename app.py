@@ -2,7 +2,7 @@
 
     python3 app.py                                     http://127.0.0.1:7860, for this machine only
     BRAINSEG_AUTH=me:secret python3 app.py --host 0.0.0.0          for a network, with a password
-    curl -F images=@scan.nii.gz http://127.0.0.1:7860/api/segment -o result.zip
+    curl --fail-with-body -F images=@scan.nii.gz http://127.0.0.1:7860/api/segment -o result.zip
 
 The page takes one case, as inference.py does: a volume file (no .mhd), slices, a zip archive of
 slices or of a DICOM series. An upload is deleted once it is segmented, and so is everything made of
@@ -18,6 +18,7 @@ import ipaddress
 import json
 import logging
 import os
+import socket
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -95,22 +96,25 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def run(args: argparse.Namespace, options: dict) -> None:
-    """Serve until a signal comes."""
+    """Serve until a signal comes; raises OSError for an address that cannot be listened on."""
     import uvicorn
 
     logging.getLogger("python_multipart").setLevel(logging.CRITICAL)  # the answer says it all
     segmenter = Segmenter.from_weights(args.weights or shipped_weights("unet"), **options)
     limits = Limits(upload=args.max_upload * MIB, seconds=args.time_limit)
     app = make_app(Service(segmenter, limits, args.queue), args.host, args.auth)
-    listener = uvicorn.Config(
-        app, args.host, args.port, log_level="warning", timeout_graceful_shutdown=2
-    )
-    socket = listener.bind_socket()
+    family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
+    try:
+        listener = socket.create_server((args.host, args.port), family=family)
+    except OSError as error:
+        reason = os.strerror(error.errno).lower() if error.errno else str(error)
+        raise OSError(f"{args.host}:{args.port}: {reason}; choose --host and --port") from error
+    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2)
     if not args.auth and not is_loopback(args.host):
         print("no --auth: everybody who reaches this machine can use it", file=sys.stderr)
     host = f"[{args.host}]" if ":" in args.host else args.host
     print(f"http://{host}:{args.port}", flush=True)
-    uvicorn.Server(listener).run(sockets=[socket])
+    uvicorn.Server(config).run(sockets=[listener])
 
 
 def is_loopback(host: str) -> bool:
@@ -140,7 +144,7 @@ def make_app(service: Service, host: str = "127.0.0.1", auth: str | None = None)
         middleware.insert(0, Middleware(TrustedHostMiddleware, allowed_hosts=ours))
     routes = [
         Route("/api", lambda request: PlainTextResponse(API)),
-        Route("/api/segment", Segment(service), methods=["POST"]),
+        Route("/api/segment", Segment(service)),
         Mount("/", StaticFiles(directory=WEB, html=True)),
     ]
     return Starlette(routes=routes, middleware=middleware, lifespan=lifespan)
@@ -156,6 +160,9 @@ class Segment:
         from starlette.requests import ClientDisconnect, Request
 
         service = self.service
+        if scope["method"] != "POST":
+            await refuse(send, 405, "send an upload by POST; GET /api says what it can hold")
+            return
         try:
             service.enter()
         except Busy as error:

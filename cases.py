@@ -14,7 +14,7 @@ from volume import Case
 SLICE_NAME = re.compile(r"^(?P<stem>.+)_(?P<number>\d+)(?P<mask>_mask)?\.(?:tiff?|png)$", re.I)
 IMAGE_SUFFIXES = {".tif", ".tiff", ".png"}
 # Last words of the names of volume files that are not FLAIR.
-OTHER_SEQUENCE = re.compile(r"[-_. ](t1\w*|t2w?|pre|post|gd|dwi|adc|seg\w*|label\w*)$", re.I)
+OTHER_SEQUENCE = re.compile(r"(?:^|[-_. ])(t1\w*|t2w?|pre|post|gd|dwi|adc|seg\w*|label\w*)$", re.I)
 
 
 def find_cases(root: Path | str, names: Sequence[str] | None = None) -> list[Case]:

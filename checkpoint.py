@@ -28,7 +28,8 @@ OTHERS = {  # made of weights, but no weights
     ".pt2": "is an exported program, refused, as opening it could run code; give the weights it "
     "was made of, or an ONNX file (export.py --format onnx)",
 }
-SHIPPED = Path(__file__).resolve().parent / "weights"
+ROOT = Path(__file__).resolve().parent
+SHIPPED = {"unet": ROOT / "weights" / "unet-3b1a9c26.pt"}  # what comes with the project
 
 
 def build_model(name: str, **settings) -> nn.Module:
@@ -129,7 +130,10 @@ def initialise(model: nn.Module, path: Path | str) -> tuple[list[str], list[str]
     state, own = load_state(path), model.state_dict()
     fitting = {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}
     if not any(key.endswith("weight") for key in fitting):
-        raise ValueError(f"{path}: no weight in it fits the model; give weights of the same model")
+        raise ValueError(
+            f"{path}: no weight in it fits the model; give weights of the same network and width "
+            "(--model, --features)"
+        )
     model.load_state_dict(fitting, strict=False)
     return sorted(state.keys() - fitting.keys()), sorted(own.keys() - fitting.keys())
 
@@ -178,16 +182,13 @@ def read_card(path: Path | str) -> dict:
 
 
 def shipped_weights(name: str) -> Path:
-    """The one weights file of a model that came with the project.
-
-    Raises FileNotFoundError if there is none and ValueError if there are several.
-    """
-    found = sorted(SHIPPED.glob(f"{name}-" + "[0-9a-f]" * 8 + ".pt"))
-    if not found:
-        raise FileNotFoundError(f"no pretrained weights for {name!r} in {SHIPPED}; train some")
-    if len(found) > 1:
-        raise ValueError(f"{SHIPPED} holds {found[0].name} and {found[1].name}; remove one")
-    return found[0]
+    """The weights file of a model that came with the project; FileNotFoundError if none did."""
+    if name not in SHIPPED:
+        known = ", ".join(SHIPPED)
+        raise FileNotFoundError(f"no pretrained weights for {name!r}, only for {known}; train some")
+    if not SHIPPED[name].is_file():
+        raise FileNotFoundError(f"{SHIPPED[name]}: is missing; fetch the project again")
+    return SHIPPED[name]
 
 
 def load_pretrained(name: str, **settings: int) -> nn.Module:

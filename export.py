@@ -23,13 +23,14 @@ from __future__ import annotations
 import argparse
 import hashlib
 import io
+import json
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from checkpoint import SHIPPED, file_hash, load_state, model_from_state, read_card
-from dataset import SUBSETS, is_lgg, patient_of
+from checkpoint import file_hash, load_state, model_from_state, read_card
+from dataset import SUBSETS, is_lgg, patient_of, subset_of
 from metrics import summarise
 from onnx_network import OnnxNetwork, needed
 from program import check_finite, largest_difference, slices_to_compare, to_onnx, to_pt2, trace
@@ -62,9 +63,7 @@ def get_parser() -> argparse.ArgumentParser:
         default="validation",
         help="which cases it scores (%(default)s)",
     )
-    parser.add_argument(
-        "--out", type=Path, default=SHIPPED, help="folder (weights/ of the project)"
-    )
+    parser.add_argument("--out", type=Path, help="folder (that of --weights)")
     add = parser.add_argument_group("onnx and torch-export").add_argument
     add(
         "--precision",
@@ -85,6 +84,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.format == "weights" and (args.precision or args.images):
         parser.error("--precision and --images go with --format onnx or torch-export")
+    args.out = args.out or args.weights.parent
     try:
         state = load_state(args.weights)
         name, model = model_from_state(state, args.weights)
@@ -93,7 +93,9 @@ def main(argv: list[str] | None = None) -> None:
         if any(map(is_lgg, card.get("cases", {}).get("train", ()))):
             card["licence"] = LICENCE
         if args.metrics:
-            card.setdefault("scores", {})[args.subset] = scores_of_unseen(args.metrics)
+            card.setdefault("scores", {})[args.subset] = scores_of_unseen(
+                args.metrics, args.weights, args.subset
+            )
         if args.format == "weights":
             said = write_weights(args.out, state, card)
         else:
@@ -128,12 +130,26 @@ def serialise(state: dict[str, Tensor]) -> bytes:
     return buffer.getvalue()
 
 
-def scores_of_unseen(path: Path) -> dict:
-    """DSC of the cases in a metrics.csv that the weights were not trained on, and its spread."""
-    scores = read_scores(path, ["dsc"])
-    cases = {case: round(row["dsc"], 4) for case, row in scores.items() if not row["trained_on"]}
+def scores_of_unseen(path: Path, weights: Path, subset: str) -> dict:
+    """DSC, and its spread, of the cases of a subset that the weights were not trained on.
+
+    Raises ValueError if the metrics.csv at `path` is not of these weights, by args.json beside it.
+    """
+    scores, about = read_scores(path, ["dsc"]), path.with_name("args.json")
+    made_with = json.loads(about.read_text()).get("weights", {}) if about.is_file() else {}
+    if file_hash(weights) not in made_with.values():
+        raise ValueError(
+            f"{path}: is not of {weights}, by the {about.name} beside it; run inference.py with it"
+        )
+    cases = {
+        case: round(row["dsc"], 4)
+        for case, row in scores.items()
+        if not row["trained_on"] and subset in ("all", subset_of(case))
+    }
     if not cases:
-        raise ValueError(f"{path}: scores no case that the weights were not trained on")
+        raise ValueError(
+            f"{path}: scores no case of subset {subset} that the weights were not trained on"
+        )
     summary = summarise(list(cases.values()), [patient_of(case) for case in cases])
     return {"metric": "DSC per volume", **summary, "cases": cases}
 

@@ -33,14 +33,15 @@ def resnext_unet(in_channels=3, out_channels=1, pretrained=False):
     )
 
 
-def segmenter(model="unet", device=None, **options):
+def segmenter(network="unet", device=None, **options):
     """Raw volume (slices, H, W, 3) uint8 in, boolean mask (slices, H, W) out, pretrained.
 
     Channels are pre-contrast, FLAIR, post-contrast; needs numpy and scikit-image.
+    network: whose weights to take, of those that come with the repository.
     device: an accelerator if there is one, unless named here.
     options: threshold=0.5, largest_component=True, tta=False, batch_size=16, amp=None.
     """
     from checkpoint import shipped_weights
     from segmentation import Segmenter
 
-    return Segmenter.from_weights(shipped_weights(model), device=device, **options)
+    return Segmenter.from_weights(shipped_weights(network), device=device, **options)

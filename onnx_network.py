@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from threading import Lock
@@ -133,6 +134,7 @@ def sealed(model: bytes) -> bytes:
 
 def needed(package: str, purpose: Path | str) -> ModuleType:
     """An optional package; ValueError, saying how to install it, if it is not there."""
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # ONNX Runtime is to tell nobody of its use
     try:
         return importlib.import_module(package)
     except ImportError as error:

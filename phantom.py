@@ -243,7 +243,7 @@ def main() -> None:
     except OSError as error:
         reason = error.strerror or error
         sys.exit(f"phantom.py: cannot write the cases to {args.directory}: {reason}")
-    print(f"{args.cases} cases of {args.slices} slices are in {args.directory}")
+    print(f"{args.cases} cases of {args.slices} slices, written to {args.directory}")
 
 
 if __name__ == "__main__":

@@ -16,13 +16,13 @@ import sys
 import time
 import zipfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from cases import SLICE_NAME, find_case, find_sequences
+from cases import SLICE_NAME, case_name, find_case, find_sequences
 from scan import SUFFIXES, Scan, is_scan, scan_name
 from utils import sentence
 from volume import Case
@@ -191,7 +191,8 @@ def unpack(parts: dict[str, list[Sent]], folder: Path, limits: Limits) -> Case:
             check_alone(path)
     if not sequences:
         return find_case(place)
-    return find_sequences(placed["flair"], placed.get("pre"), placed.get("post"))
+    case = find_sequences(placed["flair"], placed.get("pre"), placed.get("post"))
+    return replace(case, name=case_name(placed["flair"]))
 
 
 def _place_sequences(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gzip
 import math
+import re
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,6 +23,13 @@ from utils import written_whole
 from volume import Case
 
 SUFFIXES = (".nii.gz", ".nii", ".mha", ".mhd", ".nrrd")
+FLOATS = {"16": "f4", "64": "f8"}  # of the data types of NIfTI
+BYTES = {  # of an element of MetaImage
+    **dict.fromkeys(("CHAR", "UCHAR"), 1),
+    **dict.fromkeys(("SHORT", "USHORT"), 2),
+    **dict.fromkeys(("INT", "UINT", "LONG", "ULONG", "FLOAT"), 4),
+    **dict.fromkeys(("LONG_LONG", "ULONG_LONG", "DOUBLE"), 8),
+}
 
 
 @dataclass(frozen=True)
@@ -145,7 +153,9 @@ def read_voxels(path: Path) -> np.ndarray:
     from medpy.io import load
 
     if is_nifti(path):
-        _check_length(path, read_fields(path))
+        _check_nifti(path, read_fields(path))
+    if path.name.lower().endswith((".mha", ".mhd")):
+        _check_metaimage(path)
     try:
         voxels, header = load(str(path))
     except MemoryError:
@@ -156,20 +166,65 @@ def read_voxels(path: Path) -> np.ndarray:
         voxels = voxels.transpose(3, 0, 1, 2)
     voxels = voxels[..., None] if voxels.ndim == 3 else voxels
     if voxels.dtype.kind == "f" and not np.isfinite(voxels).all():
-        raise ValueError(f"{path}: holds NaN or infinite voxels; export it again")
+        raise ValueError(not_finite(path))
     return voxels
 
 
-def _check_length(path: Path, field: dict[str, str]) -> None:
-    """Raise ValueError if a NIfTI file is cut short: its reader would fill up with zeros."""
+def not_finite(path: Path) -> str:
+    return f"{path}: holds NaN or infinite voxels; export it again"
+
+
+def _check_nifti(path: Path, field: dict[str, str]) -> None:
+    """Raise ValueError if voxels are cut short, NaN or infinite: their reader makes them 0."""
+    offset, kind = int(float(field["vox_offset"])), FLOATS.get(field["datatype"])
     sizes = [int(field[f"dim[{k}]"]) for k in range(1, 1 + int(field["dim[0]"]))]
-    needed = int(float(field["vox_offset"])) + math.prod(sizes) * int(field["bitpix"]) // 8
-    length = path.stat().st_size
+    needed = offset + math.prod(sizes) * int(field["bitpix"]) // 8
+    length, finite, packed = 0, True, path.name.lower().endswith(".gz")
+    step = int(kind[1]) if kind else 1
     try:
-        if path.name.lower().endswith(".gz"):
-            with gzip.open(path) as file:  # to its end, where the checksum is
-                length = sum(len(part) for part in iter(lambda: file.read(1 << 20), b""))
+        with gzip.open(path) if packed else open(path, "rb") as file:
+            head = file.read(offset)
+            order = "<" if head[:2] in (b"\x5c\x01", b"\x1c\x02") else ">"  # 348 or 540
+            length = len(head)
+            while part := file.read(1 << 20):  # to the end, where the checksum of a .gz is
+                length += len(part)
+                if kind:
+                    floats = np.frombuffer(part[: len(part) // step * step], order + kind)
+                    finite &= bool(np.isfinite(floats).all())
+                elif not packed:
+                    length = path.stat().st_size
+                    break
     except (OSError, EOFError, zlib.error) as error:
         raise ValueError(damaged(path)) from error
+    if length < needed:
+        raise ValueError(damaged(path))
+    if not finite:
+        raise ValueError(not_finite(path))
+
+
+def _check_metaimage(path: Path) -> None:
+    """Raise ValueError if the voxels are cut short: their reader says so in lines of its own."""
+    with open(path, "rb") as file:
+        header = file.read(1 << 16)
+    end = re.search(rb"^ElementDataFile *= *(.*?) *\r?\n", header, re.M)
+    if not end:
+        return  # the reader will say what it is
+    field = dict(re.findall(r"^(\w+) *= *(.*?)\s*$", header[: end.end()].decode("latin-1"), re.M))
+    voxels, length = path.parent / field["ElementDataFile"], path.stat().st_size - end.end()
+    if field["ElementDataFile"] != "LOCAL":
+        if re.match(r"LIST\b|.*%", field["ElementDataFile"]):  # of many files
+            return
+        if not voxels.is_file():
+            raise ValueError(
+                f"{path}: its voxels, {voxels.name}, are not beside it; copy them there"
+            )
+        length = voxels.stat().st_size
+    try:
+        sizes = [int(size) for size in field["DimSize"].split()]
+        needed = math.prod(sizes) * int(field.get("ElementNumberOfChannels", 1))
+        needed *= BYTES[field["ElementType"].removeprefix("MET_").removesuffix("_ARRAY")]
+        needed = int(field.get("CompressedDataSize", needed))
+    except (KeyError, ValueError):
+        return
     if length < needed:
         raise ValueError(damaged(path))

@@ -46,7 +46,8 @@ class Reader:
     def __init__(self, limits: Limits):
         self.limits = limits
         self.closed = False
-        self._lock = threading.Lock()
+        self._turn = threading.Lock()  # one upload at a time
+        self._lock = threading.Lock()  # of `closed` and `_process`: none is started once closed
         self._process = self._start()
 
     def _start(self) -> subprocess.Popen:
@@ -86,11 +87,12 @@ class Reader:
         return Loaded(case, answer["notes"], np.load(folder / "volume.npy"), truth)
 
     def _ask(self, order: dict) -> dict:
-        with self._lock:
-            if self.closed:
-                raise ValueError("the server is stopping")
-            if self._process.poll() is not None:
-                self._process = self._start()
+        with self._turn:
+            with self._lock:
+                if self.closed:
+                    raise ValueError("the server is stopping")
+                if self._process.poll() is not None:
+                    self._process = self._start()
             try:
                 self._process.stdin.write(json.dumps(order) + "\n")
                 self._process.stdin.flush()
@@ -101,8 +103,9 @@ class Reader:
 
     def close(self) -> None:
         """End the process, and what it reads just now."""
-        self.closed = True
-        self._kill()
+        with self._lock:
+            self.closed = True
+            self._kill()
 
     def _kill(self) -> None:
         if self._process.poll() is None:

@@ -77,6 +77,23 @@ def start(folder: Path, weights: Path, *options: str) -> tuple[subprocess.Popen,
     raise AssertionError("the server did not start")
 
 
+def test_a_port_that_is_taken_is_one_sentence(files):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        command = [sys.executable, str(ROOT / "app.py"), "--port", port]
+        command += ["--weights", str(files / "unet.pt")]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert done.stderr.strip() == (
+        f"error: 127.0.0.1:{port}: address already in use; choose --host and --port"
+    )
+
+
+def test_the_api_answers_in_json_whatever_the_method(server):
+    answer = httpx.get(f"{server[0]}/api/segment")
+    assert answer.status_code == 405 and "by POST" in answer.json()["error"]
+
+
 def stop(process: subprocess.Popen) -> None:
     process.send_signal(signal.SIGTERM)
     process.wait(timeout=30)

@@ -206,14 +206,16 @@ def test_initialise_names_what_it_left():
 
 
 def test_shipped_weights_are_found_by_name_and_hash(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "SHIPPED", tmp_path)
-    saved(tmp_path / "unet.pt")  # what train.py writes is not shipped
-    with pytest.raises(FileNotFoundError, match="no pretrained weights for 'unet'"):
-        shipped_weights("unet")
     path = shipped(tmp_path, narrow())
+    monkeypatch.setattr(checkpoint, "SHIPPED", {"unet": path})
     assert shipped_weights("unet") == path
+    with pytest.raises(FileNotFoundError, match="no pretrained weights for 'resnext_unet'"):
+        shipped_weights("resnext_unet")
     model = load_pretrained("unet", in_channels=3, out_channels=1, init_features=4)
     assert not model.training
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match=f"{path}: is missing; fetch"):
+        shipped_weights("unet")
 
 
 @pytest.mark.parametrize("odd", [{"in_channels": 1}, {"out_channels": 2}, {"init_features": 8}])
@@ -221,8 +223,7 @@ def test_pretrained_of_another_shape_is_refused_before_loading(tmp_path, monkeyp
     def opened(*_, **__):
         raise AssertionError("weights were opened")
 
-    shipped(tmp_path, narrow())
-    monkeypatch.setattr(checkpoint, "SHIPPED", tmp_path)
+    monkeypatch.setattr(checkpoint, "SHIPPED", {"unet": shipped(tmp_path, narrow())})
     for name in ("load_state", "load_tensors"):
         monkeypatch.setattr(checkpoint, name, opened)
     monkeypatch.setattr(torch, "load", opened)
@@ -232,9 +233,8 @@ def test_pretrained_of_another_shape_is_refused_before_loading(tmp_path, monkeyp
 
 
 def test_weights_that_come_with_the_project_are_sound():
-    paths = sorted(checkpoint.SHIPPED.glob("*-" + "[0-9a-f]" * 8 + ".pt"))
-    if not paths:
-        pytest.skip(f"no shipped weights in {checkpoint.SHIPPED} yet")
+    paths = sorted((checkpoint.ROOT / "weights").glob("*-" + "[0-9a-f]" * 8 + ".pt"))
+    assert paths == sorted(checkpoint.SHIPPED.values()), "no other lies about"
     for path in paths:
         name, model = model_from_state(load_state(path), path)
         card = read_card(path)

@@ -1,6 +1,7 @@
 """Exported weights: small, named by their hash, with a card, and segmenting as before."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from checkpoint import file_hash, load_state, model_from_state, save_weights
 from unet import UNet
 
 SEEN = "TCGA_CS_4942_19970222"
-ROWS = f"case,dsc,trained_on\na,0.8,0\nb,0.9,0\n{SEEN},0.99,1\n"
+UNSEEN = "TCGA_CS_4944_20010208", "TCGA_CS_6667_20011105"
+ROWS = f"case,dsc,trained_on\n{UNSEEN[0]},0.8,0\n{UNSEEN[1]},0.9,0\n{SEEN},0.99,1\n"
 
 
 @pytest.fixture
@@ -19,6 +21,14 @@ def trained(tmp_path):
     path = tmp_path / "unet.pt"
     save_weights(path, UNet(init_features=4).state_dict(), {"cases": {"train": [SEEN]}})
     return path
+
+
+def written(folder: Path, rows: str, weights: Path) -> Path:
+    """A table as inference.py leaves it, with what it was made with."""
+    about = {"weights": {str(weights): file_hash(weights)}}
+    (folder / "args.json").write_text(json.dumps(about))
+    (folder / "metrics.csv").write_text(rows)
+    return folder / "metrics.csv"
 
 
 def exported(tmp_path, *options):
@@ -46,17 +56,44 @@ def test_half_precision_kernels_change_little(trained, tmp_path):
 
 def test_scores_are_added_to_the_same_file_and_leave_out_training_cases(trained, tmp_path):
     path = exported(tmp_path, "--weights", trained)
-    metrics = tmp_path / "metrics.csv"
-    metrics.write_text(ROWS)
+    metrics = written(tmp_path, ROWS, path)
     assert exported(tmp_path, "--weights", path, "--metrics", metrics) == path
     scores = json.loads(path.with_suffix(".json").read_text())["scores"]["validation"]
     assert scores["n"] == 2 and scores["mean"] == pytest.approx(0.85)
-    assert scores["cases"] == {"a": 0.8, "b": 0.9}
+    assert scores["cases"] == {UNSEEN[0]: 0.8, UNSEEN[1]: 0.9}
+
+
+@pytest.mark.parametrize("subset, n", [("train", 0), ("validation", 2), ("test", 1), ("all", 3)])
+def test_scores_are_of_the_subset_that_is_named(trained, tmp_path, subset, n):
+    metrics = written(tmp_path, f"{ROWS}TCGA_CS_4941_19960909,0.5,0\n", trained)
+    options = "--weights", trained, "--metrics", metrics, "--subset", subset
+    if n == 0:
+        with pytest.raises(SystemExit, match="scores no case of subset train"):
+            exported(tmp_path, *options)
+        return
+    card = json.loads(exported(tmp_path, *options).with_suffix(".json").read_text())
+    assert card["scores"][subset]["n"] == n
+
+
+def test_scores_of_other_weights_are_refused(trained, tmp_path):
+    other = tmp_path / "other.pt"
+    other.write_bytes(trained.read_bytes() + b"\0")
+    metrics = written(tmp_path, ROWS, other)
+    with pytest.raises(SystemExit, match="metrics.csv: is not of .*unet.pt"):
+        exported(tmp_path, "--weights", trained, "--metrics", metrics)
+    (tmp_path / "args.json").unlink()
+    with pytest.raises(SystemExit, match="metrics.csv: is not of .*unet.pt"):
+        exported(tmp_path, "--weights", trained, "--metrics", metrics)
+
+
+def test_lies_beside_the_weights_unless_told_otherwise(trained):
+    export.main(["--weights", str(trained)])
+    (path,) = trained.parent.glob("unet-*.pt")
+    assert path.name == f"unet-{file_hash(path)[:8]}.pt"
 
 
 def test_refuses_metrics_of_training_cases_only(trained, tmp_path):
-    metrics = tmp_path / "metrics.csv"
-    metrics.write_text("case,dsc,trained_on\nc,0.99,1\n")
+    metrics = written(tmp_path, f"case,dsc,trained_on\n{UNSEEN[0]},0.99,1\n", trained)
     with pytest.raises(SystemExit, match="not trained on"):
         exported(tmp_path, "--weights", trained, "--metrics", metrics)
 

@@ -31,16 +31,8 @@ def own_weights(tmp_path, monkeypatch) -> Path:
     digits = hashlib.sha256((tmp_path / "new.pt").read_bytes()).hexdigest()[:8]
     path = (tmp_path / "new.pt").rename(tmp_path / f"unet-{digits}.pt")
     path.with_suffix(".json").write_text(json.dumps({"settings": model.settings, "image_size": 32}))
-    monkeypatch.setattr(checkpoint, "SHIPPED", tmp_path)
+    monkeypatch.setattr(checkpoint, "SHIPPED", {"unet": path})
     return path
-
-
-@pytest.fixture
-def shipped_weights() -> Path:
-    try:
-        return checkpoint.shipped_weights("unet")
-    except FileNotFoundError:
-        pytest.skip(f"no shipped weights for the U-Net in {checkpoint.SHIPPED} yet")
 
 
 def test_only_the_entries_are_listed_and_explained(monkeypatch):
@@ -110,17 +102,23 @@ def check_segmenter(segmenter) -> None:
 def test_segmenter_takes_a_raw_volume(own_weights):
     segmenter = load("segmenter", device="cpu", threshold=0.4)
     assert segmenter.image_size == 32 and segmenter.threshold == 0.4
+    volume, _ = make_volume(0, slices=2, size=48)
+    assert np.array_equal(segmenter(torch.from_numpy(volume)), segmenter(volume.tolist()))
+    with pytest.raises(ValueError, match="threshold 50: "):
+        load("segmenter", device="cpu", threshold=50)
+    with pytest.raises(FileNotFoundError, match="'resnext_unet', only for unet"):
+        load("segmenter", network="resnext_unet")
     check_segmenter(segmenter)
 
 
 def test_without_shipped_weights_one_sentence(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "SHIPPED", tmp_path)
+    monkeypatch.setattr(checkpoint, "SHIPPED", {})
     for entry, settings in (("unet", {"pretrained": True}), ("segmenter", {})):
         with pytest.raises(FileNotFoundError, match="no pretrained weights for 'unet'"):
             load(entry, **settings)
 
 
-def test_shipped_weights_through_the_hub(shipped_weights):
+def test_shipped_weights_through_the_hub():
     model = load("unet", in_channels=3, out_channels=1, init_features=32, pretrained=True)
     assert not model.training
     with pytest.raises(ValueError, match="in_channels=3, not 1"):

@@ -3,14 +3,11 @@
 import json
 
 import matplotlib.pyplot as plt
-import pytest
 from conftest import ROOT
 
-from checkpoint import SHIPPED
 from metrics import dsc
 
 
-@pytest.mark.skipif(not list(SHIPPED.glob("unet-*.pt")), reason="no shipped weights")
 def test_notebook_runs_from_top_to_bottom(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT / "notebooks")
     plt.switch_backend("Agg")

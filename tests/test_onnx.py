@@ -3,6 +3,8 @@
 import csv
 import importlib.util
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -243,6 +245,18 @@ def test_what_onnx_runtime_cannot_run_is_one_sentence(phantoms, onnx, tmp_path):
     file.write_bytes(sealed(graph.replace(b"ConvTranspose", b"ConvUnheardOf")))
     message = refused(phantoms, tmp_path, file)
     assert message.startswith(f"error: {file}: ONNX Runtime ") and "cannot run it" in message
+
+
+def test_onnx_runtime_keeps_no_diary(onnx, tmp_path):
+    """Its builds may note what runs where, under a name for the machine, to be sent home."""
+    code = f"from onnx_network import OnnxNetwork; OnnxNetwork({str(onnx)!r}, ['cpu'])"
+    subprocess.run(
+        [sys.executable, "-c", code],
+        check=True,
+        env={k: v for k, v in os.environ.items() if k[:4] != "XDG_"} | {"HOME": str(tmp_path)},
+        cwd=ROOT,
+    )
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 def test_missing_files_are_named(phantoms, tmp_path):

@@ -10,12 +10,10 @@ import torch
 from conftest import ROOT
 
 from cases import find_cases
-from checkpoint import SHIPPED
 from metrics import dsc
 from phantom import make_volume
 
 README = (ROOT / "README.md").read_text()
-needs_weights = pytest.mark.skipif(not list(SHIPPED.glob("*-*.pt")), reason="no shipped weights")
 
 
 def notebook_example(volume: np.ndarray) -> np.ndarray:
@@ -27,7 +25,6 @@ def notebook_example(volume: np.ndarray) -> np.ndarray:
     return names["mask"]
 
 
-@needs_weights
 def test_notebook_example_gives_a_mask_of_the_volume(monkeypatch):
     monkeypatch.chdir(ROOT)
     volume, _ = make_volume(seed=0, slices=6, size=64)
@@ -35,7 +32,6 @@ def test_notebook_example_gives_a_mask_of_the_volume(monkeypatch):
     assert mask.dtype == bool and mask.shape == volume.shape[:3]
 
 
-@needs_weights
 def test_notebook_example_is_right_on_a_real_case(lgg, monkeypatch):
     """The front-page example of this family of code once gave a wrong mask (trap 9)."""
     monkeypatch.chdir(ROOT)

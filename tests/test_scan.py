@@ -10,6 +10,7 @@ import nibabel
 import numpy as np
 import pydicom
 import pytest
+import SimpleITK
 import torch
 from conftest import make_weights
 from medpy.io import load, save
@@ -17,11 +18,11 @@ from pydicom.dataset import FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, MRImageStorage
 
 import inference
-from cases import case_paths, find_case, find_cases
-from dataset import BrainSegmentationDataset
+from cases import case_paths, find_case, find_cases, find_sequences
+from dataset import BrainSegmentationDataset, patient_of
 from grid import Grid
 from phantom import make_volume
-from scan import Scan
+from scan import Scan, read_voxels
 from segmentation import Segmenter
 
 # From voxels (column, row, slice), which run left, posterior and up, to RAS: negated twice.
@@ -130,6 +131,56 @@ def test_other_formats(pair, tmp_path, suffix):
     assert np.array_equal(find_case(tmp_path / f"b{suffix}").read()[..., 1], pair[0][..., 1])
 
 
+@pytest.mark.parametrize("compressed", [False, True])
+@pytest.mark.parametrize("name", ["b.mha", "b.mhd"])
+def test_a_metaimage_that_is_cut_short_is_one_sentence(tmp_path, name, compressed, capfd):
+    voxels = np.random.default_rng(0).integers(0, 255, (6, 40, 40), np.uint8)
+    SimpleITK.WriteImage(
+        SimpleITK.GetImageFromArray(voxels), str(tmp_path / name), useCompression=compressed
+    )
+    assert read_voxels(tmp_path / name).shape == (40, 40, 6, 1)
+    data = next((p for p in tmp_path.iterdir() if p.suffix in (".raw", ".zraw")), tmp_path / name)
+    data.write_bytes(data.read_bytes()[:-1000])
+    with pytest.raises(ValueError, match=f"{name}: .* cut short"):
+        read_voxels(tmp_path / name)
+    assert capfd.readouterr().err == "", "nothing of the reader's own"
+
+
+def test_a_metaimage_without_its_voxels_names_their_file(tmp_path):
+    image = SimpleITK.GetImageFromArray(np.ones((2, 8, 8), np.uint8))
+    SimpleITK.WriteImage(image, str(tmp_path / "b.mhd"))
+    (tmp_path / "b.raw").unlink()
+    with pytest.raises(ValueError, match="b.mhd: its voxels, b.raw, are not beside it"):
+        read_voxels(tmp_path / "b.mhd")
+
+
+@pytest.mark.parametrize("dtype", ["<f4", ">f4", "<f8"])
+@pytest.mark.parametrize("name", ["a.nii", "a.nii.gz"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_nifti_that_is_not_finite_is_refused(tmp_path, name, dtype, value):
+    """Its reader makes 0 of such a voxel."""
+    voxels = np.random.default_rng(0).random((5, 7, 3)).astype(dtype)
+    header = nibabel.Nifti1Header(endianness=dtype[0])
+    header.set_data_dtype(dtype)
+    for place in (None, (0, 0, 0), (4, 6, 2)):
+        if place:
+            voxels[place] = value
+        nibabel.save(nibabel.Nifti1Image(voxels, LPS, header), tmp_path / name)
+        if place is None:
+            assert np.allclose(read_voxels(tmp_path / name)[..., 0], voxels)
+            continue
+        with pytest.raises(ValueError, match=f"{name}: holds NaN or infinite voxels"):
+            read_voxels(tmp_path / name)
+        voxels[place] = 0
+
+
+def test_the_patient_of_sequences_is_known_by_their_folder(pair, tmp_path):
+    """Else a patient that the weights were trained on counts as unseen."""
+    (tmp_path / "anna_20240131").mkdir()
+    flair = write(tmp_path / "anna_20240131" / "flair.nii.gz", pair[0][..., 1])
+    assert patient_of(find_sequences(flair, None, None).name) == "anna"
+
+
 # Sequences
 
 
@@ -188,7 +239,7 @@ def test_flair_with_three_channels_is_refused(pair, weights, tmp_path, capsys):
     assert f"{path}: 3 channels; give it with --images alone" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["p1_t1", "p1-T1ce", "x_seg", "a_t2w"])
+@pytest.mark.parametrize("name", ["p1_t1", "p1-T1ce", "x_seg", "a_t2w", "t1ce"])
 def test_a_file_whose_name_says_another_sequence_is_not_taken_for_flair(pair, tmp_path, name):
     path = write(tmp_path / f"{name}.nii.gz", pair[0][..., 1])
     with pytest.raises(ValueError, match=f"{path}: one channel is taken for FLAIR.*--flair"):
