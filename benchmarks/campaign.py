@@ -40,7 +40,7 @@ from dataset import patient_of  # noqa: E402
 from metrics import summarise  # noqa: E402
 from utils import fail, write_json, written_whole  # noqa: E402
 
-RECIPE = """--lr 1e-3 --schedule cosine --warmup 200 --ema 0.998 --loss bce-dice --aug-scale 0.2
+RECIPE = """--lr 1e-3 --schedule cosine --warmup 200 --ema 0.995 --loss bce-dice --aug-scale 0.2
 --aug-intensity 0.3 --drop-sequences 0.1 --keep last --vis-freq 0""".split()
 SMALL = "--image-size 128 --epochs 8".split()
 FULL = {"unet": "--epochs 30".split(), "resnext_unet": "--epochs 15".split()}

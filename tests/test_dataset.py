@@ -271,6 +271,15 @@ def test_sampling_weights_by_hand(data):
     assert weights.sum().item() == pytest.approx(1) and (weights > 0).all()
 
 
+@pytest.mark.parametrize("background", [0, 0.5, 3])
+def test_background_is_a_share_of_even_draws(data, background):
+    areas = torch.tensor([data[index][1].sum().item() for index in range(len(data))]).double()
+    by_area = (areas.view(12, 8) / areas.view(12, 8).sum(1, keepdim=True) / 12).flatten()
+    share = background / (1 + background)
+    expected = (1 - share) * by_area + share / len(data)
+    torch.testing.assert_close(data.sampling_weights(background), expected)
+
+
 def test_case_without_lesion_draws_its_slices_evenly(tmp_path):
     """Trap 2: a healthy case, of another length, is used and not fatal."""
     write_data_set(tmp_path / "images", cases=2, slices=6, size=32, no_lesion=2)
