@@ -107,7 +107,8 @@ def run(args: argparse.Namespace, options: dict) -> None:
     try:
         listener = socket.create_server((args.host, args.port), family=family)
     except OSError as error:
-        reason = os.strerror(error.errno).lower() if error.errno else str(error)
+        known = error.errno and error.errno > 0  # not so of a host that has no address
+        reason = (os.strerror(error.errno) if known else error.strerror or str(error)).lower()
         raise OSError(f"{args.host}:{args.port}: {reason}; choose --host and --port") from error
     config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2)
     if not args.auth and not is_loopback(args.host):
@@ -161,6 +162,7 @@ class Segment:
 
         service = self.service
         if scope["method"] != "POST":
+            await drain(receive, service.limits.upload)
             await refuse(send, 405, "send an upload by POST; GET /api says what it can hold")
             return
         try:

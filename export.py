@@ -136,8 +136,11 @@ def scores_of_unseen(path: Path, weights: Path, subset: str) -> dict:
     Raises ValueError if the metrics.csv at `path` is not of these weights, by args.json beside it.
     """
     scores, about = read_scores(path, ["dsc"]), path.with_name("args.json")
-    made_with = json.loads(about.read_text()).get("weights", {}) if about.is_file() else {}
-    if file_hash(weights) not in made_with.values():
+    try:
+        made_with = json.loads(about.read_text())["weights"].values()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        made_with = ()
+    if file_hash(weights) not in made_with:
         raise ValueError(
             f"{path}: is not of {weights}, by the {about.name} beside it; run inference.py with it"
         )

@@ -103,6 +103,8 @@ async def refuse(send, status: int, error: str) -> None:
     body = json.dumps({"error": error}).encode()
     headers = [(b"content-type", b"application/json"), (b"connection", b"close")]
     headers.append((b"content-length", str(len(body)).encode()))
+    if status == 405:
+        headers.append((b"allow", b"POST"))
     if status == 401:
         headers.append((b"www-authenticate", b'Basic realm="brainseg", charset="UTF-8"'))
     await send({"type": "http.response.start", "status": status, "headers": headers})

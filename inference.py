@@ -25,6 +25,7 @@ import functools
 import json
 import signal
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -141,12 +142,11 @@ def run(args: argparse.Namespace, options: dict) -> int:
     segmenter, sources = one_first(lambda: prepare(args, options, weights))
     trained_on = set(map(patient_of, read_card(weights).get("cases", {}).get("train", ())))
     about["weights"] = {str(weights): file_hash(weights)}
-    if args.skip_existing:
-        together(lambda: check_alike(args.predictions / "args.json", about))
+    about["since"] = together(lambda: since(args, about))
     in_main(lambda: write_json(args.predictions / "args.json", about))
     rows, failed, kept = [], 0, 0
     try:
-        for result in segment_all(share(sources), segmenter, args):
+        for result in segment_all(share(sources), segmenter, args, about["since"]):
             rows.append(None)
             if isinstance(result, Exception):
                 tqdm.write(f"error: {sentence(result)}", file=sys.stderr)
@@ -171,24 +171,33 @@ def run(args: argparse.Namespace, options: dict) -> int:
     return failed
 
 
-def check_alike(path: Path, about: dict) -> None:
-    """Raise ValueError if masks to be kept were made with other weights or settings."""
+def since(args: argparse.Namespace, about: dict) -> float:
+    """Since when, in seconds of the epoch, masks in the folder are of these weights and settings.
+
+    Raises ValueError if masks of others are to be kept; else the table of those is removed.
+    """
+    now, path = time.time(), args.predictions / "args.json"
     try:
         before = json.loads(path.read_text())
         changed = [
-            f"--{name.replace('_', '-')} {before['args'][name]}"
+            f"{name.replace('_', ' ')} {before['args'][name]}"
             for name in ("image_size", "threshold", "largest_component", "tta")
             if before["args"][name] != about["args"][name]
         ]
         if list(before["weights"].values()) != list(about["weights"].values()):
             changed.insert(0, f"weights {', '.join(before['weights'])}")
+        begun = float(before["since"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return  # nothing is known of them
-    if changed:
+        return now  # nothing is known of what is there
+    if not changed:
+        return begun
+    if args.skip_existing:
         raise ValueError(
             f"{path.parent}: masks there were made with {', '.join(changed)}; leave "
             "--skip-existing out, or name another folder with --predictions"
         )
+    path.with_name("metrics.csv").unlink(missing_ok=True)
+    return now
 
 
 def prepare(
@@ -216,7 +225,7 @@ def prepare(
 
 
 def segment_all(
-    sources: list[Path | Case], segmenter: Segmenter, args: argparse.Namespace
+    sources: list[Path | Case], segmenter: Segmenter, args: argparse.Namespace, since: float
 ) -> Iterator[Result | Exception]:
     """For each case its result, written to disk, or what is wrong with its files.
 
@@ -227,7 +236,8 @@ def segment_all(
     def segmented(group: list[Result | Exception]) -> list[Result | Exception]:
         results = [item for item in group if slices_of(item)]
         for item, part in zip(results, probabilities_in_memory(segmenter, results), strict=True):
-            item.images, item.probabilities = None, part
+            # Threads may use CUDA at once, but not every other accelerator.
+            item.images, item.probabilities = None, part if part.is_cuda else part.cpu()
         return group
 
     def finished(item: Result | Exception) -> Result | Exception:
@@ -241,7 +251,7 @@ def segment_all(
         return item
 
     def loaded(source: Path | Case) -> Result | Exception:
-        return load(source, segmenter, args)
+        return load(source, segmenter, args, since)
 
     bar = functools.partial(
         tqdm,
@@ -257,7 +267,7 @@ def segment_all(
 
         return iter(bar(in_order(whole, sources, args.workers)))
     ahead = bar(in_order(loaded, sources, args.workers))
-    groups = in_groups(ahead, slices_of, GROUP * segmenter.batch_size)
+    groups = in_groups(ahead, lambda item: slices_of(item) or 1, GROUP * segmenter.batch_size)
     return in_order(finished, chain.from_iterable(map(segmented, groups)), args.workers)
 
 
@@ -289,14 +299,16 @@ def probabilities_in_memory(segmenter: Segmenter, items: list[Result]) -> Sequen
     return []
 
 
-def load(source: Path | Case, segmenter: Segmenter, args: argparse.Namespace) -> Result | Exception:
+def load(
+    source: Path | Case, segmenter: Segmenter, args: argparse.Namespace, since: float
+) -> Result | Exception:
     """Read a case and prepare it for the network; what is wrong is handed on, not raised."""
     try:
         case = find_case(source) if isinstance(source, Path) else source
         for note in case.notes:
             tqdm.write(note, file=sys.stderr)
         volume, truth = case.read_pair() if case.masks else (case.read(), None)
-        earlier = find_masks(args.predictions, case) if args.skip_existing else None
+        earlier = find_masks(args.predictions, case, since) if args.skip_existing else None
         if earlier is not None and earlier.shape == volume.shape[:3]:
             return Result(case, volume, truth, fresh=False, prediction=earlier)
     except (ValueError, OSError) as error:

@@ -23,10 +23,10 @@ def mask_files(case: Case) -> list[Path]:
     return [Path(case.name, f"{case.name}_{number}_mask.tif") for number in case.numbers]
 
 
-def find_masks(folder: Path, case: Case) -> np.ndarray | None:
-    """The mask (S, H, W) of a case that an earlier run wrote, if it is there whole."""
+def find_masks(folder: Path, case: Case, since: float) -> np.ndarray | None:
+    """The mask (S, H, W) of a case that was written `since` then, if it is there whole."""
     paths = [folder / file for file in mask_files(case)]
-    if not all(path.is_file() for path in paths):
+    if not all(path.is_file() and path.stat().st_mtime >= since for path in paths):
         return None
     try:
         if isinstance(case, Scan):

@@ -188,6 +188,7 @@ def _check_nifti(path: Path, field: dict[str, str]) -> None:
             length = len(head)
             while part := file.read(1 << 20):  # to the end, where the checksum of a .gz is
                 length += len(part)
+                part = part[: max(0, len(part) - max(0, length - needed))]  # what follows is free
                 if kind:
                     floats = np.frombuffer(part[: len(part) // step * step], order + kind)
                     finite &= bool(np.isfinite(floats).all())
@@ -210,8 +211,12 @@ def _check_metaimage(path: Path) -> None:
     if not end:
         return  # the reader will say what it is
     field = dict(re.findall(r"^(\w+) *= *(.*?)\s*$", header[: end.end()].decode("latin-1"), re.M))
+    compressed = field.get("CompressedData", "False").lower() == "true"
+    text = field.get("BinaryData", "True").lower() == "false"
+    if text or (compressed and "CompressedDataSize" not in field):
+        return  # how long it is to be is not known
     voxels, length = path.parent / field["ElementDataFile"], path.stat().st_size - end.end()
-    if field["ElementDataFile"] != "LOCAL":
+    if field["ElementDataFile"].upper() != "LOCAL":
         if re.match(r"LIST\b|.*%", field["ElementDataFile"]):  # of many files
             return
         if not voxels.is_file():

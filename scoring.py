@@ -16,9 +16,9 @@ from checkpoint import file_hash, read_card
 from comparison import SCORES, SETTINGS
 from dataset import patient_of, site_of, subset_of
 from metrics import dsc, score
-from segmentation import Segmenter, to_mask
+from segmentation import Segmenter, preprocess_near, to_mask
 from utils import in_order, outline, read_scores, to_grey
-from volume import Case, missing_sequences, preprocess
+from volume import Case, missing_sequences
 
 
 @dataclass
@@ -168,7 +168,7 @@ def score_all(
     def load(case: Case) -> tuple:
         volume, truth = case.read_pair()
         try:
-            return case, volume, truth, {way: preprocess(volume, *way) for way in ways}
+            return case, volume, truth, {way: preprocess_near(volume, *way) for way in ways}
         except ValueError as error:
             raise ValueError(f"{case.folder}: {error}") from error
 

@@ -106,11 +106,7 @@ class Segmenter:
         """
         if volume.ndim == 4:
             self.check_channels(volume.shape[3])
-        try:
-            return preprocess(volume, self.image_size, self.device)
-        except torch.OutOfMemoryError:
-            pass  # what it had taken of the device is free only once this block is left
-        return preprocess(volume, self.image_size)
+        return preprocess_near(volume, self.image_size, self.device)
 
     def check_channels(self, channels: int) -> None:
         """Raise ValueError unless the network takes that many."""
@@ -133,7 +129,11 @@ class Segmenter:
 
     def finish(self, probabilities: Tensor, frame: Frame) -> np.ndarray:
         """The mask (S, H, W), bool, in the source geometry, of probabilities (S, K, N, N)."""
-        return to_mask(restore(probabilities[:, 0], frame), self.threshold, self.largest_component)
+        try:
+            restored = restore(probabilities[:, 0], frame)
+        except torch.OutOfMemoryError:
+            restored = restore(probabilities[:, 0].cpu(), frame)
+        return to_mask(restored, self.threshold, self.largest_component)
 
     @torch.inference_mode()
     def probabilities(
@@ -149,6 +149,7 @@ class Segmenter:
         """
         parts, done = [], 0
         seen = neighbourhoods_of(lengths or [len(images)], self.neighbours)
+        seen = seen.to(images.device, non_blocking=True)
         for slices in seen.split(self.batch_size):
             parts.append(self._forward(images[slices].flatten(1, 2)))
             done += len(slices)
@@ -167,6 +168,18 @@ class Segmenter:
             return self.model(batch)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
             return self.model.eval()(batch, logits=True).float().sigmoid()
+
+
+def preprocess_near(
+    volume: np.ndarray, image_size: int, device: torch.device
+) -> tuple[Tensor, Frame]:
+    """`preprocess`, on a GPU that has room for it, else on the processor."""
+    if device.type == "cuda":
+        try:
+            return preprocess(volume, image_size, device)
+        except torch.OutOfMemoryError:
+            pass  # what it had taken is free only once this block is left
+    return preprocess(volume, image_size)
 
 
 def fold_batch_norm(model: nn.Module) -> nn.Module:

@@ -296,7 +296,7 @@ def train(
 ) -> int:
     """Train until the last epoch is done or a signal comes; the number of the signal, or 0."""
     args = trainer.args
-    if args.compile:  # before processes depend on each other, so that one that fails stops none
+    if args.compile:  # before processes wait for each other's gradients: one may fail here
         print(f"compiled in {together(trainer.compile):.1f} s", flush=True)
     trainer.parallelise()
     interruption = Interruption()

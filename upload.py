@@ -98,7 +98,8 @@ class Reader:
                 self._process.stdin.flush()
                 return json.loads(self._process.stdout.readline())
             except (OSError, ValueError):
-                self._kill()
+                with self._lock:
+                    self._kill()
                 return {"error": "the server is stopping" if self.closed else BROKEN}
 
     def close(self) -> None:

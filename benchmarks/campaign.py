@@ -8,11 +8,13 @@ Stages, for one network after the other:
 
 search  trainings that differ from the recipe in one thing, on small slices, compared with it case
         by case over the folds (five, by patient). Changes whose 95 % interval lies above 0 are
-        put together, and kept if the whole is better than the recipe too.
+        put together, and kept if the whole is better than the recipe too; but for those that are
+        there for comparison (COMPARED).
 folds   the chosen recipe on slices of full size, every case scored by the network that has not
-        seen its patient, with and without --tta: the figure to expect on other cases.
-final   the chosen recipe on the training cases, three seeds. The validation cases say which of
-        them is the middle one; they have chosen nothing before.
+        seen its patient, with and without --tta. The same cases have chosen the recipe, from
+        small slices, so that this is a little more than to expect on others.
+final   the chosen recipe on the training cases, three seeds. The validation cases, ten among the
+        many of the search, say which of them is the middle one.
 ship    the middle one by export.py, with its card and validation scores, into OUT/weights.
 
 Every training keeps its last epoch. What follows -- are options of train.py for all trainings. The
@@ -47,8 +49,6 @@ FULL = {"unet": "--epochs 30".split(), "resnext_unet": "--epochs 15".split()}
 BASE = "recipe"
 SEARCH = {
     "unet": {
-        "seed-1": "--seed 1",  # these two are never chosen: what a seed is worth
-        "seed-2": "--seed 2",
         "dice": "--loss dice",
         "tversky": "--loss tversky",
         "focal-tversky": "--loss focal-tversky",
@@ -65,15 +65,18 @@ SEARCH = {
         "little-angle": "--aug-angle 5",
         "no-intensity": "--aug-intensity 0",
         "no-dropped-sequence": "--drop-sequences 0",
+    },
+    "resnext_unet": {"dice": "--loss dice", "lower-rate": "--lr 3e-4"},
+}
+COMPARED = {  # never chosen: what a seed is worth, and networks of another shape than torch.hub's
+    "unet": {
+        "seed-1": "--seed 1",
+        "seed-2": "--seed 2",
         "wide": "--features 48",
         "narrow": "--features 16",
         "three-slices": "--neighbours 1",
     },
-    "resnext_unet": {
-        "seed-1": "--seed 1",
-        "dice": "--loss dice",
-        "lower-rate": "--lr 3e-4",
-    },
+    "resnext_unet": {"seed-1": "--seed 1"},
 }
 SEEDS = (0, 1, 2)
 STAGES = ("search", "folds", "final", "ship")
@@ -89,23 +92,23 @@ class Campaign:
     def search(self) -> str:
         changes = {
             name: options
-            for name, options in SEARCH[self.model].items()
+            for name, options in (SEARCH[self.model] | COMPARED[self.model]).items()
             if not self.args.only or name in self.args.only
         }
         models = self.cross_validate("search", {BASE: "", **changes})
         # Of two values of one option, train.py takes the last: the one that is worth more.
         gains = {name: about["difference"] for name, about in models.items() if name != BASE}
-        helped = [n for n, gain in gains.items() if gain["low"] > 0 and not n.startswith("seed")]
+        helped = [n for n in gains if gains[n]["low"] > 0 and n in SEARCH[self.model]]
         helped.sort(key=lambda name: gains[name]["mean"])
         chosen = " ".join(changes[name] for name in helped)
         if len(helped) > 1:
             together = "+".join(helped)
             models |= self.cross_validate("together", {BASE: "", together: chosen})
-            if models[together]["difference"]["mean"] <= 0:
+            if together not in models or models[together]["difference"]["mean"] <= 0:
                 chosen = ""
         write_json(self.out / "chosen.json", {"options": chosen.split()})
         rows = [
-            [name, changes.get(name, ""), dsc(about), gain(about.get("difference"))]
+            [name, changes.get(name, ""), dsc(about), interval(about.get("difference"))]
             for name, about in models.items()
         ]
         shown = table(["change", "options", "DSC", "difference, case by case"], rows)
@@ -139,7 +142,7 @@ class Campaign:
             with open(self.out / "tables" / name / "scores.csv", newline="") as file:
                 scores.append({row["case"]: float(row["dsc"]) for row in csv.DictReader(file)})
             change = [scores[-1][case] - value for case, value in scores[0].items()]
-            worth = gain(summarise(change, [patient_of(case) for case in scores[0]]))
+            worth = interval(summarise(change, [patient_of(case) for case in scores[0]]))
             rows.append([" ".join(option) or "as trained", dsc(about), worth if option else ""])
         return table(["every case, unseen", "DSC", "difference, case by case"], rows)
 
@@ -181,7 +184,7 @@ class Campaign:
         predictions = self.out / "predictions"
         words = ["--weights", shipped, "--images", self.args.images, "--subset", "validation"]
         where = ["--predictions", predictions, "--figure", self.out / "dsc.png"]
-        call(script("inference.py", *words, *where))
+        call(script("inference.py", *words, *where, *self.device()))
         scores = ["--metrics", predictions / "metrics.csv", "--out", weights]
         call(script("export.py", "--weights", shipped, *scores))
         size = shipped.stat().st_size / 2**20
@@ -190,7 +193,11 @@ class Campaign:
     def training(self, folder: str, scale: Sequence[str], *options: str) -> Training:
         """Later options win: those of the call over the recipe, those of a variant over both."""
         words = ["--images", str(self.args.images), *RECIPE, *scale, *self.args.options, *options]
+        words += self.device()
         return Training(self.model, self.out / folder, tuple(words))
+
+    def device(self) -> list[str]:
+        return ["--device", self.args.device] if self.args.device else []
 
     def fold(self, k: int) -> list[str]:
         return ["--folds", str(self.args.folds), "--fold", str(k)]
@@ -218,7 +225,7 @@ class Campaign:
         out = self.out / "tables" / name
         words = ["--images", self.args.images, "--subset", *subset, "--weights", *weights]
         where = ["--out", out, "--report", out / "report.html"]
-        call(script("evaluate.py", *words, *where, *options))
+        call(script("evaluate.py", *words, *where, *options, *self.device()))
         return self.summary(name)
 
     def summary(self, name: str) -> dict[str, dict]:
@@ -233,7 +240,7 @@ def dsc(about: dict) -> str:
     return said.format(**about["scores"]["dsc"])
 
 
-def gain(difference: dict | None) -> str:
+def interval(difference: dict | None) -> str:
     if difference is None:
         return ""
     return "{mean:+.3f} ({low:+.3f} to {high:+.3f})".format(**difference)
@@ -255,17 +262,18 @@ def main() -> None:
     add("--stage", nargs="+", choices=STAGES, default=STAGES, help="(all)")
     add("--only", nargs="+", help="in the search, these changes (all)")
     add("--folds", type=int, default=5, help="(%(default)s)")
+    add("--device", help="cuda, cuda:1, cpu (an accelerator if there is one)")
     add("--jobs", type=int, default=1, help="trainings that share the device (%(default)s)")
     add("options", nargs="*", help="of train.py, after --")
     args = parser.parse_args()
-    known = {change for model in args.model for change in SEARCH[model]}
+    known = {change for model in args.model for change in SEARCH[model] | COMPARED[model]}
     if unknown := set(args.only or ()) - known:
         parser.error(f"no change is called {unknown.pop()!r}; known: {', '.join(sorted(known))}")
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGHUP):  # a connection that ends stops it too
+        signal.signal(number, signal.default_int_handler)
     pool = Pool(args.jobs)
     try:
-        check_settings(args)
         for model in args.model:
             campaign = Campaign(args, model, pool)
             for stage in STAGES:
@@ -276,16 +284,6 @@ def main() -> None:
     except KeyboardInterrupt:
         fail("stopped; the same call goes on here")
     print(f"\ntables: {args.out / 'campaign.md'}")
-
-
-def check_settings(args: argparse.Namespace) -> None:
-    """Raise ValueError if the folder holds trainings of other settings, which would be mixed."""
-    settings = {"images": str(args.images), "folds": args.folds, "options": args.options}
-    path = args.out / "settings.json"
-    if not path.exists():
-        write_json(path, settings)
-    elif (before := json.loads(path.read_text())) != settings:
-        raise ValueError(f"{path}: started with {before}; repeat them, or name another --out")
 
 
 def report(out: Path, model: str, stage: str, text: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import threading
@@ -13,6 +14,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from checkpoint import read_card
+from utils import write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -37,6 +39,16 @@ class Training:
     def log(self) -> Path:
         return self.folder / "log.txt"
 
+    def claim(self) -> None:
+        """Note the options in the folder; ValueError if it holds a training with others."""
+        path = self.folder / "options.json"
+        if not path.exists():
+            write_json(path, {"options": self.options})
+        elif json.loads(path.read_text())["options"] != list(self.options):
+            raise ValueError(
+                f"{self.folder}: holds a training with other options; name another --out"
+            )
+
     @property
     def done(self) -> bool:
         card = read_card(self.weights)
@@ -44,8 +56,8 @@ class Training:
 
     def command(self) -> list[str]:
         words = ["--weights", self.folder, "--model", self.model, "--logs", self.folder / "logs"]
-        rest = ["--resume"] if self.checkpoint.exists() else self.options
-        return script("train.py", *words, *rest)
+        resume = ["--resume"] if self.checkpoint.exists() else []
+        return script("train.py", *words, *self.options, *resume)
 
     def last_line(self) -> str:
         """Of its last epoch if it is done, else of whatever it said."""
@@ -63,6 +75,8 @@ class Pool:
 
     def run(self, what: str, trainings: Sequence[Training]) -> list[Training]:
         """Train those that are not done yet; all that are done in the end."""
+        for training in trainings:
+            training.claim()
         left = [training for training in trainings if not training.done]
         executor = ThreadPoolExecutor(self.jobs)
         with tqdm(total=len(left), desc=what, unit="training", disable=None) as bar:
@@ -81,7 +95,6 @@ class Pool:
         return [training for training in trainings if training.done]
 
     def _train(self, training: Training) -> None:
-        training.folder.mkdir(parents=True, exist_ok=True)
         with open(training.log, "a") as log:
             with self.lock:
                 if self.closed:

@@ -27,39 +27,52 @@ def start(images: Path, out: Path, *words: str, options: list[str] = SMALL) -> s
 
 
 def finish(process: subprocess.Popen) -> tuple[int, str, str]:
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=900)
     return process.returncode, out, err
 
 
 @pytest.fixture(scope="module")
-def searched(phantoms, tmp_path_factory) -> Path:
+def whole(phantoms, tmp_path_factory) -> Path:
+    """A campaign with one change, from the search to the weights."""
     out = tmp_path_factory.mktemp("campaign")
-    status, said, err = finish(start(phantoms, out, "--stage", "search", "--only", "dice"))
+    status, said, err = finish(start(phantoms, out, "--only", "dice"))
     assert status == 0, err
     assert "The recipe goes on with" in said
     return out
 
 
-def test_a_search_compares_each_change_case_by_case(searched):
-    table = (searched / "campaign.md").read_text()
+def test_a_search_compares_each_change_case_by_case(whole):
+    table = (whole / "campaign.md").read_text()
     assert "| recipe |" in table and "| dice | --loss dice |" in table
-    models = json.loads((searched / "unet/tables/search/summary.json").read_text())["models"]
+    models = json.loads((whole / "unet/tables/search/summary.json").read_text())["models"]
     assert list(models) == ["recipe", "dice"] and "difference" in models["dice"]
-    cards = [json.loads(path.read_text()) for path in searched.glob("unet/search/dice/*/unet.json")]
+    cards = [json.loads(path.read_text()) for path in whole.glob("unet/search/dice/*/unet.json")]
     assert len(cards) == 2 and {card["recipe"]["loss"] for card in cards} == {"dice"}
     held_out = [set(card["cases"]["validation"]) for card in cards]
     assert not held_out[0] & held_out[1]
 
 
-def test_what_is_done_is_not_done_again(searched, phantoms):
-    weights = {path: path.stat().st_mtime_ns for path in searched.rglob("unet.pt")}
-    again = start(phantoms, searched, "--stage", "search", "--only", "dice")
+def test_the_middle_of_three_seeds_is_shipped_with_its_scores(whole):
+    finals = json.loads((whole / "unet/tables/final/summary.json").read_text())["models"]
+    means = {name: about["scores"]["dsc"]["mean"] for name, about in finals.items()}
+    (card,) = (whole / "weights").glob("unet-*.json")
+    card = json.loads(card.read_text())
+    shipped = f"seed{card['recipe']['seed']}"
+    assert means[shipped] == sorted(means.values())[1]
+    assert card["scores"]["validation"]["mean"] == pytest.approx(means[shipped], abs=0.01)
+    chosen = json.loads((whole / "unet/chosen.json").read_text())["options"]
+    assert card["recipe"]["loss"] == (chosen[1] if chosen else "bce-dice")
+
+
+def test_what_is_done_is_not_done_again(whole, phantoms):
+    weights = {path: path.stat().st_mtime_ns for path in whole.rglob("unet.pt")}
+    again = start(phantoms, whole, "--stage", "search", "--only", "dice")
     assert finish(again)[0] == 0
-    assert {path: path.stat().st_mtime_ns for path in searched.rglob("unet.pt")} == weights
+    assert {path: path.stat().st_mtime_ns for path in whole.rglob("unet.pt")} == weights
 
 
-def test_other_settings_are_not_mixed_with_those_of_before(searched, phantoms):
-    status, _, err = finish(start(phantoms, searched, options=[*SMALL, "--seed", "3"]))
+def test_other_settings_are_not_mixed_with_those_of_before(whole, phantoms):
+    status, _, err = finish(start(phantoms, whole, options=[*SMALL, "--seed", "3"]))
     assert status == 1 and err.count("\n") == 1 and "name another --out" in err
 
 

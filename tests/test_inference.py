@@ -293,9 +293,17 @@ def test_masks_of_other_weights_or_settings_are_not_kept(phantoms, weights, tmp_
     other.write_bytes(weights.read_bytes() + b"\0")
     again = *only, "--skip-existing"
     said = refused(phantoms, tmp_path, weights, *again, "--threshold", 0.9, "--tta")
-    assert "made with --threshold 0.5, --tta False; leave --skip-existing out" in said
+    assert "made with threshold 0.5, tta False; leave --skip-existing out" in said
     assert f"made with weights {weights}; leave" in refused(phantoms, tmp_path, other, *again)
     assert contents(tmp_path / "predictions") == before
+
+    # Nor those that are left of others when a run by these was stopped before it came to them.
+    assert infer(phantoms, tmp_path, other, "--cases", "phantom_004") == 0
+    (place,) = (tmp_path / "predictions" / "phantom_003").glob("phantom_003_3_mask.tif")
+    old = place.stat().st_mtime_ns
+    both = "--skip-existing", "--cases", "phantom_003", "phantom_004"
+    assert infer(phantoms, tmp_path, other, *both) == 0
+    assert place.stat().st_mtime_ns > old
 
 
 def test_a_figure_that_cannot_be_written_is_known_at_once(phantoms, weights, tmp_path):
