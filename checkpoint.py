@@ -29,7 +29,7 @@ OTHERS = {  # made of weights, but no weights
     "was made of, or an ONNX file (export.py --format onnx)",
 }
 ROOT = Path(__file__).resolve().parent
-SHIPPED = {"unet": ROOT / "weights" / "unet-3b1a9c26.pt"}  # what comes with the project
+SHIPPED = {"unet": ROOT / "weights" / "unet-12f2ec04.pt"}  # what comes with the project
 
 
 def build_model(name: str, **settings) -> nn.Module:

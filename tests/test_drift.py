@@ -1,0 +1,61 @@
+"""Shipped weights give today what they gave when they were shipped.
+
+tests/pairs holds, for each of them, a raw volume and what came out of it then: the lesion
+probabilities in its geometry, and the mask. `python3 tests/test_drift.py` writes the pairs of new
+weights, and removes those of weights that are gone.
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from checkpoint import SHIPPED  # noqa: E402
+from metrics import dsc  # noqa: E402
+from phantom import make_volume  # noqa: E402
+from segmentation import Segmenter  # noqa: E402
+
+PAIRS = Path(__file__).parent / "pairs"
+WEIGHTS = sorted(SHIPPED.values())
+
+
+def outputs(weights: Path, volume: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Probabilities (S, H, W) and mask (S, H, W), in float32 on the CPU."""
+    segmenter = Segmenter.from_weights(weights, device="cpu", amp=False)
+    probabilities = segmenter.restored(*segmenter.preprocess(volume)).numpy()
+    return probabilities, segmenter(volume)
+
+
+@pytest.mark.parametrize("weights", WEIGHTS, ids=lambda path: path.stem)
+def test_the_same_as_when_they_were_shipped(weights):
+    pair = np.load(PAIRS / f"{weights.stem}.npz")
+    probabilities, mask = outputs(weights, pair["volume"])
+    assert np.abs(probabilities - pair["probabilities"]).max() < 2e-3
+    assert pair["mask"].any() and dsc(mask, pair["mask"]) > 0.99
+
+
+def test_every_pair_is_of_weights_that_are_there():
+    assert {path.stem for path in PAIRS.glob("*.npz")} == {path.stem for path in WEIGHTS}
+
+
+if __name__ == "__main__":
+    PAIRS.mkdir(exist_ok=True)
+    for pair in PAIRS.glob("*.npz"):
+        if pair.stem not in {weights.stem for weights in WEIGHTS}:
+            pair.unlink()
+    volume, _ = make_volume(seed=0, slices=6, size=96)
+    for weights in WEIGHTS:
+        if (PAIRS / f"{weights.stem}.npz").exists():
+            continue
+        probabilities, mask = outputs(weights, volume)
+        np.savez_compressed(
+            PAIRS / f"{weights.stem}.npz",
+            volume=volume,
+            probabilities=probabilities.astype(np.float16),
+            mask=mask,
+        )
+        print(f"{weights.stem}: {mask.sum()} voxels of lesion")
