@@ -68,8 +68,8 @@ def select_cases(cases: Sequence[Named], subset: str) -> list[Named]:
     chosen = [case for case in cases if subset in ("all", subset_of(_name(case)))]
     if not chosen:
         raise ValueError(
-            f"none of the {len(cases)} cases, of {len({patient_of(_name(c)) for c in cases})} "
-            f"patients by their names, falls into the subset {subset!r}; "
+            f"none of the {len(cases)} cases ({len({patient_of(_name(c)) for c in cases})} "
+            f"patients by their names) falls into the subset {subset!r}; "
             "choose another --subset, add cases, or divide what there is with --folds 5 --fold 0"
         )
     return chosen

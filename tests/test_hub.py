@@ -102,7 +102,7 @@ def check_segmenter(segmenter) -> None:
 def test_segmenter_takes_a_raw_volume(own_weights):
     segmenter = load("segmenter", device="cpu", threshold=0.4)
     assert segmenter.image_size == 32 and segmenter.threshold == 0.4
-    volume, _ = make_volume(0, slices=2, size=48)
+    volume, _ = make_volume(0, slices=4, size=48)
     assert np.array_equal(segmenter(torch.from_numpy(volume)), segmenter(volume.tolist()))
     with pytest.raises(ValueError, match="threshold 50: "):
         load("segmenter", device="cpu", threshold=50)

@@ -151,7 +151,7 @@ def test_a_mask_beside_sequences_is_no_sequence(phantom, receive, tmp_path):
     }
     truth = volume_file(mask.astype(np.uint8), tmp_path / "truth.nii.gz")
     loaded = receive(sent | {"mask": named(**{"truth.nii.gz": truth})})
-    assert loaded.case.name == "flair_scan"
+    assert loaded.case.name == "scan"
     assert np.array_equal(loaded.volume, volume[..., [1, 1, 2]])
     assert np.array_equal(loaded.truth, mask)
 
@@ -160,7 +160,7 @@ def test_flair_alone(phantom, receive, tmp_path):
     flair = volume_file(phantom[0][..., 1], tmp_path / "flair.nii.gz")
     loaded = receive({"flair": named(**{"f.nii.gz": flair})})
     assert np.array_equal(loaded.volume, phantom[0][..., [1, 1, 1]])
-    assert loaded.notes == ["flair_f: FLAIR stands in for pre-contrast and post-contrast"]
+    assert loaded.notes == ["f: FLAIR stands in for pre-contrast and post-contrast"]
 
 
 def test_a_name_cannot_leave_the_folder(phantom, receive, tmp_path):
