@@ -350,7 +350,7 @@ def save_dsc_figure(path: Path | str, scores: dict[str, float], marked: Sequence
         axes.axvline(mean, color="#e4572e", label=f"mean {mean:.3f}")
         axes.axvline(median, color="#2e933c", ls="--", label=f"median {median:.3f}")
     if marked:
-        axes.barh([], [], color="#b9c6d3", label="trained on, not counted")
+        axes.plot([], [], "s", color="#b9c6d3", label="trained on, not counted")
     axes.set(xlim=(0, 1), xlabel="DSC per volume", ylim=(-0.6, len(names) - 0.4))
     axes.tick_params(axis="y", labelsize=7, length=0)
     axes.spines[["top", "right", "left"]].set_visible(False)
