@@ -22,10 +22,8 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import signal
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -52,7 +50,7 @@ from distributed import (
     together,
 )
 from metrics import describe
-from predictions import find_masks, table_row, write_case
+from predictions import find_masks, since, table_row, write_case
 from segmentation import Segmenter
 from utils import (
     add_segmenter_options,
@@ -142,7 +140,7 @@ def run(args: argparse.Namespace, options: dict) -> int:
     segmenter, sources = one_first(lambda: prepare(args, options, weights))
     trained_on = set(map(patient_of, read_card(weights).get("cases", {}).get("train", ())))
     about["weights"] = {str(weights): file_hash(weights)}
-    about["since"] = together(lambda: since(args, about))
+    about["since"] = together(lambda: since(args.predictions, about, args.skip_existing))
     in_main(lambda: write_json(args.predictions / "args.json", about))
     rows, failed, kept = [], 0, 0
     try:
@@ -169,35 +167,6 @@ def run(args: argparse.Namespace, options: dict) -> int:
     )
     in_main(lambda: report(rows, args, summary))
     return failed
-
-
-def since(args: argparse.Namespace, about: dict) -> float:
-    """Since when, in seconds of the epoch, masks in the folder are of these weights and settings.
-
-    Raises ValueError if masks of others are to be kept; else the table of those is removed.
-    """
-    now, path = time.time(), args.predictions / "args.json"
-    try:
-        before = json.loads(path.read_text())
-        changed = [
-            f"{name.replace('_', ' ')} {before['args'][name]}"
-            for name in ("image_size", "threshold", "largest_component", "tta")
-            if before["args"][name] != about["args"][name]
-        ]
-        if list(before["weights"].values()) != list(about["weights"].values()):
-            changed.insert(0, f"weights {', '.join(before['weights'])}")
-        begun = float(before["since"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return now  # nothing is known of what is there
-    if not changed:
-        return begun
-    if args.skip_existing:
-        raise ValueError(
-            f"{path.parent}: masks there were made with {', '.join(changed)}; leave "
-            "--skip-existing out, or name another folder with --predictions"
-        )
-    path.with_name("metrics.csv").unlink(missing_ok=True)
-    return now
 
 
 def prepare(

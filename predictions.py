@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 import tempfile
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +23,36 @@ def mask_files(case: Case) -> list[Path]:
     if isinstance(case, Scan):
         return [Path(f"{case.name}_mask.nii.gz")]
     return [Path(case.name, f"{case.name}_{number}_mask.tif") for number in case.numbers]
+
+
+def since(folder: Path, about: dict, keep: bool) -> float:
+    """Since when, in seconds of the epoch, masks in a folder are of the weights and settings
+    that `about` (of args.json) names.
+
+    Raises ValueError if masks of others are to be kept; else the table of those is removed.
+    """
+    now, path = time.time(), folder / "args.json"
+    try:
+        before = json.loads(path.read_text())
+        changed = [
+            f"{name.replace('_', ' ')} {before['args'][name]}"
+            for name in ("image_size", "threshold", "largest_component", "tta")
+            if before["args"][name] != about["args"][name]
+        ]
+        if list(before["weights"].values()) != list(about["weights"].values()):
+            changed.insert(0, f"weights {', '.join(before['weights'])}")
+        begun = float(before["since"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return now  # nothing is known of what is there
+    if not changed:
+        return begun
+    if keep:
+        raise ValueError(
+            f"{folder}: masks there were made with {', '.join(changed)}; leave "
+            "--skip-existing out, or name another folder with --predictions"
+        )
+    path.with_name("metrics.csv").unlink(missing_ok=True)
+    return now
 
 
 def find_masks(folder: Path, case: Case, since: float) -> np.ndarray | None:
