@@ -236,7 +236,7 @@ body { font: 15px/1.5 system-ui, sans-serif; max-width: 1180px; margin: 2rem aut
 h1 { font-size: 1.6rem; margin-bottom: 0 } h2 { font-size: 1.1rem; margin: 2.2rem 0 .5rem }
 .wide { overflow-x: auto } img { max-width: 100%; max-height: 90vh }
 table { border-collapse: collapse; font-size: .87rem; font-variant-numeric: tabular-nums }
-th, td { padding: .25rem .7rem; text-align: right; white-space: nowrap }
+th, td { padding: .25rem .45rem; text-align: right; white-space: nowrap }
 th:first-child, td:first-child { text-align: left; padding-left: 0 }
 thead th { border-bottom: 2px solid #4c78a8; font-weight: 600 }
 tbody tr + tr td { border-top: 1px solid #e3e8ee } p { color: #52606d; max-width: 75ch }
