@@ -173,7 +173,7 @@ def read_card(path: Path | str) -> dict:
         for names in content.get("cases", {}).values():
             if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
                 raise TypeError("cases")
-        for name in ("image_size", "neighbours"):
+        for name in ("image_size", "neighbours", "preprocessing"):
             if not isinstance(content.get(name, 0), int):
                 raise TypeError(name)
     except (ValueError, TypeError, AttributeError) as error:

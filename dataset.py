@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from cache import Prepared, prepare
 from cases import case_name, find_cases
 from utils import in_order
-from volume import Case, neighbourhoods
+from volume import VERSION, Case, neighbourhoods
 
 Named = TypeVar("Named", Case, Path)
 SUBSETS = ("train", "validation", "test")
@@ -150,9 +150,10 @@ class BrainSegmentationDataset(Dataset):
         cache: Path | str | None = None,
         workers: int | None = None,
         progress: bool = False,
+        version: int = VERSION,
     ):
         cases = select_cases(find_cases(images_dir), subset)
-        self._hold(prepare(cases, image_size, cache, workers, progress))
+        self._hold(prepare(cases, image_size, cache, workers, progress, version))
 
     def _hold(self, volumes: list[Prepared]) -> BrainSegmentationDataset:
         self.volumes = volumes

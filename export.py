@@ -168,7 +168,7 @@ def write_network(args: argparse.Namespace, model: nn.Module, card: dict) -> str
     precision = args.precision or "float32"
     suffix = ("-float16" if precision == "float16" else "") + SUFFIXES[args.format]
     path = args.out / f"{args.weights.stem}{suffix}"
-    card = {"image_size": 256, "neighbours": 0} | card
+    card = {"image_size": 256, "neighbours": 0, "preprocessing": 1} | card
     card |= {"stride": model.stride, "precision": precision}
     card["weights"] = {"file": args.weights.name, "sha256": file_hash(args.weights)}
     card.pop("sha256", None)  # of the weights

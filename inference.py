@@ -286,6 +286,8 @@ def load(
         images, frame = segmenter.preprocess(volume)
     except ValueError as error:
         return ValueError(f"{case.folder}: {error}")
+    for note in frame.notes:
+        tqdm.write(f"{case.folder}: {note}", file=sys.stderr)
     if frame.blank:
         tqdm.write(f"{case.folder}: every voxel is 0, and so is its mask", file=sys.stderr)
     return Result(case, volume, truth, fresh=True, images=images, frame=frame)

@@ -111,7 +111,7 @@ def slices_to_compare(images: Path | None, model: nn.Module, card: dict) -> tupl
     neighbours = card["neighbours"]
     channels = model.settings["in_channels"] // (2 * neighbours + 1)
     volume = volume[..., np.arange(channels) % volume.shape[-1]]
-    prepared, _ = preprocess(volume, card["image_size"])
+    prepared, _ = preprocess(volume, card["image_size"], card["preprocessing"])
     middle = len(prepared) // 2
     seen = neighbourhoods(len(prepared), neighbours)[max(middle - 2, 0) : middle + 2]
     return name, prepared[seen].flatten(1, 2)

@@ -163,7 +163,7 @@ def score_all(
     Threads read ahead and score behind while the networks run.
     """
     segmenters = [network.segmenter for model in models for network in model.networks]
-    ways = {(segmenter.image_size, segmenter.device) for segmenter in segmenters}
+    ways = {(s.image_size, s.version, s.device) for s in segmenters}
 
     def load(case: Case) -> tuple:
         volume, truth = case.read_pair()
@@ -182,7 +182,7 @@ def score_all(
                         segmenter.check_channels(volume.shape[-1])
                     except ValueError as error:
                         raise ValueError(f"{case.folder}: {error}") from error
-                    way = segmenter.image_size, segmenter.device
+                    way = segmenter.image_size, segmenter.version, segmenter.device
                     maps[model.name] = segmenter.restored(*prepared[way])
             yield case, volume, truth, maps
 
