@@ -7,16 +7,16 @@ import tempfile
 
 import numpy as np
 import torch
-from timing import BATCH, one_thread, row, seconds
 
-from cache import prepare
-from checkpoint import load_pretrained
-from dataset import BrainSegmentationDataset
-from feed import Feed
-from segmentation import Segmenter
+from brainseg.cache import prepare
+from brainseg.preprocess import preprocess
+from brainseg.segmenter import Segmenter
+from brainseg.weights import load_pretrained
+from dataset import BrainSegmentationDataset, Feed
 from train import get_args
 from trainer import Trainer
-from volume import preprocess
+
+from .timing import BATCH, one_thread, row, seconds
 
 FEW = 4  # slices a step for each number of pixels, so that the largest ones go into memory
 

@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from brainseg.unet import UNet
 
-import checkpoint
-from phantom import make_volume
-from unet import UNet
+from brainseg import weights
+from brainseg.phantom import make_volume
 
-ROOT = Path(checkpoint.__file__).resolve().parent
+ROOT = Path(weights.__file__).resolve().parents[1]
 
 
 def load(entry: str, **settings):
@@ -31,7 +31,7 @@ def own_weights(tmp_path, monkeypatch) -> Path:
     digits = hashlib.sha256((tmp_path / "new.pt").read_bytes()).hexdigest()[:8]
     path = (tmp_path / "new.pt").rename(tmp_path / f"unet-{digits}.pt")
     path.with_suffix(".json").write_text(json.dumps({"settings": model.settings, "image_size": 32}))
-    monkeypatch.setattr(checkpoint, "SHIPPED", {"unet": path})
+    monkeypatch.setattr(weights, "SHIPPED", {"unet": path})
     return path
 
 
@@ -112,7 +112,7 @@ def test_segmenter_takes_a_raw_volume(own_weights):
 
 
 def test_without_shipped_weights_one_sentence(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "SHIPPED", {})
+    monkeypatch.setattr(weights, "SHIPPED", {})
     for entry, settings in (("unet", {"pretrained": True}), ("segmenter", {})):
         with pytest.raises(FileNotFoundError, match="no pretrained weights for 'unet'"):
             load(entry, **settings)

@@ -3,14 +3,21 @@
 import math
 
 import numpy as np
-import plain
 import pytest
 import torch
 
-import phantom
-from cases import find_case
-from metrics import dsc
-from volume import Frame, neighbourhoods, percentiles, preprocess, preprocess_mask, restore
+from benchmarks import plain
+from brainseg import phantom
+from brainseg.io.layouts import find_case
+from brainseg.metrics import dsc
+from brainseg.preprocess import (
+    Frame,
+    neighbourhoods,
+    percentiles,
+    preprocess,
+    preprocess_mask,
+    restore,
+)
 
 
 @pytest.fixture(scope="module")
