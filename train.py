@@ -25,11 +25,9 @@ from typing import TYPE_CHECKING
 import torch
 from tqdm import tqdm
 
-from cache import Prepared
-from cases import case_paths
-from checkpoint import MODELS, load_state, load_tensors, save_tensors, save_weights
-from dataset import BrainSegmentationDataset
-from distributed import (
+from brainseg.cache import Prepared
+from brainseg.devices import pick_device
+from brainseg.distributed import (
     gather,
     in_main,
     largest,
@@ -41,21 +39,16 @@ from distributed import (
     processes,
     together,
 )
+from brainseg.io.files import check_writable, write_json
+from brainseg.io.layouts import case_paths
+from brainseg.io.pictures import outline, to_grey
+from brainseg.metrics import summarise
+from brainseg.preprocess import VERSION
+from brainseg.weights import MODELS, load_state, load_tensors, save_tensors, save_weights
+from dataset import BrainSegmentationDataset
 from loss import LOSSES
-from metrics import summarise
-from segmentation import pick_device
 from trainer import RECIPE, Trainer
-from utils import (
-    Interruption,
-    check_writable,
-    fail,
-    make_parser,
-    outline,
-    plain,
-    to_grey,
-    write_json,
-)
-from volume import VERSION
+from utils import Interruption, fail, make_parser, plain
 
 if TYPE_CHECKING:
     import numpy as np

@@ -17,10 +17,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from cache import Prepared
-from checkpoint import build_model, initialise, read_card
-from dataset import BrainSegmentationDataset
-from distributed import (
+from brainseg.cache import Prepared
+from brainseg.devices import has_bfloat16, in_groups, pick_device, to_device
+from brainseg.distributed import (
     copy_buffers,
     gather,
     largest,
@@ -30,12 +29,13 @@ from distributed import (
     together,
     total,
 )
-from feed import Feed
+from brainseg.metrics import dsc
+from brainseg.segmenter import Segmenter
+from brainseg.weights import build_model, initialise, read_card
+from dataset import BrainSegmentationDataset, Feed
 from loss import LOSSES
-from metrics import dsc
-from segmentation import Segmenter, has_bfloat16, pick_device
 from transform import augment, drop_sequences, vary_intensity
-from utils import Interruption, git_commit, in_groups, make_generator, plain, to_device
+from utils import Interruption, git_commit, make_generator, plain
 
 # Settings that change the numbers of a run: a resumed run keeps those it was started with.
 RECIPE = (

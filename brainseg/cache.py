@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 import threading
@@ -22,8 +21,10 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from utils import worker_threads
-from volume import VERSION, Case, Frame, preprocess, preprocess_mask
+from .devices import worker_threads
+from .io.files import default_cache
+from .io.slices import Case
+from .preprocess import VERSION, Frame, preprocess, preprocess_mask
 
 ARRAYS = ("images", "mask", "truth")
 # np.load parses a file's header with ast, which threads must not do at once in Python 3.11
@@ -44,16 +45,6 @@ class Prepared:
     @property
     def name(self) -> str:
         return self.case.name
-
-
-def default_cache() -> Path:
-    """Where preprocessed volumes are kept unless the caller names another folder."""
-    if os.environ.get("XDG_CACHE_HOME"):
-        return Path(os.environ["XDG_CACHE_HOME"]) / "brainseg"
-    try:
-        return Path.home() / ".cache" / "brainseg"
-    except RuntimeError:  # a user without a home, as in a container
-        return Path(tempfile.gettempdir()) / "brainseg"
 
 
 def prepare(

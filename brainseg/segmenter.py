@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from checkpoint import load_state, model_from_state, read_card
-from onnx_network import OnnxNetwork
-from volume import VERSION, Frame, neighbourhoods_of, preprocess, restore
+from .devices import has_bfloat16, pick_device
+from .onnx import OnnxNetwork
+from .preprocess import VERSION, Frame, neighbourhoods_of, preprocess, restore
+from .weights import load_state, model_from_state, read_card
 
 Progress = Callable[[int, int], None]
 
@@ -221,31 +222,6 @@ def keep_largest_component(mask: np.ndarray) -> np.ndarray:
     sizes = np.bincount(labels.ravel())
     sizes[0] = 0  # the background
     return labels == sizes.argmax() if len(sizes) > 1 else mask
-
-
-def pick_device(name: torch.device | str | None = None) -> torch.device:
-    """The device called `name`, or the accelerator if there is one, or the CPU.
-
-    Raises ValueError if the device is not there.
-    """
-    if name is None:
-        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).item()  # "meta" exists but computes nothing
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(
-            f"device {name!r} is not there; leave --device out for the best there is"
-        ) from error
-    return device
-
-
-def has_bfloat16(device: torch.device) -> bool:
-    """Whether the device multiplies matrices in bfloat16 faster than in float32."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    # AMX tiles; without them bfloat16 on a CPU is emulated, and slower.
-    return device.type == "cpu" and getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
 
 
 def _fits(size: int, stride: int) -> str:
