@@ -48,6 +48,7 @@ from utils import (
     Interruption,
     check_writable,
     fail,
+    keep_freed_memory,
     make_parser,
     outline,
     plain,
@@ -296,6 +297,8 @@ def train(
 ) -> int:
     """Train until the last epoch is done or a signal comes; the number of the signal, or 0."""
     args = trainer.args
+    if trainer.device.type == "cpu":
+        keep_freed_memory()
     if args.compile:  # before processes wait for each other's gradients: one may fail here
         print(f"compiled in {together(trainer.compile):.1f} s", flush=True)
     trainer.parallelise()
