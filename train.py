@@ -17,11 +17,9 @@ from __future__ import annotations
 
 import argparse
 import copy
-import math
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -30,40 +28,27 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+import utils
 from brainseg import distributed as dist
-from brainseg import training
+from brainseg import runs, training
 from brainseg.devices import has_bfloat16, in_groups, pick_device, to_device
-from brainseg.io.files import check_writable
-from brainseg.io.layouts import case_paths
 from brainseg.metrics import dsc
 from brainseg.preprocess import VERSION
 from brainseg.segmenter import Segmenter
 from brainseg.training import TrainState
-from brainseg.weights import MODELS, build_model, initialise, load_state
+from brainseg.weights import MODELS
 from dataset import BrainSegmentationDataset, Feed
 from loss import LOSSES
 from transform import augment_all
-from utils import (
-    Interruption,
-    Parser,
-    cudnn,
-    fail,
-    git_commit,
-    keep_freed_memory,
-    make_generator,
-    make_parser,
-    plain,
-    sigterm_interrupts,
-)
 
 SYNC = 20  # steps between two looks at the loss, for which host and device wait for each other
 AT_ONCE = 256  # slices whose probabilities a GPU holds in validation
 
 
 # fmt: off
-def get_args_parser() -> Parser:
+def get_args_parser() -> utils.Parser:
     """Every setting, once: what `recipe` adds stands in the card, and --resume keeps it."""
-    parser = make_parser(__doc__)
+    parser = utils.make_parser(__doc__)
     add, recipe = parser.group("data")
     add("--images", type=Path, default="./kaggle_3m", help="folder of cases")
     recipe("--image-size", type=int, default=256, least=32, help="side of a resized slice")
@@ -91,8 +76,7 @@ def get_args_parser() -> Parser:
     recipe("--schedule", type=str, choices=("constant", "cosine"), default="constant",
            help="of the learning rate; cosine falls to 0 at the last epoch")
     recipe("--warmup", type=int, default=0, least=0, help="steps of linear warm-up")
-    recipe("--ema", type=float, default=0.0, least=0, below=1,
-           help="decay of averaged weights, e.g. 0.998; 0: off")
+    recipe("--ema", type=float, default=0.0, least=0, below=1, help="decay of averaged weights")
     recipe("--weight-decay", type=float, default=0, least=0, help="of AdamW; 0: plain Adam")
     recipe("--loss", type=str, choices=LOSSES, default="dice", help="of a batch")
     recipe("--background", type=float, default=0.1, least=0,
@@ -128,72 +112,71 @@ def get_args_parser() -> Parser:
 def main(argv: list[str] | None = None) -> None:
     """Train as the command line says. Raises SystemExit, with a sentence, unless it succeeds."""
     try:
-        with sigterm_interrupts(), dist.only_main_process_prints(), dist.process_group():
+        with utils.sigterm_interrupts(), dist.only_main_process_prints(), dist.process_group():
             args, checkpoint = get_args(argv)
-            with cudnn(args.deterministic), memory_advice(args.batch_size, args.image_size):
+            with utils.cudnn(args.deterministic), training.memory_advice(args.batch_size):
                 run(args, checkpoint)
     except (ValueError, OSError) as error:
-        fail(error)
+        utils.fail(error)
     except KeyboardInterrupt:
-        fail("stopped at once; preprocessed volumes and finished epochs are kept")
+        utils.fail("stopped at once; preprocessed volumes and finished epochs are kept")
 
 
 def run(args: argparse.Namespace, checkpoint: dict | None) -> None:
     """Read the data, build the network, train it, and say where the weights are."""
-    asked = plain(args) | {"resume": False}  # before this rank takes its part of the machine
+    asked = utils.plain(args) | {"resume": False}  # before this rank takes its part of the machine
     device, workers = pick_device(dist.rank_device(args.device)), dist.rank_workers(args.workers)
     amp = has_bfloat16(device) if args.amp is None else args.amp
     first = None if checkpoint else args.init_weights
-    check_inputs(args.images, (args.weights, args.logs), first, args.batch_size)
+    runs.check_inputs(args.images, (args.weights, args.logs), first, args.batch_size)
     with dist.local_rank_zero_first():  # it fills the cache, the others read it
         train_set, validation_set = BrainSegmentationDataset.train_and_validation(
             args.images, args.folds, args.fold, image_size=args.image_size, cache=args.cache,
             workers=workers, progress=True, version=args.preprocessing,
         )
-        settings = {"in_channels": train_set.in_channels * (2 * args.neighbours + 1)}
-        settings |= {"init_features": args.features} if args.features else {}
-        settings |= {"pretrained": args.pretrained} if args.pretrained and not checkpoint else {}
-        model, start = build_network(args.model, settings, args.seed, first, device, args.sync_bn)
-    cases = check_data(train_set, validation_set, args.drop_sequences)
+        model = training.build_network(
+            args.model, args.seed, first, init_features=args.features,
+            in_channels=train_set.in_channels * (2 * args.neighbours + 1),
+            pretrained=None if checkpoint else args.pretrained,
+        )
+    model = training.on_device(model, device, args.sync_bn)
+    if device.type == "cpu":
+        utils.keep_freed_memory()
+    runs.report_notes(train_set.volumes + validation_set.volumes)
+    if args.drop_sequences and train_set.in_channels != 3:
+        raise ValueError(f"--drop-sequences needs 3 sequences, not {train_set.in_channels}")
     feed = Feed(train_set, device, args.neighbours, workers)
 
     average = copy.deepcopy(model) if args.ema else None
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True
-    )
-    state = TrainState(model, average, optimizer, math.ceil(len(feed) / args.batch_size))
+    adam = torch.optim.AdamW(
+        model.parameters(), args.lr, weight_decay=args.weight_decay, fused=True)
+    state = TrainState(model, average, adam, len(feed), args.batch_size)
     rate = partial(
         training.learning_rate, peak=args.lr, schedule=args.schedule, warmup=args.warmup,
         steps=args.epochs * state.steps_per_epoch,
     )
+    names = [[volume.name for volume in part.volumes] for part in (train_set, validation_set)]
+    start = runs.read_start(first) if first else None
     if checkpoint:
+        state.load(checkpoint, names[0], args.images)
         start = checkpoint["initialised_from"]
-        state.load(checkpoint, cases["train"], args.images)
-        validation = cases["validation"]
-        for note in training.what_changed(checkpoint, state, validation, rate, args.epochs):
-            print(note)
+        runs.report_changes(checkpoint, state, names[1], rate, args.epochs)
     elif (path := args.weights / f"{args.model}.ckpt").exists():
         print(f"{path}: the checkpoint of an earlier run, overwritten after the first epoch")
     recipe = {name: getattr(args, name) for name in (*get_args_parser().recipe, "epochs")}
-    card = training.describe_run(model, recipe | {"amp": amp}, cases, start, device)
-    card["commit"] = git_commit()
-    check_seen(card, args.allow_seen or checkpoint is not None)
-    ranks = f"{dist.world_size()} x " if dist.world_size() > 1 else ""
-    print(
-        f"{args.model} on {ranks}{card['device']}{', bfloat16' if amp else ''}: {len(feed)} slices "
-        f"of {len(cases['train'])} cases to train on, {len(cases['validation'])} cases to "
-        f"validate on; {feed.place}",
-        flush=True,
-    )
+    card = runs.describe_run(model, recipe | {"amp": amp}, *names, start, device)
+    card["commit"] = utils.git_commit()
+    runs.check_seen(card, args.allow_seen or checkpoint is not None)
+    print(f"{runs.headline(card)}: {len(feed)} slices of {len(names[0])} cases to train on, "
+          f"{len(names[1])} cases to validate on; {feed.place}", flush=True)
     if state.epoch >= args.epochs:
         print(f"all {args.epochs} epochs are done; raise --epochs to go on")
         return
 
     network = model
     if args.compile:  # before the ranks wait for each other's gradients
-        network = training.compile_ahead(
-            model, len(feed), args.batch_size, args.image_size, amp, device
-        )
+        sizes = args.batch_size, len(feed) % args.batch_size or args.batch_size
+        network = training.compile_ahead(model, sizes, args.image_size, amp, device)
     change = partial(
         augment_all, scale=args.aug_scale, angle=args.aug_angle, drop=args.drop_sequences,
         intensity=args.aug_intensity, sequences=train_set.in_channels,
@@ -207,97 +190,75 @@ def run(args: argparse.Namespace, checkpoint: dict | None) -> None:
         neighbours=args.neighbours, version=args.preprocessing,
     )
     kept = {
-        "args": plain(args) | {"resume": False, "amp": amp}, "initialised_from": start,
-        "cases": cases["train"], "validation_cases": cases["validation"],
+        "args": utils.plain(args) | {"resume": False, "amp": amp}, "initialised_from": start,
+        "cases": names[0], "validation_cases": names[1],
     }
-    with training.RunWriter(args.weights, args.logs, card, kept, asked) as writer:
+    weights = train_set.sampling_weights(args.background)
+    with runs.RunWriter(args.weights, args.logs, card, kept, asked, state.epoch) as writer:
         stop = fit(
-            state, step, feed, train_set.sampling_weights(args.background), validation_set,
-            segmenter, LOSSES[args.loss], writer, epochs=args.epochs, batch_size=args.batch_size,
-            seed=args.seed, keep=args.keep, validate_every=args.validate_every,
-            vis_freq=args.vis_freq, vis_images=args.vis_images,
+            state,
+            partial(train_one_epoch, state, step, feed, weights, args.batch_size, args.seed),
+            lambda: evaluate(segmenter(state.trained), validation_set, LOSSES[args.loss]),
+            partial(writer.slices, validation_set.volumes, args.vis_images),
+            writer, args.epochs, args.keep, args.validate_every, args.vis_freq,
         )
-    if state.epoch < args.epochs:
+    if stop:
         python = "python3" if dist.world_size() == 1 else "torchrun, as before, with:"
-        print(
-            f"stopped at epoch {state.epoch + 1}, step {state.step}; go on with: "
-            f"{python} train.py --resume --weights {args.weights} --model {args.model}"
-        )
+        print(f"stopped at epoch {state.epoch + 1}, step {state.step}; go on with: "
+              f"{python} train.py --resume --weights {args.weights} --model {args.model}")
         sys.exit(128 + stop)
     print(f"weights: {args.weights / args.model}.pt   logs: tensorboard --logdir {args.logs}")
-# fmt: on
 
 
 def fit(
-    state: TrainState,
-    step: Callable[[Tensor, Tensor, int], Tensor],
-    feed: Feed,
-    weights: Tensor,
-    validation_set: BrainSegmentationDataset,
-    segmenter: Callable[[nn.Module], Segmenter],
-    loss: Callable,
-    writer: training.RunWriter,
-    *,
-    epochs: int,
-    batch_size: int,
-    seed: int,
-    keep: str = "best",
-    validate_every: int = 1,
-    vis_freq: int = 0,
-    vis_images: int = 0,
+    state: TrainState, train_epoch: Callable, validate: Callable, draw: Callable,
+    writer: runs.RunWriter, epochs: int, keep: str, validate_every: int, vis_freq: int,
 ) -> int:
     """Train, validate and save to the last epoch or a signal; the number of the signal, or 0."""
-    if feed.device.type == "cpu":
-        keep_freed_memory()
     bar = tqdm(total=epochs, initial=state.epoch, desc="training", unit="epoch", disable=None)
-    with Interruption() as interruption, bar:
-        while not (stop := dist.all_reduce_max(interruption.signal or 0)) and state.epoch < epochs:
-            speed = train_one_epoch(state, step, feed, weights, batch_size, seed, interruption)
+    with utils.Interruption() as interruption, bar:
+        while state.epoch < epochs:
+            if stop := dist.all_reduce_max(interruption.signal or 0):
+                return stop
+            speed, epoch = train_epoch(interruption), state.epoch + 1
             if speed is None:
                 writer.checkpoint(state)
                 continue
-            rate, epoch = state.optimizer.param_groups[0]["lr"], state.epoch + 1
-            curves = {"loss/train": state.loss_sum / len(feed), "learning_rate": rate}
-            said = f"epoch {epoch:3d}/{epochs}  loss {curves['loss/train']:.4f}"
-            better, scores, masks = False, {}, []
+            curves = {
+                "loss/train": state.loss_sum / state.slices, "images_per_second": speed,
+                "learning_rate": state.optimizer.param_groups[0]["lr"],
+            }
+            scores, better = {}, False
             if epoch % validate_every == 0 or epoch == epochs:
                 dist.broadcast_buffers(state.trained)
-                value, scores, masks = evaluate(segmenter(state.trained), validation_set, loss)
-                check_finite(value, state)
+                loss, scores, masks = validate()
+                training.check_finite(loss, state)
                 mean = sum(scores.values()) / len(scores)
                 better, state.best = mean > state.best, max(mean, state.best)
-                curves |= {"loss/validation": value, "dsc/validation": mean}
+                curves |= {"loss/validation": loss, "dsc/validation": mean}
                 curves |= {f"dsc_by_case/{name}": score for name, score in scores.items()}
-                said += f"  validation loss {value:.4f}  DSC {mean:.4f}{' *' if better else '  '}"
                 bar.set_postfix(DSC=f"{mean:.3f}", best=f"{state.best:.3f}", refresh=False)
-            state.next_epoch()
-            if better or (keep == "last" and scores):
+            state.epoch, state.step, state.loss_sum = epoch, 0, 0.0
+            if better or (scores and keep == "last"):
                 writer.weights(state, scores)
             writer.checkpoint(state)
-            writer.curves(epoch, curves | {"images_per_second": speed})
+            writer.curves(epoch, epochs, curves, better)
             if scores and vis_freq and (epoch % vis_freq == 0 or epoch == epochs):
-                writer.slices(epoch, validation_set.volumes, dist.gather(masks), vis_images)
-            tqdm.write(f"{said}  {speed:.1f} images/s")
-            sys.stdout.flush()
+                draw(epoch, dist.gather(masks))
             bar.update()
-    return stop
+    return 0
 
 
 def train_one_epoch(
-    state: TrainState,
-    step: Callable[[Tensor, Tensor, int], Tensor],
-    feed: Feed,
-    weights: Tensor,
-    batch_size: int,
-    seed: int,
-    interruption: Interruption,
+    state: TrainState, step: Callable[[Tensor, Tensor, int], Tensor], feed: Feed, weights: Tensor,
+    batch_size: int, seed: int, interruption: utils.Interruption,
 ) -> float | None:
     """Train on slices drawn by `weights` to the epoch's end: slices per second, None if stopped.
 
     Ranks share each batch: an epoch has the same slices and steps whatever their number. Raises
     ValueError once the loss is NaN or infinite.
     """
-    generator = make_generator(seed, 0, state.epoch)
+    generator = utils.make_generator(seed, 0, state.epoch)
     drawn = torch.multinomial(weights, len(feed), replacement=True, generator=generator)
     batches = drawn.split(batch_size)[state.step :]
     ahead = feed.batches([dist.shard_of_batch(batch) for batch in batches])
@@ -320,7 +281,7 @@ def train_one_epoch(
             if look or stop:
                 state.loss_sum += torch.stack(losses).cpu().double().sum().item()
                 losses.clear()
-                check_finite(state.loss_sum, state)
+                training.check_finite(state.loss_sum, state)
                 bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
             if stop and not last:
                 return None
@@ -328,18 +289,8 @@ def train_one_epoch(
 
 
 def train_step(
-    state: TrainState,
-    network: nn.Module,
-    images: Tensor,
-    masks: Tensor,
-    global_batch_size: int,
-    *,
-    change: Callable,
-    loss: Callable,
-    rate: Callable[[int], float],
-    decay: float,
-    amp: bool,
-    seed: int,
+    state: TrainState, network: nn.Module, images: Tensor, masks: Tensor, global_batch_size: int,
+    *, change: Callable, loss: Callable, rate: Callable, decay: float, amp: bool, seed: int,
 ) -> Tensor:
     """Take one optimiser step on this rank's part of a batch; the loss of all, on the device.
 
@@ -347,7 +298,7 @@ def train_step(
     """
     device = next(state.model.parameters()).device
     images, masks = (to_device(part, device).float() for part in (images, masks))
-    generator = make_generator(seed, 1, state.global_step)
+    generator = utils.make_generator(seed, 1, state.global_step)
     images, masks = change(images, masks, generator, global_batch_size=global_batch_size)
     state.model.train()
     with torch.autocast(device.type, torch.bfloat16, enabled=amp):
@@ -393,31 +344,28 @@ def evaluate(
     return mean, dict(zip(names, dist.gather(scores), strict=True)), masks
 
 
+# fmt: on
+
+
 def get_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict | None]:
     """The settings and, with --resume, the checkpoint whose settings they take over."""
     parser = get_args_parser()
-    defaults = vars(parser.parse_args([]))
     args, checkpoint = parser.parse_args(argv), None
     if args.resume:
         path = args.weights / f"{args.model}.ckpt"
         checkpoint = training.load_checkpoint(path)
+        parser = get_args_parser()  # without what the first parsing took from --config
         # A setting that is younger than the checkpoint had its default then.
-        settings = defaults | {"preprocessing": 1} | checkpoint["args"]
+        settings = {name: parser.get_default(name) for name in parser.recipe}
+        settings |= {"preprocessing": 1} | checkpoint["args"]
         # The folder it lies in and the machine may have changed.
         here = ("weights", "device", "workers", "resume", "config")
-        parser.set_defaults(**{k: settings[k] for k in defaults if k not in here})
-        args = parser.parse_args(argv)
-        for name in parser.recipe:
-            if getattr(args, name) != settings[name]:
-                raise ValueError(
-                    f"{path}: was started with --{name.replace('_', '-')} {settings[name]}, not "
-                    f"{getattr(args, name)}; leave that out, or start anew in another --weights"
-                )
+        args = parser.parse_resumed(argv, settings, here, path)
     check_args(parser, args)
     return args, checkpoint
 
 
-def check_args(parser: Parser, args: argparse.Namespace) -> None:
+def check_args(parser: utils.Parser, args: argparse.Namespace) -> None:
     """End with a usage error for settings that do not go together."""
     weights, stride = args.weights / f"{args.model}.pt", MODELS[args.model].stride
     if (args.folds is None) != (args.fold is None):
@@ -430,95 +378,6 @@ def check_args(parser: Parser, args: argparse.Namespace) -> None:
         parser.error(f"--image-size {args.image_size} is not a multiple of {stride}")
     if args.init_weights and args.init_weights.resolve() == weights.resolve():
         parser.error(f"--init-weights {args.init_weights} would be overwritten; set --weights")
-
-
-def check_inputs(
-    images: Path, folders: tuple[Path, ...], init_weights: Path | None, batch_size: int
-) -> None:
-    """Check files and folders before the long work."""
-    case_paths(images)
-    for folder in folders:
-        check_writable(folder)
-    if init_weights:
-        load_state(init_weights)
-    if batch_size < dist.world_size():
-        raise ValueError(
-            f"--batch-size {batch_size} is less than a slice for each of {dist.world_size()} "
-            "processes; raise it, or start fewer"
-        )
-
-
-def check_data(
-    train_set: BrainSegmentationDataset, validation_set: BrainSegmentationDataset, drop: float
-) -> dict[str, list[str]]:
-    """Say on stderr what is odd about a case; the names of the cases of both sets."""
-    if drop and train_set.in_channels != 3:
-        raise ValueError(f"--drop-sequences needs 3 sequences, not {train_set.in_channels}")
-    for volume in train_set.volumes + validation_set.volumes:
-        for note in volume.frame.notes:
-            print(f"{volume.case.folder}: {note}", file=sys.stderr)
-    sets = {"train": train_set, "validation": validation_set}
-    return {name: [volume.name for volume in each.volumes] for name, each in sets.items()}
-
-
-def check_seen(card: dict, allowed: bool) -> None:
-    """Raise ValueError, or say so, if the start weights have seen validation patients."""
-    if seen := card.get("validation_seen"):
-        text = f"--init-weights was trained on patients of {len(seen)} validation cases ({seen[0]})"
-        if not allowed:
-            raise ValueError(
-                f"{text}, whose DSC would be too high; validate on others (--folds, --fold), or "
-                "add --allow-seen, which the card will say"
-            )
-        print(f"{text}: the validation DSC is too high")
-
-
-def check_finite(loss: float, state: TrainState) -> None:
-    """Raise ValueError if a loss is NaN or infinite, before anything of the epoch is saved."""
-    if not math.isfinite(loss):
-        raise ValueError(
-            f"the loss is no longer finite at epoch {state.epoch + 1}, step {state.step}; nothing "
-            "of this epoch was written: start anew with a lower --lr, or with --no-amp"
-        )
-
-
-def build_network(
-    name: str,
-    settings: dict,
-    seed: int,
-    init_weights: Path | None,
-    device: torch.device,
-    sync_bn: bool,
-) -> tuple[nn.Module, dict | None]:
-    """The network on its device, and what the card of its `init_weights` says of their origin."""
-    if sync_bn and device.type != "cuda":
-        raise ValueError(f"--sync-bn is for CUDA devices, and this is {device}")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = build_model(name, **settings)
-    start = None
-    if init_weights:
-        unused, untouched = initialise(model, init_weights)
-        print(
-            f"{init_weights}: not used: {', '.join(unused) or 'nothing'}; "
-            f"left at random: {', '.join(untouched) or 'nothing'}"
-        )
-        start = training.read_start(init_weights)
-    if sync_bn:
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    return model.to(device, memory_format=torch.channels_last), start
-
-
-@contextmanager
-def memory_advice(batch_size: int, image_size: int) -> Iterator[None]:
-    """Turn "out of memory" into a sentence that says what to lower."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise ValueError(
-            f"out of memory at --batch-size {batch_size} and --image-size {image_size}; start "
-            f"anew with smaller ones or --features ({str(error).splitlines()[0]})"
-        ) from error
 
 
 if __name__ == "__main__":

@@ -69,6 +69,25 @@ class Parser(argparse.ArgumentParser):
                 self.error(f"{path}: {error}")
         return super().parse_args(args, namespace)
 
+    def parse_resumed(
+        self, argv: Sequence[str] | None, settings: dict, changing: Sequence[str], path: Path
+    ) -> argparse.Namespace:
+        """Parse with an earlier run's `settings` as defaults, but for those that may change.
+
+        Raises ValueError, naming `path`, the earlier run's, if the recipe would be another.
+        """
+        names = {action.dest for action in self._actions} & settings.keys() - set(changing)
+        self.set_defaults(**{name: settings[name] for name in names})
+        args = self.parse_args(argv)
+        for name in self.recipe:
+            before, now = settings[name], getattr(args, name)
+            if now != before:
+                raise ValueError(
+                    f"{path}: was started with --{name.replace('_', '-')} {before}, not {now}; "
+                    "leave that out, or start anew in another --weights"
+                )
+        return args
+
     def _take_defaults(self, settings: dict) -> None:
         """`set_defaults` with checks of names and values."""
         known = {

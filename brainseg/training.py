@@ -1,27 +1,21 @@
-"""What a training carries from step to step and leaves behind: state, schedule, card, files."""
+"""What a training carries from step to step: its network, state, schedule and average."""
 
 from __future__ import annotations
 
+import inspect
 import math
-import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .cache import Prepared
-from .distributed import is_main_process, shard_of_batch, world_size
-from .io.files import write_json
-from .io.pictures import outline, to_grey
-from .metrics import summarise
-from .splits import patient_of
-from .weights import load_tensors, read_card, save_tensors, save_weights
+from .distributed import shard_of_batch, world_size
+from .weights import build_model, initialise, load_tensors, save_tensors
 
 CHECKPOINT = set("args model ema optimizer epoch step loss_sum best cases".split())
 PROGRESS = ("epoch", "step", "loss_sum", "best")
@@ -34,7 +28,8 @@ class TrainState:
     model: nn.Module
     ema: nn.Module | None  # exponential moving average of the model
     optimizer: torch.optim.Optimizer
-    steps_per_epoch: int
+    slices: int  # per epoch
+    batch_size: int
     epoch: int = 0  # finished epochs
     step: int = 0  # finished steps of the current epoch
     loss_sum: float = 0.0  # over the slices of these steps
@@ -46,11 +41,12 @@ class TrainState:
         return self.ema or self.model
 
     @property
+    def steps_per_epoch(self) -> int:
+        return math.ceil(self.slices / self.batch_size)
+
+    @property
     def global_step(self) -> int:
         return self.epoch * self.steps_per_epoch + self.step
-
-    def next_epoch(self) -> None:
-        self.epoch, self.step, self.loss_sum = self.epoch + 1, 0, 0.0
 
     def save(self, path: Path, **about: object) -> None:
         """Write a checkpoint, with what else `load_checkpoint` shall give; raises OSError."""
@@ -89,29 +85,6 @@ def load_checkpoint(path: Path) -> dict:
     return checkpoint
 
 
-def what_changed(
-    checkpoint: dict, state: TrainState, validation: list[str], rate: Callable, epochs: int
-) -> list[str]:
-    """What a resumed run does otherwise than the one before: one sentence for each."""
-    notes, before = [], checkpoint.get("validation_cases", validation)
-    if before != validation:
-        new, gone = sorted({*validation} - {*before}), sorted({*before} - {*validation})
-        changes = f"new: {', '.join(new) or 'none'}; gone: {', '.join(gone) or 'none'}"
-        notes.append(
-            f"the validation cases have changed ({changes}); the best DSC so far, "
-            f"{state.best:.3f}, was of the earlier ones"
-        )
-    settings = checkpoint["args"]
-    if settings["schedule"] == "cosine" and settings["epochs"] != epochs and state.epoch < epochs:
-        step = state.global_step
-        earlier = rate(step, steps=settings["epochs"] * state.steps_per_epoch)
-        notes.append(
-            f"the cosine is now of {epochs} epochs, not {settings['epochs']}: the learning rate "
-            f"jumps from {earlier:.3g} to {rate(step):.3g}, then falls to 0 at epoch {epochs}"
-        )
-    return notes
-
-
 def learning_rate(step: int, steps: int, peak: float, schedule: str, warmup: int) -> float:
     """Linear warm-up, then constant or half a cosine down to 0 at the last of all `steps`."""
     warm = min(1.0, (step + 1) / max(warmup, 1))
@@ -138,13 +111,12 @@ def update_average(average: nn.Module, model: nn.Module, decay: float, step: int
 
 def compile_ahead(
     model: nn.Module,
-    slices: int,
-    batch_size: int,
+    sizes: Sequence[int],
     image_size: int,
     amp: bool,
     device: torch.device,
 ) -> nn.Module:
-    """The network compiled for the batches of an epoch of `slices`, so that no step waits for it.
+    """The network compiled for these global batch sizes, so that no step waits for it.
 
     The model's weights and statistics stay as they are. Raises ValueError if it cannot be compiled.
     """
@@ -152,7 +124,7 @@ def compile_ahead(
     before = {name: value.clone() for name, value in model.state_dict().items()}
     network = torch.compile(model, dynamic=False)
     model.train()
-    for size in (batch_size, slices % batch_size or batch_size):
+    for size in sizes:
         own = len(shard_of_batch(range(size)))
         images = torch.zeros((own, model.settings["in_channels"], image_size, image_size))
         images = images.to(device, memory_format=torch.channels_last)
@@ -174,111 +146,56 @@ def parallel(network: nn.Module, device: torch.device) -> nn.Module:
     """Have the ranks, if there are several, end each step with the same gradients."""
     if world_size() == 1:
         return network
-    own = [device] if device.type == "cuda" else None
-    return DistributedDataParallel(
-        network, device_ids=own, broadcast_buffers=False, gradient_as_bucket_view=True
-    )
+    options = {"device_ids": [device] if device.type == "cuda" else None}
+    known = inspect.signature(DistributedDataParallel).parameters
+    newer = "forward_sync_buffers"  # the name of broadcast_buffers in later versions of PyTorch
+    options[newer if newer in known else "broadcast_buffers"] = False
+    return DistributedDataParallel(network, gradient_as_bucket_view=True, **options)
 
 
-def describe_run(
-    model: nn.Module,
-    recipe: dict,
-    cases: dict[str, list[str]],
-    start: dict | None,
-    device: torch.device,
-) -> dict:
-    """The card of a run's weights: data, split, recipe, versions, device. It names no paths.
+def build_network(name: str, seed: int, init_weights: Path | None, **settings) -> nn.Module:
+    """A network with random weights by `seed`, or those from a file as far as they fit.
 
-    The training cases of the weights that it started from count as seen by this network too.
+    Settings that are None are left at the network's default.
     """
-    if isinstance(recipe["pretrained"], str):
-        recipe = recipe | {"pretrained": Path(recipe["pretrained"]).name}
-    cuda = device.type == "cuda"
-    about = {
-        "model": recipe["model"],
-        "settings": model.settings,
-        **{name: recipe[name] for name in ("image_size", "neighbours", "preprocessing")},
-        "cases": dict(cases),
-        "recipe": recipe,
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "device": torch.cuda.get_device_name(device) if cuda else str(device),
-        "processes": world_size(),
-        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    }
-    if start:
-        about["cases"]["train"] = sorted({*cases["train"], *trained_cases(start)})
-        about["initialised_from"] = {k: v for k, v in start.items() if k != "cases"}
-        if seen := seen_cases(start, cases["validation"]):
-            about["validation_seen"] = seen
-    return about
+    settings = {key: value for key, value in settings.items() if value is not None}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = build_model(name, **settings)
+    if init_weights:
+        unused, untouched = initialise(model, init_weights)
+        print(
+            f"{init_weights}: not used: {', '.join(unused) or 'nothing'}; "
+            f"left at random: {', '.join(untouched) or 'nothing'}"
+        )
+    return model
 
 
-def read_start(path: Path) -> dict:
-    """What the card of weights to start from says of their origin."""
-    card = read_card(path)
-    return {key: card.get(key) for key in ("recipe", "commit", "cases", "initialised_from")}
+def on_device(model: nn.Module, device: torch.device, sync_bn: bool = False) -> nn.Module:
+    """The network on its device; with `sync_bn`, batch norm over the batch of all ranks."""
+    if sync_bn:
+        if device.type != "cuda":
+            raise ValueError(f"--sync-bn is for CUDA devices, and this is {device}")
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    return model.to(device, memory_format=torch.channels_last)
 
 
-def trained_cases(start: dict | None) -> list[str]:
-    """The cases that weights to start from were trained on, as far as their card names them."""
-    return list(((start or {}).get("cases") or {}).get("train", ()))
+def check_finite(loss: float, state: TrainState) -> None:
+    """Raise ValueError if a loss is NaN or infinite, before anything of the epoch is saved."""
+    if not math.isfinite(loss):
+        raise ValueError(
+            f"the loss is no longer finite at epoch {state.epoch + 1}, step {state.step}; nothing "
+            "of this epoch was written: start anew with a lower --lr, or with --no-amp"
+        )
 
 
-def seen_cases(start: dict | None, validation: Sequence[str]) -> list[str]:
-    """The validation cases of patients that weights to start from were trained on."""
-    patients = set(map(patient_of, trained_cases(start)))
-    return [name for name in validation if patient_of(name) in patients]
-
-
-class RunWriter:
-    """Writes what a run leaves behind; on all ranks but the main one, nothing.
-
-    That is WEIGHTS/<model>.pt with its card, WEIGHTS/<model>.ckpt, and TensorBoard events in LOGS.
-    """
-
-    def __init__(self, weights: Path, logs: Path, card: dict, kept: dict, args: dict):
-        self.files, self.logs, self.card, self.kept = weights / card["model"], logs, card, kept
-        self.log = None
-        if is_main_process():
-            write_json(logs / "args.json", card | {"args": args})
-
-    def __enter__(self) -> RunWriter:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self.log:
-            self.log.close()
-
-    def checkpoint(self, state: TrainState) -> None:
-        if is_main_process():
-            state.save(self.files.with_suffix(".ckpt"), **self.kept)
-
-    def weights(self, state: TrainState, scores: dict[str, float]) -> None:
-        """Write the weights and their card, with the DSC of each validation case."""
-        if is_main_process():
-            patients = [patient_of(name) for name in scores]
-            summary = summarise(list(scores.values()), patients)
-            if seen := self.card.get("validation_seen"):
-                summary["seen_by_start_weights"] = len(seen)
-            card = self.card | {"epoch": state.epoch, "validation_dsc": summary}
-            save_weights(self.files.with_suffix(".pt"), state.trained.state_dict(), card)
-
-    def curves(self, epoch: int, values: dict[str, float]) -> None:
-        if is_main_process():
-            if self.log is None:
-                from torch.utils.tensorboard import SummaryWriter  # slow
-
-                self.log = SummaryWriter(self.logs, purge_step=epoch)
-            for name, value in values.items():
-                self.log.add_scalar(name, value, epoch)
-
-    def slices(self, epoch: int, volumes: list[Prepared], masks: list[np.ndarray], most: int):
-        """Log up to `most` slices of the cases, outlined, in the source geometry."""
-        for volume, mask in zip(volumes, masks, strict=True):
-            count = min(len(mask), most)
-            if count < 1 or not is_main_process():
-                return
-            most -= count
-            grey = to_grey(volume.case.read())[:count]
-            pictures = outline(grey, mask[:count], volume.truth[:count])
-            self.log.add_images(volume.name, pictures, epoch, dataformats="NHWC")
+@contextmanager
+def memory_advice(batch_size: int) -> Iterator[None]:
+    """Turn "out of memory" into a sentence that says what to lower."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ValueError(
+            f"out of memory at --batch-size {batch_size}; start anew with a smaller one, or with "
+            f"a smaller --image-size or --features ({str(error).splitlines()[0]})"
+        ) from error
