@@ -101,6 +101,8 @@ def _leave(error: BaseException) -> NoReturn:
         )
     elif isinstance(error, (ValueError, OSError)):
         text = sentence(error)
+    elif isinstance(error, torch.OutOfMemoryError):
+        text = f"out of memory: {str(error).splitlines()[0]}"
     else:
         text = "".join(traceback.format_exception(error))
     print(f"error: {text}", file=sys.__stderr__, flush=True)
