@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import signal
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -36,16 +35,15 @@ from tqdm import tqdm
 
 from brainseg.devices import in_groups, in_order
 from brainseg.distributed import (
+    barrier,
     gather,
-    in_main,
-    is_main,
-    one_first,
-    only_main_speaks,
-    own_device,
-    own_workers,
+    is_main_process,
+    local_rank_zero_first,
+    only_main_process_prints,
     process_group,
-    share,
-    together,
+    rank_device,
+    rank_workers,
+    shard,
 )
 from brainseg.io.files import check_writable, sentence, write_json, write_table
 from brainseg.io.layouts import case_paths, find_case, find_sequences
@@ -57,7 +55,14 @@ from brainseg.preprocess import Frame
 from brainseg.segmenter import Segmenter
 from brainseg.splits import SUBSETS, patient_of, select_cases
 from brainseg.weights import file_hash, read_card, shipped_weights
-from utils import add_segmenter_options, fail, make_parser, provenance, segmenter_options
+from utils import (
+    add_segmenter_options,
+    fail,
+    make_parser,
+    provenance,
+    segmenter_options,
+    sigterm_interrupts,
+)
 
 GROUP = 4  # batches; a GPU is handed cases of so many slices at once
 
@@ -99,7 +104,7 @@ class Result:
 
 
 def main(argv: list[str] | None = None) -> None:
-    with only_main_speaks():
+    with only_main_process_prints():
         parser = get_parser()
         args = parser.parse_args(argv)
         options = segmenter_options(parser, args)
@@ -107,9 +112,8 @@ def main(argv: list[str] | None = None) -> None:
             parser.error("--pre and --post go with --flair")
         if args.flair and (args.images or args.cases or args.subset != "all"):
             parser.error("--flair is one scan; --images, --cases and --subset choose others")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # tidy up as after Ctrl-C
     try:
-        with process_group():
+        with sigterm_interrupts(), process_group():
             failed = run(args, options)
     except (ValueError, OSError) as error:
         fail(error)
@@ -117,7 +121,8 @@ def main(argv: list[str] | None = None) -> None:
         fail(f"out of memory beside the network: {str(error).splitlines()[0]}; use --device cpu")
     except KeyboardInterrupt:
         sys.exit("stopped; finished cases are kept, go on with --skip-existing")
-    sys.exit(1 if failed else 0)
+    if failed:
+        sys.exit(1)
 
 
 def run(args: argparse.Namespace, options: dict) -> int:
@@ -127,15 +132,18 @@ def run(args: argparse.Namespace, options: dict) -> int:
     """
     weights = args.weights or shipped_weights("unet")
     about = provenance(args)  # before this process takes its part of the machine
-    # One process of a machine first: it keeps what TensorRT builds, and the others find it.
-    segmenter, sources = one_first(lambda: prepare(args, options, weights))
+    # The first rank of a machine keeps what TensorRT builds, and the others find it.
+    with local_rank_zero_first():
+        segmenter, sources = prepare(args, options, weights)
     trained_on = set(map(patient_of, read_card(weights).get("cases", {}).get("train", ())))
     about["weights"] = {str(weights): file_hash(weights)}
-    about["since"] = together(lambda: since(args.predictions, about, args.skip_existing))
-    in_main(lambda: write_json(args.predictions / "args.json", about))
+    about["since"] = since(args.predictions, about, args.skip_existing)
+    barrier()  # every rank has read the earlier args.json
+    if is_main_process():
+        write_json(args.predictions / "args.json", about)
     rows, failed, kept = [], 0, 0
     try:
-        for result in segment_all(share(sources), segmenter, args, about["since"]):
+        for result in segment_all(shard(sources), segmenter, args, about["since"]):
             rows.append(None)
             if isinstance(result, Exception):
                 tqdm.write(f"error: {sentence(result)}", file=sys.stderr)
@@ -148,7 +156,7 @@ def run(args: argparse.Namespace, options: dict) -> int:
         rows, failed, kept = gather(rows), sum(gather([failed])), sum(gather([kept]))
     finally:
         rows = [row for row in rows if row]
-        if rows and is_main():
+        if rows and is_main_process():
             write_table(args.predictions / "metrics.csv", rows)
     summary = (
         f"{len(sources) - failed - kept} of {len(sources)} cases segmented with {weights} "
@@ -156,7 +164,8 @@ def run(args: argparse.Namespace, options: dict) -> int:
         + (f", {kept} kept from an earlier run" if kept else "")
         + f"; masks and pictures: {args.predictions}"
     )
-    in_main(lambda: report(rows, args, summary))
+    if is_main_process():
+        report(rows, args, summary)
     return failed
 
 
@@ -164,9 +173,9 @@ def prepare(
     args: argparse.Namespace, options: dict, weights: Path
 ) -> tuple[Segmenter, list[Path | Case]]:
     """The segmenter and the cases; raises what would stop the run."""
-    args.workers = own_workers(args.workers)
+    args.workers = rank_workers(args.workers)
     segmenter = Segmenter.from_weights(
-        weights, **options | {"device": own_device(options["device"])}
+        weights, **options | {"device": rank_device(options["device"])}
     )
     if args.flair:
         sources = [find_sequences(args.flair, args.pre, args.post)]
@@ -218,7 +227,7 @@ def segment_all(
         desc="segmenting",
         total=len(sources),
         unit="case",
-        disable=None if is_main() else True,
+        disable=None if is_main_process() else True,
     )
     if segmenter.on_cpu and len(sources) > 1:
         # Several cases at once with a core each: nothing waits for a thread that another one holds.
