@@ -21,7 +21,7 @@ from brainseg.evaluation.statistics import SETTINGS, compare
 from brainseg.io.layouts import find_case
 from brainseg.metrics import dsc, summarise
 from brainseg.phantom import make_volume
-from brainseg.segmenter import Segmenter, keep_largest_component
+from brainseg.segmenter import Segmenter, keep_components
 
 NAMES = [f"phantom_{k:03d}" for k in range(12)]
 
@@ -105,7 +105,7 @@ def test_settings_by_hand(phantoms, weights, done):
     probabilities = segmenter.restored(*segmenter.preprocess(volume)).numpy()
     for name, (threshold, largest) in SETTINGS.items():
         mask = probabilities >= threshold
-        mask = keep_largest_component(mask) if largest else mask
+        mask = keep_components(mask) if largest else mask
         assert float(row[name]) == pytest.approx(dsc(mask, truth), rel=1e-5), name
     assert row["dsc"] == row["dsc_0.5_largest"]
     assert len({row[name] for name in SETTINGS}) > 3, "the settings differ"
