@@ -52,18 +52,27 @@ def load_ensemble(paths: Sequence[Path]) -> tuple[nn.Module, dict]:
     cannot be used, has no card, or was trained for another input than the first.
     """
     cards = [read_card(path) for path in paths]
-    networks = [model_from_state(load_state(path), path)[1] for path in paths]
+    named = [model_from_state(load_state(path), path) for path in paths]
+    networks = [network for _, network in named]
+    about = {"model": named[0][0], "settings": networks[0].settings}
     if len(paths) == 1:
-        return networks[0], cards[0]
-    for path, card, network in zip(paths, cards, networks, strict=True):
-        _check_member(path, card, network, paths[0], cards[0], networks[0])
+        return networks[0], cards[0] | about
+    check_members(paths, cards, networks)
     seen = sorted({case for card in cards for case in card.get("cases", {}).get("train", ())})
     card = {k: v for k, v in cards[0].items() if k not in ("sha256", "scores", "expected_dsc")}
     card["cases"] = {"train": seen}
     fits = [card.get("expected_dsc") for card in cards]
     if fits[0] and all(fit == fits[0] for fit in fits):
         card["expected_dsc"] = fits[0]
-    return Ensemble(networks), card
+    return Ensemble(networks), card | about
+
+
+def check_members(
+    paths: Sequence[Path], cards: Sequence[dict], networks: Sequence[nn.Module]
+) -> None:
+    """Raise ValueError, naming the file, unless each takes and gives what the first one does."""
+    for path, card, network in zip(paths, cards, networks, strict=True):
+        _check_member(path, card, network, paths[0], cards[0], networks[0])
 
 
 def _check_member(
@@ -169,7 +178,7 @@ def fit_expected_dsc(features: Sequence[dict], dsc: Sequence[float]) -> dict:
     predicted = leave_one_out(names, x, y)
     scaled = (y - predicted) / _width(predicted)
     fit["interval"] = [float(q) for q in np.quantile(scaled, (0.1, 0.9))]
-    return fit | {"cases": len(y), "empty": len(dsc) - len(y)} | _agreement(predicted, y, fit)
+    return fit | {"cases": len(y), "empty": len(dsc) - len(y)} | _agreement(predicted, y)
 
 
 def leave_one_out(names: Sequence[str], x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -206,17 +215,15 @@ def _width(value: np.ndarray | float) -> np.ndarray | float:
     return 1.05 - value
 
 
-def _agreement(predicted: np.ndarray, dsc: np.ndarray, fit: dict) -> dict:
+def _agreement(predicted: np.ndarray, dsc: np.ndarray) -> dict:
     """Say how well DSCs that were predicted leaving each case out agree with the true ones."""
     from scipy.stats import spearmanr  # slow to import
 
-    low, high = (predicted + q * _width(predicted) for q in fit["interval"])
     constant = np.ptp(predicted) == 0 or np.ptp(dsc) == 0
     return {
         "leave_one_out": {
             "spearman": None if constant else float(spearmanr(predicted, dsc).statistic),
             "mean_error": float(np.abs(predicted - dsc).mean()),
-            "within_interval": float(((low <= dsc) & (dsc <= high)).mean()),
             "poor": int((dsc < WARN_BELOW).sum()),
             "warned": int(((dsc < WARN_BELOW) & (predicted < WARN_BELOW)).sum()),
             "false_alarms": int(((dsc >= WARN_BELOW) & (predicted < WARN_BELOW)).sum()),

@@ -249,7 +249,7 @@ def test_from_weights_takes_the_image_size_of_the_card(tmp_path, model, volume):
     path = tmp_path / "unet.pt"
     torch.save(model.state_dict(), path)
     assert Segmenter.from_weights(path, device="cpu").image_size == 256
-    path.with_suffix(".json").write_text(json.dumps({"image_size": 48}))
+    path.with_suffix(".json").write_text(json.dumps({"image_size": 48, "preprocessing": 2}))
     loaded = Segmenter.from_weights(path, device="cpu", amp=False)
     assert loaded.image_size == 48
     assert np.array_equal(loaded(volume), segmenter(model)(volume))
