@@ -8,7 +8,7 @@ BIN := .venv/bin
 
 demo: .venv/installed
 	@rm -rf demo
-	@$(BIN)/python phantom.py demo/images --cases 24 --size 96 --slices 16
+	@$(BIN)/python -m brainseg.phantom demo/images --cases 24 --size 96 --slices 16
 	@$(BIN)/python train.py --images demo/images --image-size 96 --features 8 \
 		--epochs 16 --lr 4e-3 --schedule cosine --warmup 20 --ema 0.98 --loss bce-dice \
 		--keep last --cache demo/cache --weights demo/weights --logs demo/logs

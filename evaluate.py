@@ -26,21 +26,13 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from checkpoint import shipped_weights
-from comparison import compare
-from dataset import SUBSETS
-from report import case_table, save_gallery, save_page, save_scores, tables
-from scoring import choose_cases, describe, open_models, score_all
-from utils import (
-    add_segmenter_options,
-    check_writable,
-    fail,
-    make_parser,
-    provenance,
-    segmenter_options,
-    write_json,
-    write_table,
-)
+from brainseg.evaluation.report import case_table, save_gallery, save_page, save_scores, tables
+from brainseg.evaluation.scoring import choose_cases, describe, open_models, score_all
+from brainseg.evaluation.statistics import compare
+from brainseg.io.files import check_writable, write_json, write_table
+from brainseg.splits import SUBSETS
+from brainseg.weights import shipped_weights
+from utils import add_segmenter_options, fail, make_parser, provenance, segmenter_options
 
 
 def get_parser() -> argparse.ArgumentParser:

@@ -29,12 +29,21 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from checkpoint import file_hash, load_state, model_from_state, read_card
-from dataset import SUBSETS, is_lgg, patient_of, subset_of
-from metrics import summarise
-from onnx_network import OnnxNetwork, needed
-from program import check_finite, largest_difference, slices_to_compare, to_onnx, to_pt2, trace
-from utils import fail, make_parser, read_scores, write_json, written_whole
+from brainseg.io.files import write_json, written_whole
+from brainseg.io.predictions import read_scores
+from brainseg.metrics import summarise
+from brainseg.onnx import OnnxNetwork, needed
+from brainseg.programs import (
+    check_finite,
+    largest_difference,
+    slices_to_compare,
+    to_onnx,
+    to_pt2,
+    trace,
+)
+from brainseg.splits import SUBSETS, is_lgg, patient_of, subset_of
+from brainseg.weights import file_hash, load_state, model_from_state, read_card
+from utils import fail, make_parser
 
 LICENCE = (
     "Trained on MR images of TCGA-LGG (doi:10.7937/K9/TCIA.2016.L4LTD3TK) with the masks of Buda, "
@@ -168,7 +177,7 @@ def write_network(args: argparse.Namespace, model: nn.Module, card: dict) -> str
     precision = args.precision or "float32"
     suffix = ("-float16" if precision == "float16" else "") + SUFFIXES[args.format]
     path = args.out / f"{args.weights.stem}{suffix}"
-    card = {"image_size": 256, "neighbours": 0} | card
+    card = {"image_size": 256, "neighbours": 0, "preprocessing": 1} | card
     card |= {"stride": model.stride, "precision": precision}
     card["weights"] = {"file": args.weights.name, "sha256": file_hash(args.weights)}
     card.pop("sha256", None)  # of the weights

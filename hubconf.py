@@ -1,5 +1,7 @@
 """torch.hub entry points: the bare networks, and `segmenter`, raw volume in, mask out."""
 
+from brainseg import weights
+
 dependencies = ["torch"]
 
 
@@ -11,14 +13,14 @@ def unet(in_channels=3, out_channels=1, init_features=32, pretrained=False):
     in_channels, out_channels, init_features: the pretrained network has 3, 1 and 32.
     pretrained: load the weights that come with the repository; their hash is checked.
     """
-    from checkpoint import build_model, load_pretrained
-
     settings = {
         "in_channels": in_channels,
         "out_channels": out_channels,
         "init_features": init_features,
     }
-    return load_pretrained("unet", **settings) if pretrained else build_model("unet", **settings)
+    if pretrained:
+        return weights.load_pretrained("unet", **settings)
+    return weights.build_model("unet", **settings)
 
 
 def resnext_unet(in_channels=3, out_channels=1, pretrained=False):
@@ -26,9 +28,7 @@ def resnext_unet(in_channels=3, out_channels=1, pretrained=False):
 
     pretrained: True fetches an encoder that was trained on ImageNet, a path takes it from a file.
     """
-    from checkpoint import build_model
-
-    return build_model(
+    return weights.build_model(
         "resnext_unet", in_channels=in_channels, out_channels=out_channels, pretrained=pretrained
     )
 
@@ -41,7 +41,6 @@ def segmenter(network="unet", device=None, **options):
     device: an accelerator if there is one, unless named here.
     options: threshold=0.5, largest_component=True, tta=False, batch_size=16, amp=None.
     """
-    from checkpoint import shipped_weights
-    from segmentation import Segmenter
+    from brainseg.segmenter import Segmenter  # needs more than torch
 
-    return Segmenter.from_weights(shipped_weights(network), device=device, **options)
+    return Segmenter.from_weights(weights.shipped_weights(network), device=device, **options)

@@ -34,10 +34,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from cases import case_paths, find_case, find_sequences
-from checkpoint import file_hash, read_card, shipped_weights
-from dataset import SUBSETS, patient_of, select_cases
-from distributed import (
+from brainseg.devices import in_groups, in_order
+from brainseg.distributed import (
     gather,
     in_main,
     is_main,
@@ -49,24 +47,17 @@ from distributed import (
     share,
     together,
 )
-from metrics import describe
-from predictions import find_masks, since, table_row, write_case
-from segmentation import Segmenter
-from utils import (
-    add_segmenter_options,
-    check_writable,
-    fail,
-    in_groups,
-    in_order,
-    make_parser,
-    provenance,
-    save_dsc_figure,
-    segmenter_options,
-    sentence,
-    write_json,
-    write_table,
-)
-from volume import Case, Frame
+from brainseg.io.files import check_writable, sentence, write_json, write_table
+from brainseg.io.layouts import case_paths, find_case, find_sequences
+from brainseg.io.pictures import save_dsc_figure
+from brainseg.io.predictions import find_masks, since, table_row, write_case
+from brainseg.io.slices import Case
+from brainseg.metrics import describe
+from brainseg.preprocess import Frame
+from brainseg.segmenter import Segmenter
+from brainseg.splits import SUBSETS, patient_of, select_cases
+from brainseg.weights import file_hash, read_card, shipped_weights
+from utils import add_segmenter_options, fail, make_parser, provenance, segmenter_options
 
 GROUP = 4  # batches; a GPU is handed cases of so many slices at once
 
@@ -286,6 +277,8 @@ def load(
         images, frame = segmenter.preprocess(volume)
     except ValueError as error:
         return ValueError(f"{case.folder}: {error}")
+    for note in frame.notes:
+        tqdm.write(f"{case.folder}: {note}", file=sys.stderr)
     if frame.blank:
         tqdm.write(f"{case.folder}: every voxel is 0, and so is its mask", file=sys.stderr)
     return Result(case, volume, truth, fresh=True, images=images, frame=frame)

@@ -25,10 +25,9 @@ from typing import TYPE_CHECKING
 import torch
 from tqdm import tqdm
 
-from cases import case_paths
-from checkpoint import MODELS, load_state, load_tensors, save_tensors, save_weights
-from dataset import BrainSegmentationDataset
-from distributed import (
+from brainseg.cache import Prepared
+from brainseg.devices import pick_device
+from brainseg.distributed import (
     gather,
     in_main,
     largest,
@@ -40,20 +39,16 @@ from distributed import (
     processes,
     together,
 )
+from brainseg.io.files import check_writable, write_json
+from brainseg.io.layouts import case_paths
+from brainseg.io.pictures import outline, to_grey
+from brainseg.metrics import summarise
+from brainseg.preprocess import VERSION
+from brainseg.weights import MODELS, load_state, load_tensors, save_tensors, save_weights
+from dataset import BrainSegmentationDataset
 from loss import LOSSES
-from metrics import summarise
-from segmentation import pick_device
 from trainer import RECIPE, Trainer
-from utils import (
-    Interruption,
-    check_writable,
-    fail,
-    make_parser,
-    outline,
-    plain,
-    to_grey,
-    write_json,
-)
+from utils import Interruption, fail, make_parser, plain
 
 if TYPE_CHECKING:
     import numpy as np
@@ -67,6 +62,13 @@ def get_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("data").add_argument
     add("--images", type=Path, default="./kaggle_3m", help="folder of cases (%(default)s)")
     add("--image-size", type=int, default=256, help="side of a resized slice (%(default)s)")
+    add(
+        "--preprocessing",
+        type=int,
+        choices=(1, 2),
+        default=VERSION,
+        help="1: as the published weights, all sequences on one scale; 2: each by itself (2)",
+    )
     add(
         "--folds",
         type=int,
@@ -164,7 +166,8 @@ def get_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict | 
     if not CHECKPOINT <= checkpoint.keys():
         raise ValueError(f"{path}: is not a training checkpoint of this version")
     # An option that is younger than the checkpoint was at its default then.
-    settings = {name: parser.get_default(name) for name in RECIPE} | checkpoint["args"]
+    settings = {name: parser.get_default(name) for name in RECIPE} | {"preprocessing": 1}
+    settings |= checkpoint["args"]
     # The folder it lies in and the machine may be others by now.
     here = ("weights", "device", "workers", "resume")
     parser.set_defaults(**{name: value for name, value in settings.items() if name not in here})
@@ -241,8 +244,10 @@ def run(args: argparse.Namespace, checkpoint: dict | None) -> None:
             cache=args.cache,
             workers=args.workers,
             progress=True,
+            version=args.preprocessing,
         )
     )
+    in_main(lambda: report_notes(train_set.volumes + validation_set.volumes))
     trainer = one_first(lambda: Trainer(args, train_set))
     if checkpoint:
         together(lambda: trainer.load(checkpoint))
@@ -270,6 +275,13 @@ def run(args: argparse.Namespace, checkpoint: dict | None) -> None:
         )
         sys.exit(128 + stop)
     print(f"weights: {weights_path(args)}   logs: tensorboard --logdir {args.logs}")
+
+
+def report_notes(volumes: list[Prepared]) -> None:
+    """Say on stderr what is odd about the sequences of a case."""
+    for volume in volumes:
+        for note in volume.frame.notes:
+            print(f"{volume.case.folder}: {note}", file=sys.stderr)
 
 
 def check_machine(args: argparse.Namespace) -> None:

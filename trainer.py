@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import math
 import platform
 import time
@@ -14,13 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from cache import Prepared
-from checkpoint import build_model, initialise, read_card
-from dataset import BrainSegmentationDataset
-from distributed import (
+from brainseg.cache import Prepared
+from brainseg.devices import has_bfloat16, in_groups, pick_device, to_device
+from brainseg.distributed import (
     copy_buffers,
     gather,
     largest,
@@ -30,18 +29,19 @@ from distributed import (
     together,
     total,
 )
-from feed import Feed
+from brainseg.metrics import dsc
+from brainseg.segmenter import Segmenter
+from brainseg.weights import build_model, initialise, read_card
+from dataset import BrainSegmentationDataset, Feed
 from loss import LOSSES
-from metrics import dsc
-from segmentation import Segmenter, has_bfloat16, pick_device
 from transform import augment, drop_sequences, vary_intensity
-from utils import Interruption, git_commit, in_groups, make_generator, plain, to_device
+from utils import Interruption, git_commit, make_generator, plain
 
 # Settings that change the numbers of a run: a resumed run keeps those it was started with.
 RECIPE = (
-    "model features pretrained image_size neighbours loss batch_size lr weight_decay schedule "
-    "warmup ema background aug_scale aug_angle aug_intensity drop_sequences seed folds fold amp "
-    "keep sync_bn"
+    "model features pretrained preprocessing image_size neighbours loss batch_size lr "
+    "weight_decay schedule warmup ema background aug_scale aug_angle aug_intensity "
+    "drop_sequences seed folds fold amp keep sync_bn"
 ).split()
 SYNC = 20  # steps between two looks at the loss, for which host and device wait for each other
 AT_ONCE = 256  # slices whose probabilities a GPU holds in validation
@@ -87,8 +87,7 @@ class Trainer:
         )
         self.ema = None
         if args.ema:
-            average = get_ema_multi_avg_fn(args.ema)
-            self.ema = AveragedModel(self.model, multi_avg_fn=average, use_buffers=True)
+            self.ema = copy.deepcopy(self.model)
         self.feed = Feed(train_set, self.device, args.neighbours, args.workers)
         self.cases = [volume.name for volume in train_set.volumes]
         self.steps_per_epoch = math.ceil(len(train_set) / args.batch_size)
@@ -100,7 +99,7 @@ class Trainer:
     @property
     def trained(self) -> nn.Module:
         """The network to validate and to keep: the moving average if there is one."""
-        return self.ema.module if self.ema else self.model
+        return self.ema or self.model
 
     @property
     def global_step(self) -> int:
@@ -162,7 +161,7 @@ class Trainer:
         loss.backward()
         self.optimizer.step()
         if self.ema:
-            self.ema.update_parameters(self.model)
+            update_average(self.ema, self.model, self.args.ema, self.global_step)
         return loss.detach()
 
     def step_in_memory(self, images: Tensor, masks: Tensor, whole: int) -> Tensor:
@@ -288,7 +287,9 @@ class Trainer:
         except RuntimeError as error:
             raise ValueError(f"{self.args.images}: slices of other channels than before") from error
         if self.ema:
-            self.ema.load_state_dict(checkpoint["ema"])
+            average = {k.removeprefix("module."): v for k, v in checkpoint["ema"].items()}
+            average.pop("n_averaged", None)  # of checkpoints before version 2 of preprocessing
+            self.ema.load_state_dict(average)
         self.optimizer.load_state_dict(checkpoint["optimizer"])
         for name in ("epoch", "step", "loss_sum", "best", "initialised_from"):
             setattr(self, name, checkpoint[name])
@@ -308,6 +309,7 @@ class Trainer:
             device=self.device,
             amp=self.amp,
             neighbours=self.args.neighbours,
+            version=self.args.preprocessing,
         )
         volumes = share(dataset.volumes)
         bar = tqdm(total=len(volumes), desc="validating", unit="case", leave=False, disable=None)
@@ -346,6 +348,7 @@ class Trainer:
             "settings": self.model.settings,
             "image_size": self.args.image_size,
             "neighbours": self.args.neighbours,
+            "preprocessing": self.args.preprocessing,
             "cases": {
                 "train": self.cases,
                 "validation": [volume.name for volume in validation_set.volumes],
@@ -363,3 +366,19 @@ class Trainer:
             about["cases"]["train"] = sorted({*self.cases, *earlier})
             about["initialised_from"] = {k: v for k, v in first.items() if k != "cases"}
         return about
+
+
+@torch.no_grad()
+def update_average(average: nn.Module, model: nn.Module, decay: float, step: int) -> None:
+    """Move the exponential moving average of a model's weights and statistics towards it.
+
+    The decay rises to `decay` as (1 + step) / (10 + step), as in TensorFlow's
+    ExponentialMovingAverage, so that the random weights of the start are soon forgotten.
+    """
+    decay = min(decay, (1 + step) / (10 + step))
+    pairs = list(zip(average.state_dict().values(), model.state_dict().values(), strict=True))
+    averages, values = zip(*[pair for pair in pairs if pair[0].is_floating_point()], strict=True)
+    torch._foreach_lerp_(averages, values, 1 - decay)
+    for mean, value in pairs:
+        if not mean.is_floating_point():  # how many batches batch norm has seen
+            mean.copy_(value)

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distributed import share_of_batch
-from utils import to_device
+from brainseg.devices import to_device
+from brainseg.distributed import share_of_batch
 
 
 def augment(

@@ -1,32 +1,112 @@
-"""Options and files that scripts share, seeds, worker threads, and the pictures."""
+"""Options that the commands share, settings from a file, seeds and signals."""
 
 from __future__ import annotations
 
 import argparse
-import csv
-import json
-import math
-import os
+import difflib
 import signal
 import subprocess
 import sys
-import tempfile
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import NoReturn
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from config import ConfigParser
+from brainseg.io.files import sentence
 
-T, R = TypeVar("T"), TypeVar("R")
-GREEN, RED = (0, 255, 0), (255, 0, 0)
+
+class ConfigParser(argparse.ArgumentParser):
+    """An ArgumentParser whose --config FILE stands for the flags that the file names.
+
+    FILE is YAML (so JSON too): `batch-size: 8` or `batch_size: 8` is --batch-size 8, true and
+    false switch a flag on and off, null leaves it at its default. Flags on the command line win.
+    The args.json that a run has written is such a file. A key or value that could not be used
+    ends with a usage error that names the file.
+    """
+
+    config: Path | None = None  # the file whose settings are being looked at
+
+    def __init__(self, **options: object):
+        super().__init__(allow_abbrev=False, **options)  # names are whole there, and so here
+
+    def parse_args(
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> argparse.Namespace:
+        argv = sys.argv[1:] if args is None else list(args)
+        path = self._config_in(argv)
+        if path is not None:
+            self.config = path
+            settings = self._flags_of(path)
+            required = [action for action in self._actions if action.required]
+            for action in required:  # the command line may have it
+                action.required = False
+            super().parse_args(settings)  # alone, so that what is wrong is blamed on the file
+            for action in required:
+                action.required = True
+            self.config = None
+            argv = settings + argv
+        return super().parse_args(argv, namespace)
+
+    def error(self, message: str) -> None:
+        super().error(f"{self.config}: {message}" if self.config else message)
+
+    def _config_in(self, argv: list[str]) -> Path | None:
+        finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        finder.add_argument("--config", type=Path)
+        finder.error = self.error
+        return finder.parse_known_args(argv)[0].config
+
+    def _flags_of(self, path: Path) -> list[str]:
+        """The settings of a file as words of a command line."""
+        known = {action.dest: action for action in self._actions if action.option_strings}
+        for other in ("help", "config"):
+            known.pop(other)
+        flags = []
+        for key, value in self._read(path).items():
+            action = known.get(str(key).replace("-", "_"))
+            if action is None and key != "config":
+                near = difflib.get_close_matches(str(key).replace("-", "_"), known, 1, 0.5)
+                hint = f"did you mean {near[0].replace('_', '-')}?" if near else "see --help"
+                self.error(f"no setting is called {key!r}; {hint}")
+            if action is not None and value is not None:
+                flags += self._words(action, value)
+        return flags
+
+    def _read(self, path: Path) -> dict:
+        import yaml
+
+        try:
+            content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            self.error(f"cannot be read ({error.strerror})")
+        except (yaml.YAMLError, ValueError, RecursionError):
+            self.error("is not YAML; write one `name: value` a line")
+        if isinstance(content, dict):  # args.json says more of its run than its settings
+            content = content.get("args", content)
+        if not isinstance(content, dict):
+            self.error("holds no settings; write one `name: value` a line")
+        return content
+
+    def _words(self, action: argparse.Action, value: object) -> list[str]:
+        flag, *others = action.option_strings
+        takes_value = action.nargs != 0
+        if value is True and (not takes_value or action.nargs == "?"):
+            return [flag]
+        if value is False and not takes_value:
+            return [other for other in others if other == f"--no-{flag[2:]}"]
+        values = value if isinstance(value, list) and action.nargs in ("+", "*") else [value]
+        if (
+            not values
+            or not takes_value
+            or any(isinstance(each, (bool, list, dict)) for each in values)
+        ):
+            wanted = "a value" if takes_value else "true or false"
+            self.error(f"{flag[2:]} takes {wanted}, not {value!r}")
+        return [flag, *map(str, values)] if len(values) > 1 else [f"{flag}={values[0]}"]
 
 
 def make_parser(doc: str) -> ConfigParser:
@@ -115,144 +195,6 @@ def make_generator(seed: int, *stream: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(state >> np.uint64(1)))
 
 
-def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on `device`. A copy to a GPU is queued there, and nobody waits for it."""
-    if device.type != "cuda" or tensor.is_cuda:
-        return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)
-
-
-@contextmanager
-def written_whole(path: Path | str) -> Iterator[Path]:
-    """Give a temporary name beside `path`; rename it to `path` once the block is through.
-
-    If the block fails, or the disk is full, what was at `path` is still there, untouched.
-    """
-    path = Path(path)
-    with naming(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        stem, *_ = path.name.partition(".")
-        handle, name = tempfile.mkstemp(  # with the suffix, .nii.gz say, as writers go by it
-            dir=path.parent, prefix=f".{stem}-", suffix=path.name[len(stem) :]
-        )
-        os.close(handle)
-        temporary = Path(name)
-        try:
-            yield temporary
-            umask = os.umask(0)
-            os.umask(umask)
-            temporary.chmod(0o666 & ~umask)  # mkstemp makes files that only their owner can read
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-
-
-def write_table(path: Path, rows: Sequence[dict]) -> None:
-    """Dicts as the lines of a CSV file, written whole; a key that one lacks is left empty."""
-    with written_whole(path) as temporary, open(temporary, "w", newline="") as file:
-        table = csv.DictWriter(file, dict.fromkeys(key for row in rows for key in row))
-        table.writeheader()
-        for row in rows:
-            table.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
-
-
-def write_json(path: Path, content: dict) -> None:
-    """Indented JSON, written whole; NaN, which JSON does not know, becomes null."""
-    strict = json.loads(json.dumps(content), parse_constant=lambda _: None)
-    with written_whole(path) as temporary:
-        temporary.write_text(json.dumps(strict, indent=2) + "\n")
-
-
-def read_scores(path: Path, names: Iterable[str]) -> dict[str, dict]:
-    """By case, `trained_on` (bool) and `names` (float) of a metrics.csv that inference.py wrote.
-
-    Raises OSError, or ValueError, naming the file, if it is none or lacks a column.
-    """
-    wrong = f"{path}: is not a metrics.csv that inference.py wrote"
-    try:
-        with naming(path), open(path, newline="", encoding="utf-8") as file:
-            lines = list(csv.DictReader(file))
-    except (ValueError, csv.Error) as error:
-        raise ValueError(wrong) from error
-    if not lines or None in lines[0] or not {"case", "trained_on"} <= lines[0].keys():
-        raise ValueError(wrong)
-    if lacking := [name for name in names if name not in lines[0]]:
-        raise ValueError(f"{path}: has no column {lacking[0]}; run inference.py again to make it")
-    scores = {}
-    for line in lines:
-        if line["case"] in scores:
-            raise ValueError(f"{path}: scores {line['case']} twice; give one line a case")
-        try:
-            seen = {"0": False, "1": True}[line["trained_on"]]
-            row = {"trained_on": seen, **{name: float(line[name]) for name in names}}
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path}: its line of {line['case']} is damaged") from error
-        scores[line["case"]] = row
-    return scores
-
-
-@contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Have every OSError of the block name `path`, not a temporary file or none."""
-    try:
-        yield
-    except OSError as error:
-        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
-
-
-@contextmanager
-def worker_threads(workers: int | None = None) -> Iterator[ThreadPoolExecutor]:
-    """Threads for reading, preprocessing and pictures; all cores unless `workers` says otherwise.
-
-    The work is done in libraries that release the interpreter, each on one core a thread.
-    """
-    # PyTorch hands the last number set by any thread to the next that asks, so that the caller's
-    # own must be read before, and set again after, or it would go on with one core.
-    threads = torch.get_num_threads()
-    pool = ThreadPoolExecutor(
-        workers or os.cpu_count(), initializer=torch.set_num_threads, initargs=(1,)
-    )
-    try:
-        yield pool
-    finally:
-        pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(threads)
-
-
-def in_order(
-    function: Callable[[T], R], items: Iterable[T], workers: int | None = None
-) -> Iterator[R]:
-    """`map` by threads that work at most four items ahead, so that memory stays small."""
-    with worker_threads(workers) as pool:
-        ahead: deque[Future[R]] = deque()
-        for item in items:
-            ahead.append(pool.submit(function, item))
-            if len(ahead) > min(workers or os.cpu_count() or 1, 4):
-                yield ahead.popleft().result()
-        while ahead:
-            yield ahead.popleft().result()
-
-
-def in_groups(items: Iterable[T], size: Callable[[T], int], least: int) -> Iterator[list[T]]:
-    """The items, in their order, in groups whose sizes add up to `least`, but for the last."""
-    group, total = [], 0
-    for item in items:
-        group.append(item)
-        total += size(item)
-        if total >= least:
-            yield group
-            group, total = [], 0
-    if group:
-        yield group
-
-
-def check_writable(folder: Path) -> None:
-    """Make `folder` if need be; OSError, naming it, if no file can be written there."""
-    with naming(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-
-
 class Interruption:
     """Remembers the first SIGINT or SIGTERM, so that the step under way can be finished first."""
 
@@ -267,93 +209,6 @@ class Interruption:
         self.signal = number
 
 
-def sentence(error: BaseException | str) -> str:
-    """What an error says, as one sentence that names its file."""
-    if isinstance(error, OSError) and error.strerror and error.filename:
-        return f"{error.filename}: {error.strerror.lower()}"
-    return str(error)
-
-
 def fail(error: BaseException | str) -> NoReturn:
     """End the program with one sentence on stderr and exit status 1."""
     sys.exit(f"error: {sentence(error)}")
-
-
-def to_grey(volume: np.ndarray) -> np.ndarray:
-    """FLAIR (channel 1 of 3, or the only one) of a volume (S, H, W, C) as (S, H, W) uint8."""
-    flair = volume[..., 1 if volume.shape[-1] >= 2 else 0].astype(np.float32)
-    low, high = flair.min(), np.percentile(flair, 99.8)
-    return (255 * np.clip((flair - low) / max(high - low, 1e-6), 0, 1)).astype(np.uint8)
-
-
-def edge(mask: np.ndarray) -> np.ndarray:
-    """The voxels of each slice of a bool mask (S, H, W) that touch its outside (4 neighbours)."""
-    padded = np.pad(mask, ((0, 0), (1, 1), (1, 1)))
-    inner = padded[:, :-2, 1:-1] & padded[:, 2:, 1:-1] & padded[:, 1:-1, :-2] & padded[:, 1:-1, 2:]
-    return mask & ~inner
-
-
-def outline(
-    grey: np.ndarray, prediction: np.ndarray, truth: np.ndarray | None = None, side: int = 1
-) -> np.ndarray:
-    """Slices (S, H, W) uint8 as RGB (S, H, W, 3): green truth, red prediction on top.
-
-    Small slices are enlarged by the whole number that brings their longer side nearest to `side`.
-    """
-    times = max(1, round(side / max(grey.shape[1:])))
-    grey, prediction, truth = (
-        array if array is None else array.repeat(times, axis=1).repeat(times, axis=2)
-        for array in (grey, prediction, truth)
-    )
-    pictures = np.repeat(grey[..., None], 3, axis=-1)
-    if truth is not None:
-        pictures[edge(truth)] = GREEN
-    pictures[edge(prediction)] = RED
-    return pictures
-
-
-def montage(pictures: np.ndarray) -> np.ndarray:
-    """Pictures (S, H, W, 3) as one, side by side on a grid that is about square."""
-    count, height, width, _ = pictures.shape
-    columns = max(1, round(math.sqrt(count * height / width)))
-    rows = math.ceil(count / columns)
-    cells = np.zeros((rows * columns, *pictures.shape[1:]), pictures.dtype)
-    cells[:count] = pictures
-    cells = cells.reshape(rows, columns, height, width, 3).swapaxes(1, 2)
-    return cells.reshape(rows * height, columns * width, 3)
-
-
-def save_gif(path: Path | str, pictures: np.ndarray, seconds: float = 0.12) -> None:
-    """An endless GIF of pictures (S, H, W, 3), `seconds` a slice."""
-    import imageio.v3 as iio
-
-    with written_whole(path) as temporary:
-        iio.imwrite(temporary, pictures, duration=int(1000 * seconds), loop=0)
-
-
-def save_dsc_figure(path: Path | str, scores: dict[str, float], marked: Sequence[str] = ()) -> None:
-    """Horizontal bars of each case's DSC, sorted, with mean and median; `marked` cases are pale.
-
-    The marked ones, cases of patients that the weights were trained on, do not count in mean and
-    median.
-    """
-    from matplotlib.figure import Figure
-
-    names = sorted(scores, key=scores.get)
-    counted = [scores[name] for name in names if name not in marked]
-    figure = Figure(figsize=(8, 1.4 + 0.26 * len(names)), layout="constrained")
-    axes = figure.add_subplot()
-    colours = ["#b9c6d3" if name in marked else "#4c78a8" for name in names]
-    axes.barh(names, [scores[name] for name in names], color=colours)
-    if counted:
-        mean, median = np.mean(counted), np.median(counted)
-        axes.axvline(mean, color="#e4572e", label=f"mean {mean:.3f}")
-        axes.axvline(median, color="#2e933c", ls="--", label=f"median {median:.3f}")
-    if marked:
-        axes.plot([], [], "s", color="#b9c6d3", label="trained on, not counted")
-    axes.set(xlim=(0, 1), xlabel="DSC per volume", ylim=(-0.6, len(names) - 0.4))
-    axes.tick_params(axis="y", labelsize=7, length=0)
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    figure.legend(loc="outside upper right", ncols=3, frameon=False)
-    with written_whole(path) as temporary:
-        figure.savefig(temporary, dpi=150)

@@ -1,7 +1,7 @@
 """Make the README's pictures from phantoms that the demo's network has not seen.
 
-make demo && .venv/bin/python assets/make.py
-python3 app.py & python3 assets/make.py http://127.0.0.1:7860       # those of the page (playwright)
+make demo && .venv/bin/python -m assets.make
+python3 app.py & python3 -m assets.make http://127.0.0.1:7860       # those of the page (playwright)
 """
 
 import shutil
@@ -11,13 +11,12 @@ from pathlib import Path
 import imageio.v3 as iio
 import numpy as np
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+from brainseg.io.pictures import outline, save_dsc_figure, save_gif, to_grey
+from brainseg.metrics import dsc
+from brainseg.phantom import make_volume
+from brainseg.segmenter import Segmenter
 
-from metrics import dsc  # noqa: E402
-from phantom import make_volume  # noqa: E402
-from segmentation import Segmenter  # noqa: E402
-from utils import outline, save_dsc_figure, save_gif, to_grey  # noqa: E402
+ROOT = Path(__file__).resolve().parents[1]
 
 SEEDS, SHOWN = range(1000, 1010), 6
 

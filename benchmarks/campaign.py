@@ -1,8 +1,8 @@
 """From a recipe to weights: a search by cross-validation, then networks of three seeds.
 
-    python3 benchmarks/campaign.py --images ./kaggle_3m --jobs 4
-    python3 benchmarks/campaign.py --images ./kaggle_3m --stage search --only dice adamw
-    python3 benchmarks/campaign.py --images ./kaggle_3m -- --image-size 64 --epochs 2
+    python3 -m benchmarks.campaign --images ./kaggle_3m --jobs 4
+    python3 -m benchmarks.campaign --images ./kaggle_3m --stage search --only dice adamw
+    python3 -m benchmarks.campaign --images ./kaggle_3m -- --image-size 64 --epochs 2
 
 Stages, for one network after the other:
 
@@ -28,19 +28,16 @@ import argparse
 import csv
 import json
 import signal
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+from brainseg.io.files import write_json, written_whole
+from brainseg.metrics import summarise
+from brainseg.splits import patient_of
+from brainseg.weights import MODELS, load_tensors
+from utils import fail
 
-from trainings import Pool, Training, call, script  # noqa: E402
-
-from checkpoint import MODELS, load_tensors  # noqa: E402
-from dataset import patient_of  # noqa: E402
-from metrics import summarise  # noqa: E402
-from utils import fail, write_json, written_whole  # noqa: E402
+from .trainings import Pool, Training, call, script
 
 RECIPE = """--lr 1e-3 --schedule cosine --warmup 200 --ema 0.995 --loss bce-dice --aug-scale 0.2
 --aug-intensity 0.3 --drop-sequences 0.1 --keep last --vis-freq 0""".split()

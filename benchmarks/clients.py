@@ -1,6 +1,6 @@
 """Many clients at once: is any of them lost, how long do they wait, how much memory does it take?
 
-    python3 benchmarks/clients.py --clients 50
+    python3 -m benchmarks.clients --clients 50
 
 Starts app.py with the project's weights, sends it the same synthetic scan from all clients in one
 moment, and compares every mask with the one that a client alone gets.
@@ -24,10 +24,9 @@ from pathlib import Path
 import httpx
 import numpy as np
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+from brainseg.phantom import write_data_set
 
-from phantom import write_data_set  # noqa: E402
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def main() -> None:

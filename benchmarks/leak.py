@@ -1,6 +1,6 @@
 """What a random split of slices does to the score: one network, trained twice, scored three ways.
 
-    python3 benchmarks/leak.py --images ./kaggle_3m
+    python3 -m benchmarks.leak --images ./kaggle_3m
 
 The same small U-Net is trained with the same recipe, the same number of steps and the same share
 of held-out slices. Once whole patients are held out (fold 0 of 5), once slices drawn at random
@@ -15,7 +15,6 @@ are scored on what was held out from them, in the geometry of the source:
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,15 +22,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from dataset import BrainSegmentationDataset, split_folds  # noqa: E402
-from metrics import dsc, summarise  # noqa: E402
-from segmentation import Segmenter  # noqa: E402
-from train import get_args  # noqa: E402
-from trainer import Trainer  # noqa: E402
-from utils import make_generator  # noqa: E402
+from brainseg.metrics import dsc, summarise
+from brainseg.segmenter import Segmenter
+from brainseg.splits import split_folds
+from dataset import BrainSegmentationDataset
+from train import get_args
+from trainer import Trainer
+from utils import make_generator
 
 RECIPE = "--schedule cosine --warmup 100 --loss bce-dice --lr 2e-3".split()
 SHARE = 5  # one part in five is held out

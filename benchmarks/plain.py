@@ -2,7 +2,6 @@
 
 The yardstick of `benchmarks/speed.py` and the reference of a correctness test: float64 arrays,
 whole-volume spline resize, eager float32 network, nothing slowed on purpose and nothing tuned.
-The repository root must be on `sys.path` (for `unet`).
 """
 
 import warnings
@@ -12,13 +11,12 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from brainseg.unet import UNet
 from skimage.exposure import rescale_intensity
 from skimage.io import imread, imsave
 from skimage.measure import label
 from skimage.transform import rescale, resize, rotate
 from torch import Tensor, nn
-
-from unet import UNet
 
 GREEN, RED = (0, 255, 0), (255, 0, 0)
 

@@ -7,16 +7,16 @@ import tempfile
 
 import numpy as np
 import torch
-from timing import BATCH, one_thread, row, seconds
 
-from cache import prepare
-from checkpoint import load_pretrained
-from dataset import BrainSegmentationDataset
-from feed import Feed
-from segmentation import Segmenter
+from brainseg.cache import prepare
+from brainseg.preprocess import preprocess
+from brainseg.segmenter import Segmenter
+from brainseg.weights import load_pretrained
+from dataset import BrainSegmentationDataset, Feed
 from train import get_args
 from trainer import Trainer
-from volume import preprocess
+
+from .timing import BATCH, one_thread, row, seconds
 
 FEW = 4  # slices a step for each number of pixels, so that the largest ones go into memory
 
@@ -60,7 +60,7 @@ def scale_pixels(cases: list, args: argparse.Namespace) -> None:
             trainer = Trainer(get_args(options)[0], dataset)
             segmenter = Segmenter(model, size, device=args.device)
             work = {
-                "preprocessed, one core": one_thread(lambda n=size: preprocess(volume, n)),
+                "preprocessed, one core": one_thread(lambda n=size: preprocess(volume, n, 1)),
                 "trained on": lambda t=trainer, i=images, m=masks: t.train_step(i, m),
                 "segmented": lambda s=segmenter, i=images: s.probabilities(i),
             }

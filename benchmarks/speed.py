@@ -1,9 +1,9 @@
 """Time brainseg beside a plain scikit-image, NumPy and eager PyTorch rendering of the same steps.
 
-    python3 benchmarks/speed.py --images ./kaggle_3m                        every short row
-    python3 benchmarks/speed.py --images ./kaggle_3m --only preprocess step
-    python3 benchmarks/speed.py --images ./kaggle_3m --only epoch target    hours on a processor
-    python3 benchmarks/speed.py --images ./kaggle_3m --scaling              more cases, more pixels
+    python3 -m benchmarks.speed --images ./kaggle_3m                        every short row
+    python3 -m benchmarks.speed --images ./kaggle_3m --only preprocess step
+    python3 -m benchmarks.speed --images ./kaggle_3m --only epoch target    hours on a processor
+    python3 -m benchmarks.speed --images ./kaggle_3m --scaling              more cases, more pixels
 
 Both are timed on the same cases in the same run, one after the other, on an otherwise idle
 machine, on the accelerator if there is one; the plain rendering is benchmarks/plain.py. Prints a
@@ -29,28 +29,29 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
+from brainseg.unet import UNet
+
+import export
+from brainseg.cache import prepare
+from brainseg.devices import pick_device, to_device
+from brainseg.io.files import write_json
+from brainseg.io.layouts import find_cases
+from brainseg.metrics import dsc
+from brainseg.preprocess import preprocess, preprocess_mask
+from brainseg.segmenter import Segmenter
+from brainseg.splits import select_cases
+from brainseg.weights import load_pretrained, load_state, model_from_state, shipped_weights
+from dataset import BrainSegmentationDataset, Feed
+from train import get_args
+from trainer import Trainer
+from transform import augment
+from utils import fail, make_generator
+
+from . import plain
+from .scaling import scale_cases, scale_pixels
+from .timing import BATCH, ROWS, conditions, one_thread, precisions, row, seconds
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-import plain  # noqa: E402
-from scaling import scale_cases, scale_pixels  # noqa: E402
-from timing import BATCH, ROWS, conditions, one_thread, precisions, row, seconds  # noqa: E402
-
-import export  # noqa: E402
-from cache import prepare  # noqa: E402
-from cases import find_cases  # noqa: E402
-from checkpoint import load_pretrained, load_state, model_from_state, shipped_weights  # noqa: E402
-from dataset import BrainSegmentationDataset, select_cases  # noqa: E402
-from feed import Feed  # noqa: E402
-from metrics import dsc  # noqa: E402
-from segmentation import Segmenter, pick_device  # noqa: E402
-from train import get_args  # noqa: E402
-from trainer import Trainer  # noqa: E402
-from transform import augment  # noqa: E402
-from unet import UNet  # noqa: E402
-from utils import fail, make_generator, to_device, write_json  # noqa: E402
-from volume import preprocess, preprocess_mask  # noqa: E402
 
 LONG = ("epoch", "target")  # asked for by name only
 # The shorter one of the README.
@@ -58,8 +59,8 @@ RECIPE = """--epochs 30 --lr 1e-3 --schedule cosine --warmup 200 --ema 0.998 --l
 --aug-scale 0.2 --aug-intensity 0.3 --drop-sequences 0.1 --vis-freq 0""".split()
 PLAIN_INFERENCE = """
 import sys; sys.path[:0] = {paths!r}
-import plain
-from checkpoint import load_state
+from . from benchmarks import plain
+from brainseg.weights import load_state
 state = {{name: value.to({device!r}) for name, value in load_state({weights!r}).items()}}
 scores = plain.infer_folder(state, {images!r}, {cases!r}, {out!r}, {image_size})
 print(sum(scores.values()) / len(scores))
@@ -74,7 +75,7 @@ def bench_preprocess(cases: list, args: argparse.Namespace) -> None:
 
     def ours() -> None:
         for volume, mask in pairs:
-            _, frame = preprocess(volume, args.image_size)
+            _, frame = preprocess(volume, args.image_size, 1)
             preprocess_mask(mask, frame)
 
     def theirs() -> None:
@@ -92,7 +93,7 @@ def bench_preprocess(cases: list, args: argparse.Namespace) -> None:
 
         def there() -> None:
             for volume, _ in pairs:
-                preprocess(volume, args.image_size, args.device)
+                preprocess(volume, args.image_size, 1, args.device)
 
         row(f"the volumes alone on {args.device}", seconds(there, 3) / slices, None, "s a slice")
 
@@ -230,7 +231,7 @@ def bench_inference(cases: list, args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as out:
         weights = str(args.weights or shipped_weights("unet"))
         program = PLAIN_INFERENCE.format(
-            paths=[str(ROOT), str(ROOT / "benchmarks")],
+            paths=[str(ROOT)],
             weights=weights,
             device=str(args.device),
             image_size=args.image_size,

@@ -12,7 +12,7 @@ from datetime import datetime, timezone
 import numpy as np
 import torch
 
-from segmentation import has_bfloat16
+from brainseg.devices import has_bfloat16
 from utils import git_commit
 
 BATCH = 16

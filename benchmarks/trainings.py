@@ -13,8 +13,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from checkpoint import read_card
-from utils import write_json
+from brainseg.io.files import write_json
+from brainseg.weights import read_card
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -16,7 +16,6 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 SIZE = 32  # of preprocessed slices
 TRAINED_ON = ["phantom_001", "phantom_002"]
@@ -35,7 +34,7 @@ def private_cache(tmp_path_factory):
 @pytest.fixture(scope="session")
 def phantoms(tmp_path_factory) -> Path:
     """A folder of 12 small phantom cases in the published layout. Copy it before changing it."""
-    from phantom import write_data_set
+    from brainseg.phantom import write_data_set
 
     folder = tmp_path_factory.mktemp("phantoms") / "images"
     write_data_set(folder, cases=12, slices=8, size=64, seed=0)
@@ -82,9 +81,10 @@ def same(one: Items, other: Items) -> bool:
 
 def make_weights(path: Path, in_channels: int = 3, trained_on=TRAINED_ON) -> Path:
     """Write a network that calls the brightest tenth of FLAIR lesion, plus noise, and its card."""
-    from phantom import make_volume
-    from unet import UNet
-    from volume import preprocess
+    from brainseg.unet import UNet
+
+    from brainseg.phantom import make_volume
+    from brainseg.preprocess import preprocess
 
     torch.manual_seed(0)
     model = UNet(in_channels, init_features=4).eval()

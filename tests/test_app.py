@@ -20,8 +20,8 @@ import pytest
 from conftest import ROOT, make_weights
 
 import inference
-from checkpoint import build_model
-from phantom import make_volume
+from brainseg.phantom import make_volume
+from brainseg.weights import build_model
 
 for module in ("starlette", "uvicorn", "python_multipart"):
     pytest.importorskip(module, reason="pip install -r requirements-app.txt")
@@ -41,7 +41,7 @@ def files(tmp_path_factory):
         image = SimpleITK.GetImageFromArray(array, isVector=array.ndim == 4)
         image.SetSpacing((1.5, 1.5, 4.0))
         SimpleITK.WriteImage(image, str(folder / f"{name}.nii.gz"))
-    command = [sys.executable, ROOT / "phantom.py", folder / "slices"]
+    command = [sys.executable, "-m", "brainseg.phantom", folder / "slices"]
     command += ["--cases", "1", "--slices", "8", "--size", "64"]
     subprocess.run(list(map(str, command)), check=True, capture_output=True)
     shutil.make_archive(str(folder / "slices"), "zip", folder / "slices")
@@ -271,9 +271,9 @@ def test_another_host_name_is_refused(server):
 
 
 def test_a_full_queue_says_so():
-    from reader import Limits
-    from segmentation import Segmenter
-    from service import Busy, Service
+    from brainseg.segmenter import Segmenter
+    from server.jobs import Busy, Service
+    from server.uploads import Limits
 
     service = Service(Segmenter(build_model("unet", init_features=2), 32), Limits(), waiting=2)
     service.enter()
@@ -286,9 +286,9 @@ def test_a_full_queue_says_so():
 
 
 def test_segmenting_takes_no_longer_than_it_may(files):
-    from reader import Limits
-    from segmentation import Segmenter
-    from service import Service
+    from brainseg.segmenter import Segmenter
+    from server.jobs import Service
+    from server.uploads import Limits
 
     service = Service(Segmenter.from_weights(files / "unet.pt", batch_size=1), Limits(seconds=1e-6))
     with pytest.raises(ValueError, match="segmenting it took more than 0 s"):
@@ -355,7 +355,7 @@ async def echo(scope, receive, send):
 def guarded(method: str, **options) -> httpx.Response:
     import asyncio
 
-    from guard import Guard
+    from server.security import Guard
 
     async def ask() -> httpx.Response:
         app = Guard(echo, most=2**20, auth=options.pop("wanted", None))

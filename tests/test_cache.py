@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from conftest import SIZE, open_all, same
 
-from cache import default_cache
+from brainseg.io.files import default_cache
+from brainseg.io.slices import Case
+from brainseg.preprocess import preprocess
 from dataset import BrainSegmentationDataset
-from volume import Case, preprocess
 
 
 @pytest.fixture
@@ -87,12 +88,11 @@ def test_added_slice_is_noticed(two):
     assert len(open_all(two)) == 17
 
 
-def test_volumes_of_another_preprocessing_are_made_anew(two, reads, monkeypatch):
-    open_all(two)
+def test_versions_of_preprocessing_are_kept_apart(two, reads):
+    old, new = open_all(two, version=1), open_all(two)
     reads.clear()
-    monkeypatch.setattr("cache.VERSION", -1)
-    open_all(two)
-    assert reads == ["phantom_001", "phantom_002"]
+    assert same(open_all(two, version=1), old) and same(open_all(two), new)
+    assert reads == [] and not same(old, new)
 
 
 def test_image_sizes_are_kept_apart(two, reads):
@@ -177,7 +177,7 @@ def test_full_disk_is_one_sentence_and_leaves_nothing_half_done(two, monkeypatch
 
     cache = two.parent / "cache"
     with monkeypatch.context() as patch:
-        patch.setattr("cache.np.save", full)
+        patch.setattr("brainseg.cache.np.save", full)
         with pytest.raises(ValueError, match=f"{cache}: cannot keep .*No space left on device"):
             open_all(two)
     assert list(cache.iterdir()) == []

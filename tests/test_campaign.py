@@ -15,13 +15,14 @@ SMALL = "--image-size 32 --epochs 1 --features 2 --batch-size 8".split()
 
 
 def start(images: Path, out: Path, *words: str, options: list[str] = SMALL) -> subprocess.Popen:
-    script = [sys.executable, str(ROOT / "benchmarks" / "campaign.py"), "--model", "unet"]
+    script = [sys.executable, "-m", "benchmarks.campaign", "--model", "unet"]
     script += ["--images", str(images), "--out", str(out), "--folds", "2", *words]
     return subprocess.Popen(
         [*script, "--", *options, "--cache", str(out / "cache")],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
 

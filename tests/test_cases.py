@@ -9,13 +9,13 @@ from pathlib import Path
 
 import imageio.v3 as iio
 import numpy as np
-import plain
 import pytest
 import tifffile
 from PIL import Image
 
-import phantom
-from cases import find_case, find_cases
+from benchmarks import plain
+from brainseg import phantom
+from brainseg.io.layouts import find_case, find_cases
 
 
 @pytest.fixture(scope="module")

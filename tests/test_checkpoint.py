@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from brainseg.unet import UNet
 from torch import nn
 
-import checkpoint
-from checkpoint import (
+from brainseg import weights
+from brainseg.weights import (
     build_model,
     file_hash,
     initialise,
@@ -22,7 +23,6 @@ from checkpoint import (
     save_weights,
     shipped_weights,
 )
-from unet import UNet
 
 
 class Evil:
@@ -197,7 +197,7 @@ def test_initialise_names_what_it_left():
     before = model.state_dict()["encoder1.enc1conv1.weight"].clone()
     with pytest.MonkeyPatch.context() as patch:
         start = narrow(seed=1).state_dict() | {"head.weight": torch.zeros(2)}
-        patch.setattr(checkpoint, "load_state", lambda _: start)
+        patch.setattr(weights, "load_state", lambda _: start)
         unused, untouched = initialise(model, "x.pt")
     assert unused == ["encoder1.enc1conv1.weight", "head.weight"]
     assert untouched == ["encoder1.enc1conv1.weight"]
@@ -207,7 +207,7 @@ def test_initialise_names_what_it_left():
 
 def test_shipped_weights_are_found_by_name_and_hash(tmp_path, monkeypatch):
     path = shipped(tmp_path, narrow())
-    monkeypatch.setattr(checkpoint, "SHIPPED", {"unet": path})
+    monkeypatch.setattr(weights, "SHIPPED", {"unet": path})
     assert shipped_weights("unet") == path
     with pytest.raises(FileNotFoundError, match="no pretrained weights for 'resnext_unet'"):
         shipped_weights("resnext_unet")
@@ -223,9 +223,9 @@ def test_pretrained_of_another_shape_is_refused_before_loading(tmp_path, monkeyp
     def opened(*_, **__):
         raise AssertionError("weights were opened")
 
-    monkeypatch.setattr(checkpoint, "SHIPPED", {"unet": shipped(tmp_path, narrow())})
+    monkeypatch.setattr(weights, "SHIPPED", {"unet": shipped(tmp_path, narrow())})
     for name in ("load_state", "load_tensors"):
-        monkeypatch.setattr(checkpoint, name, opened)
+        monkeypatch.setattr(weights, name, opened)
     monkeypatch.setattr(torch, "load", opened)
     ((key, value),) = odd.items()
     with pytest.raises(ValueError, match=f"{key}=.*not {value}.*pretrained=False"):
@@ -233,7 +233,7 @@ def test_pretrained_of_another_shape_is_refused_before_loading(tmp_path, monkeyp
 
 
 def test_weights_that_come_with_the_project_are_sound():
-    paths = checkpoint.SHIPPED.values()
+    paths = weights.SHIPPED.values()
     for path in paths:
         name, model = model_from_state(load_state(path), path)
         card = read_card(path)

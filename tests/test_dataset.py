@@ -9,19 +9,13 @@ import pytest
 import torch
 from conftest import SIZE, open_all, same
 
-from cases import find_cases
-from dataset import (
-    SPLITS,
-    SUBSETS,
-    BrainSegmentationDataset,
-    patient_of,
-    select_cases,
-    split_folds,
-    subset_of,
-)
-from phantom import write_data_set
+from brainseg.io.layouts import find_cases
+from brainseg.io.slices import Case
+from brainseg.phantom import write_data_set
+from brainseg.preprocess import preprocess, preprocess_mask
+from brainseg.splits import SPLITS, SUBSETS, patient_of, select_cases, split_folds, subset_of
+from dataset import BrainSegmentationDataset
 from utils import make_generator
-from volume import Case, preprocess, preprocess_mask
 
 
 @pytest.fixture(scope="module")

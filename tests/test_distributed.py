@@ -15,12 +15,20 @@ from conftest import in_processes
 from test_train import contents, flags, same, scalars
 from torch import nn
 
-import distributed
 import train
 import trainer
-from checkpoint import load_state, load_tensors, read_card
+from brainseg import distributed
+from brainseg.distributed import (
+    gather,
+    in_main,
+    one_first,
+    process_group,
+    share,
+    share_of_batch,
+    together,
+)
+from brainseg.weights import load_state, load_tensors, read_card
 from dataset import BrainSegmentationDataset
-from distributed import gather, in_main, one_first, process_group, share, share_of_batch, together
 from loss import LOSSES
 from trainer import Trainer
 

@@ -1,23 +1,19 @@
 """Shipped weights give today what they gave when they were shipped.
 
 tests/pairs holds, for each of them, a raw volume and what came out of it then: the lesion
-probabilities in its geometry, and the mask. `python3 tests/test_drift.py` writes the pairs of new
-weights, and removes those of weights that are gone.
+probabilities in its geometry, and the mask. `PYTHONPATH=. python3 tests/test_drift.py` writes the
+pairs of new weights, and removes those of weights that are gone.
 """
 
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from checkpoint import SHIPPED  # noqa: E402
-from metrics import dsc  # noqa: E402
-from phantom import make_volume  # noqa: E402
-from segmentation import Segmenter  # noqa: E402
+from brainseg.metrics import dsc
+from brainseg.phantom import make_volume
+from brainseg.segmenter import Segmenter
+from brainseg.weights import SHIPPED
 
 PAIRS = Path(__file__).parent / "pairs"
 WEIGHTS = sorted(SHIPPED.values())

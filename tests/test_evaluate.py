@@ -11,17 +11,17 @@ import nibabel
 import numpy as np
 import pytest
 import torch
+from brainseg.unet import UNet
 from conftest import TRAINED_ON, make_weights
 
 import evaluate
 import inference
-from cases import find_case
-from comparison import SETTINGS, compare
-from metrics import dsc, summarise
-from phantom import make_volume
-from report import Table, case_table, pick, tables
-from segmentation import Segmenter, keep_largest_component
-from unet import UNet
+from brainseg.evaluation.report import Table, case_table, pick, tables
+from brainseg.evaluation.statistics import SETTINGS, compare
+from brainseg.io.layouts import find_case
+from brainseg.metrics import dsc, summarise
+from brainseg.phantom import make_volume
+from brainseg.segmenter import Segmenter, keep_largest_component
 
 NAMES = [f"phantom_{k:03d}" for k in range(12)]
 

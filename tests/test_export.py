@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from brainseg.unet import UNet
 
 import export
-from checkpoint import file_hash, load_state, model_from_state, save_weights
-from unet import UNet
+from brainseg.weights import file_hash, load_state, model_from_state, save_weights
 
 SEEN = "TCGA_CS_4942_19970222"
 UNSEEN = "TCGA_CS_4944_20010208", "TCGA_CS_6667_20011105"

@@ -8,9 +8,8 @@ import torch
 from conftest import SIZE
 from test_train import run, same_run
 
-import feed
-from dataset import BrainSegmentationDataset
-from feed import Feed
+import dataset
+from dataset import BrainSegmentationDataset, Feed
 
 DRAWN = [torch.tensor(batch) for batch in ([3, 0, 95], [7, 7], [8, 15, 16, 40])]
 
@@ -31,7 +30,7 @@ def test_every_place_gives_the_batches_of_the_data_set(data, monkeypatch, neighb
     places = {"host": Feed(data, torch.device("cpu"), neighbours)}
     places["ahead"] = Feed(data, torch.device("cpu"), neighbours, workers=2)
     places["ahead"].device = torch.device("meta")  # neither a CPU nor CUDA: threads gather
-    monkeypatch.setattr(feed, "free_memory", lambda device: 1 << 40)
+    monkeypatch.setattr(dataset, "free_memory", lambda device: 1 << 40)
     places["device"] = Feed(data, torch.device("cpu"), neighbours)
     assert [place.on_device for place in places.values()] == [False, False, True]
     for name, place in places.items():
@@ -43,7 +42,7 @@ def test_every_place_gives_the_batches_of_the_data_set(data, monkeypatch, neighb
 def test_the_device_holds_what_takes_half_of_its_memory_at_most(data, monkeypatch):
     size = len(data) * SIZE * SIZE * (3 * 2 + 1)
     for free, fits in ((2 * size, True), (2 * size - 1, False), (0, False)):
-        monkeypatch.setattr(feed, "free_memory", lambda device, free=free: free)
+        monkeypatch.setattr(dataset, "free_memory", lambda device, free=free: free)
         assert Feed(data, torch.device("cpu")).on_device == fits
 
 
@@ -62,7 +61,7 @@ def test_training_from_the_device_is_the_same_and_says_so(phantoms, tmp_path, mo
     more = "--epochs", 2, "--neighbours", 1
     host = run(phantoms, tmp_path / "host", *more)
     assert "slices in host memory" in capsys.readouterr().out
-    monkeypatch.setattr(feed, "free_memory", lambda device: 1 << 40)
+    monkeypatch.setattr(dataset, "free_memory", lambda device: 1 << 40)
     device = run(phantoms, tmp_path / "device", *more)
     assert "GiB of slices on cpu" in capsys.readouterr().out
     assert same_run(host, device)

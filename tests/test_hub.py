@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from brainseg.unet import UNet
 
-import checkpoint
-from phantom import make_volume
-from unet import UNet
+from brainseg import weights
+from brainseg.phantom import make_volume
 
-ROOT = Path(checkpoint.__file__).resolve().parent
+ROOT = Path(weights.__file__).resolve().parents[1]
 
 
 def load(entry: str, **settings):
@@ -31,7 +31,7 @@ def own_weights(tmp_path, monkeypatch) -> Path:
     digits = hashlib.sha256((tmp_path / "new.pt").read_bytes()).hexdigest()[:8]
     path = (tmp_path / "new.pt").rename(tmp_path / f"unet-{digits}.pt")
     path.with_suffix(".json").write_text(json.dumps({"settings": model.settings, "image_size": 32}))
-    monkeypatch.setattr(checkpoint, "SHIPPED", {"unet": path})
+    monkeypatch.setattr(weights, "SHIPPED", {"unet": path})
     return path
 
 
@@ -56,20 +56,61 @@ def test_bare_network():
     assert sum(p.numel() for p in standard.parameters()) == 7_763_041
 
 
-def test_a_clean_process_elsewhere_with_modules_of_the_same_names(tmp_path):
-    for name in ("utils", "metrics", "loss"):
-        (tmp_path / f"{name}.py").write_text("OWN = True\n")
-    script = f"""
-import utils, metrics, loss, torch
-model = torch.hub.load({str(ROOT)!r}, "unet", source="local", pretrained=False, init_features=4)
-print(tuple(model(torch.zeros(1, 3, 32, 32)).shape), utils.OWN)
+STRANGERS = sorted(
+    {path.stem for folder in (ROOT, ROOT / "brainseg") for path in folder.glob("[!_]*.py")}
+)
+# Somebody's program: `ours` loads both entries, `strangers` modules of that program, `second`
+# another hub repository. Each takes its own, in whatever order they come.
+PROGRAM = f"""
+import importlib, pickle, sys
+import numpy as np, torch
+
+def ours():
+    model = torch.hub.load({str(ROOT)!r}, "unet", source="local", init_features=4)
+    options = {{"device": "cpu", "image_size": 32}}
+    return model, torch.hub.load({str(ROOT)!r}, "segmenter", source="local", **options)
+
+def strangers():
+    for name in {STRANGERS}:
+        assert importlib.import_module(name).OWN, name
+
+def second():
+    assert torch.hub.load("second", "entry", source="local") == ("their unet", "their utils")
+
+for step in sys.argv[1:]:
+    loaded = globals()[step]()
+    if step == "ours":
+        model, segmenter = loaded
+
+assert {str(ROOT)!r} not in sys.path
+assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 1, 32, 32)
+assert type(pickle.loads(pickle.dumps(model))) is type(model) is type(segmenter.model)
+volume = np.random.default_rng(0).integers(0, 255, (2, 48, 40, 3), np.uint8)
+assert segmenter(volume).shape == (2, 48, 40)
+print("done")
 """
+
+
+@pytest.mark.parametrize(
+    "steps", ["ours", "strangers ours", "ours strangers", "second ours", "ours second"]
+)
+def test_beside_strangers_of_the_same_names(steps, tmp_path):
+    for name in STRANGERS:
+        (tmp_path / f"{name}.py").write_text("OWN = True\n")
+    repository = tmp_path / "second"
+    repository.mkdir()
+    for name in ("unet", "utils"):
+        (repository / f"{name}.py").write_text(f"NAME = 'their {name}'\n")
+    (repository / "hubconf.py").write_text(
+        "import unet, utils\n\n\ndef entry():\n    return unet.NAME, utils.NAME\n"
+    )
     done = subprocess.run(
-        [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=120,
+        [sys.executable, "-c", PROGRAM, *steps.split()],
+        cwd=tmp_path, capture_output=True, text=True, timeout=120,
         env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "(1, 1, 32, 32) True"
+    assert done.stdout.strip() == "done"
 
 
 def test_pretrained_checks_the_hash_and_the_channels(own_weights):
@@ -112,7 +153,7 @@ def test_segmenter_takes_a_raw_volume(own_weights):
 
 
 def test_without_shipped_weights_one_sentence(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "SHIPPED", {})
+    monkeypatch.setattr(weights, "SHIPPED", {})
     for entry, settings in (("unet", {"pretrained": True}), ("segmenter", {})):
         with pytest.raises(FileNotFoundError, match="no pretrained weights for 'unet'"):
             load(entry, **settings)

@@ -19,11 +19,11 @@ import torch
 from conftest import TRAINED_ON, in_processes, make_weights
 
 import inference
-import metrics
-from cases import case_paths, find_case
-from metrics import dsc
-from phantom import make_volume
-from segmentation import Segmenter
+from brainseg import metrics
+from brainseg.io.layouts import case_paths, find_case
+from brainseg.metrics import dsc
+from brainseg.phantom import make_volume
+from brainseg.segmenter import Segmenter
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import torch
 from medpy.metric import binary
 from scipy.ndimage import gaussian_filter
 
-from metrics import (
+from brainseg.metrics import (
     METRICS,
     assd,
     describe,

@@ -5,7 +5,7 @@ import json
 import matplotlib.pyplot as plt
 from conftest import ROOT
 
-from metrics import dsc
+from brainseg.metrics import dsc
 
 
 def test_notebook_runs_from_top_to_bottom(tmp_path, monkeypatch):

@@ -11,20 +11,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from brainseg.unet import UNet
 from conftest import ROOT, TRAINED_ON, make_weights
 from torch import nn
 
 import evaluate
 import export
 import inference
-import program
-import resnext_unet
-from checkpoint import load_state, model_from_state, read_card
-from onnx_network import PROVIDERS, OnnxNetwork, needed, pick_providers, sealed
-from phantom import make_volume
-from resnext_unet import ResNeXtUNet
-from segmentation import Segmenter
-from unet import UNet
+from brainseg import programs, resnext_unet
+from brainseg.onnx import PROVIDERS, OnnxNetwork, needed, pick_providers, sealed
+from brainseg.phantom import make_volume
+from brainseg.resnext_unet import ResNeXtUNet
+from brainseg.segmenter import Segmenter
+from brainseg.weights import load_state, model_from_state, read_card
 
 MISSING = [p for p in ("onnxruntime", "onnxscript") if importlib.util.find_spec(p) is None]
 needs_onnx = pytest.mark.skipif(
@@ -138,9 +137,9 @@ def test_resnext_unet_exports(tmp_path, monkeypatch):
     model = ResNeXtUNet().eval()
     card = {"settings": model.settings, "stride": model.stride, "image_size": 32}
     path = tmp_path / "resnext_unet.onnx"
-    path.write_bytes(program.to_onnx(program.trace(model, "float32"), card))
+    path.write_bytes(programs.to_onnx(programs.trace(model, "float32"), card))
     network = OnnxNetwork(path, ["cpu"])
-    assert program.largest_difference(network, model, torch.randn(2, 3, 32, 32)) < 1e-4
+    assert programs.largest_difference(network, model, torch.randn(2, 3, 32, 32)) < 1e-4
 
 
 # What travels in the file
@@ -170,7 +169,7 @@ def test_torch_export_agrees_and_has_its_card(tmp_path, capsys):
     network = torch.export.load(tmp_path / "narrow.pt2", extra_files=extra).module()
     assert json.loads(extra["card.json"])["licence"] == export.LICENCE
     model = model_from_state(load_state(path), path)[1]
-    assert program.largest_difference(network, model, torch.randn(3, 3, 48, 32)) < 1e-5
+    assert programs.largest_difference(network, model, torch.randn(3, 3, 48, 32)) < 1e-5
 
 
 # inference.py and evaluate.py
@@ -249,7 +248,7 @@ def test_what_onnx_runtime_cannot_run_is_one_sentence(phantoms, onnx, tmp_path):
 
 def test_onnx_runtime_keeps_no_diary(onnx, tmp_path):
     """Its builds may note what runs where, under a name for the machine, to be sent home."""
-    code = f"from onnx_network import OnnxNetwork; OnnxNetwork({str(onnx)!r}, ['cpu'])"
+    code = f"from brainseg.onnx import OnnxNetwork; OnnxNetwork({str(onnx)!r}, ['cpu'])"
     subprocess.run(
         [sys.executable, "-c", code],
         check=True,
@@ -350,7 +349,7 @@ def test_onnx_files_are_no_weights(onnx, tmp_path):
 def test_an_export_that_disagrees_leaves_what_was_there(weights, tmp_path, monkeypatch):
     kept = tmp_path / "narrow.pt2"
     kept.write_text("kept")
-    trace = program.trace
+    trace = programs.trace
 
     def wrong(model: nn.Module, precision: str):
         model = model_from_state(model.state_dict(), "x")[1]
@@ -370,7 +369,7 @@ def test_a_difference_that_is_nan_is_not_passed_over():
 
     model = nn.Identity()
     model.stride = 16
-    assert np.isnan(program.largest_difference(network, model, torch.zeros(2, 1, 16, 16)))
+    assert np.isnan(programs.largest_difference(network, model, torch.zeros(2, 1, 16, 16)))
 
 
 def test_weights_that_half_precision_cannot_hold_are_refused(tmp_path):

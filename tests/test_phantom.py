@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tifffile
 
-import phantom
+from brainseg import phantom
 
 SCRIPT = Path(phantom.__file__)
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from conftest import ROOT
 
-from cases import find_cases
-from metrics import dsc
-from phantom import make_volume
+from brainseg.io.layouts import find_cases
+from brainseg.metrics import dsc
+from brainseg.phantom import make_volume
 
 README = (ROOT / "README.md").read_text()
 
@@ -40,7 +40,7 @@ def test_notebook_example_is_right_on_a_real_case(lgg, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "script", ["train.py", "inference.py", "evaluate.py", "export.py", "app.py", "phantom.py"]
+    "script", ["train.py", "inference.py", "evaluate.py", "export.py", "app.py"]
 )
 def test_every_option_that_the_readme_names_exists(script):
     shown = subprocess.run(

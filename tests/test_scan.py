@@ -18,12 +18,13 @@ from pydicom.dataset import FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, MRImageStorage
 
 import inference
-from cases import case_paths, find_case, find_cases, find_sequences
-from dataset import BrainSegmentationDataset, patient_of
-from grid import Grid
-from phantom import make_volume
-from scan import Scan, read_voxels
-from segmentation import Segmenter
+from brainseg.io.grid import Grid
+from brainseg.io.layouts import case_paths, find_case, find_cases, find_sequences
+from brainseg.io.scans import Scan, read_voxels
+from brainseg.phantom import make_volume
+from brainseg.segmenter import Segmenter
+from brainseg.splits import patient_of
+from dataset import BrainSegmentationDataset
 
 # From voxels (column, row, slice), which run left, posterior and up, to RAS: negated twice.
 LPS = np.diag([-0.9, -0.9, 5.0, 1.0])
@@ -409,7 +410,7 @@ def test_suffixes_in_capitals(pair, tmp_path):
 
 def test_finding_scans_reads_no_voxel(pair, tmp_path, monkeypatch):
     write(tmp_path / "a.nii.gz", pair[0])
-    monkeypatch.setattr("scan.read_voxels", None)
+    monkeypatch.setattr("brainseg.io.scans.read_voxels", None)
     (case,) = find_cases(tmp_path)
     assert len(case.numbers) == 7
 

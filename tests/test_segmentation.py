@@ -5,13 +5,14 @@ import json
 import numpy as np
 import pytest
 import torch
+from brainseg.unet import UNet
 from torch import nn
 
-import phantom
-from resnext_unet import ResNeXtUNet
-from segmentation import Segmenter, fold_batch_norm, keep_largest_component, pick_device
-from unet import UNet
-from volume import preprocess
+from brainseg import phantom
+from brainseg.devices import pick_device
+from brainseg.preprocess import preprocess
+from brainseg.resnext_unet import ResNeXtUNet
+from brainseg.segmenter import Segmenter, fold_batch_norm, keep_largest_component
 
 
 @pytest.fixture(scope="module")

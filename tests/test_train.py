@@ -20,12 +20,12 @@ import numpy as np
 import pytest
 import tifffile
 import torch
+from brainseg.unet import UNet
 
 import train
 import trainer
-from checkpoint import load_state, load_tensors, model_from_state, read_card
+from brainseg.weights import load_state, load_tensors, model_from_state, read_card
 from dataset import BrainSegmentationDataset
-from unet import UNet
 
 SCRIPT = Path(train.__file__)
 VALIDATION, TRAIN = "phantom_011", "phantom_001"  # a validation and a training case of `phantoms`

@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-
-from unet import UNet
+from brainseg.unet import UNet
 
 
 def published_names(in_channels=3, out_channels=1, f=32) -> dict[str, tuple[int, ...]]:

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import tifffile
 
-import reader
-from phantom import make_volume
-from reader import MIB, Limits, attend
-from upload import Loaded, Named, Reader
+from brainseg.phantom import make_volume
+from server import security, uploads
+from server.jobs import Loaded, Named, Reader
+from server.uploads import MIB, Limits, attend
 
 LIMITS = Limits()
 
@@ -299,7 +299,7 @@ def test_a_header_that_points_at_a_file_of_the_server(receive, tmp_path, name, t
 @pytest.mark.parametrize("name", ["a.nrrd", "a.mha", "a.nii", "h_1.png", "a.dcm"])
 @pytest.mark.parametrize("place", [0, 512, 4096])
 def test_a_file_of_a_format_that_links_to_others(receive, name, place):
-    content = bytes(place) + reader.HDF5 + bytes(10_000)
+    content = bytes(place) + security.HDF5 + bytes(10_000)
     images = named(**{name: content}, **({"b.dcm": b"x"} if name == "a.dcm" else {}))
     assert "is an HDF5 file" in refused(receive, {"images": images})
 
@@ -363,7 +363,7 @@ def order(tmp_path):
 
 
 def test_a_reader_that_takes_too_long_is_stopped(order, monkeypatch):
-    monkeypatch.setattr(reader, "work", lambda _: time.sleep(60))
+    monkeypatch.setattr(uploads, "work", lambda _: time.sleep(60))
     order["limits"]["seconds"] = 0.3
     start = time.monotonic()
     assert attend(order) == {"error": "a.nii: reading it took more than 0 s"}
@@ -371,8 +371,8 @@ def test_a_reader_that_takes_too_long_is_stopped(order, monkeypatch):
 
 
 def test_a_reader_that_breaks_down_harms_nobody(order, monkeypatch):
-    monkeypatch.setattr(reader, "work", lambda _: os.kill(os.getpid(), 9))
-    assert attend(order) == {"error": f"a.nii: {reader.BROKEN}"}
+    monkeypatch.setattr(uploads, "work", lambda _: os.kill(os.getpid(), 9))
+    assert attend(order) == {"error": f"a.nii: {uploads.BROKEN}"}
 
 
 def test_a_reader_that_died_is_started_again(phantom, receive, process):

@@ -10,21 +10,10 @@ import pytest
 import torch
 from skimage.segmentation import find_boundaries
 
-from utils import (
-    GREEN,
-    RED,
-    Interruption,
-    edge,
-    fail,
-    in_order,
-    make_generator,
-    outline,
-    save_dsc_figure,
-    save_gif,
-    to_grey,
-    worker_threads,
-    written_whole,
-)
+from brainseg.devices import in_order, worker_threads
+from brainseg.io.files import written_whole
+from brainseg.io.pictures import GREEN, RED, edge, outline, save_dsc_figure, save_gif, to_grey
+from utils import Interruption, fail, make_generator
 
 
 def draws(*key: int) -> list[float]:
@@ -295,7 +284,7 @@ def test_dsc_figure_keeps_training_cases_out_of_its_mean(tmp_path, marked, mean,
 
 
 def test_montage_shows_every_picture_once_in_order():
-    from utils import montage
+    from brainseg.io.pictures import montage
 
     pictures = np.arange(1, 8, dtype=np.uint8)[:, None, None, None] * np.ones(
         (7, 4, 6, 3), np.uint8

@@ -3,14 +3,21 @@
 import math
 
 import numpy as np
-import plain
 import pytest
 import torch
 
-import phantom
-from cases import find_case
-from metrics import dsc
-from volume import Frame, neighbourhoods, percentiles, preprocess, preprocess_mask, restore
+from benchmarks import plain
+from brainseg import phantom
+from brainseg.io.layouts import find_case
+from brainseg.metrics import dsc
+from brainseg.preprocess import (
+    Frame,
+    neighbourhoods,
+    percentiles,
+    preprocess,
+    preprocess_mask,
+    restore,
+)
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +54,7 @@ variants = pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
 def test_preprocess_is_the_plain_recipe(pair, variant):
     volume = variant(pair[0][1:4])
     image_size = 24 if volume.shape[2] > 40 else 48  # smaller and larger than the crop
-    images, _ = preprocess(volume, image_size)
+    images, _ = preprocess(volume, image_size, 1)
     assert images.shape == (len(volume), volume.shape[3], image_size, image_size)
     assert images.dtype == torch.float32
     expected = plain.preprocess(volume, image_size)
@@ -59,7 +66,7 @@ def test_preprocess_is_the_plain_recipe(pair, variant):
 def test_preprocess_mask_is_the_plain_recipe(pair, variant, image_size):
     volume = variant(pair[0])
     mask = noise(*volume.shape[:3]) > 127
-    _, frame = preprocess(volume, image_size)
+    _, frame = preprocess(volume, image_size, 1)
     made = preprocess_mask(mask, frame)
     assert made.dtype == torch.bool
     np.testing.assert_array_equal(made, plain.preprocess_mask(volume, mask, image_size) > 0)
@@ -68,7 +75,7 @@ def test_preprocess_mask_is_the_plain_recipe(pair, variant, image_size):
 def test_preprocess_of_a_real_case_is_the_plain_recipe(lgg):
     volume, mask = find_case(lgg / "TCGA_CS_4944_20010208").read_pair()
     volume, mask = volume[10:11], mask[10:11]
-    images, frame = preprocess(volume, 128)
+    images, frame = preprocess(volume, 128, 1)
     expected = plain.preprocess(volume, 128)
     np.testing.assert_allclose(images.permute(0, 2, 3, 1), expected, atol=1e-4, rtol=0)
     small = preprocess_mask(mask, frame)
@@ -87,7 +94,7 @@ def test_percentiles_are_those_of_numpy(size):
 @pytest.mark.skipif(not torch.accelerator.is_available(), reason="no accelerator")
 def test_preprocess_on_an_accelerator_is_that_of_the_processor(pair):
     device = torch.accelerator.current_accelerator()
-    images, frame = preprocess(pair[0], 64, device)
+    images, frame = preprocess(pair[0], 64, device=device)
     expected, expected_frame = preprocess(pair[0], 64)
     assert images.device.type == device.type and frame == expected_frame
     torch.testing.assert_close(images.cpu(), expected, atol=1e-4, rtol=0)
@@ -105,7 +112,7 @@ def test_inputs_are_not_modified(pair):
 
 
 def test_each_channel_has_mean_0_and_deviation_1(pair):
-    images, _ = preprocess(pair[0], 64)
+    images, _ = preprocess(pair[0], 64, 1)
     std, mean = torch.std_mean(images, dim=(0, 2, 3), correction=0)
     torch.testing.assert_close(mean, torch.zeros(3), atol=1e-5, rtol=0)
     torch.testing.assert_close(std, torch.ones(3), atol=1e-5, rtol=0)
@@ -115,7 +122,7 @@ def test_channel_wiped_by_the_ten_percent_rule_is_finite(pair):
     """Trap 5: a dim sequence had standard deviation 0 and became NaN."""
     volume = pair[0].astype(np.uint16) * 100
     volume[..., 2] = volume[..., 2] // 2000
-    images, _ = preprocess(volume, 48)
+    images, _ = preprocess(volume, 48, 1)
     assert torch.isfinite(images).all()
     assert (images[:, 2] == 0).all() and images[:, 0].std() > 0.9
 
@@ -124,7 +131,7 @@ def test_channel_wiped_by_the_ten_percent_rule_is_finite(pair):
 def test_a_few_bright_voxels_are_finite(n):
     volume = np.zeros((2, 32, 32, 3), dtype=np.uint8)
     volume[1, 5 : 5 + n, 9, 1] = 200
-    images, frame = preprocess(volume, 32)
+    images, frame = preprocess(volume, 32, 1)
     assert images.shape == (2, 3, 32, 32) and torch.isfinite(images).all()
     assert frame.box == (5, 5 + n, 9, 10)
     assert restore(images[:, 0], frame).shape == (2, 32, 32)

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
+from .files import by
+
 
 @dataclass(frozen=True)
 class Grid:
@@ -41,7 +43,7 @@ class Grid:
         """Raise ValueError, naming both files, unless both are the same to a thousandth."""
         if self.shape != other.shape:
             raise ValueError(
-                f"{path}: {_by(self.shape)} voxels, but {other_path.name} has {_by(other.shape)}; "
+                f"{path}: {by(self.shape)} voxels, but {other_path.name} has {by(other.shape)}; "
                 "resample both to one grid"
             )
         for name in ("spacing", "offset", "direction"):
@@ -159,7 +161,3 @@ def _series_files(folder: Path) -> Sequence[str]:
             f"{folder}: holds {len(found)} DICOM series; give each a folder of its own"
         )
     return SimpleITK.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), found[0])
-
-
-def _by(shape: Sequence[int]) -> str:
-    return " x ".join(map(str, shape))

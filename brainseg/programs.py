@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from cases import case_paths, find_case
-from onnx_network import CARD, INPUT, OUTPUT, PRODUCER, sealed
-from phantom import make_volume
-from segmentation import fold_batch_norm
-from volume import neighbourhoods, preprocess
+from .io.layouts import case_paths, find_case
+from .onnx import CARD, INPUT, OUTPUT, PRODUCER, sealed
+from .phantom import make_volume
+from .preprocess import neighbourhoods, preprocess
+from .segmenter import fold_batch_norm
 
 OPSET = 18  # the one that the exporter is written in; ONNX Runtime reads it from 1.14 on
 
@@ -111,7 +111,7 @@ def slices_to_compare(images: Path | None, model: nn.Module, card: dict) -> tupl
     neighbours = card["neighbours"]
     channels = model.settings["in_channels"] // (2 * neighbours + 1)
     volume = volume[..., np.arange(channels) % volume.shape[-1]]
-    prepared, _ = preprocess(volume, card["image_size"])
+    prepared, _ = preprocess(volume, card["image_size"], card["preprocessing"])
     middle = len(prepared) // 2
     seen = neighbourhoods(len(prepared), neighbours)[max(middle - 2, 0) : middle + 2]
     return name, prepared[seen].flatten(1, 2)

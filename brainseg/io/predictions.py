@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 import tempfile
 import time
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
 import imageio.v3 as iio
 import numpy as np
 
-from metrics import score
-from scan import Scan
-from utils import naming, outline, save_gif, to_grey
-from volume import Case, read_slice
+from ..metrics import score
+from .files import naming
+from .pictures import outline, save_gif, to_grey
+from .scans import Scan
+from .slices import Case, read_slice
 
 
 def mask_files(case: Case) -> list[Path]:
@@ -106,3 +109,31 @@ def table_row(case: Case, mask: np.ndarray, truth: np.ndarray) -> dict:
         **{f"{name}_ml": value for name, value in millilitres.items()},
         **score(mask, truth, spacing),
     }
+
+
+def read_scores(path: Path, names: Iterable[str]) -> dict[str, dict]:
+    """By case, `trained_on` (bool) and `names` (float) of a metrics.csv that inference.py wrote.
+
+    Raises OSError, or ValueError, naming the file, if it is none or lacks a column.
+    """
+    wrong = f"{path}: is not a metrics.csv that inference.py wrote"
+    try:
+        with naming(path), open(path, newline="", encoding="utf-8") as file:
+            lines = list(csv.DictReader(file))
+    except (ValueError, csv.Error) as error:
+        raise ValueError(wrong) from error
+    if not lines or None in lines[0] or not {"case", "trained_on"} <= lines[0].keys():
+        raise ValueError(wrong)
+    if lacking := [name for name in names if name not in lines[0]]:
+        raise ValueError(f"{path}: has no column {lacking[0]}; run inference.py again to make it")
+    scores = {}
+    for line in lines:
+        if line["case"] in scores:
+            raise ValueError(f"{path}: scores {line['case']} twice; give one line a case")
+        try:
+            seen = {"0": False, "1": True}[line["trained_on"]]
+            row = {"trained_on": seen, **{name: float(line[name]) for name in names}}
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path}: its line of {line['case']} is damaged") from error
+        scores[line["case"]] = row
+    return scores

@@ -18,9 +18,9 @@ from typing import ClassVar
 
 import numpy as np
 
-from grid import Grid, damaged, is_nifti, read_fields, read_grid
-from utils import written_whole
-from volume import Case
+from .files import written_whole
+from .grid import Grid, damaged, is_nifti, read_fields, read_grid
+from .slices import Case
 
 SUFFIXES = (".nii.gz", ".nii", ".mha", ".mhd", ".nrrd")
 FLOATS = {"16": "f4", "64": "f8"}  # of the data types of NIfTI

@@ -6,27 +6,54 @@ import base64
 import io
 import json
 import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
 import tempfile
 import threading
 import time
 import zipfile
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import BinaryIO
 
 import imageio.v3 as iio
 import numpy as np
 
-from metrics import score
-from phantom import make_volume
-from predictions import mask_files, write_case
-from reader import Limits
-from segmentation import Segmenter, to_mask
-from upload import Loaded, Named, Reader
-from utils import montage, outline, sentence, to_grey
-from viewer import viewer_files
-from volume import Case
+from brainseg.io.files import sentence
+from brainseg.io.grid import Grid
+from brainseg.io.pictures import montage, outline, to_grey
+from brainseg.io.predictions import mask_files, write_case
+from brainseg.io.scans import Scan
+from brainseg.io.slices import Case
+from brainseg.metrics import score
+from brainseg.phantom import make_volume
+from brainseg.segmenter import Segmenter, to_mask
+
+from .uploads import BROKEN, Limits
+from .viewer import viewer_files
+
+
+@dataclass(frozen=True)
+class Named:
+    """A file as it was sent: the name it came with and its content."""
+
+    name: str
+    content: BinaryIO
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A case of which no file is left but what is here."""
+
+    case: Case
+    notes: list[str]
+    volume: np.ndarray  # (S, H, W, C)
+    truth: np.ndarray | None  # (S, H, W) bool
 
 
 class Busy(Exception):
@@ -103,7 +130,7 @@ class Service:
         self.places.release()
 
     def submit(self, parts: dict[str, Sequence[Named]] | None) -> Job:
-        """Segment an upload (see reader.unpack), or without one the phantom, when its turn comes.
+        """Segment an upload (see uploads.unpack), or without one the phantom, when its turn comes.
 
         The job's future raises ValueError for an upload that cannot be used.
         """
@@ -209,3 +236,78 @@ def _without(folder: Path, message: str) -> str:
     for path in (folder / "received", folder / "out", folder):
         message = message.replace(f"{path}/", "").replace(str(path), "the upload")
     return message
+
+
+class Reader:
+    """Has uploads read by uploads.py, in a process that may break down."""
+
+    def __init__(self, limits: Limits):
+        self.limits = limits
+        self.closed = False
+        self._turn = threading.Lock()  # one upload at a time
+        self._lock = threading.Lock()  # of `closed` and `_process`: none is started once closed
+        self._process = self._start()
+
+    def _start(self) -> subprocess.Popen:
+        root = Path(__file__).resolve().parents[1]
+        return subprocess.Popen(
+            [sys.executable, "-m", "server.uploads"],
+            cwd=root,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    def read(self, parts: dict[str, Sequence[Named]], folder: Path) -> Loaded:
+        """The case that files make (see uploads.unpack), in an empty folder that they may fill.
+
+        Raises ValueError, naming the file, if it cannot be used.
+        """
+        sent = []
+        for part, files in parts.items():
+            for file in files:
+                path = folder / f"{len(sent)}.sent"
+                with open(path, "wb") as copy:
+                    shutil.copyfileobj(file.content, copy)
+                sent.append((part, file.name, str(path)))
+        order = {"folder": str(folder), "parts": sent, "limits": asdict(self.limits)}
+        answer = self._ask(order)
+        if "error" in answer:
+            raise ValueError(answer["error"])
+        numbers, grid = tuple(answer["numbers"]), answer["grid"]
+        if grid:
+            shape, spacing, offset = (tuple(grid[k]) for k in ("shape", "spacing", "offset"))
+            grid = Grid(shape, spacing, offset, np.array(grid["direction"]))
+            case = Scan(answer["name"], numbers, (), (), grid, channels=3)
+        else:
+            case = Case(answer["name"], numbers, (), ())
+        truth = np.load(folder / "truth.npy") if answer["truth"] else None
+        return Loaded(case, answer["notes"], np.load(folder / "volume.npy"), truth)
+
+    def _ask(self, order: dict) -> dict:
+        with self._turn:
+            with self._lock:
+                if self.closed:
+                    raise ValueError("the server is stopping")
+                if self._process.poll() is not None:
+                    self._process = self._start()
+            try:
+                self._process.stdin.write(json.dumps(order) + "\n")
+                self._process.stdin.flush()
+                return json.loads(self._process.stdout.readline())
+            except (OSError, ValueError):
+                with self._lock:
+                    self._kill()
+                return {"error": "the server is stopping" if self.closed else BROKEN}
+
+    def close(self) -> None:
+        """End the process, and what it reads just now."""
+        with self._lock:
+            self.closed = True
+            self._kill()
+
+    def _kill(self) -> None:
+        if self._process.poll() is None:
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()

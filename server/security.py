@@ -6,8 +6,13 @@ import asyncio
 import base64
 import contextlib
 import hmac
+import ipaddress
 import json
+import re
+from pathlib import Path
 
+MIB = 2**20
+HDF5 = b"\x89HDF\r\n\x1a\n"  # at 0, 512, 1024, 2048 ... of a file: its data may lie in other files
 # A page may load nothing but what this server sends.
 HEADERS = [
     (
@@ -109,3 +114,52 @@ async def refuse(send, status: int, error: str) -> None:
         headers.append((b"www-authenticate", b'Basic realm="brainseg", charset="UTF-8"'))
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
+
+
+def is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def check_alone(path: Path) -> None:
+    """Raise ValueError if a file may keep its voxels in another one, which could be the server's.
+
+    Headers are held to the letter of their format, as readers are more lenient than this is.
+    """
+    size, name = path.stat().st_size, path.name.lower()
+    with open(path, "rb") as file:
+        header = file.read(MIB)
+        for place in [0, *(512 << k for k in range(60) if 512 << k < size)]:
+            file.seek(place)
+            if file.read(len(HDF5)) == HDF5:
+                raise ValueError(f"{path}: is an HDF5 file; save it as NIfTI")
+    if name.endswith(".mhd"):
+        raise ValueError(f"{path}: keeps its voxels in a file of its own; save it as .mha or .nrrd")
+    if name.endswith(".mha") and not _is_whole_mha(header):
+        raise ValueError(f"{path}: keeps its voxels in another file; save it as one file")
+    if name.endswith(".nrrd") and not _is_whole_nrrd(header):
+        raise ValueError(f"{path}: keeps its voxels in another file; save it as one file")
+
+
+def _is_whole_mha(header: bytes) -> bool:
+    """Whether `name = value` lines lead to ElementDataFile = LOCAL, and nowhere else before."""
+    for line in header.replace(b"\r\n", b"\n").split(b"\n"):
+        field = re.fullmatch(rb"(\w+) ?= ?([ -~\x80-\xff]*)", line)
+        if not field:
+            return False
+        if field[1].lower() == b"elementdatafile":
+            return field[1] == b"ElementDataFile" and field[2].strip() == b"LOCAL"
+    return False
+
+
+def _is_whole_nrrd(header: bytes) -> bool:
+    """Whether the header ends within a MiB, in lines of text of which none names a data file."""
+    lines, end, _ = header.replace(b"\r\n", b"\n").partition(b"\n\n")
+    if not end or not lines.startswith(b"NRRD") or re.search(rb"[^\n\t -~\x80-\xff]", lines):
+        return False
+    names = (
+        re.sub(rb"[^a-z]", b"", line.partition(b":")[0].lower()) for line in lines.split(b"\n")
+    )
+    return not any(name.endswith(b"datafile") for name in names)

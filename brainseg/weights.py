@@ -18,9 +18,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from onnx_network import read_onnx_card
-from resnext_unet import ResNeXtUNet
-from unet import UNet
+from .io.files import write_json, written_whole
+from .onnx import read_onnx_card
+from .resnext_unet import ResNeXtUNet
+from .unet import UNet
 
 MODELS = {"unet": UNet, "resnext_unet": ResNeXtUNet}
 OTHERS = {  # made of weights, but no weights
@@ -28,7 +29,7 @@ OTHERS = {  # made of weights, but no weights
     ".pt2": "is an exported program, refused, as opening it could run code; give the weights it "
     "was made of, or an ONNX file (export.py --format onnx)",
 }
-ROOT = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parents[1]
 SHIPPED = {"unet": ROOT / "weights" / "unet-12f2ec04.pt"}  # what comes with the project
 
 
@@ -140,16 +141,12 @@ def initialise(model: nn.Module, path: Path | str) -> tuple[list[str], list[str]
 
 def save_weights(path: Path, state: dict[str, Tensor], card: dict) -> None:
     """Write a bare state dict and its card, each whole or not at all; raises OSError."""
-    from utils import write_json  # not needed by torch.hub, where `utils` may be another's
-
     save_tensors(path, state)
     write_json(path.with_suffix(".json"), card)
 
 
 def save_tensors(path: Path, content: dict) -> None:
     """`torch.save`, whole or not at all; OSError, naming the file, if it cannot be written."""
-    from utils import written_whole
-
     try:
         with written_whole(path) as temporary:
             torch.save(content, temporary)
@@ -173,7 +170,7 @@ def read_card(path: Path | str) -> dict:
         for names in content.get("cases", {}).values():
             if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
                 raise TypeError("cases")
-        for name in ("image_size", "neighbours"):
+        for name in ("image_size", "neighbours", "preprocessing"):
             if not isinstance(content.get(name, 0), int):
                 raise TypeError(name)
     except (ValueError, TypeError, AttributeError) as error:

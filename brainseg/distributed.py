@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from utils import sentence
+from .io.files import sentence
 
 T = TypeVar("T")
 

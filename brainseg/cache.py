@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 import threading
@@ -22,8 +21,10 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from utils import worker_threads
-from volume import VERSION, Case, Frame, preprocess, preprocess_mask
+from .devices import worker_threads
+from .io.files import default_cache
+from .io.slices import Case
+from .preprocess import VERSION, Frame, preprocess, preprocess_mask
 
 ARRAYS = ("images", "mask", "truth")
 # np.load parses a file's header with ast, which threads must not do at once in Python 3.11
@@ -46,48 +47,41 @@ class Prepared:
         return self.case.name
 
 
-def default_cache() -> Path:
-    """Where preprocessed volumes are kept unless the caller names another folder."""
-    if os.environ.get("XDG_CACHE_HOME"):
-        return Path(os.environ["XDG_CACHE_HOME"]) / "brainseg"
-    try:
-        return Path.home() / ".cache" / "brainseg"
-    except RuntimeError:  # a user without a home, as in a container
-        return Path(tempfile.gettempdir()) / "brainseg"
-
-
 def prepare(
     cases: Sequence[Case],
     image_size: int = 256,
     cache: Path | str | None = None,
     workers: int | None = None,
     progress: bool = False,
+    version: int = VERSION,
 ) -> list[Prepared]:
-    """Every case preprocessed, from the cache if it is there and sound, by `workers` threads."""
+    """Preprocess every case, by `workers` threads, or take it from the cache if it is sound there.
+
+    `version` is that of the preprocessing.
+    """
     cache = Path(cache) if cache else default_cache()
     try:
         cache.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"{cache}: cannot be made; name another folder with --cache") from error
     with worker_threads(workers) as pool:
-        jobs = pool.map(partial(_prepare_one, image_size=image_size, cache=cache), cases)
+        jobs = pool.map(partial(_prepare_one, way=(image_size, version), cache=cache), cases)
         quiet = None if progress else True  # None: quiet unless on a terminal
         return list(tqdm(jobs, "preprocessing", len(cases), unit="case", disable=quiet))
 
 
-def _prepare_one(case: Case, image_size: int, cache: Path) -> Prepared:
-    source = f"{case.folder.resolve()} {image_size}"
+def _prepare_one(case: Case, way: tuple[int, int], cache: Path) -> Prepared:
+    image_size, version = way
+    source = f"{case.folder.resolve()} {image_size}" + (f" {version}" if version > 1 else "")
     entry = cache / f"{case.name}-{hashlib.sha256(source.encode()).hexdigest()[:16]}"
-    fingerprint = _fingerprint(case, image_size)
-    return _open_entry(entry, case, fingerprint) or _make_entry(
-        entry, case, fingerprint, image_size
-    )
+    fingerprint = _fingerprint(case, image_size, version)
+    return _open_entry(entry, case, fingerprint) or _make_entry(entry, case, fingerprint, way)
 
 
-def _fingerprint(case: Case, image_size: int) -> str:
+def _fingerprint(case: Case, image_size: int, version: int) -> str:
     """Changes with any source file's name, size or time, and with the settings."""
     files = [(p.name, (s := p.stat()).st_size, s.st_mtime_ns) for p in case.files]
-    return hashlib.sha256(json.dumps([VERSION, image_size, files]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([version, image_size, files]).encode()).hexdigest()
 
 
 def _open_entry(entry: Path, case: Case, fingerprint: str) -> Prepared | None:
@@ -108,10 +102,10 @@ def _open_entry(entry: Path, case: Case, fingerprint: str) -> Prepared | None:
         return None
 
 
-def _make_entry(entry: Path, case: Case, fingerprint: str, image_size: int) -> Prepared:
+def _make_entry(entry: Path, case: Case, fingerprint: str, way: tuple[int, int]) -> Prepared:
     volume, truth = case.read_pair()
     try:
-        images, frame = preprocess(volume, image_size)
+        images, frame = preprocess(volume, *way)
     except ValueError as error:
         raise ValueError(f"{case.folder}: {error}") from error
     arrays = {

@@ -1,6 +1,6 @@
 """Synthetic brain MRI with a FLAIR lesion, in the folder layout of the kaggle_3m data set.
 
-    python3 phantom.py ./phantom --cases 20 --size 96 --slices 16 --seed 0
+    python3 -m brainseg.phantom ./phantom --cases 20 --size 96 --slices 16 --seed 0
 
 writes ./phantom/phantom_000/phantom_000_1.tif (H x W x 3 uint8: pre-contrast, FLAIR, post-contrast)
 and phantom_000_1_mask.tif (H x W uint8, 0 or 255), and so on for each slice of each case.

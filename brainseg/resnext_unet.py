@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from unet import check_input
+from .unet import check_input
 
 # IMAGENET1K_V2 of torchvision's resnext50_32x4d (81.2 % top-1); the name ends in its SHA-256.
 URL = "https://download.pytorch.org/models/resnext50_32x4d-1a0047aa.pth"

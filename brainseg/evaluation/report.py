@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from comparison import SCORES, SETTINGS
-from metrics import FEW
-from utils import written_whole
+from .statistics import SCORES, SETTINGS
+from ..metrics import FEW
+from ..io.files import written_whole
 
 
 @dataclass

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from scan import Scan
-from utils import to_grey
-from volume import Case
+from brainseg.io.pictures import to_grey
+from brainseg.io.scans import Scan
+from brainseg.io.slices import Case
 
 SIDE = 384  # voxels: longer axes are thinned out for the viewer
 SEQUENCES = {1: "flair", 0: "pre", 2: "post"}  # by channel, in the order of the page

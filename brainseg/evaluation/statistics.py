@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from metrics import summarise
+from ..metrics import summarise
 
 THRESHOLDS = (0.3, 0.4, 0.5, 0.6, 0.7)
 SETTINGS = {  # column of the scores: threshold, whether only the largest component is kept

@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unet import check_input
+from .io.files import default_cache
+from .unet import check_input
 
 PROVIDERS = {  # of ONNX Runtime, the fastest first
     "tensorrt": "TensorrtExecutionProvider",
@@ -106,8 +107,6 @@ class OnnxNetwork:
 
     def _tensorrt_options(self, batch_size: int, size: int) -> dict[str, str]:
         """One engine for all batches, kept, as it takes minutes to build."""
-        from cache import default_cache
-
         # Engines are named after the layers, not the weights: each file needs a folder of its own.
         engines = default_cache() / "tensorrt" / hashlib.sha256(self._content).hexdigest()[:16]
         engines.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
 """Reads what strangers have sent, each upload in a process of its own with bounded memory and time.
 
 The archives are of unknown origin and the readers are large libraries in C and C++: whatever breaks
-down here, the server goes on. upload.Reader starts this file and keeps it; for each line of JSON on
+down here, the server goes on. jobs.Reader starts this module and keeps it; for each line of JSON on
 its input (see `attend`) it forks, and answers with a line when the upload is read.
 """
 
@@ -22,14 +22,14 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from cases import SLICE_NAME, case_name, find_case, find_sequences
-from scan import SUFFIXES, Scan, is_scan, scan_name
-from utils import sentence
-from volume import Case
+from brainseg.io.files import sentence
+from brainseg.io.layouts import SLICE_NAME, case_name, find_case, find_sequences
+from brainseg.io.scans import SUFFIXES, Scan, is_scan, scan_name
+from brainseg.io.slices import Case
 
-MIB = 2**20
+from .security import MIB, check_alone
+
 SEQUENCES = ("flair", "pre", "post")
-HDF5 = b"\x89HDF\r\n\x1a\n"  # at 0, 512, 1024, 2048 ... of a file: its data may lie in other files
 DAMAGED = "is damaged, encrypted or packed in an odd way; zip it again"
 BROKEN = "its reader broke down; it is damaged, or too large: export it again"
 
@@ -312,48 +312,6 @@ def _plain(name: str) -> str:
 
 def _is_volume(name: str) -> bool:
     return _plain(name).lower().endswith(SUFFIXES)
-
-
-def check_alone(path: Path) -> None:
-    """Raise ValueError if a file may keep its voxels in another one, which could be the server's.
-
-    Headers are held to the letter of their format, as readers are more lenient than this is.
-    """
-    size, name = path.stat().st_size, path.name.lower()
-    with open(path, "rb") as file:
-        header = file.read(MIB)
-        for place in [0, *(512 << k for k in range(60) if 512 << k < size)]:
-            file.seek(place)
-            if file.read(len(HDF5)) == HDF5:
-                raise ValueError(f"{path}: is an HDF5 file; save it as NIfTI")
-    if name.endswith(".mhd"):
-        raise ValueError(f"{path}: keeps its voxels in a file of its own; save it as .mha or .nrrd")
-    if name.endswith(".mha") and not _is_whole_mha(header):
-        raise ValueError(f"{path}: keeps its voxels in another file; save it as one file")
-    if name.endswith(".nrrd") and not _is_whole_nrrd(header):
-        raise ValueError(f"{path}: keeps its voxels in another file; save it as one file")
-
-
-def _is_whole_mha(header: bytes) -> bool:
-    """Whether `name = value` lines lead to ElementDataFile = LOCAL, and nowhere else before."""
-    for line in header.replace(b"\r\n", b"\n").split(b"\n"):
-        field = re.fullmatch(rb"(\w+) ?= ?([ -~\x80-\xff]*)", line)
-        if not field:
-            return False
-        if field[1].lower() == b"elementdatafile":
-            return field[1] == b"ElementDataFile" and field[2].strip() == b"LOCAL"
-    return False
-
-
-def _is_whole_nrrd(header: bytes) -> bool:
-    """Whether the header ends within a MiB, in lines of text of which none names a data file."""
-    lines, end, _ = header.replace(b"\r\n", b"\n").partition(b"\n\n")
-    if not end or not lines.startswith(b"NRRD") or re.search(rb"[^\n\t -~\x80-\xff]", lines):
-        return False
-    names = (
-        re.sub(rb"[^a-z]", b"", line.partition(b":")[0].lower()) for line in lines.split(b"\n")
-    )
-    return not any(name.endswith(b"datafile") for name in names)
 
 
 if __name__ == "__main__":

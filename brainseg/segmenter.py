@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from checkpoint import load_state, model_from_state, read_card
-from onnx_network import OnnxNetwork
-from volume import Frame, neighbourhoods_of, preprocess, restore
+from .devices import has_bfloat16, pick_device
+from .onnx import OnnxNetwork
+from .preprocess import VERSION, Frame, neighbourhoods_of, preprocess, restore
+from .weights import load_state, model_from_state, read_card
 
 Progress = Callable[[int, int], None]
 
@@ -26,7 +27,8 @@ class Segmenter:
     `largest_component` keeps the largest connected one only, `tta` averages over the slice and
     its mirror image, `amp` computes in bfloat16 (None: wherever the device does so natively).
     The network is copied; `batch_size` is the most slices at once, `neighbours` how many slices on
-    either side of each it was trained to see. An ONNX network has its own device and precision.
+    either side of each it was trained to see, `version` the preprocessing that it was trained with.
+    An ONNX network has its own device and precision.
     """
 
     def __init__(
@@ -40,6 +42,7 @@ class Segmenter:
         device: torch.device | str | None = None,
         amp: bool | None = None,
         neighbours: int = 0,
+        version: int = VERSION,
     ):
         stride = model.stride
         if image_size < stride or image_size % stride:
@@ -67,6 +70,7 @@ class Segmenter:
         self.largest_component = largest_component
         self.tta = tta
         self.neighbours = neighbours
+        self.version = version
         # A few slices at once stay in the cache of a processor, and are done a fifth sooner.
         self.batch_size = min(batch_size, 4) if self.on_cpu else batch_size
 
@@ -89,7 +93,13 @@ class Segmenter:
             _, model = model_from_state(load_state(path), path)
             card = read_card(path)
         size = options.pop("image_size", None) or card.get("image_size", 256)
-        return cls(model, image_size=size, neighbours=card.get("neighbours", 0), **options)
+        return cls(
+            model,
+            image_size=size,
+            neighbours=card.get("neighbours", 0),
+            version=card.get("preprocessing", 1),
+            **options,
+        )
 
     def __call__(self, volume: np.ndarray) -> np.ndarray:
         """The mask (S, H, W), bool, of a raw volume (S, H, W, C) with C as trained.
@@ -106,7 +116,7 @@ class Segmenter:
         """
         if volume.ndim == 4:
             self.check_channels(volume.shape[3])
-        return preprocess_near(volume, self.image_size, self.device)
+        return preprocess_near(volume, self.image_size, self.version, self.device)
 
     def check_channels(self, channels: int) -> None:
         """Raise ValueError unless the network takes that many."""
@@ -171,15 +181,15 @@ class Segmenter:
 
 
 def preprocess_near(
-    volume: np.ndarray, image_size: int, device: torch.device
+    volume: np.ndarray, image_size: int, version: int, device: torch.device
 ) -> tuple[Tensor, Frame]:
     """`preprocess`, on a GPU that has room for it, else on the processor."""
     if device.type == "cuda":
         try:
-            return preprocess(volume, image_size, device)
+            return preprocess(volume, image_size, version, device)
         except torch.OutOfMemoryError:
             pass  # what it had taken is free only once this block is left
-    return preprocess(volume, image_size)
+    return preprocess(volume, image_size, version)
 
 
 def fold_batch_norm(model: nn.Module) -> nn.Module:
@@ -212,31 +222,6 @@ def keep_largest_component(mask: np.ndarray) -> np.ndarray:
     sizes = np.bincount(labels.ravel())
     sizes[0] = 0  # the background
     return labels == sizes.argmax() if len(sizes) > 1 else mask
-
-
-def pick_device(name: torch.device | str | None = None) -> torch.device:
-    """The device called `name`, or the accelerator if there is one, or the CPU.
-
-    Raises ValueError if the device is not there.
-    """
-    if name is None:
-        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).item()  # "meta" exists but computes nothing
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(
-            f"device {name!r} is not there; leave --device out for the best there is"
-        ) from error
-    return device
-
-
-def has_bfloat16(device: torch.device) -> bool:
-    """Whether the device multiplies matrices in bfloat16 faster than in float32."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    # AMX tiles; without them bfloat16 on a CPU is emulated, and slower.
-    return device.type == "cpu" and getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
 
 
 def _fits(size: int, stride: int) -> str:

@@ -11,14 +11,17 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from cases import case_name, case_paths, find_case
-from checkpoint import file_hash, read_card
-from comparison import SCORES, SETTINGS
-from dataset import patient_of, site_of, subset_of
-from metrics import dsc, score
-from segmentation import Segmenter, preprocess_near, to_mask
-from utils import in_order, outline, read_scores, to_grey
-from volume import Case, missing_sequences
+from ..io.layouts import case_name, case_paths, find_case
+from ..weights import file_hash, read_card
+from .statistics import SCORES, SETTINGS
+from ..splits import patient_of, site_of, subset_of
+from ..metrics import dsc, score
+from ..segmenter import Segmenter, preprocess_near, to_mask
+from ..devices import in_order
+from ..io.pictures import outline, to_grey
+from ..io.predictions import read_scores
+from ..io.slices import Case
+from ..preprocess import missing_sequences
 
 
 @dataclass
@@ -163,7 +166,7 @@ def score_all(
     Threads read ahead and score behind while the networks run.
     """
     segmenters = [network.segmenter for model in models for network in model.networks]
-    ways = {(segmenter.image_size, segmenter.device) for segmenter in segmenters}
+    ways = {(s.image_size, s.version, s.device) for s in segmenters}
 
     def load(case: Case) -> tuple:
         volume, truth = case.read_pair()
@@ -182,7 +185,7 @@ def score_all(
                         segmenter.check_channels(volume.shape[-1])
                     except ValueError as error:
                         raise ValueError(f"{case.folder}: {error}") from error
-                    way = segmenter.image_size, segmenter.device
+                    way = segmenter.image_size, segmenter.version, segmenter.device
                     maps[model.name] = segmenter.restored(*prepared[way])
             yield case, volume, truth, maps
 

@@ -8,8 +8,8 @@ from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
-from scan import Scan, is_scan, scan_name
-from volume import Case
+from .scans import Scan, is_scan, scan_name
+from .slices import Case
 
 SLICE_NAME = re.compile(r"^(?P<stem>.+)_(?P<number>\d+)(?P<mask>_mask)?\.(?:tiff?|png)$", re.I)
 IMAGE_SUFFIXES = {".tif", ".tiff", ".png"}

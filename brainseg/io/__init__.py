@@ -1,0 +1,1 @@
+"""Cases, masks, pictures and tables on disk."""

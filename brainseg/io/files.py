@@ -1,0 +1,89 @@
+"""Files that are written whole or not at all, where caches lie, and errors that name their file."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def written_whole(path: Path | str) -> Iterator[Path]:
+    """Give a temporary name beside `path`; rename it to `path` once the block is through.
+
+    If the block fails, or the disk is full, what was at `path` is still there, untouched.
+    """
+    path = Path(path)
+    with naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        stem, *_ = path.name.partition(".")
+        handle, name = tempfile.mkstemp(  # with the suffix, .nii.gz say, as writers go by it
+            dir=path.parent, prefix=f".{stem}-", suffix=path.name[len(stem) :]
+        )
+        os.close(handle)
+        temporary = Path(name)
+        try:
+            yield temporary
+            umask = os.umask(0)
+            os.umask(umask)
+            temporary.chmod(0o666 & ~umask)  # mkstemp makes files that only their owner can read
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def write_table(path: Path, rows: Sequence[dict]) -> None:
+    """Dicts as the lines of a CSV file, written whole; a key that one lacks is left empty."""
+    with written_whole(path) as temporary, open(temporary, "w", newline="") as file:
+        table = csv.DictWriter(file, dict.fromkeys(key for row in rows for key in row))
+        table.writeheader()
+        for row in rows:
+            table.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Indented JSON, written whole; NaN, which JSON does not know, becomes null."""
+    strict = json.loads(json.dumps(content), parse_constant=lambda _: None)
+    with written_whole(path) as temporary:
+        temporary.write_text(json.dumps(strict, indent=2) + "\n")
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Have every OSError of the block name `path`, not a temporary file or none."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+
+
+def check_writable(folder: Path) -> None:
+    """Make `folder` if need be; OSError, naming it, if no file can be written there."""
+    with naming(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+
+
+def default_cache() -> Path:
+    """Where preprocessed volumes are kept unless the caller names another folder."""
+    if os.environ.get("XDG_CACHE_HOME"):
+        return Path(os.environ["XDG_CACHE_HOME"]) / "brainseg"
+    try:
+        return Path.home() / ".cache" / "brainseg"
+    except RuntimeError:  # a user without a home, as in a container
+        return Path(tempfile.gettempdir()) / "brainseg"
+
+
+def sentence(error: BaseException | str) -> str:
+    """What an error says, as one sentence that names its file."""
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.filename}: {error.strerror.lower()}"
+    return str(error)
+
+
+def by(shape: Sequence[int]) -> str:
+    return " x ".join(map(str, shape))

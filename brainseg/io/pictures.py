@@ -1,0 +1,93 @@
+"""Outlined slices, montages, GIFs, and the figure of sorted DSCs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from .files import written_whole
+
+GREEN, RED = (0, 255, 0), (255, 0, 0)
+
+
+def to_grey(volume: np.ndarray) -> np.ndarray:
+    """FLAIR (channel 1 of 3, or the only one) of a volume (S, H, W, C) as (S, H, W) uint8."""
+    flair = volume[..., 1 if volume.shape[-1] >= 2 else 0].astype(np.float32)
+    low, high = flair.min(), np.percentile(flair, 99.8)
+    return (255 * np.clip((flair - low) / max(high - low, 1e-6), 0, 1)).astype(np.uint8)
+
+
+def edge(mask: np.ndarray) -> np.ndarray:
+    """The voxels of each slice of a bool mask (S, H, W) that touch its outside (4 neighbours)."""
+    padded = np.pad(mask, ((0, 0), (1, 1), (1, 1)))
+    inner = padded[:, :-2, 1:-1] & padded[:, 2:, 1:-1] & padded[:, 1:-1, :-2] & padded[:, 1:-1, 2:]
+    return mask & ~inner
+
+
+def outline(
+    grey: np.ndarray, prediction: np.ndarray, truth: np.ndarray | None = None, side: int = 1
+) -> np.ndarray:
+    """Slices (S, H, W) uint8 as RGB (S, H, W, 3): green truth, red prediction on top.
+
+    Small slices are enlarged by the whole number that brings their longer side nearest to `side`.
+    """
+    times = max(1, round(side / max(grey.shape[1:])))
+    grey, prediction, truth = (
+        array if array is None else array.repeat(times, axis=1).repeat(times, axis=2)
+        for array in (grey, prediction, truth)
+    )
+    pictures = np.repeat(grey[..., None], 3, axis=-1)
+    if truth is not None:
+        pictures[edge(truth)] = GREEN
+    pictures[edge(prediction)] = RED
+    return pictures
+
+
+def montage(pictures: np.ndarray) -> np.ndarray:
+    """Pictures (S, H, W, 3) as one, side by side on a grid that is about square."""
+    count, height, width, _ = pictures.shape
+    columns = max(1, round(math.sqrt(count * height / width)))
+    rows = math.ceil(count / columns)
+    cells = np.zeros((rows * columns, *pictures.shape[1:]), pictures.dtype)
+    cells[:count] = pictures
+    cells = cells.reshape(rows, columns, height, width, 3).swapaxes(1, 2)
+    return cells.reshape(rows * height, columns * width, 3)
+
+
+def save_gif(path: Path | str, pictures: np.ndarray, seconds: float = 0.12) -> None:
+    """An endless GIF of pictures (S, H, W, 3), `seconds` a slice."""
+    import imageio.v3 as iio
+
+    with written_whole(path) as temporary:
+        iio.imwrite(temporary, pictures, duration=int(1000 * seconds), loop=0)
+
+
+def save_dsc_figure(path: Path | str, scores: dict[str, float], marked: Sequence[str] = ()) -> None:
+    """Horizontal bars of each case's DSC, sorted, with mean and median; `marked` cases are pale.
+
+    The marked ones, cases of patients that the weights were trained on, do not count in mean and
+    median.
+    """
+    from matplotlib.figure import Figure
+
+    names = sorted(scores, key=scores.get)
+    counted = [scores[name] for name in names if name not in marked]
+    figure = Figure(figsize=(8, 1.4 + 0.26 * len(names)), layout="constrained")
+    axes = figure.add_subplot()
+    colours = ["#b9c6d3" if name in marked else "#4c78a8" for name in names]
+    axes.barh(names, [scores[name] for name in names], color=colours)
+    if counted:
+        mean, median = np.mean(counted), np.median(counted)
+        axes.axvline(mean, color="#e4572e", label=f"mean {mean:.3f}")
+        axes.axvline(median, color="#2e933c", ls="--", label=f"median {median:.3f}")
+    if marked:
+        axes.plot([], [], "s", color="#b9c6d3", label="trained on, not counted")
+    axes.set(xlim=(0, 1), xlabel="DSC per volume", ylim=(-0.6, len(names) - 0.4))
+    axes.tick_params(axis="y", labelsize=7, length=0)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    figure.legend(loc="outside upper right", ncols=3, frameon=False)
+    with written_whole(path) as temporary:
+        figure.savefig(temporary, dpi=150)

@@ -1,0 +1,140 @@
+"""A case: its files in slice order, and how the image of a slice is read."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+
+from .files import by
+
+
+@dataclass(frozen=True)
+class Case:
+    """The files of one case, in slice order. `masks` is empty if the case has none."""
+
+    mask_name: ClassVar[str] = "<slice>_mask.tif"
+    name: str
+    numbers: tuple[int, ...]
+    slices: tuple[Path, ...]
+    masks: tuple[Path, ...]
+
+    @property
+    def folder(self) -> Path:
+        """What to call the case in a message: where its files are."""
+        return self.slices[0].parent
+
+    @property
+    def files(self) -> list[Path]:
+        """Everything that is read; what changes if the case changes."""
+        return [*self.slices, *self.masks]
+
+    @property
+    def notes(self) -> list[str]:
+        """What the user should know of the way it is read."""
+        return []
+
+    @property
+    def spacing(self) -> tuple[float, float, float] | None:
+        """Millimetres from slice to slice, row to row, column to column; None: not recorded."""
+        return None
+
+    def read(self) -> np.ndarray:
+        """The volume (S, H, W, C), in the data type of its files.
+
+        Raises ValueError, naming the file, for slices that are damaged or do not fit together.
+        """
+        return _stack([read_slice(path) for path in self.slices], self.slices)
+
+    def read_mask(self) -> np.ndarray:
+        """The mask (S, H, W), bool: true wherever a mask file is not 0."""
+        masks = _stack([read_slice(path) for path in self.masks], self.masks)
+        if masks.shape[-1] in (2, 4):  # the last channel is opacity
+            masks = masks[..., :-1]
+        return masks.max(axis=-1) > 0
+
+    def read_pair(self) -> tuple[np.ndarray, np.ndarray]:
+        """The volume and its mask; raises ValueError if there is none or it has another shape."""
+        if not self.masks:
+            raise ValueError(f"{self.folder}: has no mask; put it beside, as {self.mask_name}")
+        volume, mask = self.read(), self.read_mask()
+        if volume.shape[:3] != mask.shape:
+            raise ValueError(
+                f"{self.folder}: masks of {by(mask.shape[1:])} pixels beside slices of "
+                f"{by(volume.shape[1:3])}; export both from the same grid"
+            )
+        return volume, mask
+
+
+def read_slice(path: Path) -> np.ndarray:
+    """One image (H, W, C) of 8 or 16 bits or of floats; ValueError, naming the file, if damaged."""
+    _silence_readers()
+    try:
+        image = _read_png(path) if path.suffix.lower() == ".png" else _read_tiff(path)
+    except (FileNotFoundError, PermissionError, MemoryError):
+        raise
+    except Exception as error:  # each library has its own, some of them bare
+        raise ValueError(f"{path}: not a readable image, or cut short; export it again") from error
+    if image.ndim == 2:
+        image = image[..., None]
+    if image.ndim != 3 or image.size == 0:
+        raise ValueError(f"{path}: holds an array of shape {image.shape}, not one 2-D slice")
+    if image.dtype.kind == "f" and not np.isfinite(image).all():
+        raise ValueError(f"{path}: holds NaN or infinite voxels; export it again")
+    return image
+
+
+# The libraries below are imported where they are used: whoever only needs the arithmetic
+# (torch.hub) needs no reader of images.
+
+
+def _read_png(path: Path) -> np.ndarray:
+    import imageio.v3 as iio
+
+    with open(path, "rb") as file:
+        header = file.read(26)
+    deep_colour = header[24:] in (b"\x10\x02", b"\x10\x06")  # 16 bits of RGB or RGBA
+    return iio.imread(path, plugin="ITK" if deep_colour else "pillow")  # Pillow keeps only 8 bits
+
+
+def _read_tiff(path: Path) -> np.ndarray:
+    """The one page of a TIFF; of several, an array of 4 axes, which no slice has."""
+    import imageio.v3 as iio
+    import tifffile
+
+    try:
+        with tifffile.TiffFile(path) as tiff:
+            if not tiff.pages:
+                raise ValueError("no page")
+            page = tiff.pages[0]
+            if "BitsPerSample" not in page.tags and page.samplesperpixel > 1:
+                raise ValueError("its directory is cut short")
+            if len(tiff.pages) > 1:
+                return tiff.asarray().reshape(len(tiff.pages), *page.shape[:2], -1)
+            image = page.asarray()
+            return np.moveaxis(image, 0, -1) if page.axes == "SYX" else image
+    except ValueError:  # e.g. LZW, which only Pillow can unpack
+        return iio.imread(path, plugin="pillow")
+
+
+@cache
+def _silence_readers() -> None:
+    """Keep what the readers log of a damaged file off stderr: `read_slice` says it in one line."""
+    logging.getLogger("tifffile").setLevel(logging.CRITICAL)
+    warnings.filterwarnings("ignore", module="PIL")
+
+
+def _stack(images: Sequence[np.ndarray], paths: Sequence[Path]) -> np.ndarray:
+    for image, path in zip(images, paths, strict=True):
+        if image.shape != images[0].shape:
+            raise ValueError(
+                f"{path}: {by(image.shape)} voxels, but {paths[0].name} has "
+                f"{by(images[0].shape)}; all slices of a case must agree"
+            )
+    return np.stack(images)

@@ -1,0 +1,120 @@
+"""Preprocessing version 2: what scanners do to a file must not reach the network."""
+
+import numpy as np
+import pytest
+import torch
+from scipy import ndimage
+
+from brainseg.io.layouts import find_case
+from brainseg.phantom import make_volume
+from brainseg.preprocess import preprocess, preprocess_mask
+
+SIZE = 64
+
+
+@pytest.fixture(scope="module")
+def volume() -> np.ndarray:
+    """A phantom (12, 96, 96, 3), uint8."""
+    return make_volume(3, slices=12, size=96)[0]
+
+
+def prepared(volume: np.ndarray) -> torch.Tensor:
+    return preprocess(volume, SIZE)[0]
+
+
+def change(volume: np.ndarray, sequence: int, function) -> np.ndarray:
+    changed = volume.astype(np.float32)
+    changed[..., sequence] = function(changed[..., sequence])
+    return changed
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_scale_offset_and_hot_voxels_change_nothing(volume, seed):
+    """Trap 13: one sequence on another scale, or one hot voxel, and the mask was gone."""
+    draw = np.random.default_rng(seed)
+    sequence, scale = draw.integers(3), 10 ** draw.uniform(-2, 3)
+    offset = draw.uniform(-1, 2) * scale * 100
+    changed = change(volume, sequence, lambda x: x * scale + offset)
+    places = tuple(draw.integers(0, side, 10) for side in volume.shape[:3])
+    greatest = changed[..., sequence].max()
+    changed[(*places, sequence)] = greatest * draw.choice([2, 1000], 10)
+    expected, frame = preprocess(volume, SIZE)
+    images, changed_frame = preprocess(changed, SIZE)
+    assert changed_frame.box == frame.box
+    # A hot voxel reaches as far as the spline of its slice, a few pixels.
+    hot = np.zeros(volume.shape[:3], bool)
+    hot[places] = True
+    near = ndimage.binary_dilation(hot, np.ones((1, 21, 21)))
+    far = preprocess_mask(~near, frame)
+    difference = (images - expected).abs().amax(dim=1)
+    assert far.any() and difference[far].max() < 1e-2
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.uint16, np.float32, np.float64])
+def test_the_data_type_changes_nothing(volume, dtype):
+    torch.testing.assert_close(prepared(volume.astype(dtype)), prepared(volume))
+
+
+def test_signed_values_with_an_offset_change_nothing(volume):
+    signed = volume.astype(np.int16) * 7 - 1000
+    torch.testing.assert_close(prepared(signed), prepared(volume), atol=1e-4, rtol=0)
+
+
+def test_stripping_the_skull_hardly_moves_the_brain(volume):
+    head = ndimage.binary_fill_holes(volume[6].max(-1) > 20)
+    brain = ndimage.binary_erosion(head, iterations=16)
+    stripped = np.where(brain[..., None], volume[6:7], 0).astype(volume.dtype)
+    whole = volume[6:7]
+
+    def level(x: np.ndarray) -> float:
+        images, frame = preprocess(x, SIZE)
+        inside = preprocess_mask(brain[None], frame)
+        return images[:, 1][inside].median().item()
+
+    assert level(stripped) == pytest.approx(level(whole), abs=0.5)
+
+
+def test_more_air_changes_no_level(volume):
+    padded = np.pad(volume, ((4, 4), (20, 30), (10, 0), (0, 0)))
+    images, frame = preprocess(padded, SIZE)
+    torch.testing.assert_close(images[4:-4], prepared(volume), atol=0.05, rtol=0)
+    assert (images[0] == -2).all()
+
+
+def test_constant_sequence_is_replaced_by_flair(volume):
+    images, frame = preprocess(change(volume, 2, lambda x: 0 * x + 7), SIZE)
+    assert torch.equal(images[:, 2], images[:, 1])
+    assert frame.notes == ("post-contrast is constant; FLAIR stands in for it",)
+
+
+def test_constant_flair_is_refused(volume):
+    with pytest.raises(ValueError, match="FLAIR is constant"):
+        preprocess(change(volume, 1, lambda x: 0 * x), SIZE)
+
+
+def test_saturated_sequence_is_said(volume):
+    _, frame = preprocess(change(volume, 0, lambda x: np.minimum(x, 60)), SIZE)
+    assert any("pre-contrast is saturated" in note for note in frame.notes)
+
+
+def test_sequences_that_do_not_overlap_are_said(volume):
+    _, frame = preprocess(change(volume, 2, lambda x: np.roll(x, 30, axis=2)), SIZE)
+    assert any("are they registered?" in note for note in frame.notes)
+
+
+def test_sound_sequences_need_no_note(volume):
+    assert preprocess(volume, SIZE)[1].notes == ()
+
+
+def test_unknown_version_is_refused(volume):
+    with pytest.raises(ValueError, match="version 3 is not known"):
+        preprocess(volume, SIZE, 3)
+
+
+def test_real_case_on_a_scanner_scale(lgg):
+    volume = find_case(lgg / "TCGA_CS_4944_20010208").read()
+    scaled = change(volume, 2, lambda x: 4 * x + 50)
+    scaled[3, 100, 100] = 30000
+    images, expected = prepared(scaled), prepared(volume)
+    images[3], expected[3] = 0, 0
+    torch.testing.assert_close(images, expected, atol=1e-2, rtol=0)
