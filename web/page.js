@@ -125,9 +125,10 @@ async function present({ summary, viewer, downloads, montage }) {
   find("#montage").src = montage;
   find("#plain").textContent = "";
   show("result");
+  Object.assign(find("#look"), { hidden: false, ariaBusy: true });
   try {
-    find("#look").hidden = false;
     await (await import("./viewer.js")).look(viewer, NAMES, Boolean(summary.scores));
+    find("#look").ariaBusy = false;
   } catch (error) {
     find("#look").hidden = true;
     find("#plain").textContent = `The viewer cannot start: ${error.message}. The mask can be downloaded below.`;

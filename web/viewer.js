@@ -1,6 +1,6 @@
 // The viewer: three planes and a rendering of one scan, drawn by NiiVue.
 const form = document.querySelector("#look"), canvas = form.querySelector("canvas");
-const CROSSHAIR = 6, WINDOWING = 9, ALL = 3, RENDERING = 4; // as NiiVue numbers them
+const PAN = 3, CROSSHAIR = 6, WINDOWING = 9, ALL = 3, RENDERING = 4; // as NiiVue numbers them
 // Left, top, width and height of axial, coronal and sagittal plane and rendering, on a laptop and on a phone.
 const WIDE = [[0, 0, 0.5, 1], [0.5, 0, 0.25, 0.5], [0.75, 0, 0.25, 0.5], [0.5, 0.5, 0.5, 0.5]];
 const TALL = [[0, 0, 1, 0.6], [0, 0.6, 1 / 3, 0.4], [1 / 3, 0.6, 1 / 3, 0.4], [2 / 3, 0.6, 1 / 3, 0.4]];
@@ -13,8 +13,9 @@ async function start() {
   const { Niivue, NVImage } = await import("./vendor/niivue.js");
   nv = new Niivue({
     logLevel: "error", dragAndDropEnabled: false, isRadiologicalConvention: true, sagittalNoseLeft: true, viewModeHotKey: "", smoothDrawing: 2,
-    crosshairColor: [0.3, 0.65, 1, 0.8], crosshairWidth: 0.4, crosshairGap: 6, fontColor: [0.75, 0.8, 0.85, 1],
-    mouseEventConfig: { leftButton: { primary: CROSSHAIR }, rightButton: WINDOWING, centerButton: 3 },
+    crosshairColor: [0.3, 0.65, 1, 0.8], crosshairWidth: 0.7, crosshairGap: 6, fontColor: [0.75, 0.8, 0.85, 1],
+    mouseEventConfig: { leftButton: { primary: CROSSHAIR }, rightButton: WINDOWING, centerButton: PAN },
+    touchEventConfig: { singleTouch: CROSSHAIR, doubleTouch: PAN },
   });
   nv.image = NVImage;
   nv.onLocationChange = ({ vox, values }) => { at = vox; tell(values); };
