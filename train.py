@@ -48,7 +48,7 @@ from brainseg.weights import MODELS, load_state, load_tensors, save_tensors, sav
 from dataset import BrainSegmentationDataset
 from loss import LOSSES
 from trainer import RECIPE, Trainer
-from utils import Interruption, fail, make_parser, plain
+from utils import Interruption, fail, keep_freed_memory, make_parser, plain
 
 if TYPE_CHECKING:
     import numpy as np
@@ -308,6 +308,8 @@ def train(
 ) -> int:
     """Train until the last epoch is done or a signal comes; the number of the signal, or 0."""
     args = trainer.args
+    if trainer.device.type == "cpu":
+        keep_freed_memory()
     if args.compile:  # before processes wait for each other's gradients: one may fail here
         print(f"compiled in {together(trainer.compile):.1f} s", flush=True)
     trainer.parallelise()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
 import difflib
 import signal
 import subprocess
@@ -193,6 +194,17 @@ def make_generator(seed: int, *stream: int) -> torch.Generator:
     """
     (state,) = np.random.SeedSequence(seed, spawn_key=stream).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(state >> np.uint64(1)))
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep what this process frees for its next allocations, where glibc is used.
+
+    Otherwise each large tensor is mapped anew, and its pages are cleared as they are touched.
+    """
+    with suppress(AttributeError, OSError, TypeError):  # another C library
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-4, 0)  # M_MMAP_MAX: nothing is mapped by itself
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: nothing is given back
 
 
 class Interruption:
