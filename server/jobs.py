@@ -32,7 +32,7 @@ from brainseg.io.scans import Scan
 from brainseg.io.slices import Case
 from brainseg.metrics import score
 from brainseg.phantom import make_volume
-from brainseg.segmenter import Segmenter, to_mask
+from brainseg.segmenter import Segmenter
 
 from .uploads import BROKEN, Limits
 
@@ -191,7 +191,7 @@ class Service:
         except ValueError as error:
             raise ValueError(f"{loaded.case.name}: {error}") from error
         probabilities = self.segmenter.restored(images, frame, progress)
-        mask = to_mask(probabilities, self.segmenter.threshold, self.segmenter.largest_component)
+        mask = self.segmenter.to_mask(probabilities)
         out = folder / "out"
         out.mkdir()
         return make_answer(loaded, probabilities.cpu().numpy(), mask, out)
