@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 
 from brainseg.ensemble import load_ensemble
-from brainseg.io.files import write_json, written_whole
+from brainseg.io.files import atomic_write, write_json
 from brainseg.io.predictions import read_scores
 from brainseg.metrics import summarise
 from brainseg.onnx import OnnxNetwork, needed
@@ -127,7 +127,7 @@ def write_weights(weights: Path, out: Path, metrics: Path | None, subset: str) -
         card.setdefault("scores", {})[subset] = scores_of_unseen(metrics, weights, subset)
     content = serialise(halve(state))
     path, digest = named_by_hash(out, name, ".pt", content)
-    with written_whole(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_bytes(content)
     write_json(path.with_suffix(".json"), card | {"sha256": digest})
     print(f"{path}, {len(content) / 2**20:.1f} MiB, and its card {path.with_suffix('.json').name}")
@@ -224,7 +224,7 @@ def write_network(
             f"{path}: not written, as its probabilities are up to {difference:.2g} off those of "
             f"{given[0]} on {case}; export it in float32, or with another PyTorch"
         )
-    with written_whole(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_bytes(content)
     print(
         f"{path}, {len(content) / 2**20:.1f} MiB"

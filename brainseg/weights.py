@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .io.files import write_json, written_whole
+from .io.files import atomic_write, write_json
 from .onnx import read_onnx_card
 from .resnext_unet import ResNeXtUNet
 from .unet import UNet
@@ -150,7 +150,7 @@ def save_weights(path: Path, state: dict[str, Tensor], card: dict) -> None:
 def save_tensors(path: Path, content: dict) -> None:
     """`torch.save`, whole or not at all; OSError, naming the file, if it cannot be written."""
     try:
-        with written_whole(path) as temporary:
+        with atomic_write(path) as temporary:
             torch.save(content, temporary)
     except (OSError, RuntimeError) as error:  # RuntimeError: how torch.save says "disk full"
         reason = getattr(error, "strerror", None) or "is the disk full?"
