@@ -28,9 +28,9 @@ import json
 import signal
 from pathlib import Path
 
-from brainseg.evaluation.expected import check_can_fit, fit_and_save
 from tqdm import tqdm
 
+from brainseg.evaluation.expected import check_can_fit, fit_and_save
 from brainseg.evaluation.report import case_table, save_gallery, save_page, save_scores, tables
 from brainseg.evaluation.scoring import choose_cases, describe, open_models, score_all
 from brainseg.evaluation.statistics import compare

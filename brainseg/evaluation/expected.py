@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..ensemble import FEATURES, WARN_BELOW, fit_expected_dsc
-from ..io.files import write_json, written_whole
+from ..io.files import atomic_write, write_json
 from ..weights import read_card
 from .scoring import Model
 
@@ -64,5 +64,5 @@ def save_scatter(path: Path, expected: Sequence[float], true: Sequence[float]) -
     axes.scatter(expected, true, s=16)
     axes.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
     axes.set(xlabel="expected DSC, fitted on the other cases", ylabel="DSC")
-    with written_whole(path) as temporary:
+    with atomic_write(path) as temporary:
         figure.savefig(temporary, dpi=120, metadata={"Software": None})

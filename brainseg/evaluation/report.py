@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from .statistics import SCORES, SETTINGS
-from ..metrics import FEW
 from ..io.files import atomic_write
+from ..metrics import FEW
+from .statistics import SCORES, SETTINGS
 
 
 @dataclass
