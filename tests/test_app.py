@@ -158,7 +158,7 @@ def test_several_files_and_a_phantom(server, files):
 def test_the_example_of_the_readme(server, files, tmp_path, monkeypatch):
     (example,) = re.findall(
         r"<!-- run by tests/test_app.py -->\n```python\n(.*?)```",
-        (ROOT / "README.md").read_text(),
+        (ROOT / "docs/server.md").read_text(),
         re.S,
     )
     assert len(example.strip().splitlines()) <= 10
