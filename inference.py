@@ -7,7 +7,8 @@
     python3 inference.py --images ./kaggle_3m --subset validation
     python3 inference.py --images ./kaggle_3m --weights weights/unet.pt --skip-existing
     torchrun --nproc-per-node=4 inference.py --images ./cohort   cases shared by four GPUs
-    python3 inference.py --images ./kaggle_3m --weights weights/unet.onnx   of export.py
+    python3 inference.py --images ./kaggle_3m --weights weights/unet-<hash>.onnx   of export.py
+    python3 inference.py --images ./kaggle_3m --weights folds/   an ensemble: all weights in it
     python3 inference.py --config settings.yaml                  the names of the flags; flags win
 
 For every source slice, PREDICTIONS/<case>/ gets <case>_<k>_mask.tif (0 or 255, the source's
@@ -54,7 +55,7 @@ from brainseg.metrics import describe
 from brainseg.preprocess import Frame
 from brainseg.segmenter import Segmenter
 from brainseg.splits import SUBSETS, patient_of, select_cases
-from brainseg.weights import file_hash, read_card, shipped_weights
+from brainseg.weights import file_hash, read_card, shipped_weights, weights_files
 from utils import (
     add_segmenter_options,
     fail,
@@ -77,8 +78,12 @@ def get_parser() -> argparse.ArgumentParser:
     add("--subset", type=str, default="all", help=f"all, {', '.join(SUBSETS)} (%(default)s)")
     add("--cases", type=str, nargs="+", help="only these cases")
     add("--skip-existing", action="store_true", help="keep the masks of an earlier run")
-    add("--weights", type=Path, help="weights or .onnx file (weights that came with the project)")
-
+    add(
+        "--weights",
+        type=Path,
+        nargs="+",
+        help="weights or .onnx file; several, or a folder: averaged (those of the project)",
+    )
     add_segmenter_options(parser)
     add = parser.add_argument_group("where to").add_argument
     add(
@@ -130,13 +135,18 @@ def run(args: argparse.Namespace, options: dict) -> int:
 
     Several processes share the cases; the main one writes the table and reports on all.
     """
-    weights = args.weights or shipped_weights("unet")
+    weights = args.weights or [shipped_weights("unet")]
     about = provenance(args)  # before this process takes its part of the machine
     # The first rank of a machine keeps what TensorRT builds, and the others find it.
     with local_rank_zero_first():
         segmenter, sources = prepare(args, options, weights)
-    trained_on = set(map(patient_of, read_card(weights).get("cases", {}).get("train", ())))
-    about["weights"] = {str(weights): file_hash(weights)}
+    files = weights_files(weights)
+    trained_on = {
+        patient_of(case)
+        for file in files
+        for case in read_card(file).get("cases", {}).get("train", ())
+    }
+    about["weights"] = {str(file): file_hash(file) for file in files}
     about["since"] = since(args.predictions, about, args.skip_existing)
     barrier()  # every rank has read the earlier args.json
     if is_main_process():
@@ -159,8 +169,8 @@ def run(args: argparse.Namespace, options: dict) -> int:
         if rows and is_main_process():
             write_table(args.predictions / "metrics.csv", rows)
     summary = (
-        f"{len(sources) - failed - kept} of {len(sources)} cases segmented with {weights} "
-        f"by {segmenter.runtime}"
+        f"{len(sources) - failed - kept} of {len(sources)} cases segmented with "
+        f"{' '.join(map(str, weights))} by {segmenter.runtime}"
         + (f", {kept} kept from an earlier run" if kept else "")
         + f"; masks and pictures: {args.predictions}"
     )
@@ -170,7 +180,7 @@ def run(args: argparse.Namespace, options: dict) -> int:
 
 
 def prepare(
-    args: argparse.Namespace, options: dict, weights: Path
+    args: argparse.Namespace, options: dict, weights: list[Path]
 ) -> tuple[Segmenter, list[Path | Case]]:
     """The segmenter and the cases; raises what would stop the run."""
     args.workers = rank_workers(args.workers)

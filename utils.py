@@ -180,6 +180,7 @@ def add_segmenter_options(parser: argparse.ArgumentParser, workers: bool = True)
         default=True,
         help="keep only the largest connected component (yes)",
     )
+    add("--min-volume", type=int, default=0, help="drop components of fewer voxels (%(default)s)")
     add("--tta", action="store_true", help="average over each slice and its mirror image")
     add("--batch-size", type=int, default=16, help="slices at once (%(default)s)")
     add("--device", type=str, help="cuda, cuda:1, mps, cpu (an accelerator if there is one)")
@@ -205,13 +206,21 @@ def segmenter_options(parser: argparse.ArgumentParser, args: argparse.Namespace)
         parser.error("--batch-size and --workers must be at least 1")
     if not 0 < args.threshold < 1:
         parser.error("--threshold is a probability between 0 and 1")
-    names = "image_size threshold largest_component tta batch_size device amp providers".split()
-    return {name: getattr(args, name) for name in names}
+    if args.min_volume < 0:
+        parser.error("--min-volume is a number of voxels, 0 or more")
+    names = "image_size threshold largest_component min_volume tta batch_size device amp providers"
+    return {name: getattr(args, name) for name in names.split()}
 
 
 def plain(args: argparse.Namespace) -> dict:
     """The arguments as JSON and a checkpoint can hold them."""
-    return {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
+
+    def simple(value: object) -> object:
+        if isinstance(value, list):
+            return [simple(each) for each in value]
+        return str(value) if isinstance(value, Path) else value
+
+    return {name: simple(value) for name, value in vars(args).items()}
 
 
 def provenance(args: argparse.Namespace) -> dict:

@@ -102,7 +102,7 @@ def make_weights(path: Path, in_channels: int = 3, trained_on=TRAINED_ON) -> Pat
         model.conv.weight[0, 0] = 4
         model.conv.bias -= model(images, logits=True).quantile(0.9)
     torch.save(model.state_dict(), path)
-    card = {"image_size": 32, "cases": {"train": trained_on}}
+    card = {"image_size": 32, "preprocessing": 2, "cases": {"train": trained_on}}
     path.with_suffix(".json").write_text(json.dumps(card))
     return path
 

@@ -13,13 +13,13 @@ from pathlib import Path
 
 
 @contextmanager
-def written_whole(path: Path | str) -> Iterator[Path]:
+def atomic_write(path: Path | str) -> Iterator[Path]:
     """Give a temporary name beside `path`; rename it to `path` once the block is through.
 
     If the block fails, or the disk is full, what was at `path` is still there, untouched.
     """
     path = Path(path)
-    with naming(path):
+    with name_in_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         stem, *_ = path.name.partition(".")
         # With the suffix, .nii.gz say, as writers go by it; with the umask, unlike mkstemp.
@@ -34,7 +34,7 @@ def written_whole(path: Path | str) -> Iterator[Path]:
 
 def write_table(path: Path, rows: Sequence[dict]) -> None:
     """Dicts as the lines of a CSV file, written whole; a key that one lacks is left empty."""
-    with written_whole(path) as temporary, open(temporary, "w", newline="") as file:
+    with atomic_write(path) as temporary, open(temporary, "w", newline="") as file:
         table = csv.DictWriter(file, dict.fromkeys(key for row in rows for key in row))
         table.writeheader()
         for row in rows:
@@ -44,12 +44,12 @@ def write_table(path: Path, rows: Sequence[dict]) -> None:
 def write_json(path: Path, content: dict) -> None:
     """Indented JSON, written whole; NaN, which JSON does not know, becomes null."""
     strict = json.loads(json.dumps(content), parse_constant=lambda _: None)
-    with written_whole(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(strict, indent=2) + "\n")
 
 
 @contextmanager
-def naming(path: Path) -> Iterator[None]:
+def name_in_errors(path: Path) -> Iterator[None]:
     """Have every OSError of the block name `path`, not a temporary file or none."""
     try:
         yield
@@ -59,7 +59,7 @@ def naming(path: Path) -> Iterator[None]:
 
 def check_writable(folder: Path) -> None:
     """Make `folder` if need be; OSError, naming it, if no file can be written there."""
-    with naming(folder):
+    with name_in_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
 

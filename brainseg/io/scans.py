@@ -18,7 +18,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from .files import written_whole
+from .files import atomic_write
 from .grid import Grid, damaged, is_nifti, read_fields, read_grid
 from .slices import Case
 
@@ -115,7 +115,7 @@ class Scan(Case):
         header = Header(spacing=self.grid.spacing, offset=self.grid.offset)
         header.direction = self.grid.direction  # given above, medpy 0.5.2 would fail on it
         voxels = self.grid.from_axial(mask).astype(np.uint8)
-        with written_whole(path) as temporary:
+        with atomic_write(path) as temporary:
             try:
                 save(voxels, str(temporary), header)
                 whole = np.array_equal(read_voxels(temporary)[..., 0], voxels)
