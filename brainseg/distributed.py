@@ -77,7 +77,9 @@ def process_group() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        raise
+        if is_main_process():
+            raise
+        os._exit(1)  # it is said once
     except SystemExit:  # all ranks are here
         dist.destroy_process_group()
         raise

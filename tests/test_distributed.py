@@ -96,7 +96,7 @@ def test_an_error_of_one_rank_ends_all_and_is_said_once(number, capfd):
 
 def test_an_unexpected_error_keeps_its_traceback(capfd, monkeypatch):
     monkeypatch.setattr(distributed, "GRACE", 0.05)
-    assert in_processes(2, in_group(lambda: 1 // distributed.rank())) == ["ended", "ended"]
+    assert in_processes(2, in_group(lambda: 1 // distributed.rank()))[0] == "ended"
     assert "ZeroDivisionError" in capfd.readouterr().err
 
 
@@ -111,9 +111,9 @@ def test_the_first_rank_of_a_machine_works_before_the_others(tmp_path):
         assert distributed.is_main_process(), "one process alone waits for nobody"
 
 
-def test_one_device_cannot_be_named_for_all():
-    for result in in_processes(2, in_group(lambda: distributed.rank_device("cuda:1"))):
-        assert isinstance(result, ValueError) and "--device cuda:1" in str(result)
+def test_one_device_cannot_be_named_for_all(capfd):
+    in_processes(2, in_group(lambda: distributed.rank_device("cuda:1")))
+    assert capfd.readouterr().err.startswith("error: --device cuda:1 is one for all processes")
     assert distributed.rank_device("cuda:1") == "cuda:1", "one process may have any"
 
 
@@ -260,7 +260,7 @@ def test_a_run_goes_on_with_another_number_of_processes(
 
 def said_once(capfd, ends: list) -> str:
     """The one sentence on stderr of a run that has failed on every rank."""
-    assert ends == ["ended"] * len(ends)
+    assert ends[0] == "ended" and not any(isinstance(end, BaseException) for end in ends)
     (line,) = [x for x in capfd.readouterr().err.splitlines() if x.startswith("error: ")]
     return line
 
