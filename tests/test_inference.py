@@ -1,13 +1,16 @@
 """inference.py from end to end: every file it writes, custom data, going on, and what is wrong."""
 
 import csv
+import functools
 import hashlib
 import io
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stdout
 from pathlib import Path
 
@@ -38,9 +41,11 @@ def infer(images: Path, out: Path, weights: Path, *more: object) -> str | int:
         "--figure": out / "dsc.png", "--device": "cpu",
     }  # fmt: skip
     words = [word for pair in base.items() for word in pair]
-    with pytest.raises(SystemExit) as stop:
+    try:
         inference.main([str(word) for word in (*words, *more)])
-    return stop.value.code
+    except SystemExit as stop:
+        return stop.code
+    return 0
 
 
 def refused(*arguments: object) -> str:
@@ -366,6 +371,30 @@ def test_an_unsound_case_does_not_stop_the_others(phantoms, weights, tmp_path, c
     assert (tmp_path / "predictions" / "phantom_003").is_dir()
 
 
+# From a notebook
+
+
+def test_in_a_thread_or_not_it_leaves_nothing_behind(phantoms, weights, tmp_path):
+    def traces() -> list:
+        umask = os.umask(0o022)
+        os.umask(umask)
+        handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+        return [*handlers, umask, torch.backends.cudnn.deterministic, torch.get_num_threads()]
+
+    before = traces()
+    words = "--images", phantoms, "--weights", weights, "--cases", "phantom_003", "--device", "cpu"
+    for k in (0, 1):
+        out = "--predictions", tmp_path / str(k), "--figure", tmp_path / "dsc.png"
+        work = functools.partial(inference.main, [str(word) for word in (*words, *out)])
+        if k:
+            with ThreadPoolExecutor(1) as pool:
+                assert pool.submit(work).result() is None
+        else:
+            assert work() is None
+        assert traces() == before
+        assert (tmp_path / str(k) / "phantom_003.gif").is_file()
+
+
 # Several processes
 
 
@@ -414,8 +443,8 @@ def test_a_damaged_case_in_one_process_is_named_by_it(phantoms, weights, tmp_pat
 
 
 def test_what_stops_all_processes_is_said_once(phantoms, weights, tmp_path, capfd):
-    main, other = shared(2, phantoms, tmp_path, tmp_path / "none.pt")
-    assert "none.pt: no such file" in main and other == 1
+    assert shared(2, phantoms, tmp_path, tmp_path / "none.pt")[0] == "ended"
+    assert capfd.readouterr().err.count("none.pt: no such file") == 1
     assert shared(2, phantoms, tmp_path, weights, "--batch-size=0") == [2, 2]
     assert capfd.readouterr().err.count("--batch-size and --workers must") == 1
 
