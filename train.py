@@ -16,7 +16,6 @@ touches the weights that came with the project.
 from __future__ import annotations
 
 import argparse
-import copy
 import sys
 import time
 from collections.abc import Callable
@@ -48,7 +47,8 @@ AT_ONCE = 256  # slices whose probabilities a GPU holds in validation
 # fmt: off
 def get_args_parser() -> utils.Parser:
     """Every setting, once: what `recipe` adds stands in the card, and --resume keeps it."""
-    parser = utils.make_parser(__doc__)
+    parser, switch = utils.make_parser(__doc__), argparse.BooleanOptionalAction
+    share = {"type": float, "least": 0, "below": 1}
     add, recipe = parser.group("data")
     add("--images", type=Path, default="./kaggle_3m", help="folder of cases")
     recipe("--image-size", type=int, default=256, least=32, help="side of a resized slice")
@@ -76,32 +76,27 @@ def get_args_parser() -> utils.Parser:
     recipe("--schedule", type=str, choices=("constant", "cosine"), default="constant",
            help="of the learning rate; cosine falls to 0 at the last epoch")
     recipe("--warmup", type=int, default=0, least=0, help="steps of linear warm-up")
-    recipe("--ema", type=float, default=0.0, least=0, below=1, help="decay of averaged weights")
+    recipe("--ema", **share, default=0.0, help="decay of averaged weights, e.g. 0.998; 0: off")
     recipe("--weight-decay", type=float, default=0, least=0, help="of AdamW; 0: plain Adam")
     recipe("--loss", type=str, choices=LOSSES, default="dice", help="of a batch")
     recipe("--background", type=float, default=0.1, least=0,
            help="slices are drawn by lesion area plus this times the mean area")
-    recipe("--aug-scale", type=float, default=0.05, least=0, below=1, help="random scale, 1 ± this")
+    recipe("--aug-scale", **share, default=0.05, help="random scale, 1 ± this")
     recipe("--aug-angle", type=float, default=15, least=0, help="random rotation, ± degrees")
     recipe("--aug-intensity", type=float, default=0, least=0, help="random gain and shift, ± this")
-    recipe("--drop-sequences", type=float, default=0, least=0, below=1,
-           help="share of slices without post-contrast")
+    recipe("--drop-sequences", **share, default=0, help="share of slices without post-contrast")
     recipe("--seed", type=int, default=42, least=0, help="of every random draw")
     recipe("--keep", type=str, choices=("best", "last"), default="best",
            help="weights of the epoch with the best validation DSC, or of the last")
 
     add, recipe = parser.group("machine and files")
     add("--device", type=str, help="cuda, cuda:1, mps, cpu (an accelerator if there is one)")
-    recipe("--amp", action=argparse.BooleanOptionalAction,
-           help="compute in bfloat16 (where the device is faster with it)")
+    recipe("--amp", action=switch, help="compute in bfloat16 (where the device is faster with it)")
     recipe("--sync-bn", action="store_true", help="batch norm over the whole batch of several GPUs")
-    add("--compile", action=argparse.BooleanOptionalAction, default=False,
-        help="compile the network first: minutes, for faster steps (no)")
-    add("--deterministic", action=argparse.BooleanOptionalAction, default=True,
-        help="same seed, same GPU, same result; otherwise cuDNN looks for its fastest way (yes)")
+    add("--compile", action=switch, default=False, help="compile first: minutes, faster steps (no)")
+    add("--deterministic", action=switch, default=True, help="same seed and GPU, same result (yes)")
     add("--weights", type=Path, default="./weights", help="folder to write to")
-    add("--logs", "--log-dir", type=Path, default="./logs",
-        help="folder for TensorBoard; under torchrun write --log-dir")
+    add("--logs", "--log-dir", type=Path, default="./logs", help="curves (torchrun: --log-dir)")
     add("--validate-every", type=int, default=1, least=1, help="epochs between validations")
     add("--vis-images", type=int, default=200, help="validation slices to draw")
     add("--vis-freq", type=int, default=10, least=0, help="epochs between drawings; 0: never")
@@ -140,17 +135,15 @@ def run(args: argparse.Namespace, checkpoint: dict | None) -> None:
             pretrained=None if checkpoint else args.pretrained,
         )
     model = training.on_device(model, device, args.sync_bn)
-    if device.type == "cpu":
-        utils.keep_freed_memory()
     runs.report_notes(train_set.volumes + validation_set.volumes)
     if args.drop_sequences and train_set.in_channels != 3:
         raise ValueError(f"--drop-sequences needs 3 sequences, not {train_set.in_channels}")
+    if device.type == "cpu":
+        utils.keep_freed_memory()
     feed = Feed(train_set, device, args.neighbours, workers)
 
-    average = copy.deepcopy(model) if args.ema else None
-    adam = torch.optim.AdamW(
-        model.parameters(), args.lr, weight_decay=args.weight_decay, fused=True)
-    state = TrainState(model, average, adam, len(feed), args.batch_size)
+    state = training.new_state(
+        model, args.lr, args.weight_decay, bool(args.ema), len(feed), args.batch_size)
     rate = partial(
         training.learning_rate, peak=args.lr, schedule=args.schedule, warmup=args.warmup,
         steps=args.epochs * state.steps_per_epoch,
@@ -167,8 +160,7 @@ def run(args: argparse.Namespace, checkpoint: dict | None) -> None:
     card = runs.describe_run(model, recipe | {"amp": amp}, *names, start, device)
     card["commit"] = utils.git_commit()
     runs.check_seen(card, args.allow_seen or checkpoint is not None)
-    print(f"{runs.headline(card)}: {len(feed)} slices of {len(names[0])} cases to train on, "
-          f"{len(names[1])} cases to validate on; {feed.place}", flush=True)
+    print(f"{runs.headline(card, names, len(feed))}; {feed.place}", flush=True)
     if state.epoch >= args.epochs:
         print(f"all {args.epochs} epochs are done; raise --epochs to go on")
         return
@@ -203,9 +195,7 @@ def run(args: argparse.Namespace, checkpoint: dict | None) -> None:
             writer, args.epochs, args.keep, args.validate_every, args.vis_freq,
         )
     if stop:
-        python = "python3" if dist.world_size() == 1 else "torchrun, as before, with:"
-        print(f"stopped at epoch {state.epoch + 1}, step {state.step}; go on with: "
-              f"{python} train.py --resume --weights {args.weights} --model {args.model}")
+        print(runs.how_to_resume(state, args.weights, args.model))
         sys.exit(128 + stop)
     print(f"weights: {args.weights / args.model}.pt   logs: tensorboard --logdir {args.logs}")
 
@@ -355,12 +345,7 @@ def get_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict | 
         path = args.weights / f"{args.model}.ckpt"
         checkpoint = training.load_checkpoint(path)
         parser = get_args_parser()  # without what the first parsing took from --config
-        # A setting that is younger than the checkpoint had its default then.
-        settings = {name: parser.get_default(name) for name in parser.recipe}
-        settings |= {"preprocessing": 1} | checkpoint["args"]
-        # The folder it lies in and the machine may have changed.
-        here = ("weights", "device", "workers", "resume", "config")
-        args = parser.parse_resumed(argv, settings, here, path)
+        args = parser.parse_resumed(argv, {"preprocessing": 1} | checkpoint["args"], path)
     check_args(parser, args)
     return args, checkpoint
 

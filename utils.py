@@ -70,17 +70,20 @@ class Parser(argparse.ArgumentParser):
         return super().parse_args(args, namespace)
 
     def parse_resumed(
-        self, argv: Sequence[str] | None, settings: dict, changing: Sequence[str], path: Path
+        self, argv: Sequence[str] | None, earlier: dict, path: Path
     ) -> argparse.Namespace:
-        """Parse with an earlier run's `settings` as defaults, but for those that may change.
+        """Parse with the settings of an earlier run, from the checkpoint `path`, as defaults.
 
-        Raises ValueError, naming `path`, the earlier run's, if the recipe would be another.
+        A setting that is younger than the checkpoint had its default then; the folder and the
+        machine may have changed since. Raises ValueError if the recipe would be another.
         """
-        names = {action.dest for action in self._actions} & settings.keys() - set(changing)
-        self.set_defaults(**{name: settings[name] for name in names})
+        earlier = {name: self.get_default(name) for name in self.recipe} | earlier
+        here = {"weights", "device", "workers", "resume", "config"}
+        names = {action.dest for action in self._actions} & earlier.keys() - here
+        self.set_defaults(**{name: earlier[name] for name in names})
         args = self.parse_args(argv)
         for name in self.recipe:
-            before, now = settings[name], getattr(args, name)
+            before, now = earlier[name], getattr(args, name)
             if now != before:
                 raise ValueError(
                     f"{path}: was started with --{name.replace('_', '-')} {before}, not {now}; "

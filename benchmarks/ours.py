@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-import torch
 from torch import Tensor
 
 from brainseg import training
@@ -41,11 +39,8 @@ def set_up(options: Sequence[object], dataset: BrainSegmentationDataset) -> Trai
         args.model, args.seed, None, in_channels=channels, init_features=args.features
     )
     model = training.on_device(model, device)
-    average = copy.deepcopy(model) if args.ema else None
-    adam = torch.optim.AdamW(
-        model.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True
-    )
-    state = training.TrainState(model, average, adam, len(dataset), args.batch_size)
+    ema, slices = bool(args.ema), len(dataset)
+    state = training.new_state(model, args.lr, args.weight_decay, ema, slices, args.batch_size)
     rate = partial(
         training.learning_rate,
         steps=args.epochs * state.steps_per_epoch,

@@ -125,10 +125,23 @@ def report_changes(
         )
 
 
-def headline(card: dict) -> str:
-    """The network and what it is trained on, for the first line of a run."""
+def headline(card: dict, names: Sequence[Sequence[str]], slices: int) -> str:
+    """The network, what it is trained on, and with which data: the first line of a run."""
     ranks = f"{card['processes']} x " if card["processes"] > 1 else ""
-    return f"{card['model']} on {ranks}{card['device']}{', bfloat16' * card['recipe']['amp']}"
+    train, validation = map(len, names)
+    return (
+        f"{card['model']} on {ranks}{card['device']}{', bfloat16' * card['recipe']['amp']}: "
+        f"{slices} slices of {train} cases to train on, {validation} cases to validate on"
+    )
+
+
+def how_to_resume(state: TrainState, weights: Path, model: str) -> str:
+    """Where a run was stopped, and the command that goes on from there."""
+    python = "python3" if world_size() == 1 else "torchrun, as before, with:"
+    return (
+        f"stopped at epoch {state.epoch + 1}, step {state.step}; go on with: "
+        f"{python} train.py --resume --weights {weights} --model {model}"
+    )
 
 
 def report_notes(volumes: Sequence[Prepared]) -> None:

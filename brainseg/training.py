@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
 import time
@@ -73,6 +74,16 @@ class TrainState:
         self.optimizer.load_state_dict(checkpoint["optimizer"])
         for name in PROGRESS:
             setattr(self, name, checkpoint[name])
+
+
+def new_state(
+    model: nn.Module, lr: float, weight_decay: float, ema: bool, slices: int, batch_size: int
+) -> TrainState:
+    """The state of a training before its first step, of `slices` per epoch."""
+    average = copy.deepcopy(model) if ema else None
+    parameters = model.parameters()
+    adam = torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, fused=True)
+    return TrainState(model, average, adam, slices, batch_size)
 
 
 def load_checkpoint(path: Path) -> dict:
