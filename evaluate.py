@@ -29,10 +29,20 @@ from tqdm import tqdm
 from brainseg.evaluation.report import case_table, save_gallery, save_page, save_scores, tables
 from brainseg.evaluation.scoring import choose_cases, describe, open_models, score_all
 from brainseg.evaluation.statistics import compare
+from brainseg.io.cohorts import parse_sequences
 from brainseg.io.files import check_writable, write_json, write_table
-from brainseg.splits import SUBSETS
+from brainseg.io.labels import Labels
+from brainseg.io.layouts import list_cases
+from brainseg.splits import SUBSETS, by_subset, count_patients, use_patients
 from brainseg.weights import shipped_weights
-from utils import add_segmenter_options, fail, make_parser, provenance, segmenter_options
+from utils import (
+    add_cohort_options,
+    add_segmenter_options,
+    fail,
+    make_parser,
+    provenance,
+    segmenter_options,
+)
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -42,6 +52,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("--subset", type=str, nargs="+", choices=("all", *SUBSETS), default=["validation"],
         help="all, train, validation, test, or several (validation)")  # fmt: skip
     add("--cases", type=str, nargs="+", help="only these cases")
+    add_cohort_options(add)
     add("--weights", type=str, nargs="+", help="the models, as above (the one of the project)")
     add_segmenter_options(parser)
     add = parser.add_argument_group("where to").add_argument
@@ -66,8 +77,12 @@ def main(argv: list[str] | None = None) -> None:
 def run(args: argparse.Namespace, options: dict) -> None:
     """Score every model on every case, print the tables, write the files."""
     shipped = shipped_weights("unet")
+    labels, layout = Labels(args.labels), parse_sequences(args.sequences)
+    sources = list_cases(args.images, args.cases, layout=layout, labels=labels)
+    use_patients(args.patients, [source.name for source in sources])
     models = open_models(args.weights or [f"{shipped.stem}={shipped}"], options)
-    cases, left_out = choose_cases(args.images, args.subset, args.cases, models)
+    cases, left_out = choose_cases(sources, args.subset, models, args.images)
+    print(count_patients(by_subset(case.name for case in cases)), flush=True)
     check_writable(args.out)
     if args.report:
         check_writable(args.report.parent)
@@ -82,6 +97,7 @@ def run(args: argparse.Namespace, options: dict) -> None:
         for row in rows:
             scored[row["model"]].append(row)
         pictures |= drawn
+    labels.check()
     write_table(args.out / "scores.csv", [row for rows in scored.values() for row in rows])
     summary = compare(scored)
     shown = tables(summary)

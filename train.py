@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 import torch
 from tqdm import tqdm
 
-from brainseg.cache import Prepared
+from brainseg.cache import Prepared, prune
 from brainseg.devices import pick_device
 from brainseg.distributed import (
     gather,
@@ -39,16 +39,19 @@ from brainseg.distributed import (
     processes,
     together,
 )
+from brainseg.io.cohorts import parse_sequences
 from brainseg.io.files import check_writable, write_json
-from brainseg.io.layouts import case_paths
+from brainseg.io.labels import Labels
+from brainseg.io.layouts import Source, list_cases
 from brainseg.io.pictures import outline, to_grey
 from brainseg.metrics import summarise
 from brainseg.preprocess import VERSION
+from brainseg.splits import by_subset, count_patients, patient_of, use_patients
 from brainseg.weights import MODELS, load_state, load_tensors, save_tensors, save_weights
 from dataset import BrainSegmentationDataset
 from loss import LOSSES
 from trainer import RECIPE, Trainer
-from utils import Interruption, fail, keep_freed_memory, make_parser, plain
+from utils import Interruption, add_cohort_options, fail, keep_freed_memory, make_parser, plain
 
 if TYPE_CHECKING:
     import numpy as np
@@ -61,6 +64,8 @@ def get_parser() -> argparse.ArgumentParser:
     parser = make_parser(__doc__)
     add = parser.add_argument_group("data").add_argument
     add("--images", type=Path, default="./kaggle_3m", help="folder of cases (%(default)s)")
+    add_cohort_options(add)
+    add("--skip-bad", action="store_true", help="leave out cases that cannot be read, by name")
     add("--image-size", type=int, default=256, help="side of a resized slice (%(default)s)")
     add(
         "--preprocessing",
@@ -76,6 +81,7 @@ def get_parser() -> argparse.ArgumentParser:
     )
     add("--fold", type=int, help="cross-validation: the fold to validate on, from 0")
     add("--cache", type=Path, help="preprocessed volumes (~/.cache/brainseg)")
+    add("--prune-cache", action="store_true", help="first delete those whose sources are gone")
     add("--workers", type=int, help="threads that read and preprocess (all cores)")
 
     add = parser.add_argument_group("network").add_argument
@@ -169,7 +175,7 @@ def get_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict | 
     settings = {name: parser.get_default(name) for name in RECIPE} | {"preprocessing": 1}
     settings |= checkpoint["args"]
     # The folder it lies in and the machine may be others by now.
-    here = ("weights", "device", "workers", "resume")
+    here = ("weights", "device", "workers", "resume", "prune_cache")
     parser.set_defaults(**{name: value for name, value in settings.items() if name not in here})
     args = parser.parse_args(argv)
     for name in RECIPE:
@@ -234,12 +240,15 @@ def main(argv: list[str] | None = None) -> None:
 def run(args: argparse.Namespace, checkpoint: dict | None) -> None:
     """Train from `args`, from the start or from a checkpoint, to the last epoch or a signal."""
     asked = plain(args) | {"resume": False}  # before this process takes its part of the machine
-    together(lambda: check_machine(args))
+    sources = together(lambda: check_machine(args))
+    if args.prune_cache:
+        in_main(lambda: report_pruned(args.cache))
     train_set, validation_set = one_first(
         lambda: BrainSegmentationDataset.train_and_validation(
-            args.images,
+            sources,
             args.folds,
             args.fold,
+            args.skip_bad,
             image_size=args.image_size,
             cache=args.cache,
             workers=args.workers,
@@ -247,6 +256,10 @@ def run(args: argparse.Namespace, checkpoint: dict | None) -> None:
             version=args.preprocessing,
         )
     )
+    parts = {"train": train_set.volumes, "validation": validation_set.volumes}
+    subsets = {subset: [volume.name for volume in part] for subset, part in parts.items()}
+    subsets["test"] = by_subset(source.name for source in sources)["test"]
+    print(count_patients(subsets), flush=True)
     in_main(lambda: report_notes(train_set.volumes + validation_set.volumes))
     trainer = one_first(lambda: Trainer(args, train_set))
     if checkpoint:
@@ -284,11 +297,21 @@ def report_notes(volumes: list[Prepared]) -> None:
             print(f"{volume.case.folder}: {note}", file=sys.stderr)
 
 
-def check_machine(args: argparse.Namespace) -> None:
-    """Raise what would stop the run later: it is better known before the long work."""
+def report_pruned(cache: Path | None) -> None:
+    count, freed, unknown = prune(cache)
+    print(
+        f"cache: {count} volumes without a source deleted ({freed / 2**30:.1f} GiB)"
+        + f"; {unknown} of earlier versions kept, which do not name theirs" * bool(unknown)
+    )
+
+
+def check_machine(args: argparse.Namespace) -> list[Source]:
+    """List the cases; raise what would stop the run later, before the long work."""
     args.device, args.workers = own_device(args.device), own_workers(args.workers)
     pick_device(args.device)
-    case_paths(args.images)
+    layout, labels = parse_sequences(args.sequences), Labels(args.labels)
+    sources = list_cases(args.images, layout=layout, labels=labels)
+    use_patients(args.patients, [source.name for source in sources])
     for folder in (args.weights, args.logs):
         check_writable(folder)
     if args.init_weights and not args.resume:
@@ -298,6 +321,7 @@ def check_machine(args: argparse.Namespace) -> None:
             f"--batch-size {args.batch_size} is less than a slice for each of {processes()} "
             "processes; raise it, or start fewer"
         )
+    return sources
 
 
 def train(
@@ -352,7 +376,8 @@ def finish_epoch(
     better = mean > trainer.best
     trainer.best = max(mean, trainer.best)
     trainer.epoch, trainer.step, trainer.loss_sum = epoch, 0, 0.0
-    card = about | {"epoch": epoch, "validation_dsc": summarise(list(scores.values()))}
+    interval = summarise(list(scores.values()), list(map(patient_of, scores)))
+    card = about | {"epoch": epoch, "validation_dsc": interval}
     in_main(lambda: save(trainer, card if better or args.keep == "last" else None))
 
     curves = {

@@ -31,6 +31,7 @@ from brainseg.distributed import (
 )
 from brainseg.metrics import dsc
 from brainseg.segmenter import Segmenter
+from brainseg.splits import named_patients
 from brainseg.weights import build_model, initialise, read_card
 from dataset import BrainSegmentationDataset, Feed
 from loss import LOSSES
@@ -41,7 +42,7 @@ from utils import Interruption, git_commit, make_generator, plain
 RECIPE = (
     "model features pretrained preprocessing image_size neighbours loss batch_size lr "
     "weight_decay schedule warmup ema background aug_scale aug_angle aug_intensity "
-    "drop_sequences seed folds fold amp keep sync_bn"
+    "drop_sequences seed folds fold amp keep sync_bn sequences labels patients"
 ).split()
 SYNC = 20  # steps between two looks at the loss, for which host and device wait for each other
 AT_ONCE = 256  # slices whose probabilities a GPU holds in validation
@@ -74,7 +75,7 @@ class Trainer:
                 f"left at random: {', '.join(untouched) or 'nothing'}"
             )
             card = read_card(args.init_weights)
-            kept = ("recipe", "commit", "cases", "initialised_from")
+            kept = ("recipe", "commit", "cases", "patients", "initialised_from")
             self.initialised_from = {key: card.get(key) for key in kept}
         if args.sync_bn:
             if self.device.type != "cuda":
@@ -340,8 +341,9 @@ class Trainer:
     def describe(self, validation_set: BrainSegmentationDataset) -> dict:
         """What a weights' card says of the run: data, split, recipe, versions, device. No paths."""
         recipe = {name: getattr(self.args, name) for name in (*RECIPE, "epochs")}
-        if isinstance(recipe["pretrained"], str):
-            recipe["pretrained"] = Path(recipe["pretrained"]).name
+        for name in ("pretrained", "patients"):
+            if isinstance(recipe[name], str):
+                recipe[name] = Path(recipe[name]).name
         cuda = self.device.type == "cuda"
         about = {
             "model": self.args.model,
@@ -361,10 +363,15 @@ class Trainer:
             "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         }
         first = self.initialised_from
+        known = named_patients([*self.cases, *about["cases"]["validation"]])
+        if known := ((first or {}).get("patients") or {}) | known:
+            about["patients"] = known
         if first:  # its training cases were seen by this network too
             earlier = (first["cases"] or {}).get("train", ())
             about["cases"]["train"] = sorted({*self.cases, *earlier})
-            about["initialised_from"] = {k: v for k, v in first.items() if k != "cases"}
+            about["initialised_from"] = {
+                k: v for k, v in first.items() if k not in ("cases", "patients")
+            }
         return about
 
 

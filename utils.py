@@ -8,7 +8,7 @@ import difflib
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -120,6 +120,18 @@ def make_parser(doc: str) -> ConfigParser:
     parser = ConfigParser(usage="%(prog)s [options]", description=doc, formatter_class=Formatter)
     parser.add_argument("--config", type=Path, help="YAML or args.json with any of these settings")
     return parser
+
+
+def add_cohort_options(add: Callable[..., object]) -> None:
+    """The options of every script that reads a cohort, through the `add` of a parser's group."""
+    add(
+        "--sequences",
+        type=str,
+        nargs="+",
+        help="names of files in the folder of a case: flair='*_f.nii.gz' pre=... post=... mask=...",
+    )
+    add("--labels", type=int, nargs="+", help="labels of the masks that are lesion (all above 0)")
+    add("--patients", type=str, help="CSV with the columns case and patient (from the names)")
 
 
 def add_segmenter_options(parser: argparse.ArgumentParser, workers: bool = True) -> None:

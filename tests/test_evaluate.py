@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -447,14 +448,14 @@ def test_pictures(done):
     assert gallery.shape[1] > 900 and len(np.unique(gallery)) > 50
 
 
-def test_nothing_predicted_is_null_in_json(done):
-    """Trap 2: no distance is defined then, and JSON knows no NaN."""
+def test_nothing_predicted_is_as_far_as_the_diagonal(done):
+    """Trap 2: once there was no distance then, and the mean left these cases out."""
     text = (done / "summary.json").read_text()
-    blank = json.loads(text)["models"]["blank"]["scores"]
-    assert "NaN" not in text and blank["hd95_px"] == {
-        "mean": None, "median": None, "low": None, "high": None, "n": 0
-    }  # fmt: skip
-    assert blank["dsc"]["mean"] == 0
+    blank = json.loads(text)["models"]["blank"]
+    n = blank["scores"]["dsc"]["n"]
+    assert "NaN" not in text and blank["scores"]["dsc"]["mean"] == 0
+    assert blank["scores"]["hd95_px"]["mean"] == pytest.approx(math.hypot(8, 64, 64))
+    assert blank["scores"]["hd95_px"]["n"] == n == blank["missed"]
 
 
 # Refusals

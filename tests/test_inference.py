@@ -20,7 +20,7 @@ from conftest import TRAINED_ON, in_processes, make_weights
 
 import inference
 from brainseg import metrics
-from brainseg.io.layouts import case_paths, find_case
+from brainseg.io.layouts import find_case, list_cases
 from brainseg.metrics import dsc
 from brainseg.phantom import make_volume
 from brainseg.segmenter import Segmenter
@@ -345,7 +345,7 @@ def test_sources_are_never_overwritten(phantoms, weights, tmp_path):
     assert contents(tmp_path / "images") == before
 
 
-def test_linked_case_paths_keep_their_own_names(phantoms, weights, tmp_path):
+def test_linked_cases_keep_their_own_names(phantoms, weights, tmp_path):
     (tmp_path / "links").mkdir()
     for name in ("p1", "p2"):
         shutil.copytree(phantoms / "phantom_003", tmp_path / name / "scan")
@@ -622,14 +622,16 @@ def test_batches_go_on_from_case_to_case(
     monkeypatch.setattr(
         Segmenter, "_forward", lambda self, batch: sizes.append(len(batch)) or forward(self, batch)
     )
-    cases = case_paths(phantoms)
+    cases = list_cases(phantoms)
     assert infer(phantoms, tmp_path, weights, "--batch-size", 5, "--no-amp") == 0
-    slices = sum(len(find_case(path).slices) for path in cases)
+    slices = sum(len(source.open().slices) for source in cases)
     assert sum(sizes) == slices and len(sizes) < sum(
-        -(-len(find_case(path).slices) // 5) for path in cases
+        -(-len(source.open().slices) // 5) for source in cases
     )
-    for path in cases:
-        assert dsc(read_masks(tmp_path, path.name) > 0, read_masks(done[0], path.name) > 0) > 0.99
+    for source in cases:
+        assert (
+            dsc(read_masks(tmp_path, source.name) > 0, read_masks(done[0], source.name) > 0) > 0.99
+        )
 
 
 def test_memory_that_runs_out_between_cases_loses_none(
@@ -644,8 +646,10 @@ def test_memory_that_runs_out_between_cases_loses_none(
 
     monkeypatch.setattr(Segmenter, "_forward", small)
     assert infer(phantoms, tmp_path, weights) == 0
-    for path in case_paths(phantoms):
-        assert dsc(read_masks(tmp_path, path.name) > 0, read_masks(done[0], path.name) > 0) > 0.99
+    for source in list_cases(phantoms):
+        assert (
+            dsc(read_masks(tmp_path, source.name) > 0, read_masks(done[0], source.name) > 0) > 0.99
+        )
 
 
 def test_a_batch_too_large_for_the_memory_is_halved(

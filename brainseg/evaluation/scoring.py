@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from ..io.layouts import case_name, case_paths, find_case
+from ..io.layouts import Source
 from ..weights import file_hash, read_card
 from .statistics import SCORES, SETTINGS
-from ..splits import patient_of, site_of, subset_of
+from ..splits import patient_of, patients_of_card, site_of, subset_of
 from ..metrics import dsc, score
 from ..segmenter import Segmenter, preprocess_near, to_mask
 from ..devices import in_order
@@ -92,9 +92,9 @@ def open_network(file: Path, files: int, options: dict) -> Network:
         if files > 1:
             raise ValueError(f"{file}: no card says what it was trained on; it is no use as a fold")
         print(f"{file}: no card says what it was trained on; no case is left out", file=sys.stderr)
-    chose = cases.get("validation", ()) if card.get("recipe", {}).get("keep") == "best" else ()
+    chose = ["validation"] if card.get("recipe", {}).get("keep") == "best" else []
     return Network(
-        file, segmenter, set(map(patient_of, cases.get("train", ()))), set(map(patient_of, chose))
+        file, segmenter, patients_of_card(card, "train"), patients_of_card(card, *chose)
     )
 
 
@@ -114,21 +114,20 @@ def describe(model: Model) -> dict | str:
 
 
 def choose_cases(
-    images: Path, subsets: Sequence[str], names: Sequence[str] | None, models: Sequence[Model]
+    sources: Sequence[Source], subsets: Sequence[str], models: Sequence[Model], images: Path
 ) -> tuple[list[Case], list[str]]:
     """The cases that every model can be scored on, and the names of those that one has seen.
 
     Raises ValueError, naming the case, if one cannot be scored or nothing is left.
     """
-    found = case_paths(images, names)
-    chosen = [p for p in found if {"all", subset_of(case_name(p))} & set(subsets)]
+    chosen = [s for s in sources if {"all", subset_of(s.name)} & set(subsets)]
     if not chosen:
         raise ValueError(
-            f"{images}: none of its {len(found)} cases is in {' or '.join(subsets)}; "
+            f"{images}: none of its {len(sources)} cases is in {' or '.join(subsets)}; "
             "choose another --subset, such as all"
         )
-    seen = {p for p in chosen if any(model.was_trained_on(case_name(p)) for model in models)}
-    cases = [find_case(path) for path in chosen if path not in seen]
+    seen = {s.name for s in chosen if any(model.was_trained_on(s.name) for model in models)}
+    cases = [source.open() for source in chosen if source.name not in seen]
     if not cases:
         raise ValueError(
             f"{images}: the models were trained on all {len(chosen)} cases; "
@@ -151,7 +150,7 @@ def choose_cases(
                     f"trained on {case.name}; a folder holds the folds of one cross-validation: "
                     "choose cases with --subset or --cases, or give one file"
                 )
-    return cases, sorted(map(case_name, seen))
+    return cases, sorted(seen)
 
 
 def score_all(
