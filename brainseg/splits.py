@@ -102,10 +102,13 @@ def named_patients(cases: Iterable[str]) -> dict[str, str]:
 
 
 def patients_of_card(card: Mapping, *subsets: str) -> set[str]:
-    """The patients in subsets of the cases that a weights' card lists."""
+    """The patients in subsets of the cases that a weights' card lists.
+
+    By their names, and by the --patients file that the weights were trained with.
+    """
+    names = {name for subset in subsets for name in card.get("cases", {}).get(subset, ())}
     known = card.get("patients", {})
-    listed = (card.get("cases", {}).get(subset, ()) for subset in subsets)
-    return {known.get(case) or patient_of(case) for cases in listed for case in cases}
+    return {*map(patient_of, names), *(known[name] for name in names if name in known)}
 
 
 def count_patients(subsets: Mapping[str, Iterable[str]]) -> str:
