@@ -285,6 +285,21 @@ def test_finished_cases_are_skipped_and_still_scored(phantoms, weights, tmp_path
         assert contents(folder) == first
 
 
+def test_masks_of_sources_that_have_changed_are_made_anew(phantoms, weights, tmp_path, capsys):
+    """Trap 15: the mask of an image that had changed since was kept."""
+    names = "phantom_003", "phantom_004"
+    images = subset_copy(phantoms, tmp_path / "in", *names)
+    again = images, tmp_path, weights, "--skip-existing"
+    assert infer(*again) == infer(*again) == 0
+    assert "2 kept from an earlier run" in capsys.readouterr().out
+    source = images / names[0] / f"{names[0]}_3.tif"
+    tifffile.imwrite(source, tifffile.imread(images / names[1] / f"{names[1]}_3.tif"))
+    assert infer(*again) == 0
+    assert "1 kept from an earlier run" in capsys.readouterr().out
+    assert infer(*again) == 0
+    assert "2 kept from an earlier run" in capsys.readouterr().out
+
+
 def test_masks_of_other_weights_or_settings_are_not_kept(phantoms, weights, tmp_path):
     only = "--cases", "phantom_003"
     assert infer(phantoms, tmp_path, weights, *only) == 0
