@@ -18,10 +18,9 @@ ENV PYTHONUNBUFFERED=1 \
     MPLCONFIGDIR=/tmp/cache/matplotlib
 
 # Dependencies before code: a change of the code does not install them again. The PyTorch of the
-# base image, made for its CUDA, is kept whatever its version.
+# base image, made for its CUDA, is kept.
 COPY requirements.txt requirements-app.txt /tmp/
-RUN if python3 -c "import torch"; then sed -i '/^torch==/d' /tmp/requirements.txt; fi \
-    && python3 -m pip install -r /tmp/requirements-app.txt
+RUN python3 -m pip install -r /tmp/requirements-app.txt
 
 WORKDIR /app
 COPY . .

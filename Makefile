@@ -25,13 +25,14 @@ lint: .venv/installed-dev
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 
-.venv/installed: requirements.txt
+.venv/installed: requirements.txt constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 		{ echo "error: Python 3.10 or later is needed; name one with make PYTHON=..." >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || $(MAKE) --no-print-directory python3-venv
 	@$(PYTHON) -m venv .venv
 	@echo "installing requirements.txt into .venv (a few minutes, once)"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+		-c constraints.txt -r requirements.txt
 	@touch $@
 
 # Debian and Ubuntu keep venv apart from python3.
@@ -42,7 +43,8 @@ python3-venv:
 	@apt-get update -qq && apt-get install -y -qq python3-venv >/dev/null
 
 .venv/installed-dev: .venv/installed $(wildcard requirements-*.txt)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+		-c constraints.txt -r requirements-dev.txt
 	@touch $@
 
 clean:

@@ -7,7 +7,8 @@
     python3 inference.py --images ./kaggle_3m --subset validation
     python3 inference.py --images ./kaggle_3m --weights weights/unet.pt --skip-existing
     torchrun --nproc-per-node=4 inference.py --images ./cohort   cases shared by four GPUs
-    python3 inference.py --images ./kaggle_3m --weights weights/unet.onnx   of export.py
+    python3 inference.py --images ./kaggle_3m --weights weights/unet-<hash>.onnx   of export.py
+    python3 inference.py --images ./kaggle_3m --weights folds/   an ensemble: all weights in it
     python3 inference.py --config settings.yaml                  the names of the flags; flags win
 
 For every source slice, PREDICTIONS/<case>/ gets <case>_<k>_mask.tif (0 or 255, the source's
@@ -22,7 +23,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import signal
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -36,21 +36,19 @@ from tqdm import tqdm
 
 from brainseg.devices import in_groups, in_order
 from brainseg.distributed import (
+    barrier,
     gather,
-    in_main,
-    is_main,
-    one_first,
-    only_main_speaks,
-    own_device,
-    own_workers,
+    is_main_process,
+    local_rank_zero_first,
+    only_main_process_prints,
     process_group,
-    share,
-    together,
+    rank_device,
+    rank_workers,
+    shard,
 )
-from brainseg.io.cohorts import parse_sequences
 from brainseg.io.files import check_writable, sentence, write_json, write_table
 from brainseg.io.labels import Labels
-from brainseg.io.layouts import Source, find_sequences, list_cases
+from brainseg.io.layouts import Source, find_sequences
 from brainseg.io.pictures import save_dsc_figure
 from brainseg.io.predictions import find_masks, since, table_row, write_case
 from brainseg.io.slices import Case
@@ -61,12 +59,13 @@ from brainseg.splits import (
     SUBSETS,
     by_subset,
     count_patients,
+    list_cohort,
     patient_of,
     patients_of_card,
     select_cases,
     use_patients,
 )
-from brainseg.weights import file_hash, read_card, shipped_weights
+from brainseg.weights import file_hash, read_card, shipped_weights, weights_files
 from utils import (
     add_cohort_options,
     add_segmenter_options,
@@ -74,6 +73,7 @@ from utils import (
     make_parser,
     provenance,
     segmenter_options,
+    sigterm_interrupts,
 )
 
 GROUP = 4  # batches; a GPU is handed cases of so many slices at once
@@ -90,8 +90,12 @@ def get_parser() -> argparse.ArgumentParser:
     add("--cases", type=str, nargs="+", help="only these cases")
     add_cohort_options(add)
     add("--skip-existing", action="store_true", help="keep the masks of an earlier run")
-    add("--weights", type=Path, help="weights or .onnx file (weights that came with the project)")
-
+    add(
+        "--weights",
+        type=Path,
+        nargs="+",
+        help="weights or .onnx file; several, or a folder: averaged (those of the project)",
+    )
     add_segmenter_options(parser)
     add = parser.add_argument_group("where to").add_argument
     add(
@@ -117,7 +121,7 @@ class Result:
 
 
 def main(argv: list[str] | None = None) -> None:
-    with only_main_speaks():
+    with only_main_process_prints():
         parser = get_parser()
         args = parser.parse_args(argv)
         options = segmenter_options(parser, args)
@@ -125,9 +129,8 @@ def main(argv: list[str] | None = None) -> None:
             parser.error("--pre and --post go with --flair")
         if args.flair and (args.images or args.cases or args.sequences or args.subset != "all"):
             parser.error("--flair is one scan; --images, --cases and the like choose others")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # tidy up as after Ctrl-C
     try:
-        with process_group():
+        with sigterm_interrupts(), process_group():
             failed = run(args, options)
     except (ValueError, OSError) as error:
         fail(error)
@@ -135,7 +138,8 @@ def main(argv: list[str] | None = None) -> None:
         fail(f"out of memory beside the network: {str(error).splitlines()[0]}; use --device cpu")
     except KeyboardInterrupt:
         sys.exit("stopped; finished cases are kept, go on with --skip-existing")
-    sys.exit(1 if failed else 0)
+    if failed:
+        sys.exit(1)
 
 
 def run(args: argparse.Namespace, options: dict) -> int:
@@ -143,20 +147,23 @@ def run(args: argparse.Namespace, options: dict) -> int:
 
     Several processes share the cases; the main one writes the table and reports on all.
     """
-    weights = args.weights or shipped_weights("unet")
+    weights = args.weights or [shipped_weights("unet")]
     about = provenance(args)  # before this process takes its part of the machine
-    # One process of a machine first: it keeps what TensorRT builds, and the others find it.
-    labels = Labels(args.labels)
-    segmenter, sources = one_first(lambda: prepare(args, options, weights, labels))
+    # The first rank of a machine keeps what TensorRT builds, and the others find it.
+    with local_rank_zero_first():
+        segmenter, sources = prepare(args, options, weights)
     if len(sources) > 1:
         print(count_patients(by_subset(source.name for source in sources)), flush=True)
-    trained_on = patients_of_card(read_card(weights), "train")
-    about["weights"] = {str(weights): file_hash(weights)}
-    about["since"] = together(lambda: since(args.predictions, about, args.skip_existing))
-    in_main(lambda: write_json(args.predictions / "args.json", about))
+    files = weights_files(weights)
+    trained_on = set().union(*(patients_of_card(read_card(file), "train") for file in files))
+    about["weights"] = {str(file): file_hash(file) for file in files}
+    about["since"] = since(args.predictions, about, args.skip_existing)
+    barrier()  # every rank has read the earlier args.json
+    if is_main_process():
+        write_json(args.predictions / "args.json", about)
     rows, failed, kept = [], 0, 0
     try:
-        for result in segment_all(share(sources), segmenter, args, about["since"]):
+        for result in segment_all(shard(sources), segmenter, args, about["since"]):
             rows.append(None)
             if isinstance(result, Exception):
                 tqdm.write(f"error: {sentence(result)}", file=sys.stderr)
@@ -169,37 +176,39 @@ def run(args: argparse.Namespace, options: dict) -> int:
         rows, failed, kept = gather(rows), sum(gather([failed])), sum(gather([kept]))
     finally:
         rows = [row for row in rows if row]
-        if rows and is_main():
+        if rows and is_main_process():
             write_table(args.predictions / "metrics.csv", rows)
+    labels = sources[0].labels
     for found in gather([labels.found]):
         labels.found.update(found)
-    together(labels.check)
+    labels.check()
     summary = (
-        f"{len(sources) - failed - kept} of {len(sources)} cases segmented with {weights} "
-        f"by {segmenter.runtime}"
+        f"{len(sources) - failed - kept} of {len(sources)} cases segmented with "
+        f"{' '.join(map(str, weights))} by {segmenter.runtime}"
         + (f", {kept} kept from an earlier run" if kept else "")
         + f"; masks and pictures: {args.predictions}"
     )
-    in_main(lambda: report(rows, args, summary))
+    if is_main_process():
+        report(rows, args, summary)
     return failed
 
 
 def prepare(
-    args: argparse.Namespace, options: dict, weights: Path, labels: Labels
+    args: argparse.Namespace, options: dict, weights: list[Path]
 ) -> tuple[Segmenter, list[Source | Case]]:
     """The segmenter and the cases; raises what would stop the run."""
-    args.workers = own_workers(args.workers)
+    args.workers = rank_workers(args.workers)
     segmenter = Segmenter.from_weights(
-        weights, **options | {"device": own_device(options["device"])}
+        weights, **options | {"device": rank_device(options["device"])}
     )
     if args.flair:
         scan = find_sequences(args.flair, args.pre, args.post)
-        found = [replace(scan, labels=labels)]
+        found = [replace(scan, labels=Labels(args.labels))]
+        use_patients(args.patients, [scan.name])
     else:
         images = args.images or Path("kaggle_3m")
-        layout = parse_sequences(args.sequences)
-        found = list_cases(images, args.cases, args.predictions, layout, labels)
-    use_patients(args.patients, [source.name for source in found])
+        how = args.sequences, args.labels, args.patients
+        found = list_cohort(images, *how, args.cases, args.predictions)
     sources = select_cases(found, args.subset)
     check_writable(args.predictions)
     check_writable(args.figure.parent)
@@ -245,7 +254,7 @@ def segment_all(
         desc="segmenting",
         total=len(sources),
         unit="case",
-        disable=None if is_main() else True,
+        disable=None if is_main_process() else True,
     )
     if segmenter.on_cpu and len(sources) > 1:
         # Several cases at once with a core each: nothing waits for a thread that another one holds.
@@ -301,7 +310,7 @@ def load(
     except (ValueError, OSError) as error:
         return error
     try:
-        images, frame = segmenter.preprocess(volume)
+        images, frame = segmenter.preprocess(volume, case.aspect)
     except ValueError as error:
         return ValueError(f"{case.folder}: {error}")
     for note in frame.notes:

@@ -34,7 +34,7 @@ import torch
 from tqdm import tqdm
 
 from .devices import worker_threads
-from .io.files import default_cache, sentence, written_whole
+from .io.files import atomic_write, default_cache, sentence
 from .io.slices import Case
 from .preprocess import VERSION, Frame, preprocess, preprocess_mask
 
@@ -117,6 +117,7 @@ def _prepare_one(case: Case, way: tuple[int, int], cache: Path) -> Prepared:
 def _fingerprint(case: Case, image_size: int, version: int) -> str:
     """Changes with any source file's name, size or time, and with the settings."""
     files = [(p.name, (s := p.stat()).st_size, s.st_mtime_ns) for p in case.files]
+    files += [case.aspect] if case.aspect != 1 else []
     settings = [version, image_size, files, *([case.labels.chosen] if case.labels.chosen else [])]
     return hashlib.sha256(json.dumps(settings).encode()).hexdigest()
 
@@ -171,7 +172,7 @@ def _stat(path: Path) -> list[int]:
 
 def _keep_stats(entry: Path, about: dict) -> None:
     """Remember that the files of an entry are sound; no harm where it cannot be written."""
-    with suppress(OSError), written_whole(entry / "entry.json") as temporary:
+    with suppress(OSError), atomic_write(entry / "entry.json") as temporary:
         temporary.write_text(json.dumps(about))
 
 
@@ -215,7 +216,7 @@ def _recorded_source(entry: Path) -> str | None:
 def _make_entry(entry: Path, case: Case, fingerprint: str, way: tuple[int, int]) -> Prepared:
     volume, truth = case.read_pair()
     try:
-        images, frame = preprocess(volume, *way)
+        images, frame = preprocess(volume, *way, aspect=case.aspect)
     except ValueError as error:
         raise ValueError(f"{case.folder}: {error}") from error
     arrays = {

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import TypeVar
 
 from .devices import in_order
-from .io.files import naming
-from .io.layouts import Source
+from .io.cohorts import parse_sequences
+from .io.files import name_in_errors
+from .io.labels import Labels
+from .io.layouts import Source, list_cases
 from .io.slices import Case
 
 Named = TypeVar("Named", Case, Source)
@@ -73,7 +75,7 @@ def use_patients(path: Path | str | None, cases: Iterable[str] = ()) -> None:
 def _read_patients(path: Path) -> dict[str, str]:
     wrong = f"{path}: is not a table with the columns case and patient; write CSV with both"
     try:
-        with naming(path), open(path, newline="", encoding="utf-8-sig") as file:
+        with name_in_errors(path), open(path, newline="", encoding="utf-8-sig") as file:
             lines = list(csv.reader(file))
     except (ValueError, csv.Error) as error:
         raise ValueError(wrong) from error
@@ -96,6 +98,24 @@ def _read_patients(path: Path) -> dict[str, str]:
     return patients
 
 
+def list_cohort(
+    images: Path | str,
+    sequences: Sequence[str] | None = None,
+    labels: Sequence[int] | None = None,
+    patients: Path | str | None = None,
+    names: Sequence[str] | None = None,
+    other_than: Path | None = None,
+) -> list[Source]:
+    """The cases in a folder, as the options --sequences, --labels and --patients tell.
+
+    See `list_cases`. Raises OSError or ValueError for any of them that cannot be used.
+    """
+    layout = parse_sequences(sequences)
+    sources = list_cases(images, names, other_than, layout, Labels(labels))
+    use_patients(patients, [source.name for source in sources])
+    return sources
+
+
 def named_patients(cases: Iterable[str]) -> dict[str, str]:
     """Of cases, the patients whom a --patients file gives; what a card has to keep of it."""
     return {case: _patients[case] for case in cases if case in _patients}
@@ -106,8 +126,8 @@ def patients_of_card(card: Mapping, *subsets: str) -> set[str]:
 
     By their names, and by the --patients file that the weights were trained with.
     """
-    names = {name for subset in subsets for name in card.get("cases", {}).get(subset, ())}
-    known = card.get("patients", {})
+    cases, known = card.get("cases") or {}, card.get("patients") or {}
+    names = {name for subset in subsets for name in cases.get(subset, ())}
     return {*map(patient_of, names), *(known[name] for name in names if name in known)}
 
 

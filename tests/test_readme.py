@@ -56,7 +56,7 @@ def test_files_that_the_readme_links_to_exist():
         assert (ROOT / target).exists(), target
 
 
-def test_torch_is_pinned_alike_in_requirements_and_dockerfile():
-    (pin,) = re.findall(r"^torch==(\S+)$", (ROOT / "requirements.txt").read_text(), re.M)
+def test_torch_of_constraints_is_that_of_the_image():
+    (pin,) = re.findall(r"^torch==(\S+)$", (ROOT / "constraints.txt").read_text(), re.M)
     assert f"pytorch/pytorch:{pin}-cuda" in (ROOT / "Dockerfile").read_text()
     assert torch.__version__  # whatever is installed imports

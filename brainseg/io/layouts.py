@@ -9,6 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from .cohorts import BIDS, Layout, sequences_in
+from .dicom import SEQUENCES, Series, sort_study, study_in
 from .labels import Labels
 from .scans import Scan, is_scan, scan_name
 from .slices import Case
@@ -83,7 +84,8 @@ def list_cases(
 
 
 def _sources_in(root: Path, other_than: Path | None, layout: Layout | None) -> list[Source]:
-    if root.is_dir() and not is_scan(root):
+    one = is_scan(root) or (not layout and study_in(root))
+    if root.is_dir() and not one:
         whole = root.resolve()
         if layout:
             return _by_patterns(whole, other_than, layout)
@@ -91,7 +93,7 @@ def _sources_in(root: Path, other_than: Path | None, layout: Layout | None) -> l
             return _by_subject(subjects)
         if (root / "images_structural").is_dir():  # of UPENN-GBM, beside other folders
             root = root / "images_structural"
-    paths = [root.resolve()] if is_scan(root) else _cases_in(root, other_than)
+    paths = [root.resolve()] if one else _cases_in(root, other_than)
     return [Source(case_name(path), path, path.parent) for path in paths]
 
 
@@ -197,6 +199,8 @@ def find_case(path: Path) -> Case:
 def _find(path: Path, root: Path, layout: Layout | None = None) -> Case:
     if layout:
         return _in_layout(path, sequences_in(path, root, layout))
+    if path.is_dir() and (study := study_in(path)):
+        return _find_study(path, study)
     if is_scan(path):
         return _find_scan(path)
     volumes = _volumes_in(path)
@@ -226,6 +230,14 @@ def find_sequences(flair: Path, pre: Path | None, post: Path | None) -> Scan:
     """The scan whose sequences lie in files of their own, named after FLAIR and its folder."""
     name = f"{flair.resolve().parent.name}_{case_name(flair)}"
     return Scan.open(name, [pre or flair, flair, post or flair], _mask_of(flair))
+
+
+def _find_study(folder: Path, found: Sequence[Series]) -> Scan:
+    """The scan whose sequences are series of a DICOM study; ValueError if that is in doubt."""
+    series, said = sort_study(folder, found)
+    flair = series["FLAIR"].path
+    files = [series[name].path if name in series else flair for name in SEQUENCES]
+    return Scan.open(folder.name, files, _mask_of(folder), chosen=said)
 
 
 def _find_scan(path: Path) -> Scan:
