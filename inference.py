@@ -7,7 +7,8 @@
     python3 inference.py --images ./kaggle_3m --subset validation
     python3 inference.py --images ./kaggle_3m --weights weights/unet.pt --skip-existing
     torchrun --nproc-per-node=4 inference.py --images ./cohort   cases shared by four GPUs
-    python3 inference.py --images ./kaggle_3m --weights weights/unet.onnx   of export.py
+    python3 inference.py --images ./kaggle_3m --weights weights/unet-<hash>.onnx   of export.py
+    python3 inference.py --images ./kaggle_3m --weights folds/   an ensemble: all weights in it
     python3 inference.py --config settings.yaml                  the names of the flags; flags win
 
 For every source slice, PREDICTIONS/<case>/ gets <case>_<k>_mask.tif (0 or 255, the source's
@@ -22,7 +23,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import signal
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -36,16 +36,15 @@ from tqdm import tqdm
 
 from brainseg.devices import in_groups, in_order
 from brainseg.distributed import (
+    barrier,
     gather,
-    in_main,
-    is_main,
-    one_first,
-    only_main_speaks,
-    own_device,
-    own_workers,
+    is_main_process,
+    local_rank_zero_first,
+    only_main_process_prints,
     process_group,
-    share,
-    together,
+    rank_device,
+    rank_workers,
+    shard,
 )
 from brainseg.io.files import check_writable, sentence, write_json, write_table
 from brainseg.io.layouts import case_paths, find_case, find_sequences
@@ -56,8 +55,15 @@ from brainseg.metrics import describe
 from brainseg.preprocess import Frame
 from brainseg.segmenter import Segmenter
 from brainseg.splits import SUBSETS, patient_of, select_cases
-from brainseg.weights import file_hash, read_card, shipped_weights
-from utils import add_segmenter_options, fail, make_parser, provenance, segmenter_options
+from brainseg.weights import file_hash, read_card, shipped_weights, weights_files
+from utils import (
+    add_segmenter_options,
+    fail,
+    make_parser,
+    provenance,
+    segmenter_options,
+    sigterm_interrupts,
+)
 
 GROUP = 4  # batches; a GPU is handed cases of so many slices at once
 
@@ -72,8 +78,12 @@ def get_parser() -> argparse.ArgumentParser:
     add("--subset", type=str, default="all", help=f"all, {', '.join(SUBSETS)} (%(default)s)")
     add("--cases", type=str, nargs="+", help="only these cases")
     add("--skip-existing", action="store_true", help="keep the masks of an earlier run")
-    add("--weights", type=Path, help="weights or .onnx file (weights that came with the project)")
-
+    add(
+        "--weights",
+        type=Path,
+        nargs="+",
+        help="weights or .onnx file; several, or a folder: averaged (those of the project)",
+    )
     add_segmenter_options(parser)
     add = parser.add_argument_group("where to").add_argument
     add(
@@ -99,7 +109,7 @@ class Result:
 
 
 def main(argv: list[str] | None = None) -> None:
-    with only_main_speaks():
+    with only_main_process_prints():
         parser = get_parser()
         args = parser.parse_args(argv)
         options = segmenter_options(parser, args)
@@ -107,9 +117,8 @@ def main(argv: list[str] | None = None) -> None:
             parser.error("--pre and --post go with --flair")
         if args.flair and (args.images or args.cases or args.subset != "all"):
             parser.error("--flair is one scan; --images, --cases and --subset choose others")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # tidy up as after Ctrl-C
     try:
-        with process_group():
+        with sigterm_interrupts(), process_group():
             failed = run(args, options)
     except (ValueError, OSError) as error:
         fail(error)
@@ -117,7 +126,8 @@ def main(argv: list[str] | None = None) -> None:
         fail(f"out of memory beside the network: {str(error).splitlines()[0]}; use --device cpu")
     except KeyboardInterrupt:
         sys.exit("stopped; finished cases are kept, go on with --skip-existing")
-    sys.exit(1 if failed else 0)
+    if failed:
+        sys.exit(1)
 
 
 def run(args: argparse.Namespace, options: dict) -> int:
@@ -125,17 +135,25 @@ def run(args: argparse.Namespace, options: dict) -> int:
 
     Several processes share the cases; the main one writes the table and reports on all.
     """
-    weights = args.weights or shipped_weights("unet")
+    weights = args.weights or [shipped_weights("unet")]
     about = provenance(args)  # before this process takes its part of the machine
-    # One process of a machine first: it keeps what TensorRT builds, and the others find it.
-    segmenter, sources = one_first(lambda: prepare(args, options, weights))
-    trained_on = set(map(patient_of, read_card(weights).get("cases", {}).get("train", ())))
-    about["weights"] = {str(weights): file_hash(weights)}
-    about["since"] = together(lambda: since(args.predictions, about, args.skip_existing))
-    in_main(lambda: write_json(args.predictions / "args.json", about))
+    # The first rank of a machine keeps what TensorRT builds, and the others find it.
+    with local_rank_zero_first():
+        segmenter, sources = prepare(args, options, weights)
+    files = weights_files(weights)
+    trained_on = {
+        patient_of(case)
+        for file in files
+        for case in read_card(file).get("cases", {}).get("train", ())
+    }
+    about["weights"] = {str(file): file_hash(file) for file in files}
+    about["since"] = since(args.predictions, about, args.skip_existing)
+    barrier()  # every rank has read the earlier args.json
+    if is_main_process():
+        write_json(args.predictions / "args.json", about)
     rows, failed, kept = [], 0, 0
     try:
-        for result in segment_all(share(sources), segmenter, args, about["since"]):
+        for result in segment_all(shard(sources), segmenter, args, about["since"]):
             rows.append(None)
             if isinstance(result, Exception):
                 tqdm.write(f"error: {sentence(result)}", file=sys.stderr)
@@ -148,25 +166,26 @@ def run(args: argparse.Namespace, options: dict) -> int:
         rows, failed, kept = gather(rows), sum(gather([failed])), sum(gather([kept]))
     finally:
         rows = [row for row in rows if row]
-        if rows and is_main():
+        if rows and is_main_process():
             write_table(args.predictions / "metrics.csv", rows)
     summary = (
-        f"{len(sources) - failed - kept} of {len(sources)} cases segmented with {weights} "
-        f"by {segmenter.runtime}"
+        f"{len(sources) - failed - kept} of {len(sources)} cases segmented with "
+        f"{' '.join(map(str, weights))} by {segmenter.runtime}"
         + (f", {kept} kept from an earlier run" if kept else "")
         + f"; masks and pictures: {args.predictions}"
     )
-    in_main(lambda: report(rows, args, summary))
+    if is_main_process():
+        report(rows, args, summary)
     return failed
 
 
 def prepare(
-    args: argparse.Namespace, options: dict, weights: Path
+    args: argparse.Namespace, options: dict, weights: list[Path]
 ) -> tuple[Segmenter, list[Path | Case]]:
     """The segmenter and the cases; raises what would stop the run."""
-    args.workers = own_workers(args.workers)
+    args.workers = rank_workers(args.workers)
     segmenter = Segmenter.from_weights(
-        weights, **options | {"device": own_device(options["device"])}
+        weights, **options | {"device": rank_device(options["device"])}
     )
     if args.flair:
         sources = [find_sequences(args.flair, args.pre, args.post)]
@@ -218,7 +237,7 @@ def segment_all(
         desc="segmenting",
         total=len(sources),
         unit="case",
-        disable=None if is_main() else True,
+        disable=None if is_main_process() else True,
     )
     if segmenter.on_cpu and len(sources) > 1:
         # Several cases at once with a core each: nothing waits for a thread that another one holds.
@@ -274,7 +293,7 @@ def load(
     except (ValueError, OSError) as error:
         return error
     try:
-        images, frame = segmenter.preprocess(volume)
+        images, frame = segmenter.preprocess(volume, case.aspect)
     except ValueError as error:
         return ValueError(f"{case.folder}: {error}")
     for note in frame.notes:

@@ -1,6 +1,7 @@
 """A network as a program that needs none of this code: an exported one of PyTorch, or ONNX.
 
-It takes preprocessed slices (N, C, H, W) and gives probabilities (N, K, H, W), both float32.
+It takes preprocessed slices (N, C, H, W) and gives probabilities (N, K, H, W), both float32; an
+ensemble gives one channel more (see `brainseg.ensemble.average`).
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
+from .ensemble import average, networks_of
 from .io.layouts import case_paths, find_case
-from .onnx import CARD, INPUT, OUTPUT, PRODUCER, sealed
+from .onnx import CARD, INPUT, OUTPUT, PRODUCER
 from .phantom import make_volume
 from .preprocess import neighbourhoods, preprocess
 from .segmenter import fold_batch_norm
@@ -27,7 +29,7 @@ OPSET = 18  # the one that the exporter is written in; ONNX Runtime reads it fro
 
 
 class Probabilities(nn.Module):
-    """What is exported: a network that computes in `dtype`, float32 on the outside."""
+    """What is exported: a network or ensemble that computes in `dtype`, float32 outside."""
 
     def __init__(self, network: nn.Module, dtype: torch.dtype):
         super().__init__()
@@ -35,7 +37,9 @@ class Probabilities(nn.Module):
 
     def forward(self, slices: Tensor) -> Tensor:
         """Probabilities (N, out, H, W) of slices (N, in, H, W)."""
-        return self.network(slices.to(self.dtype), logits=True).float().sigmoid()
+        slices = slices.to(self.dtype)
+        networks = networks_of(self.network)
+        return average([network(slices, logits=True).float().sigmoid() for network in networks])
 
 
 def trace(model: nn.Module, precision: str) -> ExportedProgram:
@@ -62,7 +66,7 @@ def check_finite(state: dict[str, Tensor]) -> None:
 
 
 def to_onnx(program: ExportedProgram, card: dict) -> bytes:
-    """The program as a sealed ONNX file with its card."""
+    """Make the content of an ONNX file, its card included, of a program."""
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the exporter's own use of PyTorch
@@ -89,7 +93,7 @@ def to_onnx(program: ExportedProgram, card: dict) -> bytes:
     for value in (*graph.input, *graph.output):
         batch, _, rows, columns = value.type.tensor_type.shape.dim
         batch.dim_param, rows.dim_param, columns.dim_param = "batch", "rows", "columns"
-    return sealed(proto.SerializeToString())
+    return proto.SerializeToString()
 
 
 def to_pt2(program: ExportedProgram, card: dict) -> bytes:

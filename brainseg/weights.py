@@ -13,12 +13,13 @@ import json
 import pickle
 import re
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from .io.files import write_json, written_whole
+from .io.files import atomic_write, write_json
 from .onnx import read_onnx_card
 from .resnext_unet import ResNeXtUNet
 from .unet import UNet
@@ -31,6 +32,7 @@ OTHERS = {  # made of weights, but no weights
 }
 ROOT = Path(__file__).resolve().parents[1]
 SHIPPED = {"unet": ROOT / "weights" / "unet-12f2ec04.pt"}  # what comes with the project
+ENSEMBLES = {"unet": ROOT / "weights" / "unet-folds"}  # the same, five networks
 
 
 def build_model(name: str, **settings) -> nn.Module:
@@ -148,7 +150,7 @@ def save_weights(path: Path, state: dict[str, Tensor], card: dict) -> None:
 def save_tensors(path: Path, content: dict) -> None:
     """`torch.save`, whole or not at all; OSError, naming the file, if it cannot be written."""
     try:
-        with written_whole(path) as temporary:
+        with atomic_write(path) as temporary:
             torch.save(content, temporary)
     except (OSError, RuntimeError) as error:  # RuntimeError: how torch.save says "disk full"
         reason = getattr(error, "strerror", None) or "is the disk full?"
@@ -178,8 +180,47 @@ def read_card(path: Path | str) -> dict:
     return content
 
 
+def weights_files(weights: Path | str | Sequence[Path | str]) -> list[Path]:
+    """List the files that --weights means: a file, several, or all .pt files under a folder.
+
+    Raises FileNotFoundError for a folder without any, ValueError for a file given twice, a stranger
+    among the files of a folder, or an ONNX file beside others.
+    """
+    given = [weights] if isinstance(weights, (str, Path)) else weights
+    files = []
+    for path in map(Path, given):
+        inside = sorted(f for f in path.rglob("*") if f.name[0] != ".") if path.is_dir() else []
+        for stranger in inside:
+            if stranger.suffix in (".pth", ".safetensors", ".h5"):
+                raise ValueError(
+                    f"{stranger}: is not weights of this project (.pt); take it out of {path}"
+                )
+        inside = [file for file in inside if file.suffix == ".pt"]
+        if path.is_dir() and not inside:
+            raise FileNotFoundError(f"{path}: no weights (.pt) in this folder; name a file")
+        files += inside or [path]
+    for k, file in enumerate(files):
+        if file in files[:k]:
+            raise ValueError(f"{file}: is given twice; name each file once")
+        if file.suffix == ".onnx" and len(files) > 1:
+            raise ValueError(
+                f"{file}: an ONNX file cannot be averaged with others; give it by itself, or "
+                "export them all as one (export.py --weights FOLDER --format onnx)"
+            )
+    return files
+
+
 def shipped_weights(name: str) -> Path:
-    """The weights file of a model that came with the project; FileNotFoundError if none did."""
+    """Find what came with the project: the folder of an ensemble if there is one, else the file.
+
+    FileNotFoundError if neither did.
+    """
+    folder = ENSEMBLES.get(name)
+    return folder if folder and any(folder.glob("*.pt")) else shipped_network(name)
+
+
+def shipped_network(name: str) -> Path:
+    """Find the weights of the single network of that name; FileNotFoundError if none came."""
     if name not in SHIPPED:
         known = ", ".join(SHIPPED)
         raise FileNotFoundError(f"no pretrained weights for {name!r}, only for {known}; train some")
@@ -193,7 +234,7 @@ def load_pretrained(name: str, **settings: int) -> nn.Module:
 
     Raises ValueError, before anything is loaded, if they were trained for other `settings`.
     """
-    path = shipped_weights(name)
+    path = shipped_network(name)
     trained = read_card(path).get("settings", {})
     odd = [key for key, value in settings.items() if trained.get(key) != value]
     if odd:

@@ -21,7 +21,7 @@ from brainseg.evaluation.statistics import SETTINGS, compare
 from brainseg.io.layouts import find_case
 from brainseg.metrics import dsc, summarise
 from brainseg.phantom import make_volume
-from brainseg.segmenter import Segmenter, keep_largest_component
+from brainseg.segmenter import Segmenter, keep_components
 
 NAMES = [f"phantom_{k:03d}" for k in range(12)]
 
@@ -105,7 +105,7 @@ def test_settings_by_hand(phantoms, weights, done):
     probabilities = segmenter.restored(*segmenter.preprocess(volume)).numpy()
     for name, (threshold, largest) in SETTINGS.items():
         mask = probabilities >= threshold
-        mask = keep_largest_component(mask) if largest else mask
+        mask = keep_components(mask) if largest else mask
         assert float(row[name]) == pytest.approx(dsc(mask, truth), rel=1e-5), name
     assert row["dsc"] == row["dsc_0.5_largest"]
     assert len({row[name] for name in SETTINGS}) > 3, "the settings differ"
@@ -155,12 +155,23 @@ def test_a_fold_without_a_card_is_refused(phantoms, tmp_path, weights):
     assert str(tmp_path / "cv" / "0" / "unet.pt") in message and "card" in message
 
 
-def test_two_files_that_held_out_one_case_are_refused_by_name(phantoms, tmp_path):
-    for fold in "01":
-        (tmp_path / "cv" / fold).mkdir(parents=True)
-        blank_weights(tmp_path / "cv" / fold / "unet.pt", NAMES[6:])
-    message = refused(phantoms, tmp_path, "--subset", "all", "--weights", tmp_path / "cv")
-    assert "2 of its 2 weights files were not trained on phantom_000" in message
+def test_patients_unseen_by_all_folds_are_scored_by_the_ensemble(phantoms, tmp_path):
+    """Its scores are those of inference.py with the folder."""
+    (tmp_path / "cv").mkdir()
+    make_weights(tmp_path / "cv" / "a.pt", trained_on=NAMES[8:])
+    blank_weights(tmp_path / "cv" / "b.pt", NAMES[6:8])
+    options = "--cases", *NAMES[4:8], "--weights", tmp_path / "cv", "--threshold", "0.3"
+    run(phantoms, tmp_path, "--subset", "all", *options)
+    by = [row["weights"] for row in scores(tmp_path)]
+    assert by[:2] == [f"2 in {tmp_path / 'cv'}"] * 2 and by[2] == str(tmp_path / "cv" / "a.pt")
+    words = "--images", phantoms, "--predictions", tmp_path / "p", "--figure", tmp_path / "f.png"
+    with pytest.raises(SystemExit):
+        inference.main([str(word) for word in (*words, *options, "--device", "cpu")])
+    with open(tmp_path / "p" / "metrics.csv", newline="") as file:
+        theirs = list(csv.DictReader(file))
+    for here, there in zip(scores(tmp_path)[:2], theirs, strict=False):
+        assert here["dsc"] == there["dsc"] and float(here["disagreement"]) > 0
+    assert [row["trained_on"] for row in theirs] == ["0", "0", "1", "1"]
 
 
 def test_a_single_file_without_a_card_is_used_and_said(phantoms, weights, tmp_path, capsys):

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from .statistics import SCORES, SETTINGS
+from ..io.files import atomic_write
 from ..metrics import FEW
-from ..io.files import written_whole
+from .statistics import SCORES, SETTINGS
 
 
 @dataclass
@@ -201,7 +201,7 @@ def save_scores(path: Path, models: dict[str, list[dict]]) -> None:
     axes.set_xticks(range(1, len(models) + 1), names, rotation=15, fontsize=8)
     axes.grid(axis="y", alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    with written_whole(path) as temporary:
+    with atomic_write(path) as temporary:
         figure.savefig(temporary, dpi=150)
 
 
@@ -220,7 +220,7 @@ def save_gallery(
             title = f"{name}, {which}\n{row['case']}: DSC {row['dsc']:.3f}"
             axes.set_title(title, fontsize=8, parse_math=False)
             axes.axis("off")
-    with written_whole(path) as temporary:
+    with atomic_write(path) as temporary:
         figure.savefig(temporary, dpi=110)
 
 
@@ -266,5 +266,5 @@ def save_page(
         f"{''.join(table.as_html() for table in tables)}{images}"
         f"<h2>How it was made</h2><pre>{html.escape(details)}</pre></html>\n"
     )
-    with written_whole(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(page, encoding="utf-8")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .files import written_whole
+from .files import atomic_write
 
 GREEN, RED = (0, 255, 0), (255, 0, 0)
 
@@ -61,7 +61,7 @@ def save_gif(path: Path | str, pictures: np.ndarray, seconds: float = 0.12) -> N
     """An endless GIF of pictures (S, H, W, 3), `seconds` a slice."""
     import imageio.v3 as iio
 
-    with written_whole(path) as temporary:
+    with atomic_write(path) as temporary:
         iio.imwrite(temporary, pictures, duration=int(1000 * seconds), loop=0)
 
 
@@ -89,5 +89,5 @@ def save_dsc_figure(path: Path | str, scores: dict[str, float], marked: Sequence
     axes.tick_params(axis="y", labelsize=7, length=0)
     axes.spines[["top", "right", "left"]].set_visible(False)
     figure.legend(loc="outside upper right", ncols=3, frameon=False)
-    with written_whole(path) as temporary:
+    with atomic_write(path) as temporary:
         figure.savefig(temporary, dpi=150)

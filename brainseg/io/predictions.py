@@ -15,7 +15,7 @@ import imageio.v3 as iio
 import numpy as np
 
 from ..metrics import score
-from .files import naming
+from .files import name_in_errors
 from .pictures import outline, save_gif, to_grey
 from .scans import Scan
 from .slices import Case, read_slice
@@ -82,7 +82,7 @@ def write_case(
     save_gif(folder / f"{case.name}.gif", pictures)
     own = folder / case.name
     with (
-        naming(own),
+        name_in_errors(own),
         tempfile.TemporaryDirectory(dir=folder, prefix=f".{case.name}-") as scratch,
     ):
         if not isinstance(case, Scan):
@@ -118,7 +118,7 @@ def read_scores(path: Path, names: Iterable[str]) -> dict[str, dict]:
     """
     wrong = f"{path}: is not a metrics.csv that inference.py wrote"
     try:
-        with naming(path), open(path, newline="", encoding="utf-8") as file:
+        with name_in_errors(path), open(path, newline="", encoding="utf-8") as file:
             lines = list(csv.DictReader(file))
     except (ValueError, csv.Error) as error:
         raise ValueError(wrong) from error
