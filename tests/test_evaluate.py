@@ -155,7 +155,7 @@ def test_a_fold_without_a_card_is_refused(phantoms, tmp_path, weights):
     assert str(tmp_path / "cv" / "0" / "unet.pt") in message and "card" in message
 
 
-def test_patients_unseen_by_all_folds_are_scored_by_the_ensemble(phantoms, tmp_path):
+def test_patients_unseen_by_all_folds_get_the_ensemble(phantoms, tmp_path):
     """Its scores are those of inference.py with the folder."""
     (tmp_path / "cv").mkdir()
     make_weights(tmp_path / "cv" / "a.pt", trained_on=NAMES[8:])
