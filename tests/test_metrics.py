@@ -184,7 +184,7 @@ def test_every_metric_is_a_float():
     assert all(isinstance(value, float) for value in score(HALF, TRUTH).values())
 
 
-def test_distances_are_in_millimetres_where_the_spacing_is_known():
+def test_distances_are_in_mm_where_the_spacing_is_known():
     scores = score(HALF, TRUTH, (5.0, 1.0, 0.5))
     assert scores["hd95_mm"] == hd95(HALF, TRUTH, (5.0, 1.0, 0.5))
     assert scores["hd95_px"] == hd95(HALF, TRUTH) and "hd95_mm" not in score(HALF, TRUTH)

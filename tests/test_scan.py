@@ -241,7 +241,7 @@ def test_flair_with_three_channels_is_refused(pair, weights, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name", ["p1_t1", "p1-T1ce", "x_seg", "a_t2w", "t1ce"])
-def test_a_file_whose_name_says_another_sequence_is_not_taken_for_flair(pair, tmp_path, name):
+def test_a_file_named_as_another_sequence_is_not_flair(pair, tmp_path, name):
     path = write(tmp_path / f"{name}.nii.gz", pair[0][..., 1])
     with pytest.raises(ValueError, match=f"{path}: one channel is taken for FLAIR.*--flair"):
         find_case(path)
