@@ -293,7 +293,7 @@ def load(
     except (ValueError, OSError) as error:
         return error
     try:
-        images, frame = segmenter.preprocess(volume)
+        images, frame = segmenter.preprocess(volume, case.aspect)
     except ValueError as error:
         return ValueError(f"{case.folder}: {error}")
     for note in frame.notes:

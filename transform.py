@@ -99,9 +99,7 @@ def drop_sequences(
     That is how the LGG data set fills in for a missing sequence. Of slices (N, C, H, W), a share
     of `probability` is changed; channels are slices of three sequences each.
     """
-    draws = _own(
-        torch.rand(global_batch_size or len(images), 2, generator=generator), global_batch_size
-    )
+    draws = torch.rand(global_batch_size or len(images), 2, generator=generator)
     draws = to_device(_own(draws, global_batch_size), images.device)
     post = draws[:, 0] < probability
     pre = post & (draws[:, 1] < 0.5)

@@ -81,6 +81,7 @@ def _prepare_one(case: Case, way: tuple[int, int], cache: Path) -> Prepared:
 def _fingerprint(case: Case, image_size: int, version: int) -> str:
     """Changes with any source file's name, size or time, and with the settings."""
     files = [(p.name, (s := p.stat()).st_size, s.st_mtime_ns) for p in case.files]
+    files += [case.aspect] if case.aspect != 1 else []
     return hashlib.sha256(json.dumps([version, image_size, files]).encode()).hexdigest()
 
 
@@ -105,7 +106,7 @@ def _open_entry(entry: Path, case: Case, fingerprint: str) -> Prepared | None:
 def _make_entry(entry: Path, case: Case, fingerprint: str, way: tuple[int, int]) -> Prepared:
     volume, truth = case.read_pair()
     try:
-        images, frame = preprocess(volume, *way)
+        images, frame = preprocess(volume, *way, aspect=case.aspect)
     except ValueError as error:
         raise ValueError(f"{case.folder}: {error}") from error
     arrays = {

@@ -77,7 +77,9 @@ def process_group() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        raise
+        if is_main_process():
+            raise
+        os._exit(1)  # it is said once
     except SystemExit:  # all ranks are here
         dist.destroy_process_group()
         raise
@@ -101,6 +103,8 @@ def _leave(error: BaseException) -> NoReturn:
         )
     elif isinstance(error, (ValueError, OSError)):
         text = sentence(error)
+    elif isinstance(error, torch.OutOfMemoryError):
+        text = f"out of memory: {str(error).splitlines()[0]}"
     else:
         text = "".join(traceback.format_exception(error))
     print(f"error: {text}", file=sys.__stderr__, flush=True)

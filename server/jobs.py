@@ -182,7 +182,7 @@ class Service:
                 )
 
         try:
-            images, frame = self.segmenter.preprocess(loaded.volume)
+            images, frame = self.segmenter.preprocess(loaded.volume, loaded.case.aspect)
         except ValueError as error:
             raise ValueError(f"{loaded.case.name}: {error}") from error
         probabilities = self.segmenter.restored(images, frame, progress)

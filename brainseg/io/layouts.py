@@ -8,6 +8,7 @@ from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
+from .dicom import SEQUENCES, Series, sort_study, study_in
 from .scans import Scan, is_scan, scan_name
 from .slices import Case
 
@@ -35,7 +36,8 @@ def case_paths(
         raise FileNotFoundError(f"{root}: no such folder; give the folder that holds the cases")
     if not root.is_dir() and not is_scan(root):
         raise ValueError(f"{root}: is no volume file; give one, or the folder of its case")
-    paths = [root.resolve()] if is_scan(root) else _cases_in(root, other_than)
+    whole = is_scan(root) or study_in(root)
+    paths = [root.resolve()] if whole else _cases_in(root, other_than)
     if not paths:
         raise ValueError(
             f"{root}: holds no case folder, no volume file and no slice named "
@@ -84,6 +86,8 @@ def case_name(path: Path) -> str:
 
 def find_case(path: Path) -> Case:
     """The case in a folder or volume file; ValueError, naming the file, if it is not sound."""
+    if path.is_dir() and (study := study_in(path)):
+        return _find_study(path, study)
     if is_scan(path):
         return _find_scan(path)
     volumes = _volumes_in(path)
@@ -103,6 +107,14 @@ def find_sequences(flair: Path, pre: Path | None, post: Path | None) -> Scan:
     """The scan whose sequences lie in files of their own, named after FLAIR and its folder."""
     name = f"{flair.resolve().parent.name}_{case_name(flair)}"
     return Scan.open(name, [pre or flair, flair, post or flair], _mask_of(flair))
+
+
+def _find_study(folder: Path, found: Sequence[Series]) -> Scan:
+    """The scan whose sequences are series of a DICOM study; ValueError if that is in doubt."""
+    series, said = sort_study(folder, found)
+    flair = series["FLAIR"].path
+    files = [series[name].path if name in series else flair for name in SEQUENCES]
+    return Scan.open(folder.name, files, _mask_of(folder), chosen=said)
 
 
 def _find_scan(path: Path) -> Scan:

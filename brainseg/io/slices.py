@@ -45,6 +45,14 @@ class Case:
         """Millimetres from slice to slice, row to row, column to column; None: not recorded."""
         return None
 
+    @property
+    def aspect(self) -> float:
+        """Height of a pixel over its width; 1 where they differ by 1 % at most, or are unknown."""
+        if not self.spacing:
+            return 1.0
+        ratio = self.spacing[1] / self.spacing[2]
+        return ratio if abs(ratio - 1) > 0.01 else 1.0
+
     def read(self) -> np.ndarray:
         """The volume (S, H, W, C), in the data type of its files.
 
