@@ -78,12 +78,12 @@ class Parser(argparse.ArgumentParser):
         machine may have changed since. Raises ValueError if the recipe would be another.
         """
         earlier = {name: self.get_default(name) for name in self.recipe} | earlier
-        here = {"weights", "device", "workers", "resume", "config"}
+        here = {"weights", "device", "workers", "resume", "config", "prune_cache"}
         names = {action.dest for action in self._actions} & earlier.keys() - here
         self.set_defaults(**{name: earlier[name] for name in names})
         args = self.parse_args(argv)
         for name in self.recipe:
-            before, now = earlier[name], getattr(args, name)
+            before, now = earlier[name], plain(args)[name]
             if now != before:
                 raise ValueError(
                     f"{path}: was started with --{name.replace('_', '-')} {before}, not {now}; "
@@ -170,6 +170,18 @@ def make_parser(doc: str) -> Parser:
     parser = Parser(usage="%(prog)s [options]", description=doc, formatter_class=Formatter)
     parser.add_argument("--config", type=Path, help="YAML or args.json with any of these settings")
     return parser
+
+
+def add_cohort_options(add: Callable[..., object]) -> None:
+    """The options of every script that reads a cohort, through the `add` of a parser's group."""
+    add(
+        "--sequences",
+        type=str,
+        nargs="+",
+        help="names of files in the folder of a case: flair='*_f.nii.gz' pre=... post=... mask=...",
+    )
+    add("--labels", type=int, nargs="+", help="labels of the masks that are lesion (all above 0)")
+    add("--patients", type=str, help="CSV with the columns case and patient (from the names)")
 
 
 def add_segmenter_options(parser: argparse.ArgumentParser, workers: bool = True) -> None:
