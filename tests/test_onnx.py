@@ -62,9 +62,11 @@ def segmenter(path: Path, **options) -> Segmenter:
 def infer(images: Path, out: Path, weights: Path, *more: object) -> str | int:
     """The exit status, or the sentence that goes to stderr with status 1."""
     words = ["--images", images, "--weights", weights, "--predictions", out / "predictions"]
-    with pytest.raises(SystemExit) as stop:
+    try:
         inference.main([str(word) for word in (*words, "--figure", out / "dsc.png", *more)])
-    return stop.value.code
+    except SystemExit as stop:
+        return stop.code
+    return 0
 
 
 def refused(images: Path, out: Path, weights: Path, *more: object) -> str:
