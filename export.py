@@ -146,21 +146,21 @@ def named_by_hash(out: Path, stem: str, suffix: str, content: bytes) -> tuple[Pa
 
 
 def halve(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Kernels in half precision; batch norm and biases, small and sensitive, as they are."""
+    """Put kernels in half precision; keep batch norm and biases, small and sensitive."""
     halved = {k: v.half() if v.is_floating_point() and v.ndim > 1 else v for k, v in state.items()}
     check_finite(halved)
     return halved
 
 
 def serialise(state: dict[str, Tensor]) -> bytes:
-    """What `torch.save` writes, the same bytes for the same weights whatever the file's name."""
+    """Save to bytes, the same for the same weights whatever the file's name."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
     return buffer.getvalue()
 
 
 def scores_of_unseen(path: Path, weights: Path, subset: str) -> dict:
-    """DSC, and its spread, of the cases of a subset that the weights were not trained on.
+    """Summarise the DSC of the cases of a subset that the weights were not trained on.
 
     Raises ValueError if the metrics.csv at `path` is not of these weights, by args.json beside it.
     """

@@ -100,7 +100,7 @@ class OnnxNetwork:
         return torch.from_numpy(probabilities)
 
     def _session(self) -> Any:
-        """An InferenceSession with as many threads as PyTorch would use where this is called."""
+        """Open a session with as many threads as PyTorch would use where this is called."""
         threads = torch.get_num_threads()
         with self._lock:
             if threads not in self._sessions:
@@ -108,7 +108,7 @@ class OnnxNetwork:
             return self._sessions[threads]
 
     def _tensorrt_options(self, batch_size: int, size: int) -> dict[str, str]:
-        """One engine for all batches, kept, as it takes minutes to build."""
+        """Ask for one engine for all batches, kept on disk, as it takes minutes to build."""
         # Engines are named after the layers, not the weights: each file needs a folder of its own.
         engines = default_cache() / "tensorrt" / hashlib.sha256(self._content).hexdigest()[:16]
         engines.mkdir(parents=True, exist_ok=True)
@@ -124,12 +124,12 @@ class OnnxNetwork:
 
 
 def read_onnx_card(path: Path | str) -> dict:
-    """The card inside an ONNX file; FileNotFoundError or ValueError if the file cannot be used."""
+    """Read the card inside an ONNX file; FileNotFoundError or ValueError if it cannot be used."""
     return _card(_read(path), path)
 
 
 def needed(package: str, purpose: Path | str) -> ModuleType:
-    """An optional package; ValueError, saying how to install it, if it is not there."""
+    """Import an optional package; ValueError, saying how to install it, if it is not there."""
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # ONNX Runtime is to tell nobody of its use
     try:
         return importlib.import_module(package)
@@ -143,7 +143,7 @@ def needed(package: str, purpose: Path | str) -> ModuleType:
 def pick_providers(
     names: Sequence[str] | None, kind: str, available: Sequence[str]
 ) -> Sequence[str]:
-    """Which of `PROVIDERS` to use of those `available`, on a kind of device (cpu, cuda, "": any).
+    """Choose of `PROVIDERS` those `available`, on a kind of device (cpu, cuda, "": any).
 
     Raises ValueError, saying what there is, if one of `names` cannot be used or none is left.
     """
@@ -199,7 +199,7 @@ def _card(content: bytes, path: Path | str) -> dict:
 def _open(
     content: bytes, path: Path | str, providers: list, threads: int = 1, optimise: bool = True
 ) -> Any:
-    """An InferenceSession; ValueError, naming the file, if ONNX Runtime refuses it."""
+    """Open a session; ValueError, naming the file, if ONNX Runtime refuses it."""
     runtime = needed("onnxruntime", path)
     options = runtime.SessionOptions()
     options.log_severity_level = 4  # what is wrong is said here, in a sentence

@@ -43,7 +43,7 @@ class Probabilities(nn.Module):
 
 
 def trace(model: nn.Module, precision: str) -> ExportedProgram:
-    """The network as a program for any number of slices and any size that its stride divides.
+    """Trace a network into a program for any number of slices of any size that fits it.
 
     Raises ValueError if a weight is too large for the precision.
     """
@@ -60,7 +60,7 @@ def trace(model: nn.Module, precision: str) -> ExportedProgram:
 
 
 def check_finite(state: dict[str, Tensor]) -> None:
-    """ValueError if a weight has overflowed."""
+    """Raise ValueError if a weight has overflowed."""
     if not all(torch.isfinite(value).all() for value in state.values()):
         raise ValueError("a weight is too large for half precision")
 
@@ -97,14 +97,14 @@ def to_onnx(program: ExportedProgram, card: dict) -> bytes:
 
 
 def to_pt2(program: ExportedProgram, card: dict) -> bytes:
-    """The program as the file that `torch.export.load` opens, with card.json in it."""
+    """Make the content of the file that `torch.export.load` opens, card.json in it."""
     buffer = io.BytesIO()
     torch.export.save(program, buffer, extra_files={"card.json": json.dumps(card)})
     return buffer.getvalue()
 
 
 def slices_to_compare(images: Path | None, model: nn.Module, card: dict) -> tuple[str, Tensor]:
-    """The name of a case, and four slices of it (4, C, N, N) as the network takes them."""
+    """Choose a case: its name, and four slices (4, C, N, N) as the network takes them."""
     if images is None and Path("kaggle_3m").is_dir():
         images = Path("kaggle_3m")
     if images:
@@ -125,7 +125,7 @@ def slices_to_compare(images: Path | None, model: nn.Module, card: dict) -> tupl
 def largest_difference(
     network: Callable[[Tensor], Tensor], model: nn.Module, slices: Tensor
 ) -> float:
-    """How far the probabilities of two networks are apart at most, NaN if one is.
+    """Measure how far the probabilities of two networks are apart at most, NaN if one is.
 
     One slice alone, of another height and width, is tried too.
     """

@@ -134,7 +134,7 @@ class Segmenter:
         )
 
     def __call__(self, volume: np.ndarray, aspect: float = 1.0) -> np.ndarray:
-        """The mask (S, H, W), bool, of a raw volume (S, H, W, C) with C as trained.
+        """Segment a raw volume (S, H, W, C), C as trained: its mask (S, H, W), bool.
 
         Channels are pre-contrast, FLAIR, post-contrast; any numeric type, in an array or what
         NumPy can make one of. `aspect` is the height of a pixel over its width. Raises ValueError.
@@ -142,7 +142,7 @@ class Segmenter:
         return self.segment(*self.preprocess(np.asarray(volume), aspect))
 
     def preprocess(self, volume: np.ndarray, aspect: float = 1.0) -> tuple[Tensor, Frame]:
-        """The network's input (S, C, N, N), on its device if there is room, and its frame.
+        """Make the network's input (S, C, N, N), on its device if there is room, and its frame.
 
         Raises ValueError for another channel count.
         """
@@ -162,15 +162,15 @@ class Segmenter:
     def restored(
         self, images: Tensor, frame: Frame, progress: Progress = lambda done, of: None
     ) -> Tensor:
-        """Lesion probabilities (S, H, W) in the source geometry of preprocessed slices."""
+        """Make probabilities (S, H, W), in the source geometry, of preprocessed slices."""
         return restore(self.probabilities(images, progress)[:, 0], frame)
 
     def segment(self, images: Tensor, frame: Frame) -> np.ndarray:
-        """The mask (S, H, W), bool, in the source geometry, of preprocessed slices (S, C, N, N)."""
+        """Segment preprocessed slices (S, C, N, N): the mask (S, H, W) in the source geometry."""
         return self.finish(self.probabilities(images), frame)
 
     def finish(self, probabilities: Tensor, frame: Frame) -> np.ndarray:
-        """The mask (S, H, W), bool, in the source geometry, of probabilities (S, K, N, N)."""
+        """Make the mask (S, H, W), bool, in the source geometry, of probabilities (S, K, N, N)."""
         return self.to_mask(_restored(probabilities, frame))
 
     def assess(self, probabilities: Tensor, frame: Frame) -> Segmentation:
@@ -193,7 +193,7 @@ class Segmenter:
         progress: Progress = lambda done, of: None,
         lengths: Sequence[int] | None = None,
     ) -> Tensor:
-        """Probabilities (S, K, N, N), float32, on the device, of slices (S, C, N, N).
+        """Run the network: slices (S, C, N, N) in, probabilities (S, K, N, N), float32, out.
 
         Of an ensemble, one channel more holds the standard deviation (see `average`).
         `progress` is told after each batch how many slices are done, of how many. Of several
@@ -224,7 +224,7 @@ class Segmenter:
 
 
 def _restored(probabilities: Tensor, frame: Frame) -> Tensor:
-    """Lesion probabilities (S, H, W) in the source geometry of the output (S, K, N, N)."""
+    """Bring the output (S, K, N, N) back to the source geometry: (S, H, W), the first channel."""
     try:
         return restore(probabilities[:, 0], frame)
     except torch.OutOfMemoryError:
@@ -234,7 +234,7 @@ def _restored(probabilities: Tensor, frame: Frame) -> Tensor:
 def preprocess_near(
     volume: np.ndarray, image_size: int, version: int, device: torch.device, aspect: float = 1.0
 ) -> tuple[Tensor, Frame]:
-    """`preprocess`, on a GPU that has room for it, else on the processor."""
+    """Call `preprocess` on a GPU that has room for it, else on the processor."""
     if device.type == "cuda":
         try:
             return preprocess(volume, image_size, version, device, aspect)
@@ -244,7 +244,7 @@ def preprocess_near(
 
 
 def fold_batch_norm(model: nn.Module) -> nn.Module:
-    """A copy for inference whose batch norms are folded into the convolutions before them.
+    """Copy a network for inference, its batch norms folded into the convolutions before them.
 
     Its outputs are the same to rounding: W x + b, then g (. - m) / s + h, is one convolution with
     W g / s and (b - m) g / s + h.

@@ -37,7 +37,7 @@ ENSEMBLES = {"unet": ROOT / "weights" / "unet-folds"}  # the same, five networks
 
 
 def build_model(name: str, **settings) -> nn.Module:
-    """A network by its name; ValueError, listing the known ones, for another name or setting."""
+    """Build a network by its name; ValueError, listing the known, for another name or setting."""
     if name not in MODELS:
         raise ValueError(f"no model is called {name!r}; known: {', '.join(MODELS)}")
     known = inspect.signature(MODELS[name]).parameters
@@ -48,7 +48,7 @@ def build_model(name: str, **settings) -> nn.Module:
 
 
 def load_state(path: Path | str) -> dict[str, Tensor]:
-    """The state dict in a file, on the CPU.
+    """Load the state dict in a file to the CPU.
 
     Raises FileNotFoundError or ValueError, naming the file, if it is missing, damaged, not bare
     weights (such a file could run code: it is never opened), or not what its name's hash says.
@@ -67,14 +67,14 @@ def load_state(path: Path | str) -> dict[str, Tensor]:
 
 
 def _is_plain(value: object) -> bool:
-    """Whether it is a dense tensor of ordinary numbers."""
+    """Say whether it is a dense tensor of ordinary numbers."""
     return isinstance(value, Tensor) and (
         value.layout == torch.strided and value.device.type == "cpu" and not value.is_quantized
     )
 
 
 def load_tensors(path: Path | str) -> dict:
-    """What `torch.save` wrote to a file, if it is a dict of tensors and plain values."""
+    """Load what `torch.save` wrote to a file, if it is a dict of tensors and plain values."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file of weights")
@@ -116,7 +116,7 @@ def hash_in_name(name: str) -> str | None:
 
 
 def model_from_state(state: dict[str, Tensor], path: Path | str) -> tuple[str, nn.Module]:
-    """The name and the network (evaluation mode) that a state dict belongs to, read off its keys.
+    """Build the network of a state dict, in evaluation mode, and name it, by its keys.
 
     Raises ValueError, naming `path`, if it fits no known network.
     """
@@ -171,7 +171,7 @@ def save_tensors(path: Path, content: dict) -> None:
 
 
 def read_card(path: Path | str) -> dict:
-    """The card beside a weights file, or inside an ONNX one; empty if there is none.
+    """Read the card beside a weights file, or inside an ONNX one; empty if there is none.
 
     ValueError if it is not a card.
     """
@@ -243,7 +243,7 @@ def shipped_network(name: str) -> Path:
 
 
 def load_pretrained(name: str, **settings: int) -> nn.Module:
-    """The network `name` with its shipped weights, in evaluation mode.
+    """Build the network `name` with its shipped weights, in evaluation mode.
 
     Raises ValueError, before anything is loaded, if they were trained for other `settings`.
     """
@@ -259,5 +259,5 @@ def load_pretrained(name: str, **settings: int) -> nn.Module:
 
 
 def file_hash(path: Path | str) -> str:
-    """SHA-256 of a file, in hexadecimal digits."""
+    """Compute the SHA-256 of a file, in hexadecimal digits."""
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()

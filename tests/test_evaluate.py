@@ -55,7 +55,7 @@ def blank_weights(path: Path, trained_on: list[str]) -> Path:
         model.conv.bias.fill_(-9)
     torch.save(model.state_dict(), path)
     path.with_suffix(".json").write_text(
-        json.dumps({"image_size": 32, "cases": {"train": trained_on}})
+        json.dumps({"image_size": 32, "preprocessing": 2, "cases": {"train": trained_on}})
     )
     return path
 

@@ -46,7 +46,7 @@ class Model:
     scores: dict[str, dict] = field(default_factory=dict)
 
     def networks_for(self, case: str) -> list[Network]:
-        """Those that were not trained on the patient of a case."""
+        """List the networks that were not trained on the patient of a case."""
         return [network for network in self.networks if patient_of(case) not in network.seen]
 
     def was_trained_on(self, case: str) -> bool:
@@ -56,7 +56,7 @@ class Model:
 
 
 def open_models(texts: list[str], options: dict) -> list[Model]:
-    """The models that [NAME=]PATH mean; ValueError or FileNotFoundError if one cannot be used."""
+    """Open each [NAME=]PATH; ValueError or FileNotFoundError if one cannot be used."""
     named = {}
     for text in texts:
         name, equals, rest = text.partition("=")
@@ -101,7 +101,7 @@ def open_network(file: Path, files: int, options: dict) -> Network:
 
 
 def describe(model: Model) -> dict | str:
-    """What was used, so that the numbers can be had again."""
+    """Say what was used, for anyone who wants the numbers again."""
     if model.scores:
         return str(model.path)
     return {
@@ -118,7 +118,7 @@ def describe(model: Model) -> dict | str:
 def choose_cases(
     sources: Sequence[Source], subsets: Sequence[str], models: Sequence[Model], images: Path
 ) -> tuple[list[Case], list[str]]:
-    """The cases that every model can be scored on, and the names of those that one has seen.
+    """Choose the cases that every model can be scored on; name those that one has seen.
 
     Raises ValueError, naming the case, if one cannot be scored or nothing is left.
     """
@@ -154,7 +154,7 @@ def score_all(
     models: Sequence[Model],
     workers: int | None = None,
 ) -> Iterator[tuple[bytes, list[dict], dict]]:
-    """For each case a fingerprint, a row a model, and a picture by (model, case).
+    """Score cases: of each a fingerprint, one row per model, a picture by (model, case).
 
     Threads read ahead and score behind while the networks run.
     """
@@ -208,7 +208,7 @@ def score_case(
     maps: dict[str, Segmentation],
     models: Sequence[Model],
 ) -> tuple[list[dict], dict]:
-    """A row a model, and by (model, case) a picture of the slice with most lesion.
+    """Make one row per model, and by (model, case) a picture of the slice with most lesion.
 
     `maps` holds what each model made of the case, if it is not a table.
     """
@@ -246,7 +246,7 @@ def score_case(
 
 
 def scores_of(model: Model, case: Case, row: dict) -> dict:
-    """The scores of a case in a metrics.csv; ValueError if they are of other data."""
+    """Look up a case in a metrics.csv; ValueError if its scores are of other data."""
     written = model.scores[case.name]
     for name in ("slices", "lesion_voxels"):
         if written[name] != row[name]:
