@@ -1,6 +1,7 @@
 """benchmarks/campaign.py: trainings that go on where they were stopped, and what comes of them."""
 
 import contextlib
+import importlib
 import io
 import json
 import os
@@ -42,6 +43,11 @@ def main_of(command: list[str], file) -> int:
                 print(stop.code)
             return int(stop.code is not None and stop.code != 0)
     return 0
+
+
+# What train.py imports late is imported once here, and not once in every fork.
+for name in ("torch._dynamo", "torch.utils.tensorboard"):
+    importlib.import_module(name)
 
 
 class Forked:

@@ -195,7 +195,7 @@ def test_weights_named_by_a_date_load(tmp_path):
     assert load_state(path).keys() == narrow().state_dict().keys()
 
 
-def test_shipped_weights_are_checked_even_if_their_hash_is_a_date(monkeypatch):
+def test_shipped_weights_whose_hash_is_a_date_are_checked(monkeypatch):
     monkeypatch.setattr(weights, "SHIPPED", {"unet": Path("/x/unet-20240131.pt")})
     assert hash_in_name("unet-20240131.pt") == "20240131"
 
