@@ -25,7 +25,7 @@ import argparse
 import functools
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 
@@ -50,6 +50,7 @@ from brainseg.io.files import check_writable, sentence, write_json, write_table
 from brainseg.io.layouts import case_paths, find_case, find_sequences
 from brainseg.io.pictures import save_dsc_figure
 from brainseg.io.predictions import find_masks, since, table_row, write_case
+from brainseg.io.scans import Scan
 from brainseg.io.slices import Case
 from brainseg.metrics import describe
 from brainseg.preprocess import Frame
@@ -73,8 +74,9 @@ def get_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("what").add_argument
     add("--images", type=Path, help="cases, or one case (./kaggle_3m)")
     add("--flair", type=Path, help="in place of --images: the FLAIR sequence of one scan")
-    add("--pre", type=Path, help="with --flair: pre-contrast, on the same grid (FLAIR)")
-    add("--post", type=Path, help="with --flair: post-contrast, on the same grid (FLAIR)")
+    add("--pre", type=Path, help="with --flair: pre-contrast, on any grid (FLAIR)")
+    add("--post", type=Path, help="with --flair: post-contrast, on any grid (FLAIR)")
+    add("--register", action="store_true", help="move the other sequences to fit FLAIR")
     add("--subset", type=str, default="all", help=f"all, {', '.join(SUBSETS)} (%(default)s)")
     add("--cases", type=str, nargs="+", help="only these cases")
     add("--skip-existing", action="store_true", help="keep the masks of an earlier run")
@@ -284,6 +286,8 @@ def load(
     """Read a case and prepare it for the network; what is wrong is handed on, not raised."""
     try:
         case = find_case(source) if isinstance(source, Path) else source
+        if args.register and isinstance(case, Scan):
+            case = replace(case, register=True)
         for note in case.notes:
             tqdm.write(note, file=sys.stderr)
         volume, truth = case.read_pair() if case.masks else (case.read(), None)
