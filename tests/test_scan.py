@@ -65,9 +65,11 @@ def weights(tmp_path_factory) -> Path:
 
 def infer(out: Path, weights: Path, *more: object) -> object:
     words = ["--weights", weights, "--predictions", out, "--figure", out / "dsc.png", *more]
-    with pytest.raises(SystemExit) as stop:
+    try:
         inference.main([str(word) for word in (*words, "--device", "cpu")])
-    return stop.value.code
+    except SystemExit as stop:
+        return stop.code
+    return 0
 
 
 # The way there and back
