@@ -47,17 +47,28 @@ from brainseg.distributed import (
     shard,
 )
 from brainseg.io.files import check_writable, sentence, write_json, write_table
-from brainseg.io.layouts import case_paths, find_case, find_sequences
+from brainseg.io.labels import Labels
+from brainseg.io.layouts import Source, find_sequences
 from brainseg.io.pictures import save_dsc_figure
 from brainseg.io.predictions import find_masks, since, table_row, write_case
 from brainseg.io.scans import Scan
 from brainseg.io.slices import Case
-from brainseg.metrics import describe
+from brainseg.metrics import describe, describe_distances
 from brainseg.preprocess import Frame
 from brainseg.segmenter import Segmenter
-from brainseg.splits import SUBSETS, patient_of, select_cases
+from brainseg.splits import (
+    SUBSETS,
+    by_subset,
+    count_patients,
+    list_cohort,
+    patient_of,
+    patients_of_card,
+    select_cases,
+    use_patients,
+)
 from brainseg.weights import file_hash, read_card, shipped_weights, weights_files
 from utils import (
+    add_cohort_options,
     add_segmenter_options,
     fail,
     make_parser,
@@ -79,6 +90,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("--register", action="store_true", help="move the other sequences to fit FLAIR")
     add("--subset", type=str, default="all", help=f"all, {', '.join(SUBSETS)} (%(default)s)")
     add("--cases", type=str, nargs="+", help="only these cases")
+    add_cohort_options(add)
     add("--skip-existing", action="store_true", help="keep the masks of an earlier run")
     add(
         "--weights",
@@ -117,8 +129,8 @@ def main(argv: list[str] | None = None) -> None:
         options = segmenter_options(parser, args)
         if (args.pre or args.post) and not args.flair:
             parser.error("--pre and --post go with --flair")
-        if args.flair and (args.images or args.cases or args.subset != "all"):
-            parser.error("--flair is one scan; --images, --cases and --subset choose others")
+        if args.flair and (args.images or args.cases or args.sequences or args.subset != "all"):
+            parser.error("--flair is one scan; --images, --cases and the like choose others")
     try:
         with sigterm_interrupts(), process_group():
             failed = run(args, options)
@@ -142,12 +154,10 @@ def run(args: argparse.Namespace, options: dict) -> int:
     # The first rank of a machine keeps what TensorRT builds, and the others find it.
     with local_rank_zero_first():
         segmenter, sources = prepare(args, options, weights)
+    if len(sources) > 1:
+        print(count_patients(by_subset(source.name for source in sources)), flush=True)
     files = weights_files(weights)
-    trained_on = {
-        patient_of(case)
-        for file in files
-        for case in read_card(file).get("cases", {}).get("train", ())
-    }
+    trained_on = set().union(*(patients_of_card(read_card(file), "train") for file in files))
     about["weights"] = {str(file): file_hash(file) for file in files}
     about["since"] = since(args.predictions, about, args.skip_existing)
     barrier()  # every rank has read the earlier args.json
@@ -170,6 +180,10 @@ def run(args: argparse.Namespace, options: dict) -> int:
         rows = [row for row in rows if row]
         if rows and is_main_process():
             write_table(args.predictions / "metrics.csv", rows)
+    labels = sources[0].labels
+    for found in gather([labels.found]):
+        labels.found.update(found)
+    labels.check()
     summary = (
         f"{len(sources) - failed - kept} of {len(sources)} cases segmented with "
         f"{' '.join(map(str, weights))} by {segmenter.runtime}"
@@ -183,22 +197,25 @@ def run(args: argparse.Namespace, options: dict) -> int:
 
 def prepare(
     args: argparse.Namespace, options: dict, weights: list[Path]
-) -> tuple[Segmenter, list[Path | Case]]:
+) -> tuple[Segmenter, list[Source | Case]]:
     """The segmenter and the cases; raises what would stop the run."""
     args.workers = rank_workers(args.workers)
     segmenter = Segmenter.from_weights(
         weights, **options | {"device": rank_device(options["device"])}
     )
     if args.flair:
-        sources = [find_sequences(args.flair, args.pre, args.post)]
+        scan = find_sequences(args.flair, args.pre, args.post)
+        found = [replace(scan, labels=Labels(args.labels))]
+        use_patients(args.patients, [scan.name])
     else:
         images = args.images or Path("kaggle_3m")
-        found = case_paths(images, args.cases, other_than=args.predictions)
-        sources = select_cases(found, args.subset)
+        how = args.sequences, args.labels, args.patients
+        found = list_cohort(images, *how, args.cases, args.predictions)
+    sources = select_cases(found, args.subset)
     check_writable(args.predictions)
     check_writable(args.figure.parent)
     for source in sources:
-        path = (source if isinstance(source, Path) else source.folder).resolve()
+        path = source.folder.resolve()
         target = args.predictions.resolve()
         if path in (target, target / path.name):  # also of a volume file: beside it lie true masks
             raise ValueError(f"{path}: is a source; name another folder with --predictions")
@@ -206,7 +223,7 @@ def prepare(
 
 
 def segment_all(
-    sources: list[Path | Case], segmenter: Segmenter, args: argparse.Namespace, since: float
+    sources: list[Source | Case], segmenter: Segmenter, args: argparse.Namespace, since: float
 ) -> Iterator[Result | Exception]:
     """For each case its result, written to disk, or what is wrong with its files.
 
@@ -231,7 +248,7 @@ def segment_all(
                 item.row = table_row(item.case, item.prediction, item.truth)
         return item
 
-    def loaded(source: Path | Case) -> Result | Exception:
+    def loaded(source: Source | Case) -> Result | Exception:
         return load(source, segmenter, args, since)
 
     bar = functools.partial(
@@ -243,7 +260,7 @@ def segment_all(
     )
     if segmenter.on_cpu and len(sources) > 1:
         # Several cases at once with a core each: nothing waits for a thread that another one holds.
-        def whole(source: Path | Case) -> Result | Exception:
+        def whole(source: Source | Case) -> Result | Exception:
             return finished(*segmented([loaded(source)]))
 
         return iter(bar(in_order(whole, sources, args.workers)))
@@ -281,11 +298,11 @@ def probabilities_in_memory(segmenter: Segmenter, items: list[Result]) -> Sequen
 
 
 def load(
-    source: Path | Case, segmenter: Segmenter, args: argparse.Namespace, since: float
+    source: Source | Case, segmenter: Segmenter, args: argparse.Namespace, since: float
 ) -> Result | Exception:
     """Read a case and prepare it for the network; what is wrong is handed on, not raised."""
     try:
-        case = find_case(source) if isinstance(source, Path) else source
+        case = source.open() if isinstance(source, Source) else source
         if args.register and isinstance(case, Scan):
             case = replace(case, register=True)
         for note in case.notes:
@@ -334,6 +351,7 @@ def report_scores(rows: list[dict], args: argparse.Namespace) -> None:
     if unseen:
         patients = [patient_of(row["case"]) for row in unseen]
         print(describe([row["dsc"] for row in unseen], patients))
+        print(describe_distances(unseen, hd95))
     scores = {row["case"]: row["dsc"] for row in rows}
     save_dsc_figure(args.figure, scores, [row["case"] for row in rows if row["trained_on"]])
     print(f"table: {args.predictions / 'metrics.csv'}   figure: {args.figure}")

@@ -35,6 +35,7 @@ from brainseg.devices import has_bfloat16, in_groups, pick_device, to_device
 from brainseg.metrics import dsc
 from brainseg.preprocess import VERSION
 from brainseg.segmenter import Segmenter
+from brainseg.splits import list_cohort
 from brainseg.training import TrainState
 from brainseg.weights import MODELS
 from dataset import BrainSegmentationDataset, Feed
@@ -51,12 +52,15 @@ def get_args_parser() -> utils.Parser:
     parser = utils.make_parser(__doc__)
     add, recipe = parser.group("data")
     add("--images", type=Path, default="./kaggle_3m", help="folder of cases")
+    utils.add_cohort_options(recipe)
+    add("--skip-bad", action="store_true", help="leave out cases that cannot be read, naming them")
     recipe("--image-size", type=int, default=256, least=32, help="side of a resized slice")
     recipe("--preprocessing", type=int, choices=(1, 2), default=VERSION,
            help="1: as the published weights, all sequences on one scale; 2: each by itself")
     recipe("--folds", type=int, least=2, help="cross-validation: number of folds by patient")
     recipe("--fold", type=int, least=0, help="cross-validation: the fold to validate on, from 0")
     add("--cache", type=Path, help="preprocessed volumes (~/.cache/brainseg)")
+    add("--prune-cache", action="store_true", help="first delete volumes whose sources are gone")
     add("--workers", type=int, least=1, help="threads that read and preprocess (all cores)")
 
     add, recipe = parser.group("network")
@@ -128,11 +132,14 @@ def run(args: argparse.Namespace, checkpoint: dict | None) -> None:
     device, workers = pick_device(dist.rank_device(args.device)), dist.rank_workers(args.workers)
     amp = has_bfloat16(device) if args.amp is None else args.amp
     first = None if checkpoint else args.init_weights
-    runs.check_inputs(args.images, (args.weights, args.logs), first, args.batch_size)
+    sources = list_cohort(args.images, args.sequences, args.labels, args.patients)
+    runs.check_inputs((args.weights, args.logs), first, args.batch_size)
+    if args.prune_cache:
+        runs.prune_cache(args.cache)
     with dist.local_rank_zero_first():  # it fills the cache, the others read it
         train_set, validation_set = BrainSegmentationDataset.train_and_validation(
-            args.images, args.folds, args.fold, image_size=args.image_size, cache=args.cache,
-            workers=workers, progress=True, version=args.preprocessing,
+            sources, args.folds, args.fold, args.skip_bad, image_size=args.image_size,
+            cache=args.cache, workers=workers, progress=True, version=args.preprocessing,
         )
         model = training.build_network(
             args.model, args.seed, first, init_features=args.features,
@@ -156,6 +163,7 @@ def run(args: argparse.Namespace, checkpoint: dict | None) -> None:
         steps=args.epochs * state.steps_per_epoch,
     )
     names = [[volume.name for volume in part.volumes] for part in (train_set, validation_set)]
+    runs.report_subsets(*names, sources)
     start = runs.read_start(first) if first else None
     if checkpoint:
         state.load(checkpoint, names[0], args.images)
@@ -359,7 +367,7 @@ def get_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict | 
         settings = {name: parser.get_default(name) for name in parser.recipe}
         settings |= {"preprocessing": 1} | checkpoint["args"]
         # The folder it lies in and the machine may have changed.
-        here = ("weights", "device", "workers", "resume", "config")
+        here = ("weights", "device", "workers", "resume", "config", "prune_cache")
         args = parser.parse_resumed(argv, settings, here, path)
     check_args(parser, args)
     return args, checkpoint

@@ -169,6 +169,18 @@ def make_parser(doc: str) -> Parser:
     return parser
 
 
+def add_cohort_options(add: Callable[..., object]) -> None:
+    """The options of every script that reads a cohort, through the `add` of a parser's group."""
+    add(
+        "--sequences",
+        type=str,
+        nargs="+",
+        help="names of files in the folder of a case: flair='*_f.nii.gz' pre=... post=... mask=...",
+    )
+    add("--labels", type=int, nargs="+", help="labels of the masks that are lesion (all above 0)")
+    add("--patients", type=str, help="CSV with the columns case and patient (from the names)")
+
+
 def add_segmenter_options(parser: argparse.ArgumentParser, workers: bool = True) -> None:
     """The options of every script that segments; `segmenter_options` reads them."""
     add = parser.add_argument_group("how").add_argument

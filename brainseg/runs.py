@@ -13,22 +13,25 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from .cache import Prepared
+from .cache import Prepared, prune
 from .distributed import is_main_process, world_size
 from .io.files import check_writable, write_json
-from .io.layouts import case_paths
+from .io.layouts import Source
 from .io.pictures import outline, to_grey
 from .metrics import summarise
-from .splits import patient_of
+from .splits import (
+    by_subset,
+    count_patients,
+    named_patients,
+    patient_of,
+    patients_of_card,
+)
 from .training import TrainState
 from .weights import load_state, read_card, save_weights
 
 
-def check_inputs(
-    images: Path, folders: Sequence[Path], init_weights: Path | None, batch_size: int
-) -> None:
+def check_inputs(folders: Sequence[Path], init_weights: Path | None, batch_size: int) -> None:
     """Check files, folders and the batch size before the long work."""
-    case_paths(images)
     for folder in folders:
         check_writable(folder)
     if init_weights:
@@ -40,10 +43,30 @@ def check_inputs(
         )
 
 
+def prune_cache(cache: Path | None) -> None:
+    """Delete preprocessed volumes whose sources are gone, and say how many."""
+    if not is_main_process():
+        return
+    count, freed, unknown = prune(cache)
+    print(
+        f"cache: {count} volumes without a source deleted ({freed / 2**30:.1f} GiB)"
+        + f"; {unknown} of earlier versions kept, which do not name theirs" * bool(unknown)
+    )
+
+
+def report_subsets(
+    train: Sequence[str], validation: Sequence[str], sources: Sequence[Source]
+) -> None:
+    """Print the number of cases and patients of each subset."""
+    test = by_subset(source.name for source in sources)["test"]
+    print(count_patients({"train": train, "validation": validation, "test": test}), flush=True)
+
+
 def read_start(path: Path) -> dict:
     """What the card of weights to start from says of their origin."""
     card = read_card(path)
-    return {key: card.get(key) for key in ("recipe", "commit", "cases", "initialised_from")}
+    kept = ("recipe", "commit", "cases", "patients", "initialised_from")
+    return {key: card.get(key) for key in kept if key in card or key != "patients"}
 
 
 def trained_cases(start: dict | None) -> list[str]:
@@ -53,7 +76,7 @@ def trained_cases(start: dict | None) -> list[str]:
 
 def seen_cases(start: dict | None, validation: Sequence[str]) -> list[str]:
     """The validation cases of patients that weights to start from were trained on."""
-    patients = set(map(patient_of, trained_cases(start)))
+    patients = patients_of_card(start or {}, "train")
     return [name for name in validation if patient_of(name) in patients]
 
 
@@ -81,8 +104,8 @@ def describe_run(
 
     The training cases of the weights that it started from count as seen by this network too.
     """
-    if isinstance(recipe["pretrained"], str):
-        recipe = recipe | {"pretrained": Path(recipe["pretrained"]).name}
+    paths = [name for name in ("pretrained", "patients") if isinstance(recipe.get(name), str)]
+    recipe = recipe | {name: Path(recipe[name]).name for name in paths}
     cuda = device.type == "cuda"
     about = {
         "model": recipe["model"],
@@ -95,9 +118,14 @@ def describe_run(
         "processes": world_size(),
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
+    earlier = (start or {}).get("patients") or {}
+    if patients := earlier | named_patients([*train, *validation]):
+        about["patients"] = patients
     if start:
         about["cases"]["train"] = sorted({*train, *trained_cases(start)})
-        about["initialised_from"] = {k: v for k, v in start.items() if k != "cases"}
+        about["initialised_from"] = {
+            k: v for k, v in start.items() if k not in ("cases", "patients")
+        }
         if seen := seen_cases(start, validation):
             about["validation_seen"] = seen
     return about

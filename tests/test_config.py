@@ -19,7 +19,7 @@ def settings(tmp_path):
     return parse
 
 
-def test_names_are_those_of_the_flags_with_hyphens_or_underscores(settings):
+def test_names_are_flags_with_hyphens_or_underscores(settings):
     args = settings(
         "lr: 1e-3\nbatch-size: 4\naug_scale: 0.2\nmodel: resnext_unet\nimages: ./mine\n"
     )

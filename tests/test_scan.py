@@ -19,7 +19,7 @@ from pydicom.uid import ExplicitVRLittleEndian, MRImageStorage
 
 import inference
 from brainseg.io.grid import Grid
-from brainseg.io.layouts import case_paths, find_case, find_cases, find_sequences
+from brainseg.io.layouts import find_case, find_cases, find_sequences, list_cases
 from brainseg.io.scans import Scan, read_voxels
 from brainseg.phantom import make_volume
 from brainseg.segmenter import Segmenter
@@ -243,7 +243,7 @@ def test_flair_with_three_channels_is_refused(pair, weights, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name", ["p1_t1", "p1-T1ce", "x_seg", "a_t2w", "t1ce"])
-def test_a_file_whose_name_says_another_sequence_is_not_taken_for_flair(pair, tmp_path, name):
+def test_a_file_named_as_another_sequence_is_not_flair(pair, tmp_path, name):
     path = write(tmp_path / f"{name}.nii.gz", pair[0][..., 1])
     with pytest.raises(ValueError, match=f"{path}: one channel is taken for FLAIR.*--flair"):
         find_case(path)
@@ -387,7 +387,7 @@ def test_two_cases_of_one_name_are_refused(pair, tmp_path):
     write(tmp_path / "a.nii.gz", pair[0])
     shutil.copy(tmp_path / "a.nii.gz", tmp_path / "a.nii")
     with pytest.raises(ValueError, match="a.nii and a.nii.gz are cases of one name"):
-        case_paths(tmp_path)
+        list_cases(tmp_path)
 
 
 def test_slices_and_a_volume_in_one_folder_are_refused(phantoms, pair, tmp_path):
@@ -458,7 +458,7 @@ def test_dicom_series_goes_the_whole_way(pair, weights, tmp_path):
     np.testing.assert_allclose(affine, LPS, atol=1e-4)
     expected = Segmenter.from_weights(weights)(np.repeat(flair[..., None], 3, axis=3))
     assert np.array_equal(mask.transpose(2, 1, 0) > 0, expected) and expected.any()
-    assert [path.name for path in case_paths(tmp_path)] == ["out", "series"]
+    assert [path.name for path in list_cases(tmp_path)] == ["out", "series"]
 
 
 def test_dicom_folder_by_a_relative_path(pair, tmp_path, monkeypatch):

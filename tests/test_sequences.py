@@ -12,7 +12,7 @@ from test_scan import edit, infer, read, write, write_series
 
 from brainseg.io.dicom import Series
 from brainseg.io.grid import Grid
-from brainseg.io.layouts import case_paths, find_case, find_cases, find_sequences
+from brainseg.io.layouts import find_case, find_cases, find_sequences, list_cases
 from brainseg.io.registration import foreground_points, move, register
 from brainseg.metrics import dsc
 from brainseg.phantom import make_volume
@@ -180,7 +180,7 @@ def test_a_study_is_sorted_into_sequences(head, weights, tmp_path, capsys, flat)
     volume = head[0][:5]
     study = write_study(tmp_path / "anna", volume, BEFORE, FLAIR, AFTER, T2)
     study = flatten(study) if flat else study
-    assert [path.name for path in case_paths(study)] == ["anna"]
+    assert [source.name for source in list_cases(study)] == ["anna"]
     (scan,) = find_cases(tmp_path)
     assert np.array_equal(scan.read(), volume)
     assert infer(tmp_path / "out", weights, "--images", study) == 0
@@ -241,7 +241,7 @@ def test_folders_of_several_studies_are_cases(head, tmp_path):
         series = write_series(tmp_path / name, head[0][:4, ..., 1])
         for path in series.iterdir():
             edit(path, StudyInstanceUID=f"1.{len(name)}.{ord(name[0])}")
-    assert [path.name for path in case_paths(tmp_path)] == ["anna", "bert"]
+    assert [source.name for source in list_cases(tmp_path)] == ["anna", "bert"]
 
 
 @pytest.mark.parametrize(

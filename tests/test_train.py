@@ -156,7 +156,7 @@ def test_vis_images_limits_the_slices_drawn(phantoms, tmp_path):
     assert iio.imread(io.BytesIO(event.encoded_image_string)).shape == (64, 2 * 64, 3)
 
 
-def test_same_seed_same_weights_whether_pictures_are_drawn_or_not(phantoms, straight, tmp_path):
+def test_same_seed_same_weights_with_or_without_pictures(phantoms, straight, tmp_path):
     again = run(phantoms, tmp_path / "a", "--epochs", 3)
     assert same_run(again, straight / "weights")
     other = run(phantoms, tmp_path / "b", "--epochs", 3, "--seed", 1)
@@ -207,7 +207,7 @@ def test_more_epochs_later_equal_all_at_once(phantoms, straight, tmp_path, more)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_interrupted_in_mid_epoch_and_resumed_equals_uninterrupted(
+def test_interrupted_and_resumed_equals_uninterrupted(
     phantoms, tmp_path, monkeypatch, capsys, number
 ):
     recipe = "--epochs", 2, "--schedule", "cosine", "--warmup", 3, "--ema", 0.9
@@ -412,7 +412,7 @@ def saved(model: UNet, path: Path) -> Path:
     return path
 
 
-def test_weight_decay_shrinks_the_weights_apart_from_the_gradient(phantoms, tmp_path):
+def test_weight_decay_is_decoupled_from_the_gradient(phantoms, tmp_path):
     """Decoupled: each of the 4 steps takes lr * decay of every weight, before Adam's own step."""
     file = saved(UNet(init_features=4), tmp_path / "start.pt")
     options = "--epochs", 1, "--init-weights", file

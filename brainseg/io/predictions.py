@@ -16,6 +16,7 @@ import numpy as np
 
 from ..metrics import score
 from .files import name_in_errors
+from .labels import Labels
 from .pictures import outline, save_gif, to_grey
 from .scans import Scan
 from .slices import Case, read_slice
@@ -61,13 +62,19 @@ def since(folder: Path, about: dict, keep: bool) -> float:
 
 
 def find_masks(folder: Path, case: Case, since: float) -> np.ndarray | None:
-    """The mask (S, H, W) of a case that was written `since` then, if it is there whole."""
+    """The mask (S, H, W) of a case that was written `since` then, if it is there whole.
+
+    A mask is written after its source files: where one of these is newer, it is of another image.
+    """
     paths = [folder / file for file in mask_files(case)]
-    if not all(path.is_file() and path.stat().st_mtime >= since for path in paths):
+    if not all(path.is_file() for path in paths):
+        return None
+    written = min(path.stat().st_mtime for path in paths)
+    if written < since or any(path.stat().st_mtime >= written for path in case.files):
         return None
     try:
         if isinstance(case, Scan):
-            return replace(case, masks=tuple(paths)).read_mask()
+            return replace(case, masks=tuple(paths), labels=Labels()).read_mask()
         return np.concatenate([read_slice(path)[None, ..., 0] for path in paths]) > 0
     except (ValueError, FileNotFoundError):  # damaged, or of several sizes: made anew
         return None

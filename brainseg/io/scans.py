@@ -176,12 +176,13 @@ class Scan(Case):
         return voxels[..., 0]
 
     def read_mask(self) -> np.ndarray:
-        """The mask (S, H, W), bool: true wherever the mask file is above 0."""
+        """The mask (S, H, W), bool: true wherever the mask file holds a label of lesion."""
         (path,) = self.masks
         voxels = self._on_grid(path)
         if voxels.shape[3] > 1 or voxels.min() < 0:
             raise ValueError(f"{path}: is no mask of 0 and 1; give one channel, 0 for background")
-        return np.ascontiguousarray(self.grid.to_axial(voxels)[..., 0] > 0)
+        mask = self.grid.to_axial(voxels)[..., 0]
+        return np.ascontiguousarray(self.labels.lesion(mask, self.name))
 
     def _on_grid(self, path: Path) -> np.ndarray:
         """Voxels (X, Y, Z, C) of a file; ValueError, naming both, if its grid is another."""
