@@ -51,6 +51,7 @@ from brainseg.io.labels import Labels
 from brainseg.io.layouts import Source, find_sequences
 from brainseg.io.pictures import save_dsc_figure
 from brainseg.io.predictions import find_masks, since, table_row, write_case
+from brainseg.io.scans import Scan
 from brainseg.io.slices import Case
 from brainseg.metrics import describe, describe_distances
 from brainseg.preprocess import Frame
@@ -84,8 +85,9 @@ def get_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("what").add_argument
     add("--images", type=Path, help="cases, or one case (./kaggle_3m)")
     add("--flair", type=Path, help="in place of --images: the FLAIR sequence of one scan")
-    add("--pre", type=Path, help="with --flair: pre-contrast, on the same grid (FLAIR)")
-    add("--post", type=Path, help="with --flair: post-contrast, on the same grid (FLAIR)")
+    add("--pre", type=Path, help="with --flair: pre-contrast, on any grid (FLAIR)")
+    add("--post", type=Path, help="with --flair: post-contrast, on any grid (FLAIR)")
+    add("--register", action="store_true", help="move the other sequences to fit FLAIR")
     add("--subset", type=str, default="all", help=f"all, {', '.join(SUBSETS)} (%(default)s)")
     add("--cases", type=str, nargs="+", help="only these cases")
     add_cohort_options(add)
@@ -301,6 +303,8 @@ def load(
     """Read a case and prepare it for the network; what is wrong is handed on, not raised."""
     try:
         case = source.open() if isinstance(source, Source) else source
+        if args.register and isinstance(case, Scan):
+            case = replace(case, register=True)
         for note in case.notes:
             tqdm.write(note, file=sys.stderr)
         volume, truth = case.read_pair() if case.masks else (case.read(), None)

@@ -272,6 +272,7 @@ class Reader:
                     shutil.copyfileobj(file.content, copy)
                 sent.append((part, file.name, str(path)))
         order = {"folder": str(folder), "parts": sent, "limits": asdict(self.limits)}
+        order["register"] = "register" in parts
         answer = self._ask(order)
         if "error" in answer:
             raise ValueError(answer["error"])

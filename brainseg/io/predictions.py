@@ -43,6 +43,8 @@ def since(folder: Path, about: dict, keep: bool) -> float:
             for name in ("image_size", "threshold", "largest_component", "tta")
             if before["args"][name] != about["args"][name]
         ]
+        if before["args"].get("register", False) != about["args"]["register"]:
+            changed.append(f"register {before['args'].get('register', False)}")
         if list(before["weights"].values()) != list(about["weights"].values()):
             changed.insert(0, f"weights {', '.join(before['weights'])}")
         begun = float(before["since"])

@@ -11,12 +11,13 @@ import numpy as np
 from .grid import Grid
 
 if TYPE_CHECKING:
-    from SimpleITK import Image, ImageRegistrationMethod, Transform
+    from SimpleITK import Euler3DTransform, Image, ImageRegistrationMethod, Transform
 
 PIXEL = 1.5  # millimetres: finer pixels are binned before registration
-SAMPLES = 60_000  # voxels of FLAIR that the metric looks at
+SAMPLES = 20_000  # voxels of FLAIR that the metric looks at
 ITERATIONS = 100
 LEAST = 0.15  # nats; two sequences of one head share 0.4 to 1, noise and a head under 0.1
+WORSE = 0.95  # of the start's mutual information: less is a failure, more is the start's equal
 FARTHEST = 80.0  # millimetres; a head coil holds no head that has moved farther
 
 
@@ -42,7 +43,7 @@ def register(moving: Image, fixed: Image, path: Path) -> Movement:
 
     Mattes mutual information (https://doi.org/10.1109/TMI.2003.809072) of seeded samples, from
     coarse to fine. Raises ValueError if it does not converge, or what it finds is no better than
-    the start or too little alike.
+    the start or too little alike. Where the start fits as well, the sequence stays there.
     """
     import SimpleITK as sitk
 
@@ -63,18 +64,26 @@ def register(moving: Image, fixed: Image, path: Path) -> Movement:
         after = -method.MetricEvaluate(fixed, moving)
     except RuntimeError as error:  # of too few samples inside, or one value everywhere
         raise ValueError(_failed(path, "the two have nothing in common")) from error
-    moved = np.array([found.TransformPoint(point) for point in head.tolist()])
-    distance = float(np.linalg.norm(moved - head, axis=1).mean())
-    turn = np.reshape(found.GetMatrix(), (3, 3))
-    angle = float(np.degrees(np.arccos(np.clip((np.trace(turn) - 1) / 2, -1, 1))))
-    movement = Movement(found, before, after, distance, angle)
+    movement = _movement(found, before, after, head)
     if method.GetOptimizerIteration() >= ITERATIONS:
         raise ValueError(_failed(path, f"it did not converge in {ITERATIONS} steps"))
-    if not after >= before:
-        raise ValueError(_failed(path, f"it fits worse than before ({movement})"))
-    if not after >= LEAST or distance > FARTHEST:
+    if not max(before, after) >= LEAST or movement.distance > FARTHEST:
         raise ValueError(_failed(path, f"what it found is no fit ({movement})"))
+    if after < WORSE * before:
+        raise ValueError(_failed(path, f"it fits worse than before ({movement})"))
+    if after <= before:  # registered already
+        return _movement(start, before, before, head)
     return movement
+
+
+def _movement(
+    transform: Euler3DTransform, before: float, after: float, head: np.ndarray
+) -> Movement:
+    moved = np.array([transform.TransformPoint(place) for place in head.tolist()])
+    distance = float(np.linalg.norm(moved - head, axis=1).mean())
+    turn = np.reshape(transform.GetMatrix(), (3, 3))
+    angle = float(np.degrees(np.arccos(np.clip((np.trace(turn) - 1) / 2, -1, 1))))
+    return Movement(transform, before, after, distance, angle)
 
 
 def _failed(path: Path, reason: str) -> str:
@@ -92,7 +101,7 @@ def _method(fixed: Image) -> ImageRegistrationMethod:
     method.SetMetricSamplingPercentage(share, seed=1)
     method.SetInterpolator(sitk.sitkLinear)
     method.SetOptimizerAsRegularStepGradientDescent(
-        learningRate=2.0, minStep=0.005, numberOfIterations=ITERATIONS, relaxationFactor=0.6
+        learningRate=2.0, minStep=0.02, numberOfIterations=ITERATIONS, relaxationFactor=0.6
     )
     method.SetOptimizerScalesFromPhysicalShift()
     method.SetShrinkFactorsPerLevel([1, 1, 1])  # slices are few: smooth, but leave none out
