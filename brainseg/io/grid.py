@@ -122,7 +122,7 @@ def _check_orientation(path: Path, field: dict[str, str], grid: Grid) -> None:
 
 def _series_grid(folder: Path) -> Grid:
     """The grid of a DICOM series; ValueError unless its slices are one regular stack."""
-    files = _series_files(folder)
+    files = series_files(folder)
     stack = [_information(file) for file in files]
     first = stack[0]
     normal = np.reshape(first.GetDirection(), (3, 3))[:, 2]
@@ -148,7 +148,7 @@ def _series_grid(folder: Path) -> Grid:
     return Grid(shape, spacing, first.GetOrigin(), np.reshape(first.GetDirection(), (3, 3)))
 
 
-def _series_files(folder: Path) -> Sequence[str]:
+def series_files(folder: Path) -> Sequence[str]:
     """The files of the one DICOM series in a folder, in the order of their positions."""
     import SimpleITK
 

@@ -110,11 +110,15 @@ class Scan(Case):
 
     def write_mask(self, path: Path, mask: np.ndarray) -> None:
         """Write a mask (S, H, W), 0 or 1, on the grid of the scan, whole or not at all."""
+        self.write_map(path, mask.astype(np.uint8))
+
+    def write_map(self, path: Path, values: np.ndarray) -> None:
+        """Write values (S, H, W) of any type on the grid of the scan, whole or not at all."""
         from medpy.io import Header, save
 
         header = Header(spacing=self.grid.spacing, offset=self.grid.offset)
         header.direction = self.grid.direction  # given above, medpy 0.5.2 would fail on it
-        voxels = self.grid.from_axial(mask).astype(np.uint8)
+        voxels = np.ascontiguousarray(self.grid.from_axial(values))
         with atomic_write(path) as temporary:
             try:
                 save(voxels, str(temporary), header)
