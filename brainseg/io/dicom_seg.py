@@ -85,7 +85,7 @@ def write_dicom_seg(path: Path, case: Scan, mask: np.ndarray, algorithm: str, ve
         device_serial_number="none",
         series_description=f"{LABEL} ({MAKER})",
         content_description=LABEL,
-        content_creator_name=MAKER,
+        content_creator_name=f"{MAKER}^",
         omit_empty_frames=False,  # they take a bit a voxel, and readers get the grid of the source
     )
     with atomic_write(path) as temporary:
