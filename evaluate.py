@@ -28,17 +28,24 @@ import json
 import signal
 from pathlib import Path
 
-from brainseg.evaluation.expected import check_can_fit, fit_and_save
 from tqdm import tqdm
 
+from brainseg.evaluation.expected import check_can_fit, fit_and_save
 from brainseg.evaluation.page import check_page
 from brainseg.evaluation.report import case_table, save_gallery, save_page, save_scores, tables
 from brainseg.evaluation.scoring import choose_cases, describe, open_models, score_all
 from brainseg.evaluation.statistics import compare
 from brainseg.io.files import check_writable, write_json, write_table
-from brainseg.splits import SUBSETS
+from brainseg.splits import SUBSETS, by_subset, count_patients, list_cohort
 from brainseg.weights import shipped_weights
-from utils import add_segmenter_options, fail, make_parser, provenance, segmenter_options
+from utils import (
+    add_cohort_options,
+    add_segmenter_options,
+    fail,
+    make_parser,
+    provenance,
+    segmenter_options,
+)
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -48,6 +55,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("--subset", type=str, nargs="+", choices=("all", *SUBSETS), default=["validation"],
         help="all, train, validation, test, or several (validation)")  # fmt: skip
     add("--cases", type=str, nargs="+", help="only these cases")
+    add_cohort_options(add)
     add("--weights", type=str, nargs="+", help="the models, as above (the one of the project)")
     add("--fit-expected-dsc", action="store_true", help="learn what DSC to expect of a mask")
     add_segmenter_options(parser)
@@ -73,10 +81,12 @@ def main(argv: list[str] | None = None) -> None:
 def run(args: argparse.Namespace, options: dict) -> None:
     """Score every model on every case, print the tables, write the files."""
     shipped = shipped_weights("unet")
+    sources = list_cohort(args.images, args.sequences, args.labels, args.patients, args.cases)
     models = open_models(args.weights or [f"{shipped.stem}={shipped}"], options)
     if args.fit_expected_dsc:
         check_can_fit(models)
-    cases, left_out = choose_cases(args.images, args.subset, args.cases, models)
+    cases, left_out = choose_cases(sources, args.subset, models, args.images)
+    print(count_patients(by_subset(case.name for case in cases)), flush=True)
     check_writable(args.out)
     if args.report:
         check_page(args.report)
@@ -89,6 +99,7 @@ def run(args: argparse.Namespace, options: dict) -> None:
         for row in rows:
             scored[row["model"]].append(row)
         pictures |= drawn
+    sources[0].labels.check()
     write_table(args.out / "scores.csv", [row for rows in scored.values() for row in rows])
     summary = compare(scored)
     shown = tables(summary)

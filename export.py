@@ -196,8 +196,8 @@ def write_network(
 ) -> None:
     """Write an ONNX file or an exported program of weights, one network or an ensemble.
 
-    It is named after the path that was `given`, or "ensemble" if several were. Raises ValueError, and writes nothing, if
-    its probabilities are not those of PyTorch.
+    It is named after the path that was `given`, or "ensemble" if several were. Raises ValueError,
+    and writes nothing, if its probabilities are not those of PyTorch.
     """
     if form == "onnx":
         for package in ("onnxscript", "onnxruntime"):

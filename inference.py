@@ -28,44 +28,57 @@ ensemble the standard deviation of its networks, _disagreement. --dicom-seg adds
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from brainseg.distributed import (
+    barrier,
     gather,
-    in_main,
-    is_main,
-    one_first,
-    only_main_speaks,
-    own_device,
-    own_workers,
+    is_main_process,
+    local_rank_zero_first,
+    only_main_process_prints,
     process_group,
-    share,
-    together,
+    rank_device,
+    rank_workers,
+    shard,
 )
 from brainseg.evaluation.cohort import save_cohort
 from brainseg.evaluation.page import check_page
 from brainseg.evaluation.volumes import read_volumes, volumes_table, write_volumes
-from brainseg.io.dicom_seg import check_dicom_packages
+from brainseg.io.dicom_seg import check_dicom_packages, holds_dicom
 from brainseg.io.files import check_writable, sentence, write_json, write_table
-from brainseg.io.layouts import case_paths, find_sequences
+from brainseg.io.labels import Labels
+from brainseg.io.layouts import Source, find_sequences
 from brainseg.io.pictures import save_dsc_figure
-from brainseg.io.predictions import (
-    scores_text,
-    since,
-)
-from brainseg.io.scans import is_scan
+from brainseg.io.predictions import scores_text, since
 from brainseg.io.slices import Case
 from brainseg.pipeline import Outputs, Result, segment_all
 from brainseg.segmenter import Segmenter
-from brainseg.splits import SUBSETS, patient_of, select_cases
+from brainseg.splits import (
+    SUBSETS,
+    by_subset,
+    count_patients,
+    list_cohort,
+    patient_of,
+    patients_of_card,
+    select_cases,
+    use_patients,
+)
 from brainseg.weights import file_hash, read_card, shipped_weights, weights_files
-from utils import add_segmenter_options, fail, make_parser, provenance, segmenter_options
+from utils import (
+    add_cohort_options,
+    add_segmenter_options,
+    fail,
+    make_parser,
+    provenance,
+    segmenter_options,
+    sigterm_interrupts,
+)
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -77,6 +90,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("--post", type=Path, help="with --flair: post-contrast, on the same grid (FLAIR)")
     add("--subset", type=str, default="all", help=f"all, {', '.join(SUBSETS)} (%(default)s)")
     add("--cases", type=str, nargs="+", help="only these cases")
+    add_cohort_options(add)
     add("--skip-existing", action="store_true", help="keep the masks of an earlier run")
     add(
         "--weights",
@@ -97,17 +111,16 @@ def get_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> None:
-    with only_main_speaks():
+    with only_main_process_prints():
         parser = get_parser()
         args = parser.parse_args(argv)
         options = segmenter_options(parser, args)
         if (args.pre or args.post) and not args.flair:
             parser.error("--pre and --post go with --flair")
-        if args.flair and (args.images or args.cases or args.subset != "all"):
-            parser.error("--flair is one scan; --images, --cases and --subset choose others")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # tidy up as after Ctrl-C
+        if args.flair and (args.images or args.cases or args.sequences or args.subset != "all"):
+            parser.error("--flair is one scan; --images, --cases and the like choose others")
     try:
-        with process_group():
+        with sigterm_interrupts(), process_group():
             failed = run(args, options)
     except (ValueError, OSError) as error:
         fail(error)
@@ -125,25 +138,27 @@ def run(args: argparse.Namespace, options: dict) -> int:
     """
     weights = args.weights or [shipped_weights("unet")]
     about = provenance(args)  # before this process takes its part of the machine
-    workers = own_workers(args.workers)
+    workers = rank_workers(args.workers)
 
-    def prepare() -> tuple[Segmenter, list[Path | Case]]:
-        device = own_device(options["device"])
+    # The first rank of a machine keeps what TensorRT builds, and the others find it.
+    with local_rank_zero_first():
+        device = rank_device(options["device"])
         segmenter = Segmenter.from_weights(weights, **options | {"device": device})
         if args.flair:
-            sources = [find_sequences(args.flair, args.pre, args.post)]
+            scan = find_sequences(args.flair, args.pre, args.post)
+            found = [replace(scan, labels=Labels(args.labels))]
+            use_patients(args.patients, [scan.name])
         else:
             images = args.images or Path("kaggle_3m")
-            found = case_paths(images, args.cases, other_than=args.predictions)
-            sources = select_cases(found, args.subset)
+            how = args.sequences, args.labels, args.patients
+            found = list_cohort(images, *how, args.cases, args.predictions)
+        sources = select_cases(found, args.subset)
         check_outputs(sources, args.predictions, args.figure, args.report, args.dicom_seg)
-        return segmenter, sources
-
-    # One process of a machine first: it keeps what TensorRT builds, and the others find it.
-    segmenter, sources = one_first(prepare)
+    if len(sources) > 1:
+        print(count_patients(by_subset(source.name for source in sources)), flush=True)
     files = weights_files(weights)
     about["weights"] = {str(file): file_hash(file) for file in files}
-    about["since"] = together(lambda: since(args.predictions, about, args.skip_existing))
+    about["since"] = since(args.predictions, about, args.skip_existing)
     algorithm = f"brainseg {' '.join(file.stem for file in files)}"
     outputs = Outputs(
         args.predictions,
@@ -153,27 +168,29 @@ def run(args: argparse.Namespace, options: dict) -> int:
         thumbnails=bool(args.report),
         algorithm=(algorithm, about["commit"] or "unknown") if args.dicom_seg else None,
     )
-    in_main(lambda: write_json(args.predictions / "args.json", about))
-    done, failed, kept = segment(sources, segmenter, outputs, workers, patients_of(files))
+    barrier()  # every rank has read the earlier args.json and volumes.csv
+    if is_main_process():
+        write_json(args.predictions / "args.json", about)
+    trained_on = set().union(*(patients_of_card(read_card(file), "train") for file in files))
+    done, failed, kept = segment(sources, segmenter, outputs, workers, trained_on)
+    labels = sources[0].labels
+    for found in gather([labels.found]):
+        labels.found.update(found)
+    labels.check()
     summary = (
         f"{len(done) - kept} of {len(sources)} cases segmented with "
         f"{' '.join(map(str, weights))} by {segmenter.runtime}"
         + (f", {kept} kept from an earlier run" if kept else "")
         + f"; masks and pictures: {args.predictions}"
     )
-    in_main(lambda: report(done, args.predictions, args.figure, args.report, about))
-    in_main(lambda: print(summary))
+    if is_main_process():
+        report(done, args.predictions, args.figure, args.report, about)
+        print(summary)
     return failed
 
 
-def patients_of(weights: Sequence[Path]) -> set[str]:
-    """Collect the patients that weights were trained on, as their cards name them."""
-    cards = [read_card(file) for file in weights]
-    return {patient_of(case) for card in cards for case in card.get("cases", {}).get("train", ())}
-
-
 def segment(
-    sources: Sequence[Path | Case],
+    sources: Sequence[Source | Case],
     segmenter: Segmenter,
     outputs: Outputs,
     workers: int | None,
@@ -185,7 +202,7 @@ def segment(
     """
     done, failed, kept = [], 0, 0
     try:
-        for result in segment_all(share(sources), segmenter, outputs, workers):
+        for result in segment_all(shard(sources), segmenter, outputs, workers):
             done.append(None)
             error = result if isinstance(result, Exception) else result.error
             if error:
@@ -201,23 +218,23 @@ def segment(
         done, failed, kept = gather(done), sum(gather([failed])), sum(gather([kept]))
     finally:
         done = [each for each in done if each]
-        if is_main():
+        if is_main_process():
             write_tables(outputs.folder, done)
     return done, failed, kept
 
 
 def check_outputs(
-    sources: Sequence[Path | Case], predictions: Path, figure: Path, page: Path | None, seg: bool
+    sources: Sequence[Source | Case], predictions: Path, figure: Path, page: Path | None, seg: bool
 ) -> None:
     """Raise ValueError or OSError if results could not be written, or would overwrite sources."""
     check_writable(predictions)
     check_writable(figure.parent)
     if page:
         check_page(page)
-    paths = [source if isinstance(source, Path) else source.folder for source in sources]
+    paths = [source.folder for source in sources]
     if seg:
         check_dicom_packages()
-        if not any(path.is_dir() and is_scan(path) for path in paths):
+        if not any(map(holds_dicom, paths)):
             raise ValueError(f"{paths[0]}: is no DICOM series; leave --dicom-seg out")
     for path in map(Path.resolve, paths):
         target = predictions.resolve()

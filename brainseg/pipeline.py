@@ -15,10 +15,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .devices import in_groups, in_order
-from .distributed import is_main
+from .distributed import is_main_process
 from .evaluation.volumes import volume_row
 from .io.dicom_seg import series_of, write_dicom_seg
-from .io.layouts import find_case
+from .io.layouts import Source
 from .io.pictures import thumbnail
 from .io.predictions import find_masks, map_files, seg_file, table_row, write_case
 from .io.slices import Case
@@ -64,7 +64,7 @@ class Outputs:
 
 
 def segment_all(
-    sources: Sequence[Path | Case], segmenter: Segmenter, outputs: Outputs, workers: int | None
+    sources: Sequence[Source | Case], segmenter: Segmenter, outputs: Outputs, workers: int | None
 ) -> Iterator[Result | Exception]:
     """For each case its result, written to disk, or what is wrong with its files.
 
@@ -84,7 +84,7 @@ def segment_all(
             finish(item, segmenter, outputs)
         return item
 
-    def loaded(source: Path | Case) -> Result | Exception:
+    def loaded(source: Source | Case) -> Result | Exception:
         return load(source, segmenter, outputs)
 
     bar = functools.partial(
@@ -92,11 +92,11 @@ def segment_all(
         desc="segmenting",
         total=len(sources),
         unit="case",
-        disable=None if is_main() else True,
+        disable=None if is_main_process() else True,
     )
     if segmenter.on_cpu and len(sources) > 1:
         # Several cases at once with a core each: nothing waits for a thread that another one holds.
-        def whole(source: Path | Case) -> Result | Exception:
+        def whole(source: Source | Case) -> Result | Exception:
             return finished(*segmented([loaded(source)]))
 
         return iter(bar(in_order(whole, sources, workers)))
@@ -133,10 +133,10 @@ def probabilities_in_memory(segmenter: Segmenter, items: list[Result]) -> Sequen
     return []
 
 
-def load(source: Path | Case, segmenter: Segmenter, outputs: Outputs) -> Result | Exception:
+def load(source: Source | Case, segmenter: Segmenter, outputs: Outputs) -> Result | Exception:
     """Read a case and prepare it for the network; what is wrong is handed on, not raised."""
     try:
-        case = find_case(source) if isinstance(source, Path) else source
+        case = source.open() if isinstance(source, Source) else source
         for note in case.notes:
             tqdm.write(note, file=sys.stderr)
         volume, truth = case.read_pair() if case.masks else (case.read(), None)
@@ -149,7 +149,7 @@ def load(source: Path | Case, segmenter: Segmenter, outputs: Outputs) -> Result 
     except (ValueError, OSError) as error:
         return error
     try:
-        images, frame = segmenter.preprocess(volume)
+        images, frame = segmenter.preprocess(volume, case.aspect)
     except ValueError as error:
         return ValueError(f"{case.folder}: {error}")
     for note in frame.notes:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from .ensemble import average, networks_of
-from .io.layouts import case_paths, find_case
+from .io.layouts import list_cases
 from .onnx import CARD, INPUT, OUTPUT, PRODUCER
 from .phantom import make_volume
 from .preprocess import neighbourhoods, preprocess
@@ -108,7 +108,7 @@ def slices_to_compare(images: Path | None, model: nn.Module, card: dict) -> tupl
     if images is None and Path("kaggle_3m").is_dir():
         images = Path("kaggle_3m")
     if images:
-        case = find_case(case_paths(images)[0])
+        case = list_cases(images)[0].open()
         name, volume = case.name, case.read()
     else:
         name, volume = "a synthetic case", make_volume(0)[0]

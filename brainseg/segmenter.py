@@ -133,22 +133,22 @@ class Segmenter:
             **options,
         )
 
-    def __call__(self, volume: np.ndarray) -> np.ndarray:
+    def __call__(self, volume: np.ndarray, aspect: float = 1.0) -> np.ndarray:
         """The mask (S, H, W), bool, of a raw volume (S, H, W, C) with C as trained.
 
         Channels are pre-contrast, FLAIR, post-contrast; any numeric type, in an array or what
-        NumPy can make one of. Raises ValueError.
+        NumPy can make one of. `aspect` is the height of a pixel over its width. Raises ValueError.
         """
-        return self.segment(*self.preprocess(np.asarray(volume)))
+        return self.segment(*self.preprocess(np.asarray(volume), aspect))
 
-    def preprocess(self, volume: np.ndarray) -> tuple[Tensor, Frame]:
+    def preprocess(self, volume: np.ndarray, aspect: float = 1.0) -> tuple[Tensor, Frame]:
         """The network's input (S, C, N, N), on its device if there is room, and its frame.
 
         Raises ValueError for another channel count.
         """
         if volume.ndim == 4:
             self.check_channels(volume.shape[3])
-        return preprocess_near(volume, self.image_size, self.version, self.device)
+        return preprocess_near(volume, self.image_size, self.version, self.device, aspect)
 
     def check_channels(self, channels: int) -> None:
         """Raise ValueError unless the network takes that many."""
@@ -241,15 +241,15 @@ def _restored(probabilities: Tensor, frame: Frame) -> Tensor:
 
 
 def preprocess_near(
-    volume: np.ndarray, image_size: int, version: int, device: torch.device
+    volume: np.ndarray, image_size: int, version: int, device: torch.device, aspect: float = 1.0
 ) -> tuple[Tensor, Frame]:
     """`preprocess`, on a GPU that has room for it, else on the processor."""
     if device.type == "cuda":
         try:
-            return preprocess(volume, image_size, version, device)
+            return preprocess(volume, image_size, version, device, aspect)
         except torch.OutOfMemoryError:
             pass  # what it had taken is free only once this block is left
-    return preprocess(volume, image_size, version)
+    return preprocess(volume, image_size, version, aspect=aspect)
 
 
 def fold_batch_norm(model: nn.Module) -> nn.Module:

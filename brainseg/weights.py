@@ -14,6 +14,7 @@ import pickle
 import re
 import warnings
 from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
 
 import torch
@@ -79,8 +80,8 @@ def load_tensors(path: Path | str) -> dict:
         raise FileNotFoundError(f"{path}: no such file of weights")
     if path.suffix in OTHERS:
         raise ValueError(f"{path}: {OTHERS[path.suffix]}")
-    named = re.search(r"-([0-9a-f]{8})\.pt$", path.name)
-    if named and not file_hash(path).startswith(named[1]):
+    named = hash_in_name(path.name)
+    if named and not file_hash(path).startswith(named):
         raise ValueError(f"{path}: its SHA-256 is not the one in its name; fetch it again")
     try:
         with warnings.catch_warnings():  # of a pickle that is refused just below
@@ -100,6 +101,18 @@ def load_tensors(path: Path | str) -> dict:
     if not isinstance(content, dict):
         raise ValueError(f"{path}: holds no state dict; save model.state_dict()")
     return content
+
+
+def hash_in_name(name: str) -> str | None:
+    """The eight digits of SHA-256 in the name of a weights file, unless they are a date."""
+    named = re.search(r"-([0-9a-f]{8})\.pt$", name)
+    if not named or any(name == path.name for path in SHIPPED.values()):
+        return named and named[1]
+    try:
+        year = datetime.strptime(named[1], "%Y%m%d").year if named[1].isdigit() else 0
+    except ValueError:  # no month 13
+        year = 0
+    return None if 1900 <= year < 2100 else named[1]
 
 
 def model_from_state(state: dict[str, Tensor], path: Path | str) -> tuple[str, nn.Module]:

@@ -24,6 +24,7 @@ from typing import BinaryIO
 import imageio.v3 as iio
 import numpy as np
 
+from brainseg.evaluation.volumes import volume_row
 from brainseg.io.files import sentence
 from brainseg.io.grid import Grid
 from brainseg.io.pictures import montage, outline, to_grey
@@ -32,11 +33,10 @@ from brainseg.io.scans import Scan
 from brainseg.io.slices import Case
 from brainseg.metrics import score
 from brainseg.phantom import make_volume
-from brainseg.segmenter import Segmenter
+from brainseg.segmenter import Segmentation, Segmenter
 
 from .uploads import BROKEN, Limits
-
-SHOWN = 384  # pixels, the longest side of a slice in the viewer
+from .viewer import viewer_files
 
 
 @dataclass(frozen=True)
@@ -68,9 +68,7 @@ class Answer:
     summary: dict  # numbers and text
     files: dict[str, bytes]  # by name: the masks, montage.png, <case>.gif
     masks: list[str]  # which of the files are the mask, in the geometry of the source
-    slices: list[dict[str, str]]  # the pictures of each slice, as data URLs
-    numbers: tuple[int, ...]  # of the slices
-    first: int  # the slice to look at first, where most of the lesion is
+    viewer: dict  # what the page's viewer shows, see viewer.viewer_files
 
     def archive(self, names: Sequence[str] | None = None) -> bytes:
         """A zip archive of some files, or of all of them and summary.json."""
@@ -85,7 +83,7 @@ class Answer:
         return buffer.getvalue()
 
     def shown(self) -> dict:
-        """What the page draws; all of it travels to the browser, and nothing stays here."""
+        """What the page shows; all of it travels to the browser, and nothing stays here."""
         case, (mask, *others) = self.summary["case"], self.masks
         downloads = {mask: _data_url(self.files[mask], "application/octet-stream")}
         if others:
@@ -93,14 +91,12 @@ class Answer:
             downloads = {f"{case}_masks.zip": _data_url(zipped, "application/zip")}
         montage = _data_url(self.files["montage.png"], "image/png")
         film = _data_url(self.files[f"{case}.gif"], "image/gif")
+        viewer = {k: _base64(v) if isinstance(v, bytes) else v for k, v in self.viewer.items()}
         return {
             "summary": self.summary,
-            "slices": self.slices,
-            "numbers": self.numbers,
-            "first": self.first,
+            "viewer": viewer,
             "downloads": downloads | {f"{case}_montage.png": montage, f"{case}.gif": film},
             "montage": montage,
-            "film": film,
         }
 
 
@@ -187,19 +183,19 @@ class Service:
                 )
 
         try:
-            images, frame = self.segmenter.preprocess(loaded.volume)
+            images, frame = self.segmenter.preprocess(loaded.volume, loaded.case.aspect)
         except ValueError as error:
             raise ValueError(f"{loaded.case.name}: {error}") from error
-        probabilities = self.segmenter.restored(images, frame, progress)
-        mask = self.segmenter.to_mask(probabilities)
+        found = self.segmenter.assess(self.segmenter.probabilities(images, progress), frame)
         out = folder / "out"
         out.mkdir()
-        return make_answer(loaded, probabilities.cpu().numpy(), mask, out)
+        return make_answer(loaded, found, out)
 
 
-def make_answer(loaded: Loaded, probabilities: np.ndarray, mask: np.ndarray, out: Path) -> Answer:
-    """Numbers, files and pictures of a case; probabilities and mask are (S, H, W)."""
+def make_answer(loaded: Loaded, found: Segmentation, out: Path) -> Answer:
+    """Numbers, files and pictures of a case, and what was found in it."""
     case, volume, truth = loaded.case, loaded.volume, loaded.truth
+    probabilities, mask = found.probabilities, found.mask
     write_case(out, case, volume, mask, truth)
     masks = {path.name: (out / path).read_bytes() for path in mask_files(case)}
     grey = to_grey(volume)
@@ -207,50 +203,25 @@ def make_answer(loaded: Loaded, probabilities: np.ndarray, mask: np.ndarray, out
         "montage.png": _encoded(montage(outline(grey, mask, truth)), ".png"),
         f"{case.name}.gif": (out / f"{case.name}.gif").read_bytes(),
     }
-    touched = mask.any(axis=(1, 2))
-    summary = {
-        "case": case.name,
+    notes = [note.removeprefix(f"{case.name}: ") for note in loaded.notes]
+    summary = volume_row(case, volume, mask, found.expected, notes + found.warnings) | {
         "shape": list(mask.shape),
-        "lesion_voxels": int(mask.sum()),
-        "lesion_ml": mask.sum() * math.prod(case.spacing) / 1000 if case.spacing else None,
-        "slices_touched": [case.numbers[k] for k in np.flatnonzero(touched)],
         "notes": loaded.notes,
         "scores": None,
     }
     if truth is not None:
         scores = score(mask, truth, case.spacing)
         summary["scores"] = {k: None if math.isnan(v) else round(v, 4) for k, v in scores.items()}
-    slices = _slices(volume, probabilities, mask, truth)
-    area = mask.sum(axis=(1, 2))
-    first = int(area.argmax()) if area.any() else len(area) // 2
-    return Answer(summary, files, list(masks), slices, case.numbers, first)
-
-
-def _slices(
-    volume: np.ndarray, probabilities: np.ndarray, mask: np.ndarray, truth: np.ndarray | None
-) -> list[dict[str, str]]:
-    """For each slice a picture of each sequence, and one whose red is the probability, whose
-    green is the mask and whose blue is the true one."""
-    step = -(-max(mask.shape[1:]) // SHOWN)
-    small = np.s_[:, ::step, ::step]
-    names = ("pre", "flair", "post") if volume.shape[3] == 3 else ("flair",)
-    grey = {name: to_grey(volume[..., [k]])[small] for k, name in enumerate(names)}
-    overlay = np.zeros((*mask[small].shape, 3), np.uint8)
-    overlay[..., 0] = np.rint(255 * probabilities[small].clip(0, 1))
-    overlay[..., 1] = 255 * mask[small]
-    if truth is not None:
-        overlay[..., 2] = 255 * truth[small]
-    pictures = []
-    for k in range(len(mask)):
-        slices = {
-            n: _data_url(_encoded(array[k], ".jpg"), "image/jpeg") for n, array in grey.items()
-        }
-        pictures.append(slices | {"overlay": _data_url(_encoded(overlay[k], ".png"), "image/png")})
-    return pictures
+    viewer = viewer_files(case, volume, probabilities, mask, truth)
+    return Answer(summary, files, list(masks), viewer)
 
 
 def _data_url(content: bytes, kind: str) -> str:
-    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+    return f"data:{kind};base64,{_base64(content)}"
+
+
+def _base64(content: bytes) -> str:
+    return base64.b64encode(content).decode()
 
 
 def _encoded(picture: np.ndarray, suffix: str) -> bytes:

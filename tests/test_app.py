@@ -20,7 +20,7 @@ import pytest
 from conftest import ROOT, make_weights
 
 import inference
-from brainseg.phantom import make_volume
+from brainseg.phantom import make_volume, write_data_set
 from brainseg.weights import build_model
 
 for module in ("starlette", "uvicorn", "python_multipart"):
@@ -41,9 +41,7 @@ def files(tmp_path_factory):
         image = SimpleITK.GetImageFromArray(array, isVector=array.ndim == 4)
         image.SetSpacing((1.5, 1.5, 4.0))
         SimpleITK.WriteImage(image, str(folder / f"{name}.nii.gz"))
-    command = [sys.executable, "-m", "brainseg.phantom", folder / "slices"]
-    command += ["--cases", "1", "--slices", "8", "--size", "64"]
-    subprocess.run(list(map(str, command)), check=True, capture_output=True)
+    write_data_set(folder / "slices", cases=1, slices=8, size=64)
     shutil.make_archive(str(folder / "slices"), "zip", folder / "slices")
     weights = make_weights(folder / "unet.pt")
     for images in ("head.nii.gz", "slices"):
@@ -78,13 +76,12 @@ def start(folder: Path, weights: Path, *options: str) -> tuple[subprocess.Popen,
 
 
 def test_a_port_that_is_taken_is_one_sentence(files):
-    with socket.create_server(("127.0.0.1", 0)) as taken:
+    import app
+
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(SystemExit) as stop:
         port = str(taken.getsockname()[1])
-        command = [sys.executable, str(ROOT / "app.py"), "--port", port]
-        command += ["--weights", str(files / "unet.pt")]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 1
-    assert done.stderr.strip() == (
+        app.main(["--port", port, "--weights", str(files / "unet.pt")])
+    assert stop.value.code == (
         f"error: 127.0.0.1:{port}: address already in use; choose --host and --port"
     )
 
@@ -256,7 +253,7 @@ def test_progress_and_result_as_lines(server, files):
     response = post(server[0], files=sent, headers={"Accept": "application/x-ndjson"})
     *waiting, last = map(json.loads, response.text.splitlines())
     assert waiting and all("waiting" in line for line in waiting)
-    assert len(last["slices"]) == 8 and last["summary"]["case"] == "head"
+    assert last["viewer"]["numbers"] == [*range(1, 9)] and last["summary"]["case"] == "head"
     sent = {"images": ("a.nii", b"rubbish")}
     response = post(server[0], files=sent, headers={"Accept": "application/x-ndjson"})
     assert "a.nii: not a readable" in json.loads(response.text.splitlines()[-1])["error"]
@@ -416,61 +413,78 @@ def test_bad_options(options, says, capsys):
     assert says in f"{ending.value.code}" + capsys.readouterr().err
 
 
-def test_a_port_that_is_taken(files, tmp_path):
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        command = [sys.executable, str(ROOT / "app.py"), "--weights", str(files / "unet.pt")]
-        done = subprocess.run(
-            [*command, "--port", str(taken.getsockname()[1])], capture_output=True, text=True
-        )
-    assert done.returncode != 0 and "Traceback" not in done.stderr
-    assert "in use" in done.stderr
-
-
 # The page
+
+GRAPHICS = ("--use-angle=swiftshader", "--enable-unsafe-swiftshader", "--ignore-gpu-blocklist")
 
 
 @pytest.fixture(scope="module")
-def browser():
+def launch():
+    """Start a browser with some options; with GRAPHICS it has WebGL2, in software."""
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is missing")
     if not CHROMIUM:
         pytest.skip("no chromium on this machine; apt-get install chromium")
     with playwright.sync_playwright() as p:
-        browser = p.chromium.launch(
-            executable_path=CHROMIUM,
-            args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"],
-        )
-        yield browser
-        browser.close()
+        usual = ["--no-sandbox", "--disable-background-networking"]
+        yield lambda *options: p.chromium.launch(executable_path=CHROMIUM, args=[*usual, *options])
 
 
-@pytest.fixture
-def page(browser, server):
-    """The page, watched: it may ask no other host, and log no error."""
-    page = browser.new_page(viewport={"width": 1366, "height": 768}, accept_downloads=True)
+@contextlib.contextmanager
+def visit(browser, url: str, width: int = 1000, height: int = 600, **options):
+    """Open the page; it must ask no other host, and log no error."""
+    page = browser.new_page(viewport={"width": width, "height": height}, **options)
     page.set_default_timeout(90_000)
     asked, errors = [], []
     page.on("request", lambda request: asked.append(request.url))
     page.on("pageerror", lambda error: errors.append(str(error)))
     page.on("console", lambda m: errors.append(m.text) if m.type == "error" else None)
-    page.goto(server[0])
+    page.goto(url)
     page.get_by_role("button", name="Try a phantom").wait_for()
     yield page
-    outside = [url for url in asked if not url.startswith((server[0], "data:", "blob:"))]
+    outside = [url for url in asked if not url.startswith((page.url, "data:", "blob:"))]
     page.close()
     assert not outside and not errors, (outside, errors)
 
 
+@pytest.fixture(scope="module")
+def browser(launch):
+    browser = launch(*GRAPHICS)
+    yield browser
+    browser.close()
+
+
+@pytest.fixture
+def page(browser, server):
+    with visit(browser, server[0]) as page:
+        yield page
+
+
 def drop(page, path: Path) -> None:
     page.locator("#files").set_input_files(str(path))
-    page.locator("#chosen").get_by_text(path.name).wait_for()
+    page.locator("[data-chosen=images]").get_by_text(path.name).wait_for()
     page.get_by_role("button", name="Segment").click()
 
 
+def wait_for_viewer(page) -> None:
+    page.locator("#look[aria-busy=false]").wait_for()
+
+
 def drawn(page) -> bytes:
-    page.wait_for_timeout(500)
+    page.evaluate("() => new Promise(next => requestAnimationFrame(() => setTimeout(next)))")
     return page.locator("canvas").screenshot()
+
+
+def touch(page, x: int, y: int) -> None:
+    """Put a finger on the viewer for a moment, which Playwright's tap is too short for."""
+    canvas, device = page.locator("canvas").bounding_box(), page.context.new_cdp_session(page)
+    finger = {"x": canvas["x"] + x, "y": canvas["y"] + y}
+    for kind, points in (("touchStart", [finger]), ("touchEnd", [])):
+        device.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
+        page.wait_for_timeout(100)
+
+
+def slice_shown(page) -> str:
+    return page.locator("output").inner_text().partition(",")[0]
 
 
 def downloaded(page, name: str) -> bytes:
@@ -479,40 +493,112 @@ def downloaded(page, name: str) -> bytes:
     return Path(download.value.path()).read_bytes()
 
 
-def test_a_scan_in_a_browser(page, server, files):
+def test_a_scan_in_the_viewer(page, server, files):
     drop(page, files / "head.nii.gz")
-    page.locator("h2").get_by_text("head").wait_for()
+    wait_for_viewer(page)
+    assert page.locator("h2").inner_text() == "head"
     assert re.search(r"Lesion: [\d.]+ ml \(\d+ voxels\)", page.locator("#numbers").inner_text())
+    assert not page.locator("#warning, #plain").all_inner_texts()[0]
     mask = downloaded(page, "head_mask.nii.gz")
     assert mask == (files / "expected/head_mask.nii.gz").read_bytes()
-
-    first = drawn(page)
-    slider = page.get_by_label("Slice")
-    slider.fill("0")
-    assert page.locator("output").inner_text() == "slice 1 of 8"
-    assert drawn(page) != first
-    slider.fill("4")
-    with_outline = drawn(page)
-    page.get_by_label("Outline").uncheck()
-    without = drawn(page)
-    page.get_by_label("Probability").check()
-    heat = drawn(page)
-    page.get_by_label("post-contrast").check()
-    assert len({with_outline, without, heat, drawn(page)}) == 4
     left = [p for p in server[1].rglob("*") if p.is_file() and p.name != "server.log"]
     assert left == [], "the upload is deleted"
 
+    seen = [drawn(page)]
+    for plane, last in (("Axial", 8), ("Coronal", 64), ("Sagittal", 64)):
+        page.get_by_text(plane, exact=True).click()
+        for index in (last // 4, last // 2):
+            page.get_by_label("Slice", exact=True).fill(str(index))
+            assert slice_shown(page) == f"Slice {index + 1} of {last}"
+            seen.append(drawn(page))
+    page.get_by_text("3D", exact=True).click()
+    seen.append(drawn(page))
+    assert len(set(seen)) == len(seen), "each step shows something else"
 
-def test_the_phantom_on_a_phone(page):
-    page.set_viewport_size({"width": 390, "height": 844})
-    page.get_by_role("button", name="Try a phantom").click()
-    page.locator("h2").get_by_text("phantom").wait_for()
-    page.locator("#scores").get_by_text("DSC").wait_for()
-    width = page.evaluate("document.documentElement.scrollWidth")
-    assert width <= 390, "nothing sticks out"
-    page.get_by_text("All slices").click()
-    assert page.locator("#montage").evaluate("image => image.naturalWidth") > 0
-    assert len(downloaded(page, "phantom_masks.zip")) > 1000
+
+def test_what_the_viewer_can_do(page, files):
+    drop(page, files / "head.nii.gz")
+    wait_for_viewer(page)
+    page.get_by_text("Axial", exact=True).click()
+    first = slice_shown(page)
+    seen = [drawn(page)]
+    for name in ("Fill", "Off", "Probability", "Post-contrast"):
+        page.locator("#look").get_by_text(name, exact=True).click()
+        seen.append(drawn(page))
+    for name, value in (("Window", 60), ("Level", 30), ("Zoom", 3)):
+        page.get_by_label(name, exact=True).fill(str(value))
+        seen.append(drawn(page))
+    assert len(set(seen)) == len(seen), "each control changes the picture"
+
+    page.get_by_role("button", name="Reset").click()
+    page.locator("canvas").press("ArrowUp")
+    up = slice_shown(page)
+    page.locator("canvas").press("ArrowDown")
+    assert slice_shown(page) == first != up
+    page.locator("canvas").hover()
+    page.mouse.wheel(0, 100)
+    page.wait_for_timeout(300)
+    assert slice_shown(page) != first, "the wheel goes to the next slice"
+
+
+def test_the_phantom_on_a_phone(browser, server):
+    with visit(browser, server[0], 390, 844, has_touch=True, is_mobile=True) as page:
+        page.get_by_role("button", name="Try a phantom").click()
+        page.locator("#scores").get_by_text("DSC").wait_for()
+        wait_for_viewer(page)
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390, "nothing sticks out"
+        before = slice_shown(page)
+        touch(page, 60, 400)  # the coronal plane
+        assert slice_shown(page) != before
+        page.get_by_text("All slices").click()
+        assert page.locator("#montage").evaluate("image => image.naturalWidth") > 0
+        assert len(downloaded(page, "phantom_masks.zip")) > 1000
+
+
+def test_a_browser_without_webgl2(launch, server, files):
+    browser = launch("--disable-3d-apis")
+    with contextlib.closing(browser), visit(browser, server[0]) as page:
+        drop(page, files / "head.nii.gz")
+        page.locator("#plain").get_by_text("WebGL2 is missing").wait_for()
+        assert not page.locator("#look").is_visible()
+        assert page.locator("#montage").is_visible()
+        mask = downloaded(page, "head_mask.nii.gz")
+        assert mask == (files / "expected/head_mask.nii.gz").read_bytes()
+
+
+def test_expected_dsc_and_warning_on_the_page(page, server, files):
+    sent = {"images": open(files / "head.nii.gz", "rb")}
+    response = post(server[0], files=sent, headers={"Accept": "application/x-ndjson"})
+    answer = json.loads(response.text.splitlines()[-1])
+    answer["summary"] |= {"expected_dsc": 0.71, "warning": "This mask may be poor."}
+    answer["summary"] |= {"expected_dsc_low": 0.5, "expected_dsc_high": 0.834}
+    page.route("**/api/segment", lambda route: route.fulfill(body=json.dumps(answer)))
+    drop(page, files / "head.nii.gz")
+    page.locator("#warning").get_by_text("This mask may be poor.").wait_for()
+    assert "0.71 (0.50 to 0.83)" in page.locator("#numbers").inner_text()
+
+
+def test_sequences_in_files_of_their_own(page, files, tmp_path):
+    import SimpleITK
+
+    head = SimpleITK.ReadImage(str(files / "head.nii.gz"))
+    page.get_by_text("One file per sequence").click()
+    for k, name in enumerate(("pre", "flair", "post")):
+        path = tmp_path / f"{name}.nii.gz"
+        SimpleITK.WriteImage(SimpleITK.VectorIndexSelectionCast(head, k), str(path))
+        page.locator(f"input[name={name}]").set_input_files(str(path))
+    page.get_by_role("button", name="Segment").click()
+    page.locator("#sequences").get_by_text("Pre-contrast").wait_for()
+    assert len(downloaded(page, "flair_mask.nii.gz")) > 100
+
+
+def test_the_vendored_viewer_is_that_of_its_lock_file():
+    vendor = ROOT / "web" / "vendor"
+    lock = json.loads((vendor / "package-lock.json").read_text())
+    version = lock["packages"]["node_modules/@niivue/niivue"]["version"]
+    with open(vendor / "niivue.js") as bundle:
+        assert bundle.readline().startswith(f"/* NiiVue {version}, ")
+    assert "Copyright (c) 2021, Niivue" in (vendor / "LICENSES.txt").read_text()
 
 
 def test_what_cannot_be_segmented_is_said_on_the_page(page, tmp_path):
@@ -525,7 +611,7 @@ def test_what_cannot_be_segmented_is_said_on_the_page(page, tmp_path):
 
 def test_a_folder_in_a_browser(page, files):
     page.locator("#folder").set_input_files(str(files / "slices/phantom_000"))
-    page.locator("#chosen").get_by_text("16 files").wait_for()
+    page.locator("[data-chosen=images]").get_by_text("16 files").wait_for()
     page.get_by_role("button", name="Segment").click()
     page.locator("#scores").get_by_text("DSC").wait_for()
     with zipfile.ZipFile(io.BytesIO(downloaded(page, "phantom_000_masks.zip"))) as archive:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -136,7 +137,7 @@ def test_fingerprint_is_of_the_voxels(phantoms, weights, tmp_path):
 # Folds and tables
 
 
-def test_a_folder_of_folds_scores_each_case_by_the_network_that_has_not_seen_it(phantoms, tmp_path):
+def test_each_case_is_scored_by_the_fold_that_left_it_out(phantoms, tmp_path):
     """One fold finds something, the other nothing: it shows which of them was asked."""
     for fold in "01":
         (tmp_path / "cv" / fold).mkdir(parents=True)
@@ -156,7 +157,7 @@ def test_a_fold_without_a_card_is_refused(phantoms, tmp_path, weights):
     assert str(tmp_path / "cv" / "0" / "unet.pt") in message and "card" in message
 
 
-def test_patients_unseen_by_all_folds_are_scored_by_the_ensemble(phantoms, tmp_path):
+def test_patients_unseen_by_all_folds_get_the_ensemble(phantoms, tmp_path):
     """Its scores are those of inference.py with the folder."""
     (tmp_path / "cv").mkdir()
     make_weights(tmp_path / "cv" / "a.pt", trained_on=NAMES[8:])
@@ -372,14 +373,14 @@ def test_a_score_whose_epoch_was_chosen_on_the_cases_says_so():
     assert "chosen" not in tables(compare(made_up({"a": [0.5] * 6})))[0].note
 
 
-def test_no_interval_of_few_cases_and_the_n_of_what_is_not_always_defined():
+def test_few_cases_have_no_interval_and_partial_scores_their_n():
     (row,) = tables(compare(made_up({"a": [0.5, 0.6, 0.7]}, hd95_px=[1.0, np.nan, 3.0])))[0].rows
     assert row[1:3] == ["3", "0.600"] and "2.000 (2)" in row
     (row,) = tables(compare(made_up({"a": [0.5, 0.6]}, hd95_px=[np.nan] * 2)))[0].rows
     assert "none" in row
 
 
-def test_the_setting_is_chosen_on_validation_cases_and_scored_on_the_others():
+def test_settings_are_chosen_on_validation_cases_only():
     settings = {name: [0.5] * 4 for name in SETTINGS}
     settings["dsc_0.3_all"] = [0.9, 0.8, 0.1, 0.3]  # best on the first two, worst on the others
     settings["dsc_0.7_all"] = [0.6, 0.6, 0.9, 0.9]
@@ -459,14 +460,14 @@ def test_pictures(done):
     assert gallery.shape[1] > 900 and len(np.unique(gallery)) > 50
 
 
-def test_nothing_predicted_is_null_in_json(done):
-    """Trap 2: no distance is defined then, and JSON knows no NaN."""
+def test_nothing_predicted_is_as_far_as_the_diagonal(done):
+    """Trap 2: once there was no distance then, and the mean left these cases out."""
     text = (done / "summary.json").read_text()
-    blank = json.loads(text)["models"]["blank"]["scores"]
-    assert "NaN" not in text and blank["hd95_px"] == {
-        "mean": None, "median": None, "low": None, "high": None, "n": 0
-    }  # fmt: skip
-    assert blank["dsc"]["mean"] == 0
+    blank = json.loads(text)["models"]["blank"]
+    n = blank["scores"]["dsc"]["n"]
+    assert "NaN" not in text and blank["scores"]["dsc"]["mean"] == 0
+    assert blank["scores"]["hd95_px"]["mean"] == pytest.approx(math.hypot(8, 64, 64))
+    assert blank["scores"]["hd95_px"]["n"] == n == blank["missed"]
 
 
 # Refusals

@@ -20,7 +20,7 @@ from conftest import TRAINED_ON, in_processes, make_weights
 
 import inference
 from brainseg import metrics, pipeline
-from brainseg.io.layouts import case_paths, find_case
+from brainseg.io.layouts import find_case, list_cases
 from brainseg.metrics import dsc
 from brainseg.phantom import make_volume
 from brainseg.segmenter import Segmenter
@@ -285,6 +285,21 @@ def test_finished_cases_are_skipped_and_still_scored(phantoms, weights, tmp_path
         assert contents(folder) == first
 
 
+def test_masks_of_sources_that_have_changed_are_made_anew(phantoms, weights, tmp_path, capsys):
+    """Trap 15: the mask of an image that had changed since was kept."""
+    names = "phantom_003", "phantom_004"
+    images = subset_copy(phantoms, tmp_path / "in", *names)
+    again = images, tmp_path, weights, "--skip-existing"
+    assert infer(*again) == infer(*again) == 0
+    assert "2 kept from an earlier run" in capsys.readouterr().out
+    source = images / names[0] / f"{names[0]}_3.tif"
+    tifffile.imwrite(source, tifffile.imread(images / names[1] / f"{names[1]}_3.tif"))
+    assert infer(*again) == 0
+    assert "1 kept from an earlier run" in capsys.readouterr().out
+    assert infer(*again) == 0
+    assert "2 kept from an earlier run" in capsys.readouterr().out
+
+
 def test_masks_of_other_weights_or_settings_are_not_kept(phantoms, weights, tmp_path):
     only = "--cases", "phantom_003"
     assert infer(phantoms, tmp_path, weights, *only) == 0
@@ -345,7 +360,7 @@ def test_sources_are_never_overwritten(phantoms, weights, tmp_path):
     assert contents(tmp_path / "images") == before
 
 
-def test_linked_case_paths_keep_their_own_names(phantoms, weights, tmp_path):
+def test_linked_cases_keep_their_own_names(phantoms, weights, tmp_path):
     (tmp_path / "links").mkdir()
     for name in ("p1", "p2"):
         shutil.copytree(phantoms / "phantom_003", tmp_path / name / "scan")
@@ -593,9 +608,13 @@ def test_neighbours_travel_in_the_card(phantoms, tmp_path, capsys):
     assert "3 channel(s), but the model was trained on 9" in one_sentence(capsys)
 
 
-def test_the_second_network_trains_and_segments_by_its_name_alone(phantoms, tmp_path, capsys):
+def test_the_second_network_trains_and_segments_by_name(phantoms, tmp_path, monkeypatch):
+    """With one block a layer in place of sixteen in all, of which saving takes longest."""
     import train
+    from brainseg import resnext_unet
 
+    layer = resnext_unet._layer
+    monkeypatch.setattr(resnext_unet, "_layer", lambda i, o, blocks, stride: layer(i, o, 1, stride))
     options = ["--model", "resnext_unet", "--image-size", "32", "--epochs", "1", "--folds", "6"]
     options += ["--fold", "0", "--weights", str(tmp_path), "--logs", str(tmp_path / "logs")]
     train.main(["--images", str(phantoms), *options])
@@ -622,14 +641,16 @@ def test_batches_go_on_from_case_to_case(
     monkeypatch.setattr(
         Segmenter, "_forward", lambda self, batch: sizes.append(len(batch)) or forward(self, batch)
     )
-    cases = case_paths(phantoms)
+    cases = list_cases(phantoms)
     assert infer(phantoms, tmp_path, weights, "--batch-size", 5, "--no-amp") == 0
-    slices = sum(len(find_case(path).slices) for path in cases)
+    slices = sum(len(source.open().slices) for source in cases)
     assert sum(sizes) == slices and len(sizes) < sum(
-        -(-len(find_case(path).slices) // 5) for path in cases
+        -(-len(source.open().slices) // 5) for source in cases
     )
-    for path in cases:
-        assert dsc(read_masks(tmp_path, path.name) > 0, read_masks(done[0], path.name) > 0) > 0.99
+    for source in cases:
+        assert (
+            dsc(read_masks(tmp_path, source.name) > 0, read_masks(done[0], source.name) > 0) > 0.99
+        )
 
 
 def test_memory_that_runs_out_between_cases_loses_none(
@@ -644,8 +665,10 @@ def test_memory_that_runs_out_between_cases_loses_none(
 
     monkeypatch.setattr(Segmenter, "_forward", small)
     assert infer(phantoms, tmp_path, weights) == 0
-    for path in case_paths(phantoms):
-        assert dsc(read_masks(tmp_path, path.name) > 0, read_masks(done[0], path.name) > 0) > 0.99
+    for source in list_cases(phantoms):
+        assert (
+            dsc(read_masks(tmp_path, source.name) > 0, read_masks(done[0], source.name) > 0) > 0.99
+        )
 
 
 def test_a_batch_too_large_for_the_memory_is_halved(

@@ -171,7 +171,7 @@ def test_bfloat16_finds_nearly_the_same(model, volume):
 # The network is left as it should be
 
 
-def test_a_network_in_training_segments_as_in_evaluation_and_is_left_as_it_was(model, volume):
+def test_a_network_in_training_mode_segments_all_the_same(model, volume):
     """Trap 9: an example left the network in training mode; its mask was wrong."""
     expected = segmenter(model)(volume)
     before = {name: value.clone() for name, value in model.state_dict().items()}

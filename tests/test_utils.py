@@ -136,17 +136,15 @@ def test_threads_leave_torch_its_cores():
 
 
 def test_first_signal_is_noted_the_second_ends_the_program():
-    old = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        interruption = Interruption()
+    numbers = signal.SIGINT, signal.SIGTERM
+    before = [signal.getsignal(number) for number in numbers]
+    with Interruption() as interruption:
         assert interruption.signal is None
         signal.raise_signal(signal.SIGTERM)
         assert interruption.signal == signal.SIGTERM
         with pytest.raises(KeyboardInterrupt):  # asked twice
             signal.raise_signal(signal.SIGINT)
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
+    assert [signal.getsignal(number) for number in numbers] == before
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,8 @@ STYLE = """
 .bar button, .bar label { font: inherit; font-size: .85rem; color: inherit; cursor: pointer }
 .bar button { background: var(--box); border: 1px solid var(--line); border-radius: 6px;
               padding: .25rem .7rem }
-.bar button[aria-pressed=true] { border-color: var(--blue); box-shadow: inset 0 0 0 1px var(--blue) }
+.bar button[aria-pressed=true] { border-color: var(--blue);
+                                 box-shadow: inset 0 0 0 1px var(--blue) }
 svg { width: 100%; max-width: 720px; height: auto; display: block }
 svg rect { fill: var(--blue) } svg text { fill: var(--soft); font-size: 11px }
 svg line { stroke: var(--line) }
@@ -38,7 +39,8 @@ svg line { stroke: var(--line) }
 .case div { padding: .4rem .55rem .5rem; overflow-wrap: anywhere; line-height: 1.35 }
 .case span { color: var(--soft); display: block }
 .case.look { border-color: var(--warn-line) } .case .poor { color: var(--red); font-weight: 600 }
-th button { font: inherit; color: inherit; background: none; border: 0; padding: 0; cursor: pointer }
+th button { font: inherit; color: inherit; background: none; border: 0; padding: 0;
+            cursor: pointer }
 th[aria-sort=ascending] button::after { content: " \\25B4" }
 th[aria-sort=descending] button::after { content: " \\25BE" }
 tr.look td { background: var(--warn) } tr:target td { box-shadow: inset 0 2px 0 var(--blue) }
@@ -115,7 +117,9 @@ def _tiles(rows: Sequence[dict]) -> str:
         f"median {_unit(rows)} of a lesion": median,
         "median expected DSC": f"{np.median(expected):.2f}" if expected else "-",
     }
-    inner = "".join(f"<div><b>{value}</b><span>{name}</span></div>" for name, value in tiles.items())
+    inner = "".join(
+        f"<div><b>{value}</b><span>{name}</span></div>" for name, value in tiles.items()
+    )
     return f"<div class=tiles>{inner}</div>"
 
 
@@ -148,7 +152,9 @@ def _histogram(rows: Sequence[dict]) -> str:
                 f"height={count * tall:.1f}><title>{count} of {low} to {high} {unit}</title></rect>"
             )
         if k % every == 0:
-            parts.append(f"<text x={x:.1f} y={height - bottom + 15} text-anchor=middle>{low}</text>")
+            parts.append(
+                f"<text x={x:.1f} y={height - bottom + 15} text-anchor=middle>{low}</text>"
+            )
     parts.append(f"<text x={left - 6} y=20 text-anchor=end>{counts.max()}</text>")
     parts.append(f"<text x={left - 6} y={height - bottom} text-anchor=end>0</text>")
     middle = (left + width) / 2

@@ -36,6 +36,11 @@ def _score_table(summary: dict[str, dict]) -> Table:
         dsc, *others = about["scores"].values()
         rows.append([name, str(dsc["n"]), _interval(dsc), f"{dsc['median']:.3f}"])
         rows[-1] += [_mean(other, dsc["n"]) for other in others]
+        if about.get("missed"):
+            notes.append(
+                f"{name}: in {about['missed']} of the cases only one of the masks is empty; their "
+                "HD95 and ASSD are the diagonal of the image."
+            )
         if about["chose_epoch"]:
             notes.append(
                 f"{name}: the epoch of its weights was chosen on {about['chose_epoch']} of these "

@@ -14,14 +14,14 @@ from torch import Tensor
 
 from ..devices import in_order
 from ..ensemble import FEATURES, average, check_members
-from ..io.layouts import case_name, case_paths, find_case
+from ..io.layouts import Source
 from ..io.pictures import outline, to_grey
 from ..io.predictions import read_scores
 from ..io.slices import Case
 from ..metrics import dsc, score
 from ..preprocess import Frame, missing_sequences
 from ..segmenter import Segmentation, Segmenter, preprocess_near, to_mask
-from ..splits import patient_of, site_of, subset_of
+from ..splits import patient_of, patients_of_card, site_of, subset_of
 from ..weights import file_hash, read_card, weights_files
 from .statistics import SCORES, SETTINGS
 
@@ -96,10 +96,8 @@ def open_network(file: Path, files: int, options: dict) -> Network:
         if files > 1:
             raise ValueError(f"{file}: no card says what it was trained on; it is no use as a fold")
         print(f"{file}: no card says what it was trained on; no case is left out", file=sys.stderr)
-    chose = cases.get("validation", ()) if card.get("recipe", {}).get("keep") == "best" else ()
-    return Network(
-        file, segmenter, set(map(patient_of, cases.get("train", ()))), set(map(patient_of, chose))
-    )
+    chose = ["validation"] if card.get("recipe", {}).get("keep") == "best" else []
+    return Network(file, segmenter, patients_of_card(card, "train"), patients_of_card(card, *chose))
 
 
 def describe(model: Model) -> dict | str:
@@ -118,21 +116,20 @@ def describe(model: Model) -> dict | str:
 
 
 def choose_cases(
-    images: Path, subsets: Sequence[str], names: Sequence[str] | None, models: Sequence[Model]
+    sources: Sequence[Source], subsets: Sequence[str], models: Sequence[Model], images: Path
 ) -> tuple[list[Case], list[str]]:
     """The cases that every model can be scored on, and the names of those that one has seen.
 
     Raises ValueError, naming the case, if one cannot be scored or nothing is left.
     """
-    found = case_paths(images, names)
-    chosen = [p for p in found if {"all", subset_of(case_name(p))} & set(subsets)]
+    chosen = [s for s in sources if {"all", subset_of(s.name)} & set(subsets)]
     if not chosen:
         raise ValueError(
-            f"{images}: none of its {len(found)} cases is in {' or '.join(subsets)}; "
+            f"{images}: none of its {len(sources)} cases is in {' or '.join(subsets)}; "
             "choose another --subset, such as all"
         )
-    seen = {p for p in chosen if any(model.was_trained_on(case_name(p)) for model in models)}
-    cases = [find_case(path) for path in chosen if path not in seen]
+    seen = {s.name for s in chosen if any(model.was_trained_on(s.name) for model in models)}
+    cases = [source.open() for source in chosen if source.name not in seen]
     if not cases:
         raise ValueError(
             f"{images}: the models were trained on all {len(chosen)} cases; "
@@ -149,7 +146,7 @@ def choose_cases(
                     f"{model.path}: has no score of {case.name}; a comparison needs the same "
                     "cases: choose them with --subset or --cases, or run inference.py on them"
                 )
-    return cases, sorted(map(case_name, seen))
+    return cases, sorted(seen)
 
 
 def score_all(

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from .dicom import is_dicom, is_series, series_files
 from .files import atomic_write
-from .grid import series_files
 from .scans import Scan
 from .slices import Case
 
@@ -38,12 +38,14 @@ def check_dicom_packages() -> None:
         )
 
 
+def holds_dicom(path: Path) -> bool:
+    """Tell whether a case's folder or file has any DICOM image in it."""
+    return any(map(is_dicom, path.rglob("*") if path.is_dir() else [path]))
+
+
 def series_of(case: Case) -> Path | None:
-    """Name the folder of the DICOM series that a case was read from, FLAIR's of three, if any."""
-    if not isinstance(case, Scan):
-        return None
-    flair = case.slices[1 if len(case.slices) == 3 else 0]
-    return flair if flair.is_dir() else None
+    """Name the DICOM series (its folder, or a file of it) that FLAIR was read from, if it was."""
+    return case.flair if isinstance(case, Scan) and is_series(case.flair) else None
 
 
 def write_dicom_seg(path: Path, case: Scan, mask: np.ndarray, algorithm: str, version: str) -> None:

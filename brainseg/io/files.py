@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import secrets
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,16 +22,11 @@ def atomic_write(path: Path | str) -> Iterator[Path]:
     with name_in_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         stem, *_ = path.name.partition(".")
-        handle, name = tempfile.mkstemp(  # with the suffix, .nii.gz say, as writers go by it
-            dir=path.parent, prefix=f".{stem}-", suffix=path.name[len(stem) :]
-        )
-        os.close(handle)
-        temporary = Path(name)
+        # With the suffix, .nii.gz say, as writers go by it; with the umask, unlike mkstemp.
+        temporary = path.with_name(f".{stem}-{secrets.token_hex(8)}{path.name[len(stem) :]}")
+        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
         try:
             yield temporary
-            umask = os.umask(0)
-            os.umask(umask)
-            temporary.chmod(0o666 & ~umask)  # mkstemp makes files that only their owner can read
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)

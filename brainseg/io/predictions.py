@@ -15,9 +15,10 @@ from types import MappingProxyType
 import imageio.v3 as iio
 import numpy as np
 
-from ..metrics import describe, score
+from ..metrics import describe, describe_distances, score
 from ..splits import patient_of
 from .files import name_in_errors
+from .labels import Labels
 from .pictures import outline, save_gif, to_grey
 from .scans import Scan
 from .slices import Case, read_slice
@@ -76,15 +77,19 @@ def find_masks(
 ) -> np.ndarray | None:
     """The mask (S, H, W) of a case that was written `since` then, if it is there whole.
 
-    None as well if one of the `others`, files in `folder` that are wanted beside it, is not there.
+    A mask is written after its source files: where one of these is newer, it is of another image.
+    None as well if one of the `others`, files in `folder` that are wanted beside it, is missing.
     """
     paths = [folder / file for file in mask_files(case)]
     wanted = [*paths, *(folder / file for file in others)]
-    if not all(path.is_file() and path.stat().st_mtime >= since for path in wanted):
+    if not all(path.is_file() for path in wanted):
+        return None
+    written = min(path.stat().st_mtime for path in wanted)
+    if written < since or any(path.stat().st_mtime >= written for path in case.files):
         return None
     try:
         if isinstance(case, Scan):
-            return replace(case, masks=tuple(paths)).read_mask()
+            return replace(case, masks=tuple(paths), labels=Labels()).read_mask()
         return np.concatenate([read_slice(path)[None, ..., 0] for path in paths]) > 0
     except (ValueError, FileNotFoundError):  # damaged, or of several sizes: made anew
         return None
@@ -162,6 +167,7 @@ def scores_text(rows: Sequence[dict]) -> str:
     if unseen:
         patients = [patient_of(row["case"]) for row in unseen]
         lines.append(describe([row["dsc"] for row in unseen], patients))
+        lines.append(describe_distances(unseen, hd95))
     return "\n".join(lines)
 
 

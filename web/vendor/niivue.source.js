@@ -1,0 +1,2 @@
+// What the page uses of NiiVue.
+export { Niivue, NVImage } from "@niivue/niivue";

@@ -1,0 +1,128 @@
+// The viewer: three planes and a rendering of one scan, drawn by NiiVue.
+const form = document.querySelector("#look"), canvas = form.querySelector("canvas");
+const PAN = 3, CROSSHAIR = 6, WINDOWING = 9, ALL = 3, RENDERING = 4; // as NiiVue numbers them
+// Left, top, width and height of axial, coronal and sagittal plane and rendering, on a laptop and on a phone.
+const WIDE = [[0, 0, 0.5, 1], [0.5, 0, 0.25, 0.5], [0.75, 0, 0.25, 0.5], [0.5, 0.5, 0.5, 0.5]];
+const TALL = [[0, 0, 1, 0.6], [0, 0.6, 1 / 3, 0.4], [1 / 3, 0.6, 1 / 3, 0.4], [2 / 3, 0.6, 1 / 3, 0.4]];
+const LABELS = { R: [0, 255, 53, 255], G: [0, 74, 208, 210], B: [0, 61, 79, 60], A: [0, 255, 255, 255] };
+const FILL = 0.35, UNSEEN = 0.004; // opacities of the mask within its outline
+let nv, files, at, said, due; // NiiVue, what is shown, the voxel at the crosshair, the values there, the next frame
+
+async function start() {
+  if (!document.createElement("canvas").getContext("webgl2")) throw new Error("WebGL2 is missing or turned off in this browser");
+  const { Niivue, NVImage } = await import("./vendor/niivue.js");
+  nv = new Niivue({
+    logLevel: "error", dragAndDropEnabled: false, isRadiologicalConvention: true, sagittalNoseLeft: true, viewModeHotKey: "", smoothDrawing: 2,
+    crosshairColor: [0.3, 0.65, 1, 0.8], crosshairWidth: 0.7, crosshairGap: 6, fontColor: [0.75, 0.8, 0.85, 1],
+    mouseEventConfig: { leftButton: { primary: CROSSHAIR }, rightButton: WINDOWING, centerButton: PAN },
+    touchEventConfig: { singleTouch: CROSSHAIR, doubleTouch: PAN },
+  });
+  nv.image = NVImage;
+  nv.onLocationChange = ({ vox, values }) => { at = vox; tell(values); };
+  nv.onIntensityChange = ({ cal_min, cal_max }) => {
+    form.level.value = (cal_min + cal_max) / 2;
+    form.window.value = cal_max - cal_min;
+  };
+  const drawScene = nv.drawScene;
+  nv.drawScene = () => { // once a frame, however much has changed
+    due ??= requestAnimationFrame(() => { due = undefined; drawScene.call(nv); });
+  };
+  const draw = nv.drawImage3D; // the rendering has no outline: it shows the mask whenever it is on
+  nv.drawImage3D = function (...args) {
+    const opacity = this.drawOpacity;
+    this.drawOpacity = form.mask.value === "off" ? 0 : 1;
+    draw.apply(this, args);
+    this.drawOpacity = opacity;
+  };
+  canvas.addEventListener("keydown", key, true); // before NiiVue's own keys
+  await nv.attachToCanvas(canvas);
+  form.addEventListener("input", ({ target }) => set[target.name](target));
+  form.addEventListener("reset", () => setTimeout(reset));
+}
+
+export async function look(viewer, names, compared) {
+  if (!nv) await start();
+  files = viewer;
+  for (const volume of [...nv.volumes]) nv.removeVolume(volume);
+  const open = (name, options) => nv.image.loadFromBase64({ base64: viewer[name], name: `${name}.nii.gz`, ...options });
+  nv.addVolume(await open("scan"));
+  nv.addVolume(await open("probability", { colormap: "hot", opacity: 0, cal_min: 0.05, cal_max: 1 }));
+  nv.loadDrawing(await open("labels"));
+  nv.setDrawColormap(LABELS);
+  form.querySelector("#sequences").innerHTML = "<legend>Sequence</legend>" + viewer.sequences.map((name, k) =>
+    `<label><input type="radio" name="sequence" value="${k}" ${k ? "" : "checked"}>${names[name]}</label>`).join("");
+  form.querySelector("#legend").innerHTML = (compared ?
+    '<span class="both">both masks</span><span class="mask">network only</span><span class="truth">true mask only</span>'
+    : '<span class="mask">mask</span>') + '<span class="heat">probability, 0 to 1</span>';
+  reset();
+}
+
+const set = {
+  view({ value }) {
+    nv.setSliceType(Number(value));
+    if (Number(value) === ALL) nv.setCustomLayout([0, 1, 2, RENDERING].map((sliceType, k) =>
+      ({ sliceType, position: canvas.clientWidth > canvas.clientHeight ? WIDE[k] : TALL[k] })));
+    else nv.clearCustomLayout();
+    tell();
+  },
+  sequence: ({ value }) => nv.setFrame4D(nv.volumes[0].id, Number(value)),
+  probability: ({ checked }) => nv.setOpacity(1, checked ? 0.5 : 0),
+  mask({ value }) {
+    nv.drawOpacity = { outline: UNSEEN, fill: FILL, off: 0 }[value];
+    nv.drawRimOpacity = 1;
+    nv.drawScene();
+  },
+  slice({ value }) {
+    const step = [0, 0, 0];
+    step[axis()] = value - at[axis()];
+    nv.moveCrosshairInVox(...step);
+  },
+  level() {
+    const level = Number(form.level.value), half = form.window.value / 2;
+    Object.assign(nv.volumes[0], { cal_min: level - half, cal_max: level + half });
+    nv.updateGLVolume();
+  },
+  window: () => set.level(),
+  zoom({ value }) { // about the crosshair
+    const pan = nv.scene.pan2Dxyzmm, centre = nv.frac2mm(nv.scene.crosshairPos), more = value - pan[3];
+    nv.setPan2Dxyzmm([0, 1, 2].map((k) => pan[k] - more * centre[k]).concat(Number(value)));
+    nv.setScale(1.4 * value);
+  },
+};
+
+function reset() {
+  nv.scene.crosshairPos = nv.mm2frac(files.focus);
+  nv.createOnLocationChange();
+  nv.setPan2Dxyzmm([0, 0, 0, 1]);
+  nv.setRenderAzimuthElevation(200, 15);
+  for (const name of ["view", "sequence", "mask", "probability", "level", "zoom"]) {
+    const control = form[name], chosen = control.length ? [...control].find((each) => each.checked) : control;
+    set[name](chosen);
+  }
+}
+
+// Which axis the slider moves along: that of the plane on show, else the axial one.
+function axis() {
+  return { 1: 1, 2: 0 }[form.view.value] ?? 2;
+}
+
+function tell(values = said) {
+  const k = axis(), slices = nv.volumes[0].dimsRAS[k + 1];
+  Object.assign(form.slice, { max: slices - 1, value: at[k] });
+  const slice = k === 2 ? `${files.numbers[at[2]]} of ${files.numbers.at(-1)}` : `${at[k] + 1} of ${slices}`;
+  form.querySelector("output").textContent = `Slice ${slice}, probability ${values[1].value.toFixed(2)}`;
+  said = values;
+}
+
+function key(event) {
+  const turn = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowDown: [0, -1], ArrowUp: [0, 1] }[event.key];
+  if (!turn) return;
+  event.preventDefault();
+  event.stopImmediatePropagation();
+  if (Number(form.view.value) === RENDERING) {
+    nv.setRenderAzimuthElevation(nv.scene.renderAzimuth + 10 * turn[0], nv.scene.renderElevation + 10 * turn[1]);
+  } else {
+    form.slice.value = Number(form.slice.value) + turn[0] + turn[1];
+    set.slice(form.slice);
+  }
+}
