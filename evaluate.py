@@ -31,6 +31,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from brainseg.evaluation.expected import check_can_fit, fit_and_save
+from brainseg.evaluation.page import check_page
 from brainseg.evaluation.report import case_table, save_gallery, save_page, save_scores, tables
 from brainseg.evaluation.scoring import choose_cases, describe, open_models, score_all
 from brainseg.evaluation.statistics import compare
@@ -88,9 +89,7 @@ def run(args: argparse.Namespace, options: dict) -> None:
     print(count_patients(by_subset(case.name for case in cases)), flush=True)
     check_writable(args.out)
     if args.report:
-        check_writable(args.report.parent)
-        if args.report.is_dir():
-            raise ValueError(f"{args.report}: is a folder; name the page itself")
+        check_page(args.report)
 
     scored, pictures, digest = {model.name: [] for model in models}, {}, hashlib.sha256()
     scores = score_all(cases, models, args.workers)

@@ -182,6 +182,15 @@ class Segmenter:
         warnings = quality_warnings(features, expected, frame.notes)
         return Segmentation(mask, source, features, expected, warnings)
 
+    def disagreement_map(self, probabilities: Tensor, frame: Frame) -> np.ndarray | None:
+        """Map where the networks of an ensemble disagree: (S, H, W), in the source geometry.
+
+        The standard deviation of their probabilities (S, K + 1, N, N); None of one network.
+        """
+        if probabilities.shape[1] == self.model.settings["out_channels"]:
+            return None
+        return _restored(probabilities[:, -1:], frame).cpu().numpy()
+
     def to_mask(self, restored: Tensor) -> np.ndarray:
         """Make a bool mask of lesion probabilities, both (S, H, W), by this segmenter's options."""
         return to_mask(restored, self.threshold, self.largest_component, self.min_volume)

@@ -17,7 +17,8 @@ from conftest import TRAINED_ON, make_weights
 
 import evaluate
 import inference
-from brainseg.evaluation.report import Table, case_table, pick, tables
+from brainseg.evaluation.page import Table
+from brainseg.evaluation.report import case_table, pick, tables
 from brainseg.evaluation.statistics import SETTINGS, compare
 from brainseg.io.layouts import find_case
 from brainseg.metrics import dsc, summarise

@@ -22,7 +22,7 @@ import torch
 from conftest import TRAINED_ON, in_processes, make_weights
 
 import inference
-from brainseg import metrics
+from brainseg import metrics, pipeline
 from brainseg.io.layouts import find_case, list_cases
 from brainseg.metrics import dsc
 from brainseg.phantom import make_volume
@@ -123,7 +123,7 @@ def test_every_slice_gets_a_mask_and_a_picture(phantoms, done):
     predictions, found = out / "predictions", 0
     names = sorted(folder.name for folder in phantoms.iterdir())
     assert sorted(p.name for p in predictions.iterdir()) == sorted(
-        [*names, *(f"{name}.gif" for name in names), "metrics.csv", "args.json"]
+        [*names, *(f"{name}.gif" for name in names), "metrics.csv", "volumes.csv", "args.json"]
     )
     for name in names:
         masks = read_masks(out, name)
@@ -268,13 +268,13 @@ def test_finished_cases_are_skipped_and_still_scored(phantoms, weights, tmp_path
     assert infer(*again) == 0
     first = contents(tmp_path / "predictions")
 
-    segmented, finish = [], Segmenter.finish
+    segmented, assess = [], Segmenter.assess
 
     def spy(self, probabilities, frame):
         segmented.append(frame)
-        return finish(self, probabilities, frame)
+        return assess(self, probabilities, frame)
 
-    monkeypatch.setattr(Segmenter, "finish", spy)
+    monkeypatch.setattr(Segmenter, "assess", spy)
     assert infer(*again) == 0
     assert not segmented, "the network does not run again"
     assert contents(tmp_path / "predictions") == first
@@ -427,14 +427,14 @@ def test_processes_share_the_cases_and_write_what_one_would(phantoms, weights, d
 
 
 def test_each_process_segments_its_own_cases_only(phantoms, weights, tmp_path, monkeypatch, capfd):
-    written, write = tmp_path / "written", inference.write_case
+    written, write = tmp_path / "written", pipeline.write_case
 
     def spy(folder, case, *more):
         with open(written, "a") as file:
             file.write(f"{os.getpid()} {case.name}\n")
         write(folder, case, *more)
 
-    monkeypatch.setattr(inference, "write_case", spy)
+    monkeypatch.setattr(pipeline, "write_case", spy)
     cases = "--cases", "phantom_003", "phantom_004", "phantom_005"
     assert shared(2, phantoms, tmp_path, weights, "--skip-existing", *cases) == [0, 0]
     lines = [line.split() for line in written.read_text().splitlines()]

@@ -46,6 +46,26 @@ def outline(
     return pictures
 
 
+def thumbnail(volume: np.ndarray, mask: np.ndarray, side: int = 240) -> bytes:
+    """Draw FLAIR, outlined, at the slice with most of the mask, as a JPEG of `side` pixels at most.
+
+    `volume` is (S, H, W, C), `mask` (S, H, W) bool; of an empty mask, the slice in the middle.
+    """
+    import imageio.v3 as iio
+    from skimage.transform import resize
+
+    areas = mask.sum(axis=(1, 2))
+    k = int(areas.argmax()) if areas.any() else len(areas) // 2
+    picture = outline(to_grey(volume)[k : k + 1], mask[k : k + 1], side=side)[0]
+    height, width = picture.shape[:2]
+    times = min(1.0, side / max(height, width))
+    shape = max(1, round(height * times)), max(1, round(width * times))
+    small = (
+        resize(picture, shape, anti_aliasing=True, preserve_range=True) if times < 1 else picture
+    )
+    return iio.imwrite("<bytes>", np.rint(small).astype(np.uint8), extension=".jpg", quality=80)
+
+
 def montage(pictures: np.ndarray) -> np.ndarray:
     """Pictures (S, H, W, 3) as one, side by side on a grid that is about square."""
     count, height, width, _ = pictures.shape

@@ -191,9 +191,13 @@ class Scan(Case):
 
     def write_mask(self, path: Path, mask: np.ndarray) -> None:
         """Write a mask (S, H, W), 0 or 1, on the grid of the scan, whole or not at all."""
+        self.write_map(path, mask.astype(np.uint8))
+
+    def write_map(self, path: Path, values: np.ndarray) -> None:
+        """Write values (S, H, W) of any type on the grid of the scan, whole or not at all."""
         import SimpleITK
 
-        voxels = self.grid.from_axial(mask).astype(np.uint8)
+        voxels = np.ascontiguousarray(self.grid.from_axial(values))
         image = self.grid.image(voxels)
         with atomic_write(path) as temporary:
             try:
