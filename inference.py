@@ -129,7 +129,8 @@ def main(argv: list[str] | None = None) -> None:
         fail(f"out of memory beside the network: {str(error).splitlines()[0]}; use --device cpu")
     except KeyboardInterrupt:
         sys.exit("stopped; finished cases are kept, go on with --skip-existing")
-    sys.exit(1 if failed else 0)
+    if failed:
+        sys.exit(1)
 
 
 def run(args: argparse.Namespace, options: dict) -> int:
