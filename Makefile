@@ -19,7 +19,7 @@ demo: .venv/installed
 	@echo "          demo/predictions/metrics.csv  and  demo/dsc.png"
 
 test: .venv/installed-dev
-	@$(BIN)/python -m pytest -q -n 2 --dist loadfile tests
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder tests
 
 lint: .venv/installed-dev
 	@$(BIN)/ruff check .

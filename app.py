@@ -29,7 +29,9 @@ from utils import add_segmenter_options, fail, make_parser, segmenter_options
 
 def get_parser() -> argparse.ArgumentParser:
     parser = make_parser(__doc__)
-    parser.add_argument("--weights", type=Path, help="weights file (the one of the project)")
+    parser.add_argument(
+        "--weights", type=Path, nargs="+", help="as for inference.py (those of the project)"
+    )
     add_segmenter_options(parser, workers=False)
     add = parser.add_argument_group("server").add_argument
     add("--host", type=str, default="127.0.0.1", help="address to listen on (%(default)s)")

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from brainseg.cache import Prepared, prepare
+from brainseg.cache import Prepared, prepare, unless_bad
 from brainseg.devices import free_memory, in_order, to_device
-from brainseg.io.layouts import find_cases
+from brainseg.io.layouts import Source, list_cases
+from brainseg.io.slices import Case
 from brainseg.preprocess import VERSION, neighbourhoods, neighbourhoods_of
-from brainseg.splits import select_cases, split_folds
+from brainseg.splits import check_folds, select_cases, split_folds, subset_of
 
 MOST = 0.5  # of the free memory of a device; a training step needs the rest
 
@@ -26,6 +27,17 @@ def check_channels(volumes: Sequence[Prepared]) -> int:
         listed = ", ".join(f"{count} in {folder}" for count, folder in sorted(channels.items()))
         raise ValueError(f"cases with different numbers of channels: {listed}")
     return next(iter(channels))
+
+
+def open_cases(sources: Sequence[Source], skip_bad: bool = False) -> list[Case]:
+    """Open the cases; with `skip_bad`, one that is not sound is named on stderr and left out."""
+    opened = (unless_bad(Source.open, s) if skip_bad else s.open() for s in sources)
+    return [case for case in opened if case is not None]
+
+
+def lesion_voxels(volume: Prepared) -> int:
+    """The lesion volume of a case in its source geometry."""
+    return int(volume.truth.sum())
 
 
 class BrainSegmentationDataset(Dataset):
@@ -45,7 +57,7 @@ class BrainSegmentationDataset(Dataset):
         progress: bool = False,
         version: int = VERSION,
     ):
-        cases = select_cases(find_cases(images_dir), subset)
+        cases = open_cases(select_cases(list_cases(images_dir), subset))
         self._hold(prepare(cases, image_size, cache, workers, progress, version))
 
     def _hold(self, volumes: list[Prepared]) -> BrainSegmentationDataset:
@@ -61,20 +73,37 @@ class BrainSegmentationDataset(Dataset):
 
     @classmethod
     def train_and_validation(
-        cls, images_dir: Path | str, folds: int | None = None, fold: int | None = None, **options
+        cls,
+        images: Path | str | Sequence[Source],
+        folds: int | None = None,
+        fold: int | None = None,
+        skip_bad: bool = False,
+        **options,
     ) -> tuple[BrainSegmentationDataset, BrainSegmentationDataset]:
-        """The two subsets a training needs, read together; `options` are those of `prepare`.
+        """The two subsets a training needs, of a folder or of cases already listed.
 
-        With `folds`, those of a cross-validation (`split_folds`).
+        With `folds`, those of a cross-validation (`split_folds`). Test cases are never opened.
+        With `skip_bad`, cases that cannot be read are named on stderr and left out. Other
+        `options` are those of `prepare`.
         """
-        cases = find_cases(images_dir)
+        sources = list_cases(images) if isinstance(images, (str, Path)) else images
         if folds is None:
-            train, validation = (select_cases(cases, subset) for subset in ("train", "validation"))
-        else:
-            train, validation = split_folds(cases, folds, fold, options.get("workers"))
-        volumes = prepare(train + validation, **options)
+            train, validation = (select_cases(sources, part) for part in ("train", "validation"))
+        else:  # any fold needs all cases but those of the test
+            check_folds([source.name for source in sources], folds, fold)
+            train, validation = [s for s in sources if subset_of(s.name) != "test"], []
+        cases = open_cases([*train, *validation], skip_bad)
+        volumes = prepare(cases, skip_bad=skip_bad, **options)
+        if folds is not None:
+            train, validation = split_folds(volumes, folds, fold, voxels=lesion_voxels)
+        parts = []
+        for chosen, verb in ((train, "train"), (validation, "validate")):
+            names = {case.name for case in chosen}
+            parts.append([volume for volume in volumes if volume.name in names])
+            if not parts[-1]:
+                raise ValueError(f"no case to {verb} on is left that can be read")
         check_channels(volumes)
-        parts = volumes[: len(train)], volumes[len(train) :]
+        cases[0].labels.check()
         return tuple(map(cls.of, parts))
 
     def __len__(self) -> int:

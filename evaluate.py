@@ -5,12 +5,16 @@
     python3 evaluate.py --images ./kaggle_3m --weights cv/ --subset train validation   folds, pooled
     python3 evaluate.py --images ./kaggle_3m --weights a/unet.pt predictions/metrics.csv
 
-Each of --weights is a model: a weights file, or an .onnx file of export.py; a folder with a weights
-file a fold, each of which scores the cases that it was not trained on; or the metrics.csv that
+Each of --weights is a model: a weights file, or an .onnx file of export.py; a folder of weights
+files, an ensemble, whose cases are scored by those networks that were not trained on the patient
+(of a cross-validation, one for its own cases, all of them for others); or the metrics.csv that
 inference.py wrote. NAME=PATH gives it a name. The others are compared with the first one, case by
 case. A case that one of the models was trained on counts for none; one on which train.py --keep
 best has chosen an epoch counts, and is named as such. --threshold, --tta and the like do not
 change a metrics.csv.
+
+--fit-expected-dsc learns from these scores what DSC to expect of a mask without a truth, and writes
+it into the cards of the weights (see brainseg/ensemble.py), with expected_dsc.png in OUT.
 
 Writes scores.csv (a line a model and case), summary.json, scores.png and gallery.png to OUT, and
 with --report one page that holds all of it and needs no network.
@@ -26,13 +30,22 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from brainseg.evaluation.expected import check_can_fit, fit_and_save
+from brainseg.evaluation.page import check_page
 from brainseg.evaluation.report import case_table, save_gallery, save_page, save_scores, tables
 from brainseg.evaluation.scoring import choose_cases, describe, open_models, score_all
 from brainseg.evaluation.statistics import compare
 from brainseg.io.files import check_writable, write_json, write_table
-from brainseg.splits import SUBSETS
+from brainseg.splits import SUBSETS, by_subset, count_patients, list_cohort
 from brainseg.weights import shipped_weights
-from utils import add_segmenter_options, fail, make_parser, provenance, segmenter_options
+from utils import (
+    add_cohort_options,
+    add_segmenter_options,
+    fail,
+    make_parser,
+    provenance,
+    segmenter_options,
+)
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -42,7 +55,9 @@ def get_parser() -> argparse.ArgumentParser:
     add("--subset", type=str, nargs="+", choices=("all", *SUBSETS), default=["validation"],
         help="all, train, validation, test, or several (validation)")  # fmt: skip
     add("--cases", type=str, nargs="+", help="only these cases")
+    add_cohort_options(add)
     add("--weights", type=str, nargs="+", help="the models, as above (the one of the project)")
+    add("--fit-expected-dsc", action="store_true", help="learn what DSC to expect of a mask")
     add_segmenter_options(parser)
     add = parser.add_argument_group("where to").add_argument
     add("--out", type=Path, default="./evaluation", help="folder to write to (%(default)s)")
@@ -66,28 +81,35 @@ def main(argv: list[str] | None = None) -> None:
 def run(args: argparse.Namespace, options: dict) -> None:
     """Score every model on every case, print the tables, write the files."""
     shipped = shipped_weights("unet")
+    sources = list_cohort(args.images, args.sequences, args.labels, args.patients, args.cases)
     models = open_models(args.weights or [f"{shipped.stem}={shipped}"], options)
-    cases, left_out = choose_cases(args.images, args.subset, args.cases, models)
+    if args.fit_expected_dsc:
+        check_can_fit(models)
+    cases, left_out = choose_cases(sources, args.subset, models, args.images)
+    print(count_patients(by_subset(case.name for case in cases)), flush=True)
     check_writable(args.out)
     if args.report:
-        check_writable(args.report.parent)
-        if args.report.is_dir():
-            raise ValueError(f"{args.report}: is a folder; name the page itself")
+        check_page(args.report)
 
     scored, pictures, digest = {model.name: [] for model in models}, {}, hashlib.sha256()
-    scores = score_all(cases, models, args.threshold, args.largest_component, args.workers)
+    scores = score_all(cases, models, args.workers)
     bar = tqdm(scores, "scoring", len(cases), unit="case", disable=None)
     for fingerprint, rows, drawn in bar:
         digest.update(fingerprint)
         for row in rows:
             scored[row["model"]].append(row)
         pictures |= drawn
+    sources[0].labels.check()
     write_table(args.out / "scores.csv", [row for rows in scored.values() for row in rows])
     summary = compare(scored)
     shown = tables(summary)
     print("\n\n".join(table.as_text() for table in shown))
     if left_out:
         print(f"\n{len(left_out)} cases left out: a model was trained on their patients")
+    if args.fit_expected_dsc:
+        ((model, rows),) = zip(models, scored.values(), strict=True)
+        made_with = {name: options[name] for name in ("threshold", "min_volume", "tta")}
+        print(f"\n{fit_and_save(model, rows, args.out / 'expected_dsc.png', made_with)}")
 
     about = provenance(args) | {
         "weights": {model.name: describe(model) for model in models},

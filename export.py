@@ -3,19 +3,22 @@
     python3 export.py --weights weights/unet.pt                      weights/unet-<hash>.pt, card
     python3 inference.py --weights weights/unet-<hash>.pt --subset validation
     python3 export.py --weights weights/unet-<hash>.pt --metrics predictions/metrics.csv
-    python3 export.py --weights weights/unet.pt --format onnx        weights/unet.onnx
-    python3 inference.py --weights weights/unet.onnx --images ./scans
-    python3 export.py --weights weights/unet.pt --format torch-export          weights/unet.pt2
+    python3 export.py --weights weights/unet.pt --format onnx        weights/unet-<hash>.onnx
+    python3 export.py --weights weights/unet-folds --format onnx     an ensemble as one file
+    python3 inference.py --weights weights/unet-<hash>.onnx --images ./scans
+    python3 export.py --weights weights/unet.pt --format torch-export   weights/unet-<hash>.pt2
 
-Weights: convolution kernels are stored in half precision; the name carries the first eight digits
-of the file's SHA-256, which is checked whenever it is opened. The third command adds scores to the
-card; it counts only cases that the weights were not trained on.
+The name carries the first eight digits of the file's SHA-256, which is checked whenever the file is
+opened. Weights: convolution kernels are stored in half precision; of several files or a folder,
+each. The third command adds scores to the card; it counts only cases that the weights were not
+trained on.
 
 The other formats hold the network, batch norm folded, from preprocessed slices (N, C, H, W) to
 probabilities (N, K, H, W), both float32, of any number and of any height and width that 16
-divides; and the card, which says how to preprocess. They are compared with the network in PyTorch
-before they take their place. A .pt2 is for programs of your own (torch.export.load): nothing here
-opens one, as opening it could run code that it holds.
+divides; and the card, which says how to preprocess. Of several weights files, or a folder, they
+average the probabilities; a last channel holds the standard deviation over the networks. They are
+compared with the network in PyTorch before they are written. A .pt2 is for programs of your own
+(torch.export.load): nothing here opens one, as opening it could run code that it holds.
 """
 
 from __future__ import annotations
@@ -24,12 +27,15 @@ import argparse
 import hashlib
 import io
 import json
+import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from brainseg.io.files import write_json, written_whole
+from brainseg.ensemble import load_ensemble
+from brainseg.io.files import atomic_write, write_json
 from brainseg.io.predictions import read_scores
 from brainseg.metrics import summarise
 from brainseg.onnx import OnnxNetwork, needed
@@ -42,7 +48,7 @@ from brainseg.programs import (
     trace,
 )
 from brainseg.splits import SUBSETS, is_lgg, patient_of, subset_of
-from brainseg.weights import file_hash, load_state, model_from_state, read_card
+from brainseg.weights import file_hash, load_state, model_from_state, read_card, weights_files
 from utils import fail, make_parser
 
 LICENCE = (
@@ -56,7 +62,13 @@ TOLERANCES = {"float32": 1e-4, "float16": 5e-2}  # of a probability
 
 def get_parser() -> argparse.ArgumentParser:
     parser = make_parser(__doc__)
-    parser.add_argument("--weights", type=Path, required=True, help="file that train.py wrote")
+    parser.add_argument(
+        "--weights",
+        type=Path,
+        nargs="+",
+        required=True,
+        help="file that train.py wrote, several, or a folder of them",
+    )
     parser.add_argument(
         "--format",
         type=str,
@@ -93,54 +105,62 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.format == "weights" and (args.precision or args.images):
         parser.error("--precision and --images go with --format onnx or torch-export")
-    args.out = args.out or args.weights.parent
     try:
-        state = load_state(args.weights)
-        name, model = model_from_state(state, args.weights)
-        card = read_card(args.weights)
-        card |= {"model": name, "settings": model.settings}
-        if any(map(is_lgg, card.get("cases", {}).get("train", ()))):
-            card["licence"] = LICENCE
-        if args.metrics:
-            card.setdefault("scores", {})[args.subset] = scores_of_unseen(
-                args.metrics, args.weights, args.subset
-            )
-        if args.format == "weights":
-            said = write_weights(args.out, state, card)
+        files = weights_files(args.weights)
+        if args.format != "weights":
+            write_network(files, args.weights, args.format, args.precision, args.images, args.out)
+        elif args.metrics and len(files) > 1:
+            raise ValueError(f"{args.metrics}: --metrics goes with one weights file; name one")
         else:
-            said = write_network(args, model, card)
+            for path in files:
+                write_weights(path, args.out or path.parent, args.metrics, args.subset)
     except (ValueError, OSError) as error:
         fail(error)
-    print(said)
 
 
-def write_weights(out: Path, state: dict[str, Tensor], card: dict) -> str:
-    """Write weights named by their hash, and their card; what to say of them."""
+def write_weights(weights: Path, out: Path, metrics: Path | None, subset: str) -> None:
+    """Write weights in half precision, named by their hash, and their card with any scores."""
+    state = load_state(weights)
+    name, model = model_from_state(state, weights)
+    card = with_licence(read_card(weights) | {"model": name, "settings": model.settings})
+    if metrics:
+        card.setdefault("scores", {})[subset] = scores_of_unseen(metrics, weights, subset)
     content = serialise(halve(state))
-    digest = hashlib.sha256(content).hexdigest()
-    path = out / f"{card['model']}-{digest[:8]}.pt"
-    with written_whole(path) as temporary:
+    path, digest = named_by_hash(out, name, ".pt", content)
+    with atomic_write(path) as temporary:
         temporary.write_bytes(content)
     write_json(path.with_suffix(".json"), card | {"sha256": digest})
-    return f"{path}, {len(content) / 2**20:.1f} MiB, and its card {path.with_suffix('.json').name}"
+    print(f"{path}, {len(content) / 2**20:.1f} MiB, and its card {path.with_suffix('.json').name}")
+
+
+def with_licence(card: dict) -> dict:
+    """Add the licence of the LGG data to the card of what was trained on it."""
+    of_lgg = any(map(is_lgg, card.get("cases", {}).get("train", ())))
+    return card | {"licence": LICENCE} if of_lgg else card
+
+
+def named_by_hash(out: Path, stem: str, suffix: str, content: bytes) -> tuple[Path, str]:
+    """Name a file after the first eight digits of its SHA-256; the path, and the whole hash."""
+    digest = hashlib.sha256(content).hexdigest()
+    return out / f"{stem}-{digest[:8]}{suffix}", digest
 
 
 def halve(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Kernels in half precision; batch norm and biases, small and sensitive, as they are."""
+    """Put kernels in half precision; keep batch norm and biases, small and sensitive."""
     halved = {k: v.half() if v.is_floating_point() and v.ndim > 1 else v for k, v in state.items()}
     check_finite(halved)
     return halved
 
 
 def serialise(state: dict[str, Tensor]) -> bytes:
-    """What `torch.save` writes, the same bytes for the same weights whatever the file's name."""
+    """Save to bytes, the same for the same weights whatever the file's name."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
     return buffer.getvalue()
 
 
 def scores_of_unseen(path: Path, weights: Path, subset: str) -> dict:
-    """DSC, and its spread, of the cases of a subset that the weights were not trained on.
+    """Summarise the DSC of the cases of a subset that the weights were not trained on.
 
     Raises ValueError if the metrics.csv at `path` is not of these weights, by args.json beside it.
     """
@@ -166,40 +186,51 @@ def scores_of_unseen(path: Path, weights: Path, subset: str) -> dict:
     return {"metric": "DSC per volume", **summary, "cases": cases}
 
 
-def write_network(args: argparse.Namespace, model: nn.Module, card: dict) -> str:
-    """Write an ONNX file or an exported program that agrees with `model`; what to say of it.
+def write_network(
+    files: Sequence[Path],
+    given: Sequence[Path],
+    form: str,
+    precision: str | None,
+    images: Path | None,
+    out: Path | None,
+) -> None:
+    """Write an ONNX file or an exported program of weights, one network or an ensemble.
 
-    Raises ValueError, and leaves what was there, if it does not agree.
+    It is named after the path that was `given`, or "ensemble" if several were. Raises ValueError,
+    and writes nothing, if its probabilities are not those of PyTorch.
     """
-    if args.format == "onnx":
+    if form == "onnx":
         for package in ("onnxscript", "onnxruntime"):
             needed(package, "--format onnx")
-    precision = args.precision or "float32"
-    suffix = ("-float16" if precision == "float16" else "") + SUFFIXES[args.format]
-    path = args.out / f"{args.weights.stem}{suffix}"
-    card = {"image_size": 256, "neighbours": 0, "preprocessing": 1} | card
+    precision = precision or "float32"
+    model, card = load_ensemble(files)
+    card = {"image_size": 256, "neighbours": 0, "preprocessing": 1} | with_licence(card)
     card |= {"stride": model.stride, "precision": precision}
-    card["weights"] = {"file": args.weights.name, "sha256": file_hash(args.weights)}
+    sources = [{"file": path.name, "sha256": file_hash(path)} for path in files]
+    card["weights"] = sources[0] if len(sources) == 1 else sources
     card.pop("sha256", None)  # of the weights
-    case, slices = slices_to_compare(args.images, model, card)
-    program = trace(model, precision)
-    with written_whole(path) as temporary:
-        if args.format == "onnx":
-            temporary.write_bytes(to_onnx(program, card))
-            network = OnnxNetwork(temporary, ["cpu"])
-        else:
-            temporary.write_bytes(to_pt2(program, card))
-            network = torch.export.load(temporary).module()
-        difference = largest_difference(network, model, slices)
-        if not difference <= TOLERANCES[precision]:
-            raise ValueError(
-                f"{path}: not written, as its probabilities are up to {difference:.2g} off those "
-                f"of {args.weights} on {case}; export it in float32, or with another PyTorch"
-            )
-        size = temporary.stat().st_size / 2**20
-    return (
-        f"{path}, {size:.1f} MiB; on {len(slices)} slices of {case} its probabilities are within "
-        f"{difference:.1e} of those of PyTorch ({TOLERANCES[precision]:g} is allowed)"
+    case, slices = slices_to_compare(images, model, card)
+    content = (to_onnx if form == "onnx" else to_pt2)(trace(model, precision), card)
+    stem = re.sub(r"-[0-9a-f]{8}$", "", given[0].stem) if len(given) == 1 else "ensemble"
+    stem += "-float16" * (precision == "float16")
+    path, _ = named_by_hash(out or given[0].parent, stem, SUFFIXES[form], content)
+    if form == "onnx":
+        network = OnnxNetwork(path, ["cpu"], content=content)
+    else:
+        network = torch.export.load(io.BytesIO(content)).module()
+    difference = largest_difference(network, model, slices)
+    if not difference <= TOLERANCES[precision]:
+        raise ValueError(
+            f"{path}: not written, as its probabilities are up to {difference:.2g} off those of "
+            f"{given[0]} on {case}; export it in float32, or with another PyTorch"
+        )
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(content)
+    print(
+        f"{path}, {len(content) / 2**20:.1f} MiB"
+        + (f", {len(files)} networks" if len(files) > 1 else "")
+        + f"; on {len(slices)} slices of {case} its probabilities are within {difference:.1e} "
+        f"of those of PyTorch ({TOLERANCES[precision]:g} is allowed)"
     )
 
 

@@ -37,9 +37,11 @@ def segmenter(network="unet", device=None, **options):
     """Raw volume (slices, H, W, 3) uint8 in, boolean mask (slices, H, W) out, pretrained.
 
     Channels are pre-contrast, FLAIR, post-contrast; needs numpy and scikit-image.
-    network: whose weights to take, of those that come with the repository.
+    network: whose weights to take, of those that come with the repository; where several networks
+    come with it (weights/unet-folds), they are averaged.
     device: an accelerator if there is one, unless named here.
-    options: threshold=0.5, largest_component=True, tta=False, batch_size=16, amp=None.
+    options: threshold=0.5, largest_component=True, min_volume=0, tta=False, batch_size=16,
+    amp=None.
     """
     from brainseg.segmenter import Segmenter  # needs more than torch
 

@@ -7,59 +7,78 @@
     python3 inference.py --images ./kaggle_3m --subset validation
     python3 inference.py --images ./kaggle_3m --weights weights/unet.pt --skip-existing
     torchrun --nproc-per-node=4 inference.py --images ./cohort   cases shared by four GPUs
-    python3 inference.py --images ./kaggle_3m --weights weights/unet.onnx   of export.py
+    python3 inference.py --images ./kaggle_3m --weights weights/unet-<hash>.onnx   of export.py
+    python3 inference.py --images ./kaggle_3m --weights folds/   an ensemble: all weights in it
+    python3 inference.py --images ./cohort --report report.html  one page to look through
+    python3 inference.py --images ./dicom --dicom-seg            a Segmentation for the archive
     python3 inference.py --config settings.yaml                  the names of the flags; flags win
 
 For every source slice, PREDICTIONS/<case>/ gets <case>_<k>_mask.tif (0 or 255, the source's
 height and width) and <case>_<k>.png with the outline drawn (green truth, red prediction);
 PREDICTIONS/<case>.gif shows them one after another. A volume file gets one mask on its own grid,
-PREDICTIONS/<case>_mask.nii.gz, in place of the TIFFs. Where cases have masks, metrics.csv and the
-figure of sorted DSCs are written too, and cases that the weights were trained on are marked.
-args.json says how it was done.
+PREDICTIONS/<case>_mask.nii.gz, in place of the TIFFs. volumes.csv has a line per case: what was
+found, how large, the DSC to expect, and a warning where a mask needs a look. Where cases have
+masks, metrics.csv and the figure of sorted DSCs are written too, and cases that the weights were
+trained on are marked. args.json says how it was done.
+
+--probabilities adds <case>_probability.nii.gz (float32), or <case>_<k>_probability.tif, and for an
+ensemble the standard deviation of its networks, _disagreement. --dicom-seg adds <case>_seg.dcm.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
-import signal
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import chain
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
-from brainseg.devices import in_groups, in_order
 from brainseg.distributed import (
+    barrier,
     gather,
-    in_main,
-    is_main,
-    one_first,
-    only_main_speaks,
-    own_device,
-    own_workers,
+    is_main_process,
+    local_rank_zero_first,
+    only_main_process_prints,
     process_group,
-    share,
-    together,
+    rank_device,
+    rank_workers,
+    shard,
 )
+from brainseg.evaluation.cohort import save_cohort
+from brainseg.evaluation.page import check_page
+from brainseg.evaluation.volumes import read_volumes, volumes_table, write_volumes
+from brainseg.io.dicom_seg import check_dicom_packages, holds_dicom
 from brainseg.io.files import check_writable, sentence, write_json, write_table
-from brainseg.io.layouts import case_paths, find_case, find_sequences
+from brainseg.io.labels import Labels
+from brainseg.io.layouts import Source, find_sequences
 from brainseg.io.pictures import save_dsc_figure
-from brainseg.io.predictions import find_masks, since, table_row, write_case
+from brainseg.io.predictions import scores_text, since
 from brainseg.io.slices import Case
-from brainseg.metrics import describe
-from brainseg.preprocess import Frame
+from brainseg.pipeline import Outputs, Result, segment_all
 from brainseg.segmenter import Segmenter
-from brainseg.splits import SUBSETS, patient_of, select_cases
-from brainseg.weights import file_hash, read_card, shipped_weights
-from utils import add_segmenter_options, fail, make_parser, provenance, segmenter_options
-
-GROUP = 4  # batches; a GPU is handed cases of so many slices at once
+from brainseg.splits import (
+    SUBSETS,
+    by_subset,
+    count_patients,
+    list_cohort,
+    patient_of,
+    patients_of_card,
+    select_cases,
+    use_patients,
+)
+from brainseg.weights import file_hash, read_card, shipped_weights, weights_files
+from utils import (
+    add_cohort_options,
+    add_segmenter_options,
+    fail,
+    make_parser,
+    provenance,
+    segmenter_options,
+    sigterm_interrupts,
+)
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -67,49 +86,42 @@ def get_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("what").add_argument
     add("--images", type=Path, help="cases, or one case (./kaggle_3m)")
     add("--flair", type=Path, help="in place of --images: the FLAIR sequence of one scan")
-    add("--pre", type=Path, help="with --flair: pre-contrast, on the same grid (FLAIR)")
-    add("--post", type=Path, help="with --flair: post-contrast, on the same grid (FLAIR)")
+    add("--pre", type=Path, help="with --flair: pre-contrast, on any grid (FLAIR)")
+    add("--post", type=Path, help="with --flair: post-contrast, on any grid (FLAIR)")
+    add("--register", action="store_true", help="move the other sequences to fit FLAIR")
     add("--subset", type=str, default="all", help=f"all, {', '.join(SUBSETS)} (%(default)s)")
     add("--cases", type=str, nargs="+", help="only these cases")
+    add_cohort_options(add)
     add("--skip-existing", action="store_true", help="keep the masks of an earlier run")
-    add("--weights", type=Path, help="weights or .onnx file (weights that came with the project)")
-
+    add(
+        "--weights",
+        type=Path,
+        nargs="+",
+        help="weights or .onnx file; several, or a folder: averaged (those of the project)",
+    )
     add_segmenter_options(parser)
     add = parser.add_argument_group("where to").add_argument
     add(
         "--predictions", type=Path, default="./predictions", help="folder to write to (%(default)s)"
     )
     add("--figure", type=Path, default="./dsc.png", help="bars of each case's DSC (%(default)s)")
+    add("--probabilities", action="store_true", help="write maps of the lesion probability too")
+    add("--dicom-seg", action="store_true", help="of a DICOM series, write a Segmentation too")
+    add("--report", type=Path, help="HTML page to write: every case at its largest lesion slice")
     return parser
 
 
-@dataclass
-class Result:
-    """A case on its way from its files to its masks and scores."""
-
-    case: Case
-    volume: np.ndarray  # (S, H, W, C)
-    truth: np.ndarray | None  # (S, H, W) bool
-    fresh: bool  # to be segmented now, not found as an earlier run left it
-    images: Tensor | None = None  # the network's input
-    frame: Frame | None = None
-    probabilities: Tensor | None = None  # the network's output (S, 1, N, N)
-    prediction: np.ndarray | None = None  # (S, H, W) bool
-    row: dict | None = None  # of the table, where there is a truth
-
-
 def main(argv: list[str] | None = None) -> None:
-    with only_main_speaks():
+    with only_main_process_prints():
         parser = get_parser()
         args = parser.parse_args(argv)
         options = segmenter_options(parser, args)
         if (args.pre or args.post) and not args.flair:
             parser.error("--pre and --post go with --flair")
-        if args.flair and (args.images or args.cases or args.subset != "all"):
-            parser.error("--flair is one scan; --images, --cases and --subset choose others")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # tidy up as after Ctrl-C
+        if args.flair and (args.images or args.cases or args.sequences or args.subset != "all"):
+            parser.error("--flair is one scan; --images, --cases and the like choose others")
     try:
-        with process_group():
+        with sigterm_interrupts(), process_group():
             failed = run(args, options)
     except (ValueError, OSError) as error:
         fail(error)
@@ -117,203 +129,144 @@ def main(argv: list[str] | None = None) -> None:
         fail(f"out of memory beside the network: {str(error).splitlines()[0]}; use --device cpu")
     except KeyboardInterrupt:
         sys.exit("stopped; finished cases are kept, go on with --skip-existing")
-    sys.exit(1 if failed else 0)
+    if failed:
+        sys.exit(1)
 
 
 def run(args: argparse.Namespace, options: dict) -> int:
-    """Segment the chosen cases, write and report; the number of cases that could not be read.
+    """Segment the chosen cases, write and report; the number of cases with an error.
 
-    Several processes share the cases; the main one writes the table and reports on all.
+    Several processes share the cases; the main one writes the tables and reports on all.
     """
-    weights = args.weights or shipped_weights("unet")
+    weights = args.weights or [shipped_weights("unet")]
     about = provenance(args)  # before this process takes its part of the machine
-    # One process of a machine first: it keeps what TensorRT builds, and the others find it.
-    segmenter, sources = one_first(lambda: prepare(args, options, weights))
-    trained_on = set(map(patient_of, read_card(weights).get("cases", {}).get("train", ())))
-    about["weights"] = {str(weights): file_hash(weights)}
-    about["since"] = together(lambda: since(args.predictions, about, args.skip_existing))
-    in_main(lambda: write_json(args.predictions / "args.json", about))
-    rows, failed, kept = [], 0, 0
-    try:
-        for result in segment_all(share(sources), segmenter, args, about["since"]):
-            rows.append(None)
-            if isinstance(result, Exception):
-                tqdm.write(f"error: {sentence(result)}", file=sys.stderr)
-                failed += 1
-                continue
-            kept += not result.fresh
-            if result.row:
-                seen = patient_of(result.case.name) in trained_on
-                rows[-1] = result.row | {"trained_on": int(seen)}
-        rows, failed, kept = gather(rows), sum(gather([failed])), sum(gather([kept]))
-    finally:
-        rows = [row for row in rows if row]
-        if rows and is_main():
-            write_table(args.predictions / "metrics.csv", rows)
+    workers = rank_workers(args.workers)
+
+    # The first rank of a machine keeps what TensorRT builds, and the others find it.
+    with local_rank_zero_first():
+        device = rank_device(options["device"])
+        segmenter = Segmenter.from_weights(weights, **options | {"device": device})
+        if args.flair:
+            scan = find_sequences(args.flair, args.pre, args.post)
+            found = [replace(scan, labels=Labels(args.labels))]
+            use_patients(args.patients, [scan.name])
+        else:
+            images = args.images or Path("kaggle_3m")
+            how = args.sequences, args.labels, args.patients
+            found = list_cohort(images, *how, args.cases, args.predictions)
+        sources = select_cases(found, args.subset)
+        check_outputs(sources, args.predictions, args.figure, args.report, args.dicom_seg)
+    if len(sources) > 1:
+        print(count_patients(by_subset(source.name for source in sources)), flush=True)
+    files = weights_files(weights)
+    about["weights"] = {str(file): file_hash(file) for file in files}
+    about["since"] = since(args.predictions, about, args.skip_existing)
+    algorithm = f"brainseg {' '.join(file.stem for file in files)}"
+    outputs = Outputs(
+        args.predictions,
+        since=about["since"] if args.skip_existing else None,
+        earlier=read_volumes(args.predictions / "volumes.csv") if args.skip_existing else {},
+        probabilities=args.probabilities,
+        thumbnails=bool(args.report),
+        algorithm=(algorithm, about["commit"] or "unknown") if args.dicom_seg else None,
+    )
+    barrier()  # every rank has read the earlier args.json and volumes.csv
+    if is_main_process():
+        write_json(args.predictions / "args.json", about)
+    trained_on = set().union(*(patients_of_card(read_card(file), "train") for file in files))
+    done, failed, kept = segment(sources, segmenter, outputs, workers, trained_on, args.register)
+    labels = sources[0].labels
+    for found in gather([labels.found]):
+        labels.found.update(found)
+    labels.check()
     summary = (
-        f"{len(sources) - failed - kept} of {len(sources)} cases segmented with {weights} "
-        f"by {segmenter.runtime}"
+        f"{len(done) - kept} of {len(sources)} cases segmented with "
+        f"{' '.join(map(str, weights))} by {segmenter.runtime}"
         + (f", {kept} kept from an earlier run" if kept else "")
         + f"; masks and pictures: {args.predictions}"
     )
-    in_main(lambda: report(rows, args, summary))
+    if is_main_process():
+        report(done, args.predictions, args.figure, args.report, about)
+        print(summary)
     return failed
 
 
-def prepare(
-    args: argparse.Namespace, options: dict, weights: Path
-) -> tuple[Segmenter, list[Path | Case]]:
-    """The segmenter and the cases; raises what would stop the run."""
-    args.workers = own_workers(args.workers)
-    segmenter = Segmenter.from_weights(
-        weights, **options | {"device": own_device(options["device"])}
-    )
-    if args.flair:
-        sources = [find_sequences(args.flair, args.pre, args.post)]
-    else:
-        images = args.images or Path("kaggle_3m")
-        found = case_paths(images, args.cases, other_than=args.predictions)
-        sources = select_cases(found, args.subset)
-    check_writable(args.predictions)
-    check_writable(args.figure.parent)
-    for source in sources:
-        path = (source if isinstance(source, Path) else source.folder).resolve()
-        target = args.predictions.resolve()
+def segment(
+    sources: Sequence[Source | Case],
+    segmenter: Segmenter,
+    outputs: Outputs,
+    workers: int | None,
+    trained_on: set[str],
+    register: bool,
+) -> tuple[list[dict], int, int]:
+    """Segment this process's share of the cases, and write the tables of all cases.
+
+    Returns what tables and report need, a dict a case; how many had an error; how many were kept.
+    """
+    done, failed, kept = [], 0, 0
+    try:
+        for result in segment_all(shard(sources), segmenter, outputs, workers, register):
+            done.append(None)
+            error = result if isinstance(result, Exception) else result.error
+            if error:
+                tqdm.write(f"error: {sentence(error)}", file=sys.stderr)
+                failed += 1
+            if isinstance(result, Result):
+                kept += not result.fresh
+                if result.scores:
+                    seen = patient_of(result.case.name) in trained_on
+                    result.scores["trained_on"] = int(seen)
+                names = ("volumes", "scores", "thumbnail")
+                done[-1] = {name: getattr(result, name) for name in names}
+        done, failed, kept = gather(done), sum(gather([failed])), sum(gather([kept]))
+    finally:
+        done = [each for each in done if each]
+        if is_main_process():
+            write_tables(outputs.folder, done)
+    return done, failed, kept
+
+
+def check_outputs(
+    sources: Sequence[Source | Case], predictions: Path, figure: Path, page: Path | None, seg: bool
+) -> None:
+    """Raise ValueError or OSError if results could not be written, or would overwrite sources."""
+    check_writable(predictions)
+    check_writable(figure.parent)
+    if page:
+        check_page(page)
+    paths = [source.folder for source in sources]
+    if seg:
+        check_dicom_packages()
+        if not any(map(holds_dicom, paths)):
+            raise ValueError(f"{paths[0]}: is no DICOM series; leave --dicom-seg out")
+    for path in map(Path.resolve, paths):
+        target = predictions.resolve()
         if path in (target, target / path.name):  # also of a volume file: beside it lie true masks
             raise ValueError(f"{path}: is a source; name another folder with --predictions")
-    return segmenter, sources
 
 
-def segment_all(
-    sources: list[Path | Case], segmenter: Segmenter, args: argparse.Namespace, since: float
-) -> Iterator[Result | Exception]:
-    """For each case its result, written to disk, or what is wrong with its files.
-
-    Threads read ahead and write behind while the network runs on batches that go on from one case
-    to the next; or, on a processor, each thread does all of a case.
-    """
-
-    def segmented(group: list[Result | Exception]) -> list[Result | Exception]:
-        results = [item for item in group if slices_of(item)]
-        for item, part in zip(results, probabilities_in_memory(segmenter, results), strict=True):
-            # Threads may use CUDA at once, but not every other accelerator.
-            item.images, item.probabilities = None, part if part.is_cuda else part.cpu()
-        return group
-
-    def finished(item: Result | Exception) -> Result | Exception:
-        if isinstance(item, Result):
-            if item.fresh:
-                item.prediction = segmenter.finish(item.probabilities, item.frame)
-                item.probabilities = None
-                write_case(args.predictions, item.case, item.volume, item.prediction, item.truth)
-            if item.truth is not None:
-                item.row = table_row(item.case, item.prediction, item.truth)
-        return item
-
-    def loaded(source: Path | Case) -> Result | Exception:
-        return load(source, segmenter, args, since)
-
-    bar = functools.partial(
-        tqdm,
-        desc="segmenting",
-        total=len(sources),
-        unit="case",
-        disable=None if is_main() else True,
-    )
-    if segmenter.on_cpu and len(sources) > 1:
-        # Several cases at once with a core each: nothing waits for a thread that another one holds.
-        def whole(source: Path | Case) -> Result | Exception:
-            return finished(*segmented([loaded(source)]))
-
-        return iter(bar(in_order(whole, sources, args.workers)))
-    ahead = bar(in_order(loaded, sources, args.workers))
-    groups = in_groups(ahead, lambda item: slices_of(item) or 1, GROUP * segmenter.batch_size)
-    return in_order(finished, chain.from_iterable(map(segmented, groups)), args.workers)
+def write_tables(folder: Path, done: list[dict]) -> None:
+    """Write volumes.csv, and metrics.csv if any case had a mask."""
+    if done:
+        write_volumes(folder / "volumes.csv", [each["volumes"] for each in done])
+    if scores := [each["scores"] for each in done if each["scores"]]:
+        write_table(folder / "metrics.csv", scores)
 
 
-def slices_of(item: Result | Exception) -> int:
-    """How many slices the network has to do."""
-    return len(item.images) if isinstance(item, Result) and item.fresh else 0
-
-
-def probabilities_in_memory(segmenter: Segmenter, items: list[Result]) -> Sequence[Tensor]:
-    """Those of each case; where the memory does not do, by smaller batches from now on."""
-    lengths = list(map(slices_of, items))
-    while items:
-        try:
-            place = items[0].images.device
-            images = torch.cat([item.images.to(place) for item in items])
-            return segmenter.probabilities(images, lengths=lengths).split(lengths)
-        except torch.OutOfMemoryError as error:
-            if segmenter.batch_size == 1:
-                raise ValueError(f"{segmenter.device}: not even one slice fits in it") from error
-        size = segmenter.batch_size
-        segmenter.batch_size = size // 2
-        tqdm.write(
-            f"{segmenter.device} is out of memory at --batch-size {size}; going on with "
-            f"{segmenter.batch_size}",
-            file=sys.stderr,
-        )
-        for item in items:
-            item.images = item.images.cpu()
-    return []
-
-
-def load(
-    source: Path | Case, segmenter: Segmenter, args: argparse.Namespace, since: float
-) -> Result | Exception:
-    """Read a case and prepare it for the network; what is wrong is handed on, not raised."""
-    try:
-        case = find_case(source) if isinstance(source, Path) else source
-        for note in case.notes:
-            tqdm.write(note, file=sys.stderr)
-        volume, truth = case.read_pair() if case.masks else (case.read(), None)
-        earlier = find_masks(args.predictions, case, since) if args.skip_existing else None
-        if earlier is not None and earlier.shape == volume.shape[:3]:
-            return Result(case, volume, truth, fresh=False, prediction=earlier)
-    except (ValueError, OSError) as error:
-        return error
-    try:
-        images, frame = segmenter.preprocess(volume)
-    except ValueError as error:
-        return ValueError(f"{case.folder}: {error}")
-    for note in frame.notes:
-        tqdm.write(f"{case.folder}: {note}", file=sys.stderr)
-    if frame.blank:
-        tqdm.write(f"{case.folder}: every voxel is 0, and so is its mask", file=sys.stderr)
-    return Result(case, volume, truth, fresh=True, images=images, frame=frame)
-
-
-def report(rows: list[dict], args: argparse.Namespace, summary: str) -> None:
-    """Print the summary; if any case had a mask, the table before it, and draw the figure."""
-    if rows:
-        report_scores(rows, args)
-    print(summary)
-
-
-def report_scores(rows: list[dict], args: argparse.Namespace) -> None:
-    width = max(len(row["case"]) for row in rows) + 2
-    hd95 = "hd95_mm" if all("hd95_mm" in row for row in rows) else "hd95_px"
-    print(
-        f"{'case':{width}}slices   lesion  predicted    DSC    IoU  precision  recall  "
-        f"HD95 {hd95[-2:]}"
-    )
-    for row in rows:
-        print(
-            f"{row['case']:{width}}{row['slices']:6d} {row['lesion_voxels']:8d} "
-            f"{row['predicted_voxels']:10d} {row['dsc']:6.3f} {row['iou']:6.3f} "
-            f"{row['precision']:10.3f} {row['recall']:7.3f} {row[hd95]:8.1f}"
-            f"{'  *' if row['trained_on'] else ''}"
-        )
-    unseen = [row for row in rows if not row["trained_on"]]
-    if len(unseen) < len(rows):
-        print("* of a patient whom the weights were trained on: not counted below")
-    if unseen:
-        patients = [patient_of(row["case"]) for row in unseen]
-        print(describe([row["dsc"] for row in unseen], patients))
-    scores = {row["case"]: row["dsc"] for row in rows}
-    save_dsc_figure(args.figure, scores, [row["case"] for row in rows if row["trained_on"]])
-    print(f"table: {args.predictions / 'metrics.csv'}   figure: {args.figure}")
+def report(done: list[dict], folder: Path, figure: Path, page: Path | None, about: dict) -> None:
+    """Print the tables, draw the figure and the page."""
+    if not done:
+        return
+    rows = [each["volumes"] for each in done]
+    print(volumes_table(rows, folder / "volumes.csv").as_text(), end="\n\n")
+    if scores := [each["scores"] for each in done if each["scores"]]:
+        print(scores_text(scores))
+        marked = [row["case"] for row in scores if row["trained_on"]]
+        save_dsc_figure(figure, {row["case"]: row["dsc"] for row in scores}, marked)
+        print(f"table: {folder / 'metrics.csv'}   figure: {figure}")
+    if page:
+        save_cohort(page, rows, [each["thumbnail"] for each in done], about)
+        print(f"report: {page}")
 
 
 if __name__ == "__main__":

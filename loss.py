@@ -1,8 +1,8 @@
 """Losses on logits (N, K, H, W) against masks of the same shape, 0 or 1.
 
 Each is computed in float32 whatever the network's precision, and is finite for empty masks. Each
-is a function of sums over the batch; where the batch is divided over processes, `total` adds those
-up (`distributed.total`), and the loss is that of the whole batch in every process.
+is a function of sums over the batch; where ranks share the batch, `total` adds those up
+(`distributed.all_reduce_sum`), and the loss is that of the whole batch on every rank.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ Total = Callable[[Tensor], Tensor]
 
 
 def alone(sums: Tensor) -> Tensor:
-    """The `total` of a process that has the whole batch."""
+    """The `total` of one process that has the whole batch."""
     return sums
 
 

@@ -16,392 +16,361 @@ touches the weights that came with the project.
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
-from contextlib import nullcontext
+import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
+from torch import Tensor, nn
 from tqdm import tqdm
 
-from brainseg.cache import Prepared
-from brainseg.devices import pick_device
-from brainseg.distributed import (
-    gather,
-    in_main,
-    largest,
-    one_first,
-    only_main_speaks,
-    own_device,
-    own_workers,
-    process_group,
-    processes,
-    together,
-)
-from brainseg.io.files import check_writable, write_json
-from brainseg.io.layouts import case_paths
-from brainseg.io.pictures import outline, to_grey
-from brainseg.metrics import summarise
+import utils
+from brainseg import distributed as dist
+from brainseg import runs, training
+from brainseg.devices import has_bfloat16, in_groups, pick_device, to_device
+from brainseg.metrics import dsc
 from brainseg.preprocess import VERSION
-from brainseg.weights import MODELS, load_state, load_tensors, save_tensors, save_weights
-from dataset import BrainSegmentationDataset
+from brainseg.segmenter import Segmenter
+from brainseg.splits import list_cohort
+from brainseg.training import TrainState
+from brainseg.weights import MODELS
+from dataset import BrainSegmentationDataset, Feed
 from loss import LOSSES
-from trainer import RECIPE, Trainer
-from utils import Interruption, fail, keep_freed_memory, make_parser, plain
+from transform import augment_all
 
-if TYPE_CHECKING:
-    import numpy as np
-    from torch.utils.tensorboard import SummaryWriter
-
-CHECKPOINT = set("args model ema optimizer epoch step loss_sum best cases".split())
+SYNC = 20  # steps between two looks at the loss, for which host and device wait for each other
+AT_ONCE = 256  # slices whose probabilities a GPU holds in validation
 
 
-def get_parser() -> argparse.ArgumentParser:
-    parser = make_parser(__doc__)
-    add = parser.add_argument_group("data").add_argument
-    add("--images", type=Path, default="./kaggle_3m", help="folder of cases (%(default)s)")
-    add("--image-size", type=int, default=256, help="side of a resized slice (%(default)s)")
-    add(
-        "--preprocessing",
-        type=int,
-        choices=(1, 2),
-        default=VERSION,
-        help="1: as the published weights, all sequences on one scale; 2: each by itself (2)",
-    )
-    add(
-        "--folds",
-        type=int,
-        help="cross-validation: number of folds, by patient, of all but the test cases",
-    )
-    add("--fold", type=int, help="cross-validation: the fold to validate on, from 0")
+# fmt: off
+def get_args_parser() -> utils.Parser:
+    """Every setting, once: what `recipe` adds stands in the card, and --resume keeps it."""
+    parser, switch = utils.make_parser(__doc__), argparse.BooleanOptionalAction
+    share = {"type": float, "least": 0, "below": 1}
+    add, recipe = parser.group("data")
+    add("--images", type=Path, default="./kaggle_3m", help="folder of cases")
+    utils.add_cohort_options(recipe)
+    add("--skip-bad", action="store_true", help="leave out cases that cannot be read, naming them")
+    recipe("--image-size", type=int, default=256, least=32, help="side of a resized slice")
+    recipe("--preprocessing", type=int, choices=(1, 2), default=VERSION,
+           help="1: as the published weights, all sequences on one scale; 2: each by itself")
+    recipe("--folds", type=int, least=2, help="cross-validation: number of folds by patient")
+    recipe("--fold", type=int, least=0, help="cross-validation: the fold to validate on, from 0")
     add("--cache", type=Path, help="preprocessed volumes (~/.cache/brainseg)")
-    add("--workers", type=int, help="threads that read and preprocess (all cores)")
+    add("--prune-cache", action="store_true", help="first delete volumes whose sources are gone")
+    add("--workers", type=int, least=1, help="threads that read and preprocess (all cores)")
 
-    add = parser.add_argument_group("network").add_argument
-    add("--model", type=str, choices=MODELS, default="unet", help="the network (%(default)s)")
-    add("--features", type=int, help="of unet: channels of its first level (32)")
-    add(
-        "--pretrained",
-        type=str,
-        nargs="?",
-        const=True,
-        help="of resnext_unet: ImageNet weights for its encoder, fetched or from a file",
-    )
-    add(
-        "--neighbours", type=int, default=0, help="slices seen on either side of each (%(default)s)"
-    )
+    add, recipe = parser.group("network")
+    recipe("--model", type=str, choices=MODELS, default="unet", help="the network")
+    recipe("--features", type=int, least=1, help="unet: channels of its first level (32)")
+    recipe("--pretrained", type=str, nargs="?", const=True,
+           help="resnext_unet: ImageNet weights for its encoder, downloaded or from a file")
+    recipe("--neighbours", type=int, default=0, least=0, help="slices seen on either side of each")
     add("--init-weights", type=Path, help="weights to start from, as far as they fit")
+    add("--allow-seen", action="store_true",
+        help="validate on patients that --init-weights was trained on too; the card says so")
 
-    add = parser.add_argument_group("recipe").add_argument
-    add(
-        "--epochs", type=int, default=100, help="in each, as many slices as there are (%(default)s)"
-    )
-    add("--batch-size", type=int, default=16, help="slices a step (%(default)s)")
-    add("--lr", type=float, default=1e-4, help="learning rate of Adam, its peak (%(default)s)")
-    add(
-        "--schedule",
-        type=str,
-        choices=("constant", "cosine"),
-        default="constant",
-        help="of the learning rate; cosine falls to 0 at the last epoch (%(default)s)",
-    )
-    add("--warmup", type=int, default=0, help="steps of linear warm-up (%(default)s)")
-    add("--ema", type=float, default=0.0, help="decay of averaged weights, say 0.998; 0 is off")
-    add("--weight-decay", type=float, default=0, help="of AdamW; 0 is plain Adam (%(default)s)")
-    add("--loss", type=str, choices=LOSSES, default="dice", help="on a batch (%(default)s)")
-    add(
-        "--background",
-        type=float,
-        default=0.1,
-        help="slices are drawn by lesion area plus this times the mean one (%(default)s)",
-    )
-    add("--aug-scale", type=float, default=0.05, help="random scale, 1 ± this (%(default)s)")
-    add("--aug-angle", type=float, default=15, help="random rotation, ± degrees (%(default)s)")
-    add("--aug-intensity", type=float, default=0, help="random gain and shift, ± this; 0 is off")
-    add("--drop-sequences", type=float, default=0, help="share of slices without post-contrast")
-    add("--seed", type=int, default=42, help="of every random draw (%(default)s)")
-    add(
-        "--keep",
-        type=str,
-        choices=("best", "last"),
-        default="best",
-        help="weights of the epoch with the best validation DSC, or of the last (%(default)s)",
-    )
+    add, recipe = parser.group("recipe")
+    add("--epochs", type=int, default=100, least=1, help="each draws as many slices as there are")
+    recipe("--batch-size", type=int, default=16, least=1, help="slices per step")
+    recipe("--lr", type=float, default=1e-4, help="peak learning rate of Adam")
+    recipe("--schedule", type=str, choices=("constant", "cosine"), default="constant",
+           help="of the learning rate; cosine falls to 0 at the last epoch")
+    recipe("--warmup", type=int, default=0, least=0, help="steps of linear warm-up")
+    recipe("--ema", **share, default=0.0, help="decay of averaged weights, e.g. 0.998; 0: off")
+    recipe("--weight-decay", type=float, default=0, least=0, help="of AdamW; 0: plain Adam")
+    recipe("--loss", type=str, choices=LOSSES, default="dice", help="of a batch")
+    recipe("--background", type=float, default=0.1, least=0,
+           help="slices are drawn by lesion area plus this times the mean area")
+    recipe("--aug-scale", **share, default=0.05, help="random scale, 1 ± this")
+    recipe("--aug-angle", type=float, default=15, least=0, help="random rotation, ± degrees")
+    recipe("--aug-intensity", type=float, default=0, least=0, help="random gain and shift, ± this")
+    recipe("--drop-sequences", **share, default=0, help="share of slices without post-contrast")
+    recipe("--seed", type=int, default=42, least=0, help="of every random draw")
+    recipe("--keep", type=str, choices=("best", "last"), default="best",
+           help="weights of the epoch with the best validation DSC, or of the last")
 
-    add = parser.add_argument_group("machine and files").add_argument
+    add, recipe = parser.group("machine and files")
     add("--device", type=str, help="cuda, cuda:1, mps, cpu (an accelerator if there is one)")
-    add(
-        "--amp",
-        action=argparse.BooleanOptionalAction,
-        help="compute in bfloat16 (where the device is faster so)",
-    )
-    add(
-        "--compile",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="compile the network first: minutes, for faster steps (no)",
-    )
-    add("--sync-bn", action="store_true", help="batch norm over the whole batch of several GPUs")
-    add("--weights", type=Path, default="./weights", help="folder to write to (%(default)s)")
-    add("--logs", type=Path, default="./logs", help="folder for TensorBoard (%(default)s)")
-    add("--vis-images", type=int, default=200, help="validation slices to draw (%(default)s)")
-    add("--vis-freq", type=int, default=10, help="epochs between drawings, 0: never (%(default)s)")
+    recipe("--amp", action=switch, help="compute in bfloat16 (where the device is faster with it)")
+    recipe("--sync-bn", action="store_true", help="batch norm over the whole batch of several GPUs")
+    add("--compile", action=switch, default=False, help="compile first: minutes, faster steps (no)")
+    add("--deterministic", action=switch, default=True, help="same seed and GPU, same result (yes)")
+    add("--weights", type=Path, default="./weights", help="folder to write to")
+    add("--logs", "--log-dir", type=Path, default="./logs", help="curves (torchrun: --log-dir)")
+    add("--validate-every", type=int, default=1, least=1, help="epochs between validations")
+    add("--vis-images", type=int, default=200, help="validation slices to draw")
+    add("--vis-freq", type=int, default=10, least=0, help="epochs between drawings; 0: never")
     add("--resume", action="store_true", help="go on from WEIGHTS/<model>.ckpt, with its settings")
     return parser
 
 
-def get_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict | None]:
-    """The arguments and, with --resume, the checkpoint whose settings they take over."""
-    parser = get_parser()
-    args = parser.parse_args(argv)
-    check_args(parser, args)
-    if not args.resume:
-        return args, None
+def main(argv: list[str] | None = None) -> None:
+    """Train as the command line says. Raises SystemExit, with a sentence, unless it succeeds."""
+    try:
+        with utils.sigterm_interrupts(), dist.only_main_process_prints(), dist.process_group():
+            args, checkpoint = get_args(argv)
+            with utils.cudnn(args.deterministic), training.memory_advice(args.batch_size):
+                run(args, checkpoint)
+    except (ValueError, OSError) as error:
+        utils.fail(error)
+    except KeyboardInterrupt:
+        utils.fail("stopped at once; preprocessed volumes and finished epochs are kept")
 
-    path = args.weights / f"{args.model}.ckpt"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: nothing to go on from; start without --resume")
-    checkpoint = load_tensors(path)
-    if not CHECKPOINT <= checkpoint.keys():
-        raise ValueError(f"{path}: is not a training checkpoint of this version")
-    # An option that is younger than the checkpoint was at its default then.
-    settings = {name: parser.get_default(name) for name in RECIPE} | {"preprocessing": 1}
-    settings |= checkpoint["args"]
-    # The folder it lies in and the machine may be others by now.
-    here = ("weights", "device", "workers", "resume")
-    parser.set_defaults(**{name: value for name, value in settings.items() if name not in here})
-    args = parser.parse_args(argv)
-    for name in RECIPE:
-        if str(getattr(args, name)) != str(settings[name]):
-            raise ValueError(
-                f"{path}: was started with --{name.replace('_', '-')} {settings[name]}, "
-                f"not {getattr(args, name)}; leave that out, or start anew in another --weights"
-            )
+
+def run(args: argparse.Namespace, checkpoint: dict | None) -> None:
+    """Read the data, build the network, train it, and say where the weights are."""
+    asked = utils.plain(args) | {"resume": False}  # before this rank takes its part of the machine
+    device, workers = pick_device(dist.rank_device(args.device)), dist.rank_workers(args.workers)
+    amp = has_bfloat16(device) if args.amp is None else args.amp
+    first = None if checkpoint else args.init_weights
+    sources = list_cohort(args.images, args.sequences, args.labels, args.patients)
+    runs.check_inputs((args.weights, args.logs), first, args.batch_size)
+    if args.prune_cache:
+        runs.prune_cache(args.cache)
+    with dist.local_rank_zero_first():  # it fills the cache, the others read it
+        train_set, validation_set = BrainSegmentationDataset.train_and_validation(
+            sources, args.folds, args.fold, args.skip_bad, image_size=args.image_size,
+            cache=args.cache, workers=workers, progress=True, version=args.preprocessing,
+        )
+        model = training.build_network(
+            args.model, args.seed, first, init_features=args.features,
+            in_channels=train_set.in_channels * (2 * args.neighbours + 1),
+            pretrained=None if checkpoint else args.pretrained,
+        )
+    model = training.on_device(model, device, args.sync_bn)
+    runs.report_notes(train_set.volumes + validation_set.volumes)
+    if args.drop_sequences and train_set.in_channels != 3:
+        raise ValueError(f"--drop-sequences needs 3 sequences, not {train_set.in_channels}")
+    if device.type == "cpu":
+        utils.keep_freed_memory()
+    feed = Feed(train_set, device, args.neighbours, workers)
+
+    state = training.new_state(
+        model, args.lr, args.weight_decay, bool(args.ema), len(feed), args.batch_size)
+    rate = partial(
+        training.learning_rate, peak=args.lr, schedule=args.schedule, warmup=args.warmup,
+        steps=args.epochs * state.steps_per_epoch,
+    )
+    names = [[volume.name for volume in part.volumes] for part in (train_set, validation_set)]
+    runs.report_subsets(*names, sources)
+    start = runs.read_start(first) if first else None
+    if checkpoint:
+        state.load(checkpoint, names[0], args.images)
+        start = checkpoint["initialised_from"]
+        runs.report_changes(checkpoint, state, names[1], rate, args.epochs)
+    elif (path := args.weights / f"{args.model}.ckpt").exists():
+        print(f"{path}: the checkpoint of an earlier run, overwritten after the first epoch")
+    recipe = {name: getattr(args, name) for name in (*get_args_parser().recipe, "epochs")}
+    card = runs.describe_run(model, recipe | {"amp": amp}, *names, start, device)
+    card["commit"] = utils.git_commit()
+    runs.check_seen(card, args.allow_seen or checkpoint is not None)
+    print(f"{runs.headline(card, names, len(feed))}; {feed.place}", flush=True)
+    if state.epoch >= args.epochs:
+        print(f"all {args.epochs} epochs are done; raise --epochs to go on")
+        return
+
+    network = model
+    if args.compile:  # before the ranks wait for each other's gradients
+        sizes = args.batch_size, len(feed) % args.batch_size or args.batch_size
+        network = training.compile_ahead(model, sizes, args.image_size, amp, device)
+    change = partial(
+        augment_all, scale=args.aug_scale, angle=args.aug_angle, drop=args.drop_sequences,
+        intensity=args.aug_intensity, sequences=train_set.in_channels,
+    )
+    step = partial(
+        train_step, state, training.parallel(network, device), change=change,
+        loss=LOSSES[args.loss], rate=rate, decay=args.ema, amp=amp, seed=args.seed,
+    )
+    segmenter = partial(
+        Segmenter, image_size=args.image_size, batch_size=args.batch_size, device=device, amp=amp,
+        neighbours=args.neighbours, version=args.preprocessing,
+    )
+    kept = {
+        "args": utils.plain(args) | {"resume": False, "amp": amp}, "initialised_from": start,
+        "cases": names[0], "validation_cases": names[1],
+    }
+    weights = train_set.sampling_weights(args.background)
+    with runs.RunWriter(args.weights, args.logs, card, kept, asked, state.epoch) as writer:
+        stop = fit(
+            state,
+            partial(train_one_epoch, state, step, feed, weights, args.batch_size, args.seed),
+            lambda: evaluate(segmenter(state.trained), validation_set, LOSSES[args.loss]),
+            partial(writer.slices, validation_set.volumes, args.vis_images),
+            writer, args.epochs, args.keep, args.validate_every, args.vis_freq,
+        )
+    if stop:
+        print(runs.how_to_resume(state, args.weights, args.model))
+        sys.exit(128 + stop)
+    print(f"weights: {args.weights / args.model}.pt   logs: tensorboard --logdir {args.logs}")
+
+
+def fit(
+    state: TrainState, train_epoch: Callable, validate: Callable, draw: Callable,
+    writer: runs.RunWriter, epochs: int, keep: str, validate_every: int, vis_freq: int,
+) -> int:
+    """Train, validate and save to the last epoch or a signal; the number of the signal, or 0."""
+    bar = tqdm(total=epochs, initial=state.epoch, desc="training", unit="epoch", disable=None)
+    with utils.Interruption() as interruption, bar:
+        while state.epoch < epochs:
+            if stop := dist.all_reduce_max(interruption.signal or 0):
+                return stop
+            speed, epoch = train_epoch(interruption), state.epoch + 1
+            if speed is None:
+                writer.checkpoint(state)
+                continue
+            curves = {
+                "loss/train": state.loss_sum / state.slices, "images_per_second": speed,
+                "learning_rate": state.optimizer.param_groups[0]["lr"],
+            }
+            scores, better = {}, False
+            if epoch % validate_every == 0 or epoch == epochs:
+                dist.broadcast_buffers(state.trained)
+                loss, scores, masks = validate()
+                training.check_finite(loss, state)
+                mean = sum(scores.values()) / len(scores)
+                better, state.best = mean > state.best, max(mean, state.best)
+                curves |= {"loss/validation": loss, "dsc/validation": mean}
+                curves |= {f"dsc_by_case/{name}": score for name, score in scores.items()}
+                bar.set_postfix(DSC=f"{mean:.3f}", best=f"{state.best:.3f}", refresh=False)
+            state.epoch, state.step, state.loss_sum = epoch, 0, 0.0
+            if better or (scores and keep == "last"):
+                writer.weights(state, scores)
+            writer.checkpoint(state)
+            writer.curves(epoch, epochs, curves, better)
+            if scores and vis_freq and (epoch % vis_freq == 0 or epoch == epochs):
+                draw(epoch, dist.gather(masks))
+            bar.update()
+    return 0
+
+
+def train_one_epoch(
+    state: TrainState, step: Callable[[Tensor, Tensor, int], Tensor], feed: Feed, weights: Tensor,
+    batch_size: int, seed: int, interruption: utils.Interruption,
+) -> float | None:
+    """Train on slices drawn by `weights` to the epoch's end: slices per second, None if stopped.
+
+    Ranks share each batch: an epoch has the same slices and steps whatever their number. Raises
+    ValueError once the loss is NaN or infinite.
+    """
+    generator = utils.make_generator(seed, 0, state.epoch)
+    drawn = torch.multinomial(weights, len(feed), replacement=True, generator=generator)
+    batches = drawn.split(batch_size)[state.step :]
+    ahead = feed.batches([dist.shard_of_batch(batch) for batch in batches])
+    start, done = time.perf_counter(), state.step * batch_size
+    bar = tqdm(total=len(feed), initial=done, desc=f"epoch {state.epoch + 1}", unit="image",
+               leave=False, disable=None)  # fmt: skip
+    losses = []
+    with bar:
+        for batch, (images, masks) in zip(batches, ahead, strict=True):
+            loss = step(images, masks, len(batch))
+            losses.append(loss * len(batch))
+            state.step += 1
+            bar.update(len(batch))
+            last = state.step == state.steps_per_epoch
+            look, stop = last or state.step % SYNC == 0, interruption.signal or 0
+            if look or feed.device.type == "cpu":
+                stop = dist.all_reduce_max(stop)
+            elif dist.world_size() > 1:
+                stop = 0  # until all ranks look
+            if look or stop:
+                state.loss_sum += torch.stack(losses).cpu().double().sum().item()
+                losses.clear()
+                training.check_finite(state.loss_sum, state)
+                bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+            if stop and not last:
+                return None
+    return (len(feed) - done) / (time.perf_counter() - start)
+
+
+def train_step(
+    state: TrainState, network: nn.Module, images: Tensor, masks: Tensor, global_batch_size: int,
+    *, change: Callable, loss: Callable, rate: Callable, decay: float, amp: bool, seed: int,
+) -> Tensor:
+    """Take one optimiser step on this rank's part of a batch; the loss of all, on the device.
+
+    `images` (B, C, N, N) and `masks` (B, 1, N, N) are as stored; `change` augments them.
+    """
+    device = next(state.model.parameters()).device
+    images, masks = (to_device(part, device).float() for part in (images, masks))
+    generator = utils.make_generator(seed, 1, state.global_step)
+    images, masks = change(images, masks, generator, global_batch_size=global_batch_size)
+    state.model.train()
+    with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+        logits = network(images.contiguous(memory_format=torch.channels_last), logits=True)
+    if not dist.shard(range(global_batch_size)):  # a stand-in: it must not count
+        logits, masks = logits[:0], masks[:0]
+    value = loss(logits, masks, total=dist.all_reduce_sum)
+    for group in state.optimizer.param_groups:
+        group["lr"] = rate(state.global_step)
+    state.optimizer.zero_grad(set_to_none=True)
+    value.backward()
+    state.optimizer.step()
+    if state.ema:
+        training.update_average(state.ema, state.model, decay, state.global_step)
+    return value.detach()
+
+
+def evaluate(
+    segmenter: Segmenter, dataset: BrainSegmentationDataset, loss: Callable
+) -> tuple[float, dict[str, float], list[np.ndarray]]:
+    """Loss over the slices, DSC of each case, and masks (S, H, W) in the source geometry.
+
+    Loss and DSC cover all ranks; masks only this rank's cases.
+    """
+    volumes = dist.shard(dataset.volumes)
+    at_once = 1 if segmenter.on_cpu else AT_ONCE
+    losses, scores, masks = [], [], []
+    with tqdm(total=len(volumes), desc="validating", unit="case", leave=False, disable=None) as bar:
+        for group in in_groups(volumes, lambda volume: len(volume.mask), at_once):
+            images = [to_device(torch.from_numpy(v.images), segmenter.device) for v in group]
+            lengths = [len(part) for part in images]
+            found = segmenter.probabilities(torch.cat(images), lengths=lengths).split(lengths)
+            for volume, probabilities in zip(group, found, strict=True):
+                target = to_device(torch.from_numpy(volume.mask), segmenter.device)[:, None]
+                logits = torch.logit(probabilities, eps=1e-6)  # within ± 14, always finite
+                losses.append(loss(logits, target.to(logits)))
+                masks.append(segmenter.finish(probabilities, volume.frame))
+                scores.append(dsc(masks[-1], volume.truth))
+                bar.update()
+    losses = dist.gather(torch.stack(losses).tolist() if losses else [])
+    mean = sum(x * len(v.mask) for x, v in zip(losses, dataset.volumes, strict=True)) / len(dataset)
+    names = [volume.name for volume in dataset.volumes]
+    return mean, dict(zip(names, dist.gather(scores), strict=True)), masks
+
+
+# fmt: on
+
+
+def get_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict | None]:
+    """The settings and, with --resume, the checkpoint whose settings they take over."""
+    parser = get_args_parser()
+    args, checkpoint = parser.parse_args(argv), None
+    if args.resume:
+        path = args.weights / f"{args.model}.ckpt"
+        checkpoint = training.load_checkpoint(path)
+        parser = get_args_parser()  # without what the first parsing took from --config
+        args = parser.parse_resumed(argv, {"preprocessing": 1} | checkpoint["args"], path)
+    check_args(parser, args)
     return args, checkpoint
 
 
-def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """End with a usage error for a value that could not work, before anything long is done."""
-    least = {"epochs": 1, "batch_size": 1, "features": 1, "workers": 1, "image_size": 32}
-    least |= {
-        "seed": 0,
-        "vis_freq": 0,
-        "warmup": 0,
-        "weight_decay": 0,
-        "neighbours": 0,
-        "background": 0,
-        "aug_angle": 0,
-        "aug_intensity": 0,
-    }
-    for name, value in least.items():
-        if getattr(args, name) is not None and getattr(args, name) < value:
-            parser.error(f"--{name.replace('_', '-')} must be at least {value}")
-    for name in ("drop_sequences", "ema", "aug_scale"):
-        if not 0 <= getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} goes from 0 to less than 1")
+def check_args(parser: utils.Parser, args: argparse.Namespace) -> None:
+    """End with a usage error for settings that do not go together."""
+    weights, stride = args.weights / f"{args.model}.pt", MODELS[args.model].stride
     if (args.folds is None) != (args.fold is None):
         parser.error("--folds and --fold go together, as in --folds 5 --fold 0")
     if args.features and args.model != "unet":
         parser.error("--features is for --model unet")
     if args.weights.suffix == ".pt":
-        parser.error(f"--weights {args.weights} is to be a folder; weights are named by --model")
-    stride = MODELS[args.model].stride
+        parser.error(f"--weights {args.weights} must be a folder; the file is named after --model")
     if args.image_size % stride:
         parser.error(f"--image-size {args.image_size} is not a multiple of {stride}")
-    if args.init_weights and args.init_weights.resolve() == weights_path(args).resolve():
+    if args.init_weights and args.init_weights.resolve() == weights.resolve():
         parser.error(f"--init-weights {args.init_weights} would be overwritten; set --weights")
-
-
-def weights_path(args: argparse.Namespace) -> Path:
-    return args.weights / f"{args.model}.pt"
-
-
-def main(argv: list[str] | None = None) -> None:
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, until training starts
-    try:
-        with process_group(), only_main_speaks():
-            args, checkpoint = together(lambda: get_args(argv))
-            run(args, checkpoint)
-    except (ValueError, OSError) as error:
-        fail(error)
-    except torch.OutOfMemoryError as error:
-        fail(f"out of memory, with no step under way: {str(error).splitlines()[0]}")
-    except KeyboardInterrupt:
-        fail("stopped at once; preprocessed volumes and finished epochs are kept")
-
-
-def run(args: argparse.Namespace, checkpoint: dict | None) -> None:
-    """Train from `args`, from the start or from a checkpoint, to the last epoch or a signal."""
-    asked = plain(args) | {"resume": False}  # before this process takes its part of the machine
-    together(lambda: check_machine(args))
-    train_set, validation_set = one_first(
-        lambda: BrainSegmentationDataset.train_and_validation(
-            args.images,
-            args.folds,
-            args.fold,
-            image_size=args.image_size,
-            cache=args.cache,
-            workers=args.workers,
-            progress=True,
-            version=args.preprocessing,
-        )
-    )
-    in_main(lambda: report_notes(train_set.volumes + validation_set.volumes))
-    trainer = one_first(lambda: Trainer(args, train_set))
-    if checkpoint:
-        together(lambda: trainer.load(checkpoint))
-    elif (path := args.weights / f"{args.model}.ckpt").exists():
-        print(f"{path}: the checkpoint of an earlier run, overwritten after the first epoch")
-    about = trainer.describe(validation_set)
-    print(
-        f"{args.model} on {f'{processes()} x ' if processes() > 1 else ''}{about['device']}"
-        f"{', bfloat16' if trainer.amp else ''}: "
-        f"{len(train_set)} slices of {len(train_set.volumes)} cases to train on, "
-        f"{len(validation_set.volumes)} cases to validate on; {trainer.feed.place}",
-        flush=True,
-    )
-    if trainer.epoch >= args.epochs:
-        print(f"all {args.epochs} epochs are done; raise --epochs to go on")
-        return
-
-    in_main(lambda: write_json(args.logs / "args.json", about | {"args": asked}))
-    stop = train(trainer, train_set, validation_set, about)
-    if trainer.epoch < args.epochs:
-        python = "python3" if processes() == 1 else "torchrun, as before, with:"
-        print(
-            f"stopped at epoch {trainer.epoch + 1}, step {trainer.step}; go on with: "
-            f"{python} train.py --resume --weights {args.weights} --model {args.model}"
-        )
-        sys.exit(128 + stop)
-    print(f"weights: {weights_path(args)}   logs: tensorboard --logdir {args.logs}")
-
-
-def report_notes(volumes: list[Prepared]) -> None:
-    """Say on stderr what is odd about the sequences of a case."""
-    for volume in volumes:
-        for note in volume.frame.notes:
-            print(f"{volume.case.folder}: {note}", file=sys.stderr)
-
-
-def check_machine(args: argparse.Namespace) -> None:
-    """Raise what would stop the run later: it is better known before the long work."""
-    args.device, args.workers = own_device(args.device), own_workers(args.workers)
-    pick_device(args.device)
-    case_paths(args.images)
-    for folder in (args.weights, args.logs):
-        check_writable(folder)
-    if args.init_weights and not args.resume:
-        load_state(args.init_weights)
-    if args.batch_size < processes():
-        raise ValueError(
-            f"--batch-size {args.batch_size} is less than a slice for each of {processes()} "
-            "processes; raise it, or start fewer"
-        )
-
-
-def train(
-    trainer: Trainer,
-    train_set: BrainSegmentationDataset,
-    validation_set: BrainSegmentationDataset,
-    about: dict,
-) -> int:
-    """Train until the last epoch is done or a signal comes; the number of the signal, or 0."""
-    args = trainer.args
-    if trainer.device.type == "cpu":
-        keep_freed_memory()
-    if args.compile:  # before processes wait for each other's gradients: one may fail here
-        print(f"compiled in {together(trainer.compile):.1f} s", flush=True)
-    trainer.parallelise()
-    interruption = Interruption()
-    weights = train_set.sampling_weights(args.background)
-    bar = tqdm(total=args.epochs, initial=trainer.epoch, desc=args.model, disable=None)
-    with in_main(lambda: open_log(trainer)) or nullcontext() as log, bar:
-        while not (stop := largest(interruption.signal or 0)) and trainer.epoch < args.epochs:
-            speed = trainer.train_epoch(train_set, weights, interruption)
-            if speed is None:
-                in_main(lambda: save_checkpoint(trainer))
-            else:
-                dsc = finish_epoch(trainer, len(train_set), validation_set, about, speed, log)
-                bar.set_postfix(DSC=f"{dsc:.3f}", best=f"{trainer.best:.3f}", refresh=False)
-                bar.update()
-    return stop
-
-
-def open_log(trainer: Trainer) -> SummaryWriter:
-    from torch.utils.tensorboard import SummaryWriter  # slow: nobody waits for it with --help
-
-    return SummaryWriter(trainer.args.logs, purge_step=trainer.epoch + 1)
-
-
-def finish_epoch(
-    trainer: Trainer,
-    slices: int,
-    validation_set: BrainSegmentationDataset,
-    about: dict,
-    speed: float,
-    log: SummaryWriter | None,
-) -> float:
-    """Validate, save what the epoch has brought, and log it in the main process; the mean DSC."""
-    args, epoch = trainer.args, trainer.epoch + 1
-    learning_rate, train_loss = trainer.learning_rate(), trainer.loss_sum / slices
-    loss, scores, masks = trainer.evaluate(validation_set)
-    together(lambda: trainer.check_finite(loss))
-    mean = sum(scores.values()) / len(scores)
-
-    better = mean > trainer.best
-    trainer.best = max(mean, trainer.best)
-    trainer.epoch, trainer.step, trainer.loss_sum = epoch, 0, 0.0
-    card = about | {"epoch": epoch, "validation_dsc": summarise(list(scores.values()))}
-    in_main(lambda: save(trainer, card if better or args.keep == "last" else None))
-
-    curves = {
-        "loss/train": train_loss,
-        "loss/validation": loss,
-        "dsc/validation": mean,
-        **{f"dsc_by_case/{name}": value for name, value in scores.items()},
-        "learning_rate": learning_rate,
-        "images_per_second": speed,
-    }
-    in_main(lambda: [log.add_scalar(name, value, epoch) for name, value in curves.items()])
-    if args.vis_freq and (epoch % args.vis_freq == 0 or epoch == args.epochs):
-        masks = gather(masks)
-        in_main(lambda: draw(log, validation_set, masks, args.vis_images, epoch))
-    tqdm.write(
-        f"epoch {epoch:3d}/{args.epochs}  loss {train_loss:.4f}  validation loss {loss:.4f}  "
-        f"DSC {mean:.4f}{' *' if better else '  '}  {speed:.1f} images/s"
-    )
-    sys.stdout.flush()
-    return mean
-
-
-def draw(
-    log: SummaryWriter,
-    dataset: BrainSegmentationDataset,
-    masks: list[np.ndarray],
-    most: int,
-    epoch: int,
-) -> None:
-    """Log up to `most` slices of the validation cases, outlined, in the source geometry."""
-    for volume, mask in zip(dataset.volumes, masks, strict=True):
-        count = min(len(mask), most)
-        if count < 1:
-            return
-        most -= count
-        grey = to_grey(volume.case.read())[:count]
-        pictures = outline(grey, mask[:count], volume.truth[:count])
-        log.add_images(volume.name, pictures, epoch, dataformats="NHWC")
-
-
-def save(trainer: Trainer, card: dict | None) -> None:
-    """Write the checkpoint and, with a card, the weights."""
-    if card:
-        save_weights(weights_path(trainer.args), trainer.trained.state_dict(), card)
-    save_checkpoint(trainer)
-
-
-def save_checkpoint(trainer: Trainer) -> None:
-    save_tensors(trainer.args.weights / f"{trainer.args.model}.ckpt", trainer.state())
 
 
 if __name__ == "__main__":

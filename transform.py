@@ -1,8 +1,8 @@
 """Augmentation of a batch, on whatever device the batch is on.
 
 Draws come from a generator on the CPU, so that they are the same on every device. They are for
-the `whole` batch, of which a process that shares it with others has a part, so that they are the
-same for any number of processes. No function modifies what it is given.
+the whole batch (`global_batch_size`), of which each rank may hold a part, so that they are the
+same for any number of ranks. No function modifies what it is given.
 """
 
 import torch
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from brainseg.devices import to_device
-from brainseg.distributed import share_of_batch
+from brainseg.distributed import shard_of_batch
 
 
 def augment(
@@ -20,7 +20,7 @@ def augment(
     scale: float = 0.05,
     angle: float = 15.0,
     flip: float = 0.5,
-    whole: int | None = None,
+    global_batch_size: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Scale, rotate and flip each slice of a batch at random, in one interpolation.
 
@@ -30,7 +30,7 @@ def augment(
     normalisation is tissue.
     """
     n, _, height, width = images.shape
-    draws = _own(torch.rand(whole or n, 3, generator=generator), whole)
+    draws = _own(torch.rand(global_batch_size or n, 3, generator=generator), global_batch_size)
     zoom = 1 + scale * (2 * draws[:, 0] - 1)
     theta = torch.deg2rad(angle * (2 * draws[:, 1] - 1))
     mirror = torch.where(draws[:, 2] < flip, -1.0, 1.0)
@@ -49,34 +49,58 @@ def augment(
     return images + background, masks
 
 
+def augment_all(
+    images: Tensor,
+    masks: Tensor,
+    generator: torch.Generator,
+    scale: float,
+    angle: float,
+    drop: float,
+    intensity: float,
+    sequences: int = 3,
+    global_batch_size: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Every change of a training batch: `augment`, `drop_sequences` and `vary_intensity`."""
+    size = global_batch_size
+    images, masks = augment(images, masks, generator, scale, angle, global_batch_size=size)
+    if drop:
+        images = drop_sequences(images, generator, drop, size)
+    if intensity:
+        images = vary_intensity(images, generator, intensity, sequences, size)
+    return images, masks
+
+
 def vary_intensity(
     images: Tensor,
     generator: torch.Generator,
     strength: float,
     sequences: int,
-    whole: int | None = None,
+    global_batch_size: int | None = None,
 ) -> Tensor:
     """Scale and shift each of the `sequences` of each slice (N, C, H, W), as other scanners would.
 
     The factor is uniform in 1 ± `strength`, the shift in ± `strength` standard deviations. Channels
     are slices of so many sequences each, and vary alike.
     """
-    draws = torch.rand(2, whole or len(images), sequences, 1, 1, generator=generator)
+    draws = torch.rand(2, global_batch_size or len(images), sequences, 1, 1, generator=generator)
     draws = strength * (2 * draws - 1).repeat(1, 1, images.shape[1] // sequences, 1, 1)
-    factor, shift = (to_device(_own(part, whole), images.device) for part in draws)
+    factor, shift = (to_device(_own(part, global_batch_size), images.device) for part in draws)
     return images * (1 + factor) + shift
 
 
 def drop_sequences(
-    images: Tensor, generator: torch.Generator, probability: float, whole: int | None = None
+    images: Tensor,
+    generator: torch.Generator,
+    probability: float,
+    global_batch_size: int | None = None,
 ) -> Tensor:
     """Put FLAIR (channel 1) in the place of post-contrast (2), half the time of pre-contrast too.
 
     That is how the LGG data set fills in for a missing sequence. Of slices (N, C, H, W), a share
     of `probability` is changed; channels are slices of three sequences each.
     """
-    draws = _own(torch.rand(whole or len(images), 2, generator=generator), whole)
-    draws = to_device(draws, images.device)
+    draws = torch.rand(global_batch_size or len(images), 2, generator=generator)
+    draws = to_device(_own(draws, global_batch_size), images.device)
     post = draws[:, 0] < probability
     pre = post & (draws[:, 1] < 0.5)
     keep = torch.zeros_like(post)
@@ -85,6 +109,6 @@ def drop_sequences(
     return torch.where(missing, slices[:, :, 1:2], slices).flatten(1, 2)
 
 
-def _own(draws: Tensor, whole: int | None) -> Tensor:
-    """Those of the draws (whole, ...) that are for this process's part of the batch."""
-    return draws if whole is None else share_of_batch(draws)
+def _own(draws: Tensor, global_batch_size: int | None) -> Tensor:
+    """Those of the draws (global_batch_size, ...) for this rank's part of the batch."""
+    return draws if global_batch_size is None else shard_of_batch(draws)

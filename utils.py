@@ -8,8 +8,9 @@ import difflib
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
-from contextlib import suppress
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import NoReturn
@@ -20,106 +21,167 @@ import torch
 from brainseg.io.files import sentence
 
 
-class ConfigParser(argparse.ArgumentParser):
-    """An ArgumentParser whose --config FILE stands for the flags that the file names.
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that takes defaults from --config FILE and knows what a recipe is.
 
     FILE is YAML (so JSON too): `batch-size: 8` or `batch_size: 8` is --batch-size 8, true and
     false switch a flag on and off, null leaves it at its default. Flags on the command line win.
-    The args.json that a run has written is such a file. A key or value that could not be used
-    ends with a usage error that names the file.
+    The args.json of an earlier run is such a file. An unknown key or an unusable value ends with
+    a usage error that names the file.
     """
 
-    config: Path | None = None  # the file whose settings are being looked at
-
     def __init__(self, **options: object):
-        super().__init__(allow_abbrev=False, **options)  # names are whole there, and so here
+        super().__init__(allow_abbrev=False, **options)
+        self.recipe: list[str] = []  # the settings that change the numbers of a training
+
+    def group(self, title: str) -> tuple[Callable, Callable]:
+        """Two versions of `add_argument` for a group of the help: `add`, and `recipe`.
+
+        What `recipe` adds stands in the card, and a resumed run must keep it. Both take `least`
+        and `below` for numbers; a default is named in the help.
+        """
+        group = self.add_argument_group(title)
+
+        def add(*flags: str, least: float | None = None, below: float | None = None, **options):
+            if least is not None or below is not None:
+                options["type"] = _number(options["type"], least, below)
+            default = options.get("default")
+            if default is not None and not isinstance(default, bool):
+                options["help"] += " (%(default)s)"
+            return group.add_argument(*flags, **options)
+
+        def recipe(*flags: str, **options) -> None:
+            self.recipe.append(add(*flags, **options).dest)
+
+        return add, recipe
 
     def parse_args(
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> argparse.Namespace:
-        argv = sys.argv[1:] if args is None else list(args)
-        path = self._config_in(argv)
-        if path is not None:
-            self.config = path
-            settings = self._flags_of(path)
-            required = [action for action in self._actions if action.required]
-            for action in required:  # the command line may have it
-                action.required = False
-            super().parse_args(settings)  # alone, so that what is wrong is blamed on the file
-            for action in required:
-                action.required = True
-            self.config = None
-            argv = settings + argv
-        return super().parse_args(argv, namespace)
-
-    def error(self, message: str) -> None:
-        super().error(f"{self.config}: {message}" if self.config else message)
-
-    def _config_in(self, argv: list[str]) -> Path | None:
         finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         finder.add_argument("--config", type=Path)
         finder.error = self.error
-        return finder.parse_known_args(argv)[0].config
+        path = finder.parse_known_args(args)[0].config
+        if path is not None:
+            try:
+                self._take_defaults(_read_config(path))
+            except (ValueError, argparse.ArgumentError) as error:
+                self.error(f"{path}: {error}")
+        return super().parse_args(args, namespace)
 
-    def _flags_of(self, path: Path) -> list[str]:
-        """The settings of a file as words of a command line."""
-        known = {action.dest: action for action in self._actions if action.option_strings}
-        for other in ("help", "config"):
-            known.pop(other)
-        flags = []
-        for key, value in self._read(path).items():
-            action = known.get(str(key).replace("-", "_"))
-            if action is None and key != "config":
-                near = difflib.get_close_matches(str(key).replace("-", "_"), known, 1, 0.5)
+    def parse_resumed(
+        self, argv: Sequence[str] | None, earlier: dict, path: Path
+    ) -> argparse.Namespace:
+        """Parse with the settings of an earlier run, from the checkpoint `path`, as defaults.
+
+        A setting that is younger than the checkpoint had its default then; the folder and the
+        machine may have changed since. Raises ValueError if the recipe would be another.
+        """
+        earlier = {name: self.get_default(name) for name in self.recipe} | earlier
+        here = {"weights", "device", "workers", "resume", "config", "prune_cache"}
+        names = {action.dest for action in self._actions} & earlier.keys() - here
+        self.set_defaults(**{name: earlier[name] for name in names})
+        args = self.parse_args(argv)
+        for name in self.recipe:
+            before, now = earlier[name], plain(args)[name]
+            if now != before:
+                raise ValueError(
+                    f"{path}: was started with --{name.replace('_', '-')} {before}, not {now}; "
+                    "leave that out, or start anew in another --weights"
+                )
+        return args
+
+    def _take_defaults(self, settings: dict) -> None:
+        """`set_defaults` with checks of names and values."""
+        known = {
+            flag[2:].replace("-", "_"): action
+            for action in self._actions
+            for flag in action.option_strings
+            if flag.startswith("--") and not flag.startswith("--no-") and flag != "--help"
+        }
+        for key, value in settings.items():
+            name = str(key).replace("-", "_")
+            if name not in known:
+                near = difflib.get_close_matches(name, known, 1, 0.5)
                 hint = f"did you mean {near[0].replace('_', '-')}?" if near else "see --help"
-                self.error(f"no setting is called {key!r}; {hint}")
-            if action is not None and value is not None:
-                flags += self._words(action, value)
-        return flags
+                raise ValueError(f"no setting is called {key!r}; {hint}")
+            if value is not None and name != "config":
+                self.set_defaults(**{known[name].dest: self._checked(known[name], value)})
+                known[name].required = False
 
-    def _read(self, path: Path) -> dict:
-        import yaml
-
-        try:
-            content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            self.error(f"cannot be read ({error.strerror})")
-        except (yaml.YAMLError, ValueError, RecursionError):
-            self.error("is not YAML; write one `name: value` a line")
-        if isinstance(content, dict):  # args.json says more of its run than its settings
-            content = content.get("args", content)
-        if not isinstance(content, dict):
-            self.error("holds no settings; write one `name: value` a line")
-        return content
-
-    def _words(self, action: argparse.Action, value: object) -> list[str]:
-        flag, *others = action.option_strings
-        takes_value = action.nargs != 0
-        if value is True and (not takes_value or action.nargs == "?"):
-            return [flag]
-        if value is False and not takes_value:
-            return [other for other in others if other == f"--no-{flag[2:]}"]
-        values = value if isinstance(value, list) and action.nargs in ("+", "*") else [value]
-        if (
-            not values
-            or not takes_value
-            or any(isinstance(each, (bool, list, dict)) for each in values)
-        ):
-            wanted = "a value" if takes_value else "true or false"
-            self.error(f"{flag[2:]} takes {wanted}, not {value!r}")
-        return [flag, *map(str, values)] if len(values) > 1 else [f"{flag}={values[0]}"]
+    def _checked(self, action: argparse.Action, value: object) -> object:
+        """A value of the file as the command line would give it."""
+        if value is True and action.nargs == "?":
+            return action.const
+        several = isinstance(value, list) and action.nargs in ("+", "*") and value
+        values = value if several else [value]
+        if action.nargs == 0:
+            if not isinstance(value, bool):
+                raise ValueError(f"{action.dest} takes true or false, not {value!r}")
+            return value
+        if any(isinstance(each, (bool, list, dict)) for each in values):
+            name = action.dest.replace("_", "-")
+            raise ValueError(f"{name} takes a value, not {value!r}")
+        values = [self._get_value(action, str(each)) for each in values]
+        for each in values:
+            self._check_value(action, each)
+        return values if action.nargs in ("+", "*") else values[0]
 
 
-def make_parser(doc: str) -> ConfigParser:
-    """A parser whose --help is the script's docstring, then one line an option."""
+def _number(kind: type, least: float | None, below: float | None) -> Callable[[str], float]:
+    """A type for argparse: an int or float that is at least `least` and less than `below`."""
+
+    def convert(text: str) -> float:
+        value = kind(text)
+        if least is not None and not value >= least:
+            raise argparse.ArgumentTypeError(f"must be at least {least}")
+        if below is not None and not value < below:
+            raise argparse.ArgumentTypeError(f"must be less than {below}")
+        return value
+
+    convert.__name__ = kind.__name__  # in the help, and where `kind` refuses a text
+    return convert
+
+
+def _read_config(path: Path) -> dict:
+    """The settings in a file; ValueError, not naming it, if there are none."""
+    import yaml  # slow, and only for --config
+
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"cannot be read ({error.strerror})") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ValueError("is not YAML; write one `name: value` per line") from error
+    if isinstance(content, dict):  # args.json says more of its run than its settings
+        content = content.get("args", content)
+    if not isinstance(content, dict):
+        raise ValueError("holds no settings; write one `name: value` per line")
+    return content
+
+
+def make_parser(doc: str) -> Parser:
+    """A parser whose --help is the script's docstring, then one line per option."""
 
     class Formatter(argparse.MetavarTypeHelpFormatter, argparse.RawDescriptionHelpFormatter):
         def __init__(self, prog: str, **_: object):
             super().__init__(prog, max_help_position=32, width=100)
 
-    parser = ConfigParser(usage="%(prog)s [options]", description=doc, formatter_class=Formatter)
+    parser = Parser(usage="%(prog)s [options]", description=doc, formatter_class=Formatter)
     parser.add_argument("--config", type=Path, help="YAML or args.json with any of these settings")
     return parser
+
+
+def add_cohort_options(add: Callable[..., object]) -> None:
+    """The options of every script that reads a cohort, through the `add` of a parser's group."""
+    add(
+        "--sequences",
+        type=str,
+        nargs="+",
+        help="names of files in the folder of a case: flair='*_f.nii.gz' pre=... post=... mask=...",
+    )
+    add("--labels", type=int, nargs="+", help="labels of the masks that are lesion (all above 0)")
+    add("--patients", type=str, help="CSV with the columns case and patient (from the names)")
 
 
 def add_segmenter_options(parser: argparse.ArgumentParser, workers: bool = True) -> None:
@@ -133,6 +195,7 @@ def add_segmenter_options(parser: argparse.ArgumentParser, workers: bool = True)
         default=True,
         help="keep only the largest connected component (yes)",
     )
+    add("--min-volume", type=int, default=0, help="drop components of fewer voxels (%(default)s)")
     add("--tta", action="store_true", help="average over each slice and its mirror image")
     add("--batch-size", type=int, default=16, help="slices at once (%(default)s)")
     add("--device", type=str, help="cuda, cuda:1, mps, cpu (an accelerator if there is one)")
@@ -158,13 +221,21 @@ def segmenter_options(parser: argparse.ArgumentParser, args: argparse.Namespace)
         parser.error("--batch-size and --workers must be at least 1")
     if not 0 < args.threshold < 1:
         parser.error("--threshold is a probability between 0 and 1")
-    names = "image_size threshold largest_component tta batch_size device amp providers".split()
-    return {name: getattr(args, name) for name in names}
+    if args.min_volume < 0:
+        parser.error("--min-volume is a number of voxels, 0 or more")
+    names = "image_size threshold largest_component min_volume tta batch_size device amp providers"
+    return {name: getattr(args, name) for name in names.split()}
 
 
 def plain(args: argparse.Namespace) -> dict:
     """The arguments as JSON and a checkpoint can hold them."""
-    return {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
+
+    def simple(value: object) -> object:
+        if isinstance(value, list):
+            return [simple(each) for each in value]
+        return str(value) if isinstance(value, Path) else value
+
+    return {name: simple(value) for name, value in vars(args).items()}
 
 
 def provenance(args: argparse.Namespace) -> dict:
@@ -207,18 +278,59 @@ def keep_freed_memory() -> None:
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: nothing is given back
 
 
+@contextmanager
+def sigterm_interrupts() -> Iterator[None]:
+    """Have SIGTERM raise KeyboardInterrupt, as Ctrl-C does, until the block is left.
+
+    Signals can be caught in the main thread only; in another one nothing is changed.
+    """
+    with _handlers({signal.SIGTERM: signal.default_int_handler}):
+        yield
+
+
 class Interruption:
-    """Remembers the first SIGINT or SIGTERM, so that the step under way can be finished first."""
+    """Within the block, note the first SIGINT or SIGTERM, so that a step can be finished first."""
 
     def __init__(self):
         self.signal: int | None = None
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._note)
+        self._handlers = _handlers({s: self._note for s in (signal.SIGINT, signal.SIGTERM)})
+
+    def __enter__(self) -> Interruption:
+        self._handlers.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._handlers.__exit__(*error)
 
     def _note(self, number: int, _frame: object) -> None:
         if self.signal is not None:  # asked twice: wait for nothing
             raise KeyboardInterrupt
         self.signal = number
+
+
+@contextmanager
+def _handlers(handlers: dict[int, Callable]) -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def cudnn(deterministic: bool) -> Iterator[None]:
+    """Have cuDNN give the same result each time, or try out which algorithm is the fastest."""
+    flags = torch.backends.cudnn
+    before = flags.deterministic, flags.benchmark
+    flags.deterministic, flags.benchmark = deterministic, not deterministic
+    try:
+        yield
+    finally:
+        flags.deterministic, flags.benchmark = before
 
 
 def fail(error: BaseException | str) -> NoReturn:

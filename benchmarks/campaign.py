@@ -31,7 +31,7 @@ import signal
 from collections.abc import Sequence
 from pathlib import Path
 
-from brainseg.io.files import write_json, written_whole
+from brainseg.io.files import atomic_write, write_json
 from brainseg.metrics import summarise
 from brainseg.splits import patient_of
 from brainseg.weights import MODELS, load_tensors
@@ -293,7 +293,7 @@ def report(out: Path, model: str, stage: str, text: str) -> None:
         for each in STAGES
         if (path := out / name / f"{each}.md").exists()
     ]
-    with written_whole(out / "campaign.md") as temporary:
+    with atomic_write(out / "campaign.md") as temporary:
         temporary.write_text("\n".join(parts))
 
 

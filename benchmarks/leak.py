@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -26,13 +25,12 @@ from brainseg.metrics import dsc, summarise
 from brainseg.segmenter import Segmenter
 from brainseg.splits import split_folds
 from dataset import BrainSegmentationDataset
-from train import get_args
-from trainer import Trainer
 from utils import make_generator
+
+from .ours import set_up
 
 RECIPE = "--schedule cosine --warmup 100 --loss bce-dice --lr 2e-3".split()
 SHARE = 5  # one part in five is held out
-RUNNING = SimpleNamespace(signal=None)  # nobody interrupts
 
 
 def main() -> None:
@@ -99,12 +97,11 @@ def train(
     """The network after the last epoch on the slices that are `allowed`."""
     options = ["--image-size", args.image_size, "--features", args.features, "--seed", seed]
     options += ["--epochs", args.epochs, *RECIPE]
-    trainer = Trainer(get_args([str(option) for option in options])[0], dataset)
+    training = set_up(options, dataset)
     weights = dataset.sampling_weights() * allowed
-    for trainer.epoch in range(args.epochs):
-        trainer.step = 0
-        trainer.train_epoch(dataset, weights, RUNNING)
-    return trainer.trained
+    for training.state.epoch in range(args.epochs):
+        training.epoch(weights)
+    return training.state.trained
 
 
 def places(dataset: BrainSegmentationDataset, held_out: Tensor) -> list[tuple]:

@@ -17,7 +17,7 @@ import numpy as np
 from scipy import ndimage
 from tqdm import tqdm
 
-from brainseg.io.layouts import case_paths, find_case
+from brainseg.io.layouts import list_cases
 from brainseg.metrics import dsc, summarise
 from brainseg.segmenter import Segmenter
 from brainseg.splits import select_cases
@@ -75,10 +75,10 @@ def main() -> None:
     args = parser.parse_args()
 
     segmenter = Segmenter.from_weights(args.weights, device=args.device)
-    paths = select_cases(case_paths(args.images), args.subset)
+    paths = select_cases(list_cases(args.images), args.subset)
     scores = {name: [] for name in CHANGES}
     for path in tqdm(paths, unit="case", disable=None):
-        volume, truth = find_case(path).read_pair()
+        volume, truth = path.open().read_pair()
         for name, change in CHANGES.items():
             scores[name].append(dsc(segmenter(change(volume)), truth))
 

@@ -13,9 +13,8 @@ from brainseg.preprocess import preprocess
 from brainseg.segmenter import Segmenter
 from brainseg.weights import load_pretrained
 from dataset import BrainSegmentationDataset, Feed
-from train import get_args
-from trainer import Trainer
 
+from .ours import set_up
 from .timing import BATCH, one_thread, row, seconds
 
 FEW = 4  # slices a step for each number of pixels, so that the largest ones go into memory
@@ -57,11 +56,11 @@ def scale_pixels(cases: list, args: argparse.Namespace) -> None:
             dataset = BrainSegmentationDataset.of(prepare(cases[:1], size, cache))
             images, masks = dataset.batch(np.arange(FEW) % len(dataset))
             options = ["--device", str(args.device), "--image-size", str(size)]
-            trainer = Trainer(get_args(options)[0], dataset)
+            training = set_up(options, dataset)
             segmenter = Segmenter(model, size, device=args.device)
             work = {
                 "preprocessed, one core": one_thread(lambda n=size: preprocess(volume, n, 1)),
-                "trained on": lambda t=trainer, i=images, m=masks: t.train_step(i, m),
+                "trained on": lambda t=training, i=images, m=masks: t.step(i, m, len(i)),
                 "segmented": lambda s=segmenter, i=images: s.probabilities(i),
             }
             for (what, once), slices in zip(work.items(), (len(volume), FEW, FEW), strict=True):

@@ -25,7 +25,6 @@ import time
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -42,12 +41,11 @@ from brainseg.segmenter import Segmenter
 from brainseg.splits import select_cases
 from brainseg.weights import load_pretrained, load_state, model_from_state, shipped_weights
 from dataset import BrainSegmentationDataset, Feed
-from train import get_args
-from trainer import Trainer
 from transform import augment
 from utils import fail, make_generator
 
 from . import plain
+from .ours import set_up
 from .scaling import scale_cases, scale_pixels
 from .timing import BATCH, ROWS, conditions, one_thread, precisions, row, seconds
 
@@ -147,8 +145,8 @@ def bench_step(cases: list, args: argparse.Namespace) -> None:
     theirs = seconds(lambda: plain.train_step(model, optimizer, images, masks), 3)
     for precision, name in precisions(args.device).items():
         options = ["--device", str(args.device), "--aug-scale", "0", "--aug-angle", "0", precision]
-        trainer = Trainer(get_args(options)[0], dataset)
-        ours = seconds(lambda trainer=trainer: trainer.train_step(images, masks), 3)
+        training = set_up(options, dataset)
+        ours = seconds(lambda t=training: t.step(images, masks, len(images)), 3)
         row(
             f"training step, batch {BATCH}, {args.image_size} x {args.image_size}, {name}",
             ours,
@@ -267,17 +265,12 @@ def bench_epoch(cases: list, args: argparse.Namespace) -> None:
     )
     train_set, validation_set = sets
     options = ["--device", str(args.device), "--image-size", str(args.image_size), *RECIPE]
-    trainer = Trainer(get_args(options)[0], train_set)
+    training = set_up(options, train_set)
     weights = train_set.sampling_weights()
-    silent = SimpleNamespace(signal=None)
-
-    def epoch() -> None:
-        trainer.step = 0
-        trainer.train_epoch(train_set, weights, silent)
-
-    name = "bfloat16" if trainer.amp else "float32"
-    row(f"an epoch, {len(train_set)} slices, {name}", seconds(epoch, warm=False), None, "s")
-    validation = seconds(lambda: trainer.evaluate(validation_set), warm=False)
+    name = "bfloat16" if training.amp else "float32"
+    took = seconds(lambda: training.epoch(weights), warm=False)
+    row(f"an epoch, {len(train_set)} slices, {name}", took, None, "s")
+    validation = seconds(lambda: training.validate(validation_set), warm=False)
     row(f"its validation, {len(validation_set)} slices, {name}", validation, None, "s")
 
 

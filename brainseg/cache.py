@@ -3,33 +3,52 @@
 Volumes are read and preprocessed once, by all cores, kept in half precision and mapped into
 memory: a second start takes seconds, and a data set larger than memory still trains. An entry
 that is stale or damaged is made anew; the folder may be deleted at any time.
+
+A file is trusted if it has the size and time of its making, and its ends are as they were: that
+shows a file that was cut short, never reached the disk, or was written to, without reading all of
+it. One with another time, such as a copy, is read whole once.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import math
+import os
 import shutil
+import sys
 import tempfile
 import threading
+import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 from .devices import worker_threads
-from .io.files import default_cache
+from .io.files import atomic_write, default_cache, sentence
 from .io.slices import Case
 from .preprocess import VERSION, Frame, preprocess, preprocess_mask
 
+C, R = TypeVar("C"), TypeVar("R")
 ARRAYS = ("images", "mask", "truth")
-# np.load parses a file's header with ast, which threads must not do at once in Python 3.11
+# numpy parses a file's header with ast, which threads must not do at once in Python 3.11
 # (https://github.com/python/cpython/issues/106905).
 ONE_AT_A_TIME = threading.Lock()
+ENDS = 1 << 12  # bytes at either end of a file that are read at every start
+DAY = 86400  # seconds
+
+
+class CacheError(ValueError):
+    """The cache folder cannot be used; no fault of a case."""
 
 
 @dataclass(frozen=True)
@@ -54,25 +73,42 @@ def prepare(
     workers: int | None = None,
     progress: bool = False,
     version: int = VERSION,
+    skip_bad: bool = False,
 ) -> list[Prepared]:
     """Preprocess every case, by `workers` threads, or take it from the cache if it is sound there.
 
-    `version` is that of the preprocessing.
+    `version` is that of the preprocessing. With `skip_bad`, a case that cannot be read is named on
+    stderr and left out; otherwise it raises ValueError or OSError.
     """
     cache = Path(cache) if cache else default_cache()
     try:
         cache.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"{cache}: cannot be made; name another folder with --cache") from error
+        raise CacheError(f"{cache}: cannot be made; name another folder with --cache") from error
+    one = partial(_prepare_one, way=(image_size, version), cache=cache)
+    one = partial(unless_bad, one) if skip_bad else one
     with worker_threads(workers) as pool:
-        jobs = pool.map(partial(_prepare_one, way=(image_size, version), cache=cache), cases)
         quiet = None if progress else True  # None: quiet unless on a terminal
-        return list(tqdm(jobs, "preprocessing", len(cases), unit="case", disable=quiet))
+        jobs = pool.map(one, cases)
+        done = list(tqdm(jobs, "preprocessing", len(cases), unit="case", disable=quiet))
+    return [volume for volume in done if volume is not None]
+
+
+def unless_bad(work: Callable[[C], R], case: C) -> R | None:
+    """Do `work` on a case, or name the case on stderr and return None if it cannot be read."""
+    try:
+        return work(case)
+    except CacheError:
+        raise
+    except (ValueError, OSError) as error:
+        tqdm.write(f"left out: {sentence(error)}", file=sys.stderr)
+        return None
 
 
 def _prepare_one(case: Case, way: tuple[int, int], cache: Path) -> Prepared:
     image_size, version = way
     source = f"{case.folder.resolve()} {image_size}" + (f" {version}" if version > 1 else "")
+    source += f" {case.labels.chosen}" if case.labels.chosen else ""
     entry = cache / f"{case.name}-{hashlib.sha256(source.encode()).hexdigest()[:16]}"
     fingerprint = _fingerprint(case, image_size, version)
     return _open_entry(entry, case, fingerprint) or _make_entry(entry, case, fingerprint, way)
@@ -81,7 +117,9 @@ def _prepare_one(case: Case, way: tuple[int, int], cache: Path) -> Prepared:
 def _fingerprint(case: Case, image_size: int, version: int) -> str:
     """Changes with any source file's name, size or time, and with the settings."""
     files = [(p.name, (s := p.stat()).st_size, s.st_mtime_ns) for p in case.files]
-    return hashlib.sha256(json.dumps([version, image_size, files]).encode()).hexdigest()
+    files += [case.aspect] if case.aspect != 1 else []
+    settings = [version, image_size, files, *([case.labels.chosen] if case.labels.chosen else [])]
+    return hashlib.sha256(json.dumps(settings).encode()).hexdigest()
 
 
 def _open_entry(entry: Path, case: Case, fingerprint: str) -> Prepared | None:
@@ -90,22 +128,95 @@ def _open_entry(entry: Path, case: Case, fingerprint: str) -> Prepared | None:
         about = json.loads((entry / "entry.json").read_text())
         if about["fingerprint"] != fingerprint:
             return None
-        if any(_checksum(entry / f"{name}.npy") != about["checksums"][name] for name in ARRAYS):
-            return None
         if _frame_checksum(about["frame"]) != about["checksums"]["frame"]:
             return None
-        with ONE_AT_A_TIME:
-            arrays = {name: np.load(entry / f"{name}.npy", mmap_mode="c") for name in ARRAYS}
+        stats = {name: _stat(entry / f"{name}.npy") for name in ARRAYS}
+        if stats != about.get("stats"):
+            sums = {name: _checksum(entry / f"{name}.npy") for name in ARRAYS}
+            if any(sums[name] != about["checksums"][name] for name in ARRAYS):
+                return None
+            _keep_stats(entry, about | {"stats": stats, "source": _source(case)})
+        arrays = {name: _map(entry / f"{name}.npy") for name in ARRAYS}
         frame = {k: tuple(v) if isinstance(v, list) else v for k, v in about["frame"].items()}
+        case.labels.note(case.name, about.get("labels", ()))
         return Prepared(case, Frame(**frame), **arrays)
     except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _map(path: Path) -> np.ndarray:
+    """The array in a .npy file, mapped into memory, copy-on-write.
+
+    np.load(mmap_mode=...) would keep the file open as long as the array, and a process may only
+    open some 1000; torch.from_file does not.
+    """
+    with ONE_AT_A_TIME, open(path, "rb") as file:
+        if np.lib.format.read_magic(file) != (1, 0):
+            raise ValueError(f"{path}: of another format")
+        shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+        start, size = file.tell(), os.fstat(file.fileno()).st_size
+    if fortran or size != start + math.prod(shape) * dtype.itemsize:
+        raise ValueError(f"{path}: not as it was written")
+    mapped = torch.from_file(str(path), size=size, dtype=torch.uint8).numpy()
+    return mapped[start:].view(dtype).reshape(shape)
+
+
+def _stat(path: Path) -> list[int]:
+    """Size, time of the last change in ns, and CRC-32 of both ends of a file."""
+    with open(path, "rb") as file:
+        about = os.fstat(file.fileno())
+        ends = file.read(ENDS)
+        file.seek(max(0, about.st_size - ENDS))
+        return [about.st_size, about.st_mtime_ns, zlib.crc32(file.read(), zlib.crc32(ends))]
+
+
+def _keep_stats(entry: Path, about: dict) -> None:
+    """Remember that the files of an entry are sound; no harm where it cannot be written."""
+    with suppress(OSError), atomic_write(entry / "entry.json") as temporary:
+        temporary.write_text(json.dumps(about))
+
+
+def _source(case: Case) -> str:
+    return str(case.folder.resolve())
+
+
+def prune(cache: Path | str | None = None) -> tuple[int, int, int]:
+    """Delete the entries whose sources are gone, and what broken-off runs left a day ago.
+
+    Returns how many were deleted, their bytes, and how many entries of earlier versions are kept
+    because they do not say where their source was.
+    """
+    cache = Path(cache) if cache else default_cache()
+    count = freed = unknown = 0
+    for entry in sorted(cache.iterdir()) if cache.is_dir() else ():
+        if not entry.is_dir():
+            continue
+        if entry.name[0] == ".":
+            gone = time.time() - entry.stat().st_mtime > DAY
+        else:
+            source = _recorded_source(entry)
+            unknown += source == ""
+            gone = bool(source) and not Path(source).exists()
+        if gone:
+            size = sum(path.stat().st_size for path in entry.iterdir())
+            shutil.rmtree(entry)
+            count, freed = count + 1, freed + size
+    return count, freed, unknown
+
+
+def _recorded_source(entry: Path) -> str | None:
+    """Where the source of an entry was; empty if it does not say, None if it is no entry."""
+    try:
+        about = json.loads((entry / "entry.json").read_text())
+        return str(about.get("source", "")) if "fingerprint" in about else None
+    except (OSError, ValueError, AttributeError, TypeError):
         return None
 
 
 def _make_entry(entry: Path, case: Case, fingerprint: str, way: tuple[int, int]) -> Prepared:
     volume, truth = case.read_pair()
     try:
-        images, frame = preprocess(volume, *way)
+        images, frame = preprocess(volume, *way, aspect=case.aspect)
     except ValueError as error:
         raise ValueError(f"{case.folder}: {error}") from error
     arrays = {
@@ -120,7 +231,14 @@ def _make_entry(entry: Path, case: Case, fingerprint: str, way: tuple[int, int])
                 np.save(temporary / f"{name}.npy", array)
             checksums = {name: _checksum(temporary / f"{name}.npy") for name in ARRAYS}
             checksums["frame"] = _frame_checksum(asdict(frame))
-            about = {"fingerprint": fingerprint, "frame": asdict(frame), "checksums": checksums}
+            about = {
+                "fingerprint": fingerprint,
+                "source": _source(case),
+                "labels": case.labels.found.get(case.name, []),
+                "frame": asdict(frame),
+                "checksums": checksums,
+                "stats": {name: _stat(temporary / f"{name}.npy") for name in ARRAYS},
+            }
             (temporary / "entry.json").write_text(json.dumps(about))
             if made := _open_entry(entry, case, fingerprint):
                 return made  # by another process meanwhile, which may have mapped it
@@ -133,9 +251,10 @@ def _make_entry(entry: Path, case: Case, fingerprint: str, way: tuple[int, int])
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     except OSError as error:
-        raise ValueError(
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        raise CacheError(
             f"{entry.parent}: cannot keep preprocessed volumes ({error.strerror}); "
-            "free space or name another folder with --cache"
+            f"{'free space or ' * full}name another folder with --cache"
         ) from error
     return _open_entry(entry, case, fingerprint) or Prepared(case, frame, **arrays)
 

@@ -1,11 +1,14 @@
 """Scores of one predicted volume against the truth, both bool (S, H, W), and of a cohort.
 
-A ratio whose denominator is empty is 1 if both masks are empty and 0 otherwise.
+A ratio whose denominator is empty is 1 if both masks are empty and 0 otherwise. Where only one of
+the two is empty (a lesion missed, or made up) every distance is the diagonal of the image, so that
+no mean leaves the worst cases out. A case of one slice has distances in two dimensions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -38,7 +41,7 @@ def hd95(
 ) -> float:
     """95th percentile of the surface distances, both ways, in pixels or in units of `spacing`.
 
-    0 if both masks are empty; NaN if one is, as no distance is defined then.
+    0 if both masks are empty; the diagonal of the image if one is.
     """
     return _distance("hd95", prediction, truth, spacing)
 
@@ -51,8 +54,11 @@ def assd(
 
 
 def _distance(name: str, prediction: np.ndarray, truth: np.ndarray, spacing) -> float:
+    if len(prediction) == 1:  # in three dimensions all of its voxels would be surface
+        prediction, truth, spacing = prediction[0], truth[0], spacing and spacing[1:]
     if not prediction.any() or not truth.any():
-        return float("nan") if prediction.any() or truth.any() else 0.0
+        sides = np.multiply(prediction.shape, spacing or 1)
+        return float(np.linalg.norm(sides)) if prediction.any() or truth.any() else 0.0
     from medpy.metric import binary
 
     # Beyond a margin of one voxel both masks are empty and cannot hold a surface.
@@ -149,6 +155,20 @@ def summarise(
         "high": float(high),
         "n": n,
     }
+
+
+def by_rule(row: Mapping[str, float]) -> bool:
+    """Whether the distances of a row of scores are the diagonal: only one of its masks is empty."""
+    return row["volume_error"] == -1 or math.isnan(row["volume_error"])
+
+
+def describe_distances(rows: Sequence[Mapping[str, float]], name: str) -> str:
+    """One line with mean and median of a distance, `hd95_mm` say, and how many are by the rule."""
+    kind, unit = name.split("_")
+    known = [row for row in rows if not math.isnan(row[name])]
+    s, missed = summarise([row[name] for row in known]), sum(map(by_rule, known))
+    line = f"{kind.upper()} mean {s['mean']:.1f} {unit}, median {s['median']:.1f}, n = {s['n']}"
+    return line + f", {missed} of them with one mask empty: the image diagonal" * bool(missed)
 
 
 def describe(values: Sequence[float], patients: Sequence[str] | None = None) -> str:

@@ -1,8 +1,8 @@
 """Networks in ONNX files that export.py wrote, run by ONNX Runtime.
 
-Such a file holds its card, so that nothing else is needed to use it, and ends with a SHA-256 of all
-that comes before, so that damage is noticed. Other ONNX files are refused: how to prepare images
-for them is not known.
+Such a file holds its card, so that nothing else is needed to use it, and its name carries the first
+eight digits of its SHA-256, which is checked whenever it is opened. Other ONNX files are refused:
+how to prepare images for them is not known.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import hashlib
 import importlib
 import json
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from threading import Lock
@@ -30,10 +31,8 @@ PROVIDERS = {  # of ONNX Runtime, the fastest first
 }
 INPUT, OUTPUT = "slices", "probabilities"
 PRODUCER = "brainseg"
+REMEDY = "fetch it again, or make one with export.py --format onnx"
 CARD = "brainseg.card"  # key of the metadata that holds the card, JSON
-# A file is an ONNX ModelProto and, as protocol buffers that follow each other are merged, one more
-# entry of its metadata (field 14): the key "sha256" and a value of 64 characters.
-SEAL = b"\x72\x4a\x0a\x06sha256\x12\x40"
 
 
 class OnnxNetwork:
@@ -41,7 +40,8 @@ class OnnxNetwork:
 
     `providers` are names of `PROVIDERS` in order of preference (None: all that are installed).
     `device` (cpu, cuda, cuda:1) says which of them may be used, and which GPU. TensorRT prepares
-    for up to `batch_size` slices of `image_size` (None: that of the card).
+    for up to `batch_size` slices of `image_size` (None: that of the card). `content` is that of
+    the file, if it is not written yet.
     Raises FileNotFoundError or ValueError if the file or a provider cannot be used.
     """
 
@@ -52,8 +52,9 @@ class OnnxNetwork:
         device: torch.device | str | None = None,
         batch_size: int = 16,
         image_size: int | None = None,
+        content: bytes | None = None,
     ):
-        self.path, self._content = path, _read(path)
+        self.path, self._content = path, _read(path) if content is None else content
         self.card = _card(self._content, path)
         self.settings, self.stride = self.card["settings"], self.card["stride"]
         kind, _, gpu = str(device or "").partition(":")
@@ -83,6 +84,7 @@ class OnnxNetwork:
     def __call__(self, x: Tensor) -> Tensor:
         """Probabilities (N, out, H, W), float32, of slices (N, in, H, W), all on the CPU.
 
+        Of an ensemble, one channel more (see `brainseg.ensemble.average`).
         Raises ValueError for a channel count or an image size that does not fit the network.
         """
         check_input(x, self.settings["in_channels"], self.stride)
@@ -98,7 +100,7 @@ class OnnxNetwork:
         return torch.from_numpy(probabilities)
 
     def _session(self) -> Any:
-        """An InferenceSession with as many threads as PyTorch would use where this is called."""
+        """Open a session with as many threads as PyTorch would use where this is called."""
         threads = torch.get_num_threads()
         with self._lock:
             if threads not in self._sessions:
@@ -106,7 +108,7 @@ class OnnxNetwork:
             return self._sessions[threads]
 
     def _tensorrt_options(self, batch_size: int, size: int) -> dict[str, str]:
-        """One engine for all batches, kept, as it takes minutes to build."""
+        """Ask for one engine for all batches, kept on disk, as it takes minutes to build."""
         # Engines are named after the layers, not the weights: each file needs a folder of its own.
         engines = default_cache() / "tensorrt" / hashlib.sha256(self._content).hexdigest()[:16]
         engines.mkdir(parents=True, exist_ok=True)
@@ -122,17 +124,12 @@ class OnnxNetwork:
 
 
 def read_onnx_card(path: Path | str) -> dict:
-    """The card inside an ONNX file; FileNotFoundError or ValueError if the file cannot be used."""
+    """Read the card inside an ONNX file; FileNotFoundError or ValueError if it cannot be used."""
     return _card(_read(path), path)
 
 
-def sealed(model: bytes) -> bytes:
-    """A serialised ModelProto with its SHA-256 as one more entry of its metadata."""
-    return model + SEAL + hashlib.sha256(model).hexdigest().encode()
-
-
 def needed(package: str, purpose: Path | str) -> ModuleType:
-    """An optional package; ValueError, saying how to install it, if it is not there."""
+    """Import an optional package; ValueError, saying how to install it, if it is not there."""
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # ONNX Runtime is to tell nobody of its use
     try:
         return importlib.import_module(package)
@@ -146,7 +143,7 @@ def needed(package: str, purpose: Path | str) -> ModuleType:
 def pick_providers(
     names: Sequence[str] | None, kind: str, available: Sequence[str]
 ) -> Sequence[str]:
-    """Which of `PROVIDERS` to use of those `available`, on a kind of device (cpu, cuda, "": any).
+    """Choose of `PROVIDERS` those `available`, on a kind of device (cpu, cuda, "": any).
 
     Raises ValueError, saying what there is, if one of `names` cannot be used or none is left.
     """
@@ -172,33 +169,37 @@ def pick_providers(
 
 
 def _read(path: Path | str) -> bytes:
-    """The content of a sealed file; ValueError if it is none, or was changed since."""
-    path = Path(path)
-    if not path.is_file():
+    if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such ONNX file")
-    content = path.read_bytes()
-    if content == sealed(content[: -len(sealed(b""))]):
-        return content
-    if PRODUCER.encode() in content[:64]:
-        raise ValueError(
-            f"{path}: is damaged or cut short, or was changed since export.py wrote it; "
-            "fetch it again, or export it again"
-        )
-    raise ValueError(
-        f"{path}: is no ONNX file that export.py wrote, so how it wants its images is not known; "
-        "make one of the weights with export.py --format onnx"
-    )
+    return Path(path).read_bytes()
 
 
 def _card(content: bytes, path: Path | str) -> dict:
-    session = _open(content, path, [(PROVIDERS["cpu"], {})], optimise=False)
-    return json.loads(session.get_modelmeta().custom_metadata_map[CARD])
+    """Read the card in an ONNX file; ValueError if it has none, or is not what its name says."""
+    named = re.search(r"-([0-9a-f]{8})\.onnx$", Path(path).name)
+    sound = not named or hashlib.sha256(content).hexdigest().startswith(named[1])
+    try:
+        session = _open(content, path, [(PROVIDERS["cpu"], {})], optimise=False)
+        card = json.loads(session.get_modelmeta().custom_metadata_map[CARD])
+        # Earlier versions named the file after the weights in it.
+        sound = sound or card["weights"]["sha256"].startswith(named[1])
+    except KeyError as error:
+        raise ValueError(
+            f"{path}: is not an ONNX file that export.py wrote, so nothing says how to prepare "
+            f"images for it; {REMEDY}"
+        ) from error
+    except ValueError:
+        if sound:
+            raise
+    if not sound:
+        raise ValueError(f"{path}: is damaged: its SHA-256 is not the one in its name; {REMEDY}")
+    return card
 
 
 def _open(
     content: bytes, path: Path | str, providers: list, threads: int = 1, optimise: bool = True
 ) -> Any:
-    """An InferenceSession; ValueError, naming the file, if ONNX Runtime refuses it."""
+    """Open a session; ValueError, naming the file, if ONNX Runtime refuses it."""
     runtime = needed("onnxruntime", path)
     options = runtime.SessionOptions()
     options.log_severity_level = 4  # what is wrong is said here, in a sentence
@@ -209,6 +210,8 @@ def _open(
     try:
         return runtime.InferenceSession(content, options, providers=providers)
     except Exception as error:  # ONNX Runtime's exceptions have no base of their own
+        if type(error).__name__ in ("InvalidProtobuf", "InvalidArgument"):
+            raise ValueError(f"{path}: is damaged, or not an ONNX file; {REMEDY}") from error
         reason = str(error).splitlines()[0]
         raise ValueError(
             f"{path}: ONNX Runtime {runtime.__version__} cannot run it ({reason}); "

@@ -230,10 +230,10 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Write a data set as the command line says; one sentence and exit code 1 or 2 if it cannot."""
     parser = get_args_parser()
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if min(args.seed, args.no_lesion) < 0 or args.cases < 1:
         parser.error("--cases must be 1 or more, --seed and --no-lesion 0 or more")
     try:

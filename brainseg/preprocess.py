@@ -39,18 +39,23 @@ class Frame:
     size: int  # side of the preprocessed slice
     blank: bool = False  # the source is all zero: there is nothing to segment
     notes: tuple[str, ...] = ()  # what is odd about the sequences, a sentence each
+    aspect: float = 1.0  # height of a source pixel over its width, in mm
 
     @cached_property
-    def side(self) -> int:
-        """Side of the square that the crop is padded to, in source voxels."""
+    def sides(self) -> tuple[int, int]:
+        """Rows and columns, in source pixels, of the square (in mm) that the crop is padded to."""
         top, bottom, left, right = self.box
-        return max(bottom - top, right - left)
+        side = max((bottom - top) * self.aspect, right - left)
+        return round(side / self.aspect), round(side)
 
     def spans(self) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
         """For rows and columns: start and end of the crop in the source, padding before it."""
         top, bottom, left, right = self.box
-        sides = (top, bottom), (left, right)
-        return tuple((start, end, (self.side - (end - start)) // 2) for start, end in sides)
+        box = (top, bottom), (left, right)
+        return tuple(
+            (start, end, (side - (end - start)) // 2)
+            for side, (start, end) in zip(self.sides, box, strict=True)
+        )
 
 
 def preprocess(
@@ -58,29 +63,31 @@ def preprocess(
     image_size: int = 256,
     version: int = VERSION,
     device: torch.device | str = "cpu",
+    aspect: float = 1.0,
 ) -> tuple[Tensor, Frame]:
     """Turn a volume (S, H, W, C) into the network's input (S, C, N, N), float32, and its frame.
 
     `version` is that of the weights' card: 2 (`_preprocess_2`) is for all new weights, 1
     (`_preprocess_1`) for the published checkpoint and weights whose card names none. The volume
-    is not modified. Slices are resized on `device`, where the input stays. Raises ValueError for
-    another version or number of axes, NaN, or one value everywhere but 0.
+    is not modified. Slices are resized on `device`, where the input stays. Where pixels are not
+    square, `aspect` is their height over their width, and the input's are square. Raises ValueError
+    for another version or number of axes, NaN, or one value everywhere but 0.
     """
     if version not in (steps := {1: _preprocess_1, 2: _preprocess_2}):
         raise ValueError(f"preprocessing version {version} is not known; update the program")
     check_volume(volume)
     shape = volume.shape[:3]
     if not volume.any():
-        frame = Frame(shape, (0, shape[1], 0, shape[2]), image_size, blank=True)
+        frame = Frame(shape, (0, shape[1], 0, shape[2]), image_size, True, (), aspect)
         blank = torch.zeros(shape[0], volume.shape[3], image_size, image_size, device=device)
         return blank, frame
     if volume.min() == volume.max():
         raise ValueError(f"every voxel is {volume.max()}: this is not an image")
-    return steps[version](volume, image_size, device)
+    return steps[version](volume, image_size, device, aspect)
 
 
 def _preprocess_2(
-    volume: np.ndarray, image_size: int, device: torch.device | str
+    volume: np.ndarray, image_size: int, device: torch.device | str, aspect: float
 ) -> tuple[Tensor, Frame]:
     """Bring each sequence by itself to a scale on which its median tissue is 0 and air is -2.
 
@@ -115,7 +122,7 @@ def _preprocess_2(
             )
     head = sum(present.astype(np.uint8) for present in foreground) * 2 >= channels  # (S, H, W)
     box = _bounding_box(head.sum(axis=0) > 0.05 * slices)
-    frame = Frame(volume.shape[:3], box, image_size, notes=tuple(notes))
+    frame = Frame(volume.shape[:3], box, image_size, notes=tuple(notes), aspect=aspect)
     top, bottom, left, right = box
     voxels = np.stack([sequence[:, top:bottom, left:right] for sequence in scaled], axis=1)
     resized = _resize(torch.from_numpy(voxels), frame, device).clip_(0, BRIGHTEST)
@@ -173,7 +180,7 @@ def _bounding_box(present: np.ndarray) -> tuple[int, int, int, int]:
 
 
 def _preprocess_1(
-    volume: np.ndarray, image_size: int, device: torch.device | str
+    volume: np.ndarray, image_size: int, device: torch.device | str, aspect: float
 ) -> tuple[Tensor, Frame]:
     """Scale all sequences together, as https://doi.org/10.1016/j.compbiomed.2019.05.002 does.
 
@@ -187,10 +194,11 @@ def _preprocess_1(
     least = 0.1 * float(largest)  # step 1
     seen = volume.max(axis=0).max(axis=-1) >= least  # (H, W)
     (top, bottom), (left, right) = _extent(seen.any(axis=1)), _extent(seen.any(axis=0))
-    frame = Frame(volume.shape[:3], (top, bottom, left, right), image_size)  # step 2
+    box = (top, bottom, left, right)
+    frame = Frame(volume.shape[:3], box, image_size, aspect=aspect)  # step 2
     crop = np.s_[:, top:bottom, left:right]
     voxels = np.where(volume[crop] >= least, volume[crop], 0).astype(np.float32)
-    low = 0.0 if bottom - top != right - left else float(voxels.min())
+    low = 0.0 if frame.sides != (bottom - top, right - left) else float(voxels.min())
     voxels = torch.from_numpy(voxels).permute(0, 3, 1, 2)  # (S, C, h, w)
     resized = _resize(voxels, frame, device).clip_(low, float(largest))  # step 3
     if resized.device.type == "cpu":  # NumPy sorts no more than it must
@@ -209,8 +217,10 @@ def _resize(voxels: Tensor, frame: Frame, device: torch.device | str) -> Tensor:
 
     Padding with zeros adds nothing to a linear operator, so the padded square is never made.
     """
-    square = spline_operator(frame.side, frame.size).to(device)  # (N, side)
-    rows, columns = (square[:, pad : pad + end - start] for start, end, pad in frame.spans())
+    rows, columns = (
+        spline_operator(side, frame.size).to(device)[:, pad : pad + end - start]
+        for side, (start, end, pad) in zip(frame.sides, frame.spans(), strict=True)
+    )
     return rows @ voxels.to(device) @ columns.T
 
 
@@ -228,11 +238,11 @@ def preprocess_mask(mask: np.ndarray, frame: Frame) -> Tensor:
     """Bring a mask (S, H, W) into the frame of its volume, by nearest neighbour: (S, N, N) bool."""
     if mask.shape != frame.shape:
         raise ValueError(f"mask of {_by(mask.shape)} voxels for a volume of {_by(frame.shape)}")
-    nearest = spline_operator(frame.side, frame.size, order=0).argmax(dim=1).numpy()  # (N,)
-    rows, columns = (
-        np.where((inner := nearest - pad) < 0, -1, np.where(inner < end - start, inner + start, -1))
-        for start, end, pad in frame.spans()
-    )
+    places = []
+    for side, (start, end, pad) in zip(frame.sides, frame.spans(), strict=True):
+        inner = spline_operator(side, frame.size, order=0).argmax(dim=1).numpy() - pad  # (N,)
+        places.append(np.where((inner >= 0) & (inner < end - start), inner + start, -1))
+    rows, columns = places
     inside = (rows >= 0)[:, None] & (columns >= 0)[None, :]
     return torch.from_numpy(mask.astype(bool)[:, rows][:, :, columns] & inside)
 
@@ -246,9 +256,10 @@ def restore(output: Tensor, frame: Frame) -> Tensor:
     if frame.blank:
         return output.new_zeros(frame.shape)
     order = 0 if output.dtype == torch.bool else 1
-    full = spline_operator(frame.size, frame.side, order=order, mode="edge")  # (side, N)
     operators = []
-    for length, (start, end, pad) in zip((height, width), frame.spans(), strict=True):
+    axes = zip((height, width), frame.sides, frame.spans(), strict=True)
+    for length, side, (start, end, pad) in axes:
+        full = spline_operator(frame.size, side, order=order, mode="edge")  # (side, N)
         operator = torch.zeros(length, frame.size)
         operator[start:end] = full[pad : pad + end - start]
         operators.append(operator.to(output.device))

@@ -1,6 +1,7 @@
 """A network as a program that needs none of this code: an exported one of PyTorch, or ONNX.
 
-It takes preprocessed slices (N, C, H, W) and gives probabilities (N, K, H, W), both float32.
+It takes preprocessed slices (N, C, H, W) and gives probabilities (N, K, H, W), both float32; an
+ensemble gives one channel more (see `brainseg.ensemble.average`).
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from .io.layouts import case_paths, find_case
-from .onnx import CARD, INPUT, OUTPUT, PRODUCER, sealed
+from .ensemble import average, networks_of
+from .io.layouts import list_cases
+from .onnx import CARD, INPUT, OUTPUT, PRODUCER
 from .phantom import make_volume
 from .preprocess import neighbourhoods, preprocess
 from .segmenter import fold_batch_norm
@@ -27,7 +29,7 @@ OPSET = 18  # the one that the exporter is written in; ONNX Runtime reads it fro
 
 
 class Probabilities(nn.Module):
-    """What is exported: a network that computes in `dtype`, float32 on the outside."""
+    """What is exported: a network or ensemble that computes in `dtype`, float32 outside."""
 
     def __init__(self, network: nn.Module, dtype: torch.dtype):
         super().__init__()
@@ -35,11 +37,13 @@ class Probabilities(nn.Module):
 
     def forward(self, slices: Tensor) -> Tensor:
         """Probabilities (N, out, H, W) of slices (N, in, H, W)."""
-        return self.network(slices.to(self.dtype), logits=True).float().sigmoid()
+        slices = slices.to(self.dtype)
+        networks = networks_of(self.network)
+        return average([network(slices, logits=True).float().sigmoid() for network in networks])
 
 
 def trace(model: nn.Module, precision: str) -> ExportedProgram:
-    """The network as a program for any number of slices and any size that its stride divides.
+    """Trace a network into a program for any number of slices of any size that fits it.
 
     Raises ValueError if a weight is too large for the precision.
     """
@@ -56,13 +60,13 @@ def trace(model: nn.Module, precision: str) -> ExportedProgram:
 
 
 def check_finite(state: dict[str, Tensor]) -> None:
-    """ValueError if a weight has overflowed."""
+    """Raise ValueError if a weight has overflowed."""
     if not all(torch.isfinite(value).all() for value in state.values()):
         raise ValueError("a weight is too large for half precision")
 
 
 def to_onnx(program: ExportedProgram, card: dict) -> bytes:
-    """The program as a sealed ONNX file with its card."""
+    """Make the content of an ONNX file, its card included, of a program."""
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the exporter's own use of PyTorch
@@ -89,22 +93,22 @@ def to_onnx(program: ExportedProgram, card: dict) -> bytes:
     for value in (*graph.input, *graph.output):
         batch, _, rows, columns = value.type.tensor_type.shape.dim
         batch.dim_param, rows.dim_param, columns.dim_param = "batch", "rows", "columns"
-    return sealed(proto.SerializeToString())
+    return proto.SerializeToString()
 
 
 def to_pt2(program: ExportedProgram, card: dict) -> bytes:
-    """The program as the file that `torch.export.load` opens, with card.json in it."""
+    """Make the content of the file that `torch.export.load` opens, card.json in it."""
     buffer = io.BytesIO()
     torch.export.save(program, buffer, extra_files={"card.json": json.dumps(card)})
     return buffer.getvalue()
 
 
 def slices_to_compare(images: Path | None, model: nn.Module, card: dict) -> tuple[str, Tensor]:
-    """The name of a case, and four slices of it (4, C, N, N) as the network takes them."""
+    """Choose a case: its name, and four slices (4, C, N, N) as the network takes them."""
     if images is None and Path("kaggle_3m").is_dir():
         images = Path("kaggle_3m")
     if images:
-        case = find_case(case_paths(images)[0])
+        case = list_cases(images)[0].open()
         name, volume = case.name, case.read()
     else:
         name, volume = "a synthetic case", make_volume(0)[0]
@@ -121,7 +125,7 @@ def slices_to_compare(images: Path | None, model: nn.Module, card: dict) -> tupl
 def largest_difference(
     network: Callable[[Tensor], Tensor], model: nn.Module, slices: Tensor
 ) -> float:
-    """How far the probabilities of two networks are apart at most, NaN if one is.
+    """Measure how far the probabilities of two networks are apart at most, NaN if one is.
 
     One slice alone, of another height and width, is tried too.
     """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
@@ -13,21 +14,42 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from .devices import has_bfloat16, pick_device
+from .ensemble import (
+    average,
+    disagreement,
+    expected_dsc,
+    load_ensemble,
+    networks_of,
+    quality,
+    quality_warnings,
+)
 from .onnx import OnnxNetwork
 from .preprocess import VERSION, Frame, neighbourhoods_of, preprocess, restore
-from .weights import load_state, model_from_state, read_card
+from .weights import weights_files
 
 Progress = Callable[[int, int], None]
 
 
+@dataclass
+class Segmentation:
+    """A mask, and how good it probably is."""
+
+    mask: np.ndarray  # (S, H, W) bool
+    probabilities: np.ndarray  # (S, H, W) float32
+    features: dict  # of `quality`
+    expected: tuple[float, float, float] | None  # DSC and its 80 % interval, if it can be told
+    warnings: list[str]  # a sentence each; empty if nothing calls for a second look
+
+
 class Segmenter:
-    """A network with its preprocessing: call it with a raw volume, get the mask.
+    """A network, or an `Ensemble`, with its preprocessing: a raw volume in, its mask out.
 
     `image_size` is what slices are resized to, `threshold` the least probability of a lesion,
-    `largest_component` keeps the largest connected one only, `tta` averages over the slice and
-    its mirror image, `amp` computes in bfloat16 (None: wherever the device does so natively).
-    The network is copied; `batch_size` is the most slices at once, `neighbours` how many slices on
-    either side of each it was trained to see, `version` the preprocessing that it was trained with.
+    `largest_component` keeps the largest connected one only, `min_volume` drops those of fewer
+    voxels, `tta` averages over the slice and its mirror image, `amp` computes in bfloat16 (None:
+    wherever the device does so natively). The network is copied; `batch_size` is the most slices
+    at once, `neighbours` how many slices on either side of each it was trained to see, `version`
+    the preprocessing that it was trained with, `expected_dsc_fit` that of its card, if it has one.
     An ONNX network has its own device and precision.
     """
 
@@ -43,6 +65,8 @@ class Segmenter:
         amp: bool | None = None,
         neighbours: int = 0,
         version: int = VERSION,
+        min_volume: int = 0,
+        expected_dsc_fit: dict | None = None,
     ):
         stride = model.stride
         if image_size < stride or image_size % stride:
@@ -71,52 +95,60 @@ class Segmenter:
         self.tta = tta
         self.neighbours = neighbours
         self.version = version
+        self.min_volume = min_volume
+        self.expected_dsc_fit = expected_dsc_fit
         # A few slices at once stay in the cache of a processor, and are done a fifth sooner.
         self.batch_size = min(batch_size, 4) if self.on_cpu else batch_size
 
     @classmethod
     def from_weights(
-        cls, path: Path | str, providers: Sequence[str] | None = None, **options
+        cls,
+        weights: Path | str | Sequence[Path | str],
+        providers: Sequence[str] | None = None,
+        **options,
     ) -> Segmenter:
-        """The segmenter of a file of weights or an ONNX file, at the image size its card names.
+        """Open a weights file, an ONNX file, or several weights files or a folder as an ensemble.
 
-        `providers` of ONNX Runtime: see `OnnxNetwork`. Raises FileNotFoundError or ValueError,
-        naming the file, if it cannot be used.
+        Slices get the image size that the card names. `providers` of ONNX Runtime: see
+        `OnnxNetwork`. Raises FileNotFoundError or ValueError, naming the file, if one cannot be
+        used.
         """
-        if Path(path).suffix == ".onnx":
+        files = weights_files(weights)
+        if files[0].suffix == ".onnx":
             names = "device", "batch_size", "image_size"
-            model = OnnxNetwork(path, providers, **{k: options[k] for k in names if k in options})
+            chosen = {name: options[name] for name in names if name in options}
+            model = OnnxNetwork(files[0], providers, **chosen)
             card = model.card
         elif providers:
-            raise ValueError(f"{path}: is no ONNX file; leave --providers out, or give one")
+            raise ValueError(f"{files[0]}: is no ONNX file; leave --providers out, or give one")
         else:
-            _, model = model_from_state(load_state(path), path)
-            card = read_card(path)
+            model, card = load_ensemble(files)
         size = options.pop("image_size", None) or card.get("image_size", 256)
         return cls(
             model,
             image_size=size,
             neighbours=card.get("neighbours", 0),
             version=card.get("preprocessing", 1),
+            expected_dsc_fit=card.get("expected_dsc"),
             **options,
         )
 
-    def __call__(self, volume: np.ndarray) -> np.ndarray:
-        """The mask (S, H, W), bool, of a raw volume (S, H, W, C) with C as trained.
+    def __call__(self, volume: np.ndarray, aspect: float = 1.0) -> np.ndarray:
+        """Segment a raw volume (S, H, W, C), C as trained: its mask (S, H, W), bool.
 
         Channels are pre-contrast, FLAIR, post-contrast; any numeric type, in an array or what
-        NumPy can make one of. Raises ValueError.
+        NumPy can make one of. `aspect` is the height of a pixel over its width. Raises ValueError.
         """
-        return self.segment(*self.preprocess(np.asarray(volume)))
+        return self.segment(*self.preprocess(np.asarray(volume), aspect))
 
-    def preprocess(self, volume: np.ndarray) -> tuple[Tensor, Frame]:
-        """The network's input (S, C, N, N), on its device if there is room, and its frame.
+    def preprocess(self, volume: np.ndarray, aspect: float = 1.0) -> tuple[Tensor, Frame]:
+        """Make the network's input (S, C, N, N), on its device if there is room, and its frame.
 
         Raises ValueError for another channel count.
         """
         if volume.ndim == 4:
             self.check_channels(volume.shape[3])
-        return preprocess_near(volume, self.image_size, self.version, self.device)
+        return preprocess_near(volume, self.image_size, self.version, self.device, aspect)
 
     def check_channels(self, channels: int) -> None:
         """Raise ValueError unless the network takes that many."""
@@ -130,20 +162,38 @@ class Segmenter:
     def restored(
         self, images: Tensor, frame: Frame, progress: Progress = lambda done, of: None
     ) -> Tensor:
-        """Lesion probabilities (S, H, W) in the source geometry of preprocessed slices."""
+        """Make probabilities (S, H, W), in the source geometry, of preprocessed slices."""
         return restore(self.probabilities(images, progress)[:, 0], frame)
 
     def segment(self, images: Tensor, frame: Frame) -> np.ndarray:
-        """The mask (S, H, W), bool, in the source geometry, of preprocessed slices (S, C, N, N)."""
+        """Segment preprocessed slices (S, C, N, N): the mask (S, H, W) in the source geometry."""
         return self.finish(self.probabilities(images), frame)
 
     def finish(self, probabilities: Tensor, frame: Frame) -> np.ndarray:
-        """The mask (S, H, W), bool, in the source geometry, of probabilities (S, K, N, N)."""
-        try:
-            restored = restore(probabilities[:, 0], frame)
-        except torch.OutOfMemoryError:
-            restored = restore(probabilities[:, 0].cpu(), frame)
-        return to_mask(restored, self.threshold, self.largest_component)
+        """Make the mask (S, H, W), bool, in the source geometry, of probabilities (S, K, N, N)."""
+        return self.to_mask(_restored(probabilities, frame))
+
+    def assess(self, probabilities: Tensor, frame: Frame) -> Segmentation:
+        """Make the mask of probabilities (S, K, N, N), and say how good it probably is."""
+        restored = _restored(probabilities, frame).cpu()
+        mask, source = self.to_mask(restored), restored.numpy()
+        features = quality(source, mask, disagreement(probabilities, self.model.settings))
+        expected = expected_dsc(features, self.expected_dsc_fit)
+        warnings = quality_warnings(features, expected, frame.notes)
+        return Segmentation(mask, source, features, expected, warnings)
+
+    def disagreement_map(self, probabilities: Tensor, frame: Frame) -> np.ndarray | None:
+        """Map where the networks of an ensemble disagree: (S, H, W), in the source geometry.
+
+        The standard deviation of their probabilities (S, K + 1, N, N); None of one network.
+        """
+        if probabilities.shape[1] == self.model.settings["out_channels"]:
+            return None
+        return _restored(probabilities[:, -1:], frame).cpu().numpy()
+
+    def to_mask(self, restored: Tensor) -> np.ndarray:
+        """Make a bool mask of lesion probabilities, both (S, H, W), by this segmenter's options."""
+        return to_mask(restored, self.threshold, self.largest_component, self.min_volume)
 
     @torch.inference_mode()
     def probabilities(
@@ -152,8 +202,9 @@ class Segmenter:
         progress: Progress = lambda done, of: None,
         lengths: Sequence[int] | None = None,
     ) -> Tensor:
-        """Probabilities (S, K, N, N), float32, on the device, of slices (S, C, N, N).
+        """Run the network: slices (S, C, N, N) in, probabilities (S, K, N, N), float32, out.
 
+        Of an ensemble, one channel more holds the standard deviation (see `average`).
         `progress` is told after each batch how many slices are done, of how many. Of several
         volumes one after the other, `lengths` says how many slices each has.
         """
@@ -177,23 +228,32 @@ class Segmenter:
         if isinstance(self.model, OnnxNetwork):
             return self.model(batch)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
-            return self.model.eval()(batch, logits=True).float().sigmoid()
+            networks = networks_of(self.model.eval())
+            return average([network(batch, logits=True).float().sigmoid() for network in networks])
+
+
+def _restored(probabilities: Tensor, frame: Frame) -> Tensor:
+    """Bring the output (S, K, N, N) back to the source geometry: (S, H, W), the first channel."""
+    try:
+        return restore(probabilities[:, 0], frame)
+    except torch.OutOfMemoryError:
+        return restore(probabilities[:, 0].cpu(), frame)
 
 
 def preprocess_near(
-    volume: np.ndarray, image_size: int, version: int, device: torch.device
+    volume: np.ndarray, image_size: int, version: int, device: torch.device, aspect: float = 1.0
 ) -> tuple[Tensor, Frame]:
-    """`preprocess`, on a GPU that has room for it, else on the processor."""
+    """Call `preprocess` on a GPU that has room for it, else on the processor."""
     if device.type == "cuda":
         try:
-            return preprocess(volume, image_size, version, device)
+            return preprocess(volume, image_size, version, device, aspect)
         except torch.OutOfMemoryError:
             pass  # what it had taken is free only once this block is left
-    return preprocess(volume, image_size, version)
+    return preprocess(volume, image_size, version, aspect=aspect)
 
 
 def fold_batch_norm(model: nn.Module) -> nn.Module:
-    """A copy for inference whose batch norms are folded into the convolutions before them.
+    """Copy a network for inference, its batch norms folded into the convolutions before them.
 
     Its outputs are the same to rounding: W x + b, then g (. - m) / s + h, is one convolution with
     W g / s and (b - m) g / s + h.
@@ -207,21 +267,33 @@ def fold_batch_norm(model: nn.Module) -> nn.Module:
     return model
 
 
-def to_mask(probabilities: Tensor, threshold: float, largest_component: bool) -> np.ndarray:
-    """Restored probabilities (S, H, W) as a bool mask: where they reach `threshold`, or that
-    mask's largest component only."""
+def to_mask(
+    probabilities: Tensor, threshold: float, largest_component: bool, min_volume: int = 0
+) -> np.ndarray:
+    """Make a bool mask of lesion probabilities, both (S, H, W): where they reach `threshold`.
+
+    Of it, keep the largest component only, and none of fewer than `min_volume` voxels.
+    """
     mask = (probabilities >= threshold).cpu().numpy()
-    return keep_largest_component(mask) if largest_component else mask
+    if largest_component or min_volume > 1:
+        return keep_components(mask, largest_component, min_volume)
+    return mask
 
 
-def keep_largest_component(mask: np.ndarray) -> np.ndarray:
-    """The largest connected component (26 neighbours) of a bool mask (S, H, W)."""
+def keep_components(mask: np.ndarray, largest: bool = True, min_volume: int = 0) -> np.ndarray:
+    """Keep the largest connected component (26 neighbours) of a bool mask (S, H, W), or all.
+
+    Those of fewer than `min_volume` voxels are dropped.
+    """
     from skimage.measure import label
 
     labels = label(mask)
     sizes = np.bincount(labels.ravel())
     sizes[0] = 0  # the background
-    return labels == sizes.argmax() if len(sizes) > 1 else mask
+    keep = sizes >= max(min_volume, 1)
+    if largest:
+        keep &= np.arange(len(sizes)) == sizes.argmax()
+    return keep[labels]
 
 
 def _fits(size: int, stride: int) -> str:

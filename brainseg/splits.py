@@ -2,38 +2,153 @@
 
 from __future__ import annotations
 
+import csv
 import functools
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
 from .devices import in_order
-from .io.layouts import case_name
+from .io.cohorts import parse_sequences
+from .io.files import name_in_errors
+from .io.labels import Labels
+from .io.layouts import Source, list_cases
 from .io.slices import Case
 
-Named = TypeVar("Named", Case, Path)
+Named = TypeVar("Named", Case, Source)
 SUBSETS = ("train", "validation", "test")
 SPLITS = Path(__file__).resolve().parents[1] / "splits"
-# Of a case name, what follows the patient: the date of an LGG scan, or a session, and the rest.
-SESSION = re.compile(r"_((19|20)\d\d(0[1-9]|1[0-2])(0[1-9]|[12]\d|3[01])|ses-[^_]+)(_.*)?$")
+# Of a case name, what follows the patient: a date, a week or a session, and the rest.
+DATES = (
+    r"_(19|20)\d\d(0[1-9]|1[0-2])(0[1-9]|[12]\d|3[01])",
+    r"[-_](19|20)\d\d-(0[1-9]|1[0-2])-(0[1-9]|[12]\d|3[01])",
+)
+SESSION = re.compile(
+    rf"(({'|'.join(DATES)})(T\d+)?|[-_][Ww](ee)?k[-_]?\d+(-\d+)?|_ses-[^_]+)(_.*)?$"
+)
 SUBJECT = re.compile(r"(?<![^_])sub-[^_]+")  # of a BIDS file
 TCGA = re.compile(r"(?<![^_])TCGA[-_](\w\w)[-_](\w{4})(?![^-_])")
+COHORT = re.compile(  # in each, the patient's number comes before that of the scan
+    r"(?<![^_])(BraTS-[A-Z-]+-\d+(?=-\d{1,3}(?!\d))|(?:UPENN-GBM|UCSF-PDGM)-\d+)(?!\d)", re.I
+)
+# The patients of a --patients file, by case. It holds for a whole run, like the names it stands
+# in for, so that every place that asks for the patient of a case gets the same answer.
+_patients: dict[str, str] = {}
 
 
 def patient_of(case: str) -> str:
     """The patient whom a case belongs to.
 
-    `sub-<label>` of a BIDS name, `TCGA_<site>_<patient>` of one of TCGA, with whatever around it;
-    else the name up to `_<yyyymmdd>` or `_ses-<label>`, or all of it.
+    As the file of `use_patients` says; else by the name: `sub-<label>` of a BIDS name,
+    `TCGA_<site>_<patient>`, `BraTS-<set>-<patient>`, `UPENN-GBM-<patient>` or
+    `UCSF-PDGM-<patient>`, with whatever around it; else the name up to `_<yyyymmdd>`,
+    `_<yyyy-mm-dd>`, `_week-<n>` or `_ses-<label>`, or all of it.
     """
+    if case in _patients:
+        return _patients[case]
     if subject := SUBJECT.search(case):
         return subject[0]
     if tcga := TCGA.search(case):
         return f"TCGA_{tcga[1]}_{tcga[2]}"
+    if cohort := COHORT.search(case):
+        return cohort[0]
     return SESSION.sub("", case)
+
+
+def use_patients(path: Path | str | None, cases: Iterable[str] = ()) -> None:
+    """From now on take the patients of cases from a CSV file with the columns case and patient.
+
+    None: from the names alone. Raises OSError or ValueError, naming the file and the line or case,
+    if it is no such table, gives a case two patients, or lacks one of `cases`.
+    """
+    read = _read_patients(Path(path)) if path else {}
+    if path and (missing := sorted(set(cases) - read.keys())):
+        others = f" and {len(missing) - 1} others" if len(missing) > 1 else ""
+        raise ValueError(f"{path}: lacks the case {missing[0]}{others}; add a line for each")
+    _patients.clear()
+    _patients.update(read)
+
+
+def _read_patients(path: Path) -> dict[str, str]:
+    wrong = f"{path}: is not a table with the columns case and patient; write CSV with both"
+    try:
+        with name_in_errors(path), open(path, newline="", encoding="utf-8-sig") as file:
+            lines = list(csv.reader(file))
+    except (ValueError, csv.Error) as error:
+        raise ValueError(wrong) from error
+    header = [name.strip().lower() for name in lines[0]] if lines else []
+    if not {"case", "patient"} <= set(header):
+        raise ValueError(wrong)
+    patients: dict[str, str] = {}
+    for number, line in enumerate(lines[1:], start=2):
+        if not any(map(str.strip, line)):
+            continue
+        row = dict(zip(header, map(str.strip, line), strict=False))
+        case, patient = row.get("case"), row.get("patient")
+        if not case or not patient:
+            raise ValueError(f"{path}: line {number} lacks its case or its patient; complete it")
+        if patients.setdefault(case, patient) != patient:
+            raise ValueError(
+                f"{path}: line {number} gives {case} the patient {patient}, an earlier line "
+                f"{patients[case]}; leave one of them"
+            )
+    return patients
+
+
+def list_cohort(
+    images: Path | str,
+    sequences: Sequence[str] | None = None,
+    labels: Sequence[int] | None = None,
+    patients: Path | str | None = None,
+    names: Sequence[str] | None = None,
+    other_than: Path | None = None,
+) -> list[Source]:
+    """The cases in a folder, as the options --sequences, --labels and --patients tell.
+
+    See `list_cases`. Raises OSError or ValueError for any of them that cannot be used.
+    """
+    layout = parse_sequences(sequences)
+    sources = list_cases(images, names, other_than, layout, Labels(labels))
+    use_patients(patients, [source.name for source in sources])
+    return sources
+
+
+def named_patients(cases: Iterable[str]) -> dict[str, str]:
+    """Of cases, the patients whom a --patients file gives; what a card has to keep of it."""
+    return {case: _patients[case] for case in cases if case in _patients}
+
+
+def patients_of_card(card: Mapping, *subsets: str) -> set[str]:
+    """The patients in subsets of the cases that a weights' card lists.
+
+    By their names, and by the --patients file that the weights were trained with.
+    """
+    cases, known = card.get("cases") or {}, card.get("patients") or {}
+    names = {name for subset in subsets for name in cases.get(subset, ())}
+    return {*map(patient_of, names), *(known[name] for name in names if name in known)}
+
+
+def count_patients(subsets: Mapping[str, Iterable[str]]) -> str:
+    """One line with the cases and patients of each subset, given the names of its cases."""
+    parts = []
+    for subset, names in subsets.items():
+        names = list(names)
+        parts.append(
+            f"{subset} {len(names)} case{'s' * (len(names) != 1)} of "
+            f"{(count := len(set(map(patient_of, names))))} patient{'s' * (count != 1)}"
+        )
+    return ", ".join(parts)
+
+
+def by_subset(names: Iterable[str]) -> dict[str, list[str]]:
+    """The names of cases by the subset that each is in."""
+    parts: dict[str, list[str]] = {subset: [] for subset in SUBSETS}
+    for name in names:
+        parts[subset_of(name)].append(name)
+    return parts
 
 
 def is_lgg(case: str) -> bool:
@@ -56,38 +171,48 @@ def subset_of(case: str) -> str:
 
 
 def select_cases(cases: Sequence[Named], subset: str) -> list[Named]:
-    """The cases (or their paths) of a subset; ValueError if it is unknown or none falls into it."""
+    """The cases of a subset, chosen by name; ValueError if it is unknown or none falls into it."""
     if subset not in (*SUBSETS, "all"):
         raise ValueError(f"no subset is called {subset!r}; known: all, {', '.join(SUBSETS)}")
-    chosen = [case for case in cases if subset in ("all", subset_of(_name(case)))]
+    chosen = [case for case in cases if subset in ("all", subset_of(case.name))]
     if not chosen:
         raise ValueError(
-            f"none of the {len(cases)} cases ({len({patient_of(_name(c)) for c in cases})} "
+            f"none of the {len(cases)} cases ({len({patient_of(case.name) for case in cases})} "
             f"patients by their names) falls into the subset {subset!r}; "
             "choose another --subset, add cases, or divide what there is with --folds 5 --fold 0"
         )
     return chosen
 
 
-def _name(case: Named) -> str:
-    return case_name(case) if isinstance(case, Path) else case.name
-
-
 def split_folds(
-    cases: Sequence[Case], folds: int, fold: int | None, workers: int | None = None
-) -> tuple[list[Case], list[Case]]:
+    cases: Sequence[Named],
+    folds: int,
+    fold: int | None,
+    workers: int | None = None,
+    voxels: Callable[[Named], int] | None = None,
+) -> tuple[list[Named], list[Named]]:
     """For cross-validation, the cases to train on and those that a `fold` holds out.
 
     Folds are by patient, balanced over hospitals (for LGG) and lesion volumes, the same on every
-    machine for the same cases and masks; the test cases are in none. Raises ValueError for more
-    folds than patients or a fold that is not there.
+    machine for the same cases and masks; the test cases are in none. `voxels` gives the lesion
+    volume of a case; left out, its mask is read. Raises ValueError as `check_folds` does.
     """
+    check_folds([case.name for case in cases], folds, fold)
     pool = [case for case in cases if subset_of(case.name) != "test"]
     lesion = Counter()  # voxels of each patient
-    for case, voxels in zip(pool, in_order(_lesion_voxels, pool, workers), strict=True):
-        lesion[patient_of(case.name)] += voxels
+    counted = in_order(voxels or _lesion_voxels, pool, workers)
+    for case, count in zip(pool, counted, strict=True):
+        lesion[patient_of(case.name)] += count
     # Dealt out one after another, the patients of a site, and of a size, go to different folds.
     patients = sorted(lesion, key=lambda patient: (site_of(patient), lesion[patient], patient))
+    held_out = set(patients[fold::folds])
+    train = [case for case in pool if patient_of(case.name) not in held_out]
+    return train, [case for case in pool if patient_of(case.name) in held_out]
+
+
+def check_folds(names: Iterable[str], folds: int, fold: int | None) -> None:
+    """Raise ValueError for more folds than patients outside the test subset, or a fold too many."""
+    patients = {patient_of(name) for name in names if subset_of(name) != "test"}
     if not 2 <= folds <= len(patients):
         raise ValueError(
             f"{folds} folds of {len(patients)} patients outside the test subset; "
@@ -95,9 +220,6 @@ def split_folds(
         )
     if fold is None or not 0 <= fold < folds:
         raise ValueError(f"fold {fold} of {folds}: --fold runs from 0 to {folds - 1}")
-    held_out = set(patients[fold::folds])
-    train = [case for case in pool if patient_of(case.name) not in held_out]
-    return train, [case for case in pool if patient_of(case.name) in held_out]
 
 
 def _lesion_voxels(case: Case) -> int:

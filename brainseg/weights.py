@@ -13,12 +13,14 @@ import json
 import pickle
 import re
 import warnings
+from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from .io.files import write_json, written_whole
+from .io.files import atomic_write, write_json
 from .onnx import read_onnx_card
 from .resnext_unet import ResNeXtUNet
 from .unet import UNet
@@ -31,10 +33,11 @@ OTHERS = {  # made of weights, but no weights
 }
 ROOT = Path(__file__).resolve().parents[1]
 SHIPPED = {"unet": ROOT / "weights" / "unet-12f2ec04.pt"}  # what comes with the project
+ENSEMBLES = {"unet": ROOT / "weights" / "unet-folds"}  # the same, five networks
 
 
 def build_model(name: str, **settings) -> nn.Module:
-    """A network by its name; ValueError, listing the known ones, for another name or setting."""
+    """Build a network by its name; ValueError, listing the known, for another name or setting."""
     if name not in MODELS:
         raise ValueError(f"no model is called {name!r}; known: {', '.join(MODELS)}")
     known = inspect.signature(MODELS[name]).parameters
@@ -45,7 +48,7 @@ def build_model(name: str, **settings) -> nn.Module:
 
 
 def load_state(path: Path | str) -> dict[str, Tensor]:
-    """The state dict in a file, on the CPU.
+    """Load the state dict in a file to the CPU.
 
     Raises FileNotFoundError or ValueError, naming the file, if it is missing, damaged, not bare
     weights (such a file could run code: it is never opened), or not what its name's hash says.
@@ -64,21 +67,21 @@ def load_state(path: Path | str) -> dict[str, Tensor]:
 
 
 def _is_plain(value: object) -> bool:
-    """Whether it is a dense tensor of ordinary numbers."""
+    """Say whether it is a dense tensor of ordinary numbers."""
     return isinstance(value, Tensor) and (
         value.layout == torch.strided and value.device.type == "cpu" and not value.is_quantized
     )
 
 
 def load_tensors(path: Path | str) -> dict:
-    """What `torch.save` wrote to a file, if it is a dict of tensors and plain values."""
+    """Load what `torch.save` wrote to a file, if it is a dict of tensors and plain values."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file of weights")
     if path.suffix in OTHERS:
         raise ValueError(f"{path}: {OTHERS[path.suffix]}")
-    named = re.search(r"-([0-9a-f]{8})\.pt$", path.name)
-    if named and not file_hash(path).startswith(named[1]):
+    named = hash_in_name(path.name)
+    if named and not file_hash(path).startswith(named):
         raise ValueError(f"{path}: its SHA-256 is not the one in its name; fetch it again")
     try:
         with warnings.catch_warnings():  # of a pickle that is refused just below
@@ -100,8 +103,20 @@ def load_tensors(path: Path | str) -> dict:
     return content
 
 
+def hash_in_name(name: str) -> str | None:
+    """The eight digits of SHA-256 in the name of a weights file, unless they are a date."""
+    named = re.search(r"-([0-9a-f]{8})\.pt$", name)
+    if not named or any(name == path.name for path in SHIPPED.values()):
+        return named and named[1]
+    try:
+        year = datetime.strptime(named[1], "%Y%m%d").year if named[1].isdigit() else 0
+    except ValueError:  # no month 13
+        year = 0
+    return None if 1900 <= year < 2100 else named[1]
+
+
 def model_from_state(state: dict[str, Tensor], path: Path | str) -> tuple[str, nn.Module]:
-    """The name and the network (evaluation mode) that a state dict belongs to, read off its keys.
+    """Build the network of a state dict, in evaluation mode, and name it, by its keys.
 
     Raises ValueError, naming `path`, if it fits no known network.
     """
@@ -148,7 +163,7 @@ def save_weights(path: Path, state: dict[str, Tensor], card: dict) -> None:
 def save_tensors(path: Path, content: dict) -> None:
     """`torch.save`, whole or not at all; OSError, naming the file, if it cannot be written."""
     try:
-        with written_whole(path) as temporary:
+        with atomic_write(path) as temporary:
             torch.save(content, temporary)
     except (OSError, RuntimeError) as error:  # RuntimeError: how torch.save says "disk full"
         reason = getattr(error, "strerror", None) or "is the disk full?"
@@ -156,7 +171,7 @@ def save_tensors(path: Path, content: dict) -> None:
 
 
 def read_card(path: Path | str) -> dict:
-    """The card beside a weights file, or inside an ONNX one; empty if there is none.
+    """Read the card beside a weights file, or inside an ONNX one; empty if there is none.
 
     ValueError if it is not a card.
     """
@@ -178,8 +193,47 @@ def read_card(path: Path | str) -> dict:
     return content
 
 
+def weights_files(weights: Path | str | Sequence[Path | str]) -> list[Path]:
+    """List the files that --weights means: a file, several, or all .pt files under a folder.
+
+    Raises FileNotFoundError for a folder without any, ValueError for a file given twice, a stranger
+    among the files of a folder, or an ONNX file beside others.
+    """
+    given = [weights] if isinstance(weights, (str, Path)) else weights
+    files = []
+    for path in map(Path, given):
+        inside = sorted(f for f in path.rglob("*") if f.name[0] != ".") if path.is_dir() else []
+        for stranger in inside:
+            if stranger.suffix in (".pth", ".safetensors", ".h5"):
+                raise ValueError(
+                    f"{stranger}: is not weights of this project (.pt); take it out of {path}"
+                )
+        inside = [file for file in inside if file.suffix == ".pt"]
+        if path.is_dir() and not inside:
+            raise FileNotFoundError(f"{path}: no weights (.pt) in this folder; name a file")
+        files += inside or [path]
+    for k, file in enumerate(files):
+        if file in files[:k]:
+            raise ValueError(f"{file}: is given twice; name each file once")
+        if file.suffix == ".onnx" and len(files) > 1:
+            raise ValueError(
+                f"{file}: an ONNX file cannot be averaged with others; give it by itself, or "
+                "export them all as one (export.py --weights FOLDER --format onnx)"
+            )
+    return files
+
+
 def shipped_weights(name: str) -> Path:
-    """The weights file of a model that came with the project; FileNotFoundError if none did."""
+    """Find what came with the project: the folder of an ensemble if there is one, else the file.
+
+    FileNotFoundError if neither did.
+    """
+    folder = ENSEMBLES.get(name)
+    return folder if folder and any(folder.glob("*.pt")) else shipped_network(name)
+
+
+def shipped_network(name: str) -> Path:
+    """Find the weights of the single network of that name; FileNotFoundError if none came."""
     if name not in SHIPPED:
         known = ", ".join(SHIPPED)
         raise FileNotFoundError(f"no pretrained weights for {name!r}, only for {known}; train some")
@@ -189,11 +243,11 @@ def shipped_weights(name: str) -> Path:
 
 
 def load_pretrained(name: str, **settings: int) -> nn.Module:
-    """The network `name` with its shipped weights, in evaluation mode.
+    """Build the network `name` with its shipped weights, in evaluation mode.
 
     Raises ValueError, before anything is loaded, if they were trained for other `settings`.
     """
-    path = shipped_weights(name)
+    path = shipped_network(name)
     trained = read_card(path).get("settings", {})
     odd = [key for key, value in settings.items() if trained.get(key) != value]
     if odd:
@@ -205,5 +259,5 @@ def load_pretrained(name: str, **settings: int) -> nn.Module:
 
 
 def file_hash(path: Path | str) -> str:
-    """SHA-256 of a file, in hexadecimal digits."""
+    """Compute the SHA-256 of a file, in hexadecimal digits."""
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()

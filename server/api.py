@@ -26,8 +26,9 @@ LINES = "application/x-ndjson"
 FAILED = "it could not be segmented, for a reason that the log of the server says"
 API = f"""POST /api/segment, multipart/form-data:
   images   a volume file (.nii, .nii.gz, .nrrd, .mha), or slices (.tif, .png), or the files of a
-           DICOM series, or a zip archive of one of these
+           DICOM series or study, or a zip archive of one of these
   flair    in place of images: a volume file of this sequence alone; with it maybe pre and post
+  register if there, pre and post are first moved to fit flair
   mask     maybe the true mask, to be scored against: a volume file, or the masks of the slices
   phantom  in place of all others: anything; segments a synthetic head
 
@@ -144,6 +145,9 @@ def parts_of(form: FormData) -> dict[str, list[Named]] | None:
         return None
     parts: dict[str, list[Named]] = {}
     for name, sent in form.multi_items():
+        if name == "register":
+            parts[name] = []
+            continue
         if name not in ("images", "flair", "pre", "post", "mask"):
             raise ValueError(f"no file is called {name!r} here; GET /api says which there are")
         if isinstance(sent, str) or not sent.filename:

@@ -24,6 +24,7 @@ from typing import BinaryIO
 import imageio.v3 as iio
 import numpy as np
 
+from brainseg.evaluation.volumes import volume_row
 from brainseg.io.files import sentence
 from brainseg.io.grid import Grid
 from brainseg.io.pictures import montage, outline, to_grey
@@ -32,7 +33,7 @@ from brainseg.io.scans import Scan
 from brainseg.io.slices import Case
 from brainseg.metrics import score
 from brainseg.phantom import make_volume
-from brainseg.segmenter import Segmenter, to_mask
+from brainseg.segmenter import Segmentation, Segmenter
 
 from .uploads import BROKEN, Limits
 from .viewer import viewer_files
@@ -182,19 +183,19 @@ class Service:
                 )
 
         try:
-            images, frame = self.segmenter.preprocess(loaded.volume)
+            images, frame = self.segmenter.preprocess(loaded.volume, loaded.case.aspect)
         except ValueError as error:
             raise ValueError(f"{loaded.case.name}: {error}") from error
-        probabilities = self.segmenter.restored(images, frame, progress)
-        mask = to_mask(probabilities, self.segmenter.threshold, self.segmenter.largest_component)
+        found = self.segmenter.assess(self.segmenter.probabilities(images, progress), frame)
         out = folder / "out"
         out.mkdir()
-        return make_answer(loaded, probabilities.cpu().numpy(), mask, out)
+        return make_answer(loaded, found, out)
 
 
-def make_answer(loaded: Loaded, probabilities: np.ndarray, mask: np.ndarray, out: Path) -> Answer:
-    """Numbers, files and pictures of a case; probabilities and mask are (S, H, W)."""
+def make_answer(loaded: Loaded, found: Segmentation, out: Path) -> Answer:
+    """Numbers, files and pictures of a case, and what was found in it."""
     case, volume, truth = loaded.case, loaded.volume, loaded.truth
+    probabilities, mask = found.probabilities, found.mask
     write_case(out, case, volume, mask, truth)
     masks = {path.name: (out / path).read_bytes() for path in mask_files(case)}
     grey = to_grey(volume)
@@ -202,13 +203,9 @@ def make_answer(loaded: Loaded, probabilities: np.ndarray, mask: np.ndarray, out
         "montage.png": _encoded(montage(outline(grey, mask, truth)), ".png"),
         f"{case.name}.gif": (out / f"{case.name}.gif").read_bytes(),
     }
-    touched = mask.any(axis=(1, 2))
-    summary = {
-        "case": case.name,
+    notes = [note.removeprefix(f"{case.name}: ") for note in loaded.notes]
+    summary = volume_row(case, volume, mask, found.expected, notes + found.warnings) | {
         "shape": list(mask.shape),
-        "lesion_voxels": int(mask.sum()),
-        "lesion_ml": mask.sum() * math.prod(case.spacing) / 1000 if case.spacing else None,
-        "slices_touched": [case.numbers[k] for k in np.flatnonzero(touched)],
         "notes": loaded.notes,
         "scores": None,
     }
@@ -272,6 +269,7 @@ class Reader:
                     shutil.copyfileobj(file.content, copy)
                 sent.append((part, file.name, str(path)))
         order = {"folder": str(folder), "parts": sent, "limits": asdict(self.limits)}
+        order["register"] = "register" in parts
         answer = self._ask(order)
         if "error" in answer:
             raise ValueError(answer["error"])

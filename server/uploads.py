@@ -23,6 +23,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from brainseg.io.files import sentence
+from brainseg.io.headers import read_grid
 from brainseg.io.layouts import SLICE_NAME, case_name, find_case, find_sequences
 from brainseg.io.scans import SUFFIXES, Scan, is_scan, scan_name
 from brainseg.io.slices import Case
@@ -63,7 +64,8 @@ def main() -> None:
 def attend(order: dict) -> dict:
     """Have a process of its own read one upload: what is known of the case, or its `error`.
 
-    `order` has the `folder` of the upload, the `parts` ([field, name, file] each) and the `limits`.
+    `order` has the `folder` of the upload, the `parts` ([field, name, file] each), the `limits`,
+    and whether to `register` the sequences.
     """
     folder, seconds = Path(order["folder"]), order["limits"]["seconds"]
     name = order["parts"][0][1] if order["parts"] else "the upload"
@@ -97,7 +99,7 @@ def work(order: dict) -> None:
         parts: dict[str, list[Sent]] = {}
         for field, name, file in order["parts"]:
             parts.setdefault(field, []).append(Sent(name, Path(file)))
-        answer = read(parts, folder, limits)
+        answer = read(parts, folder, limits, order.get("register", False))
     except (ValueError, OSError) as error:
         answer = {"error": sentence(error)}
     except MemoryError:
@@ -123,13 +125,17 @@ def bound(limits: Limits) -> None:
         resource.setrlimit(kind, (most, most))
 
 
-def read(parts: dict[str, list[Sent]], folder: Path, limits: Limits) -> dict:
+def read(
+    parts: dict[str, list[Sent]], folder: Path, limits: Limits, register: bool = False
+) -> dict:
     """Unpack and read an upload; what the server must know of its case."""
     received = folder / "received"
     received.mkdir()
     case = unpack(parts, received, limits)
     if isinstance(case, Scan):
-        check_size(case.folder, case.grid.shape, limits)
+        case = replace(case, register=register)
+        for path in dict.fromkeys(case.slices):
+            check_size(path, read_grid(path)[0].shape, limits)
     volume, truth = case.read_pair() if case.masks else (case.read(), None)
     check_size(case.folder, volume.shape[:3], limits)
     if volume.shape[3] > 4:
@@ -246,6 +252,9 @@ def _write_all(files: Sequence[Sent], folder: Path, limits: Limits) -> list[str]
         try:
             for name, content in _members(file, limits):
                 path = folder / _plain(name)
+                if path.exists() and path.suffix.lower() in ("", ".dcm", ".ima"):
+                    # Series of a study call their files alike; their headers tell them apart.
+                    path = folder / _plain("-".join(PurePosixPath(name).parts))
                 if path.exists():
                     raise ValueError(f"{file.name}: {path.name} comes twice; send one case")
                 left -= _write(content, path, left, file.name, limits)

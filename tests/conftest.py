@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,13 +22,22 @@ SIZE = 32  # of preprocessed slices
 TRAINED_ON = ["phantom_001", "phantom_002"]
 Items = list[tuple[torch.Tensor, torch.Tensor]]  # of a data set: images and masks
 FORK = multiprocessing.get_context("fork")
+# These take longest: a worker that got one of them last would end long after the others.
+SLOW = ["campaign", "app", "inference", "train", "notebook", "onnx", "upload"]
 SHARED = Path(os.environ.get("LGG", ROOT.parent / "shared" / "lgg"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the slow files first, for `--dist loadfile --no-loadscope-reorder` to begin with."""
+    rank = {name: place for place, name in enumerate(SLOW)}
+    items.sort(key=lambda item: rank.get(item.path.stem.removeprefix("test_"), len(SLOW)))
 
 
 @pytest.fixture(scope="session", autouse=True)
 def private_cache(tmp_path_factory):
     """Keep preprocessed volumes of the tests away from the user's own."""
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+    os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
     torch.set_num_threads(1)  # tiny networks: several threads would mostly wait for each other
 
 
@@ -101,16 +111,19 @@ def make_weights(path: Path, in_channels: int = 3, trained_on=TRAINED_ON) -> Pat
         model.conv.weight[0, 0] = 4
         model.conv.bias -= model(images, logits=True).quantile(0.9)
     torch.save(model.state_dict(), path)
-    card = {"image_size": 32, "cases": {"train": trained_on}}
+    card = {"image_size": 32, "preprocessing": 2, "cases": {"train": trained_on}}
     path.with_suffix(".json").write_text(json.dumps(card))
     return path
 
 
-def in_processes(count: int, work: Callable[[], object], seconds: float = 120) -> list[object]:
+def in_processes(
+    count: int, work: Callable[[], object], seconds: float = 120, torchrun: bool = True
+) -> list[object]:
     """What `work` gives in each of `count` processes, set up nearly as torchrun does it.
 
-    An exception, SystemExit included, is given in the place of a result; "killed" is what a
-    process leaves that was killed. They are forked, so that patches of the test hold in them too.
+    An exception, SystemExit included, is given in the place of a result; "ended" is what a process
+    leaves that ends at once. Unless `torchrun` is False, the others are then ended too, as it does.
+    They are forked, so that patches of the test hold in them too.
     """
     with tempfile.TemporaryDirectory() as folder:
 
@@ -131,11 +144,15 @@ def in_processes(count: int, work: Callable[[], object], seconds: float = 120) -
         children = [FORK.Process(target=process, args=(rank,)) for rank in range(count)]
         for child in children:
             child.start()
-        for child in children:
-            child.join(seconds)
+        end = time.monotonic() + seconds
+        while time.monotonic() < end and any(child.is_alive() for child in children):
+            if torchrun and any(child.exitcode for child in children):
+                for child in children:
+                    child.terminate()
+            time.sleep(0.02)
         hung = [child for child in children if child.is_alive()]
         for child in hung:
             child.kill()
         assert not hung, f"{len(hung)} of {count} processes hang"
         files = [Path(folder, str(rank)) for rank in range(count)]
-        return [pickle.loads(file.read_bytes()) if file.exists() else "killed" for file in files]
+        return [pickle.loads(file.read_bytes()) if file.exists() else "ended" for file in files]

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from conftest import SIZE, open_all, same
 
+from brainseg.cache import prune
 from brainseg.io.files import default_cache
 from brainseg.io.slices import Case
 from brainseg.preprocess import preprocess
@@ -41,11 +42,72 @@ def test_second_opening_reads_no_source(two, monkeypatch):
     assert same(open_all(two), first)
 
 
-def test_cache_is_mapped_half_precision(two):
+def open_files() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux")
+def test_cache_is_mapped_half_precision_and_closed(two):
+    """400 cases at `ulimit -n 1024` failed, with advice about disk space."""
+    open_all(two)
+    before = open_files()
     data = BrainSegmentationDataset(two, "all", SIZE, cache=two.parent / "cache")
+    assert open_files() == before
+    mapped = Path("/proc/self/maps").read_text()
     for volume in data.volumes:
-        assert isinstance(volume.images, np.memmap) and volume.images.dtype == np.float16
-        assert isinstance(volume.mask, np.memmap) and isinstance(volume.truth, np.memmap)
+        assert volume.images.dtype == np.float16 and volume.mask.dtype == bool
+    for name in ("images", "mask", "truth"):
+        assert mapped.count(f"/{name}.npy") >= 2
+
+
+def test_entries_of_before_are_read_whole_once(two, reads):
+    """They do not say the size and time of their files, nor where their source is."""
+    first, cache = open_all(two), two.parent / "cache"
+    paths = sorted(cache.glob("*/entry.json"))
+    for path in paths:
+        about = json.loads(path.read_text())
+        old = {name: about[name] for name in ("fingerprint", "frame", "checksums")}
+        path.write_text(json.dumps(old))
+    reads.clear()
+    assert prune(cache) == (0, 0, 2)
+    assert same(open_all(two), first) and reads == []
+    assert all({"stats", "source"} <= json.loads(path.read_text()).keys() for path in paths)
+
+
+def test_warm_start_reads_only_the_ends_of_files(two, monkeypatch):
+    first = open_all(two)
+    monkeypatch.setattr("brainseg.cache._checksum", None)
+    assert same(open_all(two), first)
+
+
+def test_a_copied_cache_is_read_whole_and_used(two, reads):
+    first = open_all(two)
+    shutil.copytree(two.parent / "cache", two.parent / "copy", copy_function=shutil.copyfile)
+    reads.clear()
+    assert same(open_all(two, cache=two.parent / "copy"), first) and reads == []
+
+
+def test_zeros_in_place_of_what_was_written(two, reads):
+    """As a power cut leaves a file: of the right size and time."""
+    first = open_all(two)
+    (path,) = two.parent.glob("cache/phantom_002-*/truth.npy")
+    about = path.stat()
+    path.write_bytes(bytes(about.st_size))
+    os.utime(path, ns=(about.st_atime_ns, about.st_mtime_ns))
+    reads.clear()
+    assert same(open_all(two), first) and reads == ["phantom_002"]
+
+
+def test_entries_of_deleted_sources_are_pruned(two):
+    first, cache = open_all(two), two.parent / "cache"
+    shutil.rmtree(two / "phantom_002")
+    (cache / ".phantom_002-left").mkdir()
+    os.utime(cache / ".phantom_002-left", (1, 1))
+    (cache / "other").mkdir()
+    count, freed, unknown = prune(cache)
+    assert (count, unknown) == (2, 0) and freed > 8 * 3 * SIZE**2 * 2
+    assert sorted(path.name[:11] for path in cache.iterdir()) == ["other", "phantom_001"]
+    assert same(open_all(two), first[:8]) and prune(two.parent / "none") == (0, 0, 0)
 
 
 def test_nothing_is_written_beside_the_data(two):

@@ -14,6 +14,7 @@ from brainseg import weights
 from brainseg.weights import (
     build_model,
     file_hash,
+    hash_in_name,
     initialise,
     load_pretrained,
     load_state,
@@ -172,6 +173,31 @@ def test_hash_in_the_name_is_checked(tmp_path):
     saved(path, narrow(seed=1).state_dict())
     with pytest.raises(ValueError, match=f"{path}: its SHA-256 is not the one in its name"):
         load_tensors(path)
+
+
+@pytest.mark.parametrize(
+    "ending, digits",
+    [
+        ("20240131", None),
+        ("19991231", None),
+        ("20241301", "20241301"),
+        ("30240131", "30240131"),
+        ("2024013a", "2024013a"),
+        ("2024013", None),
+    ],
+)
+def test_a_date_in_the_name_is_no_hash(ending, digits):
+    assert hash_in_name(f"unet-{ending}.pt") == digits
+
+
+def test_weights_named_by_a_date_load(tmp_path):
+    path = saved(tmp_path / "unet-20240131.pt", narrow().state_dict())
+    assert load_state(path).keys() == narrow().state_dict().keys()
+
+
+def test_shipped_weights_whose_hash_is_a_date_are_checked(monkeypatch):
+    monkeypatch.setattr(weights, "SHIPPED", {"unet": Path("/x/unet-20240131.pt")})
+    assert hash_in_name("unet-20240131.pt") == "20240131"
 
 
 def test_saving_gives_weights_and_card_and_no_more(tmp_path):

@@ -120,7 +120,7 @@ def test_lgg_lists():
     assert len(select_cases(made_up(LGG), "all")) == 110
 
 
-def test_another_scan_of_an_lgg_patient_stays_in_the_patients_subset():
+def test_another_scan_of_an_lgg_patient_stays_in_its_subset():
     for name in LGG:
         assert subset_of(f"{patient_of(name)}_20991231") == subset_of(name), name
 

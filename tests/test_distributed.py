@@ -4,6 +4,7 @@ They are forked, talk through gloo, and train narrow networks on the CPU. Batch 
 processes needs CUDA; where gradients are compared, the networks are therefore without it.
 """
 
+import functools
 import os
 import signal
 from pathlib import Path
@@ -16,21 +17,19 @@ from test_train import contents, flags, same, scalars
 from torch import nn
 
 import train
-import trainer
-from brainseg import distributed
+from brainseg import distributed, training
 from brainseg.distributed import (
     gather,
-    in_main,
-    one_first,
+    local_rank_zero_first,
     process_group,
-    share,
-    share_of_batch,
-    together,
+    shard,
+    shard_of_batch,
 )
+from brainseg.training import TrainState, build_network
 from brainseg.weights import load_state, load_tensors, read_card
 from dataset import BrainSegmentationDataset
 from loss import LOSSES
-from trainer import Trainer
+from transform import augment_all
 
 INDICES = [3, 17, 40, 41, 60]  # a batch that does not divide evenly
 
@@ -45,7 +44,7 @@ def in_group(work):
 
 @pytest.fixture
 def no_batch_norm(monkeypatch):
-    build = trainer.build_model
+    build = training.build_model
 
     def built(*arguments, **settings):
         model = build(*arguments, **settings)
@@ -58,7 +57,7 @@ def no_batch_norm(monkeypatch):
                     setattr(module, name, nn.Identity())
         return model
 
-    monkeypatch.setattr(trainer, "build_model", built)
+    monkeypatch.setattr(training, "build_model", built)
 
 
 # The pieces
@@ -66,8 +65,8 @@ def no_batch_norm(monkeypatch):
 
 def test_items_shared_and_gathered_are_in_their_old_order():
     def work():
-        return [share(list(range(n))) for n in range(6)], [
-            gather(share(list(range(n)))) for n in range(6)
+        return [shard(list(range(n))) for n in range(6)], [
+            gather(shard(list(range(n)))) for n in range(6)
         ]
 
     (own, whole), (others, also) = in_processes(2, in_group(work))
@@ -75,63 +74,67 @@ def test_items_shared_and_gathered_are_in_their_old_order():
     assert all(
         sorted(a + b) == list(range(n)) for n, (a, b) in enumerate(zip(own, others, strict=True))
     )
-    assert share([1, 2]) == gather([1, 2]) == [1, 2], "one process has all"
+    assert shard([1, 2]) == gather([1, 2]) == [1, 2], "one process has all"
 
 
 def test_a_process_without_a_slice_gets_the_first_as_a_stand_in():
-    assert in_processes(2, in_group(lambda: share_of_batch([7]))) == [[7], [7]]
-    assert in_processes(2, in_group(lambda: share_of_batch([7, 8, 9]))) == [[7, 9], [8]]
-
-
-def only_in(number: int):
-    def work():
-        if distributed.rank() == number:
-            raise FileNotFoundError(2, "No such file or directory", "x.pt")
-        return "fine"
-
-    return work
+    assert in_processes(2, in_group(lambda: shard_of_batch([7]))) == [[7], [7]]
+    assert in_processes(2, in_group(lambda: shard_of_batch([7, 8, 9]))) == [[7, 9], [8]]
 
 
 @pytest.mark.parametrize("number", [0, 1])
-@pytest.mark.parametrize("way", [together, one_first])
-def test_an_error_of_one_process_ends_all_and_is_said_once(way, number):
-    main, other = in_processes(2, in_group(lambda: way(only_in(number))))
-    assert isinstance(main, SystemExit) and main.code == "error: x.pt: no such file or directory"
-    assert isinstance(other, SystemExit) and other.code == 1
-
-
-def test_the_first_process_of_a_machine_works_before_the_others(tmp_path):
+def test_an_error_of_one_rank_ends_all_and_is_said_once(number, capfd):
     def work():
-        with open(tmp_path / "order", "a") as file:
+        with local_rank_zero_first():
+            if distributed.rank() == number:
+                raise FileNotFoundError(2, "No such file or directory", "x.pt")
+        return gather([1])
+
+    assert in_processes(2, in_group(work)) == ["ended", "ended"]
+    assert capfd.readouterr().err == "error: x.pt: no such file or directory\n"
+
+
+def test_an_unexpected_error_keeps_its_traceback(capfd, monkeypatch):
+    monkeypatch.setattr(distributed, "GRACE", 0.05)
+    assert in_processes(2, in_group(lambda: 1 // distributed.rank()))[0] == "ended"
+    assert "ZeroDivisionError" in capfd.readouterr().err
+
+
+def test_the_first_rank_of_a_machine_works_before_the_others(tmp_path):
+    def work():
+        with local_rank_zero_first(), open(tmp_path / "order", "a") as file:
             file.write(str(distributed.rank()))
-        return distributed.rank()
 
-    assert in_processes(2, in_group(lambda: one_first(work))) == [0, 1]
+    in_processes(2, in_group(work))
     assert (tmp_path / "order").read_text() == "01"
-    assert in_processes(2, in_group(lambda: in_main(work))) == [0, None]
-    assert (tmp_path / "order").read_text() == "010"
+    with local_rank_zero_first():
+        assert distributed.is_main_process(), "one process alone waits for nobody"
 
 
-def test_one_device_cannot_be_named_for_all():
-    for result in in_processes(2, in_group(lambda: distributed.own_device("cuda:1"))):
-        assert isinstance(result, ValueError) and "--device cuda:1" in str(result)
-    assert distributed.own_device("cuda:1") == "cuda:1", "one process may have any"
+def test_one_device_cannot_be_named_for_all(capfd):
+    in_processes(2, in_group(lambda: distributed.rank_device("cuda:1")))
+    assert capfd.readouterr().err.startswith("error: --device cuda:1 is one for all processes")
+    assert distributed.rank_device("cuda:1") == "cuda:1", "one process may have any"
 
 
 # Gradients
 
 
-def gradients(phantoms, out, indices, *more):
+def gradients(phantoms, indices, loss="dice"):
     """Of one training step on a batch, in this process or divided over all."""
 
     def work():
-        args, _ = train.get_args(flags(phantoms, out, *more))
         dataset = BrainSegmentationDataset(phantoms, "all", 32, workers=1)
-        one = Trainer(args, dataset)
-        one.parallelise()
-        own = share_of_batch(indices)
-        loss = one.train_step(*dataset.batch(own), len(indices))
-        return loss.item(), {k: p.grad.numpy() for k, p in one.model.named_parameters()}
+        model = build_network("unet", 42, None, in_channels=3, init_features=4)
+        adam = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        images, masks = dataset.batch(shard_of_batch(indices))
+        value = train.train_step(
+            TrainState(model, None, adam, len(dataset), 16),
+            training.parallel(model, torch.device("cpu")), images, masks, len(indices),
+            change=functools.partial(augment_all, scale=0.05, angle=15, drop=0.4, intensity=0.3),
+            loss=LOSSES[loss], rate=lambda step: 1e-3, decay=0, amp=False, seed=42,
+        )  # fmt: skip
+        return value.item(), {k: p.grad.numpy() for k, p in model.named_parameters()}
 
     return work
 
@@ -146,20 +149,17 @@ def assert_equal_gradients(expected, results, tolerance=1e-4):
 
 @pytest.mark.parametrize("indices", [INDICES, INDICES[:1]], ids=["uneven", "one slice"])
 @pytest.mark.parametrize("loss", LOSSES)
-def test_two_processes_have_the_gradient_of_one(phantoms, tmp_path, no_batch_norm, loss, indices):
+def test_two_processes_have_the_gradient_of_one(phantoms, no_batch_norm, loss, indices):
     """Of the whole batch, augmented alike, though each loss is a ratio of sums over it."""
-    more = "--no-amp", "--loss", loss, "--aug-intensity", 0.3, "--drop-sequences", 0.4
-    work = gradients(phantoms, tmp_path, indices, *more)
+    work = gradients(phantoms, indices, loss)
     assert_equal_gradients(work(), in_processes(2, in_group(work)))
 
 
-def test_the_mean_of_two_losses_would_have_another_gradient(
-    phantoms, tmp_path, no_batch_norm, monkeypatch
-):
+def test_the_mean_of_two_losses_would_have_another_gradient(phantoms, no_batch_norm, monkeypatch):
     """So that the test above is known to tell them apart."""
-    work = gradients(phantoms, tmp_path, INDICES, "--no-amp")
+    work = gradients(phantoms, INDICES)
     expected = work()
-    monkeypatch.setattr(trainer, "total", lambda sums: sums)
+    monkeypatch.setattr(distributed, "all_reduce_sum", lambda sums: sums)
     with pytest.raises(AssertionError):
         assert_equal_gradients(expected, in_processes(2, in_group(work)), tolerance=1e-2)
 
@@ -225,15 +225,15 @@ def test_an_epoch_is_the_same_for_any_number_of_processes(phantoms, tmp_path, no
 
 def send_signal(monkeypatch, step: int, number: int, to: int) -> None:
     """Have one process send itself a signal in the middle of a step."""
-    original, done = Trainer.train_step, []
+    original, done = train.train_step, []
 
-    def train_step(self, *batch):
+    def train_step(*batch, **options):
         done.append(1)
         if len(done) == step and distributed.rank() == to:
             os.kill(os.getpid(), number)
-        return original(self, *batch)
+        return original(*batch, **options)
 
-    monkeypatch.setattr(Trainer, "train_step", train_step)
+    monkeypatch.setattr(train, "train_step", train_step)
 
 
 @pytest.mark.parametrize("counts", [(2, 1), (1, 2), (3, 2)])
@@ -258,7 +258,14 @@ def test_a_run_goes_on_with_another_number_of_processes(
 # What goes wrong
 
 
-def test_a_nan_loss_stops_all_and_is_said_once(phantoms, tmp_path, monkeypatch):
+def said_once(capfd, ends: list) -> str:
+    """The one sentence on stderr of a run that has failed on every rank."""
+    assert ends[0] == "ended" and not any(isinstance(end, BaseException) for end in ends)
+    (line,) = [x for x in capfd.readouterr().err.splitlines() if x.startswith("error: ")]
+    return line
+
+
+def test_a_nan_loss_stops_all_and_is_said_once(phantoms, tmp_path, monkeypatch, capfd):
     assert trained(phantoms, tmp_path) == [None, None]
     before = contents(tmp_path / "weights")
     dice = LOSSES["dice"]
@@ -267,8 +274,9 @@ def test_a_nan_loss_stops_all_and_is_said_once(phantoms, tmp_path, monkeypatch):
         return dice(logits * (float("nan") if distributed.rank() else 1), target, total=total)
 
     monkeypatch.setitem(LOSSES, "dice", nan_in_one)
-    main, other = sentences(trained(phantoms, tmp_path, "--resume", "--epochs", 2))
-    assert "no longer finite at epoch 2, step" in main and other == 1
+    capfd.readouterr()
+    line = said_once(capfd, trained(phantoms, tmp_path, "--resume", "--epochs", 2))
+    assert "no longer finite at epoch 2, step" in line
     assert contents(tmp_path / "weights") == before
 
 
@@ -276,38 +284,37 @@ def test_a_nan_loss_stops_all_and_is_said_once(phantoms, tmp_path, monkeypatch):
 def test_a_process_that_dies_ends_the_other_with_a_sentence(
     phantoms, tmp_path, monkeypatch, capfd, lost
 ):
+    """Even where there is no torchrun to end it."""
     assert trained(phantoms, tmp_path) == [None, None]
     before = contents(tmp_path / "weights")
     capfd.readouterr()
     send_signal(monkeypatch, 2, signal.SIGKILL, to=lost)
-    assert trained(phantoms, tmp_path, "--resume", "--epochs", 2) == ["killed", "killed"]
-    said = capfd.readouterr().err
-    assert f"error: process {1 - lost} lost another of the 2" in said
-    assert "Traceback" not in said
+    monkeypatch.setattr(distributed, "GRACE", 0.05)
+    words = flags(phantoms, tmp_path, "--resume", "--epochs", 2)
+    ends = in_processes(2, lambda: train.main(words), torchrun=False)
+    assert f"error: rank {1 - lost} lost another of the 2 ranks" in said_once(capfd, ends)
     assert contents(tmp_path / "weights") == before
     load_state(tmp_path / "weights" / "unet.pt")
 
 
 def test_bad_input_is_said_once(phantoms, tmp_path, capfd):
-    main, other = sentences(trained(tmp_path / "nowhere", tmp_path))
-    assert main.startswith(f"error: {tmp_path / 'nowhere'}: no such folder") and other == 1
-    main, other = sentences(trained(phantoms, tmp_path, "--batch-size", 1))
-    assert "--batch-size 1 is less than a slice for each of 2 processes" in main and other == 1
-    capfd.readouterr()
+    line = said_once(capfd, trained(tmp_path / "nowhere", tmp_path))
+    assert line.startswith(f"error: {tmp_path / 'nowhere'}: no such folder")
+    line = said_once(capfd, trained(phantoms, tmp_path, "--batch-size", 1))
+    assert "--batch-size 1 is less than a slice for each of 2 processes" in line
     assert sentences(trained(phantoms, tmp_path, "--epochs", 0)) == [2, 2]
-    assert capfd.readouterr().err.count("--epochs must be at least 1") == 1
+    assert capfd.readouterr().err.count("--epochs: must be at least 1") == 1
 
 
-def test_a_full_disk_is_said_once(phantoms, tmp_path, monkeypatch):
+def test_a_full_disk_is_said_once(phantoms, tmp_path, monkeypatch, capfd):
     def full_disk(state, path):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full_disk)
-    main, other = sentences(trained(phantoms, tmp_path))
-    assert "unet.pt: not written" in main and other == 1
+    assert "unet.pt: not written" in said_once(capfd, trained(phantoms, tmp_path))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_batch_norm_over_processes_needs_cuda(phantoms, tmp_path):
-    main, other = sentences(trained(phantoms, tmp_path, "--sync-bn"))
-    assert "--sync-bn is for CUDA devices" in main and other == 1
+def test_batch_norm_over_processes_needs_cuda(phantoms, tmp_path, capfd):
+    line = said_once(capfd, trained(phantoms, tmp_path, "--sync-bn"))
+    assert "--sync-bn is for CUDA devices" in line

@@ -54,7 +54,7 @@ def test_half_precision_kernels_change_little(trained, tmp_path):
     assert torch.allclose(before, after, atol=2e-3)
 
 
-def test_scores_are_added_to_the_same_file_and_leave_out_training_cases(trained, tmp_path):
+def test_scores_added_to_the_file_leave_out_training_cases(trained, tmp_path):
     path = exported(tmp_path, "--weights", trained)
     metrics = written(tmp_path, ROWS, path)
     assert exported(tmp_path, "--weights", path, "--metrics", metrics) == path
@@ -98,7 +98,7 @@ def test_refuses_metrics_of_training_cases_only(trained, tmp_path):
         exported(tmp_path, "--weights", trained, "--metrics", metrics)
 
 
-def test_licence_of_the_data_is_not_put_on_weights_of_other_data(tmp_path):
+def test_weights_of_other_data_do_not_get_the_licence(tmp_path):
     model = UNet(init_features=4)
     save_weights(tmp_path / "unet.pt", model.state_dict(), {"cases": {"train": ["mine"]}})
     card = exported(tmp_path, "--weights", tmp_path / "unet.pt").with_suffix(".json")

@@ -67,7 +67,7 @@ def test_tversky_by_hand():
 
 
 @pytest.mark.parametrize("loss", [tversky_loss, focal_tversky_loss])
-def test_tversky_default_punishes_a_miss_more_than_a_false_alarm(loss):
+def test_tversky_punishes_a_miss_more_than_a_false_alarm(loss):
     target = masks([1.0, 1.0, 0.0, 0.0])
     missed, invented = masks([40.0, -40.0, -40.0, -40.0]), masks([40.0, 40.0, 40.0, -40.0])
     assert loss(missed, target) > loss(invented, target)
@@ -147,7 +147,7 @@ def test_empty_and_full_masks_are_finite(loss, value, lesion):
 
 
 @pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
-def test_perfect_prediction_has_loss_0_and_the_opposite_a_large_one(loss):
+def test_perfect_prediction_has_loss_0_its_opposite_a_large_one(loss):
     target = (torch.rand(2, 1, 8, 8) > 0.5).float()
     right = 80 * (target - 0.5)
     assert loss(right, target).item() == pytest.approx(0, abs=1e-5)

@@ -11,7 +11,9 @@ from scipy.ndimage import gaussian_filter
 from brainseg.metrics import (
     METRICS,
     assd,
+    by_rule,
     describe,
+    describe_distances,
     dsc,
     hd95,
     iou,
@@ -62,10 +64,13 @@ def test_both_empty_count_1():
 
 
 @pytest.mark.parametrize("prediction, truth", [(EMPTY, TRUTH), (TRUTH, EMPTY)])
-def test_one_empty_counts_0_and_has_no_distance(prediction, truth):
+def test_one_empty_counts_0_and_is_as_far_as_the_diagonal(prediction, truth):
     """Trap 2: a prediction with no voxel, or a case without lesion."""
     scores = score(prediction, truth)
-    assert math.isnan(scores.pop("hd95_px")) and math.isnan(scores.pop("assd_px"))
+    assert by_rule(scores) and not by_rule(score(HALF, TRUTH)) and not by_rule(score(EMPTY, EMPTY))
+    assert scores.pop("hd95_px") == scores.pop("assd_px") == math.hypot(6, 12, 12)
+    assert hd95(prediction, truth, (5, 1, 0.5)) == math.hypot(30, 12, 6)
+    assert hd95(prediction[:1] | True, truth[:1] & False, (5, 1, 0.5)) == math.hypot(12, 6)
     error = scores.pop("volume_error")
     assert error == -1 if truth.any() else math.isnan(error)
     assert set(scores.values()) == {0}
@@ -83,6 +88,24 @@ def test_hd95_of_a_shift_by_three_voxels():
     moved = cube(slice(2, 3), slice(4, 5), slice(7, 8))
     assert hd95(point, moved) == assd(point, moved) == 3
     assert hd95(point, moved, spacing=(5, 1, 0.5)) == 1.5 == assd(point, moved, (5, 1, 0.5))
+
+
+@pytest.mark.parametrize("spacing", [None, (5.0, 0.9, 0.5)])
+def test_one_slice_is_scored_in_two_dimensions(spacing):
+    """In three, all voxels were surface, and those inside lay at 0 mm from one another."""
+    a, b = cube(0, slice(1, 9), slice(1, 9))[:1], cube(0, slice(3, 12), slice(1, 9))[:1]
+    plane = spacing and spacing[1:]
+    assert hd95(a, b, spacing) == binary.hd95(a[0], b[0], voxelspacing=plane)
+    assert assd(a, b, spacing) == binary.assd(a[0], b[0], voxelspacing=plane)
+    assert assd(a, b, spacing) > binary.assd(a, b, voxelspacing=spacing)
+
+
+def test_missed_lesions_are_counted_beside_the_mean():
+    rows = [score(HALF, TRUTH), score(EMPTY, TRUTH), score(TRUTH, EMPTY)]
+    line = describe_distances(rows, "hd95_px")
+    assert "n = 3, 2 of them" in line and f"median {math.hypot(6, 12, 12):.1f}" in line
+    old = rows[1] | {"hd95_px": math.nan}  # of a table of before
+    assert describe_distances([rows[0], old], "hd95_px").endswith("n = 1")
 
 
 def test_lesions_are_counted_not_their_voxels():
@@ -161,7 +184,7 @@ def test_every_metric_is_a_float():
     assert all(isinstance(value, float) for value in score(HALF, TRUTH).values())
 
 
-def test_distances_are_in_millimetres_where_the_spacing_is_known():
+def test_distances_are_in_mm_where_the_spacing_is_known():
     scores = score(HALF, TRUTH, (5.0, 1.0, 0.5))
     assert scores["hd95_mm"] == hd95(HALF, TRUTH, (5.0, 1.0, 0.5))
     assert scores["hd95_px"] == hd95(HALF, TRUTH) and "hd95_mm" not in score(HALF, TRUTH)

@@ -1,7 +1,5 @@
 """The phantom: layout, determinism, and that a threshold does not solve it."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,26 +8,27 @@ import tifffile
 
 from brainseg import phantom
 
-SCRIPT = Path(phantom.__file__)
-
 
 @pytest.fixture(scope="module")
 def volumes():
-    return [phantom.make_volume((0, index)) for index in range(10)]
+    return [phantom.make_volume((0, index)) for index in range(6)]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
 
 
-def run(*arguments: object) -> subprocess.CompletedProcess:
-    command = [sys.executable, SCRIPT, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+def run(*arguments: object) -> int | str | None:
+    """Call the command; how it ended: None, an exit status, or the sentence that goes to stderr."""
+    try:
+        phantom.main([*map(str, arguments)])
+    except SystemExit as stop:
+        return stop.code
+    return None
 
 
 def test_layout_is_that_of_kaggle_3m(tmp_path):
-    done = run(tmp_path / "data", "--cases", 2, "--size", 48, "--slices", 11, "--seed", 3)
-    assert done.returncode == 0, done.stderr
+    assert run(tmp_path / "data", "--cases", 2, "--size", 48, "--slices", 11, "--seed", 3) is None
     names = [f"phantom_{i:03d}" for i in range(2)]
     expected = {
         f"{n}/{n}_{k}{end}.tif" for n in names for k in range(1, 12) for end in ("", "_mask")
@@ -112,15 +111,12 @@ def test_bad_folder_is_one_sentence(tmp_path):
     file = tmp_path / "file"
     file.write_text("kept")
     for bad in (file, file / "below"):
-        done = run(bad, "--cases", 1)
-        assert done.returncode in (1, 2)
-        assert str(bad) in done.stderr and "Traceback" not in done.stderr
-        assert len(done.stderr.strip().splitlines()) == 1
+        message = run(bad, "--cases", 1)
+        assert isinstance(message, str) and str(bad) in message and "\n" not in message
     assert file.read_text() == "kept"
 
 
 @pytest.mark.parametrize("flags", [("--size", 8), ("--cases", 0), ("--seed", -1)])
 def test_bad_number_is_refused(tmp_path, flags):
-    done = run(tmp_path / "data", *flags)
-    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert run(tmp_path / "data", *flags) == 2
     assert not list(tmp_path.glob("data/*"))

@@ -19,7 +19,7 @@ from pydicom.uid import ExplicitVRLittleEndian, MRImageStorage
 
 import inference
 from brainseg.io.grid import Grid
-from brainseg.io.layouts import case_paths, find_case, find_cases, find_sequences
+from brainseg.io.layouts import find_case, find_cases, find_sequences, list_cases
 from brainseg.io.scans import Scan, read_voxels
 from brainseg.phantom import make_volume
 from brainseg.segmenter import Segmenter
@@ -65,9 +65,11 @@ def weights(tmp_path_factory) -> Path:
 
 def infer(out: Path, weights: Path, *more: object) -> object:
     words = ["--weights", weights, "--predictions", out, "--figure", out / "dsc.png", *more]
-    with pytest.raises(SystemExit) as stop:
+    try:
         inference.main([str(word) for word in (*words, "--device", "cpu")])
-    return stop.value.code
+    except SystemExit as stop:
+        return stop.code
+    return 0
 
 
 # The way there and back
@@ -241,7 +243,7 @@ def test_flair_with_three_channels_is_refused(pair, weights, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name", ["p1_t1", "p1-T1ce", "x_seg", "a_t2w", "t1ce"])
-def test_a_file_whose_name_says_another_sequence_is_not_taken_for_flair(pair, tmp_path, name):
+def test_a_file_named_as_another_sequence_is_not_flair(pair, tmp_path, name):
     path = write(tmp_path / f"{name}.nii.gz", pair[0][..., 1])
     with pytest.raises(ValueError, match=f"{path}: one channel is taken for FLAIR.*--flair"):
         find_case(path)
@@ -252,15 +254,32 @@ def test_a_file_whose_name_says_another_sequence_is_not_taken_for_flair(pair, tm
 # Headers that cannot be trusted
 
 
-def test_qform_and_sform_that_disagree_are_refused(pair, tmp_path):
-    path = write(tmp_path / "a.nii.gz", pair[0])
-    image = nibabel.load(path)
-    turned = LPS.copy()
-    turned[:, 3] += 7
-    image.set_qform(LPS, 1)
-    image.set_sform(turned, 2)
+@pytest.mark.parametrize("codes", [(1, 2), (1, 4), (2, 1)])
+@pytest.mark.parametrize("orientation", ["LPS", "RAS", "ASR"])
+def test_sform_is_taken_where_qform_disagrees(pair, tmp_path, codes, orientation):
+    """ITK takes the one or the other by their codes; nibabel always the sform."""
+    image = nibabel.load(write(tmp_path / "a.nii.gz", pair[0], orientation))
+    moved = image.affine.copy()
+    moved[:3, 3] += 7
+    image.set_qform(image.affine, codes[0])
+    image.set_sform(moved, codes[1])
     nibabel.save(image, tmp_path / "b.nii.gz")
-    with pytest.raises(ValueError, match="b.nii.gz: its qform and sform disagree"):
+    scan = find_case(tmp_path / "b.nii.gz")
+    assert scan.notes == ["b: its sform and qform disagree; the sform was taken"]
+    assert np.array_equal(scan.read(), pair[0])
+    scan.write_mask(tmp_path / "mask.nii.gz", pair[1])
+    np.testing.assert_allclose(read(tmp_path / "mask.nii.gz")[1], moved, atol=1e-4)
+    assert find_case(tmp_path / "a.nii.gz").notes == []
+
+
+def test_skewed_sform_is_refused(pair, tmp_path):
+    image = nibabel.load(write(tmp_path / "a.nii.gz", pair[0]))
+    skewed = LPS.copy()
+    skewed[0, 1] = 0.4
+    image.set_qform(LPS, 1)
+    image.set_sform(skewed, 2)
+    nibabel.save(image, tmp_path / "b.nii.gz")
+    with pytest.raises(ValueError, match="b.nii.gz: its axes are not at right angles"):
         find_case(tmp_path / "b.nii.gz")
 
 
@@ -269,16 +288,6 @@ def test_no_orientation_is_refused(pair, tmp_path):
     nibabel.save(image, tmp_path / "a.nii.gz")
     with pytest.raises(ValueError, match="a.nii.gz: its header gives no orientation"):
         find_case(tmp_path / "a.nii.gz")
-
-
-def test_squashed_pixels_are_said(pair, tmp_path):
-    affine = np.diag([-1.0, -1.0, 6.0, 1.0])
-    scan = find_case(write(tmp_path / "a.nii.gz", pair[0], affine=affine))
-    assert scan.notes == []
-    sagittal = nibabel.Nifti1Image(pair[0].transpose(0, 2, 1, 3), np.diag([6.0, 1.0, 1.0, 1.0]))
-    nibabel.save(sagittal, tmp_path / "b.nii.gz")
-    (note,) = find_case(tmp_path / "b.nii.gz").notes
-    assert "1.0 x 6.0 mm" in note and "resample" in note
 
 
 @pytest.mark.parametrize("limit", [0, 100])
@@ -308,19 +317,6 @@ def test_what_is_no_mask_is_refused(pair, tmp_path, kind):
     path = write(tmp_path / "a_mask.nii.gz", mask)
     with pytest.raises(ValueError, match=f"{path}: is no mask"):
         find_case(tmp_path / "a.nii.gz").read_pair()
-
-
-def test_other_grids_are_refused_by_name(pair, weights, tmp_path, capsys):
-    flair = write(tmp_path / "flair.nii.gz", pair[0][..., 1])
-    shorter = write(tmp_path / "short.nii.gz", pair[0][:5, ..., 2])
-    assert infer(tmp_path / "out", weights, "--flair", flair, "--post", shorter) == 1
-    said = capsys.readouterr().err
-    assert f"error: {shorter}: 52 x 60 x 5 voxels, but {flair.name} has 52 x 60 x 7" in said
-    moved = LPS.copy()
-    moved[0, 3] += 3
-    moved = write(tmp_path / "moved.nii.gz", pair[0][..., 2], affine=moved)
-    assert infer(tmp_path / "out", weights, "--flair", flair, "--post", moved) == 1
-    assert f"{moved}: its offset is not that of {flair.name}" in capsys.readouterr().err
 
 
 # Folders, masks, training
@@ -391,7 +387,7 @@ def test_two_cases_of_one_name_are_refused(pair, tmp_path):
     write(tmp_path / "a.nii.gz", pair[0])
     shutil.copy(tmp_path / "a.nii.gz", tmp_path / "a.nii")
     with pytest.raises(ValueError, match="a.nii and a.nii.gz are cases of one name"):
-        case_paths(tmp_path)
+        list_cases(tmp_path)
 
 
 def test_slices_and_a_volume_in_one_folder_are_refused(phantoms, pair, tmp_path):
@@ -462,7 +458,7 @@ def test_dicom_series_goes_the_whole_way(pair, weights, tmp_path):
     np.testing.assert_allclose(affine, LPS, atol=1e-4)
     expected = Segmenter.from_weights(weights)(np.repeat(flair[..., None], 3, axis=3))
     assert np.array_equal(mask.transpose(2, 1, 0) > 0, expected) and expected.any()
-    assert [path.name for path in case_paths(tmp_path)] == ["out", "series"]
+    assert [path.name for path in list_cases(tmp_path)] == ["out", "series"]
 
 
 def test_dicom_folder_by_a_relative_path(pair, tmp_path, monkeypatch):
@@ -512,15 +508,6 @@ def test_contents_of_a_cd_are_no_series(pair, tmp_path):
     series = write_series(tmp_path / "cd" / "series", pair[0][..., 1])
     shutil.copy(next(series.iterdir()), tmp_path / "cd" / "DICOMDIR")
     assert [case.name for case in find_cases(tmp_path / "cd")] == ["series"]
-
-
-def test_two_series_in_one_folder_are_refused(pair, tmp_path):
-    series = write_series(tmp_path / "series", pair[0][:3, ..., 1])
-    write_series(tmp_path / "more", pair[0][:3, ..., 1], "1.2.4")
-    for path in (tmp_path / "more").iterdir():
-        shutil.copy(path, series / f"more{path.name}")
-    with pytest.raises(ValueError, match=f"{series}: holds 2 DICOM series"):
-        find_case(series)
 
 
 # Refusals

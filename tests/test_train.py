@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -23,22 +24,12 @@ import torch
 from brainseg.unet import UNet
 
 import train
-import trainer
+from brainseg import training
 from brainseg.weights import load_state, load_tensors, model_from_state, read_card
 from dataset import BrainSegmentationDataset
 
 SCRIPT = Path(train.__file__)
 VALIDATION, TRAIN = "phantom_011", "phantom_001"  # a validation and a training case of `phantoms`
-
-
-@pytest.fixture(autouse=True)
-def own_signal_handlers():
-    """A run installs handlers for the rest of its process; here the process goes on."""
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.getsignal(number) for number in numbers]
-    yield
-    for number, handler in zip(numbers, before, strict=True):
-        signal.signal(number, handler)
 
 
 def flags(images: Path, out: Path, *more: object) -> list[str]:
@@ -91,15 +82,15 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def interrupt(monkeypatch, step: int, number: int) -> None:
     """Send this process a real signal in the middle of the `step`-th training step from now."""
-    original, done = train.Trainer.train_step, []
+    original, done = train.train_step, []
 
-    def train_step(self, *batch):
+    def train_step(*batch, **options):
         done.append(1)
         if len(done) == step:
             signal.raise_signal(number)
-        return original(self, *batch)
+        return original(*batch, **options)
 
-    monkeypatch.setattr(train.Trainer, "train_step", train_step)
+    monkeypatch.setattr(train, "train_step", train_step)
 
 
 def nan_loss(logits, target, **_):
@@ -165,7 +156,7 @@ def test_vis_images_limits_the_slices_drawn(phantoms, tmp_path):
     assert iio.imread(io.BytesIO(event.encoded_image_string)).shape == (64, 2 * 64, 3)
 
 
-def test_same_seed_same_weights_whether_pictures_are_drawn_or_not(phantoms, straight, tmp_path):
+def test_same_seed_same_weights_with_or_without_pictures(phantoms, straight, tmp_path):
     again = run(phantoms, tmp_path / "a", "--epochs", 3)
     assert same_run(again, straight / "weights")
     other = run(phantoms, tmp_path / "b", "--epochs", 3, "--seed", 1)
@@ -174,7 +165,7 @@ def test_same_seed_same_weights_whether_pictures_are_drawn_or_not(phantoms, stra
 
 def test_every_epoch_draws_afresh(phantoms, tmp_path, monkeypatch):
     drawn, seeds = [], []
-    batch, augment = BrainSegmentationDataset.batch, trainer.augment
+    batch, augment = BrainSegmentationDataset.batch, train.augment_all
 
     def spy_batch(self, indices, neighbours):
         drawn.append(list(indices))
@@ -185,7 +176,7 @@ def test_every_epoch_draws_afresh(phantoms, tmp_path, monkeypatch):
         return augment(images, masks, generator, *settings, **more)
 
     monkeypatch.setattr(BrainSegmentationDataset, "batch", spy_batch)
-    monkeypatch.setattr(trainer, "augment", spy_augment)
+    monkeypatch.setattr(train, "augment_all", spy_augment)
     run(phantoms, tmp_path, "--epochs", 3)
     assert len(drawn) == 12 and len({tuple(indices) for indices in drawn}) == 12
     assert len(set(seeds)) == 12, "every step augments in another way"
@@ -216,7 +207,7 @@ def test_more_epochs_later_equal_all_at_once(phantoms, straight, tmp_path, more)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_interrupted_in_mid_epoch_and_resumed_equals_uninterrupted(
+def test_interrupted_and_resumed_equals_uninterrupted(
     phantoms, tmp_path, monkeypatch, capsys, number
 ):
     recipe = "--epochs", 2, "--schedule", "cosine", "--warmup", 3, "--ema", 0.9
@@ -241,10 +232,10 @@ def test_a_real_process_stops_saves_and_goes_on(phantoms, tmp_path):
     command = [sys.executable, SCRIPT, *flags(phantoms, tmp_path / "a", "--epochs", 10_000)]
     pipe, env = subprocess.PIPE, os.environ | {"OMP_NUM_THREADS": "1"}
     with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=env) as process:
-        said = [process.stdout.readline(), process.stdout.readline()]  # what it is; epoch 1
+        said = [process.stdout.readline() for _ in range(3)]  # the subsets; what it is; epoch 1
         process.send_signal(signal.SIGTERM)
         rest, errors = process.communicate(timeout=60)
-    assert said[1].startswith("epoch   1/10000"), errors
+    assert said[2].startswith("epoch   1/10000"), errors
     assert process.returncode == 128 + signal.SIGTERM and "Traceback" not in errors
     assert "go on with: python3 train.py --resume" in rest
     epochs = load_tensors(tmp_path / "a/weights/unet.ckpt")["epoch"] + 1
@@ -303,7 +294,7 @@ def test_resuming_without_a_sound_checkpoint_is_one_sentence(phantoms, straight,
 @pytest.mark.parametrize("keep, epoch", [("best", 1), ("last", 2)])
 def test_best_or_last_weights_are_kept(phantoms, tmp_path, monkeypatch, keep, epoch):
     scores = iter([0.9, 0.1])
-    monkeypatch.setattr(trainer, "dsc", lambda *_: next(scores))
+    monkeypatch.setattr(train, "dsc", lambda *_: next(scores))
     weights = run(phantoms, tmp_path, "--epochs", 2, "--keep", keep)
     last = load_tensors(weights / "unet.ckpt")["model"]
     assert same(load_state(weights / "unet.pt"), last) == (keep == "last")
@@ -312,7 +303,7 @@ def test_best_or_last_weights_are_kept(phantoms, tmp_path, monkeypatch, keep, ep
 
 
 def test_a_run_that_never_improves_keeps_its_weights(phantoms, tmp_path, monkeypatch):
-    monkeypatch.setattr(trainer, "dsc", lambda *_: 0.0)
+    monkeypatch.setattr(train, "dsc", lambda *_: 0.0)
     weights = run(phantoms, tmp_path, "--lr", 0, "--epochs", 2)
     model_from_state(load_state(weights / "unet.pt"), "unet.pt")
     assert read_card(weights / "unet.pt")["validation_dsc"]["mean"] == 0
@@ -321,10 +312,8 @@ def test_a_run_that_never_improves_keeps_its_weights(phantoms, tmp_path, monkeyp
 def test_averaged_weights_are_the_ones_kept(phantoms, tmp_path):
     weights = run(phantoms, tmp_path, "--ema", 0.9)
     checkpoint = load_tensors(weights / "unet.ckpt")
-    average = {k.removeprefix("module."): v for k, v in checkpoint["ema"].items()}
-    average.pop("n_averaged")
     kept = load_state(weights / "unet.pt")
-    assert same(kept, average) and not same(kept, checkpoint["model"])
+    assert same(kept, dict(checkpoint["ema"])) and not same(kept, checkpoint["model"])
 
 
 def test_shipped_weights_are_never_touched(phantoms, tmp_path):
@@ -423,7 +412,7 @@ def saved(model: UNet, path: Path) -> Path:
     return path
 
 
-def test_weight_decay_shrinks_the_weights_apart_from_the_gradient(phantoms, tmp_path):
+def test_weight_decay_is_decoupled_from_the_gradient(phantoms, tmp_path):
     """Decoupled: each of the 4 steps takes lr * decay of every weight, before Adam's own step."""
     file = saved(UNet(init_features=4), tmp_path / "start.pt")
     options = "--epochs", 1, "--init-weights", file
@@ -472,7 +461,7 @@ def test_weights_to_start_from_that_do_not_fit_are_refused(phantoms, tmp_path):
         (("--epochs", "0"), ["--epochs"]),
         (("--folds", "5"), ["--fold "]),
         (["--image-size", 40], ["--image-size 40 is not a multiple of 16"]),
-        (["--image-size", 16], ["--image-size must be at least 32"]),
+        (["--image-size", 16], ["argument --image-size: must be at least 32"]),
         (["--seed", -1], ["--seed"]),
         (["--aug-scale", 1], ["--aug-scale"]),
         (["--drop-sequences", 2], ["--drop-sequences"]),
@@ -524,13 +513,21 @@ def test_resumes_where_the_checkpoint_lies_now(phantoms, tmp_path):
     assert not (tmp_path / "a" / "weights").exists()
 
 
-def test_fine_tuning_remembers_whom_the_first_weights_were_trained_on(phantoms, tmp_path):
+def test_fine_tuning_remembers_whom_the_start_was_trained_on(phantoms, tmp_path, capsys):
     run(phantoms, tmp_path / "a", "--epochs", 1, "--folds", 2, "--fold", 0)
     first = tmp_path / "a" / "weights" / "unet.pt"
-    run(phantoms, tmp_path / "b", "--epochs", 1, "--folds", 2, "--fold", 1, "--init-weights", first)
+    second = "--folds", 2, "--fold", 1, "--init-weights", first
+    assert "--allow-seen" in refused(phantoms, tmp_path / "b", *second)
+    assert not (tmp_path / "b/weights/unet.pt").exists()
+    run(phantoms, tmp_path / "b", *second, "--allow-seen")
+    assert "the validation DSC is too high" in capsys.readouterr().out
     cards = [json.loads((tmp_path / n / "weights" / "unet.json").read_text()) for n in "ab"]
     assert set(cards[0]["cases"]["train"]) < set(cards[1]["cases"]["train"])
     assert cards[1]["initialised_from"]["recipe"] == cards[0]["recipe"]
+    seen = cards[1]["validation_seen"]
+    assert sorted(seen) == sorted(cards[0]["cases"]["train"])
+    assert cards[1]["validation_dsc"]["seen_by_start_weights"] == len(seen)
+    assert "validation_seen" not in cards[0]
 
 
 def test_first_weights_are_not_overwritten(phantoms, tmp_path, capsys):
@@ -555,20 +552,20 @@ def test_weights_that_no_longer_give_a_finite_loss_are_not_kept(phantoms, tmp_pa
 def graphs(monkeypatch) -> list[str]:
     """Who had the network compiled, with a compiler that changes nothing and takes no time."""
     found, ahead = [], []
-    compile_ahead = trainer.Trainer.compile
+    compile_ahead = training.compile_ahead
 
-    def spy(self):
+    def spy(*args):
         ahead.append(1)
-        seconds = compile_ahead(self)
+        network = compile_ahead(*args)
         ahead.clear()
-        return seconds
+        return network
 
     def backend(graph, _):
         found.append("ahead" if ahead else "in a step")
         return graph.forward
 
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
-    monkeypatch.setattr(trainer.Trainer, "compile", spy)
+    monkeypatch.setattr(training, "compile_ahead", spy)
     torch._dynamo.reset()
     yield found
     torch._dynamo.reset()
@@ -594,25 +591,22 @@ def test_a_compiler_that_fails_is_one_sentence(phantoms, tmp_path, monkeypatch):
     assert "--compile fails here (no C++ compiler)" in message and "leave it out" in message
 
 
-@pytest.mark.parametrize("most, advice", [(5, "--batch-size 4 has just"), (0, "not even one")])
-def test_out_of_memory_names_a_batch_that_fits(phantoms, tmp_path, monkeypatch, most, advice):
+def test_out_of_memory_says_what_to_lower(phantoms, tmp_path, monkeypatch):
     weights = run(phantoms, tmp_path)
-    before, forward = contents(weights), UNet.forward
+    before = contents(weights)
 
-    def small(self, x, logits=False):
-        if len(x) > most:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-        return forward(self, x, logits)
+    def small(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
     monkeypatch.setattr(UNet, "forward", small)
     message = refused(phantoms, tmp_path, "--epochs", 2)
-    assert "out of memory at --batch-size 16" in message and advice in message
+    assert "out of memory at --batch-size 16" in message and "--image-size" in message
     assert contents(weights) == before
 
 
 def test_options_that_do_not_fit_are_a_usage_error(phantoms, tmp_path, capsys):
     for words, said in {
-        ("--weights", str(tmp_path / "x.pt")): "is to be a folder",
+        ("--weights", str(tmp_path / "x.pt")): "must be a folder",
         ("--model", "resnext_unet"): "--features is for --model unet",
     }.items():
         with pytest.raises(SystemExit) as stop:
@@ -623,3 +617,77 @@ def test_options_that_do_not_fit_are_a_usage_error(phantoms, tmp_path, capsys):
 def test_without_images_no_folder_is_made(tmp_path):
     assert "no such folder" in refused(tmp_path / "nowhere", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+# From a notebook
+
+
+def traces() -> list:
+    flags = torch.backends.cudnn
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    umask = os.umask(0o022)
+    os.umask(umask)
+    return [*handlers, umask, flags.deterministic, flags.benchmark, torch.get_num_threads()]
+
+
+def test_a_run_leaves_nothing_behind_in_its_process(phantoms, straight, tmp_path):
+    before = traces()
+    assert train.main(flags(phantoms, tmp_path)) is None
+    assert train.main(flags(phantoms, straight, "--resume", "--epochs", 3)) is None
+    refused(phantoms, tmp_path / "none", "--folds", 50, "--fold", 0)
+    assert traces() == before
+
+
+def test_a_run_in_a_thread_gives_the_same_weights(phantoms, straight, tmp_path):
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(run, phantoms, tmp_path, "--epochs", 3).result()
+    assert same_run(tmp_path / "weights", straight / "weights")
+
+
+# What a resumed run takes over, and says
+
+
+def test_resumes_with_its_own_args_json_as_config(phantoms, straight, tmp_path):
+    """Values are compared, not their spelling: 0 in the file is 0.0 in the checkpoint."""
+    shutil.copytree(straight / "weights", tmp_path / "weights")
+    config = straight / "logs" / "args.json"
+    words = "--resume", "--config", config, "--epochs", 4
+    weights = run(phantoms, tmp_path, *words)
+    assert load_tensors(weights / "unet.ckpt")["epoch"] == 4
+
+
+def test_resuming_says_what_else_has_changed(phantoms, tmp_path, capsys):
+    run(phantoms, tmp_path, "--schedule", "cosine")
+    images = shutil.copytree(phantoms, tmp_path / "images")
+    for path in [*images.glob(f"{VALIDATION}/*"), images / VALIDATION]:
+        path.rename(path.with_name(path.name.replace(VALIDATION, f"{VALIDATION}_20010101")))
+    run(images, tmp_path, "--resume", "--epochs", 2)
+    said = capsys.readouterr().out
+    assert f"validation cases have changed (new: {VALIDATION}_20010101; gone: {VALIDATION})" in said
+    assert "the learning rate jumps from 0 to 0.0005, then falls to 0 at epoch 2" in said
+
+
+def test_a_setting_younger_than_the_checkpoint_has_its_default(phantoms, straight, tmp_path):
+    shutil.copytree(straight / "weights", tmp_path / "weights")
+    path = tmp_path / "weights" / "unet.ckpt"
+    checkpoint = load_tensors(path)
+    del checkpoint["args"]["background"], checkpoint["validation_cases"]
+    torch.save(checkpoint, path)
+    message = refused(phantoms, tmp_path, "--resume", "--background", 0.5)
+    assert "--background 0.1, not 0.5" in message
+    run(phantoms, tmp_path, "--resume", "--epochs", 4)
+
+
+def test_validates_every_few_epochs_and_after_the_last(phantoms, tmp_path):
+    weights = run(phantoms, tmp_path, "--epochs", 3, "--validate-every", 2, "--keep", "last")
+    events = scalars(tmp_path / "logs")
+    assert [event.step for event in events.Scalars("dsc/validation")] == [2, 3]
+    assert [event.step for event in events.Scalars("loss/train")] == [1, 2, 3]
+    assert read_card(weights / "unet.pt")["epoch"] == 3
+
+
+def test_log_dir_is_a_name_that_torchrun_leaves_alone(phantoms):
+    from torch.distributed.run import parse_args
+
+    words = parse_args(["--nproc-per-node=2", "train.py", "--log-dir", "x"]).training_script_args
+    assert train.get_args_parser().parse_args(words).logs == Path("x")

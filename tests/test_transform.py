@@ -164,7 +164,7 @@ def test_global_random_state_is_left_alone():
     assert torch.equal(torch.rand(3), expected)
 
 
-def test_intensity_varies_by_slice_and_sequence_within_its_bounds():
+def test_intensity_varies_by_slice_and_sequence_in_bounds():
     images = torch.ones(50, 3, 2, 2)
     before = images.clone()
     varied = vary_intensity(images, make_generator(0), 0.1, 3)
@@ -187,7 +187,7 @@ def test_dropped_sequences_are_filled_with_flair():
     assert torch.equal(drop_sequences(images, make_generator(0), 0.0), images)
 
 
-def test_the_slices_that_a_sample_sees_vary_and_lose_sequences_alike():
+def test_slices_of_a_sample_vary_and_lose_sequences_alike():
     """Of 9 channels, three slices of three sequences."""
     images = torch.arange(3.0)[None, :, None, None].repeat(400, 3, 2, 2)
     dropped = drop_sequences(images, make_generator(0), 0.5)

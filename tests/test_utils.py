@@ -11,7 +11,7 @@ import torch
 from skimage.segmentation import find_boundaries
 
 from brainseg.devices import in_order, worker_threads
-from brainseg.io.files import written_whole
+from brainseg.io.files import atomic_write
 from brainseg.io.pictures import GREEN, RED, edge, outline, save_dsc_figure, save_gif, to_grey
 from utils import Interruption, fail, make_generator
 
@@ -55,7 +55,7 @@ def test_failed_write_keeps_the_old_file(tmp_path, old, error):
     path = tmp_path / "weights.pt"
     if old:
         path.write_bytes(old)
-    with pytest.raises(type(error)), written_whole(path) as temporary:
+    with pytest.raises(type(error)), atomic_write(path) as temporary:
         temporary.write_bytes(b"half of the ne")
         raise error
     assert [p.read_bytes() for p in tmp_path.iterdir()] == ([old] if old else [])
@@ -65,7 +65,7 @@ def test_whole_write_replaces_the_old_file_at_the_end_only(tmp_path):
     path = tmp_path / "new" / "folder" / "card.json"
     for text in ("first", "second"):
         before = path.read_text() if path.exists() else None
-        with written_whole(str(path)) as temporary:
+        with atomic_write(str(path)) as temporary:
             assert temporary.parent == path.parent, "renaming is atomic on one file system only"
             assert temporary.suffix == ".json", "imageio and matplotlib go by the suffix"
             temporary.write_text(text)
@@ -77,7 +77,7 @@ def test_whole_write_replaces_the_old_file_at_the_end_only(tmp_path):
 def test_whole_write_obeys_the_umask(tmp_path):
     old = os.umask(0o027)
     try:
-        with written_whole(tmp_path / "file") as temporary:
+        with atomic_write(tmp_path / "file") as temporary:
             temporary.write_text("x")
         assert os.umask(0o027) == 0o027
     finally:
@@ -136,17 +136,15 @@ def test_threads_leave_torch_its_cores():
 
 
 def test_first_signal_is_noted_the_second_ends_the_program():
-    old = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        interruption = Interruption()
+    numbers = signal.SIGINT, signal.SIGTERM
+    before = [signal.getsignal(number) for number in numbers]
+    with Interruption() as interruption:
         assert interruption.signal is None
         signal.raise_signal(signal.SIGTERM)
         assert interruption.signal == signal.SIGTERM
         with pytest.raises(KeyboardInterrupt):  # asked twice
             signal.raise_signal(signal.SIGINT)
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
+    assert [signal.getsignal(number) for number in numbers] == before
 
 
 @pytest.mark.parametrize(

@@ -2,48 +2,16 @@
 
 from __future__ import annotations
 
-import base64
 import html
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from .statistics import SCORES, SETTINGS
+from ..io.files import atomic_write
 from ..metrics import FEW
-from ..io.files import written_whole
-
-
-@dataclass
-class Table:
-    title: str
-    header: list[str]
-    rows: list[list[str]]
-    note: str = ""
-
-    def as_text(self) -> str:
-        lines = [self.header, *self.rows]
-        widths = [max(len(line[k]) for line in lines) for k in range(len(self.header))]
-        text = [
-            "  ".join(
-                cell.rjust(w) if k else cell.ljust(w)
-                for k, (cell, w) in enumerate(zip(line, widths, strict=True))
-            ).rstrip()
-            for line in lines
-        ]
-        return "\n".join([self.title, *text] + [self.note] * bool(self.note))
-
-    def as_html(self) -> str:
-        def line(cells: Sequence[str], tag: str) -> str:
-            return "<tr>" + "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in cells) + "</tr>"
-
-        body = "".join(line(cells, "td") for cells in self.rows)
-        notes = "".join(f"<p>{html.escape(line)}</p>" for line in self.note.splitlines())
-        return (
-            f"<h2>{html.escape(self.title)}</h2><div class=wide><table><thead>"
-            f"{line(self.header, 'th')}</thead><tbody>{body}</tbody></table></div>{notes}"
-        )
+from .page import Table, data_url, write_page
+from .statistics import SCORES, SETTINGS
 
 
 def tables(summary: dict[str, dict]) -> list[Table]:
@@ -68,6 +36,11 @@ def _score_table(summary: dict[str, dict]) -> Table:
         dsc, *others = about["scores"].values()
         rows.append([name, str(dsc["n"]), _interval(dsc), f"{dsc['median']:.3f}"])
         rows[-1] += [_mean(other, dsc["n"]) for other in others]
+        if about.get("missed"):
+            notes.append(
+                f"{name}: in {about['missed']} of the cases only one of the masks is empty; their "
+                "HD95 and ASSD are the diagonal of the image."
+            )
         if about["chose_epoch"]:
             notes.append(
                 f"{name}: the epoch of its weights was chosen on {about['chose_epoch']} of these "
@@ -201,7 +174,7 @@ def save_scores(path: Path, models: dict[str, list[dict]]) -> None:
     axes.set_xticks(range(1, len(models) + 1), names, rotation=15, fontsize=8)
     axes.grid(axis="y", alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    with written_whole(path) as temporary:
+    with atomic_write(path) as temporary:
         figure.savefig(temporary, dpi=150)
 
 
@@ -220,7 +193,7 @@ def save_gallery(
             title = f"{name}, {which}\n{row['case']}: DSC {row['dsc']:.3f}"
             axes.set_title(title, fontsize=8, parse_math=False)
             axes.axis("off")
-    with written_whole(path) as temporary:
+    with atomic_write(path) as temporary:
         figure.savefig(temporary, dpi=110)
 
 
@@ -228,21 +201,6 @@ def pick(rows: Sequence[dict]) -> dict[str, dict]:
     """The rows of the worst, median and best DSC."""
     rows = sorted(rows, key=lambda row: row["dsc"])
     return {"worst": rows[0], "median": rows[len(rows) // 2], "best": rows[-1]}
-
-
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 1180px; margin: 2rem auto; padding: 0 1rem;
-       color: #1d2733; background: #fff }
-h1 { font-size: 1.6rem; margin-bottom: 0 } h2 { font-size: 1.1rem; margin: 2.2rem 0 .5rem }
-.wide { overflow-x: auto } img { max-width: 100%; max-height: 90vh }
-table { border-collapse: collapse; font-size: .87rem; font-variant-numeric: tabular-nums }
-th, td { padding: .25rem .45rem; text-align: right; white-space: nowrap }
-th:first-child, td:first-child { text-align: left; padding-left: 0 }
-thead th { border-bottom: 2px solid #4c78a8; font-weight: 600 }
-tbody tr + tr td { border-top: 1px solid #e3e8ee } p { color: #52606d; max-width: 75ch }
-pre { font-size: .8rem; white-space: pre-wrap; overflow-wrap: anywhere; background: #f4f6f8;
-      padding: .8rem; border-radius: 4px }
-"""
 
 
 def save_page(
@@ -253,18 +211,10 @@ def save_page(
     details: str,
 ) -> None:
     """One HTML page that holds everything, pictures included, and asks no network for anything."""
-    title = html.escape(f"brainseg: {', '.join(models)}")
     images = "".join(
         f"<h2>{html.escape(name)}</h2><img alt='{html.escape(name)}' "
-        f"src='data:image/png;base64,{base64.b64encode(file.read_bytes()).decode()}'>"
+        f"src='{data_url(file.read_bytes(), 'image/png')}'>"
         for name, file in pictures.items()
     )
-    page = (
-        f"<!doctype html><html lang=en><meta charset=utf-8><title>{title}</title>"
-        f"<meta name=viewport content='width=device-width'><style>{STYLE}</style>"
-        f"<h1>{title}</h1><p>Research only: not a medical device.</p>"
-        f"{''.join(table.as_html() for table in tables)}{images}"
-        f"<h2>How it was made</h2><pre>{html.escape(details)}</pre></html>\n"
-    )
-    with written_whole(path) as temporary:
-        temporary.write_text(page, encoding="utf-8")
+    body = "".join(table.as_html() for table in tables) + images
+    write_page(path, f"brainseg: {', '.join(models)}", body, details)

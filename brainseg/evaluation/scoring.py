@@ -9,19 +9,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from ..io.layouts import case_name, case_paths, find_case
-from ..weights import file_hash, read_card
-from .statistics import SCORES, SETTINGS
-from ..splits import patient_of, site_of, subset_of
-from ..metrics import dsc, score
-from ..segmenter import Segmenter, preprocess_near, to_mask
 from ..devices import in_order
+from ..ensemble import FEATURES, average, check_members
+from ..io.layouts import Source
 from ..io.pictures import outline, to_grey
 from ..io.predictions import read_scores
 from ..io.slices import Case
-from ..preprocess import missing_sequences
+from ..metrics import dsc, score
+from ..preprocess import Frame, missing_sequences
+from ..segmenter import Segmentation, Segmenter, preprocess_near, to_mask
+from ..splits import patient_of, patients_of_card, site_of, subset_of
+from ..weights import file_hash, read_card, weights_files
+from .statistics import SCORES, SETTINGS
+
+EXPECTED = "expected_dsc", "expected_low", "expected_high"  # columns
 
 
 @dataclass
@@ -34,7 +38,7 @@ class Network:
 
 @dataclass
 class Model:
-    """What is compared: one network, or one a fold, or the scores of a metrics.csv."""
+    """What is compared: a network, an ensemble of folds, or the scores of a metrics.csv."""
 
     name: str
     path: Path
@@ -42,7 +46,7 @@ class Model:
     scores: dict[str, dict] = field(default_factory=dict)
 
     def networks_for(self, case: str) -> list[Network]:
-        """Those that were not trained on the patient of a case."""
+        """List the networks that were not trained on the patient of a case."""
         return [network for network in self.networks if patient_of(case) not in network.seen]
 
     def was_trained_on(self, case: str) -> bool:
@@ -52,7 +56,7 @@ class Model:
 
 
 def open_models(texts: list[str], options: dict) -> list[Model]:
-    """The models that [NAME=]PATH mean; ValueError or FileNotFoundError if one cannot be used."""
+    """Open each [NAME=]PATH; ValueError or FileNotFoundError if one cannot be used."""
     named = {}
     for text in texts:
         name, equals, rest = text.partition("=")
@@ -75,12 +79,12 @@ def open_model(name: str, path: Path, options: dict) -> Model:
     if path.suffix == ".csv":
         needed = [column for column in SCORES if not column.endswith("_mm")]
         return Model(name, path, scores=read_scores(path, [*needed, "slices", "lesion_voxels"]))
-    files = [path]
-    if path.is_dir():
-        files = [file for file in sorted(path.rglob("*.pt")) if file.name[0] != "."]
-    if not files:
-        raise FileNotFoundError(f"{path}: no weights (.pt) in this folder; name a file")
-    return Model(name, path, [open_network(file, len(files), options) for file in files])
+    files = weights_files(path)
+    networks = [open_network(file, len(files), options) for file in files]
+    if len(files) > 1:
+        models = [network.segmenter.model for network in networks]
+        check_members(files, [read_card(file) for file in files], models)
+    return Model(name, path, networks)
 
 
 def open_network(file: Path, files: int, options: dict) -> Network:
@@ -92,14 +96,12 @@ def open_network(file: Path, files: int, options: dict) -> Network:
         if files > 1:
             raise ValueError(f"{file}: no card says what it was trained on; it is no use as a fold")
         print(f"{file}: no card says what it was trained on; no case is left out", file=sys.stderr)
-    chose = cases.get("validation", ()) if card.get("recipe", {}).get("keep") == "best" else ()
-    return Network(
-        file, segmenter, set(map(patient_of, cases.get("train", ()))), set(map(patient_of, chose))
-    )
+    chose = ["validation"] if card.get("recipe", {}).get("keep") == "best" else []
+    return Network(file, segmenter, patients_of_card(card, "train"), patients_of_card(card, *chose))
 
 
 def describe(model: Model) -> dict | str:
-    """What was used, so that the numbers can be had again."""
+    """Say what was used, for anyone who wants the numbers again."""
     if model.scores:
         return str(model.path)
     return {
@@ -114,21 +116,20 @@ def describe(model: Model) -> dict | str:
 
 
 def choose_cases(
-    images: Path, subsets: Sequence[str], names: Sequence[str] | None, models: Sequence[Model]
+    sources: Sequence[Source], subsets: Sequence[str], models: Sequence[Model], images: Path
 ) -> tuple[list[Case], list[str]]:
-    """The cases that every model can be scored on, and the names of those that one has seen.
+    """Choose the cases that every model can be scored on; name those that one has seen.
 
     Raises ValueError, naming the case, if one cannot be scored or nothing is left.
     """
-    found = case_paths(images, names)
-    chosen = [p for p in found if {"all", subset_of(case_name(p))} & set(subsets)]
+    chosen = [s for s in sources if {"all", subset_of(s.name)} & set(subsets)]
     if not chosen:
         raise ValueError(
-            f"{images}: none of its {len(found)} cases is in {' or '.join(subsets)}; "
+            f"{images}: none of its {len(sources)} cases is in {' or '.join(subsets)}; "
             "choose another --subset, such as all"
         )
-    seen = {p for p in chosen if any(model.was_trained_on(case_name(p)) for model in models)}
-    cases = [find_case(path) for path in chosen if path not in seen]
+    seen = {s.name for s in chosen if any(model.was_trained_on(s.name) for model in models)}
+    cases = [source.open() for source in chosen if source.name not in seen]
     if not cases:
         raise ValueError(
             f"{images}: the models were trained on all {len(chosen)} cases; "
@@ -145,23 +146,15 @@ def choose_cases(
                     f"{model.path}: has no score of {case.name}; a comparison needs the same "
                     "cases: choose them with --subset or --cases, or run inference.py on them"
                 )
-            if (held_out := len(model.networks_for(case.name))) > 1:
-                raise ValueError(
-                    f"{model.path}: {held_out} of its {len(model.networks)} weights files were not "
-                    f"trained on {case.name}; a folder holds the folds of one cross-validation: "
-                    "choose cases with --subset or --cases, or give one file"
-                )
-    return cases, sorted(map(case_name, seen))
+    return cases, sorted(seen)
 
 
 def score_all(
     cases: Sequence[Case],
     models: Sequence[Model],
-    threshold: float,
-    largest_component: bool,
     workers: int | None = None,
 ) -> Iterator[tuple[bytes, list[dict], dict]]:
-    """For each case a fingerprint, a row a model, and a picture by (model, case).
+    """Score cases: of each a fingerprint, one row per model, a picture by (model, case).
 
     Threads read ahead and score behind while the networks run.
     """
@@ -177,39 +170,47 @@ def score_all(
 
     def segmented() -> Iterator[tuple]:
         for case, volume, truth, prepared in in_order(load, cases, workers):
-            maps = {}
-            for model in models:
-                for network in model.networks_for(case.name):
-                    segmenter = network.segmenter
-                    try:
-                        segmenter.check_channels(volume.shape[-1])
-                    except ValueError as error:
-                        raise ValueError(f"{case.folder}: {error}") from error
-                    way = segmenter.image_size, segmenter.version, segmenter.device
-                    maps[model.name] = segmenter.restored(*prepared[way])
+            networks = {model.name: model.networks_for(case.name) for model in models}
+            try:
+                maps = {k: segment(nets, volume, prepared) for k, nets in networks.items() if nets}
+            except ValueError as error:
+                raise ValueError(f"{case.folder}: {error}") from error
             yield case, volume, truth, maps
 
     def scores(item: tuple) -> tuple[bytes, list[dict], dict]:
         case, volume, truth, maps = item
-        rows, pictures = score_case(case, volume, truth, maps, models, threshold, largest_component)
+        rows, pictures = score_case(case, volume, truth, maps, models)
         fingerprint = hashlib.sha256(np.ascontiguousarray(volume)).digest()
         return fingerprint + hashlib.sha256(truth).digest(), rows, pictures
 
     return in_order(scores, segmented(), workers)
 
 
+def segment(
+    networks: Sequence[Network], volume: np.ndarray, prepared: dict[tuple, tuple[Tensor, Frame]]
+) -> Segmentation:
+    """Segment a case by those networks of a model that have not seen it, as one.
+
+    `prepared` holds the network input by image size, preprocessing version and device.
+    """
+    outputs = []
+    for segmenter in (network.segmenter for network in networks):
+        segmenter.check_channels(volume.shape[-1])
+        images, frame = prepared[segmenter.image_size, segmenter.version, segmenter.device]
+        outputs.append(segmenter.probabilities(images))
+    return segmenter.assess(average(outputs), frame)
+
+
 def score_case(
     case: Case,
     volume: np.ndarray,
     truth: np.ndarray,
-    maps: dict[str, Tensor],
+    maps: dict[str, Segmentation],
     models: Sequence[Model],
-    threshold: float,
-    largest_component: bool,
 ) -> tuple[list[dict], dict]:
-    """A row a model, and by (model, case) a picture of the slice with most lesion.
+    """Make one row per model, and by (model, case) a picture of the slice with most lesion.
 
-    `maps` holds the lesion probabilities (S, H, W) of each model that is no table.
+    `maps` holds what each model made of the case, if it is not a table.
     """
     about = {
         "case": case.name,
@@ -226,17 +227,18 @@ def score_case(
         if model.scores:
             rows.append(row | scores_of(model, case, row))
             continue
-        probabilities = maps[model.name]
-        (network,) = model.networks_for(case.name)
-        mask = to_mask(probabilities, threshold, largest_component)
-        rows.append(
-            row
-            | {"weights": str(network.file)}
-            | {"chose_epoch": int(about["patient"] in network.chose)}
-            | {"predicted_voxels": int(mask.sum())}
-            | score(mask, truth, case.spacing)
-            | {key: dsc(to_mask(probabilities, *s), truth) for key, s in SETTINGS.items()}
-        )
+        made, networks = maps[model.name], model.networks_for(case.name)
+        mask, probabilities = made.mask, torch.from_numpy(made.probabilities)
+        file = networks[0].file if len(networks) == 1 else f"{len(networks)} in {model.path}"
+        row |= {
+            "weights": str(file),
+            "chose_epoch": int(any(about["patient"] in network.chose for network in networks)),
+            "predicted_voxels": int(mask.sum()),
+        }
+        row |= score(mask, truth, case.spacing)
+        row |= {key: dsc(to_mask(probabilities, *s), truth) for key, s in SETTINGS.items()}
+        row |= {name: made.features[name] for name in FEATURES}
+        rows.append(row | dict(zip(EXPECTED, made.expected or [None] * 3, strict=True)))
         k = int((truth if truth.any() else mask).sum(axis=(1, 2)).argmax())
         slices = (array[k : k + 1] for array in (grey, mask, truth))
         pictures[model.name, case.name] = outline(*slices, side=256)[0]
@@ -244,7 +246,7 @@ def score_case(
 
 
 def scores_of(model: Model, case: Case, row: dict) -> dict:
-    """The scores of a case in a metrics.csv; ValueError if they are of other data."""
+    """Look up a case in a metrics.csv; ValueError if its scores are of other data."""
     written = model.scores[case.name]
     for name in ("slices", "lesion_voxels"):
         if written[name] != row[name]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from ..metrics import summarise
+from ..metrics import by_rule, summarise
 
 THRESHOLDS = (0.3, 0.4, 0.5, 0.6, 0.7)
 SETTINGS = {  # column of the scores: threshold, whether only the largest component is kept
@@ -32,7 +32,8 @@ SCORES = {
 def compare(models: dict[str, list[dict]]) -> dict[str, dict]:
     """Summary of scores by model, from its rows, one a case; all have the same cases in order.
 
-    For each model: `scores`, every metric; `difference`, its DSC case by case from that of the
+    For each model: `scores`, every metric; `missed`, in how many cases one mask alone is empty, so
+    that its distances are the image diagonal; `difference`, its DSC case by case from that of the
     first model; `groups`, both by hospital, missing sequence and lesion volume; `settings`, the
     DSC at each threshold, with and without the largest component, and its difference from that
     of `scores`; `chosen`, the setting that is best on the validation cases, and what it is worth on
@@ -53,6 +54,7 @@ def compare(models: dict[str, list[dict]]) -> dict[str, dict]:
         change[np.abs(change) < 1e-5] = 0  # tables hold six digits
         summary[name] = about = {
             "scores": {metric: over_patients(_column(its, metric)) for metric in known},
+            "missed": sum(map(by_rule, its)),
             "chose_epoch": sum(row.get("chose_epoch", 0) for row in its),
             "groups": {
                 group: {

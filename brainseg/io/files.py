@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import secrets
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,25 +13,20 @@ from pathlib import Path
 
 
 @contextmanager
-def written_whole(path: Path | str) -> Iterator[Path]:
+def atomic_write(path: Path | str) -> Iterator[Path]:
     """Give a temporary name beside `path`; rename it to `path` once the block is through.
 
     If the block fails, or the disk is full, what was at `path` is still there, untouched.
     """
     path = Path(path)
-    with naming(path):
+    with name_in_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         stem, *_ = path.name.partition(".")
-        handle, name = tempfile.mkstemp(  # with the suffix, .nii.gz say, as writers go by it
-            dir=path.parent, prefix=f".{stem}-", suffix=path.name[len(stem) :]
-        )
-        os.close(handle)
-        temporary = Path(name)
+        # With the suffix, .nii.gz say, as writers go by it; with the umask, unlike mkstemp.
+        temporary = path.with_name(f".{stem}-{secrets.token_hex(8)}{path.name[len(stem) :]}")
+        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
         try:
             yield temporary
-            umask = os.umask(0)
-            os.umask(umask)
-            temporary.chmod(0o666 & ~umask)  # mkstemp makes files that only their owner can read
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
@@ -38,7 +34,7 @@ def written_whole(path: Path | str) -> Iterator[Path]:
 
 def write_table(path: Path, rows: Sequence[dict]) -> None:
     """Dicts as the lines of a CSV file, written whole; a key that one lacks is left empty."""
-    with written_whole(path) as temporary, open(temporary, "w", newline="") as file:
+    with atomic_write(path) as temporary, open(temporary, "w", newline="") as file:
         table = csv.DictWriter(file, dict.fromkeys(key for row in rows for key in row))
         table.writeheader()
         for row in rows:
@@ -48,12 +44,12 @@ def write_table(path: Path, rows: Sequence[dict]) -> None:
 def write_json(path: Path, content: dict) -> None:
     """Indented JSON, written whole; NaN, which JSON does not know, becomes null."""
     strict = json.loads(json.dumps(content), parse_constant=lambda _: None)
-    with written_whole(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(strict, indent=2) + "\n")
 
 
 @contextmanager
-def naming(path: Path) -> Iterator[None]:
+def name_in_errors(path: Path) -> Iterator[None]:
     """Have every OSError of the block name `path`, not a temporary file or none."""
     try:
         yield
@@ -63,7 +59,7 @@ def naming(path: Path) -> Iterator[None]:
 
 def check_writable(folder: Path) -> None:
     """Make `folder` if need be; OSError, naming it, if no file can be written there."""
-    with naming(folder):
+    with name_in_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
 

@@ -1,13 +1,16 @@
-"""Which cases a folder holds: slices as images, medical volume files, DICOM series."""
+"""Which cases a folder holds: slices as images, medical volume files, DICOM series, cohorts."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 
+from .cohorts import BIDS, Layout, sequences_in
+from .dicom import SEQUENCES, Series, sort_study, study_in
+from .labels import Labels
 from .scans import Scan, is_scan, scan_name
 from .slices import Case
 
@@ -17,50 +20,156 @@ IMAGE_SUFFIXES = {".tif", ".tiff", ".png"}
 OTHER_SEQUENCE = re.compile(r"(?:^|[-_. ])(t1\w*|t2w?|pre|post|gd|dwi|adc|seg\w*|label\w*)$", re.I)
 
 
+@dataclass(frozen=True)
+class Source:
+    """A case that nothing has been read of: its name and where it lies.
+
+    `folder` is its folder or its volume file; `root` holds it and the other cases.
+    """
+
+    name: str
+    folder: Path
+    root: Path
+    layout: Layout | None = None  # None: by what lies in the folder
+    labels: Labels = field(default_factory=Labels, compare=False, repr=False)
+
+    def open(self) -> Case:
+        """The case; ValueError, naming the file, if it is not sound. No voxel is read."""
+        case = _find(self.folder, self.root, self.layout)
+        return replace(case, name=self.name, labels=self.labels)
+
+
 def find_cases(root: Path | str, names: Sequence[str] | None = None) -> list[Case]:
-    """Every case of `case_paths`; ValueError, naming the file, for one that is not sound."""
-    return [find_case(path) for path in case_paths(root, names)]
+    """Every case of `list_cases`; ValueError, naming the file, for one that is not sound."""
+    return [source.open() for source in list_cases(root, names)]
 
 
-def case_paths(
-    root: Path | str, names: Sequence[str] | None = None, other_than: Path | None = None
-) -> list[Path]:
+def list_cases(
+    root: Path | str,
+    names: Sequence[str] | None = None,
+    other_than: Path | None = None,
+    layout: Layout | None = None,
+    labels: Labels | None = None,
+) -> list[Source]:
     """The cases in `root`, which holds folders and volume files or is itself a case; by name.
 
-    With `names`, only these; never the folder `other_than`. Raises FileNotFoundError or ValueError
-    if there is nothing to read, or two cases have one name.
+    With `names`, only these; never the folder `other_than`. Where their sequences and masks lie
+    is told by `layout`, or found out. Raises FileNotFoundError or ValueError if there is nothing
+    to read, or two cases have one name.
     """
     root = Path(root)
     if not root.exists():
         raise FileNotFoundError(f"{root}: no such folder; give the folder that holds the cases")
     if not root.is_dir() and not is_scan(root):
         raise ValueError(f"{root}: is no volume file; give one, or the folder of its case")
-    paths = [root.resolve()] if is_scan(root) else _cases_in(root, other_than)
-    if not paths:
+    sources = _sources_in(root, other_than, layout)
+    if not sources:
         raise ValueError(
             f"{root}: holds no case folder, no volume file and no slice named "
             "<anything>_<number>.tif or .png; give the folder that holds the cases, or one case"
         )
+    sources = [replace(source, labels=labels or Labels()) for source in sources]
     found = {}
-    for path in paths:
-        if (first := found.setdefault(case_name(path), path)) != path:
-            raise ValueError(f"{first} and {path.name} are cases of one name; rename one of them")
+    for source in sources:
+        if (first := found.setdefault(source.name, source)) != source:
+            raise ValueError(
+                f"{first.folder} and {source.folder.name} are cases of one name; rename one of them"
+            )
     if names is not None:
         missing = sorted(set(names) - set(found))
         if missing:
             raise ValueError(f"{root}: holds no case {missing[0]!r}; check the name")
-        paths = [path for path in paths if case_name(path) in names]
-    return paths
+        sources = [source for source in sources if source.name in names]
+    return sources
+
+
+def _sources_in(root: Path, other_than: Path | None, layout: Layout | None) -> list[Source]:
+    one = is_scan(root) or (not layout and study_in(root))
+    if root.is_dir() and not one:
+        whole = root.resolve()
+        if layout:
+            return _by_patterns(whole, other_than, layout)
+        if subjects := _subjects_in(whole):
+            return _by_subject(subjects)
+        if (root / "images_structural").is_dir():  # of UPENN-GBM, beside other folders
+            root = root / "images_structural"
+    paths = [root.resolve()] if one else _cases_in(root, other_than)
+    return [Source(case_name(path), path, path.parent) for path in paths]
+
+
+def _subjects_in(root: Path) -> list[Path]:
+    """The folders of a BIDS data set's subjects, or the one subject that `root` is."""
+    folders = [root] if root.name.startswith("sub-") else sorted(root.glob("sub-*"))
+    return [f for f in folders if (f / "anat").is_dir() or any(f.glob("ses-*/anat"))]
+
+
+def _by_subject(subjects: Sequence[Path]) -> list[Source]:
+    found = []
+    for subject in subjects:
+        for anat in sorted([*subject.glob("anat"), *subject.glob("ses-*/anat")]):
+            below = anat.parent.relative_to(subject.parent)
+            found.append(Source("_".join(below.parts), anat.parent, subject.parent, BIDS))
+    return found
+
+
+def _by_patterns(root: Path, other_than: Path | None, layout: Layout) -> list[Source]:
+    """The folders, in `root` or one level deeper, that files of a user's layout lie in.
+
+    Raises ValueError if none is there, or naming a folder of volume files that fit no pattern.
+    """
+
+    def fits(folder: Path) -> bool:
+        files = layout.files(folder, root if folder != root else root.parent)
+        return any(files[role] for role in ("flair", "pre", "post"))
+
+    found = []
+    for folder in _folders_in(root, other_than):
+        deeper = _folders_in(folder, other_than)
+        if fits(folder):
+            found.append(folder)
+        elif inner := [each for each in deeper if fits(each)]:
+            found += inner
+        elif _volumes_in(folder) and not _belongs_to_mask(folder, root, layout):
+            found.append(folder)  # what it lacks is said when it is opened
+    if not any(map(fits, found)):
+        if fits(root):
+            return [Source(root.name, root, root.parent, layout)]
+        raise ValueError(
+            f"{root}: no file in a folder of it fits flair={layout.flair[0]}; change --sequences"
+        )
+    return [
+        Source("_".join(folder.relative_to(root).parts), folder, root, layout) for folder in found
+    ]
+
+
+def _belongs_to_mask(folder: Path, root: Path, layout: Layout) -> bool:
+    """Whether a layout's masks lie in this folder, apart from the cases."""
+    return any(f"{{root}}/{folder.relative_to(root)}/" in pattern for pattern in layout.mask)
+
+
+def _folders_in(root: Path, other_than: Path | None) -> list[Path]:
+    folders = [p for p in sorted(root.iterdir()) if p.is_dir() and p.name[0] not in "._"]
+    return [p for p in folders if not other_than or p.resolve() != other_than.resolve()]
 
 
 def _cases_in(root: Path, other_than: Path | None) -> list[Path]:
-    folders = [p for p in sorted(root.iterdir()) if p.is_dir() and p.name[0] not in "._"]
-    folders = [p for p in folders if not other_than or p.resolve() != other_than.resolve()]
+    folders = _folders_in(root, other_than)
     if volumes := _volumes_in(root):
+        if len(volumes) > 1 and _is_one_case(root.resolve()):
+            return [root.resolve()]
         return sorted(volumes + [folder for folder in folders if _holds_case(folder)])
     if not any(map(_holds_case, folders)) and _holds_case(root):
         return [root.resolve()]
     return folders
+
+
+def _is_one_case(folder: Path) -> bool:
+    """Whether the volume files of a folder are one FLAIR and other sequences of it."""
+    try:
+        files = sequences_in(folder, folder.parent)
+    except ValueError:  # two of a kind: the files of several cases
+        return False
+    return files is not None and bool(files["pre"] or files["post"])
 
 
 def _holds_case(folder: Path) -> bool:
@@ -84,25 +193,51 @@ def case_name(path: Path) -> str:
 
 def find_case(path: Path) -> Case:
     """The case in a folder or volume file; ValueError, naming the file, if it is not sound."""
+    return _find(path, path.parent)
+
+
+def _find(path: Path, root: Path, layout: Layout | None = None) -> Case:
+    if layout:
+        return _in_layout(path, sequences_in(path, root, layout))
+    if path.is_dir() and (study := study_in(path)):
+        return _find_study(path, study)
     if is_scan(path):
         return _find_scan(path)
     volumes = _volumes_in(path)
     if not volumes:
         return _find_slices(path)
-    if len(volumes) > 1:
-        raise ValueError(
-            f"{path}: holds {volumes[0].name} and {volumes[1].name}; name its sequences with "
-            "--flair, --pre and --post, or give each case one file of three channels"
-        )
     if _holds_slices(path):
         raise ValueError(f"{path}: holds slices and {volumes[0].name}; move one of them away")
-    return replace(_find_scan(volumes[0]), name=path.name)
+    if len(volumes) == 1:
+        return replace(_find_scan(volumes[0]), name=path.name)
+    if files := sequences_in(path, root):
+        return _in_layout(path, files)
+    raise ValueError(
+        f"{path}: holds {volumes[0].name} and {volumes[1].name}; name its sequences with "
+        "--sequences, or with --flair, --pre and --post, or give each case one file of three "
+        "channels"
+    )
+
+
+def _in_layout(folder: Path, files: dict[str, Path | None]) -> Scan:
+    """The scan whose sequences a layout has found; FLAIR stands in for those it has not."""
+    flair = files["flair"]
+    mask = files["mask"] or _mask_of(flair)
+    return Scan.open(folder.name, [files["pre"] or flair, flair, files["post"] or flair], mask)
 
 
 def find_sequences(flair: Path, pre: Path | None, post: Path | None) -> Scan:
     """The scan whose sequences lie in files of their own, named after FLAIR and its folder."""
     name = f"{flair.resolve().parent.name}_{case_name(flair)}"
     return Scan.open(name, [pre or flair, flair, post or flair], _mask_of(flair))
+
+
+def _find_study(folder: Path, found: Sequence[Series]) -> Scan:
+    """The scan whose sequences are series of a DICOM study; ValueError if that is in doubt."""
+    series, said = sort_study(folder, found)
+    flair = series["FLAIR"].path
+    files = [series[name].path if name in series else flair for name in SEQUENCES]
+    return Scan.open(folder.name, files, _mask_of(folder), chosen=said)
 
 
 def _find_scan(path: Path) -> Scan:

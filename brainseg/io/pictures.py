@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .files import written_whole
+from .files import atomic_write
 
 GREEN, RED = (0, 255, 0), (255, 0, 0)
 
@@ -46,6 +46,26 @@ def outline(
     return pictures
 
 
+def thumbnail(volume: np.ndarray, mask: np.ndarray, side: int = 240) -> bytes:
+    """Draw FLAIR, outlined, at the slice with most of the mask, as a JPEG of `side` pixels at most.
+
+    `volume` is (S, H, W, C), `mask` (S, H, W) bool; of an empty mask, the slice in the middle.
+    """
+    import imageio.v3 as iio
+    from skimage.transform import resize
+
+    areas = mask.sum(axis=(1, 2))
+    k = int(areas.argmax()) if areas.any() else len(areas) // 2
+    picture = outline(to_grey(volume)[k : k + 1], mask[k : k + 1], side=side)[0]
+    height, width = picture.shape[:2]
+    times = min(1.0, side / max(height, width))
+    shape = max(1, round(height * times)), max(1, round(width * times))
+    small = (
+        resize(picture, shape, anti_aliasing=True, preserve_range=True) if times < 1 else picture
+    )
+    return iio.imwrite("<bytes>", np.rint(small).astype(np.uint8), extension=".jpg", quality=80)
+
+
 def montage(pictures: np.ndarray) -> np.ndarray:
     """Pictures (S, H, W, 3) as one, side by side on a grid that is about square."""
     count, height, width, _ = pictures.shape
@@ -61,7 +81,7 @@ def save_gif(path: Path | str, pictures: np.ndarray, seconds: float = 0.12) -> N
     """An endless GIF of pictures (S, H, W, 3), `seconds` a slice."""
     import imageio.v3 as iio
 
-    with written_whole(path) as temporary:
+    with atomic_write(path) as temporary:
         iio.imwrite(temporary, pictures, duration=int(1000 * seconds), loop=0)
 
 
@@ -89,5 +109,5 @@ def save_dsc_figure(path: Path | str, scores: dict[str, float], marked: Sequence
     axes.tick_params(axis="y", labelsize=7, length=0)
     axes.spines[["top", "right", "left"]].set_visible(False)
     figure.legend(loc="outside upper right", ncols=3, frameon=False)
-    with written_whole(path) as temporary:
+    with atomic_write(path) as temporary:
         figure.savefig(temporary, dpi=150)

@@ -7,25 +7,38 @@ import json
 import math
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 
 import imageio.v3 as iio
 import numpy as np
 
-from ..metrics import score
-from .files import naming
+from ..metrics import describe, describe_distances, score
+from ..splits import patient_of
+from .files import name_in_errors
+from .labels import Labels
 from .pictures import outline, save_gif, to_grey
 from .scans import Scan
 from .slices import Case, read_slice
 
 
 def mask_files(case: Case) -> list[Path]:
-    """Where the masks of a case lie, in a folder of predictions: a file a slice, or a scan."""
+    """List where the masks of a case lie in a folder of predictions: a file a slice, or a scan."""
+    return map_files(case, "mask")
+
+
+def map_files(case: Case, kind: str) -> list[Path]:
+    """List where the maps of a kind lie: mask, probability or disagreement."""
     if isinstance(case, Scan):
-        return [Path(f"{case.name}_mask.nii.gz")]
-    return [Path(case.name, f"{case.name}_{number}_mask.tif") for number in case.numbers]
+        return [Path(f"{case.name}_{kind}.nii.gz")]
+    return [Path(case.name, f"{case.name}_{number}_{kind}.tif") for number in case.numbers]
+
+
+def seg_file(case: Case) -> Path:
+    """Name the DICOM Segmentation of a case in a folder of predictions."""
+    return Path(f"{case.name}_seg.dcm")
 
 
 def since(folder: Path, about: dict, keep: bool) -> float:
@@ -42,6 +55,8 @@ def since(folder: Path, about: dict, keep: bool) -> float:
             for name in ("image_size", "threshold", "largest_component", "tta")
             if before["args"][name] != about["args"][name]
         ]
+        if before["args"].get("register", False) != about["args"]["register"]:
+            changed.append(f"register {before['args'].get('register', False)}")
         if list(before["weights"].values()) != list(about["weights"].values()):
             changed.insert(0, f"weights {', '.join(before['weights'])}")
         begun = float(before["since"])
@@ -54,46 +69,68 @@ def since(folder: Path, about: dict, keep: bool) -> float:
             f"{folder}: masks there were made with {', '.join(changed)}; leave "
             "--skip-existing out, or name another folder with --predictions"
         )
-    path.with_name("metrics.csv").unlink(missing_ok=True)
+    for table in ("metrics.csv", "volumes.csv"):
+        path.with_name(table).unlink(missing_ok=True)
     return now
 
 
-def find_masks(folder: Path, case: Case, since: float) -> np.ndarray | None:
-    """The mask (S, H, W) of a case that was written `since` then, if it is there whole."""
+def find_masks(
+    folder: Path, case: Case, since: float, others: Sequence[Path] = ()
+) -> np.ndarray | None:
+    """The mask (S, H, W) of a case that was written `since` then, if it is there whole.
+
+    A mask is written after its source files: where one of these is newer, it is of another image.
+    None as well if one of the `others`, files in `folder` that are wanted beside it, is missing.
+    """
     paths = [folder / file for file in mask_files(case)]
-    if not all(path.is_file() and path.stat().st_mtime >= since for path in paths):
+    wanted = [*paths, *(folder / file for file in others)]
+    if not all(path.is_file() for path in wanted):
+        return None
+    written = min(path.stat().st_mtime for path in wanted)
+    if written < since or any(path.stat().st_mtime >= written for path in case.files):
         return None
     try:
         if isinstance(case, Scan):
-            return replace(case, masks=tuple(paths)).read_mask()
+            return replace(case, masks=tuple(paths), labels=Labels()).read_mask()
         return np.concatenate([read_slice(path)[None, ..., 0] for path in paths]) > 0
     except (ValueError, FileNotFoundError):  # damaged, or of several sizes: made anew
         return None
 
 
 def write_case(
-    folder: Path, case: Case, volume: np.ndarray, mask: np.ndarray, truth: np.ndarray | None
+    folder: Path,
+    case: Case,
+    volume: np.ndarray,
+    mask: np.ndarray,
+    truth: np.ndarray | None,
+    maps: Mapping[str, np.ndarray] = MappingProxyType({}),
 ) -> None:
-    """Write masks, outlined slices and the GIF, each whole; other files of the folder stay.
+    """Write masks, outlined slices, the GIF and maps, each whole; other files of the folder stay.
 
-    `volume` is (S, H, W, C), `mask` and `truth` are (S, H, W), bool.
+    `volume` is (S, H, W, C), `mask` and `truth` are (S, H, W), bool. `maps`, (S, H, W) float32 by
+    their kind (see `map_files`), become float32 files on the grid of the source.
     """
     pictures = outline(to_grey(volume), mask, truth, side=256)
     save_gif(folder / f"{case.name}.gif", pictures)
     own = folder / case.name
     with (
-        naming(own),
+        name_in_errors(own),
         tempfile.TemporaryDirectory(dir=folder, prefix=f".{case.name}-") as scratch,
     ):
         if not isinstance(case, Scan):
             for file, slice_mask in zip(mask_files(case), mask, strict=True):
                 iio.imwrite(Path(scratch, file.name), slice_mask * np.uint8(255))
+            for kind, values in maps.items():
+                for file, plane in zip(map_files(case, kind), values, strict=True):
+                    iio.imwrite(Path(scratch, file.name), plane.astype(np.float32))
         for number, picture in zip(case.numbers, pictures, strict=True):
             iio.imwrite(Path(scratch, f"{case.name}_{number}.png"), picture)
         own.mkdir(exist_ok=True)
         for path in Path(scratch).iterdir():
             path.replace(own / path.name)
     if isinstance(case, Scan):
+        for kind, values in maps.items():
+            case.write_map(folder / map_files(case, kind)[0], values.astype(np.float32))
         case.write_mask(folder / mask_files(case)[0], mask)
 
 
@@ -111,6 +148,31 @@ def table_row(case: Case, mask: np.ndarray, truth: np.ndarray) -> dict:
     }
 
 
+def scores_text(rows: Sequence[dict]) -> str:
+    """Lay out the rows of metrics.csv as a table, and sum up those of patients not trained on."""
+    width = max(len(row["case"]) for row in rows) + 2
+    hd95 = "hd95_mm" if all("hd95_mm" in row for row in rows) else "hd95_px"
+    lines = [
+        f"{'case':{width}}slices   lesion  predicted    DSC    IoU  precision  recall  "
+        f"HD95 {hd95[-2:]}"
+    ]
+    lines += [
+        f"{row['case']:{width}}{row['slices']:6d} {row['lesion_voxels']:8d} "
+        f"{row['predicted_voxels']:10d} {row['dsc']:6.3f} {row['iou']:6.3f} "
+        f"{row['precision']:10.3f} {row['recall']:7.3f} {row[hd95]:8.1f}"
+        f"{'  *' if row['trained_on'] else ''}"
+        for row in rows
+    ]
+    unseen = [row for row in rows if not row["trained_on"]]
+    if len(unseen) < len(rows):
+        lines.append("* of a patient whom the weights were trained on: not counted below")
+    if unseen:
+        patients = [patient_of(row["case"]) for row in unseen]
+        lines.append(describe([row["dsc"] for row in unseen], patients))
+        lines.append(describe_distances(unseen, hd95))
+    return "\n".join(lines)
+
+
 def read_scores(path: Path, names: Iterable[str]) -> dict[str, dict]:
     """By case, `trained_on` (bool) and `names` (float) of a metrics.csv that inference.py wrote.
 
@@ -118,7 +180,7 @@ def read_scores(path: Path, names: Iterable[str]) -> dict[str, dict]:
     """
     wrong = f"{path}: is not a metrics.csv that inference.py wrote"
     try:
-        with naming(path), open(path, newline="", encoding="utf-8") as file:
+        with name_in_errors(path), open(path, newline="", encoding="utf-8") as file:
             lines = list(csv.DictReader(file))
     except (ValueError, csv.Error) as error:
         raise ValueError(wrong) from error

@@ -1,8 +1,8 @@
-"""Scans as hospitals keep them: NIfTI, MetaImage, NRRD and DICOM, read and written by medpy.
+"""Scans as hospitals keep them: NIfTI, MetaImage, NRRD and DICOM, read and written by SimpleITK.
 
 The network has learned axial slices whose columns run to the patient's left, whose rows run to
 the posterior, and whose numbers run upward. A scan of any other orientation is turned that way by
-its header, and its mask is turned back and written on the scan's own grid.
+its header. Sequences on other grids are resampled to FLAIR's, and the mask is on FLAIR's own.
 """
 
 from __future__ import annotations
@@ -13,13 +13,17 @@ import re
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
 
-from .files import written_whole
-from .grid import Grid, damaged, is_nifti, read_fields, read_grid
+from .dicom import SEQUENCES, check_patient, is_dicom, is_series, series_files
+from .files import atomic_write, by
+from .grid import Grid
+from .headers import damaged, is_nifti, read_fields, read_grid
+from .registration import Movement, move, register
 from .slices import Case
 
 SUFFIXES = (".nii.gz", ".nii", ".mha", ".mhd", ".nrrd")
@@ -30,6 +34,8 @@ BYTES = {  # of an element of MetaImage
     **dict.fromkeys(("INT", "UINT", "LONG", "ULONG", "FLOAT"), 4),
     **dict.fromkeys(("LONG_LONG", "ULONG_LONG", "DOUBLE"), 8),
 }
+MOST_ASPECT = 10.0  # of pixels: more is a damaged header
+LEAST_COVERED = 0.5  # of FLAIR's field of view; less is another head, or another space
 
 
 @dataclass(frozen=True)
@@ -37,29 +43,48 @@ class Scan(Case):
     """A case of volume files: `slices` is one, or pre-contrast, FLAIR and post-contrast.
 
     A file of one channel is taken for FLAIR, which also stands in for the sequences that are not
-    there. `masks` is empty or one file on the same grid. A DICOM series is its folder.
+    there. `masks` is empty or one file on FLAIR's grid. A DICOM series is its folder, or one of its
+    files. With `register`, the other sequences are moved to where they fit FLAIR best.
     """
 
     mask_name: ClassVar[str] = "<scan>_mask.nii.gz"
-    grid: Grid
-    channels: int  # of the first file
+    grid: Grid  # FLAIR's
+    channels: int  # of the file of FLAIR
+    register: bool = False
+    chosen: str = ""  # which series of a study were taken
 
     @classmethod
-    def open(cls, name: str, files: Sequence[Path], mask: Path | None = None) -> Scan:
-        """The scan in one file, or in pre-contrast, FLAIR, post-contrast; raises ValueError."""
-        grid, channels = read_grid(files[0])
+    def open(
+        cls, name: str, files: Sequence[Path], mask: Path | None = None, chosen: str = ""
+    ) -> Scan:
+        """Open the scan in one file, or in pre-contrast, FLAIR, post-contrast; no voxel is read.
+
+        Raises ValueError, naming the file, for a header that cannot be trusted or another patient.
+        """
+        flair = files[len(files) // 2]
+        grid, channels = read_grid(flair)
         numbers = tuple(range(1, grid.shape[grid.axes[2]] + 1))
-        return cls(name, numbers, tuple(files), (mask,) if mask else (), grid, channels)
+        masks = (mask,) if mask else ()
+        scan = cls(name, numbers, tuple(files), masks, grid, channels, chosen=chosen)
+        if not 1 / MOST_ASPECT <= scan.aspect <= MOST_ASPECT:
+            raise ValueError(f"{flair}: its axial pixels are {scan._pixels}; correct its header")
+        for path in scan._others.values():
+            check_patient(path, flair)
+        return scan
+
+    @property
+    def flair(self) -> Path:
+        return self.slices[len(self.slices) // 2]
 
     @property
     def folder(self) -> Path:
-        return self.slices[0]
+        return self.flair
 
     @property
     def files(self) -> list[Path]:
         found = []
         for path in self.slices + self.masks:
-            found += sorted(path.iterdir()) if path.is_dir() else [path]
+            found += map(Path, series_files(path)) if is_series(path) else [path]
             if path.suffix.lower() == ".mhd":  # its voxels are in another file
                 found += [p for s in (".raw", ".zraw") if (p := path.with_suffix(s)).exists()]
         return found
@@ -69,55 +94,114 @@ class Scan(Case):
         return tuple(self.grid.spacing[axis] for axis in reversed(self.grid.axes))
 
     @property
+    def _pixels(self) -> str:
+        return "{:.1f} x {:.1f} mm".format(*self.spacing[1:])
+
+    @property
+    def _others(self) -> dict[str, Path]:
+        """The files of the sequences that have one and are not FLAIR, by the sequence's name."""
+        if len(self.slices) == 1:
+            return {}
+        pairs = zip(SEQUENCES, self.slices, strict=True)
+        return {name: path for name, path in pairs if path != self.flair}
+
+    @property
     def notes(self) -> list[str]:
-        notes = []
+        notes = [self.chosen] if self.chosen else []
         if self.channels == 1:
-            pre, flair, post = self.slices if len(self.slices) == 3 else self.slices * 3
-            missing = ["pre-contrast"] * (pre == flair) + ["post-contrast"] * (post == flair)
+            missing = [n for n in SEQUENCES if n != "FLAIR" and n not in self._others]
             if missing:
                 notes.append(f"FLAIR stands in for {' and '.join(missing)}")
-        rows, columns = self.spacing[1:]
-        if max(rows, columns) > 1.5 * min(rows, columns):
+        notes += self.grid.notes
+        if self.aspect != 1:
             notes.append(
-                f"its axial pixels are {rows:.1f} x {columns:.1f} mm, so that the head is squashed "
-                "and the mask will be poor; resample it to square pixels"
+                f"its axial pixels are {self._pixels}; they are resampled to square ones for the "
+                "network, and the mask back to FLAIR's grid"
             )
+        for name, path in self._others.items():
+            grid, _ = read_grid(path)
+            notes += [f"{name}: {note}" for note in grid.notes]
+            if self.register:
+                notes.append(f"{name} was registered to FLAIR: {self.movements[path]}")
+            elif grid.difference(self.grid):
+                spacing = " x ".join(f"{length:.2g}" for length in grid.spacing)
+                notes.append(
+                    f"{name} is on another grid than FLAIR ({by(grid.shape)} voxels of {spacing} "
+                    "mm); it is resampled to FLAIR's"
+                )
         return [f"{self.name}: {note}" for note in notes]
+
+    @cached_property
+    def movements(self) -> dict[Path, Movement]:
+        """How each other sequence is moved to fit FLAIR; raises ValueError if one does not fit."""
+        fixed = self.grid.image(self._channel(self.flair))
+        return {
+            path: register(read_grid(path)[0].image(self._channel(path)), fixed, path)
+            for path in self._others.values()
+        }
 
     def read(self) -> np.ndarray:
         """The volume (S, H, W, C); raises ValueError, naming the file, if one cannot be used."""
-        loaded = {path: self._on_grid(path) for path in dict.fromkeys(self.slices)}
-        for path, voxels in loaded.items():
-            if len(self.slices) > 1 and voxels.shape[3] > 1:
-                raise ValueError(f"{path}: {voxels.shape[3]} channels; give it with --images alone")
-        voxels = np.concatenate([loaded[path] for path in self.slices], axis=3)
-        if voxels.shape[3] == 1:
-            voxels = np.repeat(voxels, 3, axis=3)
+        if len(self.slices) == 1:
+            voxels = read_voxels(self.flair)
+            voxels = np.repeat(voxels, 3, axis=3) if voxels.shape[3] == 1 else voxels
+        else:
+            loaded = {path: self._sequence(path) for path in dict.fromkeys(self.slices)}
+            voxels = np.stack([loaded[path] for path in self.slices], axis=3)
         return np.ascontiguousarray(self.grid.to_axial(voxels))
 
+    def _sequence(self, path: Path) -> np.ndarray:
+        """Read voxels (X, Y, Z) of a sequence, on FLAIR's grid."""
+        voxels = self._channel(path)
+        if path == self.flair:
+            return voxels
+        grid, _ = read_grid(path)
+        if self.register:
+            return move(grid.image(voxels), self.grid, self.movements[path].transform)
+        if not grid.difference(self.grid):
+            return voxels
+        if (covered := self.grid.coverage(grid)) < LEAST_COVERED:
+            raise ValueError(
+                f"{path}: covers {covered:.0%} of {self.flair.name} by its header; are both of one "
+                "session? Else use --register"
+            )
+        return move(grid.image(voxels), self.grid)
+
+    @staticmethod
+    def _channel(path: Path) -> np.ndarray:
+        """Read voxels (X, Y, Z) of a file of one channel; raises ValueError for more."""
+        voxels = read_voxels(path)
+        if voxels.shape[3] > 1:
+            raise ValueError(f"{path}: {voxels.shape[3]} channels; give it with --images alone")
+        return voxels[..., 0]
+
     def read_mask(self) -> np.ndarray:
-        """The mask (S, H, W), bool: true wherever the mask file is above 0."""
+        """The mask (S, H, W), bool: true wherever the mask file holds a label of lesion."""
         (path,) = self.masks
         voxels = self._on_grid(path)
         if voxels.shape[3] > 1 or voxels.min() < 0:
             raise ValueError(f"{path}: is no mask of 0 and 1; give one channel, 0 for background")
-        return np.ascontiguousarray(self.grid.to_axial(voxels)[..., 0] > 0)
+        mask = self.grid.to_axial(voxels)[..., 0]
+        return np.ascontiguousarray(self.labels.lesion(mask, self.name))
 
     def _on_grid(self, path: Path) -> np.ndarray:
         """Voxels (X, Y, Z, C) of a file; ValueError, naming both, if its grid is another."""
-        read_grid(path)[0].check_same(path, self.grid, self.slices[0])
+        read_grid(path)[0].check_same(path, self.grid, self.flair)
         return read_voxels(path)
 
     def write_mask(self, path: Path, mask: np.ndarray) -> None:
         """Write a mask (S, H, W), 0 or 1, on the grid of the scan, whole or not at all."""
-        from medpy.io import Header, save
+        self.write_map(path, mask.astype(np.uint8))
 
-        header = Header(spacing=self.grid.spacing, offset=self.grid.offset)
-        header.direction = self.grid.direction  # given above, medpy 0.5.2 would fail on it
-        voxels = self.grid.from_axial(mask).astype(np.uint8)
-        with written_whole(path) as temporary:
+    def write_map(self, path: Path, values: np.ndarray) -> None:
+        """Write values (S, H, W) of any type on the grid of the scan, whole or not at all."""
+        import SimpleITK
+
+        voxels = np.ascontiguousarray(self.grid.from_axial(values))
+        image = self.grid.image(voxels)
+        with atomic_write(path) as temporary:
             try:
-                save(voxels, str(temporary), header)
+                SimpleITK.WriteImage(image, str(temporary))
                 whole = np.array_equal(read_voxels(temporary)[..., 0], voxels)
             except (RuntimeError, ValueError):
                 whole = False
@@ -134,36 +218,28 @@ def scan_name(path: Path) -> str:
 def is_scan(path: Path) -> bool:
     """Whether a path is a volume file that can be read, or the folder of a DICOM series."""
     if path.is_dir():
-        return any(map(_is_dicom, sorted(path.iterdir())))
+        return any(map(is_dicom, sorted(path.iterdir())))
     return path.name.lower().endswith(SUFFIXES) and path.name[0] != "."
-
-
-def _is_dicom(path: Path) -> bool:
-    """Whether it is a DICOM image; the table of contents of a CD is none."""
-    if not path.is_file() or path.name[0] == "." or path.name.upper() == "DICOMDIR":
-        return False
-    if path.suffix.lower() in (".tif", ".tiff", ".png"):
-        return False
-    with open(path, "rb") as file:
-        return file.read(132)[128:] == b"DICM"
 
 
 def read_voxels(path: Path) -> np.ndarray:
     """The voxels (X, Y, Z, C) of a file; ValueError, naming it, if it cannot be read."""
-    from medpy.io import load
+    import SimpleITK
 
     if is_nifti(path):
         _check_nifti(path, read_fields(path))
     if path.name.lower().endswith((".mha", ".mhd")):
         _check_metaimage(path)
     try:
-        voxels, header = load(str(path))
+        source = series_files(path) if is_series(path) else str(path)
+        image = SimpleITK.ReadImage(source)
     except MemoryError:
         raise
-    except Exception as error:  # SimpleITK raises RuntimeError, medpy its own
+    except RuntimeError as error:
         raise ValueError(damaged(path)) from error
-    if header.sitkimage.GetDimension() == 4:  # medpy takes the last of four axes for its channels
-        voxels = voxels.transpose(3, 0, 1, 2)
+    array = SimpleITK.GetArrayFromImage(image)  # (Z, Y, X), or (Z, Y, X, C), or (C, Z, Y, X)
+    several = image.GetNumberOfComponentsPerPixel() > 1
+    voxels = array.transpose(2, 1, 0, 3) if several and array.ndim == 4 else array.T
     voxels = voxels[..., None] if voxels.ndim == 3 else voxels
     if voxels.dtype.kind == "f" and not np.isfinite(voxels).all():
         raise ValueError(not_finite(path))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import ClassVar
@@ -13,6 +13,7 @@ from typing import ClassVar
 import numpy as np
 
 from .files import by
+from .labels import Labels
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class Case:
     numbers: tuple[int, ...]
     slices: tuple[Path, ...]
     masks: tuple[Path, ...]
+    labels: Labels = field(default_factory=Labels, kw_only=True, compare=False, repr=False)
 
     @property
     def folder(self) -> Path:
@@ -45,6 +47,14 @@ class Case:
         """Millimetres from slice to slice, row to row, column to column; None: not recorded."""
         return None
 
+    @property
+    def aspect(self) -> float:
+        """Height of a pixel over its width; 1 where they differ by 1 % at most, or are unknown."""
+        if not self.spacing:
+            return 1.0
+        ratio = self.spacing[1] / self.spacing[2]
+        return ratio if abs(ratio - 1) > 0.01 else 1.0
+
     def read(self) -> np.ndarray:
         """The volume (S, H, W, C), in the data type of its files.
 
@@ -53,11 +63,11 @@ class Case:
         return _stack([read_slice(path) for path in self.slices], self.slices)
 
     def read_mask(self) -> np.ndarray:
-        """The mask (S, H, W), bool: true wherever a mask file is not 0."""
+        """The mask (S, H, W), bool: true wherever a mask file holds a label of lesion."""
         masks = _stack([read_slice(path) for path in self.masks], self.masks)
         if masks.shape[-1] in (2, 4):  # the last channel is opacity
             masks = masks[..., :-1]
-        return masks.max(axis=-1) > 0
+        return self.labels.lesion(masks.max(axis=-1), self.name)
 
     def read_pair(self) -> tuple[np.ndarray, np.ndarray]:
         """The volume and its mask; raises ValueError if there is none or it has another shape."""

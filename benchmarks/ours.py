@@ -1,0 +1,91 @@
+"""Our training, in parts that benchmarks can time: as train.py sets it up, in one process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from torch import Tensor
+
+from brainseg import training
+from brainseg.devices import has_bfloat16, pick_device
+from brainseg.segmenter import Segmenter
+from dataset import BrainSegmentationDataset, Feed
+from loss import LOSSES
+from train import evaluate, get_args, train_one_epoch, train_step
+from transform import augment_all
+from utils import Interruption
+
+
+@dataclass
+class Training:
+    """A training on a data set, ready for its first step."""
+
+    state: training.TrainState
+    step: Callable[[Tensor, Tensor, int], Tensor]
+    epoch: Callable[[Tensor], float | None]  # trains on slices drawn by weights
+    validate: Callable[[BrainSegmentationDataset], tuple]
+    amp: bool
+
+
+def set_up(options: Sequence[object], dataset: BrainSegmentationDataset) -> Training:
+    """The training that train.py would do with these options."""
+    args, _ = get_args([str(option) for option in options])
+    device = pick_device(args.device)
+    amp = has_bfloat16(device) if args.amp is None else args.amp
+    channels = dataset.in_channels * (2 * args.neighbours + 1)
+    model = training.build_network(
+        args.model, args.seed, None, in_channels=channels, init_features=args.features
+    )
+    model = training.on_device(model, device)
+    ema, slices = bool(args.ema), len(dataset)
+    state = training.new_state(model, args.lr, args.weight_decay, ema, slices, args.batch_size)
+    rate = partial(
+        training.learning_rate,
+        steps=args.epochs * state.steps_per_epoch,
+        peak=args.lr,
+        schedule=args.schedule,
+        warmup=args.warmup,
+    )
+    change = partial(
+        augment_all,
+        scale=args.aug_scale,
+        angle=args.aug_angle,
+        drop=args.drop_sequences,
+        intensity=args.aug_intensity,
+        sequences=dataset.in_channels,
+    )
+    loss = LOSSES[args.loss]
+    step = partial(
+        train_step,
+        state,
+        model,
+        change=change,
+        loss=loss,
+        rate=rate,
+        decay=args.ema,
+        amp=amp,
+        seed=args.seed,
+    )
+    feed = Feed(dataset, device, args.neighbours, args.workers)
+
+    def validate(validation_set: BrainSegmentationDataset) -> tuple:
+        segmenter = Segmenter(
+            state.trained,
+            args.image_size,
+            batch_size=args.batch_size,
+            device=device,
+            amp=amp,
+            neighbours=args.neighbours,
+            version=args.preprocessing,
+        )
+        return evaluate(segmenter, validation_set, loss)
+
+    def epoch(weights: Tensor) -> float | None:
+        state.step, state.loss_sum = 0, 0.0
+        return train_one_epoch(
+            state, step, feed, weights, args.batch_size, args.seed, Interruption()
+        )
+
+    return Training(state, step, epoch, validate, amp)

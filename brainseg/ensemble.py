@@ -1,0 +1,257 @@
+"""Several networks as one, and how good a mask probably is.
+
+An ensemble averages the probabilities of networks that were trained on different patients. Where
+they have to be sure of themselves and of each other, the mask is usually right: `quality` measures
+that on one mask, `fit_expected_dsc` learns from scored cases what DSC to expect of it, and
+`expected_dsc` says it. The fit stands in the weights' card under "expected_dsc".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .weights import load_state, model_from_state, read_card
+
+WARN_BELOW = 0.7  # expected DSC under which a mask is to be looked at with care
+# What `quality` measures, and whether a higher value goes with a better mask.
+FEATURES = {"soft_dice": 1, "certainty": 1, "log_share": 1, "kept": 1, "disagreement": -1}
+LEAST_CASES = 20  # of a fit
+RIDGE, HUBER = 1.0, 0.1  # the ridge weighs as one case does; residuals above HUBER count linearly
+MUST_AGREE = {"preprocessing": 1, "image_size": 256, "neighbours": 0}  # of cards, with defaults
+
+
+class Ensemble(nn.Module):
+    """Networks that are called as one: slices (N, in, H, W) in, probabilities out.
+
+    Gives the average (N, out, H, W); of several networks one channel more, `average`'s deviation.
+    """
+
+    def __init__(self, networks: Sequence[nn.Module]):
+        super().__init__()
+        self.networks = nn.ModuleList(networks)
+        self.settings = networks[0].settings
+        self.stride = max(network.stride for network in networks)  # powers of 2
+
+    def forward(self, slices: Tensor) -> Tensor:
+        return average([net(slices, logits=True).float().sigmoid() for net in self.networks])
+
+
+def networks_of(model: nn.Module) -> list[nn.Module]:
+    """List the networks of an ensemble, or the one network."""
+    return list(model.networks) if isinstance(model, Ensemble) else [model]
+
+
+def load_ensemble(paths: Sequence[Path]) -> tuple[nn.Module, dict]:
+    """Load one network, or several as an `Ensemble`, and the card that they have together.
+
+    Its training cases are those of any member. Raises ValueError, naming the file, for one that
+    cannot be used, has no card, or was trained for another input than the first.
+    """
+    cards = [read_card(path) for path in paths]
+    named = [model_from_state(load_state(path), path) for path in paths]
+    networks = [network for _, network in named]
+    about = {"model": named[0][0], "settings": networks[0].settings}
+    if len(paths) == 1:
+        return networks[0], cards[0] | about
+    check_members(paths, cards, networks)
+    seen = sorted({case for card in cards for case in card.get("cases", {}).get("train", ())})
+    card = {k: v for k, v in cards[0].items() if k not in ("sha256", "scores", "expected_dsc")}
+    card["cases"] = {"train": seen}
+    fits = [card.get("expected_dsc") for card in cards]
+    if fits[0] and all(fit == fits[0] for fit in fits):
+        card["expected_dsc"] = fits[0]
+    return Ensemble(networks), card | about
+
+
+def check_members(
+    paths: Sequence[Path], cards: Sequence[dict], networks: Sequence[nn.Module]
+) -> None:
+    """Raise ValueError, naming the file, unless each takes and gives what the first one does."""
+    for path, card, network in zip(paths, cards, networks, strict=True):
+        _check_member(path, card, network, paths[0], cards[0], networks[0])
+
+
+def _check_member(
+    path: Path, card: dict, network: nn.Module, first: Path, its_card: dict, its: nn.Module
+) -> None:
+    if not card:
+        raise ValueError(
+            f"{path}: has no card (.json), so nothing says that it belongs with {first.name}; "
+            "give it by itself, or take it out of the folder"
+        )
+    pairs = [
+        (name.replace("_", " "), card.get(name, default), its_card.get(name, default))
+        for name, default in MUST_AGREE.items()
+    ] + [(k, network.settings[k], its.settings[k]) for k in ("in_channels", "out_channels")]
+    for name, value, wanted in pairs:
+        if value != wanted:
+            raise ValueError(
+                f"{path}: has {name} {value}, but {first.name} has {wanted}; networks that are "
+                "averaged must agree: take one of them out"
+            )
+
+
+def average(outputs: Sequence[Tensor]) -> Tensor:
+    """Average probabilities (N, K, H, W) of several networks.
+
+    Of more than one, a last channel holds the standard deviation over them of the first channel.
+    """
+    if len(outputs) == 1:
+        return outputs[0]
+    stacked = torch.stack(tuple(outputs))  # (networks, N, K, H, W)
+    mean = stacked.mean(dim=0)
+    deviation = (stacked[:, :, :1] - mean[:, :1]).square().mean(dim=0).sqrt()
+    return torch.cat((mean, deviation), dim=1)
+
+
+def disagreement(probabilities: Tensor, settings: dict) -> float | None:
+    """Measure how far the networks are apart in `average`'s output (S, K + 1, N, N).
+
+    The sum of the deviations over the sum of the probabilities, 0 if all agree; None for the
+    output (S, K, N, N) of one network. `settings` of the network say what K is.
+    """
+    if probabilities.shape[1] == settings["out_channels"]:
+        return None
+    return float(probabilities[:, -1].sum() / probabilities[:, 0].sum().clamp(min=1e-6))
+
+
+def quality(
+    probabilities: np.ndarray, mask: np.ndarray, disagreement: float | None = None
+) -> dict[str, float | None]:
+    """Measure, without the truth, what goes with a good mask.
+
+    `probabilities` and `mask` are (S, H, W), the map and what was made of it; `disagreement` is
+    that of the function above. soft_dice: Dice of map and mask. certainty: mean probability in
+    the mask. log_share: decimal logarithm of its share of the volume. kept: its share of the
+    voxels at 0.5 or more. All are 0 for an empty mask.
+    """
+    probabilities, mask = np.asarray(probabilities), np.asarray(mask, dtype=bool)
+    voxels, inside = int(mask.sum()), float(probabilities[mask].sum(dtype=np.float64))
+    features = {
+        "soft_dice": 2 * inside / max(float(probabilities.sum(dtype=np.float64)) + voxels, 1e-6),
+        "certainty": inside / max(voxels, 1),
+        "log_share": float(np.log10(voxels / mask.size)) if voxels else 0.0,
+        "kept": min(voxels / max(int((probabilities >= 0.5).sum()), 1), 1.0),
+        "disagreement": disagreement,
+        "voxels": voxels,
+    }
+    return features
+
+
+def expected_dsc(features: dict, fit: dict | None) -> tuple[float, float, float] | None:
+    """Predict the DSC of a mask from its `quality`: expected value, and its 80 % interval.
+
+    None without a fit, for an empty mask (right if there is no lesion, which cannot be told), and
+    if the fit needs a feature that is None.
+    """
+    if not fit or not features["voxels"]:
+        return None
+    values = [features.get(name) for name in fit["features"]]
+    if any(value is None for value in values):
+        return None
+    value = _predict(fit, values)
+    low, high = (value + q * _width(value) for q in fit["interval"])
+    return value, max(low, 0.0), min(high, 1.0)
+
+
+def fit_expected_dsc(features: Sequence[dict], dsc: Sequence[float]) -> dict:
+    """Fit a linear regression of the DSC on `quality`, for cases that no network has seen.
+
+    Weights are at least 0 towards better (non-negative least squares with a ridge), so that no
+    small sample can turn a warning into praise. The loss is Huber's, so that one lesion that was
+    missed altogether does not bend the rest. The interval, 80 %, holds quantiles of the
+    leave-one-out residuals over `_width`. Empty masks are left out. ValueError under 20 cases.
+    """
+    pairs = [(f, d) for f, d in zip(features, dsc, strict=True) if f["voxels"]]
+    if len(pairs) < LEAST_CASES:
+        raise ValueError(
+            f"{len(pairs)} case(s) with a mask, and {LEAST_CASES} are needed to learn what DSC to "
+            "expect; choose more with --subset or --images"
+        )
+    names = [n for n in FEATURES if all(f.get(n) is not None for f, _ in pairs)]
+    x = np.array([[f[name] for name in names] for f, _ in pairs], dtype=np.float64)
+    y = np.array([d for _, d in pairs], dtype=np.float64)
+    fit = _regress(names, x, y)
+    predicted = leave_one_out(names, x, y)
+    scaled = (y - predicted) / _width(predicted)
+    fit["interval"] = [float(q) for q in np.quantile(scaled, (0.1, 0.9))]
+    return fit | {"cases": len(y), "empty": len(dsc) - len(y)} | _agreement(predicted, y)
+
+
+def leave_one_out(names: Sequence[str], x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Predict each case (n,) by a regression on the others; `x` is (n, features), `y` (n,)."""
+    others = ~np.eye(len(y), dtype=bool)
+    fits = [_regress(names, x[keep], y[keep]) for keep in others]
+    return np.array([_predict(fit, row) for fit, row in zip(fits, x, strict=True)])
+
+
+def _regress(names: Sequence[str], x: np.ndarray, y: np.ndarray) -> dict:
+    from scipy.optimize import nnls  # slow to import
+
+    mean, deviation, signs = x.mean(axis=0), x.std(axis=0), np.array([FEATURES[n] for n in names])
+    deviation = np.where(deviation > 1e-6, deviation, 1.0)
+    z = (x - mean) / deviation * signs
+    ridge, zeros = np.sqrt(RIDGE) * np.eye(len(names)), np.zeros(len(names))
+    weights, trust = zeros, np.ones(len(y))
+    for _ in range(20):  # iteratively reweighted least squares
+        intercept = np.average(y - z @ weights, weights=trust)
+        root = np.sqrt(trust)
+        target = np.append(root * (y - intercept), zeros)
+        weights, _ = nnls(np.vstack((root[:, None] * z, ridge)), target)
+        trust = HUBER / np.maximum(np.abs(y - intercept - z @ weights), HUBER)
+    return {
+        "features": list(names),
+        "mean": mean.tolist(),
+        "deviation": deviation.tolist(),
+        "weights": (weights * signs).tolist(),
+        "intercept": float(intercept),
+    }
+
+
+def _predict(fit: dict, values: Sequence[float]) -> float:
+    z = (np.asarray(values) - fit["mean"]) / fit["deviation"]
+    return float(np.clip(fit["intercept"] + z @ np.array(fit["weights"]), 0, 1))
+
+
+def _width(value: np.ndarray | float) -> np.ndarray | float:
+    """Scale residuals: the DSC of a mask that is probably good varies less."""
+    return 1.05 - value
+
+
+def _agreement(predicted: np.ndarray, dsc: np.ndarray) -> dict:
+    """Say how well DSCs that were predicted leaving each case out agree with the true ones."""
+    from scipy.stats import spearmanr  # slow to import
+
+    constant = np.ptp(predicted) == 0 or np.ptp(dsc) == 0
+    return {
+        "leave_one_out": {
+            "spearman": None if constant else float(spearmanr(predicted, dsc).statistic),
+            "mean_error": float(np.abs(predicted - dsc).mean()),
+            "poor": int((dsc < WARN_BELOW).sum()),
+            "warned": int(((dsc < WARN_BELOW) & (predicted < WARN_BELOW)).sum()),
+            "false_alarms": int(((dsc >= WARN_BELOW) & (predicted < WARN_BELOW)).sum()),
+            "predicted": [round(float(value), 4) for value in predicted],
+            "dsc": [round(float(value), 4) for value in dsc],
+        }
+    }
+
+
+def quality_warnings(
+    features: dict, expected: tuple[float, float, float] | None, notes: Sequence[str] = ()
+) -> list[str]:
+    """Say in words what calls for a second look; `notes` are those of the `Frame`."""
+    warnings = [f"unusual input: {note}" for note in notes]
+    if not features["voxels"]:
+        warnings.append("the mask is empty: there is no lesion, or it was missed; look at the scan")
+    elif expected and expected[0] < WARN_BELOW:
+        value, low, high = expected
+        warnings.append(
+            f"the mask is probably poor: expected DSC {value:.2f} ({low:.2f} to {high:.2f}); "
+            "check it against the scan"
+        )
+    return warnings

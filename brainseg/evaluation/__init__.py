@@ -1,0 +1,1 @@
+"""Scores of several models on the same cases, compared, and the report."""

@@ -1,0 +1,68 @@
+"""Learn from scored cases what DSC to expect of a mask, and put it in the cards of the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..ensemble import FEATURES, WARN_BELOW, fit_expected_dsc
+from ..io.files import atomic_write, write_json
+from ..weights import read_card
+from .scoring import Model
+
+
+def check_can_fit(models: Sequence[Model]) -> None:
+    """Raise ValueError unless there is one model, and weights whose cards can take a fit."""
+    if len(models) > 1:
+        raise ValueError("--fit-expected-dsc is for one model; give one of --weights")
+    if not all(network.file.suffix == ".pt" for network in models[0].networks) or models[0].scores:
+        raise ValueError(
+            f"{models[0].path}: --fit-expected-dsc needs weights (.pt); fit them, then export them"
+        )
+    for network in models[0].networks:
+        if "train" not in read_card(network.file).get("cases", {}):
+            raise ValueError(
+                f"{network.file}: no card says what it was trained on, and the expected DSC can "
+                "only be learnt from other cases; put the card that train.py wrote beside it"
+            )
+
+
+def fit_and_save(model: Model, rows: Sequence[dict], figure: Path, about: dict) -> str:
+    """Fit on the rows of scores.csv; write the cards and the figure; what to say of it.
+
+    `about` goes into the cards too. Raises ValueError for too few cases.
+    """
+    features = [
+        {name: row[name] for name in FEATURES} | {"voxels": row["predicted_voxels"]} for row in rows
+    ]
+    fit = fit_expected_dsc(features, [row["dsc"] for row in rows])
+    scores = fit["leave_one_out"]
+    predicted, true = scores.pop("predicted"), scores.pop("dsc")
+    save_scatter(figure, predicted, true)
+    for network in model.networks:
+        card = read_card(network.file) | {"expected_dsc": fit | about}
+        write_json(network.file.with_suffix(".json"), card)
+    rank = "undefined" if scores["spearman"] is None else f"{scores['spearman']:.2f}"
+    empty = f", {fit['empty']} empty mask(s) left out" if fit["empty"] else ""
+    return (
+        f"expected DSC, fitted on {fit['cases']} cases{empty}; leaving each case out: rank "
+        f"correlation (Spearman) {rank}, mean error {scores['mean_error']:.3f}, "
+        f"{scores['warned']} of {scores['poor']} masks under {WARN_BELOW} are warned of, "
+        f"with {scores['false_alarms']} false alarms; in the card of {len(model.networks)} file(s)"
+    )
+
+
+def save_scatter(path: Path, expected: Sequence[float], true: Sequence[float]) -> None:
+    """Draw the true DSC of every case over the expected one."""
+    from matplotlib.figure import Figure  # slow to import
+
+    figure = Figure(figsize=(5, 5), layout="constrained")
+    axes = figure.subplots()
+    axes.plot([0, 1], [0, 1], color="0.8", zorder=0)
+    for line in (axes.axvline, axes.axhline):
+        line(WARN_BELOW, color="0.8", linestyle="--", zorder=0)
+    axes.scatter(expected, true, s=16)
+    axes.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
+    axes.set(xlabel="expected DSC, fitted on the other cases", ylabel="DSC")
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, dpi=120, metadata={"Software": None})

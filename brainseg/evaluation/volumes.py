@@ -1,0 +1,172 @@
+"""What was found in each case of a run, and which masks to look at first; no true mask needed."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from ..ensemble import WARN_BELOW
+from ..io.files import write_table
+from ..io.slices import Case
+from ..preprocess import SEQUENCES, missing_sequences
+from ..splits import patient_of
+from .page import Table
+
+LARGEST = 3  # components that have columns of their own
+PRINTED = 20  # lines; the file has all
+TEXTS = ("case", "patient", "sequences", "replaced", "warning")  # columns; others are numbers
+
+
+def volume_row(
+    case: Case,
+    volume: np.ndarray,
+    mask: np.ndarray,
+    expected: tuple[float, float, float] | None = None,
+    warnings: Sequence[str] = (),
+) -> dict:
+    """Make the line of volumes.csv for a case; summary.json of the server holds the same.
+
+    `volume` is (S, H, W, C), `mask` (S, H, W) bool, `expected` the DSC to expect of the mask and
+    its interval, `warnings` a sentence each. What is not known is None: millilitres without a
+    spacing, components that are not there, a DSC that cannot be told.
+    """
+    spacing, sizes = case.spacing, component_sizes(mask)
+    names = SEQUENCES.get(volume.shape[-1], ())
+    missing = missing_sequences(volume)
+    replaced = [name for name in names if name in missing.split(" and ")]
+    warnings = [*warnings, *edge_warnings(mask)]
+    if replaced and not any("stands in" in warning for warning in warnings):
+        warnings.append(f"FLAIR stands in for {' and '.join(replaced)}")
+
+    def ml(voxels: int | None) -> float | None:
+        known = spacing is not None and voxels is not None
+        return voxels * math.prod(spacing) / 1000 if known else None
+
+    row = {
+        "case": case.name,
+        "patient": patient_of(case.name),
+        "slices": len(mask),
+        "sequences": ", ".join(name for name in names if name not in replaced),
+        "replaced": ", ".join(replaced),
+        "lesion_voxels": int(mask.sum()),
+        "lesion_ml": ml(int(mask.sum())),
+        "components": len(sizes),
+    }
+    for k in range(LARGEST):
+        size = sizes[k] if k < len(sizes) else None
+        row |= {f"component_{k + 1}_voxels": size, f"component_{k + 1}_ml": ml(size)}
+    row["slices_touched"] = [case.numbers[k] for k in np.flatnonzero(mask.any(axis=(1, 2)))]
+    columns = ("expected_dsc", "expected_dsc_low", "expected_dsc_high")
+    row |= zip(columns, expected or (None, None, None), strict=True)
+    return row | {"warning": "; ".join(warnings)}
+
+
+def component_sizes(mask: np.ndarray) -> list[int]:
+    """Count the voxels of each component (26 neighbours) of a mask (S, H, W), largest first."""
+    from skimage.measure import label
+
+    if not mask.any():
+        return []
+    box = tuple(slice(places.min(), places.max() + 1) for places in np.nonzero(mask))
+    return sorted(np.bincount(label(mask[box]).ravel())[1:].tolist(), reverse=True)
+
+
+def edge_warnings(mask: np.ndarray) -> list[str]:
+    """Say that the lesion goes on where the scan ends, if it does on either side."""
+    ends = [name for name, k in (("first", 0), ("last", -1)) if len(mask) > 1 and mask[k].any()]
+    return [f"the lesion reaches the {' and the '.join(ends)} slice"] if ends else []
+
+
+def by_need(rows: Sequence[dict]) -> list[dict]:
+    """Sort so that the cases that need a look come first: warned, then by expected DSC."""
+
+    def need(row: dict) -> tuple:
+        expected = row["expected_dsc"]
+        return not row["warning"], 1.0 if expected is None else expected, row["case"]
+
+    return sorted(rows, key=need)
+
+
+def write_volumes(path: Path, rows: Sequence[dict]) -> None:
+    """Write volumes.csv; the slices that a lesion touches are numbers with a space between."""
+    write_table(path, [row | {"slices_touched": _spaced(row["slices_touched"])} for row in rows])
+
+
+def _spaced(numbers: Sequence[int]) -> str:
+    return " ".join(map(str, numbers))
+
+
+def read_volumes(path: Path) -> dict[str, dict]:
+    """Read the rows of a volumes.csv by case; empty if it is not there, or not one."""
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = {line["case"]: _parsed(line) for line in csv.DictReader(file)}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, csv.Error):
+        return {}
+    return rows
+
+
+def _parsed(line: dict[str, str]) -> dict:
+    row = {name: text if name in TEXTS else _number(text) for name, text in line.items()}
+    touched = [int(number) for number in line["slices_touched"].split()]
+    return row | {"slices_touched": touched}
+
+
+def _number(text: str) -> float | int | str | None:
+    if not text:
+        return None
+    try:
+        return int(text) if text.isdecimal() else float(text)
+    except ValueError:  # slices_touched
+        return text
+
+
+def volumes_table(rows: Sequence[dict], path: Path) -> Table:
+    """Make the short table that a run prints, of at most PRINTED cases; `path` holds all."""
+    ordered = by_need(rows)
+    warned = sum(bool(row["warning"]) for row in rows)
+    notes = []
+    if len(ordered) > PRINTED:
+        notes.append(f"... and {len(ordered) - PRINTED} more in {path}")
+    if rows and all(row["expected_dsc"] is None and row["lesion_voxels"] for row in rows):
+        notes.append("No expected DSC: the weights have no fit for it in their card.")
+    return Table(
+        f"{len(rows)} cases, {warned} of them need a look" if warned else f"{len(rows)} cases",
+        ["case", "slices", "lesion", "parts", "expected DSC", "needs a look because"],
+        [
+            [
+                row["case"],
+                str(row["slices"]),
+                shown_size(row),
+                str(row["components"]),
+                shown_expected(row),
+                row["warning"],
+            ]
+            for row in ordered[:PRINTED]
+        ],
+        "\n".join(notes),
+        left=(0, 5),
+    )
+
+
+def shown_size(row: dict) -> str:
+    """Say how large a lesion is: in millilitres, or voxels where the spacing is not known."""
+    ml = row["lesion_ml"]
+    return f"{row['lesion_voxels']} vx" if ml is None else f"{ml:.1f} ml"
+
+
+def shown_expected(row: dict) -> str:
+    """Say what DSC to expect, with its interval."""
+    if row["expected_dsc"] is None:
+        return "-"
+    low, high = row["expected_dsc_low"], row["expected_dsc_high"]
+    return f"{row['expected_dsc']:.2f} ({low:.2f} to {high:.2f})"
+
+
+def is_poor(row: dict) -> bool:
+    """Tell whether the mask is probably poor."""
+    return row["expected_dsc"] is not None and row["expected_dsc"] < WARN_BELOW

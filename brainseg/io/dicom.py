@@ -1,0 +1,252 @@
+"""DICOM: the series of a folder, the grid of a series, and a study sorted into sequences."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from .grid import Grid
+from .headers import fields, read_fields, read_information
+
+SEQUENCES = ("pre-contrast", "FLAIR", "post-contrast")
+# Words of a SeriesDescription.
+FLAIR = re.compile(r"flair|dark.?fluid", re.I)
+T1 = re.compile(r"(?<![a-z0-9])t1|mprage|(?<![a-z])(bravo|f?spgr|vibe)", re.I)
+OTHER = re.compile(
+    r"(?<![a-z])(loc|scout|survey|dwi|diff|adc|trace|swi|swan|tof|mr[av](?![a-z])|angio|perf|dsc|dce"
+    r"|asl|cb[fv]|sub|mip|map|stir|dti|fmri|bold|spectro|report|screen)",
+    re.I,
+)
+AGENT = r"(contrast|gad\w*|gd|km)"
+BEFORE = re.compile(
+    rf"(?<![a-z])((pre|nativ\w*|without|w/o)[-_ .]*{AGENT}?|non?[-_ .]*{AGENT})", re.I
+)
+AFTER = re.compile(
+    rf"post|{AGENT}|[+&] ?c(?![a-z])|(?<![a-z])(c\+|ce(?![a-z]))|t1.?(ce?)(?![a-z])", re.I
+)
+NO_AGENT = {"", "none", "no", "n", "0", "no contrast", "without"}
+
+
+@dataclass(frozen=True)
+class Series:
+    """A DICOM series: where it lies and what the header of its first image says."""
+
+    path: Path  # its folder, or its first file where the folder holds other series as well
+    field: dict[str, str]
+    images: int
+
+    def text(self, tag: str) -> str:
+        return self.field.get(tag, "").strip(" \0")
+
+    def number(self, tag: str) -> float | None:
+        try:
+            return float(self.text(tag).split("\\")[0])
+        except ValueError:
+            return None
+
+    @property
+    def patient(self) -> str:
+        return self.text("0010|0020")
+
+    @property
+    def study(self) -> str:
+        return self.text("0020|000d")
+
+    @property
+    def description(self) -> str:
+        return self.text("0008|103e") or self.text("0018|1030") or "no description"
+
+    def __str__(self) -> str:
+        times = {"TE": self.number("0018|0081"), "TI": self.number("0018|0082")}
+        known = [f"{name} {value:g}" for name, value in times.items() if value]
+        agent = [f"agent {self.text('0018|0010')}"] if self.has_agent else []
+        about = ", ".join([f"{self.images} images", *known, *agent])
+        return f"{self.path.name} = {self.description!r} ({about})"
+
+    @property
+    def has_agent(self) -> bool:
+        return self.text("0018|0010").lower() not in NO_AGENT
+
+    @cached_property
+    def sequence(self) -> str:
+        """Which of SEQUENCES it is, "other", or "doubtful" where description and times disagree.
+
+        A FLAIR nulls CSF by an inversion of some 2 s before a long echo; "T1 FLAIR" is a T1 with
+        an inversion of less than a second. What has no description goes by its times alone.
+        """
+        words, echo, inversion = (
+            self.description,
+            self.number("0018|0081"),
+            self.number("0018|0082"),
+        )
+        is_t1, is_flair = bool(T1.search(words)), bool(FLAIR.search(words))
+        long_echo, nulls_csf = (echo or 0) >= 60, (inversion or 0) >= 1400
+        if OTHER.search(words):
+            return "other"
+        if is_flair and not is_t1:
+            short = echo is not None and not long_echo
+            short_inversion = inversion is not None and inversion > 0 and not nulls_csf
+            return "doubtful" if short or short_inversion else "FLAIR"
+        if is_t1:
+            if long_echo or nulls_csf:
+                return "doubtful"
+            before = bool(BEFORE.search(words))
+            after = bool(AFTER.search(BEFORE.sub(" ", words))) or self.has_agent
+            if before and after:
+                return "doubtful"
+            return "post-contrast" if after else "pre-contrast"
+        if long_echo and nulls_csf:
+            return "FLAIR"
+        if words == "no description" and echo and not nulls_csf and not long_echo:
+            return "doubtful"  # T1, proton density or susceptibility
+        return "other"
+
+
+def is_dicom(path: Path) -> bool:
+    """Tell whether a file is a DICOM image; the table of contents of a CD is none."""
+    if not path.is_file() or path.name[0] == "." or path.name.upper() == "DICOMDIR":
+        return False
+    if path.name.lower().endswith(
+        (".tif", ".tiff", ".png", ".gz", ".nii", ".nrrd", ".mha", ".mhd")
+    ):
+        return False
+    with open(path, "rb") as file:
+        return file.read(132)[128:] == b"DICM"
+
+
+def is_series(path: Path) -> bool:
+    """Tell whether a path stands for a DICOM series: its folder, or one of its files."""
+    return path.is_dir() or is_dicom(path)
+
+
+def series_in(folder: Path) -> list[Series]:
+    """Find the MR series whose files lie in a folder, in the order of their numbers."""
+    import SimpleITK
+
+    SimpleITK.ProcessObject.SetGlobalWarningDisplay(False)
+    reader = SimpleITK.ImageSeriesReader
+    found = []
+    for identity in reader.GetGDCMSeriesIDs(str(folder)):
+        files = reader.GetGDCMSeriesFileNames(str(folder), identity)
+        if files:
+            found.append((Path(files[0]), len(files)))
+    series = [
+        Series(folder if len(found) == 1 else first, read_fields(first), count)
+        for first, count in found
+    ]
+    series = [one for one in series if one.text("0008|0060") in ("MR", "")]
+    return sorted(series, key=lambda one: (one.number("0020|0011") or 0, str(one.path)))
+
+
+def study_in(folder: Path) -> list[Series]:
+    """List the series of the one study in a folder and the folders in it; none if it is no study.
+
+    A study has two series at least. Folders of several studies are cases.
+    """
+    inner = [path for path in sorted(folder.iterdir()) if path.is_dir() and path.name[0] != "."]
+    firsts = [next(filter(is_dicom, sorted(path.iterdir())), None) for path in inner]
+    if any(is_dicom(path) for path in folder.iterdir()):
+        inner, firsts = [folder], []
+    elif sum(map(bool, firsts)) < 2:
+        return []
+    studies = {read_fields(first).get("0020|000d", "").strip(" \0") for first in firsts if first}
+    if len(studies) > 1:
+        return []
+    found = [series for path in inner for series in series_in(path)]
+    return found if len(found) > 1 else []
+
+
+def sort_study(folder: Path, found: Sequence[Series]) -> tuple[dict[str, Series], str]:
+    """Choose FLAIR, pre- and post-contrast T1 of a study, and say what was chosen.
+
+    Raises ValueError, listing the series, for two of a kind, none of FLAIR, or any doubt.
+    """
+    kinds = {name: [one for one in found if one.sequence == name] for name in SEQUENCES}
+    wrong = [f"{len(kinds[name])} {name} series" for name in SEQUENCES if len(kinds[name]) > 1]
+    if not kinds["FLAIR"]:
+        wrong.append("no FLAIR series")
+    wrong += [f"{one.path.name} is doubtful" for one in found if one.sequence == "doubtful"]
+    if wrong:
+        listed = "; ".join(map(str, found))
+        raise ValueError(
+            f"{folder}: {' and '.join(wrong)}; name them with --flair, --pre and --post. "
+            f"It holds {listed}"
+        )
+    chosen = {name: series[0] for name, series in kinds.items() if series}
+    said = ", ".join(f"{name} is {series.description!r}" for name, series in chosen.items())
+    if left := [repr(one.description) for one in found if one.sequence == "other"]:
+        said += f"; left out: {', '.join(left)}"
+    return chosen, said
+
+
+def check_patient(path: Path, flair: Path) -> None:
+    """Raise ValueError if two DICOM series name two patients."""
+    if not (is_series(path) and is_series(flair)):
+        return
+    one, other = (
+        read_fields(Path(series_files(series)[0])).get("0010|0020", "").strip(" \0")
+        for series in (path, flair)
+    )
+    if one != other:
+        raise ValueError(
+            f"{path}: PatientID {one!r}, but {flair.name} has {other!r}; give sequences of one "
+            "patient"
+        )
+
+
+def series_grid(path: Path) -> Grid:
+    """Read the grid of a DICOM series; ValueError unless its slices are one regular stack."""
+    files = series_files(path)
+    stack = [read_information(file) for file in files]
+    first = stack[0]
+    normal = np.reshape(first.GetDirection(), (3, 3))[:, 2]
+    heights = [float(normal @ info.GetOrigin()) for info in stack]
+    steps = np.diff(heights)
+    for k, info in enumerate(stack):
+        name = Path(files[k]).name
+        if "MOSAIC" in fields(info).get("0008|0008", ""):
+            raise ValueError(f"{path}: {name} is a mosaic of slices; convert it with dcm2niix")
+        same = np.allclose(info.GetDirection(), first.GetDirection(), atol=1e-3)
+        if not same or info.GetSize() != first.GetSize():
+            raise ValueError(f"{path}: {name} lies in another plane than the other slices")
+        if k and abs(steps[k - 1] - np.median(steps)) > 0.01 * abs(np.median(steps)) + 1e-3:
+            raise ValueError(
+                f"{path}: {name} is {steps[k - 1]:.2f} mm from its neighbour, others "
+                f"{np.median(steps):.2f}; a slice is missing, or there twice: export it again"
+            )
+    thickness = float(np.median(steps)) if len(steps) else first.GetSpacing()[2]
+    if thickness <= 0:
+        raise ValueError(f"{path}: its slices lie at one place; give each image a folder")
+    shape = (*first.GetSize()[:2], len(files))
+    spacing = (*first.GetSpacing()[:2], thickness)
+    return Grid(shape, spacing, first.GetOrigin(), np.reshape(first.GetDirection(), (3, 3)))
+
+
+def series_files(path: Path) -> Sequence[str]:
+    """List the files of a DICOM series in the order of their positions.
+
+    `path` is the folder of the one series, or a file of it. Raises ValueError.
+    """
+    import SimpleITK
+
+    SimpleITK.ProcessObject.SetGlobalWarningDisplay(False)
+    folder = path if path.is_dir() else path.parent
+    reader = SimpleITK.ImageSeriesReader
+    found = reader.GetGDCMSeriesIDs(str(folder))
+    if not found:
+        raise ValueError(f"{folder}: holds no DICOM series; give the folder of one")
+    if path.is_dir() and len(found) > 1:
+        raise ValueError(
+            f"{folder}: holds {len(found)} DICOM series; name a file of the right one, or give "
+            "each a folder"
+        )
+    for identity in found:
+        files = reader.GetGDCMSeriesFileNames(str(folder), identity)
+        if path.is_dir() or str(path) in files:
+            return files
+    raise ValueError(f"{path}: belongs to no DICOM series; give the folder of one")

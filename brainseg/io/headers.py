@@ -1,0 +1,132 @@
+"""What the header of a volume file or DICOM series says of its grid, if it can be trusted."""
+
+from __future__ import annotations
+
+import gzip
+import struct
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from .grid import Grid
+
+UNITS = {1: 1000.0, 3: 0.001}  # millimetres in a metre and a micron: codes of NIfTI's xyzt_units
+
+
+def read_grid(path: Path) -> tuple[Grid, int]:
+    """Read grid and number of channels of a file, but no voxel; ValueError if unusable.
+
+    A folder, or a DICOM file without a suffix of a volume, stands for a DICOM series.
+    """
+    from .dicom import is_series, series_grid  # which imports this module
+
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file")
+    if is_series(path):
+        return series_grid(path), 1
+    info = read_information(path)
+    dimension = info.GetDimension()
+    if dimension not in (3, 4):
+        raise ValueError(f"{path}: {dimension} axes; a volume has 3, and channels at most")
+    size = info.GetSize()
+    channels = size[3] if dimension == 4 else info.GetNumberOfComponents()
+    direction = np.reshape(info.GetDirection(), (dimension, dimension))[:3, :3]
+    grid = Grid(size[:3], info.GetSpacing()[:3], info.GetOrigin()[:3], direction)
+    return (_nifti_grid(path, fields(info), grid) if is_nifti(path) else grid), channels
+
+
+def is_nifti(path: Path) -> bool:
+    return path.name.lower().endswith((".nii", ".nii.gz"))
+
+
+def read_information(path: Path) -> object:
+    """Return SimpleITK's reader of a file, its header read; raises ValueError."""
+    import SimpleITK
+
+    SimpleITK.ProcessObject.SetGlobalWarningDisplay(False)
+    reader = SimpleITK.ImageFileReader()
+    reader.SetFileName(str(path))
+    try:
+        reader.ReadImageInformation()
+    except RuntimeError as error:
+        if "orthonormal" in str(error):
+            raise ValueError(f"{path}: its axes are not at right angles; resample it") from error
+        raise ValueError(damaged(path)) from error
+    return reader
+
+
+def damaged(path: Path) -> str:
+    return f"{path}: not a readable volume, or cut short; export it again"
+
+
+def read_fields(path: Path) -> dict[str, str]:
+    """Read what the header of a file says, by name; raises ValueError."""
+    return fields(read_information(path))
+
+
+def fields(info: object) -> dict[str, str]:
+    return {key: info.GetMetaData(key) for key in info.GetMetaDataKeys()}
+
+
+def _nifti_grid(path: Path, field: dict[str, str], grid: Grid) -> Grid:
+    """Return the grid of the sform if there is one, as nibabel does, else that of the qform.
+
+    ITK takes the one or the other by their codes. Raises ValueError if there is none, or the
+    axes of the sform are not at right angles.
+    """
+    codes = {name: field.get(f"{name}_code", "0") for name in ("sform", "qform")}
+    if set(codes.values()) == {"0"}:
+        raise ValueError(f"{path}: its header gives no orientation; set its sform or qform")
+    if codes["sform"] == "0":
+        return grid
+    sform = np.array([field[f"srow_{row}"].split() for row in "xyz"], dtype=float)  # (3, 4)
+    unit = UNITS.get(int(field.get("xyzt_units", 2)) & 7, 1.0)
+    sform[:2] *= -1  # NIfTI counts to the right and to the front
+    sform *= unit
+    if not _same(sform, np.column_stack((grid.direction * grid.spacing, grid.offset))):
+        spacing = np.linalg.norm(sform[:, :3], axis=0)
+        if not (np.isfinite(sform).all() and (spacing > 0).all()):
+            raise ValueError(f"{path}: its sform is damaged; copy its qform to it")
+        direction = sform[:, :3] / spacing
+        if not np.allclose(direction.T @ direction, np.eye(3), atol=1e-3):
+            raise ValueError(f"{path}: its axes are not at right angles; resample it")
+        grid = Grid(grid.shape, tuple(spacing.tolist()), tuple(sform[:, 3].tolist()), direction)
+    if codes["qform"] != "0" and not _same(sform, _qform(path, field) * unit):
+        grid = replace(grid, notes=("its sform and qform disagree; the sform was taken",))
+    return grid
+
+
+def _qform(path: Path, field: dict[str, str]) -> np.ndarray:
+    """Return the matrix (3, 4) of a NIfTI header's quaternion, to the left and the back.
+
+    https://nifti.nimh.nih.gov/pub/dist/src/niftilib/nifti1.h, method 2.
+    """
+    b, c, d = (float(field[f"quatern_{name}"]) for name in "bcd")
+    a = max(0.0, 1 - b * b - c * c - d * d) ** 0.5
+    turn = np.array(
+        [
+            [a * a + b * b - c * c - d * d, 2 * (b * c - a * d), 2 * (b * d + a * c)],
+            [2 * (b * c + a * d), a * a + c * c - b * b - d * d, 2 * (c * d - a * b)],
+            [2 * (b * d - a * c), 2 * (c * d + a * b), a * a + d * d - b * b - c * c],
+        ]
+    )
+    turn *= [float(field[f"pixdim[{k}]"]) for k in (1, 2, 3)]
+    turn[:, 2] *= -1 if _handedness(path) < 0 else 1
+    offset = [float(field[f"qoffset_{name}"]) for name in "xyz"]
+    qform = np.column_stack((turn, offset))
+    qform[:2] *= -1
+    return qform
+
+
+def _same(one: np.ndarray, other: np.ndarray) -> bool:
+    return np.allclose(one, other, atol=1e-2)
+
+
+def _handedness(path: Path) -> float:
+    """Read pixdim[0] of a NIfTI file, which the reader of its other fields leaves out."""
+    with gzip.open(path) if path.name.lower().endswith(".gz") else open(path, "rb") as file:
+        head = file.read(112)
+    order = "<" if head[:2] in (b"\x5c\x01", b"\x1c\x02") else ">"  # 348 or 540: NIfTI-1 or -2
+    old = 348 in struct.unpack("<i4x", head[:8]) + struct.unpack(">i4x", head[:8])
+    return struct.unpack_from(order + ("f" if old else "d"), head, 76 if old else 104)[0]

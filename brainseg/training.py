@@ -1,0 +1,212 @@
+"""What a training carries from step to step: its network, state, schedule and average."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from .distributed import shard_of_batch, world_size
+from .weights import build_model, initialise, load_tensors, save_tensors
+
+CHECKPOINT = set("args model ema optimizer epoch step loss_sum best cases".split())
+PROGRESS = ("epoch", "step", "loss_sum", "best")
+
+
+@dataclass
+class TrainState:
+    """What changes during training; a checkpoint holds all of it."""
+
+    model: nn.Module
+    ema: nn.Module | None  # exponential moving average of the model
+    optimizer: torch.optim.Optimizer
+    slices: int  # per epoch
+    batch_size: int
+    epoch: int = 0  # finished epochs
+    step: int = 0  # finished steps of the current epoch
+    loss_sum: float = 0.0  # over the slices of these steps
+    best: float = -1.0  # mean DSC; any first epoch is better, so that something is always kept
+
+    @property
+    def trained(self) -> nn.Module:
+        """The network to validate and to keep: the moving average if there is one."""
+        return self.ema or self.model
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return math.ceil(self.slices / self.batch_size)
+
+    @property
+    def global_step(self) -> int:
+        return self.epoch * self.steps_per_epoch + self.step
+
+    def save(self, path: Path, **about: object) -> None:
+        """Write a checkpoint, with what else `load_checkpoint` shall give; raises OSError."""
+        content = {
+            "model": self.model.state_dict(),
+            "ema": self.ema.state_dict() if self.ema else None,
+            "optimizer": self.optimizer.state_dict(),
+            **{name: getattr(self, name) for name in PROGRESS},
+        }
+        save_tensors(path, content | about)
+
+    def load(self, checkpoint: dict, cases: list[str], images: Path) -> None:
+        """Go on from a checkpoint; ValueError if it is of other training cases or channels."""
+        if checkpoint["cases"] != cases:
+            raise ValueError(f"{images}: not the training cases of the checkpoint")
+        try:
+            self.model.load_state_dict(checkpoint["model"])
+        except RuntimeError as error:
+            raise ValueError(f"{images}: slices of other channels than before") from error
+        if self.ema:
+            average = {k.removeprefix("module."): v for k, v in checkpoint["ema"].items()}
+            average.pop("n_averaged", None)  # of checkpoints before version 2 of preprocessing
+            self.ema.load_state_dict(average)
+        self.optimizer.load_state_dict(checkpoint["optimizer"])
+        for name in PROGRESS:
+            setattr(self, name, checkpoint[name])
+
+
+def new_state(
+    model: nn.Module, lr: float, weight_decay: float, ema: bool, slices: int, batch_size: int
+) -> TrainState:
+    """The state of a training before its first step, of `slices` per epoch."""
+    average = copy.deepcopy(model) if ema else None
+    parameters = model.parameters()
+    adam = torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, fused=True)
+    return TrainState(model, average, adam, slices, batch_size)
+
+
+def load_checkpoint(path: Path) -> dict:
+    """The content of a checkpoint; FileNotFoundError or ValueError, naming it, if it is none."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: nothing to resume from; start without --resume")
+    checkpoint = load_tensors(path)
+    if not CHECKPOINT <= checkpoint.keys():
+        raise ValueError(f"{path}: is not a training checkpoint of this version")
+    return checkpoint
+
+
+def learning_rate(step: int, steps: int, peak: float, schedule: str, warmup: int) -> float:
+    """Linear warm-up, then constant or half a cosine down to 0 at the last of all `steps`."""
+    warm = min(1.0, (step + 1) / max(warmup, 1))
+    if schedule == "constant":
+        return peak * warm
+    return peak * warm * 0.5 * (1 + math.cos(math.pi * (step / steps)))
+
+
+@torch.no_grad()
+def update_average(average: nn.Module, model: nn.Module, decay: float, step: int) -> None:
+    """Move the exponential moving average of a model's weights and statistics towards it.
+
+    The decay rises to `decay` as (1 + step) / (10 + step), as in TensorFlow's
+    ExponentialMovingAverage, so that the random weights of the start are soon forgotten.
+    """
+    decay = min(decay, (1 + step) / (10 + step))
+    pairs = list(zip(average.state_dict().values(), model.state_dict().values(), strict=True))
+    averages, values = zip(*[pair for pair in pairs if pair[0].is_floating_point()], strict=True)
+    torch._foreach_lerp_(averages, values, 1 - decay)
+    for mean, value in pairs:
+        if not mean.is_floating_point():  # how many batches batch norm has seen
+            mean.copy_(value)
+
+
+def compile_ahead(
+    model: nn.Module,
+    sizes: Sequence[int],
+    image_size: int,
+    amp: bool,
+    device: torch.device,
+) -> nn.Module:
+    """The network compiled for these global batch sizes, so that no step waits for it.
+
+    The model's weights and statistics stay as they are. Raises ValueError if it cannot be compiled.
+    """
+    start = time.perf_counter()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    network = torch.compile(model, dynamic=False)
+    model.train()
+    for size in sizes:
+        own = len(shard_of_batch(range(size)))
+        images = torch.zeros((own, model.settings["in_channels"], image_size, image_size))
+        images = images.to(device, memory_format=torch.channels_last)
+        try:
+            with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+                network(images, logits=True).sum().backward()
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            reason = str(getattr(error, "inner_exception", error)).strip().split("\n")[0]
+            raise ValueError(f"--compile fails here ({reason}); leave it out") from error
+    model.zero_grad(set_to_none=True)
+    model.load_state_dict(before)
+    print(f"compiled in {time.perf_counter() - start:.1f} s", flush=True)
+    return network
+
+
+def parallel(network: nn.Module, device: torch.device) -> nn.Module:
+    """Have the ranks, if there are several, end each step with the same gradients."""
+    if world_size() == 1:
+        return network
+    options = {"device_ids": [device] if device.type == "cuda" else None}
+    known = inspect.signature(DistributedDataParallel).parameters
+    newer = "forward_sync_buffers"  # the name of broadcast_buffers in later versions of PyTorch
+    options[newer if newer in known else "broadcast_buffers"] = False
+    return DistributedDataParallel(network, gradient_as_bucket_view=True, **options)
+
+
+def build_network(name: str, seed: int, init_weights: Path | None, **settings) -> nn.Module:
+    """A network with random weights by `seed`, or those from a file as far as they fit.
+
+    Settings that are None are left at the network's default.
+    """
+    settings = {key: value for key, value in settings.items() if value is not None}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = build_model(name, **settings)
+    if init_weights:
+        unused, untouched = initialise(model, init_weights)
+        print(
+            f"{init_weights}: not used: {', '.join(unused) or 'nothing'}; "
+            f"left at random: {', '.join(untouched) or 'nothing'}"
+        )
+    return model
+
+
+def on_device(model: nn.Module, device: torch.device, sync_bn: bool = False) -> nn.Module:
+    """The network on its device; with `sync_bn`, batch norm over the batch of all ranks."""
+    if sync_bn:
+        if device.type != "cuda":
+            raise ValueError(f"--sync-bn is for CUDA devices, and this is {device}")
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    return model.to(device, memory_format=torch.channels_last)
+
+
+def check_finite(loss: float, state: TrainState) -> None:
+    """Raise ValueError if a loss is NaN or infinite, before anything of the epoch is saved."""
+    if not math.isfinite(loss):
+        raise ValueError(
+            f"the loss is no longer finite at epoch {state.epoch + 1}, step {state.step}; nothing "
+            "of this epoch was written: start anew with a lower --lr, or with --no-amp"
+        )
+
+
+@contextmanager
+def memory_advice(batch_size: int) -> Iterator[None]:
+    """Turn "out of memory" into a sentence that says what to lower."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ValueError(
+            f"out of memory at --batch-size {batch_size}; start anew with a smaller one, or with "
+            f"a smaller --image-size or --features ({str(error).splitlines()[0]})"
+        ) from error

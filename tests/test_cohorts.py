@@ -1,0 +1,425 @@
+"""Cohorts in the layouts that people have; labels, patients and bad cases in them."""
+
+import csv
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK
+
+import evaluate
+import inference
+import train
+from brainseg.io.cohorts import parse_sequences
+from brainseg.io.labels import Labels
+from brainseg.io.layouts import find_case, find_cases, list_cases
+from brainseg.phantom import make_volume
+from brainseg.splits import patient_of, subset_of, use_patients
+from brainseg.weights import read_card
+
+VOLUMES = [make_volume((5, k), 4, 32) for k in range(4)]
+ROLES = ("pre", "flair", "post")
+
+
+@dataclass(frozen=True)
+class Names:
+    """The name of the k-th case, and where the files of a case of this name lie."""
+
+    case: str
+    pre: str
+    flair: str
+    post: str
+    mask: str
+    others: tuple[str, ...] = ()  # files that are neither
+    images: str = ""  # the folder to give as --images
+    options: tuple[str, ...] = ()
+
+
+def in_folder(case: str, stem: str, ends: str, others: str = "", **more) -> Names:
+    """`ends` are of pre-contrast, FLAIR, post-contrast and mask."""
+    files = [f"{{name}}/{stem}{end}.nii.gz" for end in ends.split()]
+    return Names(case, *files, tuple(f"{{name}}/{stem}{o}.nii.gz" for o in others.split()), **more)
+
+
+ANAT = "{subject}/{session}/anat/{name}"
+LAYOUTS = {
+    "BraTS 2023": in_folder("BraTS-GLI-{k:05d}-000", "{name}", "-t1n -t2f -t1c -seg", "-t2w"),
+    "BraTS 2021": in_folder("BraTS2021_{k:05d}", "{name}", "_t1 _flair _t1ce _seg", "_t2"),
+    "UCSF-PDGM": in_folder(
+        "UCSF-PDGM-{k:04d}_nifti",
+        "{patient}",
+        "_T1 _FLAIR _T1c _tumor_segmentation",
+        "_T1_bias _FLAIR_bias _T1c_bias _T2 _ADC _brain_segmentation _SWI",
+    ),
+    "UPENN-GBM": Names(
+        "UPENN-GBM-{k:05d}_11",
+        *(f"images_structural/{{name}}/{{name}}_{end}.nii.gz" for end in ("T1", "FLAIR", "T1GD")),
+        "images_segm/{name}_segm.nii.gz",
+        ("images_structural/{name}/{name}_T2.nii.gz",),
+    ),
+    "BIDS": Names(
+        "sub-{k:02d}_ses-a",
+        *(f"{ANAT}_{end}.nii.gz" for end in ("T1w", "FLAIR", "ce-gadolinium_T1w")),
+        "derivatives/seg/{subject}/{session}/anat/{name}_label-lesion_mask.nii.gz",
+        (
+            f"{ANAT}_T2w.nii.gz",
+            "derivatives/bet/{subject}/{session}/anat/{name}_desc-brain_mask.nii.gz",
+        ),
+    ),
+    "any": Names(
+        "case{k}",
+        *(f"in/{{name}}/a/{{name}}_{end}.nii.gz" for end in "pfc"),
+        "in/masks/{name}.nii.gz",
+        images="in",
+        options=(
+            "--sequences", "flair=a/*_f.nii.gz", "pre=a/*_p.nii.gz", "post=a/*_c.nii.gz",
+            "mask={root}/masks/{name}.nii.gz",
+        ),
+    ),
+}  # fmt: skip
+
+
+def write(path: Path, voxels: np.ndarray) -> Path:
+    """A volume (S, H, W) as NIfTI, its axes to the left, the back and up."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = SimpleITK.GetImageFromArray(voxels)
+    image.SetSpacing((0.9, 0.9, 5.0))
+    SimpleITK.WriteImage(image, str(path))
+    return path
+
+
+def place(template: str, name: str) -> str:
+    subject, _, session = name.partition("_")
+    patient = patient_of(name)
+    return template.format(name=name, subject=subject, session=session, patient=patient)
+
+
+def write_case(root: Path, names: Names, name: str, volume: np.ndarray, mask: np.ndarray) -> None:
+    for channel, role in enumerate(ROLES):
+        write(root / place(getattr(names, role), name), volume[..., channel])
+    write(root / place(names.mask, name), mask.astype(np.uint8))
+    for other in names.others:
+        write(root / place(other, name), np.full_like(volume[..., 0], 7))
+
+
+def write_cohort(root: Path, names: Names) -> list[str]:
+    """Three cases to train and validate on and one, the last, to test; their names."""
+    every = [names.case.format(k=k) for k in range(1, 60)]
+    test = next(name for name in every if subset_of(name) == "test")
+    chosen = [name for name in every if subset_of(name) != "test"][:3] + [test]
+    for name, (volume, mask) in zip(chosen, VOLUMES, strict=True):
+        write_case(root, names, name, volume, mask)
+    return chosen
+
+
+def tiny_training(images: Path, out: Path, *more: object) -> None:
+    words = ["--images", images, "--weights", out / "w", "--logs", out / "l", "--cache", out / "c"]
+    words += ["--image-size", 32, "--features", 2, "--epochs", 1, "--vis-freq", 0]
+    words += ["--folds", 2, "--fold", 0, "--device", "cpu", "--workers", 2, *more]
+    train.main([str(word) for word in words])
+
+
+def segment(images: Path, out: Path, *more: object) -> object:
+    words = ["--images", images, "--weights", out / "w" / "unet.pt", "--predictions", out / "p"]
+    words += ["--figure", out / "dsc.png", "--device", "cpu", "--workers", 2, *more]
+    try:
+        inference.main([str(word) for word in words])
+    except SystemExit as stop:
+        return stop.code or 0
+    return 0
+
+
+@pytest.fixture(autouse=True)
+def no_patients():
+    """As every command starts."""
+    use_patients(None)
+
+
+@pytest.fixture(scope="module", params=LAYOUTS)
+def cohort(request, tmp_path_factory) -> tuple[Path, Names, list[str]]:
+    root = tmp_path_factory.mktemp("cohort")
+    return root, LAYOUTS[request.param], write_cohort(root, LAYOUTS[request.param])
+
+
+def test_cohort_is_trained_on_segmented_and_scored(cohort, tmp_path, capsys):
+    root, names, cases = cohort
+    test = root / place(names.flair, cases[-1])
+    kept = test.read_bytes()
+    test.write_bytes(b"damaged")  # a bad test case never stops a training
+    try:
+        tiny_training(root / names.images, tmp_path, *names.options)
+    finally:
+        test.write_bytes(kept)
+    said = capsys.readouterr().out
+    assert "train 1 case" in said or "train 2 cases of 2 patients" in said
+    assert "test 1 case of 1 patient" in said
+    assert segment(root / names.images, tmp_path, *names.options) == 0
+    said = capsys.readouterr()
+    assert "4 of 4 cases segmented" in said.out and "stands in" not in said.err
+    with open(tmp_path / "p" / "metrics.csv", newline="") as file:
+        rows = {row["case"]: row for row in csv.DictReader(file)}
+    assert rows.keys() == set(cases)
+    for name, (volume, mask) in zip(cases, VOLUMES, strict=True):
+        image = SimpleITK.ReadImage(str(tmp_path / "p" / f"{name}_mask.nii.gz"))
+        assert image.GetSize() == mask.shape[::-1] and image.GetSpacing()[2] == 5
+        assert float(rows[name]["lesion_voxels"]) == mask.sum()
+        (source,) = [s for s in sources_of(root, names) if s.name == name]
+        assert np.array_equal(source.open().read(), volume), "in the order pre, FLAIR, post"
+    words = ["--images", root / names.images, "--weights", tmp_path / "w" / "unet.pt"]
+    words += ["--out", tmp_path / "e", "--subset", "test", "--device", "cpu", *names.options]
+    evaluate.main([str(word) for word in words])
+    assert "validation 0 cases of 0 patients, test 1 case of 1 pat" in capsys.readouterr().out
+    assert cases[-1] in (tmp_path / "e" / "scores.csv").read_text()
+
+
+def sources_of(root: Path, names: Names):
+    return list_cases(root / names.images, layout=parse_sequences(names.options[1:] or None))
+
+
+# Which files are a case
+
+
+BRATS = LAYOUTS["BraTS 2021"]
+
+
+def test_one_case_folder_is_one_case(tmp_path):
+    write_case(tmp_path, BRATS, "BraTS2021_00001", *VOLUMES[0])
+    (case,) = find_cases(tmp_path / "BraTS2021_00001")
+    assert case.name == "BraTS2021_00001" and np.array_equal(case.read(), VOLUMES[0][0])
+    assert np.array_equal(find_case(tmp_path / "BraTS2021_00001").read_pair()[1], VOLUMES[0][1])
+
+
+def test_flair_stands_in_for_missing_sequences(tmp_path):
+    write_case(tmp_path, BRATS, "BraTS2021_00001", *VOLUMES[0])
+    (tmp_path / "BraTS2021_00001" / "BraTS2021_00001_t1ce.nii.gz").unlink()
+    (case,) = find_cases(tmp_path)
+    assert case.notes == ["BraTS2021_00001: FLAIR stands in for post-contrast"]
+
+
+def test_two_files_of_one_sequence_are_refused(tmp_path):
+    write_case(tmp_path, BRATS, "x", *VOLUMES[0])
+    write(tmp_path / "x" / "y_flair.nii.gz", VOLUMES[1][0][..., 1])
+    with pytest.raises(ValueError, match=r"x_flair.nii.gz and y_flair.nii.gz both fit flair="):
+        find_cases(tmp_path)
+
+
+def test_bids_subject_without_sessions(tmp_path):
+    volume, mask = VOLUMES[0]
+    write(tmp_path / "sub-1/anat/sub-1_FLAIR.nii.gz", volume[..., 1])
+    write(tmp_path / "sub-1/anat/sub-1_ce-gd_T1w.nii.gz", volume[..., 2])
+    write(tmp_path / "derivatives/sub-1/anat/sub-1_desc-brain_mask.nii.gz", mask.astype("u1"))
+    for root in (tmp_path, tmp_path / "sub-1"):
+        (case,) = find_cases(root)
+        assert case.name == "sub-1" and case.masks == (), "a mask of the brain is none of a lesion"
+        assert np.array_equal(case.read()[..., 2], volume[..., 2])
+    (tmp_path / "sub-1/anat/sub-1_FLAIR.nii.gz").unlink()
+    with pytest.raises(ValueError, match="sub-1: no file fits flair=.*BIDS"):
+        find_cases(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "words, reason",
+    [
+        (["flair=*_x.nii.gz"], "no file in a folder of it fits flair=\\*_x.nii.gz"),
+        (["flair=*_flair.nii.gz", "pre=*_x.nii.gz"], "no file fits pre=\\*_x.nii.gz"),
+        (["flair=*_flair.nii.gz", "mask=*_x"], "no file fits mask=\\*_x"),
+        (["flair=*_t1*"], "_t1.nii.gz and .*_t1ce.nii.gz both fit flair=\\*_t1\\*"),
+        (["pre=*_t1.nii.gz"], "flair is missing"),
+        (["flair=a", "flair=b"], "--sequences flair=b: give each"),
+        (["t2=a"], "--sequences t2=a: give each"),
+        (["flair"], "--sequences flair: give each"),
+    ],
+)
+def test_patterns_that_cannot_be_used_are_one_sentence(tmp_path, capsys, words, reason):
+    write_case(tmp_path / "in", BRATS, "x", *VOLUMES[0])
+    with pytest.raises(ValueError, match=reason) as stop:
+        for source in list_cases(tmp_path / "in", layout=parse_sequences(words)):
+            source.open()
+    assert "\n" not in str(stop.value)
+
+
+def test_a_case_that_lacks_flair_is_named_not_dropped(tmp_path):
+    for name in "xy":
+        write_case(tmp_path, BRATS, name, *VOLUMES[0])
+    (tmp_path / "y" / "y_flair.nii.gz").unlink()
+    layout = parse_sequences(["flair=*_flair.nii.gz", "pre=*_t1.nii.gz"])
+    first, second = list_cases(tmp_path, layout=layout)
+    assert first.open().name == "x"
+    with pytest.raises(ValueError, match=f"{tmp_path}/y: no file fits flair="):
+        second.open()
+
+
+def test_folders_of_timepoints_are_cases(tmp_path):
+    for week in ("week-000", "week-044"):
+        write_case(tmp_path / "p1", BRATS, week, *VOLUMES[0])
+    cases = list_cases(tmp_path, layout=parse_sequences(["flair=*_flair.nii.gz"]))
+    assert [case.name for case in cases] == ["p1_week-000", "p1_week-044"]
+    assert {patient_of(case.name) for case in cases} == {"p1"}
+
+
+# Labels
+
+
+@pytest.fixture
+def labelled(tmp_path) -> tuple[Path, np.ndarray]:
+    """Two cases with the labels 1, 2 and 4; the second lacks 4."""
+    labels = np.zeros((4, 32, 32), np.uint8)
+    labels[1:3, 8:20, 8:20], labels[2, 10:14, 10:14], labels[2, 14:16, 14:16] = 2, 1, 4
+    for name, mask in (("c1", labels), ("c6", np.where(labels == 4, 2, labels).astype("u1"))):
+        write_case(tmp_path / "in", BRATS, name, VOLUMES[0][0], mask)
+        shutil.copy(
+            write(tmp_path / "m.nii.gz", mask), tmp_path / "in" / name / f"{name}_seg.nii.gz"
+        )
+    return tmp_path / "in", labels
+
+
+def test_any_label_is_lesion_and_said_once(labelled, capsys):
+    root, labels = labelled
+    masks = [source.open().read_mask() for source in list_cases(root, labels=Labels())]
+    assert np.array_equal(masks[0], labels > 0) and np.array_equal(masks[1], labels > 0)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("c1: its mask holds the labels 1, 2, 4;") and "--labels" in line
+
+
+def test_chosen_labels_are_lesion(labelled, capsys):
+    root, labels = labelled
+    chosen = Labels([1, 4])
+    masks = [source.open().read_mask() for source in list_cases(root, labels=chosen)]
+    assert np.array_equal(masks[0], np.isin(labels, (1, 4)))
+    assert np.array_equal(masks[1], labels == 1), "a case may lack a label"
+    chosen.check()
+    assert capsys.readouterr().err == ""
+
+
+def test_labels_choose_what_is_trained_on_and_scored(labelled, tmp_path, capsys):
+    root, labels = labelled
+    words = "--folds", 2, "--fold", 0, "--labels", 1, 4
+    for _ in (0, 1):  # from the sources, and from the cache
+        with pytest.raises(SystemExit, match="--labels 7: none of the 2 masks read holds this"):
+            tiny_training(root, tmp_path, "--labels", 7)
+    tiny_training(root, tmp_path, *words)
+    assert read_card(tmp_path / "w" / "unet.pt")["recipe"]["labels"] == [1, 4]
+    assert segment(root, tmp_path, "--labels", 1, 4) == 0
+    rows = (tmp_path / "p" / "metrics.csv").read_text().splitlines()
+    assert rows[1].split(",")[2] == str(int(np.isin(labels, (1, 4)).sum()))
+    again = segment(root, tmp_path, "--labels", 1, 4, "--skip-existing")
+    assert again == 0 and "2 kept" in capsys.readouterr().out
+    assert "holds this label; they hold 1, 2, 4" in segment(root, tmp_path, "--labels", 3)
+
+
+# Bad cases
+
+
+def test_bad_cases_are_left_out_only_when_asked(tmp_path, capsys):
+    root, names = tmp_path / "in", LAYOUTS["BraTS 2021"]
+    first, second, third, _ = write_cohort(root, names)
+    for name in (first, second):
+        copy = f"{name}_20200101"  # so that each fold has a patient left
+        write_case(root, names, copy, *VOLUMES[3])
+    bad = root / place(names.flair, first)
+    bad.write_bytes(b"damaged")
+    write(root / place(names.mask, second), np.zeros((3, 32, 32), np.uint8))
+    with pytest.raises(SystemExit, match=f"error: {bad}: not a readable volume"):
+        tiny_training(root, tmp_path)
+    capsys.readouterr()
+    tiny_training(root, tmp_path, "--skip-bad")
+    said = capsys.readouterr()
+    lines = [line for line in said.err.splitlines() if line.startswith("left out: ")]
+    assert len(lines) == 2 and str(bad) in lines[0] + lines[1]
+    card = read_card(tmp_path / "w" / "unet.pt")["cases"]
+    assert {*card["train"], *card["validation"]} == {
+        third, f"{first}_20200101", f"{second}_20200101"
+    }  # fmt: skip
+
+
+def test_a_full_cache_is_no_bad_case(tmp_path, monkeypatch):
+    write_cohort(tmp_path / "in", BRATS)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("brainseg.cache.np.save", full)
+    with pytest.raises(SystemExit, match="cannot keep preprocessed volumes"):
+        tiny_training(tmp_path / "in", tmp_path, "--skip-bad")
+
+
+# Patients
+
+
+@pytest.mark.parametrize(
+    "case, patient",
+    [
+        ("BraTS-GLI-00020-000", "BraTS-GLI-00020"),
+        ("BraTS-GLI-00020-001_BraTS-GLI-00020-001-t2f", "BraTS-GLI-00020"),
+        ("BraTS-MEN-RT-0001-1", "BraTS-MEN-RT-0001"),
+        ("BraTS2021_00001", "BraTS2021_00001"),
+        ("BraTS20_Training_001", "BraTS20_Training_001"),
+        ("UPENN-GBM-00001_11", "UPENN-GBM-00001"),
+        ("UPENN-GBM-00001_21", "UPENN-GBM-00001"),
+        ("UCSF-PDGM-0433_FU001d_nifti", "UCSF-PDGM-0433"),
+        ("UCSF-PDGM-0433_nifti", "UCSF-PDGM-0433"),
+        ("Patient-001_week-044-1", "Patient-001"),
+        ("anna_week12_flair", "anna"),
+        ("midweek_3", "midweek_3"),
+        ("anna_2024-01-31", "anna"),
+        ("anna-2024-01-31T1030_flair", "anna"),
+        ("anna_2024-13-31", "anna_2024-13-31"),
+        ("anna_20240131test", "anna_20240131test"),
+    ],
+)
+def test_timepoints_are_one_patient(case, patient):
+    assert patient_of(case) == patient
+
+
+def table(folder: Path, text: str) -> Path:
+    (folder / "patients.csv").write_text(text, encoding="utf-8-sig")
+    return folder / "patients.csv"
+
+
+def test_a_file_says_whose_cases_they_are(tmp_path, capsys):
+    cases = write_cohort(tmp_path / "in", BRATS)
+    lines = "".join(f"{name},{'TCGA_CS_4942' if k < 2 else k}\n" for k, name in enumerate(cases))
+    path = table(tmp_path, f"Case,Patient\n{lines}\n")
+    use_patients(path, cases)
+    assert patient_of(cases[0]) == patient_of(cases[1]) == "TCGA_CS_4942" != patient_of(cases[2])
+    assert subset_of(cases[0]) == "train", "as the lists of LGG say"
+    use_patients(None)
+    assert patient_of(cases[0]) == cases[0]
+
+
+def test_patients_of_a_file_stand_in_the_card(tmp_path, capsys):
+    cases = write_cohort(tmp_path / "in", BRATS)
+    people = ["p1", "p1", "p3", "p4"]
+    lines = "".join(f"{case},{person}\n" for case, person in zip(cases, people, strict=True))
+    path = table(tmp_path, f"case,patient\n{lines}")
+    tiny_training(tmp_path / "in", tmp_path, "--patients", path)
+    card = read_card(tmp_path / "w" / "unet.pt")
+    used = [*card["cases"]["train"], *card["cases"]["validation"]]
+    assert card["patients"] == {c: p for c, p in zip(cases, people, strict=True) if c in used}
+    assert card["recipe"]["patients"] == "patients.csv", "no path"
+    assert segment(tmp_path / "in", tmp_path) == 0
+    marked = [line for line in capsys.readouterr().out.splitlines() if line.endswith("*")]
+    assert len(marked) == len(card["cases"]["train"])
+
+
+@pytest.mark.parametrize(
+    "text, reason",
+    [
+        ("case,patient\na,1\n", "patients.csv: lacks the case BraTS2021_.* and 3 others"),
+        ("name,patient\na,1\n", "patients.csv: is not a table with the columns case and patient"),
+        ("", "patients.csv: is not a table"),
+        (
+            "case,patient\na,1\na,2\n",
+            "patients.csv: line 3 gives a the patient 2",
+        ),
+        ("case,patient\na\n", "patients.csv: line 2 lacks its case or its patient"),
+    ],
+)
+def test_a_file_of_patients_that_is_unsound_is_refused(tmp_path, text, reason):
+    write_cohort(tmp_path / "in", BRATS)
+    with pytest.raises(SystemExit, match=reason):
+        tiny_training(tmp_path / "in", tmp_path, "--patients", table(tmp_path, text))
+    with pytest.raises(SystemExit, match="none.csv: no such file"):
+        tiny_training(tmp_path / "in", tmp_path, "--patients", tmp_path / "none.csv")

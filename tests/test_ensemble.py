@@ -1,0 +1,306 @@
+"""Several networks as one, and the DSC that is expected of a mask."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from brainseg.unet import UNet
+from conftest import make_weights
+from test_onnx import infer, needs_onnx
+
+import evaluate
+import export
+from brainseg import ensemble
+from brainseg import weights as weights_module
+from brainseg.ensemble import (
+    Ensemble,
+    average,
+    disagreement,
+    expected_dsc,
+    fit_expected_dsc,
+    load_ensemble,
+    quality,
+    quality_warnings,
+)
+from brainseg.io.layouts import find_case
+from brainseg.phantom import make_volume
+from brainseg.segmenter import Segmenter, keep_components
+from brainseg.weights import load_pretrained, read_card, shipped_weights, weights_files
+
+NAMES = [f"phantom_{k:03d}" for k in range(12)]
+
+
+def write_member(path: Path, seed: int, trained_on=(), **card) -> Path:
+    """A narrow random network, and its card."""
+    torch.manual_seed(seed)
+    model = UNet(card.pop("in_channels", 3), init_features=card.pop("features", 4))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(model.state_dict(), path)
+    about = {"image_size": 32, "preprocessing": 2, "cases": {"train": list(trained_on)}}
+    path.with_suffix(".json").write_text(json.dumps(about | card))
+    return path
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Three networks that disagree; each was trained on four of the twelve phantoms."""
+    folder = tmp_path_factory.mktemp("weights") / "unet-folds"
+    for k in range(3):
+        write_member(folder / f"fold{k}.pt", k, NAMES[4 * k : 4 * k + 4])
+    make_weights(folder / "fold0.pt", trained_on=NAMES[:4])
+    (folder / "README.md").write_text("Where they are from.\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def volume() -> np.ndarray:
+    return make_volume(5, slices=6, size=60)[0]
+
+
+def opened(weights: object, **options) -> Segmenter:
+    return Segmenter.from_weights(weights, **{"device": "cpu", "amp": False, **options})
+
+
+# Several networks as one
+
+
+@pytest.mark.parametrize("options", [{}, {"tta": True}], ids=str)
+def test_an_ensemble_averages_probabilities(folder, volume, options):
+    files = sorted(folder.glob("*.pt"))
+    images, _ = opened(files[0]).preprocess(volume)
+    each = torch.stack([opened(file, **options).probabilities(images) for file in files])
+    for weights in (folder, files, list(map(str, files))):
+        made = opened(weights, **options).probabilities(images)
+        assert made.shape == (6, 2, 32, 32) and made.dtype == torch.float32
+        torch.testing.assert_close(made[:, :1], each.mean(dim=0), atol=1e-6, rtol=0)
+    if not options:
+        spread = each.std(dim=0, correction=0)
+        torch.testing.assert_close(made[:, 1:], spread, atol=1e-5, rtol=0)
+    assert each.std(dim=0).max() > 0.1, "so that equality means something"
+
+
+def test_a_folder_of_one_is_that_network(folder, volume, tmp_path):
+    for suffix in (".pt", ".json"):
+        shutil.copy(folder / f"fold0{suffix}", tmp_path)
+    alone = opened(tmp_path)
+    images, _ = alone.preprocess(volume)
+    assert alone.probabilities(images).shape[1] == 1
+    assert torch.equal(
+        alone.probabilities(images), opened(folder / "fold0.pt").probabilities(images)
+    )
+
+
+def test_disagreement_by_hand():
+    half, one = torch.full((2, 1, 4, 4), 0.5), torch.ones(2, 1, 4, 4)
+    settings = {"out_channels": 1}
+    assert disagreement(average([half]), settings) is None
+    assert disagreement(average([half, half]), settings) == 0
+    assert disagreement(average([half, one]), settings) == pytest.approx(0.25 / 0.75)
+
+
+def test_the_card_of_an_ensemble_names_every_patient(folder):
+    _, card = load_ensemble(weights_files(folder))
+    assert card["cases"]["train"] == NAMES and card["model"] == "unet"
+
+
+@pytest.mark.parametrize(
+    "card, said",
+    [
+        ({"preprocessing": 1}, "has preprocessing 1, but fold0.pt has 2"),
+        ({"image_size": 48}, "has image size 48, but fold0.pt has 32"),
+        ({"neighbours": 1}, "has neighbours 1, but fold0.pt has 0"),
+        ({"in_channels": 1}, "has in_channels 1, but fold0.pt has 3"),
+    ],
+    ids=str,
+)
+def test_members_that_disagree_are_refused(folder, tmp_path, card, said):
+    other = write_member(tmp_path / "other.pt", 9, **card)
+    with pytest.raises(ValueError, match=said) as error:
+        opened([folder / "fold0.pt", other])
+    assert str(other) in str(error.value)
+
+
+def test_a_stranger_in_the_folder_is_refused(phantoms, folder, tmp_path):
+    copy = shutil.copytree(folder, tmp_path / "folds")
+    for name, content, said in [
+        ("x.pt", b"<html>", "is not a file of weights|is no file of weights"),
+        ("x.pth", b"PK", "is not weights of this project"),
+    ]:
+        (copy / name).write_bytes(content)
+        with pytest.raises(ValueError, match=said) as error:
+            opened(copy)
+        assert str(copy / name) in str(error.value)
+        (copy / name).unlink()
+    (copy / "fold1.json").unlink()
+    with pytest.raises(ValueError, match="fold1.pt: has no card"):
+        opened(copy)
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    message = infer(phantoms, tmp_path, empty)
+    assert message.startswith(f"error: {empty}: no weights (.pt) in this folder")
+
+
+def test_a_file_given_twice_is_refused(folder):
+    with pytest.raises(ValueError, match="fold0.pt: is given twice"):
+        opened([folder / "fold0.pt", folder])
+
+
+def test_small_components_are_dropped(folder, volume):
+    mask = np.zeros((2, 8, 8), dtype=bool)
+    mask[0, 0, :2] = mask[0, 4, :3] = True
+    assert keep_components(mask, largest=False, min_volume=3).sum() == 3
+    assert keep_components(mask, largest=False).sum() == 5
+    assert not keep_components(mask, largest=True, min_volume=4).any()
+    assert not opened(folder, threshold=0.3, min_volume=10**6)(volume).any()
+
+
+# What comes with the project
+
+
+def test_the_folder_is_shipped_but_unet_stays_one(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(weights_module, "SHIPPED", {"unet": folder / "fold0.pt"})
+    monkeypatch.setattr(weights_module, "ENSEMBLES", {"unet": tmp_path / "none"})
+    assert shipped_weights("unet") == folder / "fold0.pt"
+    monkeypatch.setattr(weights_module, "ENSEMBLES", {"unet": folder})
+    assert shipped_weights("unet") == folder
+    settings = {"settings": {"in_channels": 3, "out_channels": 1, "init_features": 4}}
+    monkeypatch.setattr(weights_module, "read_card", lambda _: settings)
+    assert isinstance(load_pretrained("unet", **settings["settings"]), UNet)
+
+
+# Export
+
+
+@needs_onnx
+def test_one_onnx_file_for_the_ensemble(folder, volume, tmp_path):
+    files = folder / "fold0.pt", folder / "fold1.pt"
+    export.main([*map(str, ("--weights", *files, "--out", tmp_path)), "--format", "onnx"])
+    (file,) = tmp_path.glob("ensemble-*.onnx")
+    there, here = opened(file), opened(files)
+    images, frame = here.preprocess(volume)
+    made, expected = there.probabilities(images), here.probabilities(images)
+    torch.testing.assert_close(made, expected, atol=1e-4, rtol=0)
+    assert there.assess(made, frame).features["disagreement"] > 0
+    card = read_card(file)
+    assert card["cases"]["train"] == NAMES[:8]
+    assert [source["file"] for source in card["weights"]] == ["fold0.pt", "fold1.pt"]
+    with pytest.raises(ValueError, match="cannot be averaged with others"):
+        opened([file, folder / "fold0.pt"])
+
+
+def test_every_member_is_exported_with_its_card(folder, tmp_path):
+    export.main(["--weights", str(folder), "--out", str(tmp_path / "out")])
+    files = sorted((tmp_path / "out").glob("unet-*.pt"))
+    assert len(files) == 3
+    seen = [read_card(file)["cases"]["train"] for file in files]
+    assert sorted(seen) == [NAMES[:4], NAMES[4:8], NAMES[8:]]
+    assert isinstance(opened(tmp_path / "out").model, Ensemble)
+
+
+# Expected DSC
+
+
+def masks_of(cases: int, seed: int = 0) -> tuple[list[dict], list[float]]:
+    """Features of masks whose DSC follows the certainty of the map, give or take 0.03."""
+    rng, features, dsc = np.random.default_rng(seed), [], []
+    for _ in range(cases):
+        certain = rng.uniform(0.5, 1)
+        probabilities = np.full((4, 16, 16), 0.01, dtype=np.float32)
+        probabilities[1:3, 4:10, 4:10] = certain
+        features.append(quality(probabilities, probabilities >= 0.5))
+        dsc.append(float(np.clip(certain - 0.05 + rng.normal(0, 0.03), 0, 1)))
+    return features, dsc
+
+
+def test_quality_by_hand():
+    probabilities = np.zeros((2, 4, 5), dtype=np.float32)
+    probabilities[0, 0, :4] = 1, 1, 0.5, 0.5
+    mask = probabilities > 0.5
+    made = quality(probabilities, mask, 0.25)
+    assert made["soft_dice"] == pytest.approx(2 * 2 / (3 + 2)) and made["certainty"] == 1
+    assert made["log_share"] == pytest.approx(np.log10(2 / 40)) and made["kept"] == 0.5
+    assert made["voxels"] == 2 and made["disagreement"] == 0.25
+
+
+def test_a_fit_predicts_cases_it_has_not_seen():
+    fit = fit_expected_dsc(*masks_of(40))
+    fit = json.loads(json.dumps(fit))  # as a card holds it
+    inside, errors = [], []
+    for features, dsc in zip(*masks_of(40, seed=1), strict=True):
+        value, low, high = expected_dsc(features, fit)
+        assert 0 <= low <= value <= high <= 1
+        inside.append(low <= dsc <= high)
+        errors.append(abs(value - dsc))
+    assert np.mean(errors) < 0.05 and 0.6 < np.mean(inside) < 0.95
+    assert fit["leave_one_out"]["spearman"] > 0.9 and fit["leave_one_out"]["warned"] > 0
+
+
+def test_weights_of_a_fit_point_the_right_way():
+    features, dsc = masks_of(20)
+    worse = fit_expected_dsc(features, [1 - value for value in dsc])
+    assert max(worse["weights"]) == 0, "surer masks are never expected to be worse"
+
+
+def test_no_fit_an_empty_mask_or_too_few_cases():
+    features, dsc = masks_of(20)
+    fit = fit_expected_dsc(features, dsc)
+    empty = quality(np.zeros((2, 4, 4)), np.zeros((2, 4, 4), dtype=bool))
+    assert expected_dsc(features[0], None) is None and expected_dsc(empty, fit) is None
+    assert fit_expected_dsc([*features, empty], [*dsc, 0.0])["empty"] == 1
+    with pytest.raises(ValueError, match=r"^19 case\(s\) with a mask, and 20 are needed"):
+        fit_expected_dsc([*features[:19], empty], [*dsc[:19], 0.0])
+    same = fit_expected_dsc([features[0]] * 20, dsc)  # nothing to tell them apart by
+    assert expected_dsc(features[0], same)[0] == pytest.approx(np.mean(dsc), abs=0.05)
+
+
+def test_warnings_in_words():
+    features, _ = masks_of(1)
+    assert quality_warnings(features[0], (0.9, 0.8, 1.0)) == []
+    assert quality_warnings(features[0], None) == []
+    (poor,) = quality_warnings(features[0], (0.6, 0.4, 0.7))
+    assert "expected DSC 0.60 (0.40 to 0.70)" in poor
+    odd, empty = quality_warnings({"voxels": 0}, None, ["FLAIR is saturated"])
+    assert odd == "unusual input: FLAIR is saturated" and "mask is empty" in empty
+
+
+def test_one_missed_lesion_does_not_bend_the_fit():
+    features, dsc = masks_of(40)
+    one_missed = fit_expected_dsc(features, [0.0, *dsc[1:]])
+    fit = fit_expected_dsc(features, dsc)
+    change = [expected_dsc(f, one_missed)[0] - expected_dsc(f, fit)[0] for f in features]
+    assert np.abs(change).max() < 0.04
+
+
+def test_fitting_writes_the_cards(phantoms, folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(ensemble, "LEAST_CASES", 12)
+    copy = shutil.copytree(folder, tmp_path / "folds")
+    for k in range(3):  # each scores the cases that it has not seen
+        others = [name for name in NAMES if name not in NAMES[4 * k : 4 * k + 4]]
+        make_weights(copy / f"fold{k}.pt", trained_on=others)
+    words = "--images", phantoms, "--subset", "all", "--weights", copy, "--out", tmp_path / "out"
+    words = [*map(str, words), "--device", "cpu", "--fit-expected-dsc"]
+    evaluate.main(words)
+    said = capsys.readouterr().out
+    assert "expected DSC, fitted on 12 cases" in said and "in the card of 3 file(s)" in said
+    assert (tmp_path / "out" / "expected_dsc.png").stat().st_size > 1000
+    segmenter = opened(copy)
+    fit = segmenter.expected_dsc_fit
+    assert fit["cases"] == 12 and fit["threshold"] == 0.5
+    images, frame = segmenter.preprocess(find_case(phantoms / NAMES[0]).read())
+    made = segmenter.assess(segmenter.probabilities(images), frame)
+    assert made.expected and made.mask.any() and made.expected[0] < 0.7 and made.warnings
+
+
+def test_fitting_is_refused_where_it_means_nothing(phantoms, folder, tmp_path):
+    words = ["--images", phantoms, "--subset", "all", "--out", tmp_path, "--fit-expected-dsc"]
+    bare = shutil.copy(folder / "fold0.pt", tmp_path / "bare.pt")
+    for models, said in [
+        (["a=" + str(folder), "b=" + str(folder)], "is for one model"),
+        ([bare], "bare.pt: no card says what it was trained on"),
+        ([folder / "fold0.pt", "--cases", *NAMES[4:9]], "case.s. with a mask, and 20 are needed"),
+    ]:
+        with pytest.raises(SystemExit, match=said):
+            evaluate.main([str(word) for word in (*words, "--weights", *models)])

@@ -1,0 +1,282 @@
+"""What inference.py writes beside masks: volumes.csv, maps, DICOM Segmentations, the report."""
+
+import csv
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import highdicom
+import nibabel
+import numpy as np
+import pydicom
+import pytest
+import SimpleITK
+import tifffile
+from conftest import make_weights
+from test_inference import contents, infer, subset_copy, write_case
+from test_scan import edit, write, write_series
+
+from brainseg.evaluation import volumes
+from brainseg.evaluation.cohort import save_cohort
+from brainseg.evaluation.volumes import by_need, component_sizes, read_volumes, volume_row
+from brainseg.io.dicom_seg import read_references, write_dicom_seg
+from brainseg.io.layouts import find_case
+from brainseg.io.slices import Case
+from brainseg.phantom import make_volume
+
+EXPECTED = {
+    "features": ["certainty"], "mean": [0.8], "deviation": [0.1], "weights": [0.05],
+    "intercept": 0.8, "interval": [-0.4, 0.3],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory) -> Path:
+    """Weights whose card says what DSC to expect."""
+    import json
+
+    path = make_weights(tmp_path_factory.mktemp("weights") / "narrow.pt")
+    card = json.loads(path.with_suffix(".json").read_text())
+    path.with_suffix(".json").write_text(json.dumps(card | {"expected_dsc": EXPECTED}))
+    return path
+
+
+@pytest.fixture(scope="module")
+def pair() -> tuple[np.ndarray, np.ndarray]:
+    volume, truth = make_volume(3, 7, 60)
+    return volume[:, :, 4:56], truth[:, :, 4:56]
+
+
+@pytest.fixture
+def series(pair, tmp_path) -> Path:
+    folder = write_series(tmp_path / "series", pair[0][..., 1])
+    for path in folder.iterdir():
+        edit(path, FrameOfReferenceUID="1.2.9", PatientID="P7")
+    return folder
+
+
+def table(out: Path) -> list[dict]:
+    with open(out / "predictions" / "volumes.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+# volumes.csv
+
+
+def test_volumes_are_those_of_the_mask(pair, weights, tmp_path, capsys):
+    write(tmp_path / "a.nii.gz", pair[0])
+    assert infer(tmp_path / "a.nii.gz", tmp_path, weights) == 0
+    (row,) = table(tmp_path)
+    mask = np.asarray(nibabel.load(tmp_path / "predictions" / "a_mask.nii.gz").dataobj)
+    assert int(row["lesion_voxels"]) == mask.sum() > 0 and row["components"] == "1"
+    assert float(row["lesion_ml"]) == pytest.approx(mask.sum() * 0.9 * 0.9 * 5 / 1000, rel=1e-4)
+    assert row["component_1_ml"] == row["lesion_ml"] and row["component_2_ml"] == ""
+    touched = np.flatnonzero(mask.any(axis=(0, 1))) + 1
+    assert row["slices_touched"] == " ".join(map(str, touched))
+    assert row["case"] == row["patient"] == "a" and row["slices"] == "7"
+    assert row["sequences"] == "pre-contrast, FLAIR, post-contrast" and row["replaced"] == ""
+    low, value, high = (float(row[f"expected_dsc{end}"]) for end in ("_low", "", "_high"))
+    assert 0 <= low < value < high <= 1
+    assert f"{value:.2f} ({low:.2f} to {high:.2f})" in capsys.readouterr().out
+
+
+def test_without_masks_spacing_or_fit_there_is_a_table(pair, tmp_path, capsys):
+    bare = make_weights(tmp_path / "bare.pt")
+    for name in ("p1", "p2"):
+        write_case(tmp_path / "images" / name, pair[0])
+    assert infer(tmp_path / "images", tmp_path, bare) == 0
+    rows = table(tmp_path)
+    assert [row["case"] for row in rows] == ["p1", "p2"]
+    assert all(row["lesion_ml"] == row["expected_dsc"] == "" for row in rows)
+    assert capsys.readouterr().out.count("No expected DSC") == 1
+
+
+def test_cases_that_need_a_look_come_first(pair, weights, tmp_path, capsys):
+    flair = np.repeat(pair[0][..., 1:2], 3, axis=3)
+    inner = pair[0].copy()
+    inner[[0, -1]] = 0  # no lesion reaches an end of the scan
+    write_case(tmp_path / "images" / "a", inner)
+    write_case(tmp_path / "images" / "b", flair)
+    write_case(tmp_path / "images" / "c", np.zeros_like(pair[0]))
+    assert infer(tmp_path / "images", tmp_path, weights) == 0
+    a, b, c = table(tmp_path)
+    assert b["replaced"] == "pre-contrast, post-contrast" and "stands in" in b["warning"]
+    assert "the mask is empty" in c["warning"] and c["lesion_voxels"] == "0"
+    printed = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line]
+    assert printed.index("b") < printed.index("a") and printed.index("c") < printed.index("a")
+
+
+def test_components_are_counted_largest_first():
+    mask = np.zeros((6, 20, 20), bool)
+    mask[0, 0, 0], mask[2:4, 5:9, 5:9], mask[5, 15:17, 15] = True, True, True
+    assert component_sizes(mask) == [32, 2, 1]
+    row = volume_row(Case("x", tuple(range(6)), (), ()), np.zeros((6, 20, 20, 3)), mask)
+    assert [row[f"component_{k}_voxels"] for k in (1, 2, 3)] == [32, 2, 1]
+    assert "reaches the first and the last slice" in row["warning"]
+
+
+def test_kept_cases_keep_what_was_said_of_them(phantoms, weights, tmp_path):
+    run = phantoms, tmp_path, weights, "--skip-existing", "--cases", "phantom_003", "phantom_005"
+    assert infer(*run, "--probabilities") == 0
+    before = contents(tmp_path / "predictions")
+    assert infer(*run, "--probabilities") == 0
+    after = contents(tmp_path / "predictions")
+    assert after == before
+    (tmp_path / "predictions" / "volumes.csv").write_text("damaged")
+    assert infer(*run, "--probabilities") == 0
+    assert [row["expected_dsc"] for row in table(tmp_path)] == ["", ""]
+
+
+def test_rows_come_back_from_the_file(pair, tmp_path):
+    case = Case("1000", tuple(range(7)), (), ())
+    rows = [volume_row(case, pair[0], pair[1], (0.8, 0.7, 0.9))]
+    volumes.write_volumes(tmp_path / "v.csv", rows)
+    assert read_volumes(tmp_path / "v.csv") == {"1000": rows[0]}
+    assert read_volumes(tmp_path / "none.csv") == {}
+
+
+# Maps
+
+
+def test_probabilities_lie_on_the_grid_of_the_source(pair, weights, tmp_path):
+    source = write(tmp_path / "a.nii.gz", pair[0], "RAS")
+    flags = "--probabilities", "--no-largest-component"
+    assert infer(source, tmp_path, weights, *flags) == 0
+    image = nibabel.load(tmp_path / "predictions" / "a_probability.nii.gz")
+    mask = np.asarray(nibabel.load(tmp_path / "predictions" / "a_mask.nii.gz").dataobj)
+    np.testing.assert_allclose(image.affine, nibabel.load(source).affine, atol=1e-4)
+    assert image.get_data_dtype() == np.float32
+    assert np.array_equal(np.asarray(image.dataobj) >= 0.5, mask > 0)
+
+
+def test_ensemble_writes_a_tiff_per_slice_and_map(phantoms, weights, tmp_path):
+    other = make_weights(tmp_path / "other.pt")
+    only = "--cases", "phantom_003", "--weights", weights, other
+    assert infer(phantoms, tmp_path, weights, "--probabilities", *only) == 0
+    folder = tmp_path / "predictions" / "phantom_003"
+    for kind in ("probability", "disagreement"):
+        maps = [tifffile.imread(folder / f"phantom_003_{k}_{kind}.tif") for k in range(1, 9)]
+        assert all(each.dtype == np.float32 and each.shape == (64, 64) for each in maps)
+        assert 0 <= np.min(maps) and np.max(maps) <= 1
+
+
+# DICOM
+
+
+def by_dcmqi(path: Path, out: Path) -> np.ndarray:
+    out.mkdir()
+    program = Path(sys.executable).with_name("segimage2itkimage")
+    words = ["--inputDICOM", path, "--outputDirectory", out, "--outputType", "nrrd"]
+    subprocess.run([program, *map(str, words)], check=True, capture_output=True)
+    return SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(out / "1.nrrd"))) > 0
+
+
+def test_segmentation_is_read_back_by_three_readers(series, weights, tmp_path):
+    assert infer(series, tmp_path, weights, "--dicom-seg") == 0
+    mask = nibabel.load(tmp_path / "predictions" / "series_mask.nii.gz")
+    mask = np.asarray(mask.dataobj).transpose(2, 1, 0) > 0
+    path = tmp_path / "predictions" / "series_seg.dcm"
+    raw = pydicom.dcmread(path)
+    assert mask.any() and np.array_equal(raw.pixel_array[::-1] > 0, mask)
+    seg = highdicom.seg.segread(path)
+    instances = [f"1.2.3.{k + 1}" for k in range(7)]
+    planes = seg.get_pixels_by_source_instance(instances, combine_segments=True)
+    assert np.array_equal(planes > 0, mask)
+    assert np.array_equal(by_dcmqi(path, tmp_path / "dcmqi"), mask)
+    assert raw.PatientID == "P7" and raw.FrameOfReferenceUID == "1.2.9"
+    (segment,) = raw.SegmentSequence
+    assert segment.SegmentedPropertyTypeCodeSequence[0].CodeValue == "52988006"
+    (algorithm,) = segment.SegmentationAlgorithmIdentificationSequence
+    assert algorithm.AlgorithmName == "brainseg narrow" and algorithm.AlgorithmVersion
+
+
+def test_segmentation_of_a_coronal_series(pair, tmp_path):
+    """The slices of the network are not those of the file."""
+    series = write_series(tmp_path / "coronal", pair[0][..., 1])
+    for path in series.iterdir():
+        k = pydicom.dcmread(path).InstanceNumber - 1
+        edit(path, FrameOfReferenceUID="1.2.9", ImageOrientationPatient=[1, 0, 0, 0, 0, -1],
+             ImagePositionPatient=[-110, -30 + 5 * k, 120])  # fmt: skip
+    case = find_case(series)
+    mask = case.read()[..., 1] > np.percentile(pair[0][..., 1], 95)
+    write_dicom_seg(tmp_path / "seg.dcm", case, mask, "brainseg", "1")
+    planes = highdicom.seg.segread(tmp_path / "seg.dcm").get_pixels_by_source_instance(
+        [f"1.2.3.{k + 1}" for k in range(7)], combine_segments=True
+    )
+    assert np.array_equal(planes > 0, pair[0][..., 1] > np.percentile(pair[0][..., 1], 95))
+
+
+@pytest.mark.parametrize("fault", ["no frame", "two frames", "no instance", "one instance"])
+def test_series_that_cannot_be_referenced(series, weights, tmp_path, capsys, fault):
+    first, second, *_ = sorted(series.iterdir())
+    if fault == "no frame":
+        for path in series.iterdir():
+            edit(path, FrameOfReferenceUID="")
+    elif fault == "two frames":
+        edit(first, FrameOfReferenceUID="1.2.10")
+    else:
+        edit(first, SOPInstanceUID="" if fault == "no instance" else
+             pydicom.dcmread(second).SOPInstanceUID)  # fmt: skip
+    with pytest.raises(ValueError, match=f"{series}: .*UID; export it again"):
+        read_references(series)
+    if fault == "two frames":
+        assert infer(series, tmp_path, weights, "--dicom-seg") == 1
+        assert capsys.readouterr().err.count(f"error: {series}: ") == 1
+        assert (tmp_path / "predictions" / "series_mask.nii.gz").is_file(), "nothing else is lost"
+        assert len(table(tmp_path)) == 1
+
+
+def test_what_has_no_segmentation_is_one_sentence(phantoms, weights, tmp_path, monkeypatch):
+    said = infer(phantoms, tmp_path, weights, "--dicom-seg")
+    assert "is no DICOM series; leave --dicom-seg out" in said
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    said = infer(phantoms, tmp_path, weights, "--dicom-seg")
+    assert "needs highdicom" in said and "requirements-dicom.txt" in said
+
+
+# The report
+
+
+def test_report_holds_every_case_and_needs_no_network(phantoms, weights, tmp_path):
+    images = subset_copy(phantoms, tmp_path / "images", "phantom_003", "phantom_005")
+    shutil.move(images / "phantom_005", images / "p<script>&5")
+    for path in images.rglob("*_mask.tif"):
+        path.unlink()
+    assert infer(images, tmp_path, weights, "--report", tmp_path / "r.html") == 0
+    page = (tmp_path / "r.html").read_text()
+    assert page.count("<img loading=lazy") == 2 and page.count("<tr id=") == 2
+    assert "p&lt;script&gt;&amp;5" in page and "p<script>" not in page
+    assert "&quot;torch&quot;" in page and 'src="http' not in page and "url(" not in page
+
+
+def test_report_of_500_cases_is_small(pair, tmp_path):
+    case = Case("p", tuple(range(7)), (), ())
+    row = volume_row(case, *pair, (0.8, 0.7, 0.9))
+    rows = [row | {"case": f"p{k}", "lesion_voxels": k} for k in range(500)]
+    save_cohort(tmp_path / "r.html", rows, [bytes(9000)] * 500, {"args": {}})
+    assert (tmp_path / "r.html").stat().st_size < 8e6
+    assert [row["case"] for row in by_need(rows)][:2] == ["p0", "p1"]
+
+
+def test_full_disk_keeps_the_earlier_report(phantoms, weights, tmp_path, monkeypatch):
+    write, page = Path.write_text, tmp_path / "r.html"
+    page.write_text("earlier")
+
+    def full(self, text, *more, **options):
+        if "<!doctype" in text:
+            raise OSError(28, "No space left on device")
+        return write(self, text, *more, **options)
+
+    monkeypatch.setattr(Path, "write_text", full)
+    only = "--cases", "phantom_003", "--report", page
+    said = infer(phantoms, tmp_path, weights, *only)
+    assert said == f"error: {page}: no space left on device"
+    assert page.read_text() == "earlier" and len(table(tmp_path)) == 1
+    assert not [name for name in os.listdir(tmp_path) if name.startswith(".")]
+
+
+def test_a_report_that_is_a_folder_is_known_at_once(phantoms, weights, tmp_path):
+    said = infer(phantoms, tmp_path, weights, "--report", tmp_path)
+    assert "is a folder" in said and not list(tmp_path.rglob("*_mask.tif"))

@@ -1,0 +1,271 @@
+"""Sequences on other grids, moved heads, oblong pixels and DICOM studies."""
+
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pydicom
+import pytest
+import SimpleITK
+from conftest import make_weights
+from test_scan import edit, infer, read, write, write_series
+
+from brainseg.io.dicom import Series
+from brainseg.io.grid import Grid
+from brainseg.io.layouts import find_case, find_cases, find_sequences, list_cases
+from brainseg.io.registration import foreground_points, move, register
+from brainseg.metrics import dsc
+from brainseg.phantom import make_volume
+from brainseg.preprocess import preprocess
+from brainseg.segmenter import Segmenter
+
+SPACED = np.diag([-3.0, -3.0, 6.0, 1.0])
+
+
+@pytest.fixture(scope="module")
+def head() -> tuple[np.ndarray, np.ndarray]:
+    return make_volume(3, 24, 64)
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory) -> Path:
+    return make_weights(tmp_path_factory.mktemp("weights") / "narrow.pt")
+
+
+def image_of(sequence: np.ndarray) -> SimpleITK.Image:
+    """The sequence (S, H, W) on the grid of SPACED."""
+    grid = Grid(sequence.shape[::-1], (3.0, 3.0, 6.0), (0.0, 0.0, 0.0), np.eye(3))
+    return grid.image(np.ascontiguousarray(sequence.transpose(2, 1, 0)))
+
+
+# Other grids
+
+
+def test_other_grids_are_resampled_to_flair(head, weights, tmp_path, capsys):
+    volume = head[0]
+    flair = write(tmp_path / "f.nii.gz", volume[..., 1], "RAS", affine=SPACED)
+    pre = write(tmp_path / "p.nii.gz", volume[..., 0], "ASR", affine=SPACED)
+    fewer = SPACED.copy()
+    fewer[2, 2] = 12.0
+    post = write(tmp_path / "c.nii.gz", volume[::2, ..., 2], affine=fewer)
+    scan = find_sequences(flair, pre, post)
+    got = scan.read()
+    assert np.array_equal(got[..., 1], volume[..., 1])
+    np.testing.assert_allclose(got[..., 0], volume[..., 0], atol=1e-3)
+    np.testing.assert_allclose(got[::2, ..., 2], volume[::2, ..., 2], atol=1e-3)
+    between = volume[:-2:2, ..., 2].astype(float) / 2 + volume[2::2, ..., 2] / 2.0
+    np.testing.assert_allclose(got[1:-1:2, ..., 2], between, atol=1e-3)
+    assert infer(tmp_path / "out", weights, "--flair", flair, "--pre", pre, "--post", post) == 0
+    said = capsys.readouterr().err
+    assert "post-contrast is on another grid than FLAIR (64 x 64 x 12 voxels" in said
+    mask, affine = read(tmp_path / "out" / f"{scan.name}_mask.nii.gz")
+    assert mask.shape == read(flair)[0].shape and mask.any()
+    np.testing.assert_allclose(affine, read(flair)[1], atol=1e-4)
+
+
+def test_a_sequence_in_another_space_is_refused(head, weights, tmp_path, capsys):
+    flair = write(tmp_path / "f.nii.gz", head[0][..., 1], affine=SPACED)
+    far = SPACED.copy()
+    far[0, 3] = 150
+    post = write(tmp_path / "c.nii.gz", head[0][..., 2], affine=far)
+    assert infer(tmp_path / "out", weights, "--flair", flair, "--post", post) == 1
+    assert f"error: {post}: covers " in capsys.readouterr().err
+
+
+def test_a_mask_on_another_grid_is_refused(head, tmp_path):
+    flair = write(tmp_path / "f.nii.gz", head[0][..., 1], affine=SPACED)
+    mask = write(tmp_path / "f_mask.nii.gz", head[1][:-1].astype("u1"), affine=SPACED)
+    with pytest.raises(ValueError, match=f"{mask}: 64 x 64 x 23 voxels, but f.nii.gz has"):
+        find_sequences(flair, None, None).read_pair()
+
+
+# Registration
+
+
+def test_a_moved_head_is_brought_back(head, weights, tmp_path, capsys):
+    volume = head[0]
+    moved = SimpleITK.VersorRigid3DTransform()
+    moved.SetRotation((0.4, 0.4, 0.82), np.deg2rad(8))
+    moved.SetTranslation((4.0, -3.5, 2.5))
+    moved.SetCenter((96.0, 96.0, 72.0))
+    fixed, post = image_of(volume[..., 1]), image_of(volume[..., 2])
+    grid = Grid(post.GetSize(), post.GetSpacing(), post.GetOrigin(), np.eye(3))
+    paths = [tmp_path / f"{name}.nii.gz" for name in "fc"]
+    for path, image in zip(paths, (fixed, grid.image(move(post, grid, moved))), strict=True):
+        SimpleITK.WriteImage(image, str(path))
+    found = register(SimpleITK.ReadImage(str(paths[1])), fixed, paths[1])
+    places = foreground_points(fixed)
+    back = [moved.TransformPoint(found.transform.TransformPoint(p)) for p in places.tolist()]
+    assert np.linalg.norm(np.array(back) - places, axis=1).mean() < 1.5
+    assert found.angle == pytest.approx(8, abs=1) and found.after > found.before
+    options = "--flair", paths[0], "--post", paths[1], "--register"
+    assert infer(tmp_path / "out", weights, *options) == 0
+    assert f"post-contrast was registered to FLAIR: {found}" in capsys.readouterr().err, "seeded"
+
+
+def test_what_does_not_fit_is_no_registration(head, weights, tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    flair = write(tmp_path / "f.nii.gz", head[0][..., 1], affine=SPACED)
+    noise = rng.integers(0, 255, head[1].shape, dtype=np.uint8)
+    post = write(tmp_path / "c.nii.gz", noise, affine=SPACED)
+    options = "--flair", flair, "--post", post, "--register"
+    assert infer(tmp_path / "out", weights, *options) == 1
+    assert f"error: {post}: cannot be registered to FLAIR" in capsys.readouterr().err
+    assert not list((tmp_path / "out").glob("*.nii.gz"))
+
+
+# Oblong pixels
+
+
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("rows", [True, False])
+def test_oblong_pixels_become_square(head, version, rows):
+    volume = head[0].repeat(4, axis=1).repeat(4, axis=2)
+    half = volume[:, ::2] if rows else volume[:, :, ::2]
+    expected, _ = preprocess(volume, 64, version)
+    images, frame = preprocess(half, 64, version, aspect=2.0 if rows else 0.5)
+    assert images.shape == expected.shape and frame.shape == half.shape[:3]
+    assert (images - expected).abs().mean() < 0.06
+
+
+def test_a_mask_of_oblong_pixels_is_on_their_grid(head, weights, tmp_path, capsys):
+    """As where a scanner has cut sagittal or coronal slices."""
+    volume, _ = head
+    affine = SPACED.copy()
+    affine[1, 1] *= 2
+    source = write(tmp_path / "a.nii.gz", volume[:, ::2], "PIL", affine=affine)
+    assert infer(tmp_path / "out", weights, "--images", source) == 0
+    assert "a: its axial pixels are 6.0 x 3.0 mm; they are resampled" in capsys.readouterr().err
+    mask, found = read(tmp_path / "out" / "a_mask.nii.gz")
+    np.testing.assert_allclose(found, read(source)[1], atol=1e-4)
+    assert mask.shape == read(source)[0].shape[:3]
+    axial = find_case(source).grid.to_axial(mask[..., None])[..., 0] > 0
+    whole = Segmenter.from_weights(weights)(volume)
+    assert dsc(axial, whole[:, ::2]) > 0.8
+
+
+def test_a_header_of_needles_is_refused(head, tmp_path):
+    affine = np.diag([-0.1, -3.0, 6.0, 1.0])
+    with pytest.raises(ValueError, match="its axial pixels are 3.0 x 0.1 mm; correct its header"):
+        find_case(write(tmp_path / "a.nii.gz", head[0], affine=affine))
+
+
+# DICOM studies
+
+FLAIR = {"SeriesDescription": "AX T2 FLAIR", "EchoTime": 120, "InversionTime": 2300}
+BEFORE = {"SeriesDescription": "AX T1 SE", "EchoTime": 12}
+AFTER = {"SeriesDescription": "AX T1 SE", "EchoTime": 12, "ContrastBolusAgent": "Gadovist"}
+T2 = {"SeriesDescription": "AX T2 TSE", "EchoTime": 95}
+
+
+def write_study(folder: Path, volume: np.ndarray, *series: dict) -> Path:
+    """A folder of series, each of the next sequence of the volume."""
+    for k, tags in enumerate(series):
+        place = write_series(folder / f"s{k}", volume[..., k % 3], f"1.2.{k + 3}")
+        for path in place.iterdir():
+            edit(path, SeriesNumber=k, PatientID="p1", **tags)
+    return folder
+
+
+def flatten(study: Path) -> Path:
+    for path in sorted(study.glob("*/*")):
+        path.rename(study / f"{path.parent.name}{path.name}")
+    for folder in study.glob("s?"):
+        folder.rmdir()
+    return study
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_a_study_is_sorted_into_sequences(head, weights, tmp_path, capsys, flat):
+    volume = head[0][:5]
+    study = write_study(tmp_path / "anna", volume, BEFORE, FLAIR, AFTER, T2)
+    study = flatten(study) if flat else study
+    assert [source.name for source in list_cases(study)] == ["anna"]
+    (scan,) = find_cases(tmp_path)
+    assert np.array_equal(scan.read(), volume)
+    assert infer(tmp_path / "out", weights, "--images", study) == 0
+    said = capsys.readouterr().err
+    assert (
+        "anna: pre-contrast is 'AX T1 SE', FLAIR is 'AX T2 FLAIR', post-contrast is 'AX T1 SE'; "
+        "left out: 'AX T2 TSE'" in said
+    )
+    check_grid_by_pydicom(scan.flair, tmp_path / "out" / "anna_mask.nii.gz")
+
+
+def check_grid_by_pydicom(series: Path, mask: Path) -> None:
+    """Compare where pydicom and nibabel, which are not ours, put the first and last slice."""
+    folder = series if series.is_dir() else series.parent
+    slices = [pydicom.dcmread(path) for path in sorted(folder.iterdir())]
+    slices = [one for one in slices if one.SeriesDescription == FLAIR["SeriesDescription"]]
+    image = nibabel.load(mask)
+    assert image.shape == (slices[0].Columns, slices[0].Rows, len(slices))
+    heights = sorted((float(one.ImagePositionPatient[2]), one) for one in slices)
+    for k in (0, len(slices) - 1):
+        one = heights[k][1]
+        corner = np.array(one.ImagePositionPatient, float)
+        across, down = np.reshape(np.array(one.ImageOrientationPatient, float), (2, 3))
+        far = corner + across * one.PixelSpacing[1] * 10 + down * one.PixelSpacing[0] * 20
+        for place, index in ((corner, (0, 0, k)), (far, (10, 20, k))):
+            there = nibabel.affines.apply_affine(image.affine, index) * (-1, -1, 1)
+            np.testing.assert_allclose(there, place, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "series, said",
+    [
+        ((FLAIR, FLAIR, BEFORE), "2 FLAIR series"),
+        ((BEFORE, AFTER), "no FLAIR series"),
+        ((FLAIR, AFTER, AFTER), "2 post-contrast series"),
+        ((FLAIR, BEFORE | {"EchoTime": 100}), "s1 is doubtful"),
+    ],
+)
+def test_a_doubtful_study_is_refused(head, weights, tmp_path, series, said, capsys):
+    study = write_study(tmp_path / "anna", head[0][:4], *series)
+    assert infer(tmp_path / "out", weights, "--images", study) == 1
+    text = capsys.readouterr().err
+    assert f"{study}: {said}; name them with --flair" in text
+    assert all(f"s{k} = {tags['SeriesDescription']!r} (4 images" in text
+               for k, tags in enumerate(series))  # fmt: skip
+
+
+def test_sequences_of_two_patients_are_refused(head, weights, tmp_path):
+    study = write_study(tmp_path / "anna", head[0][:4], BEFORE, FLAIR)
+    for path in (study / "s0").iterdir():
+        edit(path, PatientID="p2")
+    message = infer(tmp_path / "out", weights, "--flair", study / "s1", "--pre", study / "s0")
+    assert "s0: PatientID 'p2', but s1 has 'p1'; give sequences of one patient" in message
+
+
+def test_folders_of_several_studies_are_cases(head, tmp_path):
+    for name in ("anna", "bert"):
+        series = write_series(tmp_path / name, head[0][:4, ..., 1])
+        for path in series.iterdir():
+            edit(path, StudyInstanceUID=f"1.{len(name)}.{ord(name[0])}")
+    assert [source.name for source in list_cases(tmp_path)] == ["anna", "bert"]
+
+
+@pytest.mark.parametrize(
+    "description, echo, inversion, agent, sequence",
+    [
+        ("AX FLAIR", "120", "2500", "", "FLAIR"),
+        ("t2_tirm_tra_dark-fluid", "90", "2500", "Gadovist", "FLAIR"),
+        ("AX T1 FLAIR", "9", "780", "", "pre-contrast"),
+        ("AX T1 FLAIR +C", "9", "780", "", "post-contrast"),
+        ("FLAIR", "9", "780", "", "doubtful"),
+        ("", "120", "2500", "", "FLAIR"),
+        ("", "9", "", "", "doubtful"),
+        ("MPRAGE post", "3", "900", "", "post-contrast"),
+        ("T1 pre contrast", "12", "", "", "pre-contrast"),
+        ("T1 without contrast", "12", "", "none", "pre-contrast"),
+        ("T1 pre", "12", "", "Gadovist", "doubtful"),
+        ("SAG T1", "12", "", "", "pre-contrast"),
+        ("t1c", "12", "", "", "post-contrast"),
+        ("AX T2", "95", "", "", "other"),
+        ("ep2d_diff ADC", "95", "", "", "other"),
+        ("3-plane loc", "5", "", "", "other"),
+        ("T1 subtraction", "12", "", "", "other"),
+    ],
+)
+def test_which_sequence_a_series_is(description, echo, inversion, agent, sequence):
+    values = {"0008|103e": description, "0018|0081": echo, "0018|0082": inversion}
+    assert Series(Path("s"), values | {"0018|0010": agent}, 20).sequence == sequence
