@@ -6,6 +6,7 @@ python3 app.py & python3 -m assets.make http://127.0.0.1:7860       # those of t
 
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -38,21 +39,45 @@ def main() -> None:
 
 
 def screenshots(url: str) -> None:
-    """The page with the phantom, at laptop and phone width."""
+    """The page with a phantom, at laptop width in light and at phone width in dark colours."""
     from playwright.sync_api import sync_playwright
 
-    with sync_playwright() as playwright:
+    graphics = ["--use-angle=swiftshader", "--enable-unsafe-swiftshader", "--ignore-gpu-blocklist"]
+    with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
+        scan, mask = write_phantom(Path(folder), seed=1002)
         browser = playwright.chromium.launch(
-            executable_path=shutil.which("chromium"), args=["--no-sandbox", "--disable-gpu"]
+            executable_path=shutil.which("chromium"), args=["--no-sandbox", *graphics]
         )
-        for name, width, height in (("app", 1100, 800), ("app-phone", 390, 844)):
-            page = browser.new_page(viewport={"width": width, "height": height})
-            page.goto(url)
-            page.get_by_role("button", name="Try a phantom").click()
-            page.locator("#result canvas[data-drawn]").wait_for()
-            page.locator("h2").evaluate("heading => heading.scrollIntoView({block: 'nearest'})")
+        page = browser.new_page()
+        page.set_default_timeout(600_000)
+        page.goto(url)
+        page.locator("#files").set_input_files(scan)
+        page.locator("input[name=mask]").set_input_files(mask)
+        page.get_by_role("button", name="Segment").click()
+        page.locator("#look[aria-busy=false]").wait_for()
+        for name, width, height, colours in (
+            ("app", 1280, 800, "light"),
+            ("app-phone", 390, 844, "dark"),
+        ):
+            page.emulate_media(color_scheme=colours)
+            page.set_viewport_size({"width": width, "height": height})
+            page.locator("#result").evaluate("result => result.scrollIntoView()")
+            page.wait_for_timeout(20_000)  # it is drawn in software
             page.screenshot(path=ROOT / "assets" / f"{name}.png")
         browser.close()
+
+
+def write_phantom(folder: Path, seed: int) -> tuple[Path, Path]:
+    """Write a phantom of thin slices and its true mask as NIfTI files."""
+    import SimpleITK
+
+    volume, truth = make_volume(seed, slices=64, size=192)
+    paths = folder / "phantom.nii.gz", folder / "phantom_mask.nii.gz"
+    for path, array in zip(paths, (volume, truth.astype(np.uint8)), strict=True):
+        image = SimpleITK.GetImageFromArray(array, isVector=array.ndim == 4)
+        image.SetSpacing((1, 1, 2.1))
+        SimpleITK.WriteImage(image, str(path))
+    return paths
 
 
 if __name__ == "__main__":

@@ -68,7 +68,7 @@ class Answer:
     summary: dict  # numbers and text
     files: dict[str, bytes]  # by name: the masks, montage.png, <case>.gif
     masks: list[str]  # which of the files are the mask, in the geometry of the source
-    viewer: dict  # what the page's viewer shows, see viewer.viewer_files
+    viewer: dict  # what the page's viewer shows: see viewer_files
 
     def archive(self, names: Sequence[str] | None = None) -> bytes:
         """A zip archive of some files, or of all of them and summary.json."""

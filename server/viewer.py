@@ -1,4 +1,4 @@
-"""What the page's viewer gets of a case: scan, probability and masks as small NIfTI files."""
+"""Pack scan, probability and masks of a case as small NIfTI files for the page's viewer."""
 
 from __future__ import annotations
 
@@ -14,34 +14,32 @@ from brainseg.io.scans import Scan
 from brainseg.io.slices import Case
 
 SIDE = 384  # voxels: longer axes are thinned out for the viewer
-SEQUENCES = {1: "flair", 0: "pre", 2: "post"}  # by channel, in the order of the page
 
 
 @dataclass(frozen=True)
 class Space:
-    """Where the voxels (X, Y, Z) of the viewer lie: to the left, to the back and up."""
+    """Where voxels (X, Y, Z) lie: columns, rows and slices of an axial volume."""
 
-    columns: np.ndarray  # (3, 3): one voxel along X, Y, Z, in mm to the right, front and up
-    origin: np.ndarray  # of the first voxel, in the same coordinates
+    columns: np.ndarray  # (3, 3): the steps along X, Y, Z, in mm to the right, front and up
+    origin: np.ndarray  # the first voxel, in the same coordinates
 
     @classmethod
     def of(cls, case: Case, shape: tuple[int, int, int]) -> Space:
-        """The space of a volume (S, H, W); without spacing, as high as a head usually is."""
-        to_ras = np.diag((-1.0, -1.0, 1.0))
+        """Find the space of a volume (S, H, W); without a spacing, make it as high as a head."""
+        to_ras = np.diag((-1.0, -1.0, 1.0))  # from left, back and up
         if not isinstance(case, Scan):
             slices, *sides = shape
             distance = np.clip(0.65 * max(sides) / slices, 1, 10) if slices > 1 else 1
             return cls(to_ras @ np.diag((1, 1, distance)), np.zeros(3))
         grid, origin = case.grid, np.array(case.grid.offset, float)
-        columns = grid.direction * grid.spacing
-        columns = columns[:, grid.axes]
+        columns = (grid.direction * grid.spacing)[:, grid.axes]
         for axis in grid.backward:
             origin += columns[:, axis] * (grid.shape[grid.axes[axis]] - 1)
             columns[:, axis] *= -1
         return cls(to_ras @ columns, to_ras @ origin)
 
     def nifti(self, voxels: np.ndarray, slope: float = 1) -> bytes:
-        """Voxels (X, Y, Z) or (X, Y, Z, N), uint8, as a .nii.gz file."""
+        """Write voxels (X, Y, Z) or (X, Y, Z, N), uint8, as a .nii.gz file."""
         header = bytearray(352)
         sizes = (voxels.ndim, *voxels.shape, *[1] * (7 - voxels.ndim))
         lengths = (1, *np.linalg.norm(self.columns, axis=0), *[1] * 4)
@@ -65,37 +63,47 @@ def viewer_files(
     mask: np.ndarray,
     truth: np.ndarray | None,
 ) -> dict:
-    """What the viewer shows of a volume (S, H, W, C); the rest is (S, H, W).
+    """Pack a volume (S, H, W, C) and what belongs to it, each (S, H, W), for the viewer.
 
-    `scan` has a frame of 0..255 for each of `sequences`; copies of FLAIR are left out.
-    `labels` is 1 for voxels of the mask alone, 2 of the true mask alone, 3 of both.
-    `numbers` are those of the axial slices, `focus` (mm, RAS) is the middle of the lesion.
+    `scan`: a frame of 0..255 for each of `sequences`. `probability`: 0..1. `labels`: 1 for the
+    mask alone, 2 for the true mask alone, 3 for both. `numbers`: of the axial slices.
+    `focus`: the middle of the lesion, in mm to the right, front and up.
     """
-    thin = tuple(slice(None, None, math.ceil(length / SIDE)) for length in mask.shape)
-    space = Space.of(case, mask.shape)
-    area = mask.sum(axis=(1, 2))
-    where = np.argwhere(mask[area.argmax()]) if area.any() else np.array([mask.shape[1:]]) // 2
-    middle = (area.argmax() if area.any() else len(area) // 2, *where.mean(axis=0))
-    steps = [each.step for each in reversed(thin)]
-    small = Space(space.columns * steps, space.origin)
-
-    def packed(array: np.ndarray, slope: float = 1) -> bytes:
-        return small.nifti(array[thin].T, slope)
-
-    channels = list(SEQUENCES) if volume.shape[3] == 3 else [min(1, volume.shape[3] - 1)]
-    frames, names = [], []
-    for k in channels:
-        if k == 1 or len(channels) == 1 or not np.array_equal(volume[..., k], volume[..., 1]):
-            frames.append(to_grey(volume[..., [k]])[thin].T)
-            names.append(SEQUENCES[k] if len(channels) > 1 else "flair")
+    step = [math.ceil(length / SIDE) for length in mask.shape]
+    thin = tuple(slice(None, None, k) for k in step)
+    full = Space.of(case, mask.shape)
+    space = Space(full.columns * step[::-1], full.origin)
     labels = mask.astype(np.uint8)
     if truth is not None:
         labels += 2 * truth.astype(np.uint8)
+    percent = np.rint(255 * probabilities[thin].clip(0, 1)).astype(np.uint8)
+    sequences = _sequences(volume)
+    grey = [to_grey(volume[..., [channel]])[thin].T for channel in sequences.values()]
     return {
-        "sequences": names,
-        "scan": small.nifti(np.stack(frames, axis=3)),
-        "probability": packed(np.rint(255 * probabilities.clip(0, 1)).astype(np.uint8), 1 / 255),
-        "labels": packed(labels),
+        "sequences": list(sequences),
+        "scan": space.nifti(np.stack(grey, axis=3)),
+        "probability": space.nifti(percent.T, slope=1 / 255),
+        "labels": space.nifti(labels[thin].T),
         "numbers": case.numbers[thin[0]],
-        "focus": (space.columns @ middle[::-1] + space.origin).tolist(),
+        "focus": (full.columns @ _middle(mask)[::-1] + full.origin).tolist(),
     }
+
+
+def _sequences(volume: np.ndarray) -> dict[str, int]:
+    """Find the channel of each sequence of a volume (S, H, W, C), leaving out copies of FLAIR."""
+    if volume.shape[3] != 3:
+        return {"flair": min(1, volume.shape[3] - 1)}
+    pre, flair, post = np.moveaxis(volume, 3, 0)
+    found = {"flair": 1, "pre": 0, "post": 2}
+    for name, voxels in (("pre", pre), ("post", post)):
+        if np.array_equal(voxels, flair):
+            del found[name]
+    return found
+
+
+def _middle(mask: np.ndarray) -> np.ndarray:
+    """Find slice, row and column of the middle of the largest lesion slice, or of the volume."""
+    area = mask.sum(axis=(1, 2))
+    if not area.any():
+        return np.array(mask.shape) // 2
+    return np.array([area.argmax(), *np.argwhere(mask[area.argmax()]).mean(axis=0)])

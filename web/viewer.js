@@ -30,7 +30,7 @@ async function start() {
   const draw = nv.drawImage3D; // the rendering has no outline: it shows the mask whenever it is on
   nv.drawImage3D = function (...args) {
     const opacity = this.drawOpacity;
-    this.drawOpacity = form.mask.value === "off" ? 0 : 1;
+    this.drawOpacity = form.marks.value === "off" ? 0 : 1;
     draw.apply(this, args);
     this.drawOpacity = opacity;
   };
@@ -38,6 +38,7 @@ async function start() {
   await nv.attachToCanvas(canvas);
   form.addEventListener("input", ({ target }) => set[target.name](target));
   form.addEventListener("reset", () => setTimeout(reset));
+  window.addEventListener("resize", () => set.view(form.view));
 }
 
 export async function look(viewer, names, compared) {
@@ -67,7 +68,7 @@ const set = {
   },
   sequence: ({ value }) => nv.setFrame4D(nv.volumes[0].id, Number(value)),
   probability: ({ checked }) => nv.setOpacity(1, checked ? 0.5 : 0),
-  mask({ value }) {
+  marks({ value }) {
     nv.drawOpacity = { outline: UNSEEN, fill: FILL, off: 0 }[value];
     nv.drawRimOpacity = 1;
     nv.drawScene();
@@ -95,10 +96,7 @@ function reset() {
   nv.createOnLocationChange();
   nv.setPan2Dxyzmm([0, 0, 0, 1]);
   nv.setRenderAzimuthElevation(200, 15);
-  for (const name of ["view", "sequence", "mask", "probability", "level", "zoom"]) {
-    const control = form[name], chosen = control.length ? [...control].find((each) => each.checked) : control;
-    set[name](chosen);
-  }
+  for (const name of ["view", "sequence", "marks", "probability", "level", "zoom"]) set[name](form[name]);
 }
 
 // Which axis the slider moves along: that of the plane on show, else the axial one.
