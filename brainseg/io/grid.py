@@ -44,6 +44,11 @@ class Grid:
         """The file's axes that run most nearly left or right, front or back, up or down."""
         return self._turn[0]
 
+    @property
+    def backward(self) -> list[int]:
+        """Of `axes`, the places (0, 1, 2) of those that run to the right, the front, or down."""
+        return self._turn[1]
+
     def to_axial(self, voxels: np.ndarray) -> np.ndarray:
         """Turn voxels (X, Y, Z, C) of the file into a volume (S, H, W, C)."""
         axes, backward = self._turn
