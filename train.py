@@ -65,7 +65,8 @@ def get_args_parser() -> utils.Parser:
 
     add, recipe = parser.group("network")
     recipe("--model", type=str, choices=MODELS, default="unet", help="the network")
-    recipe("--features", type=int, least=1, help="unet: channels of its first level (32)")
+    recipe("--features", type=int, least=1,
+           help="unet: channels of its first level (32, or those of --init-weights)")
     recipe("--pretrained", type=str, nargs="?", const=True,
            help="resnext_unet: ImageNet weights for its encoder, downloaded or from a file")
     recipe("--neighbours", type=int, default=0, least=0, help="slices seen on either side of each")
@@ -355,6 +356,8 @@ def get_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict | 
         parser = get_args_parser()  # without what the first parsing took from --config
         args = parser.parse_resumed(argv, {"preprocessing": 1} | checkpoint["args"], path)
     check_args(parser, args)
+    if args.init_weights and not (args.resume or args.features) and args.model == "unet":
+        args.features = training.width_of(args.init_weights)
     return args, checkpoint
 
 

@@ -16,7 +16,14 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .distributed import shard_of_batch, world_size
-from .weights import build_model, initialise, load_tensors, save_tensors
+from .weights import (
+    MODELS,
+    build_model,
+    initialise,
+    load_state,
+    load_tensors,
+    save_tensors,
+)
 
 CHECKPOINT = set("args model ema optimizer epoch step loss_sum best cases".split())
 PROGRESS = ("epoch", "step", "loss_sum", "best")
@@ -180,6 +187,12 @@ def build_network(name: str, seed: int, init_weights: Path | None, **settings) -
             f"left at random: {', '.join(untouched) or 'nothing'}"
         )
     return model
+
+
+def width_of(weights: Path) -> int | None:
+    """Read the channels of the first level of a U-Net off its weights; None of another network."""
+    settings = MODELS["unet"].settings_of(load_state(weights))
+    return settings and settings["init_features"]
 
 
 def on_device(model: nn.Module, device: torch.device, sync_bn: bool = False) -> nn.Module:

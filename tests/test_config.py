@@ -1,6 +1,7 @@
 """--config: a file of settings under the names of the flags, and the args.json of a run."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -117,9 +118,9 @@ def test_a_required_flag_may_be_in_either_place(tmp_path):
     path = tmp_path / "settings.yaml"
     path.write_text("out: there\n")
     args = get_parser().parse_args(["--config", str(path), "--weights", "w.pt"])
-    assert (str(args.out), str(args.weights)) == ("there", "w.pt")
+    assert (str(args.out), args.weights) == ("there", [Path("w.pt")])
     path.write_text("weights: w.pt\n")
-    assert str(get_parser().parse_args(["--config", str(path)]).weights) == "w.pt"
+    assert get_parser().parse_args(["--config", str(path)]).weights == [Path("w.pt")]
     path.write_text("out: there\n")
     with pytest.raises(SystemExit):
         get_parser().parse_args(["--config", str(path)])

@@ -182,7 +182,8 @@ def test_torch_export_agrees_and_has_its_card(tmp_path, capsys):
 
 
 def test_inference_scores_the_same(phantoms, onnx, weights, tmp_path, capsys):
-    some = "--cases", "phantom_001", "phantom_003", "phantom_005", "--device", "cpu"
+    some = "--cases", "phantom_001", "phantom_003", "phantom_005", "--threshold", 0.3
+    some += "--device", "cpu", "--no-largest-component"
     assert infer(phantoms, tmp_path / "onnx", onnx, *some, "--providers", "cpu") == 0
     assert f"segmented with {onnx} by ONNX Runtime (cpu)" in capsys.readouterr().out
     assert infer(phantoms, tmp_path / "torch", weights, *some, "--no-amp") == 0
