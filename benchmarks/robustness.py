@@ -34,7 +34,7 @@ def scaled(volume: np.ndarray, sequence: int, factor: float, offset: float = 0) 
 
 def with_hot_voxel(volume: np.ndarray) -> np.ndarray:
     changed = volume.astype(np.float32)
-    changed[0, 0, 0, FLAIR] = 4 * volume.max()
+    changed[0, 0, 0, FLAIR] = 4 * float(volume.max())
     return changed
 
 

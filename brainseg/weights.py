@@ -32,8 +32,11 @@ OTHERS = {  # made of weights, but no weights
     "was made of, or an ONNX file (export.py --format onnx)",
 }
 ROOT = Path(__file__).resolve().parents[1]
-SHIPPED = {"unet": ROOT / "weights" / "unet-12f2ec04.pt"}  # what comes with the project
-ENSEMBLES = {"unet": ROOT / "weights" / "unet-folds"}  # the same, five networks
+# What comes with the project: the network of the published shape, for torch.hub's `unet`; what
+# segments unless told otherwise; and in its place, where it is there, an ensemble of folds.
+PUBLISHED = {"unet": ROOT / "weights" / "unet-12f2ec04.pt"}
+SHIPPED = {"unet": ROOT / "weights" / "unet-f3efc2a2.pt"}
+ENSEMBLES = {"unet": ROOT / "weights" / "unet-folds"}
 
 
 def build_model(name: str, **settings) -> nn.Module:
@@ -106,7 +109,7 @@ def load_tensors(path: Path | str) -> dict:
 def hash_in_name(name: str) -> str | None:
     """The eight digits of SHA-256 in the name of a weights file, unless they are a date."""
     named = re.search(r"-([0-9a-f]{8})\.pt$", name)
-    if not named or any(name == path.name for path in SHIPPED.values()):
+    if not named or any(name == path.name for path in shipped_files()):
         return named and named[1]
     try:
         year = datetime.strptime(named[1], "%Y%m%d").year if named[1].isdigit() else 0
@@ -229,25 +232,29 @@ def shipped_weights(name: str) -> Path:
     FileNotFoundError if neither did.
     """
     folder = ENSEMBLES.get(name)
-    return folder if folder and any(folder.glob("*.pt")) else shipped_network(name)
+    return folder if folder and any(folder.glob("*.pt")) else _find(name, SHIPPED)
 
 
-def shipped_network(name: str) -> Path:
-    """Find the weights of the single network of that name; FileNotFoundError if none came."""
-    if name not in SHIPPED:
-        known = ", ".join(SHIPPED)
+def _find(name: str, shipped: dict[str, Path]) -> Path:
+    if name not in shipped:
+        known = ", ".join(shipped)
         raise FileNotFoundError(f"no pretrained weights for {name!r}, only for {known}; train some")
-    if not SHIPPED[name].is_file():
-        raise FileNotFoundError(f"{SHIPPED[name]}: is missing; fetch the project again")
-    return SHIPPED[name]
+    if not shipped[name].is_file():
+        raise FileNotFoundError(f"{shipped[name]}: is missing; fetch the project again")
+    return shipped[name]
+
+
+def shipped_files() -> list[Path]:
+    """List the files of weights that come with the project, each a single network."""
+    return sorted({*PUBLISHED.values(), *SHIPPED.values()})
 
 
 def load_pretrained(name: str, **settings: int) -> nn.Module:
-    """Build the network `name` with its shipped weights, in evaluation mode.
+    """Build the network `name`, of the published shape, with its weights, in evaluation mode.
 
     Raises ValueError, before anything is loaded, if they were trained for other `settings`.
     """
-    path = shipped_network(name)
+    path = _find(name, PUBLISHED)
     trained = read_card(path).get("settings", {})
     odd = [key for key, value in settings.items() if trained.get(key) != value]
     if odd:

@@ -13,10 +13,10 @@ import pytest
 from brainseg.metrics import dsc
 from brainseg.phantom import make_volume
 from brainseg.segmenter import Segmenter
-from brainseg.weights import SHIPPED
+from brainseg.weights import shipped_files
 
 PAIRS = Path(__file__).parent / "pairs"
-WEIGHTS = sorted(SHIPPED.values())
+WEIGHTS = shipped_files()
 
 
 def outputs(weights: Path, volume: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

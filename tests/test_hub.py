@@ -31,7 +31,8 @@ def own_weights(tmp_path, monkeypatch) -> Path:
     digits = hashlib.sha256((tmp_path / "new.pt").read_bytes()).hexdigest()[:8]
     path = (tmp_path / "new.pt").rename(tmp_path / f"unet-{digits}.pt")
     path.with_suffix(".json").write_text(json.dumps({"settings": model.settings, "image_size": 32}))
-    monkeypatch.setattr(weights, "SHIPPED", {"unet": path})
+    for which in ("SHIPPED", "PUBLISHED"):
+        monkeypatch.setattr(weights, which, {"unet": path})
     return path
 
 
@@ -163,6 +164,7 @@ def test_segmenter_takes_a_raw_volume(own_weights):
 
 def test_without_shipped_weights_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setattr(weights, "SHIPPED", {})
+    monkeypatch.setattr(weights, "PUBLISHED", {})
     for entry, settings in (("unet", {"pretrained": True}), ("segmenter", {})):
         with pytest.raises(FileNotFoundError, match="no pretrained weights for 'unet'"):
             load(entry, **settings)
