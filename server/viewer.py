@@ -31,12 +31,8 @@ class Space:
             slices, *sides = shape
             distance = np.clip(0.65 * max(sides) / slices, 1, 10) if slices > 1 else 1
             return cls(to_ras @ np.diag((1, 1, distance)), np.zeros(3))
-        grid, origin = case.grid, np.array(case.grid.offset, float)
-        columns = (grid.direction * grid.spacing)[:, grid.axes]
-        for axis in grid.backward:
-            origin += columns[:, axis] * (grid.shape[grid.axes[axis]] - 1)
-            columns[:, axis] *= -1
-        return cls(to_ras @ columns, to_ras @ origin)
+        grid = case.grid.axial
+        return cls(to_ras @ (grid.direction * grid.spacing), to_ras @ grid.offset)
 
     def nifti(self, voxels: np.ndarray, slope: float = 1) -> bytes:
         """Write voxels (X, Y, Z) or (X, Y, Z, N), uint8, as a .nii.gz file."""

@@ -147,5 +147,5 @@ function numbers(summary) {
     const [dsc, low, high] = ["", "_low", "_high"].map((part) => summary[`expected_dsc${part}`]?.toFixed(2));
     said.push(`Expected DSC with an expert's mask: ${dsc}${low && high ? ` (${low} to ${high})` : ""}.`);
   }
-  return [...said, ...summary.notes].join(" ");
+  return said.join(" ");
 }

@@ -45,9 +45,15 @@ class Grid:
         return self._turn[0]
 
     @property
-    def backward(self) -> list[int]:
-        """Of `axes`, the places (0, 1, 2) of those that run to the right, the front, or down."""
-        return self._turn[1]
+    def axial(self) -> Grid:
+        """The grid of the axial volume: X runs to the left, Y to the back, Z up."""
+        axes, backward = self._turn
+        shape, spacing = (tuple(each[axis] for axis in axes) for each in (self.shape, self.spacing))
+        direction, offset = self.direction[:, axes], np.array(self.offset, float)
+        for axis in backward:
+            offset += direction[:, axis] * spacing[axis] * (shape[axis] - 1)
+        forward = [-1 if axis in backward else 1 for axis in range(3)]
+        return Grid(shape, spacing, tuple(offset), direction * forward)
 
     def to_axial(self, voxels: np.ndarray) -> np.ndarray:
         """Turn voxels (X, Y, Z, C) of the file into a volume (S, H, W, C)."""
