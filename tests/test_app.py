@@ -585,7 +585,17 @@ def test_sequences_in_files_of_their_own(page, files, tmp_path):
         path = tmp_path / f"{name}.nii.gz"
         SimpleITK.WriteImage(SimpleITK.VectorIndexSelectionCast(head, k), str(path))
         page.locator(f"input[name={name}]").set_input_files(str(path))
+    page.get_by_label("move the other").check()
+    page.evaluate("""() => {  // note what is sent
+        const append = FormData.prototype.append;
+        window.sent = [];
+        FormData.prototype.append = function (name, ...more) {
+            window.sent.push(name);
+            append.call(this, name, ...more);
+        };
+    }""")
     page.get_by_role("button", name="Segment").click()
+    assert page.evaluate("window.sent") == ["pre", "flair", "post", "register"]
     page.locator("#sequences").get_by_text("Pre-contrast").wait_for()
     assert len(downloaded(page, "flair_mask.nii.gz")) > 100
 

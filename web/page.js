@@ -56,7 +56,8 @@ find("#theme").addEventListener("click", () => {
 find("#send").addEventListener("submit", (event) => {
   event.preventDefault();
   if (!chosen.images?.length && !chosen.flair?.length) return fail("No scan yet: drop one first, or try a phantom.");
-  send(Object.entries(chosen).flatMap(([field, files]) => files.map((file) => [field, file])));
+  const parts = Object.entries(chosen).flatMap(([field, files]) => files.map((file) => [field, file]));
+  send(find("#register").checked ? [...parts, ["register", "1"]] : parts);
 });
 find("#phantom").addEventListener("click", () => send([["phantom", "1"]]));
 
