@@ -164,7 +164,12 @@ def score_all(
     def load(case: Case) -> tuple:
         volume, truth = case.read_pair()
         try:
-            return case, volume, truth, {way: preprocess_near(volume, *way) for way in ways}
+            return (
+                case,
+                volume,
+                truth,
+                {way: preprocess_near(volume, *way, case.aspect) for way in ways},
+            )
         except ValueError as error:
             raise ValueError(f"{case.folder}: {error}") from error
 
