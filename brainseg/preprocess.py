@@ -18,6 +18,7 @@ VERSION = 2  # of the preprocessing, for new weights
 SEQUENCES = {1: ("FLAIR",), 3: ("pre-contrast", "FLAIR", "post-contrast")}
 BRIGHTEST = 4.0  # version 2: brighter than so many times the median tissue is clipped
 SATURATED = 0.1  # a share of the foreground at one greatest value that no scanner writes
+FLAT = 0.25  # a share of the foreground at its median that no tissue has
 OVERLAP = 0.8  # Dice coefficient of two foregrounds; in 87 of 88 LGG cases it is 0.88 to 0.97
 
 
@@ -115,6 +116,11 @@ def _preprocess_2(
             continue
         if levels[k].saturated > SATURATED:
             notes.append(f"{name} is saturated: {levels[k].saturated:.0%} of it has one value")
+        if levels[k].flat > FLAT:
+            notes.append(
+                f"{name} has one value in {levels[k].flat:.0%} of its foreground; if it was "
+                "normalised after stripping, give the file from before"
+            )
         if (overlap := _dice(foreground[k], foreground[flair])) < OVERLAP:
             notes.append(
                 f"{name} covers another part than {names[flair]} (Dice {overlap:.2f}); "
@@ -137,6 +143,7 @@ class _Levels:
     threshold: float  # above it lies the foreground
     median: float  # of the foreground
     saturated: float  # share of the foreground that has the greatest value
+    flat: float  # share of the foreground that has the median's value
 
 
 def _levels(sequence: np.ndarray) -> _Levels | None:
@@ -155,7 +162,8 @@ def _levels(sequence: np.ndarray) -> _Levels | None:
     foreground = bright[bright > threshold]
     median = float(np.median(foreground))
     saturated = float((foreground == foreground.max()).mean())
-    return _Levels(background, threshold, median, saturated)
+    flat = float((foreground == median).mean())
+    return _Levels(background, threshold, median, saturated, flat)
 
 
 def _scaled(sequence: np.ndarray, levels: _Levels) -> np.ndarray:

@@ -118,3 +118,11 @@ def test_real_case_on_a_scanner_scale(lgg):
     images, expected = prepared(scaled), prepared(volume)
     images[3], expected[3] = 0, 0
     torch.testing.assert_close(images, expected, atol=1e-2, rtol=0)
+
+
+def test_normalised_after_stripping_is_said(volume):
+    """Air at 0 amid negative tissue cannot be told from tissue."""
+    head = volume[..., 1] > 20
+    normalised = np.where(head[..., None], (volume - 90.0) / 40, 0)
+    notes = preprocess(normalised, SIZE)[1].notes
+    assert any("normalised after stripping" in note for note in notes)

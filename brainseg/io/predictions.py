@@ -55,8 +55,11 @@ def since(folder: Path, about: dict, keep: bool) -> float:
             for name in ("image_size", "threshold", "largest_component", "tta")
             if before["args"][name] != about["args"][name]
         ]
-        if before["args"].get("register", False) != about["args"]["register"]:
-            changed.append(f"register {before['args'].get('register', False)}")
+        younger = {"register": False, "min_volume": 0, "sequences": None, "pre": None, "post": None}
+        for name, default in younger.items():  # than an args.json that lacks them
+            value = before["args"].get(name, default)
+            if value != about["args"].get(name, default):
+                changed.append(f"{name.replace('_', ' ')} {value}")
         if list(before["weights"].values()) != list(about["weights"].values()):
             changed.insert(0, f"weights {', '.join(before['weights'])}")
         begun = float(before["since"])
