@@ -159,6 +159,14 @@ def run(args: argparse.Namespace, options: dict) -> int:
     if len(sources) > 1:
         print(count_patients(by_subset(source.name for source in sources)), flush=True)
     files = weights_files(weights)
+    for file in files:
+        if not read_card(file) and is_main_process():
+            size, version = segmenter.image_size, segmenter.version
+            print(
+                f"{file}: has no card (.json); taken for weights of preprocessing {version} and "
+                f"slices of {size} x {size}: put its card beside it",
+                file=sys.stderr,
+            )
     about["weights"] = {str(file): file_hash(file) for file in files}
     about["since"] = since(args.predictions, about, args.skip_existing)
     algorithm = f"brainseg {' '.join(file.stem for file in files)}"
@@ -222,7 +230,7 @@ def segment(
     finally:
         done = [each for each in done if each]
         if is_main_process():
-            write_tables(outputs.folder, done)
+            write_tables(outputs, done)
     return done, failed, kept
 
 
@@ -245,12 +253,13 @@ def check_outputs(
             raise ValueError(f"{path}: is a source; name another folder with --predictions")
 
 
-def write_tables(folder: Path, done: list[dict]) -> None:
-    """Write volumes.csv, and metrics.csv if any case had a mask."""
+def write_tables(outputs: Outputs, done: list[dict]) -> None:
+    """Write volumes.csv with earlier rows that are kept, and metrics.csv if there are scores."""
     if done:
-        write_volumes(folder / "volumes.csv", [each["volumes"] for each in done])
+        rows = outputs.earlier | {each["volumes"]["case"]: each["volumes"] for each in done}
+        write_volumes(outputs.folder / "volumes.csv", list(rows.values()))
     if scores := [each["scores"] for each in done if each["scores"]]:
-        write_table(folder / "metrics.csv", scores)
+        write_table(outputs.folder / "metrics.csv", scores)
 
 
 def report(done: list[dict], folder: Path, figure: Path, page: Path | None, about: dict) -> None:

@@ -634,7 +634,9 @@ def test_neighbours_travel_in_the_card(phantoms, tmp_path, capsys):
     (tmp_path / "unet.json").unlink()  # then nothing says that 9 channels are 3 slices
     capsys.readouterr()
     assert infer(phantoms, tmp_path, tmp_path / "unet.pt", *only, "--image-size", 32) == 1
-    assert "3 channel(s), but the model was trained on 9" in one_sentence(capsys)
+    first, second = capsys.readouterr().err.strip().splitlines()
+    assert "has no card (.json)" in first
+    assert "3 channel(s), but the model was trained on 9" in second
 
 
 def test_the_second_network_trains_and_segments_by_name(phantoms, tmp_path, monkeypatch):

@@ -280,3 +280,18 @@ def test_full_disk_keeps_the_earlier_report(phantoms, weights, tmp_path, monkeyp
 def test_a_report_that_is_a_folder_is_known_at_once(phantoms, weights, tmp_path):
     said = infer(phantoms, tmp_path, weights, "--report", tmp_path)
     assert "is a folder" in said and not list(tmp_path.rglob("*_mask.tif"))
+
+
+def test_rows_of_other_cases_are_kept(phantoms, weights, tmp_path):
+    both = "--cases", "phantom_003", "phantom_004"
+    assert infer(phantoms, tmp_path, weights, *both) == 0
+    before = table(tmp_path)
+    assert infer(phantoms, tmp_path, weights, *both[:2], "--skip-existing") == 0
+    assert table(tmp_path) == before and len(before) == 2
+
+
+def test_weights_without_a_card_are_said(phantoms, weights, tmp_path, capsys):
+    bare = tmp_path / "bare.pt"
+    bare.write_bytes(weights.read_bytes())
+    infer(phantoms, tmp_path, bare, "--cases", "phantom_003", "--image-size", 32)
+    assert "bare.pt: has no card (.json); taken for weights" in capsys.readouterr().err
