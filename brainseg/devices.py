@@ -36,8 +36,9 @@ def has_bfloat16(device: torch.device) -> bool:
     """Whether the device multiplies matrices in bfloat16 faster than in float32."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    # AMX tiles; without them bfloat16 on a CPU is emulated, and slower.
-    return device.type == "cpu" and getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
+    # With AVX-512's own bfloat16 products, or AMX tiles; on other processors it is emulated.
+    fast = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return device.type == "cpu" and any(getattr(torch.cpu, name, bool)() for name in fast)
 
 
 def free_memory(device: torch.device) -> int:
