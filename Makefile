@@ -10,7 +10,7 @@ demo: .venv/installed
 	@rm -rf demo
 	@$(BIN)/python -m brainseg.phantom demo/images --cases 24 --size 96 --slices 16
 	@$(BIN)/python train.py --images demo/images --image-size 96 --features 8 \
-		--epochs 16 --lr 4e-3 --schedule cosine --warmup 20 --ema 0.98 --loss bce-dice \
+		--epochs 16 --lr 4e-3 --warmup 20 --ema 0.98 \
 		--keep last --cache demo/cache --weights demo/weights --logs demo/logs
 	@$(BIN)/python inference.py --weights demo/weights/unet.pt --images demo/images \
 		--subset test --predictions demo/predictions --figure demo/dsc.png

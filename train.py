@@ -1,6 +1,7 @@
 """Train a network on a folder of cases with masks.
 
     python3 train.py --images ./kaggle_3m                 100 epochs; best weights: weights/unet.pt
+    python3 train.py --recipe classic                     as published: 256 px, 32 features, Dice
     python3 train.py --resume                             go on after an interruption
     python3 train.py --resume --epochs 150                train on for longer
     python3 train.py --config settings.yaml               the names of the flags; flags win
@@ -32,7 +33,6 @@ from brainseg import distributed as dist
 from brainseg import runs, training
 from brainseg.devices import has_bfloat16, in_groups, pick_device, to_device
 from brainseg.metrics import dsc
-from brainseg.preprocess import VERSION
 from brainseg.segmenter import Segmenter
 from brainseg.splits import list_cohort
 from brainseg.training import TrainState
@@ -41,6 +41,12 @@ from dataset import BrainSegmentationDataset, Feed
 from loss import LOSSES
 from transform import augment_all
 
+# The values of 2019, under --recipe classic; the defaults are those of the shipped weights.
+CLASSIC = {
+    "image_size": 256, "preprocessing": 1, "lr": 1e-4, "schedule": "constant",
+    "warmup": 0, "ema": 0.0, "loss": "dice", "background": 0.1, "aug_scale": 0.05,
+    "aug_intensity": 0, "drop_sequences": 0,
+}  # fmt: skip
 SYNC = 20  # steps between two looks at the loss, for which host and device wait for each other
 AT_ONCE = 256  # slices whose probabilities a GPU holds in validation
 
@@ -49,14 +55,17 @@ AT_ONCE = 256  # slices whose probabilities a GPU holds in validation
 def get_args_parser() -> utils.Parser:
     """Every setting, once: what `recipe` adds stands in the card, and --resume keeps it."""
     parser, switch = utils.make_parser(__doc__), argparse.BooleanOptionalAction
+    parser.presets = {"classic": CLASSIC}
     share = {"type": float, "least": 0, "below": 1}
     add, recipe = parser.group("data")
     add("--images", type=Path, default="./kaggle_3m", help="folder of cases")
     utils.add_cohort_options(recipe)
     add("--skip-bad", action="store_true", help="leave out cases that cannot be read, naming them")
-    recipe("--image-size", type=int, default=256, least=32, help="side of a resized slice")
-    recipe("--preprocessing", type=int, choices=(1, 2), default=VERSION,
-           help="1: as the published weights, all sequences on one scale; 2: each by itself")
+    recipe("--image-size", type=int, least=32,
+           help="side of a resized slice (128, or that of --init-weights; classic: 256)")
+    recipe("--preprocessing", type=int, choices=(1, 2),
+           help="1: all sequences on one scale; 2: each by itself (2, or that of --init-weights; "
+           "classic: 1)")
     recipe("--folds", type=int, least=2, help="cross-validation: number of folds by patient")
     recipe("--fold", type=int, least=0, help="cross-validation: the fold to validate on, from 0")
     add("--cache", type=Path, help="preprocessed volumes (~/.cache/brainseg)")
@@ -66,30 +75,35 @@ def get_args_parser() -> utils.Parser:
     add, recipe = parser.group("network")
     recipe("--model", type=str, choices=MODELS, default="unet", help="the network")
     recipe("--features", type=int, least=1,
-           help="unet: channels of its first level (32, or those of --init-weights)")
+           help="unet: channels of its first level (16, or those of --init-weights; classic: 32)")
     recipe("--pretrained", type=str, nargs="?", const=True,
            help="resnext_unet: ImageNet weights for its encoder, downloaded or from a file")
-    recipe("--neighbours", type=int, default=0, least=0, help="slices seen on either side of each")
+    recipe("--neighbours", type=int, least=0,
+           help="slices seen on either side of each (0, or those of --init-weights)")
     add("--init-weights", type=Path, help="weights to start from, as far as they fit")
     add("--allow-seen", action="store_true",
         help="validate on patients that --init-weights was trained on too; the card says so")
 
     add, recipe = parser.group("recipe")
+    recipe("--recipe", type=str, choices=("classic",),
+        help="the published values, where nothing else is given (those of the shipped weights)")
     add("--epochs", type=int, default=100, least=1, help="each draws as many slices as there are")
     recipe("--batch-size", type=int, default=16, least=1, help="slices per step")
-    recipe("--lr", type=float, default=1e-4, help="peak learning rate of Adam")
-    recipe("--schedule", type=str, choices=("constant", "cosine"), default="constant",
+    recipe("--lr", type=float, default=2e-3, help="peak learning rate of Adam")
+    recipe("--schedule", type=str, choices=("constant", "cosine"), default="cosine",
            help="of the learning rate; cosine falls to 0 at the last epoch")
-    recipe("--warmup", type=int, default=0, least=0, help="steps of linear warm-up")
-    recipe("--ema", **share, default=0.0, help="decay of averaged weights, e.g. 0.998; 0: off")
+    recipe("--warmup", type=int, default=100, least=0, help="steps of linear warm-up")
+    recipe("--ema", **share, default=0.998, help="decay of averaged weights; 0: off")
     recipe("--weight-decay", type=float, default=0, least=0, help="of AdamW; 0: plain Adam")
-    recipe("--loss", type=str, choices=LOSSES, default="dice", help="of a batch")
-    recipe("--background", type=float, default=0.1, least=0,
+    recipe("--loss", type=str, choices=LOSSES, default="bce-dice", help="of a batch")
+    recipe("--background", type=float, default=0.5, least=0,
            help="slices are drawn by lesion area plus this times the mean area")
-    recipe("--aug-scale", **share, default=0.05, help="random scale, 1 ± this")
+    recipe("--aug-scale", **share, default=0.2, help="random scale, 1 ± this")
     recipe("--aug-angle", type=float, default=15, least=0, help="random rotation, ± degrees")
-    recipe("--aug-intensity", type=float, default=0, least=0, help="random gain and shift, ± this")
-    recipe("--drop-sequences", **share, default=0, help="share of slices without post-contrast")
+    recipe("--aug-intensity", type=float, default=0.2, least=0,
+           help="random gain and shift, ± this")
+    recipe("--drop-sequences", **share, default=0.2,
+           help="share of slices without post-contrast, of cases with 3 sequences")
     recipe("--seed", type=int, default=42, least=0, help="of every random draw")
     recipe("--keep", type=str, choices=("best", "last"), default="best",
            help="weights of the epoch with the best validation DSC, or of the last")
@@ -144,8 +158,6 @@ def run(args: argparse.Namespace, checkpoint: dict | None) -> None:
         )
     model = training.on_device(model, device, args.sync_bn)
     runs.report_notes(train_set.volumes + validation_set.volumes)
-    if args.drop_sequences and train_set.in_channels != 3:
-        raise ValueError(f"--drop-sequences needs 3 sequences, not {train_set.in_channels}")
     if device.type == "cpu":
         utils.keep_freed_memory()
     feed = Feed(train_set, device, args.neighbours, workers)
@@ -179,8 +191,9 @@ def run(args: argparse.Namespace, checkpoint: dict | None) -> None:
         sizes = args.batch_size, len(feed) % args.batch_size or args.batch_size
         network = training.compile_ahead(model, sizes, args.image_size, amp, device)
     change = partial(
-        augment_all, scale=args.aug_scale, angle=args.aug_angle, drop=args.drop_sequences,
-        intensity=args.aug_intensity, sequences=train_set.in_channels,
+        augment_all, scale=args.aug_scale, angle=args.aug_angle, intensity=args.aug_intensity,
+        drop=args.drop_sequences if train_set.in_channels == 3 else 0,
+        sequences=train_set.in_channels,
     )
     step = partial(
         train_step, state, training.parallel(network, device), change=change,
@@ -354,10 +367,13 @@ def get_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict | 
         path = args.weights / f"{args.model}.ckpt"
         checkpoint = training.load_checkpoint(path)
         parser = get_args_parser()  # without what the first parsing took from --config
-        args = parser.parse_resumed(argv, {"preprocessing": 1} | checkpoint["args"], path)
+        args = parser.parse_resumed(argv, CLASSIC | checkpoint["args"], path)
     check_args(parser, args)
-    if args.init_weights and not (args.resume or args.features) and args.model == "unet":
-        args.features = training.width_of(args.init_weights)
+    first = None if checkpoint else args.init_weights
+    width = 32 if args.recipe == "classic" else 16
+    for name, value in training.unset(args.model, width, first).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
     return args, checkpoint
 
 
@@ -370,7 +386,7 @@ def check_args(parser: utils.Parser, args: argparse.Namespace) -> None:
         parser.error("--features is for --model unet")
     if args.weights.suffix == ".pt":
         parser.error(f"--weights {args.weights} must be a folder; the file is named after --model")
-    if args.image_size % stride:
+    if args.image_size and args.image_size % stride:
         parser.error(f"--image-size {args.image_size} is not a multiple of {stride}")
     if args.init_weights and args.init_weights.resolve() == weights.resolve():
         parser.error(f"--init-weights {args.init_weights} would be overwritten; set --weights")

@@ -33,6 +33,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **options: object):
         super().__init__(allow_abbrev=False, **options)
         self.recipe: list[str] = []  # the settings that change the numbers of a training
+        self.presets: dict[str, dict] = {}  # defaults that --recipe NAME sets
 
     def group(self, title: str) -> tuple[Callable, Callable]:
         """Two versions of `add_argument` for a group of the help: `add`, and `recipe`.
@@ -47,7 +48,9 @@ class Parser(argparse.ArgumentParser):
                 options["type"] = _number(options["type"], least, below)
             default = options.get("default")
             if default is not None and not isinstance(default, bool):
-                options["help"] += " (%(default)s)"
+                key = flags[0][2:].replace("-", "_")
+                others = [f"; {k}: {v[key]}" for k, v in self.presets.items() if key in v]
+                options["help"] += f" (%(default)s{''.join(others)})"
             return group.add_argument(*flags, **options)
 
         def recipe(*flags: str, **options) -> None:
@@ -60,13 +63,15 @@ class Parser(argparse.ArgumentParser):
     ) -> argparse.Namespace:
         finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         finder.add_argument("--config", type=Path)
+        finder.add_argument("--recipe")
         finder.error = self.error
-        path = finder.parse_known_args(args)[0].config
-        if path is not None:
-            try:
-                self._take_defaults(_read_config(path))
-            except (ValueError, argparse.ArgumentError) as error:
-                self.error(f"{path}: {error}")
+        found = finder.parse_known_args(args)[0]
+        try:
+            settings = _read_config(found.config) if found.config else {}
+            self.set_defaults(**self.presets.get(found.recipe or settings.get("recipe"), {}))
+            self._take_defaults(settings)
+        except (ValueError, argparse.ArgumentError) as error:
+            self.error(f"{found.config}: {error}")
         return super().parse_args(args, namespace)
 
     def parse_resumed(
@@ -81,6 +86,7 @@ class Parser(argparse.ArgumentParser):
         here = {"weights", "device", "workers", "resume", "config", "prune_cache"}
         names = {action.dest for action in self._actions} & earlier.keys() - here
         self.set_defaults(**{name: earlier[name] for name in names})
+        self.presets = {}  # what they set stands in `earlier`
         args = self.parse_args(argv)
         for name in self.recipe:
             before, now = earlier[name], plain(args)[name]

@@ -15,14 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .weights import load_state, model_from_state, read_card
+from .weights import CARD_DEFAULTS, load_state, model_from_state, read_card
 
 WARN_BELOW = 0.7  # expected DSC under which a mask is to be looked at with care
 # What `quality` measures, and whether a higher value goes with a better mask.
 FEATURES = {"soft_dice": 1, "certainty": 1, "log_share": 1, "kept": 1, "disagreement": -1}
 LEAST_CASES = 20  # of a fit
 RIDGE, HUBER = 1.0, 0.1  # the ridge weighs as one case does; residuals above HUBER count linearly
-MUST_AGREE = {"preprocessing": 1, "image_size": 256, "neighbours": 0}  # of cards, with defaults
 
 
 class Ensemble(nn.Module):
@@ -86,7 +85,7 @@ def _check_member(
         )
     pairs = [
         (name.replace("_", " "), card.get(name, default), its_card.get(name, default))
-        for name, default in MUST_AGREE.items()
+        for name, default in CARD_DEFAULTS.items()
     ] + [(k, network.settings[k], its.settings[k]) for k in ("in_channels", "out_channels")]
     for name, value, wanted in pairs:
         if value != wanted:

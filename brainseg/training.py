@@ -16,12 +16,15 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .distributed import shard_of_batch, world_size
+from .preprocess import VERSION
 from .weights import (
+    CARD_DEFAULTS,
     MODELS,
     build_model,
     initialise,
     load_state,
     load_tensors,
+    read_card,
     save_tensors,
 )
 
@@ -189,10 +192,20 @@ def build_network(name: str, seed: int, init_weights: Path | None, **settings) -
     return model
 
 
-def width_of(weights: Path) -> int | None:
-    """Read the channels of the first level of a U-Net off its weights; None of another network."""
-    settings = MODELS["unet"].settings_of(load_state(weights))
-    return settings and settings["init_features"]
+def unset(name: str, width: int, init_weights: Path | None) -> dict[str, int | None]:
+    """Settings of the network `name` and its input where none are given.
+
+    Those of the weights to start from, by their card; otherwise those of the shipped weights, and
+    `width` for a U-Net's features.
+    """
+    values = {"features": width if name == "unet" else None, "image_size": 128}
+    values |= {"neighbours": 0, "preprocessing": VERSION}
+    if init_weights:
+        card, unet = read_card(init_weights), MODELS["unet"].settings_of(load_state(init_weights))
+        values |= {key: card.get(key, value) for key, value in CARD_DEFAULTS.items()}
+        if name == "unet" and unet:
+            values["features"] = unet["init_features"]
+    return values
 
 
 def on_device(model: nn.Module, device: torch.device, sync_bn: bool = False) -> nn.Module:

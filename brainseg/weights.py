@@ -31,6 +31,7 @@ OTHERS = {  # made of weights, but no weights
     ".pt2": "is an exported program, refused, as opening it could run code; give the weights it "
     "was made of, or an ONNX file (export.py --format onnx)",
 }
+CARD_DEFAULTS = {"preprocessing": 1, "image_size": 256, "neighbours": 0}  # without a card
 ROOT = Path(__file__).resolve().parents[1]
 # What comes with the project: the network of the published shape, for torch.hub's `unet`; what
 # segments unless told otherwise; and in its place, where it is there, an ensemble of folds.
@@ -188,7 +189,7 @@ def read_card(path: Path | str) -> dict:
         for names in content.get("cases", {}).values():
             if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
                 raise TypeError("cases")
-        for name in ("image_size", "neighbours", "preprocessing"):
+        for name in CARD_DEFAULTS:
             if not isinstance(content.get(name, 0), int):
                 raise TypeError(name)
     except (ValueError, TypeError, AttributeError) as error:

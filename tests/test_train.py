@@ -35,8 +35,8 @@ VALIDATION, TRAIN = "phantom_011", "phantom_001"  # a validation and a training 
 def flags(images: Path, out: Path, *more: object) -> list[str]:
     base = {
         "--images": images, "--weights": out / "weights", "--logs": out / "logs",
-        "--image-size": 32, "--features": 4, "--epochs": 1, "--lr": 1e-3, "--vis-freq": 0,
-        "--device": "cpu",
+        "--recipe": "classic", "--preprocessing": 2, "--image-size": 32, "--features": 4,
+        "--epochs": 1, "--lr": 1e-3, "--vis-freq": 0, "--device": "cpu",
     }  # fmt: skip
     return [str(word) for pair in base.items() for word in pair] + [str(word) for word in more]
 
@@ -441,6 +441,23 @@ def test_fine_tuning_says_what_it_could_not_use(phantoms, tmp_path, monkeypatch,
     assert trained[key].shape == (4, 3, 3, 3)
     file.unlink()
     run(phantoms, tmp_path, "--resume", "--lr", 0, "--epochs", 2)  # needs them no more
+
+
+def test_fine_tuning_takes_over_size_and_preprocessing(tmp_path, capsys):
+    file = saved(UNet(init_features=4), tmp_path / "start.pt")
+    args, _ = train.get_args(["--init-weights", str(file)])
+    assert (args.features, args.image_size, args.preprocessing) == (4, 256, 1)  # has no card
+    file.with_suffix(".json").write_text('{"image_size": 96, "preprocessing": 2, "neighbours": 1}')
+    args, _ = train.get_args(["--init-weights", str(file), "--image-size", "64"])
+    assert (args.image_size, args.preprocessing, args.neighbours) == (64, 2, 1)
+
+
+def test_the_classic_recipe_is_the_published_one():
+    args, _ = train.get_args(["--recipe", "classic", "--loss", "bce-dice"])
+    assert (args.features, args.image_size, args.preprocessing, args.lr) == (32, 256, 1, 1e-4)
+    assert (args.schedule, args.ema, args.aug_scale, args.loss) == ("constant", 0, 0.05, "bce-dice")
+    args, _ = train.get_args([])
+    assert (args.features, args.image_size, args.schedule) == (16, 128, "cosine")
 
 
 def test_weights_to_start_from_that_do_not_fit_are_refused(phantoms, tmp_path):
