@@ -1,235 +1,112 @@
-"""From a recipe to weights: a search by cross-validation, then networks of three seeds.
+"""From a recipe to the weights that ship: a search by cross-validation, then a network a fold.
 
-    python3 -m benchmarks.campaign --images ./kaggle_3m --jobs 4
-    python3 -m benchmarks.campaign --images ./kaggle_3m --stage search --only dice adamw
-    python3 -m benchmarks.campaign --images ./kaggle_3m -- --image-size 64 --epochs 2
+    python3 -m benchmarks.campaign --images ./kaggle_3m --jobs 2
+    python3 -m benchmarks.campaign --images ./kaggle_3m --stage search --only dice three-slices
+    python3 -m benchmarks.campaign --images ./kaggle_3m --stage ship --jobs 2 -- --epochs 24
 
-Stages, for one network after the other:
+search  Short trainings that differ in one thing from train.py's defaults, on the first three of
+        five folds by patient, scored on the patients held out and compared case by case. The
+        defaults are changed by hand, for what helps.
+ship    The defaults, one network a fold. All are exported into OUT/weights, each patient is scored
+        by the network that has not seen it, and what DSC to expect of a mask is fitted to these
+        scores, into the cards.
 
-search  trainings that differ from the recipe in one thing, on small slices, compared with it case
-        by case over the folds (five, by patient). Changes whose 95 % interval lies above 0 are
-        put together, and kept if the whole is better than the recipe too; but for those that are
-        there for comparison (COMPARED).
-folds   the chosen recipe on slices of full size, every case scored by the network that has not
-        seen its patient, with and without --tta. The same cases have chosen the recipe, from
-        small slices, so that this is a little more than to expect on others.
-final   the chosen recipe on the training cases, three seeds. The validation cases, ten among the
-        many of the search, say which of them is the middle one.
-ship    the middle one by export.py, with its card and validation scores, into OUT/weights.
-
-Every training keeps its last epoch. What follows -- are options of train.py for all trainings. The
-tables are in OUT/campaign.md. A call that is stopped, by Ctrl-C or SIGTERM, saves what is under way
-and the same call goes on there. The test cases are never opened.
+Every training keeps its last epoch: nothing is chosen on the patients held out. Trainings run at
+low priority, --jobs at once, each on its share of the cores. What follows -- are options of
+train.py for all of them. The tables are in OUT/campaign.md. A call that is stopped, by Ctrl-C or
+SIGTERM, saves what is under way, and the same call goes on there. Test cases are never opened.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import signal
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from brainseg.io.files import atomic_write, write_json
-from brainseg.metrics import summarise
-from brainseg.splits import patient_of
-from brainseg.weights import MODELS, load_tensors
+from brainseg.io.files import atomic_write
 from utils import fail
 
 from .trainings import Pool, Training, call, script
 
-RECIPE = """--lr 1e-3 --schedule cosine --warmup 200 --ema 0.995 --loss bce-dice --aug-scale 0.2
---aug-intensity 0.3 --drop-sequences 0.1 --keep last --vis-freq 0""".split()
-SMALL = "--image-size 128 --epochs 8".split()
-FULL = {"unet": "--epochs 30".split(), "resnext_unet": "--epochs 15".split()}
-BASE = "recipe"
-SEARCH = {
-    "unet": {
-        "dice": "--loss dice",
-        "tversky": "--loss tversky",
-        "focal-tversky": "--loss focal-tversky",
-        "lower-rate": "--lr 5e-4",
-        "higher-rate": "--lr 2e-3",
-        "constant-rate": "--schedule constant",
-        "batch-8": "--batch-size 8",
-        "batch-32": "--batch-size 32",
-        "no-average": "--ema 0",
-        "adamw": "--weight-decay 0.01",
-        "some-background": "--background 0.5",
-        "much-background": "--background 2",
-        "little-scale": "--aug-scale 0.05",
-        "little-angle": "--aug-angle 5",
-        "no-intensity": "--aug-intensity 0",
-        "no-dropped-sequence": "--drop-sequences 0",
-    },
-    "resnext_unet": {"dice": "--loss dice", "lower-rate": "--lr 3e-4"},
+COMMON = "--keep last --vis-freq 0 --validate-every 5 --folds 5".split()
+EPOCHS = {"search": 4, "ship": 24}
+SEARCH_FOLDS = 3
+BASE = "defaults"
+CHANGES = {
+    "preprocessing-1": "--preprocessing 1",
+    "three-slices": "--neighbours 1",
+    "dice": "--loss dice",
+    "no-dropped-sequence": "--drop-sequences 0",
+    "no-intensity": "--aug-intensity 0",
+    "little-scale": "--aug-scale 0.05",
+    "little-background": "--background 0.1",
+    "constant-rate": "--schedule constant",
+    "no-average": "--ema 0",
+    "wide": "--features 32",
+    "large-slices": "--image-size 192",
 }
-COMPARED = {  # never chosen: what a seed is worth, and networks of another shape than torch.hub's
-    "unet": {
-        "seed-1": "--seed 1",
-        "seed-2": "--seed 2",
-        "wide": "--features 48",
-        "narrow": "--features 16",
-        "three-slices": "--neighbours 1",
-    },
-    "resnext_unet": {"seed-1": "--seed 1"},
-}
-SEEDS = (0, 1, 2)
-STAGES = ("search", "folds", "final", "ship")
+HELD_OUT = ["--subset", "train", "validation"]  # of the fold that has not seen the patient
 
 
-class Campaign:
-    """The stages for one network, their folders and their tables."""
-
-    def __init__(self, args: argparse.Namespace, model: str, pool: Pool):
-        self.args, self.model, self.pool = args, model, pool
-        self.out = args.out / model
-
-    def search(self) -> str:
-        changes = {
-            name: options
-            for name, options in (SEARCH[self.model] | COMPARED[self.model]).items()
-            if not self.args.only or name in self.args.only
-        }
-        models = self.cross_validate("search", {BASE: "", **changes})
-        # Of two values of one option, train.py takes the last: the one that is worth more.
-        gains = {name: about["difference"] for name, about in models.items() if name != BASE}
-        helped = [n for n in gains if gains[n]["low"] > 0 and n in SEARCH[self.model]]
-        helped.sort(key=lambda name: gains[name]["mean"])
-        chosen = " ".join(changes[name] for name in helped)
-        if len(helped) > 1:
-            together = "+".join(helped)
-            models |= self.cross_validate("together", {BASE: "", together: chosen})
-            if together not in models or models[together]["difference"]["mean"] <= 0:
-                chosen = ""
-        write_json(self.out / "chosen.json", {"options": chosen.split()})
-        rows = [
-            [name, changes.get(name, ""), dsc(about), interval(about.get("difference"))]
+def search(out: Path, images: Path, options: Sequence[str], only: Sequence[str], pool: Pool) -> str:
+    """Train and compare; the table."""
+    changes = {BASE: ""} | {k: v for k, v in CHANGES.items() if not only or k in only}
+    trainings = [
+        training(out / "search" / name / f"fold{k}", images, "search", k, [*options, *more.split()])
+        for name, more in changes.items()
+        for k in range(SEARCH_FOLDS)
+    ]
+    train_all("search", trainings, pool)
+    cases = [case for t in trainings[:SEARCH_FOLDS] for case in t.card["cases"]["validation"]]
+    weights = [f"{name}={out / 'search' / name}" for name in changes]
+    words = ["--images", images, *HELD_OUT, "--cases", *cases, "--weights", *weights]
+    call(script("evaluate.py", *words, "--out", out / "search" / "scores"))
+    models = read_summary(out / "search" / "scores")
+    return table(
+        ["change", "options", "DSC", "difference, case by case"],
+        [
+            [name, f"`{changes[name]}`" * bool(changes[name]), dsc(about), difference(about)]
             for name, about in models.items()
-        ]
-        shown = table(["change", "options", "DSC", "difference, case by case"], rows)
-        return f"{shown}\nThe recipe goes on with: {chosen or 'no change'}.\n"
+        ],
+    )
 
-    def cross_validate(self, name: str, variants: dict[str, str]) -> dict[str, dict]:
-        """Train each of the variants once a fold, and score those that went through."""
-        trainings = {
-            variant: [
-                self.training(f"search/{variant}/fold{k}", SMALL, *self.fold(k), *options.split())
-                for k in range(self.args.folds)
-            ]
-            for variant, options in variants.items()
-        }
-        done = self.pool.run(f"{self.model}, search", sum(trainings.values(), []))
-        went_through = [variant for variant, its in trainings.items() if set(its) <= set(done)]
-        if BASE not in went_through:
-            self.complete("search", trainings[BASE])
-        weights = [f"{variant}={self.out / 'search' / variant}" for variant in went_through]
-        return self.evaluate(name, weights)
 
-    def folds(self) -> str:
-        its = [
-            self.training(f"folds/fold{k}", FULL[self.model], *self.fold(k), *self.chosen())
-            for k in range(self.args.folds)
-        ]
-        self.complete("folds", its)
-        rows, scores = [], []
-        for name, option in ("folds", ()), ("folds-tta", ("--tta",)):
-            (about,) = self.evaluate(name, [f"{self.model}={self.out / 'folds'}"], *option).values()
-            with open(self.out / "tables" / name / "scores.csv", newline="") as file:
-                scores.append({row["case"]: float(row["dsc"]) for row in csv.DictReader(file)})
-            change = [scores[-1][case] - value for case, value in scores[0].items()]
-            worth = interval(summarise(change, [patient_of(case) for case in scores[0]]))
-            rows.append([" ".join(option) or "as trained", dsc(about), worth if option else ""])
-        return table(["every case, unseen", "DSC", "difference, case by case"], rows)
+def ship(out: Path, images: Path, options: Sequence[str], only: Sequence[str], pool: Pool) -> str:
+    """Train the networks of an ensemble, export them, score and fit; the table."""
+    trainings = [training(out / "ship" / f"fold{k}", images, "ship", k, options) for k in range(5)]
+    train_all("ship", trainings, pool)
+    weights, scores = out / "weights", out / "ship" / "scores"
+    for earlier in weights.glob("unet-*"):
+        earlier.unlink()
+    call(script("export.py", "--weights", *[t.weights for t in trainings], "--out", weights))
+    words = ["--images", images, *HELD_OUT, "--weights", weights, "--fit-expected-dsc"]
+    call(script("evaluate.py", *words, "--out", scores, "--report", scores / "report.html"))
+    (about,) = read_summary(scores).values()
+    return table(["weights", "DSC of every patient, unseen"], [[str(weights), dsc(about)]])
 
-    def final(self) -> str:
-        self.complete("final", self.finals())
-        weights = [f"{training.folder.name}={training.weights}" for training in self.finals()]
-        scores = self.evaluate("final", weights, subset=["validation"])
-        rows = [
-            [
-                name := training.folder.name,
-                dsc(scores[name]),
-                f"{load_tensors(training.checkpoint)['best']:.3f}",
-                "ships" if training == self.middle() else "",
-            ]
-            for training in self.finals()
-        ]
-        return table(["seed", "DSC of the last epoch", "mean DSC of the luckiest", ""], rows)
 
-    def finals(self) -> list[Training]:
-        return [
-            self.training(f"final/seed{n}", FULL[self.model], *self.chosen(), "--seed", str(n))
-            for n in SEEDS
-        ]
+STAGES = {"search": search, "ship": ship}
 
-    def middle(self) -> Training:
-        """Of the final trainings, the one whose mean on the validation cases is the middle one."""
-        scores = self.summary("final")
-        ranked = sorted(
-            self.finals(), key=lambda final: scores[final.folder.name]["scores"]["dsc"]["mean"]
-        )
-        return ranked[len(ranked) // 2]
 
-    def ship(self) -> str:
-        middle, weights = self.middle(), self.args.out / "weights"
-        for earlier in weights.glob(f"{self.model}-*"):
-            earlier.unlink()
-        call(script("export.py", "--weights", middle.weights, "--out", weights))
-        (shipped,) = weights.glob(f"{self.model}-*.pt")
-        predictions = self.out / "predictions"
-        words = ["--weights", shipped, "--images", self.args.images, "--subset", "validation"]
-        where = ["--predictions", predictions, "--figure", self.out / "dsc.png"]
-        call(script("inference.py", *words, *where, *self.device()))
-        scores = ["--metrics", predictions / "metrics.csv", "--out", weights]
-        call(script("export.py", "--weights", shipped, *scores))
-        size = shipped.stat().st_size / 2**20
-        return f"{shipped.name}, {size:.1f} MiB, of {middle.folder.name}.\n"
+def training(folder: Path, images: Path, stage: str, k: int, options: Sequence[str]) -> Training:
+    """One training of a stage; of an option given twice, train.py takes the last."""
+    words = ["--images", str(images), *COMMON, "--fold", str(k), "--epochs", str(EPOCHS[stage])]
+    return Training("unet", folder, (*words, *options))
 
-    def training(self, folder: str, scale: Sequence[str], *options: str) -> Training:
-        """Later options win: those of the call over the recipe, those of a variant over both."""
-        words = ["--images", str(self.args.images), *RECIPE, *scale, *self.args.options, *options]
-        words += self.device()
-        return Training(self.model, self.out / folder, tuple(words))
 
-    def device(self) -> list[str]:
-        return ["--device", self.args.device] if self.args.device else []
+def train_all(stage: str, trainings: Sequence[Training], pool: Pool) -> None:
+    """Run them; ValueError for the first that does not get to its end."""
+    done = pool.run(stage, trainings)
+    for each in trainings:
+        if each not in done:
+            raise ValueError(f"{each.log}: not trained to the end: {each.last_line()}")
 
-    def fold(self, k: int) -> list[str]:
-        return ["--folds", str(self.args.folds), "--fold", str(k)]
 
-    def chosen(self) -> list[str]:
-        path = self.out / "chosen.json"
-        if not path.exists():
-            raise FileNotFoundError(f"{path}: nothing is chosen yet; run --stage search first")
-        return json.loads(path.read_text())["options"]
-
-    def complete(self, stage: str, trainings: Sequence[Training]) -> None:
-        done = self.pool.run(f"{self.model}, {stage}", trainings)
-        for training in trainings:
-            if training not in done:
-                raise ValueError(f"{training.log}: not trained to the end: {training.last_line()}")
-
-    def evaluate(
-        self,
-        name: str,
-        weights: list[str],
-        *options: str,
-        subset: Sequence[str] = ("train", "validation"),
-    ) -> dict[str, dict]:
-        """The summary of each model, with its difference from the first one; OUT/tables/name."""
-        out = self.out / "tables" / name
-        words = ["--images", self.args.images, "--subset", *subset, "--weights", *weights]
-        where = ["--out", out, "--report", out / "report.html"]
-        call(script("evaluate.py", *words, *where, *options, *self.device()))
-        return self.summary(name)
-
-    def summary(self, name: str) -> dict[str, dict]:
-        path = self.out / "tables" / name / "summary.json"
-        if not path.exists():
-            raise FileNotFoundError(f"{path}: not there; run --stage {name} first")
-        return json.loads(path.read_text())["models"]
+def read_summary(folder: Path) -> dict[str, dict]:
+    return json.loads((folder / "summary.json").read_text())["models"]
 
 
 def dsc(about: dict) -> str:
@@ -237,10 +114,10 @@ def dsc(about: dict) -> str:
     return said.format(**about["scores"]["dsc"])
 
 
-def interval(difference: dict | None) -> str:
-    if difference is None:
+def difference(about: dict) -> str:
+    if "difference" not in about:
         return ""
-    return "{mean:+.3f} ({low:+.3f} to {high:+.3f})".format(**difference)
+    return "{mean:+.3f} ({low:+.3f} to {high:+.3f})".format(**about["difference"])
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
@@ -248,53 +125,37 @@ def table(head: list[str], rows: list[list[str]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
     add("--images", type=Path, required=True, help="the real cases")
     add("--out", type=Path, default="campaign", help="folder (%(default)s)")
-    add("--model", nargs="+", choices=MODELS, default=list(MODELS), help="(both)")
-    add("--stage", nargs="+", choices=STAGES, default=STAGES, help="(all)")
-    add("--only", nargs="+", help="in the search, these changes (all)")
-    add("--folds", type=int, default=5, help="(%(default)s)")
-    add("--device", help="cuda, cuda:1, cpu (an accelerator if there is one)")
-    add("--jobs", type=int, default=1, help="trainings that share the device (%(default)s)")
+    add("--stage", nargs="+", choices=STAGES, default=list(STAGES), help="(both)")
+    add("--only", nargs="+", choices=CHANGES, help="in the search, these changes (all)")
+    add("--jobs", type=int, default=1, help="trainings at once (%(default)s)")
     add("options", nargs="*", help="of train.py, after --")
-    args = parser.parse_args()
-    known = {change for model in args.model for change in SEARCH[model] | COMPARED[model]}
-    if unknown := set(args.only or ()) - known:
-        parser.error(f"no change is called {unknown.pop()!r}; known: {', '.join(sorted(known))}")
+    args = parser.parse_args(argv)
 
     for number in (signal.SIGTERM, signal.SIGHUP):  # a connection that ends stops it too
         signal.signal(number, signal.default_int_handler)
     pool = Pool(args.jobs)
     try:
-        for model in args.model:
-            campaign = Campaign(args, model, pool)
-            for stage in STAGES:
-                if stage in args.stage:
-                    report(args.out, model, stage, getattr(campaign, stage)())
+        for stage in args.stage:
+            text = STAGES[stage](args.out, args.images, args.options, args.only, pool)
+            print(f"\n{stage}\n\n{text}", flush=True)
+            (args.out / f"{stage}.md").write_text(text)
+        with atomic_write(args.out / "campaign.md") as temporary:
+            parts = [(stage, args.out / f"{stage}.md") for stage in STAGES]
+            temporary.write_text(
+                "\n".join(f"## {k}\n\n{path.read_text()}" for k, path in parts if path.exists())
+            )
     except (ValueError, OSError) as error:
         fail(error)
     except KeyboardInterrupt:
         fail("stopped; the same call goes on here")
-    print(f"\ntables: {args.out / 'campaign.md'}")
-
-
-def report(out: Path, model: str, stage: str, text: str) -> None:
-    """Print the table of a stage, keep it, and write those of all stages to OUT/campaign.md."""
-    print(f"\n{model}, {stage}\n\n{text}", flush=True)
-    (out / model / f"{stage}.md").write_text(text)
-    parts = [
-        f"## {name}, {each}\n\n{path.read_text()}"
-        for name in MODELS
-        for each in STAGES
-        if (path := out / name / f"{each}.md").exists()
-    ]
-    with atomic_write(out / "campaign.md") as temporary:
-        temporary.write_text("\n".join(parts))
+    print(f"\ntables: {args.out / 'campaign.md'}", file=sys.stderr)
 
 
 if __name__ == "__main__":

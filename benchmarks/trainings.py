@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -50,9 +51,12 @@ class Training:
             )
 
     @property
+    def card(self) -> dict:
+        return read_card(self.weights)
+
+    @property
     def done(self) -> bool:
-        card = read_card(self.weights)
-        return bool(card) and card["epoch"] >= card["recipe"]["epochs"]
+        return bool(self.card) and self.card["epoch"] >= self.card["recipe"]["epochs"]
 
     def command(self) -> list[str]:
         words = ["--weights", self.folder, "--model", self.model, "--logs", self.folder / "logs"]
@@ -67,10 +71,15 @@ class Training:
 
 
 class Pool:
-    """Runs trainings, `jobs` at once. An interruption has each of them save and stop first."""
+    """Runs trainings, `jobs` at once, at low priority, each on its share of the cores.
+
+    An interruption has each of them save and stop first.
+    """
 
     def __init__(self, jobs: int):
         self.jobs = jobs
+        threads = max(1, (os.cpu_count() or 1) // jobs)
+        self.environment = {"OMP_NUM_THREADS": str(threads)} | os.environ
         self.lock, self.running, self.closed = threading.Lock(), set(), False
 
     def run(self, what: str, trainings: Sequence[Training]) -> list[Training]:
@@ -99,9 +108,10 @@ class Pool:
             with self.lock:
                 if self.closed:
                     return
-                process = subprocess.Popen(  # Ctrl-C is to reach it once, through _stop
-                    training.command(), stdout=log, stderr=log, start_new_session=True
-                )
+                process = subprocess.Popen(
+                    ["nice", *training.command()], stdout=log, stderr=log, env=self.environment,
+                    start_new_session=True,  # Ctrl-C is to reach it once, through _stop
+                )  # fmt: skip
                 self.running.add(process)
             process.wait()
             with self.lock:

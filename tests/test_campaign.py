@@ -17,27 +17,26 @@ from conftest import FORK, ROOT
 
 import evaluate
 import export
-import inference
 import train
 from benchmarks import campaign, trainings
+from brainseg import ensemble
+from brainseg.weights import read_card
 
 SMALL = "--image-size 32 --epochs 1 --features 2 --batch-size 8".split()
-MAINS = {
-    "train.py": train.main, "evaluate.py": evaluate.main, "export.py": export.main,
-    "inference.py": inference.main,
-}  # fmt: skip
+MAINS = {"train.py": train.main, "evaluate.py": evaluate.main, "export.py": export.main}
 
 
 def words_of(images: Path, out: Path, *words: str, options: list[str] = SMALL) -> list[str]:
-    before = ["--model", "unet", "--images", str(images), "--out", str(out), "--folds", "2"]
+    before = ["--images", str(images), "--out", str(out)]
     return [*before, *words, "--", *options, "--cache", str(out / "cache")]
 
 
 def main_of(command: list[str], file) -> int:
     """Run the script of a command in this process; its exit status, its words in `file`."""
+    k = next(k for k, word in enumerate(command) if word.endswith(".py"))
     with contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
         try:
-            MAINS[Path(command[1]).name](command[2:])
+            MAINS[Path(command[k]).name](command[k + 1 :])
         except SystemExit as stop:
             if isinstance(stop.code, str):
                 print(stop.code)
@@ -69,11 +68,11 @@ def run(*arguments, **options) -> tuple[int, str, str]:
     out, err, status = io.StringIO(), io.StringIO(), 0
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainings, "subprocess", SimpleNamespace(Popen=Forked, run=run_forked))
-        patch.setattr(sys, "argv", ["campaign", *words_of(*arguments, **options)])
         patch.setattr(signal, "signal", lambda *_: None)  # the process goes on afterwards
+        patch.setattr(ensemble, "LEAST_CASES", 3)
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             try:
-                campaign.main()
+                campaign.main(words_of(*arguments, **options))
             except SystemExit as stop:
                 status = 1
                 print(stop.code, file=err)
@@ -84,33 +83,31 @@ def run(*arguments, **options) -> tuple[int, str, str]:
 def whole(phantoms, tmp_path_factory) -> Path:
     """A campaign with one change, from the search to the weights."""
     out = tmp_path_factory.mktemp("campaign")
-    status, said, err = run(phantoms, out, "--only", "dice")
+    status, _, err = run(phantoms, out, "--only", "dice")
     assert status == 0, err
-    assert "The recipe goes on with" in said
     return out
 
 
 def test_a_search_compares_each_change_case_by_case(whole):
     table = (whole / "campaign.md").read_text()
-    assert "| recipe |" in table and "| dice | --loss dice |" in table
-    models = json.loads((whole / "unet/tables/search/summary.json").read_text())["models"]
-    assert list(models) == ["recipe", "dice"] and "difference" in models["dice"]
-    cards = [json.loads(path.read_text()) for path in whole.glob("unet/search/dice/*/unet.json")]
-    assert len(cards) == 2 and {card["recipe"]["loss"] for card in cards} == {"dice"}
+    assert "| defaults |" in table and "| dice | `--loss dice` |" in table
+    models = json.loads((whole / "search/scores/summary.json").read_text())["models"]
+    assert list(models) == ["defaults", "dice"] and "difference" in models["dice"]
+    cards = [json.loads(path.read_text()) for path in whole.glob("search/dice/*/unet.json")]
+    assert len(cards) == 3 and {card["recipe"]["loss"] for card in cards} == {"dice"}
     held_out = [set(card["cases"]["validation"]) for card in cards]
     assert not held_out[0] & held_out[1]
+    assert models["dice"]["scores"]["dsc"]["n"] == len(set().union(*held_out))
 
 
-def test_the_middle_of_three_seeds_is_shipped_with_its_scores(whole):
-    finals = json.loads((whole / "unet/tables/final/summary.json").read_text())["models"]
-    means = {name: about["scores"]["dsc"]["mean"] for name, about in finals.items()}
-    (card,) = (whole / "weights").glob("unet-*.json")
-    card = json.loads(card.read_text())
-    shipped = f"seed{card['recipe']['seed']}"
-    assert means[shipped] == sorted(means.values())[1]
-    assert card["scores"]["validation"]["mean"] == pytest.approx(means[shipped], abs=0.01)
-    chosen = json.loads((whole / "unet/chosen.json").read_text())["options"]
-    assert card["recipe"]["loss"] == (chosen[1] if chosen else "bce-dice")
+def test_what_ships_is_a_network_a_fold_with_a_fit(whole):
+    files = sorted((whole / "weights").glob("unet-*.pt"))
+    cards = [read_card(file) for file in files]
+    assert len(files) == 5 and {card["recipe"]["fold"] for card in cards} == set(range(5))
+    assert len({json.dumps(card["expected_dsc"]) for card in cards}) == 1
+    (about,) = json.loads((whole / "ship/scores/summary.json").read_text())["models"].values()
+    held_out = [case for card in cards for case in card["cases"]["validation"]]
+    assert about["scores"]["dsc"]["n"] == len(held_out) == len(set(held_out))
 
 
 def test_what_is_done_is_not_done_again(whole, phantoms):
@@ -124,11 +121,6 @@ def test_other_settings_are_not_mixed_with_those_of_before(whole, phantoms):
     assert status == 1 and err.count("\n") == 1 and "name another --out" in err
 
 
-def test_a_stage_that_comes_too_early_says_what_to_run_first(phantoms, tmp_path):
-    status, _, err = run(phantoms, tmp_path, "--stage", "final")
-    assert status == 1 and "run --stage search first" in err
-
-
 def test_a_signal_stops_the_trainings_which_save(phantoms, tmp_path):
     """Real processes, as a shell starts them."""
     long = [*SMALL, "--epochs", "100000"]
@@ -137,7 +129,7 @@ def test_a_signal_stops_the_trainings_which_save(phantoms, tmp_path):
         [sys.executable, "-m", "benchmarks.campaign", *words],
         stderr=subprocess.PIPE, text=True, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
-    folder = tmp_path / "unet/search/recipe/fold0"
+    folder = tmp_path / "search/defaults/fold0"
     for _ in range(600):
         if (folder / "unet.ckpt").exists():
             break
