@@ -48,8 +48,9 @@ def networks_of(model: nn.Module) -> list[nn.Module]:
 def load_ensemble(paths: Sequence[Path]) -> tuple[nn.Module, dict]:
     """Load one network, or several as an `Ensemble`, and the card that they have together.
 
-    Its training cases are those of any member. Raises ValueError, naming the file, for one that
-    cannot be used, has no card, or was trained for another input than the first.
+    Its training cases and patients are those of any member; of what is said of one training alone,
+    such as its epoch, nothing is kept. Raises ValueError, naming the file, for one that cannot be
+    used, has no card, or was trained for another input than the first.
     """
     cards = [read_card(path) for path in paths]
     named = [model_from_state(load_state(path), path) for path in paths]
@@ -58,13 +59,12 @@ def load_ensemble(paths: Sequence[Path]) -> tuple[nn.Module, dict]:
     if len(paths) == 1:
         return networks[0], cards[0] | about
     check_members(paths, cards, networks)
+    common = {k: v for k, v in cards[0].items() if all(card.get(k) == v for card in cards)}
     seen = sorted({case for card in cards for case in card.get("cases", {}).get("train", ())})
-    card = {k: v for k, v in cards[0].items() if k not in ("sha256", "scores", "expected_dsc")}
-    card["cases"] = {"train": seen}
-    fits = [card.get("expected_dsc") for card in cards]
-    if fits[0] and all(fit == fits[0] for fit in fits):
-        card["expected_dsc"] = fits[0]
-    return Ensemble(networks), card | about
+    common["cases"] = {"train": seen}
+    if patients := {k: v for card in cards for k, v in card.get("patients", {}).items()}:
+        common["patients"] = patients
+    return Ensemble(networks), common | about
 
 
 def check_members(
