@@ -26,6 +26,8 @@ import numpy as np
 
 from brainseg.phantom import write_data_set
 
+from .timing import resident
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -109,22 +111,6 @@ def ask(url: str, scan: bytes) -> tuple[dict[str, bytes], float]:
 def watch(server: int, memory: list[int], done: threading.Event) -> None:
     while not done.wait(0.2):
         memory.append(resident(server))
-
-
-def resident(server: int) -> int:
-    """Bytes of memory that a process and all that come of it hold (Linux)."""
-    parents, pages = {}, {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            fields = (folder / "stat").read_text().rsplit(")", 1)[1].split()
-            pages[int(folder.name)] = int((folder / "statm").read_text().split()[1])
-            parents[int(folder.name)] = int(fields[1])
-        except OSError:  # it has ended
-            continue
-    family = {server}
-    while more := {child for child, parent in parents.items() if parent in family} - family:
-        family |= more
-    return sum(pages.get(each, 0) for each in family) * os.sysconf("SC_PAGE_SIZE")
 
 
 if __name__ == "__main__":

@@ -1,15 +1,15 @@
-"""What a random split of slices does to the score: one network, trained twice, scored three ways.
+"""Measure what a random split of slices does to the score.
 
     python3 -m benchmarks.leak --images ./kaggle_3m
 
-The same small U-Net is trained with the same recipe, the same number of steps and the same share
-of held-out slices. Once whole patients are held out (fold 0 of 5), once slices drawn at random
-from every patient, whose neighbours, a few millimetres away, are then trained on. Both networks
-are scored on what was held out from them, in the geometry of the source:
+Trains a small U-Net twice, with the same recipe, number of steps and share of held-out slices: once
+whole patients are held out (fold 0 of 5), once slices drawn at random from all patients, so that
+their neighbours, a few millimetres away, are trained on. Each network is scored on its held-out
+slices, in the geometry of the source:
 
 - by patient: DSC over the held-out slices of a patient, averaged over patients;
 - by slice: DSC of each slice, 1 where both masks are empty, averaged over slices;
-- pooled: DSC of all held-out slices as if they were one.
+- pooled: DSC of all held-out slices together.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from utils import make_generator
 from .ours import set_up
 
 RECIPE = "--schedule cosine --warmup 100 --loss bce-dice --lr 2e-3".split()
-SHARE = 5  # one part in five is held out
+FOLDS = 5  # a fifth is held out
 
 
 def main() -> None:
@@ -69,7 +69,7 @@ def main() -> None:
             )
             if name == "patients":
                 empty = np.mean(
-                    [not volume.mask[s].any() for volume, s in places(dataset, held_out)]
+                    [not volume.mask[s].any() for volume, s in slices_held_out(dataset, held_out)]
                 )
     print(
         f"\nA network that predicts nothing scores {empty:.3f} by slice on the patients held out."
@@ -77,14 +77,14 @@ def main() -> None:
 
 
 def by_patient(dataset: BrainSegmentationDataset) -> Tensor:
-    """Which slices (len(dataset),) belong to patients of the first fold."""
+    """Mark the slices (len(dataset),) of the patients of the first fold."""
     cases = [volume.case for volume in dataset.volumes]
-    held_out = {case.name for case in split_folds(cases, SHARE, 0)[1]}
+    held_out = {case.name for case in split_folds(cases, FOLDS, 0)[1]}
     return torch.tensor([dataset.locate(k)[0] in held_out for k in range(len(dataset))])
 
 
 def by_slice(dataset: BrainSegmentationDataset, seed: int) -> Tensor:
-    """As many slices in all, drawn at random whatever patient they belong to."""
+    """Mark as many slices (len(dataset),), drawn at random from all patients."""
     order = torch.randperm(len(dataset), generator=make_generator(seed, 9))
     held_out = torch.zeros(len(dataset), dtype=torch.bool)
     held_out[order[: int(by_patient(dataset).sum())]] = True
@@ -94,7 +94,7 @@ def by_slice(dataset: BrainSegmentationDataset, seed: int) -> Tensor:
 def train(
     dataset: BrainSegmentationDataset, allowed: Tensor, args: argparse.Namespace, seed: int
 ) -> torch.nn.Module:
-    """The network after the last epoch on the slices that are `allowed`."""
+    """Train on the slices that are `allowed`; return the network of the last epoch."""
     options = ["--image-size", args.image_size, "--features", args.features, "--seed", seed]
     options += ["--epochs", args.epochs, *RECIPE]
     training = set_up(options, dataset)
@@ -104,16 +104,16 @@ def train(
     return training.state.trained
 
 
-def places(dataset: BrainSegmentationDataset, held_out: Tensor) -> list[tuple]:
-    """Volume and place in it of each slice that is held out."""
-    each = [(volume, s) for volume in dataset.volumes for s in range(len(volume.mask))]
-    return [place for place, held in zip(each, held_out.tolist(), strict=True) if held]
+def slices_held_out(dataset: BrainSegmentationDataset, held_out: Tensor) -> list[tuple]:
+    """List the held-out slices, each as its volume and its index there."""
+    slices = [(volume, s) for volume in dataset.volumes for s in range(len(volume.mask))]
+    return [place for place, held in zip(slices, held_out.tolist(), strict=True) if held]
 
 
 def scores(
     network: torch.nn.Module, dataset: BrainSegmentationDataset, held_out: Tensor, size: int
 ) -> tuple[list[float], list[float], float]:
-    """DSC of each patient, of each slice, and of all held-out slices together."""
+    """Score the held-out slices: DSC of each patient, of each slice, and of all together."""
     segmenter = Segmenter(network, size, largest_component=False)
     patients, slices, overlap, total = [], [], 0, 0
     for volume, held in zip(

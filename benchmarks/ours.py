@@ -10,10 +10,9 @@ from torch import Tensor
 
 from brainseg import training
 from brainseg.devices import has_bfloat16, pick_device
-from brainseg.segmenter import Segmenter
 from dataset import BrainSegmentationDataset, Feed
 from loss import LOSSES
-from train import evaluate, get_args, train_one_epoch, train_step
+from train import get_args, train_one_epoch, train_step
 from transform import augment_all
 from utils import Interruption
 
@@ -25,8 +24,6 @@ class Training:
     state: training.TrainState
     step: Callable[[Tensor, Tensor, int], Tensor]
     epoch: Callable[[Tensor], float | None]  # trains on slices drawn by weights
-    validate: Callable[[BrainSegmentationDataset], tuple]
-    amp: bool
 
 
 def set_up(options: Sequence[object], dataset: BrainSegmentationDataset) -> Training:
@@ -70,22 +67,10 @@ def set_up(options: Sequence[object], dataset: BrainSegmentationDataset) -> Trai
     )
     feed = Feed(dataset, device, args.neighbours, args.workers)
 
-    def validate(validation_set: BrainSegmentationDataset) -> tuple:
-        segmenter = Segmenter(
-            state.trained,
-            args.image_size,
-            batch_size=args.batch_size,
-            device=device,
-            amp=amp,
-            neighbours=args.neighbours,
-            version=args.preprocessing,
-        )
-        return evaluate(segmenter, validation_set, loss)
-
     def epoch(weights: Tensor) -> float | None:
         state.step, state.loss_sum = 0, 0.0
         return train_one_epoch(
             state, step, feed, weights, args.batch_size, args.seed, Interruption()
         )
 
-    return Training(state, step, epoch, validate, amp)
+    return Training(state, step, epoch)

@@ -1,9 +1,9 @@
-"""How well a moved post-contrast sequence is brought back to FLAIR.
+"""Measure how well a moved post-contrast sequence is registered to FLAIR.
 
     python3 -m benchmarks.registration --images ./kaggle_3m --cases TCGA_CS_4942_19970222
 
-Writes each case as three NIfTI files of 1 x 1 x 5 mm, turns the post-contrast one by 8 degrees
-about an oblique axis and moves it by 6 mm, as if the head had moved, and compares the masks.
+Writes each case as three NIfTI files of 1 x 1 x 5 mm, rotates the post-contrast one by 8 degrees
+about an oblique axis and shifts it by 6 mm, as if the head had moved, and compares the masks.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ AXIS, DIRECTION = (0.4, 0.4, 0.82), (0.7, -0.6, 0.39)
 
 
 def write_case(folder: Path, volume: np.ndarray) -> tuple[dict[str, Path], SimpleITK.Transform]:
-    """Write the sequences of a volume (S, H, W, 3), and the moved one; how that was moved."""
+    """Write the sequences of a volume (S, H, W, 3), and one moved; return paths and movement."""
     slices, rows, columns, _ = volume.shape
     grid = Grid((columns, rows, slices), (1.0, 1.0, 5.0), (0.0, 0.0, 0.0), np.eye(3))
     images = [grid.image(np.ascontiguousarray(volume[..., k].transpose(2, 1, 0))) for k in range(3)]
@@ -46,9 +46,11 @@ def write_case(folder: Path, volume: np.ndarray) -> tuple[dict[str, Path], Simpl
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--images", type=Path, default="./kaggle_3m")
-    parser.add_argument("--cases", nargs="+")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--images", type=Path, required=True, help="the real cases")
+    parser.add_argument("--cases", nargs="+", help="only these")
     parser.add_argument("--weights", type=Path, default=shipped_weights("unet"))
     args = parser.parse_args()
     segmenter = Segmenter.from_weights(args.weights)

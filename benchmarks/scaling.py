@@ -1,4 +1,4 @@
-"""What more cases and more pixels cost: the rows of speed.py --scaling."""
+"""Time more cases and more pixels: rows of speed.py."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from dataset import BrainSegmentationDataset, Feed
 from .ours import set_up
 from .timing import BATCH, one_thread, row, seconds
 
-FEW = 4  # slices a step for each number of pixels, so that the largest ones go into memory
+FEW = 4  # slices per step; more of 512 x 512 may not fit in memory
 
 
 def scale_cases(cases: list, args: argparse.Namespace) -> None:
-    """What more cases cost: to start, to draw a batch from, to segment."""
+    """Time 1, 2, 4 and 8 times the cases: to start, to draw a batch from, to segment."""
     if len(cases) < 8:
-        raise SystemExit(f"error: --scaling needs 8 cases or more, not {len(cases)}")
+        raise ValueError(f"row cases needs 8 cases or more, not {len(cases)}")
     segmenter = Segmenter(load_pretrained("unet"), args.image_size, device=args.device)
     for times in (1, 2, 4, 8):
         chosen = cases[: len(cases) // 8 * times]
@@ -48,7 +48,7 @@ def scale_cases(cases: list, args: argparse.Namespace) -> None:
 
 
 def scale_pixels(cases: list, args: argparse.Namespace) -> None:
-    """What more pixels cost a slice: to preprocess, to train on, to segment."""
+    """Time slices of 128, 256 and 512 pixels: to preprocess, to train on, to segment."""
     model = load_pretrained("unet")
     volume, _ = cases[0].read_pair()
     for size in (128, 256, 512):

@@ -2,8 +2,7 @@
 
     python3 -m benchmarks.speed --images ./kaggle_3m                        every short row
     python3 -m benchmarks.speed --images ./kaggle_3m --only preprocess step
-    python3 -m benchmarks.speed --images ./kaggle_3m --only epoch target    hours on a processor
-    python3 -m benchmarks.speed --images ./kaggle_3m --scaling              more cases, more pixels
+    python3 -m benchmarks.speed --images ./kaggle_3m --only cases pixels    what more of each costs
 
 Both are timed on the same cases in the same run, one after the other, on an otherwise idle
 machine, on the accelerator if there is one; the plain rendering is benchmarks/plain.py. Prints a
@@ -14,11 +13,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import os
-import re
-import resource
-import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -47,17 +41,12 @@ from utils import fail, make_generator
 from . import plain
 from .ours import set_up
 from .scaling import scale_cases, scale_pixels
-from .timing import BATCH, ROWS, conditions, one_thread, precisions, row, seconds
+from .timing import BATCH, ROOT, ROWS, conditions, measure, one_thread, precisions, row, seconds
 
-ROOT = Path(__file__).resolve().parents[1]
-
-LONG = ("epoch", "target")  # asked for by name only
-# The shorter one of the README.
-RECIPE = """--epochs 30 --lr 1e-3 --schedule cosine --warmup 200 --ema 0.998 --loss bce-dice
---aug-scale 0.2 --aug-intensity 0.3 --drop-sequences 0.1 --vis-freq 0""".split()
+LONG = ("cases", "pixels")  # asked for by name only
 PLAIN_INFERENCE = """
 import sys; sys.path[:0] = {paths!r}
-from . from benchmarks import plain
+from benchmarks import plain
 from brainseg.weights import load_state
 state = {{name: value.to({device!r}) for name, value in load_state({weights!r}).items()}}
 scores = plain.infer_folder(state, {images!r}, {cases!r}, {out!r}, {image_size})
@@ -183,12 +172,12 @@ def bench_onnx(cases: list, args: argparse.Namespace) -> None:
         print("onnx: not measured; pip install -r requirements-onnx.txt", file=sys.stderr)
         return
     weights = args.weights or shipped_weights("unet")
-    model = model_from_state(load_state(weights), weights)[1]
-    plainly = Segmenter(model, args.image_size, device="cpu", amp=False)
+    segmenter = Segmenter.from_weights(weights, device="cpu", amp=False)
+    model = model_from_state(load_state(weights), weights)[1].eval()
     prepared = []
     for case in select_cases(cases, "validation"):
         volume, truth = case.read_pair()
-        prepared.append((*plainly.preprocess(volume), truth))
+        prepared.append((*segmenter.preprocess(volume), truth))
 
     def eager(images: torch.Tensor) -> torch.Tensor:
         with torch.inference_mode():
@@ -200,11 +189,13 @@ def bench_onnx(cases: list, args: argparse.Namespace) -> None:
         start = time.perf_counter()
         maps = [network(images) for images, _, _ in prepared]
         spent = (time.perf_counter() - start) / len(prepared)
-        masks = (plainly.finish(m, frame) for m, (_, frame, _) in zip(maps, prepared, strict=True))
-        pairs = zip(masks, prepared, strict=True)
-        return spent, float(np.mean([dsc(mask, truth) for mask, (_, _, truth) in pairs]))
+        scores = [
+            dsc(segmenter.finish(found, frame), truth)
+            for found, (_, frame, truth) in zip(maps, prepared, strict=True)
+        ]
+        return spent, float(np.mean(scores))
 
-    networks = {"the Segmenter's PyTorch, float32": plainly.probabilities}
+    networks = {"the Segmenter's PyTorch, float32": segmenter.probabilities}
     with tempfile.TemporaryDirectory() as out:
         for precision in ("float32", "float16"):
             words = "--weights", weights, "--images", args.images, "--out", f"{out}/{precision}"
@@ -212,10 +203,8 @@ def bench_onnx(cases: list, args: argparse.Namespace) -> None:
             with redirect_stdout(sys.stderr):  # the table goes on
                 export.main([str(word) for word in words])
             (path,) = Path(out, precision).glob("*.onnx")
-            segmenter = Segmenter.from_weights(path, providers=["cpu"], image_size=args.image_size)
-            networks[f"ONNX Runtime {onnxruntime.__version__}, {precision}"] = (
-                segmenter.probabilities
-            )
+            onnx = Segmenter.from_weights(path, providers=["cpu"])
+            networks[f"ONNX Runtime {onnxruntime.__version__}, {precision}"] = onnx.probabilities
     theirs, reference = measured(eager)
     for name, network in networks.items():
         ours, score = measured(network)
@@ -237,78 +226,15 @@ def bench_inference(cases: list, args: argparse.Namespace) -> None:
             cases=names,
             out=f"{out}/plain",
         )
-        theirs, their_memory = run([sys.executable, "-c", program])
+        theirs, their_memory, _ = measure([sys.executable, "-c", program])
         command = [sys.executable, str(ROOT / "inference.py"), "--images", str(args.images)]
         command += ["--weights", weights, "--subset", "validation", "--figure", f"{out}/dsc.png"]
         command += ["--image-size", str(args.image_size), "--device", str(args.device)]
         for precision, name in precisions(args.device).items():
-            ours, our_memory = run([*command, precision, "--predictions", f"{out}/{precision[2:]}"])
+            masks = ["--predictions", f"{out}/{precision[2:]}"]
+            ours, our_memory, _ = measure([*command, precision, *masks])
             row(f"inference.py, {len(names)} validation cases, {name}", ours, theirs, "s")
             row("its peak memory", our_memory, their_memory, "GiB")
-
-
-def bench_memory(cases: list, args: argparse.Namespace) -> None:
-    """Peak memory of a training start: all volumes prepared, then stopped in the first steps."""
-    count = sum(len(select_cases(cases, subset)) for subset in ("train", "validation"))
-    with tempfile.TemporaryDirectory() as out:
-        command = [sys.executable, str(ROOT / "train.py"), "--images", str(args.images)]
-        command += ["--weights", f"{out}/w", "--logs", f"{out}/l", "--batch-size", str(BATCH)]
-        for name in ("cold", "warm"):
-            _, memory = run([*command, "--cache", f"{out}/cache"], stop_after=args.start_seconds)
-            row(f"training start, {count} cases, {name}: peak memory", memory, None, "GiB")
-
-
-def bench_epoch(cases: list, args: argparse.Namespace) -> None:
-    """One epoch of training and its validation, from volumes that are preprocessed already."""
-    sets = BrainSegmentationDataset.train_and_validation(
-        args.images, image_size=args.image_size, cache=args.cache
-    )
-    train_set, validation_set = sets
-    options = ["--device", str(args.device), "--image-size", str(args.image_size), *RECIPE]
-    training = set_up(options, train_set)
-    weights = train_set.sampling_weights()
-    name = "bfloat16" if training.amp else "float32"
-    took = seconds(lambda: training.epoch(weights), warm=False)
-    row(f"an epoch, {len(train_set)} slices, {name}", took, None, "s")
-    validation = seconds(lambda: training.validate(validation_set), warm=False)
-    row(f"its validation, {len(validation_set)} slices, {name}", validation, None, "s")
-
-
-def bench_target(cases: list, args: argparse.Namespace) -> None:
-    """A training from its command on until the validation cases reach the mean DSC --target."""
-    with tempfile.TemporaryDirectory() as out:
-        command = [sys.executable, str(ROOT / "train.py"), "--images", str(args.images), *RECIPE]
-        command += ["--weights", f"{out}/w", "--logs", f"{out}/l", "--device", str(args.device)]
-        command += ["--image-size", str(args.image_size)]
-        command += ["--cache", str(args.cache)] if args.cache else []
-        start = time.perf_counter()
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as training:
-            for line in training.stdout:
-                said = re.match(r"epoch +(\d+)/.* DSC (\d\.\d+)", line)
-                if said and float(said[2]) >= args.target:
-                    what = f"until mean DSC {args.target:.2f} on the validation cases"
-                    took = time.perf_counter() - start
-                    row(f"{what}: epoch {said[1]} of the recipe's 30", took, None, "s")
-                    training.terminate()
-                    training.communicate()
-                    return
-    if training.returncode:
-        raise SystemExit(f"{' '.join(command[:3])} ... failed")
-    print(f"| mean DSC {args.target:.2f}: not reached in 30 epochs | | | | |", flush=True)
-
-
-def run(command: list[str], stop_after: float | None = None) -> tuple[float, float]:
-    """Wall seconds and peak memory (GiB) of a command, asked to stop after `stop_after` seconds."""
-    start = time.perf_counter()
-    child = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    if stop_after:
-        time.sleep(stop_after)
-        child.terminate()
-    _, status, usage = os.wait4(child.pid, 0)
-    stopped = bool(stop_after) and os.waitstatus_to_exitcode(status) == 128 + signal.SIGTERM
-    if status and not stopped:
-        raise SystemExit(f"{' '.join(command[:3])} ... failed")
-    return time.perf_counter() - start, usage.ru_maxrss / 2**20
 
 
 BENCHES = {
@@ -319,9 +245,8 @@ BENCHES = {
     "network": bench_network,
     "onnx": bench_onnx,
     "inference": bench_inference,
-    "memory": bench_memory,
-    "epoch": bench_epoch,
-    "target": bench_target,
+    "cases": scale_cases,
+    "pixels": scale_pixels,
 }
 
 
@@ -332,18 +257,14 @@ def get_args_of_benchmark() -> argparse.Namespace:
     add = parser.add_argument
     add("--images", type=Path, required=True, help="the real cases")
     add("--weights", type=Path, help="for inference.py (the shipped ones)")
-    add("--only", nargs="+", choices=BENCHES, help="these rows (all but epoch and target)")
-    add("--scaling", action="store_true", help="times of 1, 2, 4, 8 times the cases, and by pixels")
+    add("--only", nargs="+", choices=BENCHES, help="these rows (all but cases and pixels)")
     add("--device", help="cuda, cpu ... (an accelerator if there is one)")
     add("--image-size", type=int, default=256, help="side of a resized slice (%(default)s)")
     add("--cache", type=Path, help="preprocessed volumes (~/.cache/brainseg)")
     add("--volumes", type=int, default=3, help="to preprocess (%(default)s)")
-    add("--start-seconds", type=float, default=90, help="until a training is stopped (%(default)s)")
-    add("--target", type=float, default=0.9, help="mean DSC of row target (%(default)s)")
     add("--json", type=Path, help="file to keep rows and conditions in")
     args = parser.parse_args()
-    if args.only is None:
-        args.only = [] if args.scaling else [name for name in BENCHES if name not in LONG]
+    args.only = args.only or [name for name in BENCHES if name not in LONG]
     return args
 
 
@@ -356,13 +277,13 @@ def main() -> None:
     about = conditions(args, cases)
     print(", ".join(f"{name}: {value}" for name, value in about.items()) + "\n")
     print("| what | plain | brainseg | unit | times faster |\n|---|---|---|---|---|")
-    benches = [BENCHES[name] for name in args.only] + [scale_cases, scale_pixels] * args.scaling
-    for bench in benches:
-        bench(cases, args)
+    for name in args.only:
+        try:
+            BENCHES[name](cases, args)
+        except ValueError as error:
+            fail(error)
         if args.json:  # after each, so that a long run that is stopped has not been for nothing
             write_json(args.json, {"conditions": about, "rows": ROWS})
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(f"\npeak memory of the benchmark itself: {peak:.1f} GiB")
 
 
 if __name__ == "__main__":
