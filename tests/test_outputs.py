@@ -228,6 +228,16 @@ def test_series_that_cannot_be_referenced(series, weights, tmp_path, capsys, fau
         assert len(table(tmp_path)) == 1
 
 
+def test_series_that_lacks_an_attribute_is_named(series, weights, tmp_path, capsys):
+    for path in series.iterdir():
+        data = pydicom.dcmread(path)
+        del data.SliceThickness
+        data.save_as(path)
+    assert infer(series, tmp_path, weights, "--dicom-seg") == 1
+    assert f"error: {series}: no Segmentation can refer to it (" in capsys.readouterr().err
+    assert len(table(tmp_path)) == 1
+
+
 def test_what_has_no_segmentation_is_one_sentence(phantoms, weights, tmp_path, monkeypatch):
     said = infer(phantoms, tmp_path, weights, "--dicom-seg")
     assert "is no DICOM series; leave --dicom-seg out" in said
