@@ -114,6 +114,17 @@ def test_cases_that_need_a_look_come_first(pair, weights, tmp_path, capsys):
     assert printed.index("b") < printed.index("a") and printed.index("c") < printed.index("a")
 
 
+def test_a_constant_sequence_is_among_the_replaced(pair, weights, tmp_path):
+    volume = pair[0].copy()
+    volume[..., 0], volume[..., 2] = 7, volume[..., 1]
+    write(tmp_path / "a.nii.gz", volume)
+    assert infer(tmp_path / "a.nii.gz", tmp_path, weights) == 0
+    (row,) = table(tmp_path)
+    assert row["replaced"] == "pre-contrast, post-contrast" and row["sequences"] == "FLAIR"
+    assert "FLAIR stands in for pre-contrast, which is constant" in row["warning"]
+    assert "FLAIR stands in for post-contrast" in row["warning"]
+
+
 def test_components_are_counted_largest_first():
     mask = np.zeros((6, 20, 20), bool)
     mask[0, 0, 0], mask[2:4, 5:9, 5:9], mask[5, 15:17, 15] = True, True, True

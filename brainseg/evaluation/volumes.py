@@ -11,7 +11,7 @@ import numpy as np
 from ..ensemble import WARN_BELOW
 from ..io.files import read_table, sentence
 from ..io.slices import Case
-from ..preprocess import SEQUENCES, missing_sequences
+from ..preprocess import CHANNELS, missing_sequences
 from ..splits import patient_of
 from .page import Table
 
@@ -40,12 +40,13 @@ def volume_row(
     spacing, components that are not there, a DSC that cannot be told.
     """
     spacing, sizes = case.spacing, component_sizes(mask)
-    names = SEQUENCES.get(volume.shape[-1], ())
-    missing = missing_sequences(volume)
-    replaced = [name for name in names if name in missing.split(" and ")]
+    names = CHANNELS.get(volume.shape[-1], ())
+    copies = missing_sequences(volume).split(" and ")
+    said = " ".join(text.partition("stands in for")[2] for text in warnings)
+    replaced = [name for name in names if name in copies or name in said]
     warnings = [*warnings, *edge_warnings(mask)]
-    if replaced and not any("stands in" in warning for warning in warnings):
-        warnings.append(f"FLAIR stands in for {' and '.join(replaced)}")
+    if unsaid := [name for name in replaced if name not in said]:
+        warnings.append(f"FLAIR stands in for {' and '.join(unsaid)}")
 
     def ml(voxels: int | None) -> float | None:
         known = spacing is not None and voxels is not None
