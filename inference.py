@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -49,13 +50,14 @@ from brainseg.distributed import (
 )
 from brainseg.evaluation.cohort import save_cohort
 from brainseg.evaluation.page import check_page
-from brainseg.evaluation.volumes import read_volumes, volumes_table, write_volumes
+from brainseg.evaluation.volumes import read_volumes, unread_row, volumes_table
 from brainseg.io.dicom_seg import check_dicom_packages, holds_dicom
-from brainseg.io.files import check_writable, sentence, write_json, write_table
+from brainseg.io.files import check_writable, sentence, update_table, write_json
 from brainseg.io.labels import Labels
 from brainseg.io.layouts import Source, find_sequences
 from brainseg.io.pictures import save_dsc_figure
 from brainseg.io.predictions import scores_text, since
+from brainseg.io.scans import Scan
 from brainseg.io.slices import Case
 from brainseg.pipeline import Outputs, Result, segment_all
 from brainseg.segmenter import Segmenter
@@ -147,9 +149,7 @@ def run(args: argparse.Namespace, options: dict) -> int:
         device = rank_device(options["device"])
         segmenter = Segmenter.from_weights(weights, **options | {"device": device})
         if args.flair:
-            scan = find_sequences(args.flair, args.pre, args.post)
-            found = [replace(scan, labels=Labels(args.labels))]
-            use_patients(args.patients, [scan.name])
+            found = list_sequences(args.flair, args.pre, args.post, args.labels, args.patients)
         else:
             images = args.images or Path("kaggle_3m")
             how = args.sequences, args.labels, args.patients
@@ -159,14 +159,7 @@ def run(args: argparse.Namespace, options: dict) -> int:
     if len(sources) > 1:
         print(count_patients(by_subset(source.name for source in sources)), flush=True)
     files = weights_files(weights)
-    for file in files:
-        if not read_card(file) and is_main_process():
-            size, version = segmenter.image_size, segmenter.version
-            print(
-                f"{file}: has no card (.json); taken for weights of preprocessing {version} and "
-                f"slices of {size} x {size}: put its card beside it",
-                file=sys.stderr,
-            )
+    say_without_card(files, segmenter)
     about["weights"] = {str(file): file_hash(file) for file in files}
     about["since"] = since(args.predictions, about, args.skip_existing)
     algorithm = f"brainseg {' '.join(file.stem for file in files)}"
@@ -182,21 +175,41 @@ def run(args: argparse.Namespace, options: dict) -> int:
     if is_main_process():
         write_json(args.predictions / "args.json", about)
     trained_on = set().union(*(patients_of_card(read_card(file), "train") for file in files))
-    done, failed, kept = segment(sources, segmenter, outputs, workers, trained_on, args.register)
-    labels = sources[0].labels
+    done = segment(sources, segmenter, outputs, workers, trained_on, args.register)
+    check_labels(sources)
+    if is_main_process():
+        network = f"{' '.join(map(str, weights))} by {segmenter.runtime}"
+        report(done, network, args.predictions, args.figure, args.report, about)
+    return sum(each["failed"] for each in done)
+
+
+def list_sequences(
+    flair: Path, pre: Path | None, post: Path | None, labels: list[int] | None, patients: str | None
+) -> list[Scan]:
+    """List the one scan whose sequences lie in files of their own."""
+    scan = find_sequences(flair, pre, post)
+    use_patients(patients, [scan.name])
+    return [replace(scan, labels=Labels(labels))]
+
+
+def say_without_card(files: Sequence[Path], segmenter: Segmenter) -> None:
+    """Say on stderr what weights without a card are taken for."""
+    for file in files:
+        if not read_card(file) and is_main_process():
+            size, version = segmenter.image_size, segmenter.version
+            print(
+                f"{file}: has no card (.json); taken for weights of preprocessing {version} and "
+                f"slices of {size} x {size}: put its card beside it",
+                file=sys.stderr,
+            )
+
+
+def check_labels(sources: Sequence[Source | Case]) -> None:
+    """Raise ValueError if a label that was asked for is in no mask that any rank has read."""
+    labels = sources[0].labels  # that of all cases
     for found in gather([labels.found]):
         labels.found.update(found)
     labels.check()
-    summary = (
-        f"{len(done) - kept} of {len(sources)} cases segmented with "
-        f"{' '.join(map(str, weights))} by {segmenter.runtime}"
-        + (f", {kept} kept from an earlier run" if kept else "")
-        + f"; masks and pictures: {args.predictions}"
-    )
-    if is_main_process():
-        report(done, args.predictions, args.figure, args.report, about)
-        print(summary)
-    return failed
 
 
 def segment(
@@ -206,32 +219,35 @@ def segment(
     workers: int | None,
     trained_on: set[str],
     register: bool,
-) -> tuple[list[dict], int, int]:
+) -> list[dict]:
     """Segment this process's share of the cases, and write the tables of all cases.
 
-    Returns what tables and report need, a dict a case; how many had an error; how many were kept.
+    Returns what tables and report need, a dict a case.
     """
-    done, failed, kept = [], 0, 0
+    done, own = [], shard(sources)
     try:
-        for result in segment_all(shard(sources), segmenter, outputs, workers, register):
-            done.append(None)
+        results = segment_all(own, segmenter, outputs, workers, register)
+        for source, result in zip(own, results, strict=True):
             error = result if isinstance(result, Exception) else result.error
             if error:
                 tqdm.write(f"error: {sentence(error)}", file=sys.stderr)
-                failed += 1
+            item = {"failed": bool(error), "scores": None, "thumbnail": None}
             if isinstance(result, Result):
-                kept += not result.fresh
                 if result.scores:
-                    seen = patient_of(result.case.name) in trained_on
-                    result.scores["trained_on"] = int(seen)
-                names = ("volumes", "scores", "thumbnail")
-                done[-1] = {name: getattr(result, name) for name in names}
-        done, failed, kept = gather(done), sum(gather([failed])), sum(gather([kept]))
+                    result.scores["trained_on"] = int(patient_of(source.name) in trained_on)
+                item["state"] = "segmented" if result.fresh else "kept"
+                item |= {name: getattr(result, name) for name in ("volumes", "scores", "thumbnail")}
+            else:
+                item |= {"state": "unread", "volumes": unread_row(source.name, error)}
+            done.append(item)
+        done = gather(done)
     finally:
-        done = [each for each in done if each]
         if is_main_process():
-            write_tables(outputs, done)
-    return done, failed, kept
+            keep = outputs.since is not None
+            for table, name in (("volumes", "volumes.csv"), ("scores", "metrics.csv")):
+                rows = {each["volumes"]["case"]: each[table] for each in done}
+                update_table(outputs.folder / name, rows, keep)
+    return done
 
 
 def check_outputs(
@@ -253,19 +269,10 @@ def check_outputs(
             raise ValueError(f"{path}: is a source; name another folder with --predictions")
 
 
-def write_tables(outputs: Outputs, done: list[dict]) -> None:
-    """Write volumes.csv with earlier rows that are kept, and metrics.csv if there are scores."""
-    if done:
-        rows = outputs.earlier | {each["volumes"]["case"]: each["volumes"] for each in done}
-        write_volumes(outputs.folder / "volumes.csv", list(rows.values()))
-    if scores := [each["scores"] for each in done if each["scores"]]:
-        write_table(outputs.folder / "metrics.csv", scores)
-
-
-def report(done: list[dict], folder: Path, figure: Path, page: Path | None, about: dict) -> None:
-    """Print the tables, draw the figure and the page."""
-    if not done:
-        return
+def report(
+    done: list[dict], network: str, folder: Path, figure: Path, page: Path | None, about: dict
+) -> None:
+    """Print the tables and what was done by which `network`, draw the figure and the page."""
     rows = [each["volumes"] for each in done]
     print(volumes_table(rows, folder / "volumes.csv").as_text(), end="\n\n")
     if scores := [each["scores"] for each in done if each["scores"]]:
@@ -276,6 +283,12 @@ def report(done: list[dict], folder: Path, figure: Path, page: Path | None, abou
     if page:
         save_cohort(page, rows, [each["thumbnail"] for each in done], about)
         print(f"report: {page}")
+    count = Counter(each["state"] for each in done)
+    kept = f", {count['kept']} kept from an earlier run" if count["kept"] else ""
+    print(
+        f"{count['segmented']} of {len(done)} cases segmented with {network}{kept}; "
+        f"masks and pictures: {folder}"
+    )
 
 
 if __name__ == "__main__":

@@ -157,6 +157,9 @@ def load(
             return Result(case, volume, truth, fresh=False, prediction=earlier)
     except (ValueError, OSError) as error:
         return error
+    except (RuntimeError, MemoryError) as error:  # of SimpleITK, which names no file
+        reason = str(error).strip().splitlines()[-1:]
+        return ValueError(f"{source.folder}: cannot be read ({' '.join(reason)}); export it again")
     try:
         images, frame = segmenter.preprocess(volume, case.aspect)
     except ValueError as error:

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 VERSION = 2  # of the preprocessing, for new weights
-SEQUENCES = {1: ("FLAIR",), 3: ("pre-contrast", "FLAIR", "post-contrast")}
+SEQUENCES = ("pre-contrast", "FLAIR", "post-contrast")
+CHANNELS = {1: ("FLAIR",), 3: SEQUENCES}
 BRIGHTEST = 4.0  # version 2: brighter than so many times the median tissue is clipped
 SATURATED = 0.1  # a share of the foreground at one greatest value that no scanner writes
 FLAT = 0.25  # a share of the foreground at its median that no tissue has
@@ -102,7 +103,7 @@ def _preprocess_2(
     is constant is replaced by FLAIR, as the LGG data set replaces a missing one.
     """
     slices, *_, channels = volume.shape
-    names = SEQUENCES.get(channels, [f"channel {k + 1}" for k in range(channels)])
+    names = CHANNELS.get(channels, [f"channel {k + 1}" for k in range(channels)])
     flair = names.index("FLAIR") if "FLAIR" in names else 0
     levels, notes = [_levels(volume[..., k]) for k in range(channels)], []
     if levels[flair] is None:
@@ -112,7 +113,7 @@ def _preprocess_2(
     foreground = [volume[..., k] > levels[k].threshold for k in source]
     for k, name in enumerate(names):
         if source[k] != k:
-            notes.append(f"{name} is constant; FLAIR stands in for it")
+            notes.append(f"FLAIR stands in for {name}, which is constant")
             continue
         if levels[k].saturated > SATURATED:
             notes.append(f"{name} is saturated: {levels[k].saturated:.0%} of it has one value")

@@ -161,8 +161,10 @@ class Service:
                 return self._segment(parts, folder, job)
             except (ValueError, OSError) as error:
                 raise ValueError(_without(folder, sentence(error))) from None
-            except MemoryError:
-                raise ValueError("it needs more memory than there is; crop it") from None
+            except (MemoryError, RuntimeError) as error:  # RuntimeError: of PyTorch
+                if isinstance(error, RuntimeError) and "memory" not in str(error):
+                    raise
+                raise ValueError("it needs more memory than the server has; crop it") from None
 
     def _segment(self, parts: dict[str, Sequence[Named]] | None, folder: Path, job: Job) -> Answer:
         if parts is None:

@@ -33,7 +33,7 @@ class TooLarge(Exception):
 class Guard:
     """ASGI middleware: 401 without the password, 413 beyond `most` bytes, headers on the rest.
 
-    A page of another host cannot make its visitor's browser send anything here (403).
+    A page of another host or port cannot make its visitor's browser send anything here (403).
     """
 
     def __init__(self, app, most: int, auth: str | None = None):
@@ -53,6 +53,7 @@ class Guard:
         kind, _, sent = headers.get(b"authorization", b"").partition(b" ")
         right = kind.lower() == b"basic" and hmac.compare_digest(sent.strip(), self.wanted or b"")
         length = headers.get(b"content-length", b"0")
+        site = headers.get(b"sec-fetch-site", b"none")
         too_large = f"more than {self.most >> 20} MiB; crop the scan, or compress it"
 
         async def with_headers(message: dict) -> None:
@@ -75,9 +76,9 @@ class Guard:
         if self.wanted and not right:
             await drain(receive, self.most)
             await refuse(with_headers, 401, "wrong user or password")
-        elif headers.get(b"sec-fetch-site") == b"cross-site" and scope["method"] == "POST":
+        elif scope["method"] == "POST" and site not in (b"same-origin", b"none"):
             await drain(receive, self.most)
-            await refuse(with_headers, 403, "sent by the page of another host")
+            await refuse(with_headers, 403, "sent by the page of another host or port")
         elif not length.isdigit() or int(length) > self.most:
             await drain(receive, 2 * self.most)
             await refuse(with_headers, 413, too_large)

@@ -30,7 +30,6 @@ from brainseg.io.slices import Case
 
 from .security import MIB, check_alone
 
-SEQUENCES = ("flair", "pre", "post")
 DAMAGED = "is damaged, encrypted or packed in an odd way; zip it again"
 BROKEN = "its reader broke down; it is damaged, or too large: export it again"
 
@@ -179,7 +178,7 @@ def unpack(parts: dict[str, list[Sent]], folder: Path, limits: Limits) -> Case:
     of `mask` (a volume file, or the masks of the slices). Raises ValueError, naming the file.
     """
     images, masks = parts.get("images", []), parts.get("mask", [])
-    sequences = {name: parts[name] for name in SEQUENCES if name in parts}
+    sequences = {name: parts[name] for name in ("flair", "pre", "post") if name in parts}
     placed: dict[str, Path] = {}
     if sequences:
         placed = _place_sequences(sequences, images, folder)

@@ -14,9 +14,11 @@ import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT, make_weights
 
 import inference
@@ -291,6 +293,29 @@ def test_segmenting_takes_no_longer_than_it_may(files):
     service.close()
 
 
+@pytest.mark.parametrize(
+    "fault",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
+    ],
+    ids=["numpy", "GPU", "processor"],
+)
+def test_too_little_memory_is_one_sentence(files, monkeypatch, fault):
+    from brainseg.segmenter import Segmenter
+    from server.jobs import Service
+    from server.uploads import Limits
+
+    service = Service(Segmenter.from_weights(files / "unet.pt"), Limits())
+    with monkeypatch.context() as patch:
+        patch.setattr(Segmenter, "probabilities", Mock(side_effect=fault))
+        with pytest.raises(ValueError, match="more memory than the server has; crop it"):
+            service.submit(None).future.result()
+    assert service.submit(None).future.result().masks, "the next is segmented"
+    service.close()
+
+
 def test_places_come_back_whatever_becomes_of_an_upload(files, tmp_path):
     """Aborted, too large and broken uploads, more of them than there are places."""
     process, url = start(tmp_path, files / "unet.pt", "--queue", "2", "--max-upload", "1")
@@ -371,8 +396,13 @@ def test_the_password():
 
 
 def test_a_page_of_another_host_can_send_nothing():
-    assert guarded("POST", headers={"Sec-Fetch-Site": "cross-site"}).status_code == 403
-    assert guarded("POST", headers={"Sec-Fetch-Site": "same-origin"}).status_code == 200
+    for site, status in (
+        ("cross-site", 403),
+        ("same-site", 403),
+        ("same-origin", 200),
+        ("none", 200),
+    ):
+        assert guarded("POST", headers={"Sec-Fetch-Site": site}).status_code == status
 
 
 def test_size_is_counted_where_it_is_not_said():

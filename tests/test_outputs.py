@@ -18,10 +18,16 @@ from conftest import make_weights
 from test_inference import contents, infer, subset_copy, write_case
 from test_scan import edit, write, write_series
 
-from brainseg.evaluation import volumes
 from brainseg.evaluation.cohort import save_cohort
-from brainseg.evaluation.volumes import by_need, component_sizes, read_volumes, volume_row
+from brainseg.evaluation.volumes import (
+    by_need,
+    component_sizes,
+    read_volumes,
+    unread_row,
+    volume_row,
+)
 from brainseg.io.dicom_seg import read_references, write_dicom_seg
+from brainseg.io.files import write_table
 from brainseg.io.layouts import find_case
 from brainseg.io.slices import Case
 from brainseg.phantom import make_volume
@@ -108,6 +114,17 @@ def test_cases_that_need_a_look_come_first(pair, weights, tmp_path, capsys):
     assert printed.index("b") < printed.index("a") and printed.index("c") < printed.index("a")
 
 
+def test_a_constant_sequence_is_among_the_replaced(pair, weights, tmp_path):
+    volume = pair[0].copy()
+    volume[..., 0], volume[..., 2] = 7, volume[..., 1]
+    write(tmp_path / "a.nii.gz", volume)
+    assert infer(tmp_path / "a.nii.gz", tmp_path, weights) == 0
+    (row,) = table(tmp_path)
+    assert row["replaced"] == "pre-contrast, post-contrast" and row["sequences"] == "FLAIR"
+    assert "FLAIR stands in for pre-contrast, which is constant" in row["warning"]
+    assert "FLAIR stands in for post-contrast" in row["warning"]
+
+
 def test_components_are_counted_largest_first():
     mask = np.zeros((6, 20, 20), bool)
     mask[0, 0, 0], mask[2:4, 5:9, 5:9], mask[5, 15:17, 15] = True, True, True
@@ -131,9 +148,11 @@ def test_kept_cases_keep_what_was_said_of_them(phantoms, weights, tmp_path):
 
 def test_rows_come_back_from_the_file(pair, tmp_path):
     case = Case("1000", tuple(range(7)), (), ())
-    rows = [volume_row(case, pair[0], pair[1], (0.8, 0.7, 0.9))]
-    volumes.write_volumes(tmp_path / "v.csv", rows)
-    assert read_volumes(tmp_path / "v.csv") == {"1000": rows[0]}
+    rows = {"1000": volume_row(case, pair[0], pair[1], (0.8, 0.7, 0.9))}
+    rows["1001"] = unread_row("1001", ValueError("cut short"))
+    assert list(rows["1000"]) == list(rows["1001"]), "the same columns"
+    write_table(tmp_path / "v.csv", list(rows.values()))
+    assert read_volumes(tmp_path / "v.csv") == rows
     assert read_volumes(tmp_path / "none.csv") == {}
 
 
@@ -228,6 +247,16 @@ def test_series_that_cannot_be_referenced(series, weights, tmp_path, capsys, fau
         assert len(table(tmp_path)) == 1
 
 
+def test_series_that_lacks_an_attribute_is_named(series, weights, tmp_path, capsys):
+    for path in series.iterdir():
+        data = pydicom.dcmread(path)
+        del data.SliceThickness
+        data.save_as(path)
+    assert infer(series, tmp_path, weights, "--dicom-seg") == 1
+    assert f"error: {series}: no Segmentation can refer to it (" in capsys.readouterr().err
+    assert len(table(tmp_path)) == 1
+
+
 def test_what_has_no_segmentation_is_one_sentence(phantoms, weights, tmp_path, monkeypatch):
     said = infer(phantoms, tmp_path, weights, "--dicom-seg")
     assert "is no DICOM series; leave --dicom-seg out" in said
@@ -288,6 +317,42 @@ def test_rows_of_other_cases_are_kept(phantoms, weights, tmp_path):
     before = table(tmp_path)
     assert infer(phantoms, tmp_path, weights, *both[:2], "--skip-existing") == 0
     assert table(tmp_path) == before and len(before) == 2
+
+
+def test_scores_of_other_cases_are_kept(phantoms, weights, tmp_path):
+    images = subset_copy(phantoms, tmp_path / "in", "phantom_003", "phantom_004")
+    scores = tmp_path / "predictions" / "metrics.csv"
+    assert infer(images, tmp_path, weights) == 0
+    both = scores.read_text()
+    again = images, tmp_path, weights, "--skip-existing"
+    assert infer(*again, "--cases", "phantom_003") == 0
+    assert scores.read_text() == both
+    (images / "phantom_004" / "phantom_004_4.tif").unlink()
+    assert infer(*again) == 1
+    assert scores.read_text().splitlines() == both.splitlines()[:2], "it has no score any more"
+
+
+def test_a_case_that_cannot_be_read_has_a_row(phantoms, weights, tmp_path, monkeypatch, capsys):
+    images = subset_copy(phantoms, tmp_path / "in", "phantom_003", "phantom_004", "phantom_005")
+    (images / "phantom_003" / "phantom_003_4.tif").unlink()
+    read = Case.read
+
+    def broken(self):
+        if self.name == "phantom_004":
+            raise RuntimeError("Exception thrown:\nITK ERROR: no memory")
+        return read(self)
+
+    monkeypatch.setattr(Case, "read", broken)
+    page = tmp_path / "r.html"
+    assert infer(images, tmp_path, weights, "--report", page) == 1
+    said = capsys.readouterr()
+    first, second, third = table(tmp_path)
+    assert first["case"] == "phantom_003" and "slice 4 is missing" in first["warning"]
+    fault = f"{images / 'phantom_004'}: cannot be read (ITK ERROR: no memory); export it again"
+    assert second["warning"] == fault and f"error: {fault}\n" in said.err
+    assert second["lesion_voxels"] == second["slices"] == "" and third["slices"] == "8"
+    assert "3 cases, " in said.out and "1 of 3 cases segmented" in said.out
+    assert page.read_text().count("<tr id=") == 3 and page.read_text().count("<img ") == 1
 
 
 def test_weights_without_a_card_are_said(phantoms, weights, tmp_path, capsys):

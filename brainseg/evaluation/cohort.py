@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from .page import data_url, write_page
-from .volumes import by_need, is_poor, shown_expected, shown_size
+from .volumes import by_need, is_poor, shown_count, shown_expected, shown_size
 
 BINS = 24  # at most, of the histogram
 
@@ -75,19 +75,25 @@ document.querySelector("#look").onchange = (event) =>
 """
 
 
-def save_cohort(path: Path, rows: Sequence[dict], pictures: Sequence[bytes], about: dict) -> None:
-    """Write the page of a cohort: `rows` of `volume_row`, a JPEG each, and how it was made.
+def save_cohort(
+    path: Path, rows: Sequence[dict], pictures: Sequence[bytes | None], about: dict
+) -> None:
+    """Write the page of a cohort: `rows` of volumes.csv, a JPEG each, and how it was made.
 
+    A case without a picture could not be read: it stands in the table alone.
     Raises OSError, naming `path`, if it cannot be written; what was there before stays.
     """
     shown = {row["case"]: picture for row, picture in zip(rows, pictures, strict=True)}
     ordered = by_need(rows)
     keys = [_sort_keys(row, k) for k, row in enumerate(ordered)]
     cards = "".join(
-        _card(row, key, shown[row["case"]]) for row, key in zip(ordered, keys, strict=True)
+        _card(row, key, shown[row["case"]])
+        for row, key in zip(ordered, keys, strict=True)
+        if shown[row["case"]]
     )
+    read = [row for row in rows if shown[row["case"]]]
     body = (
-        f"{_tiles(rows)}<h2>Volumes</h2>{_histogram(rows)}"
+        f"{_tiles(rows, read)}<h2>Volumes</h2>{_histogram(read)}"
         f"<h2>Every case at its largest lesion slice</h2>{_controls(rows)}<div id=cases>{cards}"
         f"</div><h2>Table</h2>{_table(ordered, keys)}<script type=module>{SCRIPT}</script>"
     )
@@ -95,7 +101,7 @@ def save_cohort(path: Path, rows: Sequence[dict], pictures: Sequence[bytes], abo
     write_page(path, title, body, json.dumps(about, indent=2), STYLE)
 
 
-def _size_of(row: dict) -> float:
+def _size_of(row: dict) -> float | None:
     return row["lesion_voxels"] if row["lesion_ml"] is None else row["lesion_ml"]
 
 
@@ -106,15 +112,15 @@ def _sort_keys(row: dict, need: int) -> str:
     return html.escape(json.dumps(keys), quote=True)
 
 
-def _tiles(rows: Sequence[dict]) -> str:
-    sizes = [_size_of(row) for row in rows if row["lesion_voxels"]]
+def _tiles(rows: Sequence[dict], read: Sequence[dict]) -> str:
+    sizes = [_size_of(row) for row in read if row["lesion_voxels"]]
     median = f"{np.median(sizes):,.1f}".removesuffix(".0") if sizes else "-"
     expected = [row["expected_dsc"] for row in rows if row["expected_dsc"] is not None]
     tiles = {
         "cases": len(rows),
         "need a look": sum(bool(row["warning"]) for row in rows),
-        "without a lesion": sum(not row["lesion_voxels"] for row in rows),
-        f"median {_unit(rows)} of a lesion": median,
+        "without a lesion": sum(not row["lesion_voxels"] for row in read),
+        f"median {_unit(read)} of a lesion": median,
         "median expected DSC": f"{np.median(expected):.2f}" if expected else "-",
     }
     inner = "".join(
@@ -130,10 +136,9 @@ def _unit(rows: Sequence[dict]) -> str:
 
 def _histogram(rows: Sequence[dict]) -> str:
     """Draw how many lesions have which volume, as SVG; a case without a lesion counts as 0."""
-    sizes = np.array([_size_of(row) for row in rows if _unit(rows) != "ml" or row["lesion_voxels"]])
     unit = _unit(rows)
-    if unit.startswith("ml"):
-        sizes = np.array([row["lesion_ml"] for row in rows if row["lesion_ml"] is not None])
+    column = "lesion_ml" if unit.startswith("ml") else "lesion_voxels"
+    sizes = np.array([row[column] for row in rows if row[column] is not None])
     if not len(sizes) or sizes.max() <= 0:
         return "<p>No lesion was found in any case.</p>"
     step = _round_step(sizes.max() / min(BINS, max(6, math.ceil(math.sqrt(4 * len(sizes))))))
@@ -215,8 +220,9 @@ def _table(rows: Sequence[dict], keys: Sequence[str]) -> str:
     for row, key in zip(rows, keys, strict=True):
         name, poor = html.escape(row["case"], quote=True), " class=poor" * is_poor(row)
         lines.append(
-            f'<tr id="{name}" class={_class(row)} data-row="{key}"><td>{name}<td>{row["slices"]}'
-            f"<td>{shown_size(row)}<td>{row['components']}<td{poor}>{shown_expected(row)}"
+            f'<tr id="{name}" class={_class(row)} data-row="{key}"><td>{name}'
+            f"<td>{shown_count(row['slices'])}<td>{shown_size(row)}<td>{shown_count(row['components'])}"
+            f"<td{poor}>{shown_expected(row)}"
             f"<td>{html.escape(row['warning'])}"
         )
     return (

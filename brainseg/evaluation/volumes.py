@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,14 +9,20 @@ from pathlib import Path
 import numpy as np
 
 from ..ensemble import WARN_BELOW
-from ..io.files import write_table
+from ..io.files import read_table, sentence
 from ..io.slices import Case
-from ..preprocess import SEQUENCES, missing_sequences
+from ..preprocess import CHANNELS, missing_sequences
 from ..splits import patient_of
 from .page import Table
 
 LARGEST = 3  # components that have columns of their own
 PRINTED = 20  # lines; the file has all
+COLUMNS = (
+    *("case", "patient", "slices", "sequences", "replaced", "lesion_voxels", "lesion_ml"),
+    "components",
+    *(f"component_{k + 1}_{unit}" for k in range(LARGEST) for unit in ("voxels", "ml")),
+    *("slices_touched", "expected_dsc", "expected_dsc_low", "expected_dsc_high", "warning"),
+)
 TEXTS = ("case", "patient", "sequences", "replaced", "warning")  # columns; others are numbers
 
 
@@ -35,12 +40,13 @@ def volume_row(
     spacing, components that are not there, a DSC that cannot be told.
     """
     spacing, sizes = case.spacing, component_sizes(mask)
-    names = SEQUENCES.get(volume.shape[-1], ())
-    missing = missing_sequences(volume)
-    replaced = [name for name in names if name in missing.split(" and ")]
+    names = CHANNELS.get(volume.shape[-1], ())
+    copies = missing_sequences(volume).split(" and ")
+    said = " ".join(text.partition("stands in for")[2] for text in warnings)
+    replaced = [name for name in names if name in copies or name in said]
     warnings = [*warnings, *edge_warnings(mask)]
-    if replaced and not any("stands in" in warning for warning in warnings):
-        warnings.append(f"FLAIR stands in for {' and '.join(replaced)}")
+    if unsaid := [name for name in replaced if name not in said]:
+        warnings.append(f"FLAIR stands in for {' and '.join(unsaid)}")
 
     def ml(voxels: int | None) -> float | None:
         known = spacing is not None and voxels is not None
@@ -63,6 +69,18 @@ def volume_row(
     columns = ("expected_dsc", "expected_dsc_low", "expected_dsc_high")
     row |= zip(columns, expected or (None, None, None), strict=True)
     return row | {"warning": "; ".join(warnings)}
+
+
+def unread_row(case: str, error: Exception) -> dict:
+    """Make the line of a case that could not be read: its name, and why."""
+    return dict.fromkeys(COLUMNS) | {
+        "case": case,
+        "patient": patient_of(case),
+        "sequences": "",
+        "replaced": "",
+        "slices_touched": [],
+        "warning": sentence(error),
+    }
 
 
 def component_sizes(mask: np.ndarray) -> list[int]:
@@ -91,23 +109,12 @@ def by_need(rows: Sequence[dict]) -> list[dict]:
     return sorted(rows, key=need)
 
 
-def write_volumes(path: Path, rows: Sequence[dict]) -> None:
-    """Write volumes.csv; the slices that a lesion touches are numbers with a space between."""
-    write_table(path, [row | {"slices_touched": _spaced(row["slices_touched"])} for row in rows])
-
-
-def _spaced(numbers: Sequence[int]) -> str:
-    return " ".join(map(str, numbers))
-
-
 def read_volumes(path: Path) -> dict[str, dict]:
     """Read the rows of a volumes.csv by case; empty if it is not there, or not one."""
     try:
-        with open(path, newline="", encoding="utf-8") as file:
-            rows = {line["case"]: _parsed(line) for line in csv.DictReader(file)}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, csv.Error):
+        return {name: _parsed(line) for name, line in read_table(path).items()}
+    except (ValueError, KeyError):
         return {}
-    return rows
 
 
 def _parsed(line: dict[str, str]) -> dict:
@@ -132,7 +139,8 @@ def volumes_table(rows: Sequence[dict], path: Path) -> Table:
     notes = []
     if len(ordered) > PRINTED:
         notes.append(f"... and {len(ordered) - PRINTED} more in {path}")
-    if rows and all(row["expected_dsc"] is None and row["lesion_voxels"] for row in rows):
+    found = [row for row in rows if row["lesion_voxels"]]
+    if found and all(row["expected_dsc"] is None for row in found):
         notes.append("No expected DSC: the weights have no fit for it in their card.")
     return Table(
         f"{len(rows)} cases, {warned} of them need a look" if warned else f"{len(rows)} cases",
@@ -140,9 +148,9 @@ def volumes_table(rows: Sequence[dict], path: Path) -> Table:
         [
             [
                 row["case"],
-                str(row["slices"]),
+                shown_count(row["slices"]),
                 shown_size(row),
-                str(row["components"]),
+                shown_count(row["components"]),
                 shown_expected(row),
                 row["warning"],
             ]
@@ -153,10 +161,16 @@ def volumes_table(rows: Sequence[dict], path: Path) -> Table:
     )
 
 
+def shown_count(number: int | None) -> str:
+    return "-" if number is None else str(number)
+
+
 def shown_size(row: dict) -> str:
     """Say how large a lesion is: in millilitres, or voxels where the spacing is not known."""
-    ml = row["lesion_ml"]
-    return f"{row['lesion_voxels']} vx" if ml is None else f"{ml:.1f} ml"
+    voxels, ml = row["lesion_voxels"], row["lesion_ml"]
+    if voxels is None:  # the case could not be read
+        return "-"
+    return f"{voxels} vx" if ml is None else f"{ml:.1f} ml"
 
 
 def shown_expected(row: dict) -> str:

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
+from ..preprocess import SEQUENCES
 from .grid import Grid
 from .headers import fields, read_fields, read_information
 
-SEQUENCES = ("pre-contrast", "FLAIR", "post-contrast")
 # Words of a SeriesDescription.
 FLAIR = re.compile(r"flair|dark.?fluid", re.I)
 T1 = re.compile(r"(?<![a-z0-9])t1|mprage|(?<![a-z])(bravo|f?spgr|vibe)", re.I)

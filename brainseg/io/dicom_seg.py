@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 LABEL = "FLAIR abnormality"
 MAKER = "brainseg"
+LOST = "; export it again from the archive, or leave --dicom-seg out"
 # What a Segmentation object copies from its source, and may be empty in it.
 MAY_BE_EMPTY = (
     "PatientID", "PatientName", "PatientBirthDate", "PatientSex", "AccessionNumber", "StudyID",
@@ -54,13 +55,26 @@ def write_dicom_seg(path: Path, case: Scan, mask: np.ndarray, algorithm: str, ve
     `algorithm` and `version` say what made it. Raises ValueError, naming the series, if its
     instances cannot be referenced, OSError if the file cannot be written.
     """
+    series = series_of(case)
+    sources = read_references(series)
+    frames = case.grid.from_axial(mask).transpose(2, 1, 0)  # as in the series: (S, rows, columns)
+    try:
+        segmentation = _segmentation(sources, frames, algorithm[:64], version[:64])
+    except (ValueError, TypeError, LookupError, AttributeError) as error:  # of a missing attribute
+        raise ValueError(f"{series}: no Segmentation can refer to it ({error}){LOST}") from error
+    with atomic_write(path) as temporary:
+        segmentation.save_as(temporary)
+
+
+def _segmentation(
+    sources: list[Dataset], frames: np.ndarray, algorithm: str, version: str
+) -> Dataset:
+    """Make the Segmentation of frames (S, rows, columns), bool, one for each source."""
     import highdicom
     from pydicom.sr.codedict import codes
 
-    sources = read_references(series_of(case))
-    frames = case.grid.from_axial(mask).transpose(2, 1, 0)  # as in the series: (S, rows, columns)
     made_by = highdicom.AlgorithmIdentificationSequence(
-        name=algorithm[:64], version=version[:64], family=codes.DCM.ArtificialIntelligence
+        name=algorithm, version=version, family=codes.DCM.ArtificialIntelligence
     )
     segment = highdicom.seg.SegmentDescription(
         segment_number=1,
@@ -72,7 +86,7 @@ def write_dicom_seg(path: Path, case: Scan, mask: np.ndarray, algorithm: str, ve
         anatomic_regions=[codes.SCT.Brain],
         display_color=highdicom.color.CIELabColor(53.2, 80.1, 67.2),  # red
     )
-    segmentation = highdicom.seg.Segmentation(
+    return highdicom.seg.Segmentation(
         source_images=sources,
         pixel_array=np.ascontiguousarray(frames, dtype=np.uint8),
         segmentation_type=highdicom.seg.SegmentationTypeValues.BINARY,
@@ -82,16 +96,14 @@ def write_dicom_seg(path: Path, case: Scan, mask: np.ndarray, algorithm: str, ve
         sop_instance_uid=highdicom.UID(),
         instance_number=1,
         manufacturer=MAKER,
-        manufacturer_model_name=algorithm[:64],
-        software_versions=version[:64],
+        manufacturer_model_name=algorithm,
+        software_versions=version,
         device_serial_number="none",
         series_description=f"{LABEL} ({MAKER})",
         content_description=LABEL,
         content_creator_name=f"{MAKER}^",
         omit_empty_frames=False,  # they take a bit a voxel, and readers get the grid of the source
     )
-    with atomic_write(path) as temporary:
-        segmentation.save_as(temporary)
 
 
 def read_references(series: Path) -> list[Dataset]:
@@ -101,19 +113,20 @@ def read_references(series: Path) -> list[Dataset]:
     """
     import pydicom
 
-    headers = [pydicom.dcmread(file, stop_before_pixels=True) for file in series_files(series)]
-    lost = "; export it again from the archive, or leave --dicom-seg out"
+    headers = [
+        pydicom.dcmread(file, stop_before_pixels=True, force=True) for file in series_files(series)
+    ]
     for name in ("SOPInstanceUID", "SOPClassUID", "StudyInstanceUID", "SeriesInstanceUID"):
         without = sum(not getattr(header, name, None) for header in headers)
         if without:
-            raise ValueError(f"{series}: {without} of its files have no {name}{lost}")
+            raise ValueError(f"{series}: {without} of its files have no {name}{LOST}")
     if len({header.SOPInstanceUID for header in headers}) < len(headers):
-        raise ValueError(f"{series}: two of its files have one SOPInstanceUID{lost}")
+        raise ValueError(f"{series}: two of its files have one SOPInstanceUID{LOST}")
     for name in ("FrameOfReferenceUID", "StudyInstanceUID"):
         found = {str(getattr(header, name, None) or "") for header in headers}
         if len(found) > 1 or "" in found:
             number = "no" if found == {""} else "more than one"
-            raise ValueError(f"{series}: its files have {number} {name}{lost}")
+            raise ValueError(f"{series}: its files have {number} {name}{LOST}")
     for header in headers:
         for name in MAY_BE_EMPTY:
             if name not in header:

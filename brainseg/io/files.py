@@ -33,12 +33,40 @@ def atomic_write(path: Path | str) -> Iterator[Path]:
 
 
 def write_table(path: Path, rows: Sequence[dict]) -> None:
-    """Dicts as the lines of a CSV file, written whole; a key that one lacks is left empty."""
+    """Dicts as the lines of a CSV file, written whole; a key that one lacks is left empty.
+
+    Lists stand in a field as their items, with a space between.
+    """
+
+    def text(value: object) -> object:
+        if isinstance(value, list):
+            return " ".join(map(str, value))
+        return f"{value:.6g}" if isinstance(value, float) else value
+
     with atomic_write(path) as temporary, open(temporary, "w", newline="") as file:
         table = csv.DictWriter(file, dict.fromkeys(key for row in rows for key in row))
         table.writeheader()
-        for row in rows:
-            table.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
+        table.writerows({key: text(value) for key, value in row.items()} for row in rows)
+
+
+def read_table(path: Path) -> dict[str, dict[str, str]]:
+    """Read the rows of a CSV file by their case; none if it is not there, or no such table."""
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file, restval=""))
+        return {row["case"]: row for row in rows if None not in row}
+    except (OSError, ValueError, KeyError, csv.Error):
+        return {}
+
+
+def update_table(path: Path, rows: dict[str, dict | None], keep: bool) -> None:
+    """Write rows by case as a CSV file; with `keep`, beside those of other cases in it.
+
+    A case whose row is None has none any more. Without any row, nothing is written.
+    """
+    rows = (read_table(path) if keep else {}) | rows
+    if lines := [row for row in rows.values() if row]:
+        write_table(path, lines)
 
 
 def write_json(path: Path, content: dict) -> None:

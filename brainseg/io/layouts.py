@@ -8,8 +8,9 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 
+from ..preprocess import SEQUENCES
 from .cohorts import BIDS, Layout, sequences_in
-from .dicom import SEQUENCES, Series, sort_study, study_in
+from .dicom import Series, sort_study, study_in
 from .labels import Labels
 from .scans import Scan, is_scan, scan_name
 from .slices import Case

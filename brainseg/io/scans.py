@@ -19,7 +19,8 @@ from typing import ClassVar
 
 import numpy as np
 
-from .dicom import SEQUENCES, check_patient, is_dicom, is_series, series_files
+from ..preprocess import SEQUENCES
+from .dicom import check_patient, is_dicom, is_series, series_files
 from .files import atomic_write, by
 from .grid import Grid
 from .headers import damaged, is_nifti, read_fields, read_grid
