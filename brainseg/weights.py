@@ -33,11 +33,10 @@ OTHERS = {  # made of weights, but no weights
 }
 CARD_DEFAULTS = {"preprocessing": 1, "image_size": 256, "neighbours": 0}  # without a card
 ROOT = Path(__file__).resolve().parents[1]
-# What comes with the project: the network of the published shape, for torch.hub's `unet`; what
-# segments unless told otherwise; and in its place, where it is there, an ensemble of folds.
+# What comes with the project: the network of the published shape, for torch.hub's `unet`; and the
+# ensemble that segments unless told otherwise, a network a fold of the training and validation cases.
 PUBLISHED = {"unet": ROOT / "weights" / "unet-12f2ec04.pt"}
-SHIPPED = {"unet": ROOT / "weights" / "unet-f3efc2a2.pt"}
-ENSEMBLES = {"unet": ROOT / "weights" / "unet-folds"}
+SHIPPED = {"unet": ROOT / "weights" / "unet-folds"}
 
 
 def build_model(name: str, **settings) -> nn.Module:
@@ -228,26 +227,22 @@ def weights_files(weights: Path | str | Sequence[Path | str]) -> list[Path]:
 
 
 def shipped_weights(name: str) -> Path:
-    """Find what came with the project: the folder of an ensemble if there is one, else the file.
-
-    FileNotFoundError if neither did.
-    """
-    folder = ENSEMBLES.get(name)
-    return folder if folder and any(folder.glob("*.pt")) else _find(name, SHIPPED)
+    """Find the folder of networks that came with the project; FileNotFoundError if none did."""
+    return _find(name, SHIPPED)
 
 
 def _find(name: str, shipped: dict[str, Path]) -> Path:
     if name not in shipped:
         known = ", ".join(shipped)
         raise FileNotFoundError(f"no pretrained weights for {name!r}, only for {known}; train some")
-    if not shipped[name].is_file():
+    if not shipped[name].exists():
         raise FileNotFoundError(f"{shipped[name]}: is missing; fetch the project again")
     return shipped[name]
 
 
 def shipped_files() -> list[Path]:
     """List the files of weights that come with the project, each a single network."""
-    return sorted({*PUBLISHED.values(), *SHIPPED.values()})
+    return [*PUBLISHED.values(), *sorted(f for d in SHIPPED.values() for f in d.glob("*.pt"))]
 
 
 def load_pretrained(name: str, **settings: int) -> nn.Module:

@@ -196,7 +196,7 @@ def test_weights_named_by_a_date_load(tmp_path):
 
 
 def test_shipped_weights_whose_hash_is_a_date_are_checked(monkeypatch):
-    monkeypatch.setattr(weights, "SHIPPED", {"unet": Path("/x/unet-20240131.pt")})
+    monkeypatch.setattr(weights, "PUBLISHED", {"unet": Path("/x/unet-20240131.pt")})
     assert hash_in_name("unet-20240131.pt") == "20240131"
 
 

@@ -160,11 +160,8 @@ def test_small_components_are_dropped(folder, volume):
 # What comes with the project
 
 
-def test_the_folder_is_shipped_but_unet_stays_one(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(weights_module, "SHIPPED", {"unet": folder / "fold0.pt"})
-    monkeypatch.setattr(weights_module, "ENSEMBLES", {"unet": tmp_path / "none"})
-    assert shipped_weights("unet") == folder / "fold0.pt"
-    monkeypatch.setattr(weights_module, "ENSEMBLES", {"unet": folder})
+def test_the_folder_is_shipped_but_unet_stays_one(folder, monkeypatch):
+    monkeypatch.setattr(weights_module, "SHIPPED", {"unet": folder})
     assert shipped_weights("unet") == folder
     settings = {"settings": {"in_channels": 3, "out_channels": 1, "init_features": 4}}
     monkeypatch.setattr(weights_module, "read_card", lambda _: settings)
