@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .devices import available_cores
 from .io.files import sentence
 
 T = TypeVar("T")
@@ -166,10 +167,10 @@ def rank_device(name: str | None) -> str | None:
 
 
 def rank_workers(workers: int | None) -> int | None:
-    """The number of threads asked for, or this rank's part of the cores (None: all of them)."""
+    """Give the number of threads asked for, or this rank's part of the cores (None: all)."""
     if workers or world_size() == 1:
         return workers
-    return max(1, (os.cpu_count() or 1) // local_world_size())
+    return max(1, available_cores() // local_world_size())
 
 
 def shard(items: Sequence[T]) -> Sequence[T]:
