@@ -191,12 +191,12 @@ def test_the_example_of_the_readme(server, files, tmp_path, monkeypatch):
         ({"files": {"images": ("a.doc", b"rubbish")}}, "holds no slice"),
         ({"files": {"images": ("a.zip", b"rubbish")}}, "a.zip: is damaged"),
         ({"files": {"images": ("a_1.tif", b"rubbish")}}, "a_1.tif: not a readable image"),
-        ({"files": {"picture": ("a.nii", b"rubbish")}}, "no file is called 'picture'"),
+        ({"files": {"picture": ("a.nii", b"rubbish")}}, "no field is called 'picture'"),
         ({"files": {"images": (None, "text")}}, "images: is no file"),
         ({}, "send multipart/form-data"),
         (
             {"files": {"phantom": (None, "1"), "images": ("a.nii", b"x")}},
-            "no file is called 'phantom'",
+            "no field is called 'phantom'",
         ),
         ({"files": {"mask": ("a.nii", b"x")}}, "no file came"),
         (
