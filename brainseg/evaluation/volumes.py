@@ -143,7 +143,7 @@ def volumes_table(rows: Sequence[dict], path: Path) -> Table:
     if found and all(row["expected_dsc"] is None for row in found):
         notes.append("No expected DSC: the weights have no fit for it in their card.")
     return Table(
-        f"{len(rows)} cases, {warned} of them need a look" if warned else f"{len(rows)} cases",
+        f"{len(rows)} case{'s' * (len(rows) != 1)}" + f", {warned} to look at" * bool(warned),
         ["case", "slices", "lesion", "parts", "expected DSC", "needs a look because"],
         [
             [
