@@ -49,7 +49,7 @@ from brainseg.programs import (
 )
 from brainseg.splits import SUBSETS, is_lgg, patient_of, subset_of
 from brainseg.weights import file_hash, load_state, model_from_state, read_card, weights_files
-from utils import fail, make_parser
+from utils import errors_in_one_sentence, make_parser
 
 LICENCE = (
     "Trained on MR images of TCGA-LGG (doi:10.7937/K9/TCIA.2016.L4LTD3TK) with the masks of Buda, "
@@ -105,7 +105,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.format == "weights" and (args.precision or args.images):
         parser.error("--precision and --images go with --format onnx or torch-export")
-    try:
+    with errors_in_one_sentence("stopped; files are complete, or not there"):
         files = weights_files(args.weights)
         if args.format != "weights":
             write_network(files, args.weights, args.format, args.precision, args.images, args.out)
@@ -114,8 +114,6 @@ def main(argv: list[str] | None = None) -> None:
         else:
             for path in files:
                 write_weights(path, args.out or path.parent, args.metrics, args.subset)
-    except (ValueError, OSError) as error:
-        fail(error)
 
 
 def write_weights(weights: Path, out: Path, metrics: Path | None, subset: str) -> None:

@@ -339,6 +339,18 @@ def cudnn(deterministic: bool) -> Iterator[None]:
         flags.deterministic, flags.benchmark = before
 
 
+@contextmanager
+def errors_in_one_sentence(stopped: str) -> Iterator[None]:
+    """Run a command; end with one sentence for bad input, with `stopped` for Ctrl-C or SIGTERM."""
+    try:
+        with sigterm_interrupts():
+            yield
+    except (ValueError, OSError) as error:
+        fail(error)
+    except KeyboardInterrupt:
+        sys.exit(stopped)
+
+
 def fail(error: BaseException | str) -> NoReturn:
     """End the program with one sentence on stderr and exit status 1."""
     sys.exit(f"error: {sentence(error)}")

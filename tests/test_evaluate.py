@@ -5,6 +5,7 @@ import json
 import math
 import re
 import shutil
+import signal
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -71,8 +72,9 @@ def done(phantoms, weights, tmp_path_factory) -> Path:
     """Two models and the report; phantom_001 and _002 were trained on."""
     out = tmp_path_factory.mktemp("evaluation")
     blank = blank_weights(weights.with_name("blank.pt"), [])
-    models = f"narrow={weights}", f"blank={blank}"
+    models, handler = (f"narrow={weights}", f"blank={blank}"), signal.getsignal(signal.SIGTERM)
     run(phantoms, out, "--subset", "all", "--report", out / "r.html", "--weights", *models)
+    assert signal.getsignal(signal.SIGTERM) == handler, "nothing is left behind in a notebook"
     return out
 
 

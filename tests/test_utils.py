@@ -13,7 +13,7 @@ from skimage.segmentation import find_boundaries
 from brainseg.devices import in_order, worker_threads
 from brainseg.io.files import atomic_write
 from brainseg.io.pictures import GREEN, RED, edge, outline, save_dsc_figure, save_gif, to_grey
-from utils import Interruption, fail, make_generator
+from utils import Interruption, errors_in_one_sentence, fail, make_generator
 
 
 def draws(*key: int) -> list[float]:
@@ -145,6 +145,18 @@ def test_first_signal_is_noted_the_second_ends_the_program():
         with pytest.raises(KeyboardInterrupt):  # asked twice
             signal.raise_signal(signal.SIGINT)
     assert [signal.getsignal(number) for number in numbers] == before
+
+
+@pytest.mark.parametrize("raised", [ValueError("x: is bad"), KeyboardInterrupt(), signal.SIGTERM])
+def test_a_command_ends_in_one_sentence(raised):
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as stop, errors_in_one_sentence("stopped; run it again"):
+        if isinstance(raised, signal.Signals):
+            signal.raise_signal(raised)
+        raise raised
+    bad = isinstance(raised, ValueError)
+    assert stop.value.code == ("error: x: is bad" if bad else "stopped; run it again")
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 @pytest.mark.parametrize(
