@@ -178,7 +178,7 @@ def main(argv: list[str] | None = None) -> None:
     add = parser.add_argument
     add("--images", type=Path, required=True, help="the real cases")
     add("--only", nargs="+", help="the parts whose names begin so, e.g. speed profile (all)")
-    add("--out", type=Path, default="gpu", help="folder for gpu.json and gpu.md (%(default)s)")
+    add("--out", type=Path, default="logs/gpu", help="folder for gpu.json and gpu.md (%(default)s)")
     add("--cache", type=Path, help="preprocessed volumes (~/.cache/brainseg)")
     add("--device", help="cuda, cpu ... (an accelerator if there is one)")
     shapes = ["16x128", "16x192", "32x256"]
