@@ -129,7 +129,7 @@ ROWS = {  # what each is called, its unit, and whether more is better
 }
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -145,7 +145,7 @@ def main() -> None:
     add("--batch-size", type=int, default=16, help="(%(default)s)")
     add("--device", help="cuda, cpu ... (an accelerator if there is one)")
     add("--json", type=Path, help="file to keep figures and conditions in")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     try:
         args.device = pick_device(args.device)
         args.amp = has_bfloat16(args.device)

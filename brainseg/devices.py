@@ -41,6 +41,12 @@ def has_bfloat16(device: torch.device) -> bool:
     return device.type == "cpu" and any(getattr(torch.cpu, name, bool)() for name in fast)
 
 
+def half_precision(device: torch.device) -> torch.dtype:
+    """Choose what --amp computes in: float16 on a CUDA card without bfloat16, else bfloat16."""
+    old = device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0)
+    return torch.float16 if old else torch.bfloat16
+
+
 def available_cores() -> int:
     """Count the cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):  # Linux
