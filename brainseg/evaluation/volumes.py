@@ -100,11 +100,12 @@ def edge_warnings(mask: np.ndarray) -> list[str]:
 
 
 def by_need(rows: Sequence[dict]) -> list[dict]:
-    """Sort so that the cases that need a look come first: warned, then by expected DSC."""
+    """Sort by need of a look: cases not read, then those with a warning, then by expected DSC."""
 
     def need(row: dict) -> tuple:
         expected = row["expected_dsc"]
-        return not row["warning"], 1.0 if expected is None else expected, row["case"]
+        read = row["slices"] is not None
+        return read, not row["warning"], 1.0 if expected is None else expected, row["case"]
 
     return sorted(rows, key=need)
 
