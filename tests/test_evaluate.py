@@ -104,7 +104,8 @@ def test_settings_by_hand(phantoms, weights, done):
     segmenter = Segmenter.from_weights(weights, device="cpu")
     row = next(row for row in scores(done) if row["case"] == "phantom_004")
     volume, truth = find_case(phantoms / "phantom_004").read_pair()
-    probabilities = segmenter.restored(*segmenter.preprocess(volume)).numpy()
+    images, frame = segmenter.preprocess(volume)
+    probabilities = segmenter.assess(segmenter.probabilities(images), frame).probabilities
     for name, (threshold, largest) in SETTINGS.items():
         mask = probabilities >= threshold
         mask = keep_components(mask) if largest else mask
