@@ -9,7 +9,6 @@ from brainseg.unet import UNet
 from torch import nn
 
 from brainseg import phantom
-from brainseg.devices import pick_device
 from brainseg.preprocess import preprocess
 from brainseg.resnext_unet import ResNeXtUNet
 from brainseg.segmenter import Segmenter, fold_batch_norm, keep_components
@@ -284,26 +283,3 @@ def test_largest_of_two_equal_components_is_one_of_them():
     kept = keep_components(mask)
     assert kept.sum() == 2 and not (kept & ~mask).any()
     assert np.array_equal(keep_components(mask), kept)
-
-
-# Devices
-
-
-def test_a_device_that_is_there():
-    assert pick_device("cpu") == torch.device("cpu")
-    assert pick_device(torch.device("cpu")) == torch.device("cpu")
-    assert torch.zeros(1, device=pick_device()).sum() == 0
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is there")
-def test_cuda_without_cuda_is_an_error(model):
-    with pytest.raises(ValueError, match="'cuda' is not there"):
-        pick_device("cuda")
-    with pytest.raises(ValueError, match="'cuda' is not there"):
-        Segmenter(model, device="cuda")
-
-
-@pytest.mark.parametrize("name", ["nonsense", "cuda:999", ""])
-def test_nonsense_is_no_device(name):
-    with pytest.raises(ValueError, match=f"{name!r} is not there"):
-        pick_device(name)
