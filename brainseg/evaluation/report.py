@@ -1,4 +1,4 @@
-"""A comparison to look at: tables, a figure, a gallery, and one page of it all."""
+"""The report of a comparison: tables, a figure, a gallery, and a page with all of them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .statistics import SCORES, SETTINGS
 
 
 def tables(summary: dict[str, dict]) -> list[Table]:
-    """The summary of `compare` as tables to print or to show."""
+    """Turn the summary of `compare` into tables."""
     tried = {name: about for name, about in summary.items() if "settings" in about}
     divided = next(iter(summary.values()))["groups"]
     return [
@@ -144,7 +144,7 @@ def _interval(s: dict[str, float], sign: str = "") -> str:
 
 
 def case_table(models: dict[str, list[dict]]) -> Table:
-    """The DSC of every case, worst first for the first model."""
+    """List the DSC of every case, the first model's worst first."""
     lines = sorted(zip(*models.values(), strict=True), key=lambda line: line[0]["dsc"])
     return Table(
         "Every case",
@@ -159,7 +159,7 @@ def case_table(models: dict[str, list[dict]]) -> Table:
 
 
 def save_scores(path: Path, models: dict[str, list[dict]]) -> None:
-    """A box a model over the DSCs of its cases, and a point a case."""
+    """Draw a box plot of the DSCs of each model, with a point per case."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(2.2 + 1.3 * len(models), 4.2), layout="constrained")
@@ -181,7 +181,7 @@ def save_scores(path: Path, models: dict[str, list[dict]]) -> None:
 def save_gallery(
     path: Path, models: dict[str, list[dict]], pictures: dict[tuple[str, str], np.ndarray]
 ) -> None:
-    """Worst, median and best case of each model: a picture (H, W, 3) by (model, case)."""
+    """Draw the worst, median and best case of each model; pictures (H, W, 3) by (model, case)."""
     from matplotlib.figure import Figure
 
     drawn = {name: rows for name, rows in models.items() if (name, rows[0]["case"]) in pictures}
@@ -198,7 +198,7 @@ def save_gallery(
 
 
 def pick(rows: Sequence[dict]) -> dict[str, dict]:
-    """The rows of the worst, median and best DSC."""
+    """Pick the rows of the worst, median and best DSC."""
     rows = sorted(rows, key=lambda row: row["dsc"])
     return {"worst": rows[0], "median": rows[len(rows) // 2], "best": rows[-1]}
 
@@ -210,7 +210,7 @@ def save_page(
     pictures: dict[str, Path],
     details: str,
 ) -> None:
-    """One HTML page that holds everything, pictures included, and asks no network for anything."""
+    """Write tables and pictures to one HTML page that needs no network."""
     images = "".join(
         f"<h2>{html.escape(name)}</h2><img alt='{html.escape(name)}' "
         f"src='{data_url(file.read_bytes(), 'image/png')}'>"

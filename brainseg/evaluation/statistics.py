@@ -1,4 +1,4 @@
-"""The statistics of a comparison: from a row a model and case to a summary of each model."""
+"""The statistics of a comparison: from one row per model and case to a summary per model."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SCORES = {
 
 
 def compare(models: dict[str, list[dict]]) -> dict[str, dict]:
-    """Summary of scores by model, from its rows, one a case; all have the same cases in order.
+    """Summarise the scores of each model; all have rows of the same cases, in order.
 
     For each model: `scores`, every metric; `missed`, in how many cases one mask alone is empty, so
     that its distances are the image diagonal; `difference`, its DSC case by case from that of the
@@ -86,7 +86,7 @@ def _column(rows: Sequence[dict], name: str) -> np.ndarray:
 
 
 def _groups(rows: Sequence[dict]) -> dict[str, dict[str, np.ndarray]]:
-    """For each way that divides the cases, and each value there is, which cases have it."""
+    """Divide the cases by hospital, missing sequence and lesion volume."""
     voxels = _column(rows, "lesion_voxels")
     low, high = np.quantile(voxels, (1 / 3, 2 / 3)).round().astype(int)
     groups = {
@@ -112,9 +112,9 @@ def _choose(
     validation: np.ndarray,
     over_patients: Callable[[np.ndarray, np.ndarray], dict],
 ) -> dict | None:
-    """The setting of the best mean DSC on validation cases; None without such a case.
+    """Choose the setting of the best mean DSC on validation cases; None if there are none.
 
-    Of equals, the one that is used.
+    Ties go to the current setting.
     """
     if not validation.any():
         return None
