@@ -99,7 +99,7 @@ def _group_table(summary: dict[str, dict]) -> Table:
 def _settings_table(summary: dict[str, dict]) -> Table:
     rows = []
     for setting, (threshold, largest) in SETTINGS.items():
-        row = [f"{threshold}, {_kept(largest)}"]
+        row = [f"{threshold}, {'largest component' if largest else 'every component'}"]
         for about in summary.values():
             tried = about["settings"][setting]
             row += [f"{tried['dsc']['mean']:.3f}", _interval(tried["difference"], "+")]
@@ -109,30 +109,8 @@ def _settings_table(summary: dict[str, dict]) -> Table:
         "What threshold and largest component are worth",
         ["setting", *header],
         rows,
-        "\n".join(
-            _choice(name, about["chosen"]) for name, about in summary.items() if about["chosen"]
-        ),
+        "To choose one, look at the validation cases alone; then score it on others.",
     )
-
-
-def _choice(name: str, chosen: dict) -> str:
-    threshold, largest = SETTINGS[chosen["setting"]]
-    validation, others = chosen["validation"], chosen["others"]
-    text = (
-        f"{name}: best on the {validation['n']} validation cases is {threshold}, {_kept(largest)}, "
-        f"{validation['mean']:.3f} there, {_interval(chosen['validation_difference'], '+')} from "
-        "the setting used"
-    )
-    if not others["n"]:
-        return f"{text}: too good, as it was chosen on these very cases."
-    return (
-        f"{text}; on the {others['n']} other cases {_interval(others)}, "
-        f"{_interval(chosen['others_difference'], '+')} from the setting used."
-    )
-
-
-def _kept(largest: bool) -> str:
-    return "largest component" if largest else "every component"
 
 
 def _interval(s: dict[str, float], sign: str = "") -> str:
