@@ -115,14 +115,13 @@ class BrainSegmentationDataset(Dataset):
 
         With K `neighbours` on either side, their channels come too: (B, (2 K + 1) C, N, N).
         """
-        places = [self._place[index] for index in indices]
-        images = np.stack([self._channels(v, s, neighbours) for v, s in places])
-        masks = np.stack([self.volumes[v].mask[s][None] for v, s in places])
-        return torch.from_numpy(images), torch.from_numpy(masks)
-
-    def _channels(self, v: int, s: int, neighbours: int) -> np.ndarray:
-        images = self.volumes[v].images
-        return np.concatenate(images[neighbourhoods(len(images), neighbours)[s].tolist()])
+        images, masks = [], []
+        for v, s in (self._place[index] for index in indices):
+            volume = self.volumes[v]
+            seen = neighbourhoods(len(volume.mask), neighbours)[s].tolist()
+            images.append(np.concatenate(volume.images[seen]))
+            masks.append(volume.mask[s][None])
+        return torch.from_numpy(np.stack(images)), torch.from_numpy(np.stack(masks))
 
     def locate(self, index: int) -> tuple[str, int]:
         """Return the case and the slice number of an item."""
@@ -162,8 +161,8 @@ class Feed:
         self.dataset, self.device = dataset, device
         self.neighbours, self.workers = neighbours, workers
         arrays = [array for volume in dataset.volumes for array in (volume.images, volume.mask)]
-        size, free = sum(array.nbytes for array in arrays), free_memory(device)
-        self.on_device = size <= MOST * free
+        size = sum(array.nbytes for array in arrays)
+        self.on_device = size <= MOST * free_memory(device)
         if self.on_device:
             self.place = f"{size / 2**30:.1f} GiB of slices on {device}"
             self.images = stacked([volume.images for volume in dataset.volumes], device)
@@ -174,8 +173,6 @@ class Feed:
             self.place = "slices in host memory"
         else:
             self.place = f"{size / 2**30:.1f} GiB of slices in host memory, gathered ahead"
-            if device.type == "cuda":
-                self.place += f" ({free / 2**30:.1f} GiB free on {device})"
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -192,10 +189,8 @@ class Feed:
             yield from in_order(self._gathered, drawn, self.workers)
 
     def _gathered(self, batch: Tensor) -> tuple[Tensor, Tensor]:
-        images, masks = self.dataset.batch(batch.tolist(), self.neighbours)
-        if self.device.type == "cuda":
-            return images.pin_memory(), masks.pin_memory()
-        return images, masks
+        parts = self.dataset.batch(batch.tolist(), self.neighbours)
+        return tuple(p.pin_memory() for p in parts) if self.device.type == "cuda" else parts
 
 
 def stacked(arrays: Sequence[np.ndarray], device: torch.device) -> Tensor:
@@ -203,8 +198,6 @@ def stacked(arrays: Sequence[np.ndarray], device: torch.device) -> Tensor:
     length = sum(map(len, arrays))
     first = torch.from_numpy(arrays[0])
     whole = torch.empty((length, *first.shape[1:]), dtype=first.dtype, device=device)
-    start = 0
-    for array in arrays:
-        whole[start : start + len(array)] = torch.from_numpy(array)
-        start += len(array)
+    for part, array in zip(whole.split([len(a) for a in arrays]), arrays, strict=True):
+        part.copy_(torch.from_numpy(array))
     return whole

@@ -209,8 +209,8 @@ def _write_case(folder: Path, volume: Array, mask: Array) -> None:
         tifffile.imwrite(folder / f"{folder.name}_{k}_mask.tif", label * np.uint8(255))
 
 
-def get_args_parser() -> argparse.ArgumentParser:
-    """Arguments of the command line."""
+def main(argv: list[str] | None = None) -> None:
+    """Write a data set as the command line says; exit with one sentence if it cannot."""
     parser = argparse.ArgumentParser(
         description="Write synthetic brain MRI with a FLAIR lesion, in the layout of kaggle_3m.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -222,12 +222,6 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--slices", type=int, default=16, help=f"slices a case, {MIN_SLICES} or more")
     add("--seed", type=int, default=0, help="the same seed gives the same images")
     add("--no-lesion", type=int, default=0, metavar="N", help="every N-th case is healthy; 0: none")
-    return parser
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Write a data set as the command line says; exit with one sentence if it cannot."""
-    parser = get_args_parser()
     args = parser.parse_args(argv)
     if min(args.seed, args.no_lesion) < 0 or args.cases < 1:
         parser.error("--cases must be 1 or more, --seed and --no-lesion 0 or more")

@@ -44,13 +44,12 @@ class Segmentation:
 class Segmenter:
     """A network, or an `Ensemble`, with its preprocessing: a raw volume in, its mask out.
 
-    `image_size` is what slices are resized to, `threshold` the least probability of a lesion,
-    `largest_component` keeps the largest connected one only, `min_volume` drops those of fewer
-    voxels, `tta` averages over the slice and its mirror image, `amp` computes in bfloat16 (None:
-    wherever the device does so natively). The network is copied; `batch_size` is the most slices
-    at once, `neighbours` how many slices on either side of each it was trained to see, `version`
-    the preprocessing that it was trained with, `expected_dsc_fit` that of its card, if it has one.
-    An ONNX network has its own device and precision.
+    `image_size` is the side of a resized slice, `threshold` the least probability of a lesion.
+    `largest_component` keeps only the largest, `min_volume` drops components of fewer voxels.
+    `tta` averages over the slice and its mirror image; `amp` computes in bfloat16 (None: where the
+    device does so natively); `batch_size` is the most slices at once. `neighbours` (slices seen on
+    either side), preprocessing `version` and `expected_dsc_fit` are those of the card. The network
+    is copied. An ONNX network has its own device and precision. Raises ValueError.
     """
 
     def __init__(
@@ -91,14 +90,9 @@ class Segmenter:
             self.model = model.to(self.device, memory_format=torch.channels_last)
             self.amp = has_bfloat16(self.device) if amp is None else amp
             self.on_cpu, self.runtime = self.device.type == "cpu", f"PyTorch ({self.device})"
-        self.image_size = image_size
-        self.threshold = threshold
-        self.largest_component = largest_component
-        self.tta = tta
-        self.neighbours = neighbours
-        self.version = version
-        self.min_volume = min_volume
-        self.expected_dsc_fit = expected_dsc_fit
+        self.image_size, self.neighbours, self.version = image_size, neighbours, version
+        self.threshold, self.min_volume, self.tta = threshold, min_volume, tta
+        self.largest_component, self.expected_dsc_fit = largest_component, expected_dsc_fit
         # A few slices at once stay in the cache of a processor, and are done a fifth sooner.
         self.batch_size = min(batch_size, 4) if self.on_cpu else batch_size
 
