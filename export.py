@@ -60,46 +60,27 @@ SUFFIXES = {"onnx": ".onnx", "torch-export": ".pt2"}
 TOLERANCES = {"float32": 1e-4, "float16": 5e-2}  # of a probability
 
 
+# fmt: off
 def get_parser() -> argparse.ArgumentParser:
     parser = make_parser(__doc__)
-    parser.add_argument(
-        "--weights",
-        type=Path,
-        nargs="+",
-        required=True,
-        help="file that train.py wrote, several, or a folder of them",
-    )
-    parser.add_argument(
-        "--format",
-        type=str,
-        choices=("weights", *SUFFIXES),
-        default="weights",
-        help="weights, onnx or torch-export (%(default)s)",
-    )
-    parser.add_argument("--metrics", type=Path, help="metrics.csv of inference.py with the weights")
-    parser.add_argument(
-        "--subset",
-        type=str,
-        choices=(*SUBSETS, "all"),
-        default="validation",
-        help="which cases it scores (%(default)s)",
-    )
-    parser.add_argument("--out", type=Path, help="folder (that of --weights)")
-    add = parser.add_argument_group("onnx and torch-export").add_argument
-    add(
-        "--precision",
-        type=str,
-        choices=TOLERANCES,
-        help="float32 or float16, of the network inside (float32)",
-    )
-    add(
-        "--images",
-        type=Path,
-        help="cases, to compare on the first (./kaggle_3m, or a synthetic one if that is missing)",
-    )
+    add, _ = parser.group("what")
+    add("--weights", type=Path, nargs="+", required=True,
+        help="file that train.py wrote, several, or a folder of them")
+    add("--format", type=str, choices=("weights", *SUFFIXES), default="weights",
+        help="weights, onnx or torch-export")
+    add("--metrics", type=Path, help="metrics.csv of inference.py with the weights")
+    add("--subset", type=str, choices=(*SUBSETS, "all"), default="validation",
+        help="which cases it scores")
+    add("--out", type=Path, help="folder (that of --weights)")
+    add, _ = parser.group("onnx and torch-export")
+    add("--precision", type=str, choices=TOLERANCES,
+        help="float32 or float16, of the network inside (float32)")
+    add("--images", type=Path,
+        help="cases, to compare on the first (./kaggle_3m, or a synthetic one if it is missing)")
     return parser
 
 
+# fmt: on
 def main(argv: list[str] | None = None) -> None:
     parser = get_parser()
     args = parser.parse_args(argv)
