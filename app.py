@@ -24,7 +24,13 @@ from server.api import make_app
 from server.jobs import Service
 from server.security import is_loopback
 from server.uploads import MIB, Limits
-from utils import add_segmenter_options, fail, make_parser, segmenter_options
+from utils import (
+    add_segmenter_options,
+    errors_in_one_sentence,
+    fail,
+    make_parser,
+    segmenter_options,
+)
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -55,13 +61,10 @@ def main(argv: list[str] | None = None) -> None:
     if not 0 <= args.port < 2**16:
         parser.error("--port goes from 0 to 65535")
     try:
-        run(args, options)
-    except (ValueError, OSError) as error:
-        fail(error)
+        with errors_in_one_sentence("stopped"):
+            run(args, options)
     except ImportError as error:
         fail(f"{error.name} is missing: pip install -r requirements-app.txt")
-    except KeyboardInterrupt:
-        sys.exit("stopped")
 
 
 def run(args: argparse.Namespace, options: dict) -> None:

@@ -21,7 +21,7 @@ MOST = 0.5  # of the free memory of a device; a training step needs the rest
 
 
 def check_channels(volumes: Sequence[Prepared]) -> int:
-    """How many channels the volumes have; ValueError, naming two cases, if they differ."""
+    """Return the number of channels; ValueError, naming cases, if it differs between them."""
     channels = {volume.images.shape[1]: volume.case.folder for volume in volumes}
     if len(channels) > 1:
         listed = ", ".join(f"{count} in {folder}" for count, folder in sorted(channels.items()))
@@ -30,14 +30,9 @@ def check_channels(volumes: Sequence[Prepared]) -> int:
 
 
 def open_cases(sources: Sequence[Source], skip_bad: bool = False) -> list[Case]:
-    """Open the cases; with `skip_bad`, one that is not sound is named on stderr and left out."""
+    """Open the cases; with `skip_bad`, leave out damaged ones, naming them on stderr."""
     opened = (unless_bad(Source.open, s) if skip_bad else s.open() for s in sources)
     return [case for case in opened if case is not None]
-
-
-def lesion_voxels(volume: Prepared) -> int:
-    """The lesion volume of a case in its source geometry."""
-    return int(volume.truth.sum())
 
 
 class BrainSegmentationDataset(Dataset):
@@ -68,7 +63,7 @@ class BrainSegmentationDataset(Dataset):
 
     @classmethod
     def of(cls, volumes: list[Prepared]) -> BrainSegmentationDataset:
-        """The slices of volumes that are prepared already."""
+        """Make a data set of volumes that are prepared already."""
         return cls.__new__(cls)._hold(volumes)
 
     @classmethod
@@ -80,7 +75,7 @@ class BrainSegmentationDataset(Dataset):
         skip_bad: bool = False,
         **options,
     ) -> tuple[BrainSegmentationDataset, BrainSegmentationDataset]:
-        """The two subsets a training needs, of a folder or of cases already listed.
+        """Open the two subsets a training needs, of a folder or of cases already listed.
 
         With `folds`, those of a cross-validation (`split_folds`). Test cases are never opened.
         With `skip_bad`, cases that cannot be read are named on stderr and left out. Other
@@ -95,7 +90,9 @@ class BrainSegmentationDataset(Dataset):
         cases = open_cases([*train, *validation], skip_bad)
         volumes = prepare(cases, skip_bad=skip_bad, **options)
         if folds is not None:
-            train, validation = split_folds(volumes, folds, fold, voxels=lesion_voxels)
+            train, validation = split_folds(
+                volumes, folds, fold, voxels=lambda v: int(v.truth.sum())
+            )
         parts = []
         for chosen, verb in ((train, "train"), (validation, "validate")):
             names = {case.name for case in chosen}
@@ -114,26 +111,25 @@ class BrainSegmentationDataset(Dataset):
         return images[0].float(), masks[0].float()
 
     def batch(self, indices: Sequence[int], neighbours: int = 0) -> tuple[Tensor, Tensor]:
-        """Several slices at once, as stored: (B, C, N, N) float16 and (B, 1, N, N) bool.
+        """Return several slices as stored: (B, C, N, N) float16 and (B, 1, N, N) bool.
 
         With K `neighbours` on either side, their channels come too: (B, (2 K + 1) C, N, N).
         """
-        places = [self._place[index] for index in indices]
-        images = np.stack([self._channels(v, s, neighbours) for v, s in places])
-        masks = np.stack([self.volumes[v].mask[s][None] for v, s in places])
-        return torch.from_numpy(images), torch.from_numpy(masks)
-
-    def _channels(self, v: int, s: int, neighbours: int) -> np.ndarray:
-        images = self.volumes[v].images
-        return np.concatenate(images[neighbourhoods(len(images), neighbours)[s].tolist()])
+        images, masks = [], []
+        for v, s in (self._place[index] for index in indices):
+            volume = self.volumes[v]
+            seen = neighbourhoods(len(volume.mask), neighbours)[s].tolist()
+            images.append(np.concatenate(volume.images[seen]))
+            masks.append(volume.mask[s][None])
+        return torch.from_numpy(np.stack(images)), torch.from_numpy(np.stack(masks))
 
     def locate(self, index: int) -> tuple[str, int]:
-        """The case and the slice number that an item comes from."""
+        """Return the case and the slice number of an item."""
         v, s = self._place[index]
         return self.volumes[v].name, self.volumes[v].case.numbers[s]
 
     def sampling_weights(self, background: float = 0.1) -> Tensor:
-        """The probability (len(self),) of each slice in training.
+        """Compute the probability (len(self),) of each slice in training.
 
         A case is drawn uniformly, then a slice by its mask area plus `background` times the case's
         mean area, so that background / (1 + background) of the draws are even over its slices; a
@@ -165,8 +161,8 @@ class Feed:
         self.dataset, self.device = dataset, device
         self.neighbours, self.workers = neighbours, workers
         arrays = [array for volume in dataset.volumes for array in (volume.images, volume.mask)]
-        size, free = sum(array.nbytes for array in arrays), free_memory(device)
-        self.on_device = size <= MOST * free
+        size = sum(array.nbytes for array in arrays)
+        self.on_device = size <= MOST * free_memory(device)
         if self.on_device:
             self.place = f"{size / 2**30:.1f} GiB of slices on {device}"
             self.images = stacked([volume.images for volume in dataset.volumes], device)
@@ -177,14 +173,12 @@ class Feed:
             self.place = "slices in host memory"
         else:
             self.place = f"{size / 2**30:.1f} GiB of slices in host memory, gathered ahead"
-            if device.type == "cuda":
-                self.place += f" ({free / 2**30:.1f} GiB free on {device})"
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def batches(self, drawn: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches of these slices, one by one; each of `drawn` holds indices (B,)."""
+        """Yield the batches of these slices; each of `drawn` holds indices (B,)."""
         if self.on_device:  # the indices go there in one piece, so that no step waits for them
             indices = to_device(torch.cat(list(drawn)), self.device)
             for part in indices.split([len(batch) for batch in drawn]):
@@ -195,19 +189,15 @@ class Feed:
             yield from in_order(self._gathered, drawn, self.workers)
 
     def _gathered(self, batch: Tensor) -> tuple[Tensor, Tensor]:
-        images, masks = self.dataset.batch(batch.tolist(), self.neighbours)
-        if self.device.type == "cuda":
-            return images.pin_memory(), masks.pin_memory()
-        return images, masks
+        parts = self.dataset.batch(batch.tolist(), self.neighbours)
+        return tuple(p.pin_memory() for p in parts) if self.device.type == "cuda" else parts
 
 
 def stacked(arrays: Sequence[np.ndarray], device: torch.device) -> Tensor:
-    """Arrays (S, ...) one after the other on `device`, moved one by one, so that none is twice."""
+    """Concatenate arrays (S, ...) on `device`, moving one at a time to save memory."""
     length = sum(map(len, arrays))
     first = torch.from_numpy(arrays[0])
     whole = torch.empty((length, *first.shape[1:]), dtype=first.dtype, device=device)
-    start = 0
-    for array in arrays:
-        whole[start : start + len(array)] = torch.from_numpy(array)
-        start += len(array)
+    for part, array in zip(whole.split([len(a) for a in arrays]), arrays, strict=True):
+        part.copy_(torch.from_numpy(array))
     return whole

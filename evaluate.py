@@ -25,7 +25,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import signal
 from pathlib import Path
 
 from tqdm import tqdm
@@ -41,7 +40,7 @@ from brainseg.weights import shipped_weights
 from utils import (
     add_cohort_options,
     add_segmenter_options,
-    fail,
+    errors_in_one_sentence,
     make_parser,
     provenance,
     segmenter_options,
@@ -69,13 +68,8 @@ def main(argv: list[str] | None = None) -> None:
     parser = get_parser()
     args = parser.parse_args(argv)
     options = segmenter_options(parser, args)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
+    with errors_in_one_sentence("stopped before all cases were scored; run it again"):
         run(args, options)
-    except (ValueError, OSError) as error:
-        fail(error)
-    except KeyboardInterrupt:
-        fail("stopped before all cases were scored; run it again")
 
 
 def run(args: argparse.Namespace, options: dict) -> None:

@@ -49,7 +49,7 @@ from brainseg.programs import (
 )
 from brainseg.splits import SUBSETS, is_lgg, patient_of, subset_of
 from brainseg.weights import file_hash, load_state, model_from_state, read_card, weights_files
-from utils import fail, make_parser
+from utils import errors_in_one_sentence, make_parser
 
 LICENCE = (
     "Trained on MR images of TCGA-LGG (doi:10.7937/K9/TCIA.2016.L4LTD3TK) with the masks of Buda, "
@@ -60,52 +60,33 @@ SUFFIXES = {"onnx": ".onnx", "torch-export": ".pt2"}
 TOLERANCES = {"float32": 1e-4, "float16": 5e-2}  # of a probability
 
 
+# fmt: off
 def get_parser() -> argparse.ArgumentParser:
     parser = make_parser(__doc__)
-    parser.add_argument(
-        "--weights",
-        type=Path,
-        nargs="+",
-        required=True,
-        help="file that train.py wrote, several, or a folder of them",
-    )
-    parser.add_argument(
-        "--format",
-        type=str,
-        choices=("weights", *SUFFIXES),
-        default="weights",
-        help="weights, onnx or torch-export (%(default)s)",
-    )
-    parser.add_argument("--metrics", type=Path, help="metrics.csv of inference.py with the weights")
-    parser.add_argument(
-        "--subset",
-        type=str,
-        choices=(*SUBSETS, "all"),
-        default="validation",
-        help="which cases it scores (%(default)s)",
-    )
-    parser.add_argument("--out", type=Path, help="folder (that of --weights)")
-    add = parser.add_argument_group("onnx and torch-export").add_argument
-    add(
-        "--precision",
-        type=str,
-        choices=TOLERANCES,
-        help="float32 or float16, of the network inside (float32)",
-    )
-    add(
-        "--images",
-        type=Path,
-        help="cases, to compare on the first (./kaggle_3m, or a synthetic one if that is missing)",
-    )
+    add, _ = parser.group("what")
+    add("--weights", type=Path, nargs="+", required=True,
+        help="file that train.py wrote, several, or a folder of them")
+    add("--format", type=str, choices=("weights", *SUFFIXES), default="weights",
+        help="weights, onnx or torch-export")
+    add("--metrics", type=Path, help="metrics.csv of inference.py with the weights")
+    add("--subset", type=str, choices=(*SUBSETS, "all"), default="validation",
+        help="which cases it scores")
+    add("--out", type=Path, help="folder (that of --weights)")
+    add, _ = parser.group("onnx and torch-export")
+    add("--precision", type=str, choices=TOLERANCES,
+        help="float32 or float16, of the network inside (float32)")
+    add("--images", type=Path,
+        help="cases, to compare on the first (./kaggle_3m, or a synthetic one if it is missing)")
     return parser
 
 
+# fmt: on
 def main(argv: list[str] | None = None) -> None:
     parser = get_parser()
     args = parser.parse_args(argv)
     if args.format == "weights" and (args.precision or args.images):
         parser.error("--precision and --images go with --format onnx or torch-export")
-    try:
+    with errors_in_one_sentence("stopped; files are complete, or not there"):
         files = weights_files(args.weights)
         if args.format != "weights":
             write_network(files, args.weights, args.format, args.precision, args.images, args.out)
@@ -114,8 +95,6 @@ def main(argv: list[str] | None = None) -> None:
         else:
             for path in files:
                 write_weights(path, args.out or path.parent, args.metrics, args.subset)
-    except (ValueError, OSError) as error:
-        fail(error)
 
 
 def write_weights(weights: Path, out: Path, metrics: Path | None, subset: str) -> None:

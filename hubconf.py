@@ -13,14 +13,10 @@ def unet(in_channels=3, out_channels=1, init_features=32, pretrained=False):
     in_channels, out_channels, init_features: the pretrained network has 3, 1 and 32.
     pretrained: load the weights that come with the repository; their hash is checked.
     """
-    settings = {
-        "in_channels": in_channels,
-        "out_channels": out_channels,
-        "init_features": init_features,
-    }
-    if pretrained:
-        return weights.load_pretrained("unet", **settings)
-    return weights.build_model("unet", **settings)
+    build = weights.load_pretrained if pretrained else weights.build_model
+    return build(
+        "unet", in_channels=in_channels, out_channels=out_channels, init_features=init_features
+    )
 
 
 def resnext_unet(in_channels=3, out_channels=1, pretrained=False):

@@ -17,9 +17,10 @@ For every source slice, PREDICTIONS/<case>/ gets <case>_<k>_mask.tif (0 or 255, 
 height and width) and <case>_<k>.png with the outline drawn (green truth, red prediction);
 PREDICTIONS/<case>.gif shows them one after another. A volume file gets one mask on its own grid,
 PREDICTIONS/<case>_mask.nii.gz, in place of the TIFFs. volumes.csv has a line per case: what was
-found, how large, the DSC to expect, and a warning where a mask needs a look. Where cases have
-masks, metrics.csv and the figure of sorted DSCs are written too, and cases that the weights were
-trained on are marked. args.json says how it was done.
+found, how large, the DSC to expect, and a warning where a mask needs a look or the case could not
+be read. Where cases have masks, metrics.csv and the figure of sorted DSCs are written too, and
+cases that the weights were trained on are marked. With --skip-existing, both tables keep the lines
+of other cases. args.json says how it was done.
 
 --probabilities adds <case>_probability.nii.gz (float32), or <case>_<k>_probability.tif, and for an
 ensemble the standard deviation of its networks, _disagreement. --dicom-seg adds <case>_seg.dcm.

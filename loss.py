@@ -15,12 +15,12 @@ Total = Callable[[Tensor], Tensor]
 
 
 def alone(sums: Tensor) -> Tensor:
-    """The `total` of one process that has the whole batch."""
+    """Return `sums`: the `total` of a single process."""
     return sums
 
 
 def dice_loss(logits: Tensor, target: Tensor, smooth: float = 1.0, total: Total = alone) -> Tensor:
-    """One minus the soft Dice coefficient of the whole batch, averaged over output channels.
+    """Compute 1 - soft Dice of the whole batch, averaged over output channels.
 
     Milletari, Navab and Ahmadi 2016 (https://arxiv.org/abs/1606.04797), without the squares and
     with a `smooth` voxel in both terms, so that an empty batch predicted empty has loss 0.
@@ -33,7 +33,7 @@ def dice_loss(logits: Tensor, target: Tensor, smooth: float = 1.0, total: Total 
 
 
 def bce_dice_loss(logits: Tensor, target: Tensor, total: Total = alone) -> Tensor:
-    """Binary cross-entropy plus Dice loss: even gradients early on, the score itself later."""
+    """Add binary cross-entropy, even gradients early on, to the Dice loss, the score itself."""
     cross_entropy = F.binary_cross_entropy_with_logits(
         logits.float(), target.float(), reduction="sum"
     )
@@ -50,7 +50,7 @@ def tversky_loss(
     smooth: float = 1.0,
     total: Total = alone,
 ) -> Tensor:
-    """One minus the soft Tversky index of the whole batch, averaged over output channels.
+    """Compute 1 - soft Tversky index of the whole batch, averaged over output channels.
 
     Salehi, Erdogmus and Gholipour 2017 (https://arxiv.org/abs/1706.05721): `alpha` weighs false
     positives, `beta` false negatives, so that the defaults trade precision for recall. With both
@@ -68,7 +68,7 @@ def focal_tversky_loss(
     smooth: float = 1.0,
     total: Total = alone,
 ) -> Tensor:
-    """(1 - Tversky index) ** (1 / gamma) per output channel, averaged: steeper near the goal.
+    """Average (1 - Tversky index) ** (1 / gamma) over output channels: steeper near the goal.
 
     Abraham and Khan 2018 (https://arxiv.org/abs/1810.07842), whose code has the exponent 0.75,
     that is gamma = 4/3; others call the exponent itself gamma. They swap the names of `alpha` and
@@ -83,7 +83,7 @@ def focal_tversky_loss(
 def _tversky_distance(
     logits: Tensor, target: Tensor, alpha: float, beta: float, smooth: float, total: Total
 ) -> Tensor:
-    """One minus the Tversky index, per channel (K,), as one fraction: it is never below 0."""
+    """Compute 1 - Tversky index per channel (K,) as one fraction, which is never below 0."""
     probabilities, target = torch.sigmoid(logits.float()), target.float()
     overlap = (probabilities * target).sum(dim=(0, 2, 3))
     false_positives = (probabilities * (1 - target)).sum(dim=(0, 2, 3))

@@ -31,7 +31,7 @@ from tqdm import tqdm
 import utils
 from brainseg import distributed as dist
 from brainseg import runs, training
-from brainseg.devices import has_bfloat16, in_groups, pick_device, to_device
+from brainseg.devices import half_precision, has_bfloat16, in_groups, pick_device, to_device
 from brainseg.metrics import dsc
 from brainseg.segmenter import Segmenter
 from brainseg.splits import list_cohort
@@ -110,7 +110,8 @@ def get_args_parser() -> utils.Parser:
 
     add, recipe = parser.group("machine and files")
     add("--device", type=str, help="cuda, cuda:1, mps, cpu (an accelerator if there is one)")
-    recipe("--amp", action=switch, help="compute in bfloat16 (where the device is faster with it)")
+    recipe("--amp", action=switch,
+           help="compute in bfloat16 (where it is faster); on CUDA cards without it, in float16")
     recipe("--sync-bn", action="store_true", help="batch norm over the whole batch of several GPUs")
     add("--compile", action=switch, default=False, help="compile first: minutes, faster steps (no)")
     add("--deterministic", action=switch, default=True, help="same seed and GPU, same result (yes)")
@@ -163,7 +164,7 @@ def run(args: argparse.Namespace, checkpoint: dict | None) -> None:
     feed = Feed(train_set, device, args.neighbours, workers)
 
     state = training.new_state(
-        model, args.lr, args.weight_decay, bool(args.ema), len(feed), args.batch_size)
+        model, args.lr, args.weight_decay, bool(args.ema), len(feed), args.batch_size, amp)
     rate = partial(
         training.learning_rate, peak=args.lr, schedule=args.schedule, warmup=args.warmup,
         steps=args.epochs * state.steps_per_epoch,
@@ -313,7 +314,7 @@ def train_step(
     generator = utils.make_generator(seed, 1, state.global_step)
     images, masks = change(images, masks, generator, global_batch_size=global_batch_size)
     state.model.train()
-    with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+    with torch.autocast(device.type, half_precision(device), enabled=amp):
         logits = network(images.contiguous(memory_format=torch.channels_last), logits=True)
     if not dist.shard(range(global_batch_size)):  # a stand-in: it must not count
         logits, masks = logits[:0], masks[:0]
@@ -321,8 +322,9 @@ def train_step(
     for group in state.optimizer.param_groups:
         group["lr"] = rate(state.global_step)
     state.optimizer.zero_grad(set_to_none=True)
-    value.backward()
-    state.optimizer.step()
+    state.scaler.scale(value).backward()
+    state.scaler.step(state.optimizer)
+    state.scaler.update()
     if state.ema:
         training.update_average(state.ema, state.model, decay, state.global_step)
     return value.detach()

@@ -60,7 +60,7 @@ def augment_all(
     sequences: int = 3,
     global_batch_size: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Every change of a training batch: `augment`, `drop_sequences` and `vary_intensity`."""
+    """Apply `augment`, `drop_sequences` and `vary_intensity` to a training batch."""
     size = global_batch_size
     images, masks = augment(images, masks, generator, scale, angle, global_batch_size=size)
     if drop:
@@ -110,5 +110,5 @@ def drop_sequences(
 
 
 def _own(draws: Tensor, global_batch_size: int | None) -> Tensor:
-    """Those of the draws (global_batch_size, ...) for this rank's part of the batch."""
+    """Select the draws (global_batch_size, ...) of this rank's part of the batch."""
     return draws if global_batch_size is None else shard_of_batch(draws)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import ctypes
 import difflib
+import json
 import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import NoReturn
@@ -36,7 +37,7 @@ class Parser(argparse.ArgumentParser):
         self.presets: dict[str, dict] = {}  # defaults that --recipe NAME sets
 
     def group(self, title: str) -> tuple[Callable, Callable]:
-        """Two versions of `add_argument` for a group of the help: `add`, and `recipe`.
+        """Add a group to the help: two versions of `add_argument`, `add` and `recipe`.
 
         What `recipe` adds stands in the card, and a resumed run must keep it. Both take `least`
         and `below` for numbers; a default is named in the help.
@@ -98,25 +99,21 @@ class Parser(argparse.ArgumentParser):
         return args
 
     def _take_defaults(self, settings: dict) -> None:
-        """`set_defaults` with checks of names and values."""
-        known = {
-            flag[2:].replace("-", "_"): action
-            for action in self._actions
-            for flag in action.option_strings
-            if flag.startswith("--") and not flag.startswith("--no-") and flag != "--help"
-        }
+        """Call `set_defaults` after checking names and values."""
+        flags = {flag[2:]: action for flag, action in self._option_string_actions.items()}
+        known = {k: v for k, v in flags.items() if k not in ("", "help") and k[:3] != "no-"}
         for key, value in settings.items():
-            name = str(key).replace("-", "_")
+            name = str(key).replace("_", "-")
             if name not in known:
                 near = difflib.get_close_matches(name, known, 1, 0.5)
-                hint = f"did you mean {near[0].replace('_', '-')}?" if near else "see --help"
+                hint = f"did you mean {near[0]}?" if near else "see --help"
                 raise ValueError(f"no setting is called {key!r}; {hint}")
             if value is not None and name != "config":
                 self.set_defaults(**{known[name].dest: self._checked(known[name], value)})
                 known[name].required = False
 
     def _checked(self, action: argparse.Action, value: object) -> object:
-        """A value of the file as the command line would give it."""
+        """Convert a value of the file as the command line would."""
         if value is True and action.nargs == "?":
             return action.const
         several = isinstance(value, list) and action.nargs in ("+", "*") and value
@@ -135,7 +132,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def _number(kind: type, least: float | None, below: float | None) -> Callable[[str], float]:
-    """A type for argparse: an int or float that is at least `least` and less than `below`."""
+    """Make a type for argparse: a number, at least `least` and less than `below`."""
 
     def convert(text: str) -> float:
         value = kind(text)
@@ -150,7 +147,7 @@ def _number(kind: type, least: float | None, below: float | None) -> Callable[[s
 
 
 def _read_config(path: Path) -> dict:
-    """The settings in a file; ValueError, not naming it, if there are none."""
+    """Read the settings in a file; ValueError, without its name, if there are none."""
     import yaml  # slow, and only for --config
 
     try:
@@ -167,7 +164,7 @@ def _read_config(path: Path) -> dict:
 
 
 def make_parser(doc: str) -> Parser:
-    """A parser whose --help is the script's docstring, then one line per option."""
+    """Make a parser whose --help is the script's docstring, then one line per option."""
 
     class Formatter(argparse.MetavarTypeHelpFormatter, argparse.RawDescriptionHelpFormatter):
         def __init__(self, prog: str, **_: object):
@@ -178,74 +175,49 @@ def make_parser(doc: str) -> Parser:
     return parser
 
 
+# fmt: off
 def add_cohort_options(add: Callable[..., object]) -> None:
-    """The options of every script that reads a cohort, through the `add` of a parser's group."""
-    add(
-        "--sequences",
-        type=str,
-        nargs="+",
-        help="names of files in the folder of a case: flair='*_f.nii.gz' pre=... post=... mask=...",
-    )
+    """Add the options of every script that reads a cohort, with the `add` of a parser's group."""
+    add("--sequences", type=str, nargs="+",
+        help="names of files in the folder of a case: flair='*_f.nii.gz' pre=... post=... mask=...")
     add("--labels", type=int, nargs="+", help="labels of the masks that are lesion (all above 0)")
     add("--patients", type=str, help="CSV with the columns case and patient (from the names)")
 
 
-def add_segmenter_options(parser: argparse.ArgumentParser, workers: bool = True) -> None:
-    """The options of every script that segments; `segmenter_options` reads them."""
-    add = parser.add_argument_group("how").add_argument
+def add_segmenter_options(parser: Parser, workers: bool = True) -> None:
+    """Add the options of every script that segments; `segmenter_options` reads them."""
+    add, switch = parser.group("how")[0], argparse.BooleanOptionalAction
     add("--image-size", type=int, help="side of a resized slice (as the weights were trained)")
-    add("--threshold", type=float, default=0.5, help="least lesion probability (%(default)s)")
-    add(
-        "--largest-component",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="keep only the largest connected component (yes)",
-    )
-    add("--min-volume", type=int, default=0, help="drop components of fewer voxels (%(default)s)")
+    add("--threshold", type=float, default=0.5, help="least lesion probability")
+    add("--largest-component", action=switch, default=True,
+        help="keep only the largest connected component (yes)")
+    add("--min-volume", type=int, default=0, least=0, help="drop components of fewer voxels")
     add("--tta", action="store_true", help="average over each slice and its mirror image")
-    add("--batch-size", type=int, default=16, help="slices at once (%(default)s)")
+    add("--batch-size", type=int, default=16, least=1, help="slices at once")
     add("--device", type=str, help="cuda, cuda:1, mps, cpu (an accelerator if there is one)")
-    add(
-        "--amp",
-        action=argparse.BooleanOptionalAction,
-        help="compute in bfloat16 (where the device is faster so)",
-    )
+    add("--amp", action=switch, help="compute in bfloat16 (where the device is faster so)")
     if workers:
-        add("--workers", type=int, help="threads that read and write (all cores)")
-    add(
-        "--providers",
-        type=str,
-        nargs="+",
-        choices=("tensorrt", "cuda", "cpu"),
-        help="tensorrt, cuda, cpu: those of ONNX Runtime to run an .onnx file (all there are)",
-    )
+        add("--workers", type=int, least=1, help="threads that read and write (all cores)")
+    add("--providers", type=str, nargs="+", choices=("tensorrt", "cuda", "cpu"),
+        help="tensorrt, cuda, cpu: those of ONNX Runtime to run an .onnx file (all there are)")
 
 
+# fmt: on
 def segmenter_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> dict:
-    """The options of a Segmenter; ends with a usage error for a value that could not work."""
-    if min(args.batch_size, getattr(args, "workers", None) or 1) < 1:
-        parser.error("--batch-size and --workers must be at least 1")
+    """Collect the options of a Segmenter; a usage error for a value that cannot work."""
     if not 0 < args.threshold < 1:
         parser.error("--threshold is a probability between 0 and 1")
-    if args.min_volume < 0:
-        parser.error("--min-volume is a number of voxels, 0 or more")
     names = "image_size threshold largest_component min_volume tta batch_size device amp providers"
     return {name: getattr(args, name) for name in names.split()}
 
 
 def plain(args: argparse.Namespace) -> dict:
-    """The arguments as JSON and a checkpoint can hold them."""
-
-    def simple(value: object) -> object:
-        if isinstance(value, list):
-            return [simple(each) for each in value]
-        return str(value) if isinstance(value, Path) else value
-
-    return {name: simple(value) for name, value in vars(args).items()}
+    """Turn the arguments into what JSON and a checkpoint can hold."""
+    return json.loads(json.dumps(vars(args), default=str))
 
 
 def provenance(args: argparse.Namespace) -> dict:
-    """What args.json says of a run: its arguments (a valid --config), the code and libraries."""
+    """Describe a run for args.json: arguments (a valid --config), commit and versions."""
     versions = {}
     for name in ("torch", "numpy", "scikit-image", "medpy"):
         with suppress(PackageNotFoundError):
@@ -254,7 +226,7 @@ def provenance(args: argparse.Namespace) -> dict:
 
 
 def git_commit() -> str | None:
-    """The commit of this repository, marked if files differ from it; None outside of git."""
+    """Return the commit of this repository, marked if files differ; None outside of git."""
     root = Path(__file__).resolve().parent
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]
     try:
@@ -264,7 +236,7 @@ def git_commit() -> str | None:
 
 
 def make_generator(seed: int, *stream: int) -> torch.Generator:
-    """A generator on the CPU for one stream of draws, e.g. `make_generator(seed, epoch)`.
+    """Make a CPU generator for one stream of draws, e.g. `make_generator(seed, epoch)`.
 
     Every stream is independent of the others and can be made again at any time, which is what
     lets an interrupted training go on with the draws that it would have made.
@@ -294,19 +266,14 @@ def sigterm_interrupts() -> Iterator[None]:
         yield
 
 
-class Interruption:
+class Interruption(ExitStack):
     """Within the block, note the first SIGINT or SIGTERM, so that a step can be finished first."""
 
-    def __init__(self):
-        self.signal: int | None = None
-        self._handlers = _handlers({s: self._note for s in (signal.SIGINT, signal.SIGTERM)})
+    signal: int | None = None
 
     def __enter__(self) -> Interruption:
-        self._handlers.__enter__()
+        self.enter_context(_handlers({s: self._note for s in (signal.SIGINT, signal.SIGTERM)}))
         return self
-
-    def __exit__(self, *error: object) -> None:
-        self._handlers.__exit__(*error)
 
     def _note(self, number: int, _frame: object) -> None:
         if self.signal is not None:  # asked twice: wait for nothing
@@ -337,6 +304,18 @@ def cudnn(deterministic: bool) -> Iterator[None]:
         yield
     finally:
         flags.deterministic, flags.benchmark = before
+
+
+@contextmanager
+def errors_in_one_sentence(stopped: str) -> Iterator[None]:
+    """Run a command; end with one sentence for bad input, with `stopped` for Ctrl-C or SIGTERM."""
+    try:
+        with sigterm_interrupts():
+            yield
+    except (ValueError, OSError) as error:
+        fail(error)
+    except KeyboardInterrupt:
+        sys.exit(stopped)
 
 
 def fail(error: BaseException | str) -> NoReturn:

@@ -20,13 +20,14 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from brainseg.ensemble import average
-from brainseg.evaluation.scoring import Model, open_model
+from brainseg.evaluation.scoring import open_model
 from brainseg.io.layouts import list_cases
 from brainseg.metrics import dsc, summarise
-from brainseg.segmenter import preprocess_near, to_mask
+from brainseg.segmenter import to_mask
 from brainseg.splits import select_cases
 from brainseg.weights import shipped_weights
+
+from .unseen import segment_unseen
 
 ONE_SIDE = 0.98  # of the lesion's pixels in a slice, for the other half to be healthy
 LEAST_SLICES = 8
@@ -59,15 +60,6 @@ def without_lesion(volume: np.ndarray, mask: np.ndarray) -> np.ndarray | None:
     return np.stack(slices) if len(slices) >= LEAST_SLICES else None
 
 
-def unseen_map(model: Model, case: str, volume: np.ndarray) -> torch.Tensor:
-    """Lesion probabilities (S, H, W) by the networks that have not seen the patient of a case."""
-    segmenters = [network.segmenter for network in model.networks_for(case)]
-    first, outputs = segmenters[0], []
-    images, frame = preprocess_near(volume, first.image_size, first.version, first.device)
-    outputs = [segmenter.probabilities(images) for segmenter in segmenters]
-    return torch.from_numpy(first.assess(average(outputs), frame).probabilities)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -84,10 +76,10 @@ def main() -> None:
     scores, marked = ({setting: [] for setting in SETTINGS} for _ in range(2))
     for source in tqdm(sources, unit="case", disable=None):
         volume, truth = source.open().read_pair()
-        found = unseen_map(model, source.name, volume)
+        found = torch.from_numpy(segment_unseen(model, source.name, volume).probabilities)
         healthy = without_lesion(volume, truth)
         if healthy is not None:
-            wrong = unseen_map(model, source.name, healthy)
+            wrong = torch.from_numpy(segment_unseen(model, source.name, healthy).probabilities)
         for threshold, least in SETTINGS:
             mask = to_mask(found, threshold, True, least)
             scores[threshold, least].append(dsc(mask, truth))

@@ -1,13 +1,17 @@
-"""Our training, in parts that benchmarks can time: as train.py sets it up, in one process."""
+"""Set up trainings as train.py does, and write ONNX files, for benchmarks to time."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 from torch import Tensor
 
+import export
 from brainseg import training
 from brainseg.devices import has_bfloat16, pick_device
 from dataset import BrainSegmentationDataset, Feed
@@ -27,7 +31,7 @@ class Training:
 
 
 def set_up(options: Sequence[object], dataset: BrainSegmentationDataset) -> Training:
-    """The training that train.py would do with these options."""
+    """Set up the training that train.py would do with these options."""
     args, _ = get_args([str(option) for option in options])
     device = pick_device(args.device)
     amp = has_bfloat16(device) if args.amp is None else args.amp
@@ -36,8 +40,11 @@ def set_up(options: Sequence[object], dataset: BrainSegmentationDataset) -> Trai
         args.model, args.seed, None, in_channels=channels, init_features=args.features
     )
     model = training.on_device(model, device)
+    network = model
+    if args.compile:
+        network = training.compile_ahead(model, [args.batch_size], args.image_size, amp, device)
     ema, slices = bool(args.ema), len(dataset)
-    state = training.new_state(model, args.lr, args.weight_decay, ema, slices, args.batch_size)
+    state = training.new_state(model, args.lr, args.weight_decay, ema, slices, args.batch_size, amp)
     rate = partial(
         training.learning_rate,
         steps=args.epochs * state.steps_per_epoch,
@@ -57,7 +64,7 @@ def set_up(options: Sequence[object], dataset: BrainSegmentationDataset) -> Trai
     step = partial(
         train_step,
         state,
-        model,
+        network,
         change=change,
         loss=loss,
         rate=rate,
@@ -74,3 +81,12 @@ def set_up(options: Sequence[object], dataset: BrainSegmentationDataset) -> Trai
         )
 
     return Training(state, step, epoch)
+
+
+def export_onnx(weights: Sequence[Path], images: Path, out: Path | str, precision: str) -> Path:
+    """Export weights, several as one ensemble, to an ONNX file in the folder `out`."""
+    words = ["--weights", *weights, "--images", images, "--out", out]
+    with redirect_stdout(sys.stderr):  # stdout is for the table
+        export.main([str(word) for word in (*words, "--format", "onnx", "--precision", precision)])
+    (path,) = Path(out).glob("*.onnx")
+    return path

@@ -17,14 +17,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import redirect_stdout
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import torch
 from brainseg.unet import UNet
 
-import export
 from brainseg.cache import prepare
 from brainseg.devices import pick_device, to_device
 from brainseg.io.files import write_json
@@ -33,17 +32,23 @@ from brainseg.metrics import dsc
 from brainseg.preprocess import preprocess, preprocess_mask
 from brainseg.segmenter import Segmenter
 from brainseg.splits import select_cases
-from brainseg.weights import load_pretrained, load_state, model_from_state, shipped_weights
+from brainseg.weights import (
+    load_pretrained,
+    load_state,
+    model_from_state,
+    save_weights,
+    shipped_weights,
+)
 from dataset import BrainSegmentationDataset, Feed
 from transform import augment
 from utils import fail, make_generator
 
 from . import plain
-from .ours import set_up
+from .ours import export_onnx, set_up
 from .scaling import scale_cases, scale_pixels
 from .timing import BATCH, ROOT, ROWS, conditions, measure, one_thread, precisions, row, seconds
 
-LONG = ("cases", "pixels")  # asked for by name only
+LONG = ("ensemble", "cases", "pixels")  # asked for by name only
 PLAIN_INFERENCE = """
 import sys; sys.path[:0] = {paths!r}
 from benchmarks import plain
@@ -165,12 +170,11 @@ def bench_network(cases: list, args: argparse.Namespace) -> None:
 
 def bench_onnx(cases: list, args: argparse.Namespace) -> None:
     """Probabilities of the validation cases, prepared in memory, and the DSC of their masks."""
-    try:
-        import onnxruntime
-        import onnxscript  # noqa: F401
-    except ImportError:
+    if not (find_spec("onnxruntime") and find_spec("onnxscript")):
         print("onnx: not measured; pip install -r requirements-onnx.txt", file=sys.stderr)
         return
+    import onnxruntime
+
     weights = args.weights or shipped_weights("unet")
     segmenter = Segmenter.from_weights(weights, device="cpu", amp=False)
     model = model_from_state(load_state(weights), weights)[1].eval()
@@ -198,11 +202,7 @@ def bench_onnx(cases: list, args: argparse.Namespace) -> None:
     networks = {"the Segmenter's PyTorch, float32": segmenter.probabilities}
     with tempfile.TemporaryDirectory() as out:
         for precision in ("float32", "float16"):
-            words = "--weights", weights, "--images", args.images, "--out", f"{out}/{precision}"
-            words += "--format", "onnx", "--precision", precision
-            with redirect_stdout(sys.stderr):  # the table goes on
-                export.main([str(word) for word in words])
-            (path,) = Path(out, precision).glob("*.onnx")
+            path = export_onnx([weights], args.images, f"{out}/{precision}", precision)
             onnx = Segmenter.from_weights(path, providers=["cpu"])
             networks[f"ONNX Runtime {onnxruntime.__version__}, {precision}"] = onnx.probabilities
     theirs, reference = measured(eager)
@@ -237,6 +237,35 @@ def bench_inference(cases: list, args: argparse.Namespace) -> None:
             row("its peak memory", our_memory, their_memory, "GiB")
 
 
+def bench_ensemble(cases: list, args: argparse.Namespace) -> None:
+    """Five networks of 16 features at 192 pixels, and for "plain" one of 32 at 256, as processes.
+
+    They segment the validation cases with random weights that find nothing, as files of PyTorch
+    and of ONNX.
+    """
+    with tempfile.TemporaryDirectory() as out:
+        commands: dict[str, list[list]] = {"PyTorch": [], "ONNX Runtime": []}
+        for features, size, count in ((16, 192, 5), (32, 256, 1)):
+            files = [Path(out, str(features), f"{k}.pt") for k in range(count)]
+            files[0].parent.mkdir()
+            for seed, path in enumerate(files):
+                torch.manual_seed(seed)
+                model = UNet(init_features=features)
+                torch.nn.init.constant_(model.conv.bias, -10)
+                save_weights(path, model.state_dict(), {"image_size": size, "preprocessing": 2})
+            command = [sys.executable, ROOT / "inference.py", "--images", args.images]
+            command += ["--subset", "validation", "--predictions", f"{out}/masks"]
+            command += ["--figure", f"{out}/dsc.png", "--weights"]
+            commands["PyTorch"].append([*command, *files, "--device", args.device])
+            if args.device.type == "cpu" and find_spec("onnxruntime") and find_spec("onnxscript"):
+                path = export_onnx(files, args.images, files[0].parent, "float32")
+                commands["ONNX Runtime"].append([*command, path])
+        for runtime, pair in commands.items():
+            if pair:
+                ours, theirs = (measure(command).seconds for command in pair)
+                row(f"five of 16 at 192, plain one of 32 at 256, {runtime}", ours, theirs, "s")
+
+
 BENCHES = {
     "preprocess": bench_preprocess,
     "start": bench_start,
@@ -245,6 +274,7 @@ BENCHES = {
     "network": bench_network,
     "onnx": bench_onnx,
     "inference": bench_inference,
+    "ensemble": bench_ensemble,
     "cases": scale_cases,
     "pixels": scale_pixels,
 }
@@ -257,7 +287,7 @@ def get_args_of_benchmark() -> argparse.Namespace:
     add = parser.add_argument
     add("--images", type=Path, required=True, help="the real cases")
     add("--weights", type=Path, help="for inference.py (the shipped ones)")
-    add("--only", nargs="+", choices=BENCHES, help="these rows (all but cases and pixels)")
+    add("--only", nargs="+", choices=BENCHES, help="these rows (all but ensemble, cases, pixels)")
     add("--device", help="cuda, cpu ... (an accelerator if there is one)")
     add("--image-size", type=int, default=256, help="side of a resized slice (%(default)s)")
     add("--cache", type=Path, help="preprocessed volumes (~/.cache/brainseg)")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import platform
 import subprocess
 import threading
@@ -16,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from brainseg.devices import has_bfloat16
+from brainseg.devices import available_cores, has_bfloat16
 from utils import git_commit
 
 BATCH = 16
@@ -136,7 +135,7 @@ def conditions(args: argparse.Namespace, cases: list) -> dict:
     cuda = args.device.type == "cuda"
     return {
         "processor": processor(),
-        "cores": os.cpu_count(),
+        "cores": available_cores(),
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name(args.device) if cuda else str(args.device),
         "bfloat16": has_bfloat16(args.device),

@@ -1,12 +1,11 @@
 """Preprocessed volumes, kept on disk.
 
-Volumes are read and preprocessed once, by all cores, kept in half precision and mapped into
-memory: a second start takes seconds, and a data set larger than memory still trains. An entry
-that is stale or damaged is made anew; the folder may be deleted at any time.
+All cores read and preprocess the volumes once. They are kept in half precision and mapped into
+memory: a second start takes seconds, and a data set larger than memory still trains. A stale or
+damaged entry is made again. The folder may be deleted at any time.
 
-A file is trusted if it has the size and time of its making, and its ends are as they were: that
-shows a file that was cut short, never reached the disk, or was written to, without reading all of
-it. One with another time, such as a copy, is read whole once.
+A file whose size, time and first and last bytes are as recorded is trusted without reading the
+rest. One with another time, such as a copy, is compared with its checksum once.
 """
 
 from __future__ import annotations
@@ -75,10 +74,10 @@ def prepare(
     version: int = VERSION,
     skip_bad: bool = False,
 ) -> list[Prepared]:
-    """Preprocess every case, by `workers` threads, or take it from the cache if it is sound there.
+    """Preprocess every case with `workers` threads, or take it from the cache.
 
-    `version` is that of the preprocessing. With `skip_bad`, a case that cannot be read is named on
-    stderr and left out; otherwise it raises ValueError or OSError.
+    `version` is that of the preprocessing. A case that cannot be read raises ValueError or
+    OSError; with `skip_bad`, it is named on stderr and left out.
     """
     cache = Path(cache) if cache else default_cache()
     try:
@@ -95,7 +94,7 @@ def prepare(
 
 
 def unless_bad(work: Callable[[C], R], case: C) -> R | None:
-    """Do `work` on a case, or name the case on stderr and return None if it cannot be read."""
+    """Call `work` on a case; if it cannot be read, say so on stderr and return None."""
     try:
         return work(case)
     except CacheError:
@@ -115,7 +114,7 @@ def _prepare_one(case: Case, way: tuple[int, int], cache: Path) -> Prepared:
 
 
 def _fingerprint(case: Case, image_size: int, version: int) -> str:
-    """Changes with any source file's name, size or time, and with the settings."""
+    """Hash the settings and the name, size and time of each source file."""
     files = [(p.name, (s := p.stat()).st_size, s.st_mtime_ns) for p in case.files]
     files += [case.aspect] if case.aspect != 1 else []
     settings = [version, image_size, files, *([case.labels.chosen] if case.labels.chosen else [])]
@@ -123,7 +122,7 @@ def _fingerprint(case: Case, image_size: int, version: int) -> str:
 
 
 def _open_entry(entry: Path, case: Case, fingerprint: str) -> Prepared | None:
-    """The cached volume, or None if it is missing, stale or damaged."""
+    """Open a cached volume; None if it is missing, stale or damaged."""
     try:
         about = json.loads((entry / "entry.json").read_text())
         if about["fingerprint"] != fingerprint:
@@ -135,7 +134,9 @@ def _open_entry(entry: Path, case: Case, fingerprint: str) -> Prepared | None:
             sums = {name: _checksum(entry / f"{name}.npy") for name in ARRAYS}
             if any(sums[name] != about["checksums"][name] for name in ARRAYS):
                 return None
-            _keep_stats(entry, about | {"stats": stats, "source": _source(case)})
+            about |= {"stats": stats, "source": str(case.folder.resolve())}
+            with suppress(OSError), atomic_write(entry / "entry.json") as temporary:
+                temporary.write_text(json.dumps(about))
         arrays = {name: _map(entry / f"{name}.npy") for name in ARRAYS}
         frame = {k: tuple(v) if isinstance(v, list) else v for k, v in about["frame"].items()}
         case.labels.note(case.name, about.get("labels", ()))
@@ -145,10 +146,10 @@ def _open_entry(entry: Path, case: Case, fingerprint: str) -> Prepared | None:
 
 
 def _map(path: Path) -> np.ndarray:
-    """The array in a .npy file, mapped into memory, copy-on-write.
+    """Map the array in a .npy file into memory, copy-on-write.
 
-    np.load(mmap_mode=...) would keep the file open as long as the array, and a process may only
-    open some 1000; torch.from_file does not.
+    np.load(mmap_mode=...) keeps the file open as long as the array, and a process may only open
+    about 1000; torch.from_file closes it.
     """
     with ONE_AT_A_TIME, open(path, "rb") as file:
         if np.lib.format.read_magic(file) != (1, 0):
@@ -162,7 +163,7 @@ def _map(path: Path) -> np.ndarray:
 
 
 def _stat(path: Path) -> list[int]:
-    """Size, time of the last change in ns, and CRC-32 of both ends of a file."""
+    """Measure size, time of the last change in ns, and CRC-32 of both ends of a file."""
     with open(path, "rb") as file:
         about = os.fstat(file.fileno())
         ends = file.read(ENDS)
@@ -170,47 +171,30 @@ def _stat(path: Path) -> list[int]:
         return [about.st_size, about.st_mtime_ns, zlib.crc32(file.read(), zlib.crc32(ends))]
 
 
-def _keep_stats(entry: Path, about: dict) -> None:
-    """Remember that the files of an entry are sound; no harm where it cannot be written."""
-    with suppress(OSError), atomic_write(entry / "entry.json") as temporary:
-        temporary.write_text(json.dumps(about))
+def prune(cache: Path | str | None = None) -> tuple[int, int]:
+    """Delete the entries whose sources are gone, and what interrupted runs left a day ago.
 
-
-def _source(case: Case) -> str:
-    return str(case.folder.resolve())
-
-
-def prune(cache: Path | str | None = None) -> tuple[int, int, int]:
-    """Delete the entries whose sources are gone, and what broken-off runs left a day ago.
-
-    Returns how many were deleted, their bytes, and how many entries of earlier versions are kept
-    because they do not say where their source was.
+    Returns how many were deleted, and their bytes. A folder that names no source is kept.
     """
     cache = Path(cache) if cache else default_cache()
-    count = freed = unknown = 0
+    count = freed = 0
     for entry in sorted(cache.iterdir()) if cache.is_dir() else ():
-        if not entry.is_dir():
+        if not entry.is_dir() or not _is_stale(entry):
             continue
-        if entry.name[0] == ".":
-            gone = time.time() - entry.stat().st_mtime > DAY
-        else:
-            source = _recorded_source(entry)
-            unknown += source == ""
-            gone = bool(source) and not Path(source).exists()
-        if gone:
-            size = sum(path.stat().st_size for path in entry.iterdir())
-            shutil.rmtree(entry)
-            count, freed = count + 1, freed + size
-    return count, freed, unknown
+        size = sum(path.stat().st_size for path in entry.iterdir())
+        shutil.rmtree(entry)
+        count, freed = count + 1, freed + size
+    return count, freed
 
 
-def _recorded_source(entry: Path) -> str | None:
-    """Where the source of an entry was; empty if it does not say, None if it is no entry."""
+def _is_stale(entry: Path) -> bool:
+    if entry.name[0] == ".":  # what an interrupted run left, or a run writes now
+        return time.time() - entry.stat().st_mtime > DAY
     try:
         about = json.loads((entry / "entry.json").read_text())
-        return str(about.get("source", "")) if "fingerprint" in about else None
-    except (OSError, ValueError, AttributeError, TypeError):
-        return None
+        return "fingerprint" in about and not Path(about["source"]).exists()
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def _make_entry(entry: Path, case: Case, fingerprint: str, way: tuple[int, int]) -> Prepared:
@@ -225,15 +209,17 @@ def _make_entry(entry: Path, case: Case, fingerprint: str, way: tuple[int, int])
         "truth": truth,
     }
     try:
-        temporary = Path(tempfile.mkdtemp(dir=entry.parent, prefix=f".{entry.name}-"))
-        try:
+        with tempfile.TemporaryDirectory(
+            dir=entry.parent, prefix=f".{entry.name}-", ignore_cleanup_errors=True
+        ) as folder:
+            temporary = Path(folder)
             for name, array in arrays.items():
                 np.save(temporary / f"{name}.npy", array)
             checksums = {name: _checksum(temporary / f"{name}.npy") for name in ARRAYS}
             checksums["frame"] = _frame_checksum(asdict(frame))
             about = {
                 "fingerprint": fingerprint,
-                "source": _source(case),
+                "source": str(case.folder.resolve()),
                 "labels": case.labels.found.get(case.name, []),
                 "frame": asdict(frame),
                 "checksums": checksums,
@@ -248,8 +234,6 @@ def _make_entry(entry: Path, case: Case, fingerprint: str, way: tuple[int, int])
             except OSError:
                 if not entry.exists():  # else another process made it meanwhile
                     raise
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         raise CacheError(
@@ -264,7 +248,7 @@ def _frame_checksum(frame: dict) -> int:
 
 
 def _checksum(path: Path) -> int:
-    """CRC-32 of a file, read in pieces so that memory stays small."""
+    """Compute the CRC-32 of a file, piece by piece to save memory."""
     value = 0
     with open(path, "rb") as file:
         while piece := file.read(1 << 20):

@@ -16,7 +16,7 @@ T, R = TypeVar("T"), TypeVar("R")
 
 
 def pick_device(name: torch.device | str | None = None) -> torch.device:
-    """The device called `name`, or the accelerator if there is one, or the CPU.
+    """Find the device called `name`, or the accelerator if there is one, or the CPU.
 
     Raises ValueError if the device is not there.
     """
@@ -41,13 +41,26 @@ def has_bfloat16(device: torch.device) -> bool:
     return device.type == "cpu" and any(getattr(torch.cpu, name, bool)() for name in fast)
 
 
+def half_precision(device: torch.device) -> torch.dtype:
+    """Choose what --amp computes in: float16 on a CUDA card without bfloat16, else bfloat16."""
+    old = device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0)
+    return torch.float16 if old else torch.bfloat16
+
+
+def available_cores() -> int:
+    """Count the cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # Linux
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def free_memory(device: torch.device) -> int:
-    """Free bytes of a GPU; 0 for a device that keeps none apart from the host's."""
+    """Count the free bytes of a GPU; 0 for a device without memory of its own."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on `device`. A copy to a GPU is queued there, and nobody waits for it."""
+    """Move a tensor to `device`; a copy to a GPU is queued there, and nobody waits for it."""
     if device.type != "cuda" or tensor.is_cuda:
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
@@ -55,15 +68,15 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
 
 @contextmanager
 def worker_threads(workers: int | None = None) -> Iterator[ThreadPoolExecutor]:
-    """Threads for reading, preprocessing and pictures; all cores unless `workers` says otherwise.
+    """Start threads that read, preprocess and draw: `workers`, or as many as available cores.
 
-    The work is done in libraries that release the interpreter, each on one core a thread.
+    Each computes on one core, in libraries that release the interpreter's lock.
     """
-    # PyTorch hands the last number set by any thread to the next that asks, so that the caller's
-    # own must be read before, and set again after, or it would go on with one core.
+    # PyTorch hands the last number set by any thread to the next that asks: without a reset, the
+    # caller would go on with one core.
     threads = torch.get_num_threads()
     pool = ThreadPoolExecutor(
-        workers or os.cpu_count(), initializer=torch.set_num_threads, initargs=(1,)
+        workers or available_cores(), initializer=torch.set_num_threads, initargs=(1,)
     )
     try:
         yield pool
@@ -75,19 +88,19 @@ def worker_threads(workers: int | None = None) -> Iterator[ThreadPoolExecutor]:
 def in_order(
     function: Callable[[T], R], items: Iterable[T], workers: int | None = None
 ) -> Iterator[R]:
-    """`map` by threads that work at most four items ahead, so that memory stays small."""
+    """Do as `map`, by threads; each may be one item ahead, so that memory stays small."""
     with worker_threads(workers) as pool:
         ahead: deque[Future[R]] = deque()
         for item in items:
             ahead.append(pool.submit(function, item))
-            if len(ahead) > min(workers or os.cpu_count() or 1, 4):
+            if len(ahead) > (workers or available_cores()):
                 yield ahead.popleft().result()
         while ahead:
             yield ahead.popleft().result()
 
 
 def in_groups(items: Iterable[T], size: Callable[[T], int], least: int) -> Iterator[list[T]]:
-    """The items, in their order, in groups whose sizes add up to `least`, but for the last."""
+    """Group the items, in order, so that the sizes in each but the last add up to `least`."""
     group, total = [], 0
     for item in items:
         group.append(item)

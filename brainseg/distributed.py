@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .devices import available_cores
 from .io.files import sentence
 
 T = TypeVar("T")
@@ -50,7 +51,7 @@ def is_main_process() -> bool:
 
 
 def local_rank() -> int:
-    """The number of this process on its own machine, from 0."""
+    """Return the number of this process on its machine, from 0."""
     return int(os.environ.get("LOCAL_RANK", rank())) if _started() else 0
 
 
@@ -145,7 +146,7 @@ def barrier() -> None:
 
 
 def rank_device(name: str | None) -> str | None:
-    """The device of this rank: each has a GPU of its machine to itself.
+    """Choose the device of this rank: a GPU for each.
 
     Raises ValueError for more ranks than GPUs, or if one GPU is named for all.
     """
@@ -166,19 +167,19 @@ def rank_device(name: str | None) -> str | None:
 
 
 def rank_workers(workers: int | None) -> int | None:
-    """The number of threads asked for, or this rank's part of the cores (None: all of them)."""
+    """Return `workers`, or by default this rank's share of the cores (None: all of them)."""
     if workers or world_size() == 1:
         return workers
-    return max(1, (os.cpu_count() or 1) // local_world_size())
+    return max(1, available_cores() // local_world_size())
 
 
 def shard(items: Sequence[T]) -> Sequence[T]:
-    """This rank's part of `items`: every n-th, starting at its rank."""
+    """Return this rank's part of `items`: every n-th, starting at its rank."""
     return items[rank() :: world_size()]
 
 
 def shard_of_batch(batch: Sequence[T]) -> Sequence[T]:
-    """As `shard`; where that is empty, the first item as a stand-in that must not be counted.
+    """Return `shard`, or if that is empty the first item as a stand-in, not to be counted.
 
     Every rank needs a slice to compute a step on, whatever the size of the batch.
     """
@@ -186,7 +187,7 @@ def shard_of_batch(batch: Sequence[T]) -> Sequence[T]:
 
 
 def gather(own: Sequence[T]) -> list[T]:
-    """The items of every rank, in the order that they had before `shard`."""
+    """Collect the items of every rank, in their order before `shard`."""
     if world_size() == 1:
         return list(own)
     parts: list[Any] = [None] * world_size()
@@ -196,7 +197,7 @@ def gather(own: Sequence[T]) -> list[T]:
 
 
 def all_reduce_max(number: int) -> int:
-    """The largest of the ranks' numbers. GPUs work on meanwhile; only the hosts wait."""
+    """Return the largest of the ranks' numbers; hosts wait for it, GPUs work on."""
     if world_size() == 1:
         return number
     found = torch.tensor(number)
@@ -217,7 +218,7 @@ class _AllReduceSum(torch.autograd.Function):
 
 
 def all_reduce_sum(sums: Tensor) -> Tensor:
-    """`sums` added up over the ranks, with a gradient.
+    """Add up `sums` over the ranks, with a gradient.
 
     A loss that is a function of such sums has, on every rank, the value of the whole batch, and
     DistributedDataParallel ends up with the gradient of the whole batch.

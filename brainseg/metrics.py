@@ -14,74 +14,59 @@ import numpy as np
 
 
 def dsc(prediction: np.ndarray, truth: np.ndarray) -> float:
-    """Dice similarity coefficient, 2 |P and T| / (|P| + |T|); 1 if both are empty (Dice 1945)."""
+    """Compute the Dice coefficient (Dice 1945), 2 |P and T| / (|P| + |T|); 1 if both are empty ."""
     return _ratio(2 * _overlap(prediction, truth), _count(prediction) + _count(truth))
 
 
 def iou(prediction: np.ndarray, truth: np.ndarray) -> float:
-    """Intersection over union, |P and T| / |P or T|; 1 if both are empty (Jaccard 1912)."""
+    """Compute intersection over union, |P and T| / |P or T|; 1 if both are empty (Jaccard 1912)."""
     overlap = _overlap(prediction, truth)
     return _ratio(overlap, _count(prediction) + _count(truth) - overlap)
 
 
 def precision(prediction: np.ndarray, truth: np.ndarray) -> float:
-    """Share of the predicted voxels that are lesion; 1 for an empty prediction of an empty mask."""
+    """Compute the share of predicted voxels that are lesion; 1 if both masks are empty."""
     if not truth.any() and not prediction.any():
         return 1.0
     return _overlap(prediction, truth) / max(_count(prediction), 1)
 
 
 def recall(prediction: np.ndarray, truth: np.ndarray) -> float:
-    """Share of the lesion voxels that are predicted; 1 for an empty prediction of an empty mask."""
+    """Compute the share of lesion voxels that are predicted; 1 if both masks are empty."""
     return precision(truth, prediction)
 
 
-def hd95(
+def distances(
     prediction: np.ndarray, truth: np.ndarray, spacing: Sequence[float] | None = None
-) -> float:
-    """95th percentile of the surface distances, both ways, in pixels or in units of `spacing`.
+) -> dict[str, float]:
+    """Measure surface distances both ways, in pixels or in the units of `spacing`.
 
-    0 if both masks are empty; the diagonal of the image if one is.
+    hd95 is their 95th percentile, assd the average. 0 if both masks are empty; the diagonal of
+    the image if one is.
     """
-    return _distance("hd95", prediction, truth, spacing)
-
-
-def assd(
-    prediction: np.ndarray, truth: np.ndarray, spacing: Sequence[float] | None = None
-) -> float:
-    """Average symmetric surface distance, over the surface voxels of both; else as `hd95`."""
-    return _distance("assd", prediction, truth, spacing)
-
-
-def _distance(name: str, prediction: np.ndarray, truth: np.ndarray, spacing) -> float:
     if len(prediction) == 1:  # in three dimensions all of its voxels would be surface
         prediction, truth, spacing = prediction[0], truth[0], spacing and spacing[1:]
     if not prediction.any() or not truth.any():
-        sides = np.multiply(prediction.shape, spacing or 1)
-        return float(np.linalg.norm(sides)) if prediction.any() or truth.any() else 0.0
+        diagonal = float(np.linalg.norm(np.multiply(prediction.shape, spacing or 1)))
+        return dict.fromkeys(DISTANCES, diagonal if prediction.any() or truth.any() else 0.0)
     from medpy.metric import binary
 
     # Beyond a margin of one voxel both masks are empty and cannot hold a surface.
     union = np.nonzero(prediction | truth)
     box = tuple(slice(max(w.min() - 1, 0), w.max() + 2) for w in union)
-    return float(getattr(binary, name)(prediction[box], truth[box], voxelspacing=spacing))
+    masks = prediction[box], truth[box]
+    return {name: float(getattr(binary, name)(*masks, spacing)) for name in DISTANCES}
 
 
 def volume_error(prediction: np.ndarray, truth: np.ndarray) -> float:
-    """Relative volume error, (|P| - |T|) / |T|: above 0 is too much; NaN for an empty truth alone.
-
-    0 if both masks are empty.
-    """
+    """Compute (|P| - |T|) / |T|: above 0 is too much. 0 if both are empty, NaN if only T is."""
     if not truth.any():
         return float("nan") if prediction.any() else 0.0
     return _count(prediction) / _count(truth) - 1
 
 
 def lesion_recall(prediction: np.ndarray, truth: np.ndarray) -> float:
-    """Share of the lesions (components of the truth, 26 neighbours) that the prediction touches.
-
-    1 for an empty prediction of an empty mask.
-    """
+    """Compute the share of lesions (26-connected) that are touched; 1 if both masks are empty."""
     if not truth.any() or not prediction.any():
         return float(truth.any() == prediction.any())
     from skimage.measure import label
@@ -91,7 +76,7 @@ def lesion_recall(prediction: np.ndarray, truth: np.ndarray) -> float:
 
 
 def lesion_precision(prediction: np.ndarray, truth: np.ndarray) -> float:
-    """Share of the predicted components that touch a lesion; 1 if both masks are empty."""
+    """Compute the share of predicted components that touch a lesion; 1 if both masks are empty."""
     return lesion_recall(truth, prediction)
 
 
@@ -104,24 +89,24 @@ METRICS = {
     "lesion_recall": lesion_recall,
     "lesion_precision": lesion_precision,
 }
+DISTANCES = "hd95", "assd"
 FEW = 5  # cases, under which an interval would say too much
-DISTANCES = {"hd95": hd95, "assd": assd}
 
 
 def score(
     prediction: np.ndarray, truth: np.ndarray, spacing: Sequence[float] | None = None
 ) -> dict[str, float]:
-    """Every metric of one volume; distances as hd95_px, and hd95_mm where there is a `spacing`.
+    """Compute every metric of one volume; distances in pixels, and in mm if there is a `spacing`.
 
     Raises ValueError if the two shapes differ.
     """
     if prediction.shape != truth.shape:
         raise ValueError(f"prediction of shape {prediction.shape}, mask of shape {truth.shape}")
     scores = {name: metric(prediction, truth) for name, metric in METRICS.items()}
-    scores |= {f"{name}_px": distance(prediction, truth) for name, distance in DISTANCES.items()}
-    if spacing:
-        for name, distance in DISTANCES.items():
-            scores[f"{name}_mm"] = distance(prediction, truth, spacing)
+    for unit, sides in {"px": None, "mm": spacing}.items():
+        if unit == "px" or sides:
+            found = distances(prediction, truth, sides)
+            scores |= {f"{name}_{unit}": value for name, value in found.items()}
     return scores
 
 
@@ -131,10 +116,10 @@ def summarise(
     resamples: int = 10_000,
     seed: int = 0,
 ) -> dict[str, float]:
-    """Mean, median, n and a 95 % percentile-bootstrap interval of the mean, over patients.
+    """Compute mean, median, n and a 95 % bootstrap interval of the mean, over patients.
 
-    Patients are drawn, with all of their values (Efron 1979; the draws come from `seed`); without
-    `patients` each value is one. NaNs are left out. Without a value, all but n is NaN.
+    Patients are drawn with all of their values (percentile bootstrap, Efron 1979); without
+    `patients`, values are. NaNs are left out. Without any value, all but n is NaN.
     """
     values = np.asarray(values, dtype=float)
     known = ~np.isnan(values)
@@ -158,12 +143,12 @@ def summarise(
 
 
 def by_rule(row: Mapping[str, float]) -> bool:
-    """Whether the distances of a row of scores are the diagonal: only one of its masks is empty."""
+    """Tell whether only one mask of a row of scores is empty: its distances are the diagonal."""
     return row["volume_error"] == -1 or math.isnan(row["volume_error"])
 
 
 def describe_distances(rows: Sequence[Mapping[str, float]], name: str) -> str:
-    """One line with mean and median of a distance, `hd95_mm` say, and how many are by the rule."""
+    """Give mean and median of a distance, such as `hd95_mm`, and how many are the diagonal."""
     kind, unit = name.split("_")
     known = [row for row in rows if not math.isnan(row[name])]
     s, missed = summarise([row[name] for row in known]), sum(map(by_rule, known))
@@ -172,7 +157,7 @@ def describe_distances(rows: Sequence[Mapping[str, float]], name: str) -> str:
 
 
 def describe(values: Sequence[float], patients: Sequence[str] | None = None) -> str:
-    """One line that says mean, median, n and, unless of a few, the interval of the DSCs."""
+    """Give mean, median and n of the DSCs in one line, and the interval from FEW cases on."""
     s = summarise(values, patients)
     interval = f" (95 % interval {s['low']:.3f} to {s['high']:.3f})" if s["n"] >= FEW else ""
     return f"DSC mean {s['mean']:.3f}{interval}, median {s['median']:.3f}, n = {s['n']}"

@@ -18,9 +18,11 @@ from threading import Lock
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from .devices import to_device
 from .io.files import default_cache
 from .unet import check_input
 
@@ -80,24 +82,37 @@ class OnnxNetwork:
                     "or leave --providers out for the best that does"
                 )
         self.provider = next(name for name in PROVIDERS if PROVIDERS[name] in started)
+        on_gpu = self.provider != "cpu" and torch.cuda.is_available()
+        self.device = torch.device(f"cuda:{gpu or 0}" if on_gpu else "cpu")
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Probabilities (N, out, H, W), float32, of slices (N, in, H, W), all on the CPU.
+        """Run the network: slices (N, in, H, W) in, probabilities (N, out, H, W), float32, out.
 
         Of an ensemble, one channel more (see `brainseg.ensemble.average`).
         Raises ValueError for a channel count or an image size that does not fit the network.
         """
         check_input(x, self.settings["in_channels"], self.stride)
-        images = x.float().contiguous().numpy()
+        images, session = to_device(x.float(), self.device).contiguous(), self._session()
+        shape = len(images), session.get_outputs()[0].shape[1], *images.shape[2:]
+        probabilities = torch.empty(shape, device=self.device)
+        binding = session.io_binding()  # reads and writes the tensors where they are
+        for bind, name, tensor in (
+            (binding.bind_input, INPUT, images),
+            (binding.bind_output, OUTPUT, probabilities),
+        ):
+            place = self.device.type, self.device.index or 0
+            bind(name, *place, np.float32, tensor.shape, tensor.data_ptr())
         try:
-            (probabilities,) = self._session().run([OUTPUT], {INPUT: images})
+            if images.is_cuda:
+                torch.cuda.current_stream(self.device).synchronize()
+            session.run_with_iobinding(binding)
         except Exception as error:  # ONNX Runtime's exceptions have no base of their own
             reason = str(error).splitlines()[0]
             raise ValueError(
                 f"{self.path}: ONNX Runtime fails on {len(images)} slices ({reason}); try a "
                 "smaller --batch-size"
             ) from error
-        return torch.from_numpy(probabilities)
+        return probabilities.to(x.device)
 
     def _session(self) -> Any:
         """Open a session with as many threads as PyTorch would use where this is called."""

@@ -14,7 +14,6 @@ It is no model of disease: test code with it, do not judge a network by it.
 import argparse
 import shutil
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -46,7 +45,7 @@ BRAIN = (WHITE, GREY, CAP)  # where a lesion can grow
 def make_volume(
     seed: int | Sequence[int], slices: int = 16, size: int = 96, lesion: bool = True
 ) -> tuple[Array, Array]:
-    """One case: volume (slices, size, size, 3) uint8 and lesion mask (slices, size, size) bool.
+    """Make a volume (slices, size, size, 3) uint8 and its mask (slices, size, size) bool.
 
     `lesion=False` gives the same head, healthy. Raises ValueError under 4 slices of 32 x 32.
     """
@@ -65,7 +64,7 @@ def make_volume(
 
 
 def _head_coordinates(rng: np.random.Generator, slices: int, size: int) -> Array:
-    """(3, S, H, W): z up, y to the back, x to the side of each voxel; the head is the unit ball."""
+    """Make (3, S, H, W): z up, y to the back, x to the side; the head is the unit ball."""
     centre = (np.arange(size) + 0.5) * 2 / size - 1
     z, y, x = np.meshgrid(np.linspace(-0.93, 0.93, slices), centre, centre, indexing="ij")
     tilt, dy, dx = rng.uniform(-0.12, 0.12), rng.uniform(-0.04, 0.04), rng.uniform(-0.04, 0.04)
@@ -74,7 +73,7 @@ def _head_coordinates(rng: np.random.Generator, slices: int, size: int) -> Array
 
 
 def _paint_head(rng: np.random.Generator, head: Array) -> tuple[Array, Array]:
-    """Noise-free image (S, H, W, 3) of a healthy head, and its share of brain tissue (S, H, W)."""
+    """Paint a healthy head without noise (S, H, W, 3); its share of brain tissue (S, H, W)."""
     shape = head.shape[1:]
     image, brain = np.zeros((*shape, 3)), np.zeros(shape)
     for signal, level in _layers(rng, head):
@@ -85,7 +84,7 @@ def _paint_head(rng: np.random.Generator, head: Array) -> tuple[Array, Array]:
 
 
 def _layers(rng: np.random.Generator, head: Array) -> Iterator[tuple[Signal, Array]]:
-    """What to paint, in this order: a tissue's signal, wherever its level (S, H, W) is below 0."""
+    """Yield the tissues in painting order: the signal, and a level (S, H, W), below 0 inside."""
     z, y, x = head
     shape = z.shape
     # |z|^3 keeps the ring of scalp thin in most slices, and lets the first and last ones taper.
@@ -96,7 +95,7 @@ def _layers(rng: np.random.Generator, head: Array) -> Iterator[tuple[Signal, Arr
     side = np.abs(x + bend)  # distance from the midline
 
     def pair(centre: Sequence[float], axes: Sequence[float]) -> Array:
-        """Level of an ellipsoid (z, y, x) and its mirror image beyond the midline."""
+        """Make the level of an ellipsoid (z, y, x) and its mirror image."""
         reach = [(at - c) / a for at, c, a in zip((z, y, side), centre, axes, strict=True)]
         return (np.linalg.norm(reach, axis=0) - 1) * min(axes) + bend
 
@@ -131,7 +130,7 @@ def _layers(rng: np.random.Generator, head: Array) -> Iterator[tuple[Signal, Arr
 
 
 def _lesion_share(rng: np.random.Generator, head: Array, brain: Array) -> Array:
-    """Share of each voxel (S, H, W) that a lesion of 1 to 4 % of the brain takes up."""
+    """Place a lesion of 1 to 4 % of the brain: its share of each voxel (S, H, W)."""
     reach = np.full(brain.shape, np.inf)
     inner = (np.linalg.norm(head, axis=0) < 0.72) & (np.abs(head[2]) > 0.15)
     deep = np.argwhere(inner & (brain > 0.9))
@@ -158,7 +157,7 @@ def _paint_lesion(rng: np.random.Generator, image: Array, share: Array) -> None:
 
 
 def _scan(rng: np.random.Generator, image: Array) -> Array:
-    """What the scanner makes of the image: coil bias, gain per sequence, Rician noise; uint8."""
+    """Add coil bias, a gain per sequence and Rician noise; uint8."""
     shape = image.shape[:3]
     bias = np.exp(0.12 * _smooth_noise(rng, (2, 3, 3), shape))[..., None]
     image = image * bias * rng.uniform(0.85, 1.1, size=3)
@@ -167,7 +166,7 @@ def _scan(rng: np.random.Generator, image: Array) -> Array:
 
 
 def _smooth_noise(rng: np.random.Generator, cells: Sequence[int], shape: Sequence[int]) -> Array:
-    """Noise of mean 0 and standard deviation 1, smooth over 1/`cells` of each side of `shape`.
+    """Make noise of mean 0 and standard deviation 1, smooth over 1/`cells` of each side of `shape`.
 
     A sum of Gaussian bumps on a coarse grid: separable, so three small matrix products make it.
     """
@@ -202,20 +201,16 @@ def write_data_set(
 
 
 def _write_case(folder: Path, volume: Array, mask: Array) -> None:
-    """Write one case under a temporary name, then rename: a folder is whole or absent."""
-    with tempfile.TemporaryDirectory(prefix=".phantom_", dir=folder.parent) as scratch:
-        new = Path(scratch) / folder.name
-        new.mkdir()
-        for k, (image, label) in enumerate(zip(volume, mask, strict=True), start=1):
-            tifffile.imwrite(new / f"{folder.name}_{k}.tif", image, photometric="rgb")
-            tifffile.imwrite(new / f"{folder.name}_{k}_mask.tif", label * np.uint8(255))
-        if folder.exists():
-            shutil.rmtree(folder)
-        new.rename(folder)
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir()
+    for k, (image, label) in enumerate(zip(volume, mask, strict=True), start=1):
+        tifffile.imwrite(folder / f"{folder.name}_{k}.tif", image, photometric="rgb")
+        tifffile.imwrite(folder / f"{folder.name}_{k}_mask.tif", label * np.uint8(255))
 
 
-def get_args_parser() -> argparse.ArgumentParser:
-    """Arguments of the command line."""
+def main(argv: list[str] | None = None) -> None:
+    """Write a data set as the command line says; exit with one sentence if it cannot."""
     parser = argparse.ArgumentParser(
         description="Write synthetic brain MRI with a FLAIR lesion, in the layout of kaggle_3m.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -227,12 +222,6 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--slices", type=int, default=16, help=f"slices a case, {MIN_SLICES} or more")
     add("--seed", type=int, default=0, help="the same seed gives the same images")
     add("--no-lesion", type=int, default=0, metavar="N", help="every N-th case is healthy; 0: none")
-    return parser
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Write a data set as the command line says; one sentence and exit code 1 or 2 if it cannot."""
-    parser = get_args_parser()
     args = parser.parse_args(argv)
     if min(args.seed, args.no_lesion) < 0 or args.cases < 1:
         parser.error("--cases must be 1 or more, --seed and --no-lesion 0 or more")

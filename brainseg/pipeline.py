@@ -159,7 +159,8 @@ def load(
         return error
     except (RuntimeError, MemoryError) as error:  # of SimpleITK, which names no file
         reason = str(error).strip().splitlines()[-1:]
-        return ValueError(f"{source.folder}: cannot be read ({' '.join(reason)}); export it again")
+        fault = f"cannot be read ({' '.join(reason)})"
+        return ValueError(f"{source.folder}: {fault}; export it again, or crop it")
     try:
         images, frame = segmenter.preprocess(volume, case.aspect)
     except ValueError as error:

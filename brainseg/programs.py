@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from .ensemble import average, networks_of
+from .ensemble import Ensemble, networks_of
 from .io.layouts import list_cases
 from .onnx import CARD, INPUT, OUTPUT, PRODUCER
 from .phantom import make_volume
@@ -33,13 +33,11 @@ class Probabilities(nn.Module):
 
     def __init__(self, network: nn.Module, dtype: torch.dtype):
         super().__init__()
-        self.network, self.dtype = network.to(dtype), dtype
+        self.network, self.dtype = Ensemble(networks_of(network)).to(dtype), dtype
 
     def forward(self, slices: Tensor) -> Tensor:
-        """Probabilities (N, out, H, W) of slices (N, in, H, W)."""
-        slices = slices.to(self.dtype)
-        networks = networks_of(self.network)
-        return average([network(slices, logits=True).float().sigmoid() for network in networks])
+        """Compute probabilities (N, out, H, W) of slices (N, in, H, W)."""
+        return self.network(slices.to(self.dtype))
 
 
 def trace(model: nn.Module, precision: str) -> ExportedProgram:
@@ -66,7 +64,7 @@ def check_finite(state: dict[str, Tensor]) -> None:
 
 
 def to_onnx(program: ExportedProgram, card: dict) -> bytes:
-    """Make the content of an ONNX file, its card included, of a program."""
+    """Convert a program to the content of an ONNX file, with its card."""
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the exporter's own use of PyTorch
@@ -97,7 +95,7 @@ def to_onnx(program: ExportedProgram, card: dict) -> bytes:
 
 
 def to_pt2(program: ExportedProgram, card: dict) -> bytes:
-    """Make the content of the file that `torch.export.load` opens, card.json in it."""
+    """Convert a program to the content of a .pt2 file, with card.json in it."""
     buffer = io.BytesIO()
     torch.export.save(program, buffer, extra_files={"card.json": json.dumps(card)})
     return buffer.getvalue()
@@ -125,7 +123,7 @@ def slices_to_compare(images: Path | None, model: nn.Module, card: dict) -> tupl
 def largest_difference(
     network: Callable[[Tensor], Tensor], model: nn.Module, slices: Tensor
 ) -> float:
-    """Measure how far the probabilities of two networks are apart at most, NaN if one is.
+    """Compute the largest difference between the probabilities of two networks, or NaN.
 
     One slice alone, of another height and width, is tried too.
     """

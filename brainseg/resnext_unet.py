@@ -52,7 +52,7 @@ class ResNeXtUNet(nn.Module):
             load_imagenet(self.encoder, pretrained)
 
     def forward(self, x: Tensor, logits: bool = False) -> Tensor:
-        """Probabilities (or `logits`) of shape (N, out, H, W) for slices of shape (N, in, H, W).
+        """Compute probabilities (or `logits`) (N, out, H, W) of slices (N, in, H, W).
 
         Raises ValueError for a channel count or an image size that does not fit the network.
         """
@@ -68,7 +68,7 @@ class ResNeXtUNet(nn.Module):
 
     @staticmethod
     def settings_of(state: dict[str, Tensor]) -> dict[str, int] | None:
-        """The arguments that build the network of a state dict; None if it is of another one."""
+        """Read the arguments of the network off its state dict; None for another network's."""
         if "encoder.conv1.weight" not in state or "conv.weight" not in state:
             return None
         return {
@@ -91,7 +91,7 @@ class ResNeXtEncoder(nn.Module):
         self.layer4 = _layer(1024, 2048, blocks=3, stride=2)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """What layers 1 to 4 give for slices (N, in, H, W)."""
+        """Compute the outputs of layers 1 to 4 for slices (N, in, H, W)."""
         x = self.relu(self.bn1(self.conv1(x)))  # (N, 64, H/2, W/2)
         enc1 = self.layer1(x)  # (N, 256, H/2, W/2)
         enc2 = self.layer2(enc1)  # (N, 512, H/4, W/4)
@@ -124,7 +124,7 @@ class Bottleneck(nn.Module):
             )
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, in, H, W) to (N, out, H / stride, W / stride)."""
+        """Map (N, in, H, W) to (N, out, H / stride, W / stride)."""
         shortcut = self.downsample(x)
         x = self.relu(self.bn1(self.conv1(x)))
         x = self.relu(self.bn2(self.conv2(x)))
@@ -133,7 +133,7 @@ class Bottleneck(nn.Module):
 
 
 def _layer(in_channels: int, out_channels: int, blocks: int, stride: int) -> nn.Sequential:
-    """Bottlenecks, the first of which changes channels and size."""
+    """Stack bottlenecks; the first changes channels and size."""
     first = Bottleneck(in_channels, out_channels, stride)
     others = (Bottleneck(out_channels, out_channels, stride=1) for _ in range(blocks - 1))
     return nn.Sequential(first, *others)
@@ -154,7 +154,7 @@ def _decoder(in_channels: int, out_channels: int) -> nn.Sequential:
 
 
 def _initialise(model: ResNeXtUNet) -> None:
-    """Normal weights of variance 2 / fan-in and biases 0 in the convolutions before a ReLU.
+    """Draw the weights of convolutions before a ReLU with variance 2 / fan-in; biases are 0.
 
     He et al. 2015 (https://arxiv.org/abs/1502.01852). The transposed convolutions and the last
     one, which no ReLU follows, keep PyTorch's smaller ones: the decoder has no batch norm, and at
@@ -187,7 +187,7 @@ def load_imagenet(encoder: ResNeXtEncoder, source: bool | str | Path = True) -> 
 
 
 def _open_imagenet(name: str | Path) -> object:
-    """What is in the file at `URL` (kept in torch.hub's cache) or in a local one."""
+    """Load the file at `URL` (kept in torch.hub's cache) or a local one."""
     try:
         if name == URL:  # the hash in its name is checked when it is fetched
             return torch.hub.load_state_dict_from_url(
@@ -209,7 +209,7 @@ def _open_imagenet(name: str | Path) -> object:
 
 
 def adapt_stem(weight: Tensor, in_channels: int) -> Tensor:
-    """The stem's weight (64, 3, 7, 7) for `in_channels` n: mean over RGB times 3 / n, n times.
+    """Adapt the stem's weight (64, 3, 7, 7) to n `in_channels`: n times the RGB mean times 3 / n.
 
     The weights of each output still sum to what they did, so that n equal images get the response
     that the network was trained to give three of them. Three channels are left as they are.

@@ -1,4 +1,4 @@
-"""What a run remembers and leaves behind: its card, weights, checkpoint and log."""
+"""Checks before a training run; its card, weights, checkpoint and log."""
 
 from __future__ import annotations
 
@@ -47,11 +47,8 @@ def prune_cache(cache: Path | None) -> None:
     """Delete preprocessed volumes whose sources are gone, and say how many."""
     if not is_main_process():
         return
-    count, freed, unknown = prune(cache)
-    print(
-        f"cache: {count} volumes without a source deleted ({freed / 2**30:.1f} GiB)"
-        + f"; {unknown} of earlier versions kept, which do not name theirs" * bool(unknown)
-    )
+    count, freed = prune(cache)
+    print(f"cache: {count} volumes without a source deleted ({freed / 2**30:.1f} GiB)")
 
 
 def report_subsets(
@@ -63,21 +60,10 @@ def report_subsets(
 
 
 def read_start(path: Path) -> dict:
-    """What the card of weights to start from says of their origin."""
+    """Read where the weights to start from came from off their card."""
     card = read_card(path)
     kept = ("recipe", "commit", "cases", "patients", "initialised_from")
     return {key: card.get(key) for key in kept if key in card or key != "patients"}
-
-
-def trained_cases(start: dict | None) -> list[str]:
-    """The cases that weights to start from were trained on, as far as their card names them."""
-    return list(((start or {}).get("cases") or {}).get("train", ()))
-
-
-def seen_cases(start: dict | None, validation: Sequence[str]) -> list[str]:
-    """The validation cases of patients that weights to start from were trained on."""
-    patients = patients_of_card(start or {}, "train")
-    return [name for name in validation if patient_of(name) in patients]
 
 
 def check_seen(card: dict, allowed: bool) -> None:
@@ -100,7 +86,7 @@ def describe_run(
     start: dict | None,
     device: torch.device,
 ) -> dict:
-    """The card of a run's weights: data, split, recipe, versions, device. It names no paths.
+    """Make the card of a run's weights: data, split, recipe, versions, device; no paths.
 
     The training cases of the weights that it started from count as seen by this network too.
     """
@@ -122,11 +108,12 @@ def describe_run(
     if patients := earlier | named_patients([*train, *validation]):
         about["patients"] = patients
     if start:
-        about["cases"]["train"] = sorted({*train, *trained_cases(start)})
+        about["cases"]["train"] = sorted({*train, *(start.get("cases") or {}).get("train", ())})
         about["initialised_from"] = {
             k: v for k, v in start.items() if k not in ("cases", "patients")
         }
-        if seen := seen_cases(start, validation):
+        patients = patients_of_card(start, "train")
+        if seen := [name for name in validation if patient_of(name) in patients]:
             about["validation_seen"] = seen
     return about
 
@@ -134,7 +121,7 @@ def describe_run(
 def report_changes(
     checkpoint: dict, state: TrainState, validation: list[str], rate: Callable, epochs: int
 ) -> None:
-    """Print what a resumed run does otherwise than the one before."""
+    """Print what differs in a resumed run."""
     before = checkpoint.get("validation_cases", validation)
     if before != validation:
         new, gone = sorted({*validation} - {*before}), sorted({*before} - {*validation})
@@ -154,7 +141,7 @@ def report_changes(
 
 
 def headline(card: dict, names: Sequence[Sequence[str]], slices: int) -> str:
-    """The network, what it is trained on, and with which data: the first line of a run."""
+    """Describe network, device and data: the first line of a run."""
     ranks = f"{card['processes']} x " if card["processes"] > 1 else ""
     train, validation = map(len, names)
     return (
@@ -164,7 +151,7 @@ def headline(card: dict, names: Sequence[Sequence[str]], slices: int) -> str:
 
 
 def how_to_resume(state: TrainState, weights: Path, model: str) -> str:
-    """Where a run was stopped, and the command that goes on from there."""
+    """Say where a run was stopped, and the command that resumes it."""
     python = "python3" if world_size() == 1 else "torchrun, as before, with:"
     return (
         f"stopped at epoch {state.epoch + 1}, step {state.step}; go on with: "
@@ -180,9 +167,9 @@ def report_notes(volumes: Sequence[Prepared]) -> None:
 
 
 class RunWriter:
-    """Writes what a run leaves behind; on all ranks but the main one, nothing.
+    """Writes WEIGHTS/<model>.pt with its card, <model>.ckpt, and TensorBoard events in LOGS.
 
-    That is WEIGHTS/<model>.pt with its card, WEIGHTS/<model>.ckpt, and TensorBoard events in LOGS.
+    Only the main rank writes.
     """
 
     def __init__(
@@ -218,7 +205,7 @@ class RunWriter:
             save_weights(self.files.with_suffix(".pt"), state.trained.state_dict(), card)
 
     def curves(self, epoch: int, epochs: int, values: dict[str, float], better: bool) -> None:
-        """Log what an epoch has given, and print it in one line."""
+        """Log the values of an epoch, and print them in one line."""
         if not is_main_process():
             return
         for name, value in values.items():

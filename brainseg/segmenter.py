@@ -15,7 +15,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from .devices import has_bfloat16, pick_device
 from .ensemble import (
-    average,
+    Ensemble,
     disagreement,
     expected_dsc,
     load_ensemble,
@@ -44,13 +44,12 @@ class Segmentation:
 class Segmenter:
     """A network, or an `Ensemble`, with its preprocessing: a raw volume in, its mask out.
 
-    `image_size` is what slices are resized to, `threshold` the least probability of a lesion,
-    `largest_component` keeps the largest connected one only, `min_volume` drops those of fewer
-    voxels, `tta` averages over the slice and its mirror image, `amp` computes in bfloat16 (None:
-    wherever the device does so natively). The network is copied; `batch_size` is the most slices
-    at once, `neighbours` how many slices on either side of each it was trained to see, `version`
-    the preprocessing that it was trained with, `expected_dsc_fit` that of its card, if it has one.
-    An ONNX network has its own device and precision.
+    `image_size` is the side of a resized slice, `threshold` the least probability of a lesion.
+    `largest_component` keeps only the largest, `min_volume` drops components of fewer voxels.
+    `tta` averages over the slice and its mirror image; `amp` computes in bfloat16 (None: where the
+    device does so natively); `batch_size` is the most slices at once. `neighbours` (slices seen on
+    either side), preprocessing `version` and `expected_dsc_fit` are those of the card. The network
+    is copied. An ONNX network has its own device and precision. Raises ValueError.
     """
 
     def __init__(
@@ -70,9 +69,10 @@ class Segmenter:
     ):
         stride = model.stride
         if image_size < stride or image_size % stride:
+            below = max(image_size // stride, 1) * stride
             raise ValueError(
                 f"image size {image_size} is not a multiple of {stride}; "
-                f"{_fits(image_size, stride)}"
+                f"try {below} or {below + stride}"
             )
         if not 0 < threshold < 1:
             raise ValueError(f"threshold {threshold}: it is a probability between 0 and 1")
@@ -86,17 +86,13 @@ class Segmenter:
             self.on_cpu, self.runtime = model.provider == "cpu", f"ONNX Runtime ({model.provider})"
         else:
             self.device = pick_device(device)
-            self.model = fold_batch_norm(model).to(self.device, memory_format=torch.channels_last)
+            model = Ensemble(networks_of(fold_batch_norm(model))).eval()
+            self.model = model.to(self.device, memory_format=torch.channels_last)
             self.amp = has_bfloat16(self.device) if amp is None else amp
             self.on_cpu, self.runtime = self.device.type == "cpu", f"PyTorch ({self.device})"
-        self.image_size = image_size
-        self.threshold = threshold
-        self.largest_component = largest_component
-        self.tta = tta
-        self.neighbours = neighbours
-        self.version = version
-        self.min_volume = min_volume
-        self.expected_dsc_fit = expected_dsc_fit
+        self.image_size, self.neighbours, self.version = image_size, neighbours, version
+        self.threshold, self.min_volume, self.tta = threshold, min_volume, tta
+        self.largest_component, self.expected_dsc_fit = largest_component, expected_dsc_fit
         # A few slices at once stay in the cache of a processor, and are done a fifth sooner.
         self.batch_size = min(batch_size, 4) if self.on_cpu else batch_size
 
@@ -134,15 +130,15 @@ class Segmenter:
         )
 
     def __call__(self, volume: np.ndarray, aspect: float = 1.0) -> np.ndarray:
-        """Segment a raw volume (S, H, W, C), C as trained: its mask (S, H, W), bool.
+        """Segment a raw volume (S, H, W, C): its mask (S, H, W), bool.
 
-        Channels are pre-contrast, FLAIR, post-contrast; any numeric type, in an array or what
-        NumPy can make one of. `aspect` is the height of a pixel over its width. Raises ValueError.
+        Channels are pre-contrast, FLAIR, post-contrast; of any numeric
+        type. `aspect` is the height of a pixel over its width. Raises ValueError.
         """
         return self.segment(*self.preprocess(np.asarray(volume), aspect))
 
     def preprocess(self, volume: np.ndarray, aspect: float = 1.0) -> tuple[Tensor, Frame]:
-        """Make the network's input (S, C, N, N), on its device if there is room, and its frame.
+        """Make the network's input (S, C, N, N), on its device if there is room, and the frame.
 
         Raises ValueError for another channel count.
         """
@@ -151,7 +147,7 @@ class Segmenter:
         return preprocess_near(volume, self.image_size, self.version, self.device, aspect)
 
     def check_channels(self, channels: int) -> None:
-        """Raise ValueError unless the network takes that many."""
+        """Raise ValueError if the network takes another number."""
         wanted = self.model.settings["in_channels"] // (2 * self.neighbours + 1)
         if channels != wanted:
             raise ValueError(
@@ -159,22 +155,16 @@ class Segmenter:
                 "give the sequences it was trained on, FLAIR in place of a missing one"
             )
 
-    def restored(
-        self, images: Tensor, frame: Frame, progress: Progress = lambda done, of: None
-    ) -> Tensor:
-        """Make probabilities (S, H, W), in the source geometry, of preprocessed slices."""
-        return restore(self.probabilities(images, progress)[:, 0], frame)
-
     def segment(self, images: Tensor, frame: Frame) -> np.ndarray:
-        """Segment preprocessed slices (S, C, N, N): the mask (S, H, W) in the source geometry."""
+        """Segment preprocessed slices (S, C, N, N): a mask (S, H, W) in the source geometry."""
         return self.finish(self.probabilities(images), frame)
 
     def finish(self, probabilities: Tensor, frame: Frame) -> np.ndarray:
-        """Make the mask (S, H, W), bool, in the source geometry, of probabilities (S, K, N, N)."""
+        """Turn probabilities (S, K, N, N) into a mask (S, H, W), bool, in the source geometry."""
         return self.to_mask(_restored(probabilities, frame))
 
     def assess(self, probabilities: Tensor, frame: Frame) -> Segmentation:
-        """Make the mask of probabilities (S, K, N, N), and say how good it probably is."""
+        """Turn probabilities (S, K, N, N) into a mask, and estimate how good it is."""
         restored = _restored(probabilities, frame).cpu()
         mask, source = self.to_mask(restored), restored.numpy()
         features = quality(source, mask, disagreement(probabilities, self.model.settings))
@@ -192,7 +182,7 @@ class Segmenter:
         return _restored(probabilities[:, -1:], frame).cpu().numpy()
 
     def to_mask(self, restored: Tensor) -> np.ndarray:
-        """Make a bool mask of lesion probabilities, both (S, H, W), by this segmenter's options."""
+        """Turn lesion probabilities (S, H, W) into a mask by this segmenter's options."""
         return to_mask(restored, self.threshold, self.largest_component, self.min_volume)
 
     @torch.inference_mode()
@@ -225,11 +215,8 @@ class Segmenter:
         return probabilities
 
     def _network(self, batch: Tensor) -> Tensor:
-        if isinstance(self.model, OnnxNetwork):
-            return self.model(batch)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
-            networks = networks_of(self.model.eval())
-            return average([network(batch, logits=True).float().sigmoid() for network in networks])
+            return self.model(batch)
 
 
 def _restored(probabilities: Tensor, frame: Frame) -> Tensor:
@@ -270,10 +257,7 @@ def fold_batch_norm(model: nn.Module) -> nn.Module:
 def to_mask(
     probabilities: Tensor, threshold: float, largest_component: bool, min_volume: int = 0
 ) -> np.ndarray:
-    """Make a bool mask of lesion probabilities, both (S, H, W): where they reach `threshold`.
-
-    Of it, keep the largest component only, and none of fewer than `min_volume` voxels.
-    """
+    """Threshold lesion probabilities (S, H, W) to a bool mask; then as `keep_components`."""
     mask = (probabilities >= threshold).cpu().numpy()
     if largest_component or min_volume > 1:
         return keep_components(mask, largest_component, min_volume)
@@ -294,8 +278,3 @@ def keep_components(mask: np.ndarray, largest: bool = True, min_volume: int = 0)
     if largest:
         keep &= np.arange(len(sizes)) == sizes.argmax()
     return keep[labels]
-
-
-def _fits(size: int, stride: int) -> str:
-    below = max(size // stride, 1) * stride
-    return f"try {below} or {below + stride}"

@@ -70,6 +70,7 @@ def use_patients(path: Path | str | None, cases: Iterable[str] = ()) -> None:
         raise ValueError(f"{path}: lacks the case {missing[0]}{others}; add a line for each")
     _patients.clear()
     _patients.update(read)
+    _listed.cache_clear()  # its patients are by this table too
 
 
 def _read_patients(path: Path) -> dict[str, str]:

@@ -8,13 +8,14 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from .devices import half_precision
 from .distributed import shard_of_batch, world_size
 from .preprocess import VERSION
 from .weights import (
@@ -45,6 +46,9 @@ class TrainState:
     step: int = 0  # finished steps of the current epoch
     loss_sum: float = 0.0  # over the slices of these steps
     best: float = -1.0  # mean DSC; any first epoch is better, so that something is always kept
+    scaler: torch.amp.GradScaler = field(  # of float16 gradients; lets those of other types be
+        default_factory=lambda: torch.amp.GradScaler("cpu", enabled=False)
+    )
 
     @property
     def trained(self) -> nn.Module:
@@ -65,6 +69,7 @@ class TrainState:
             "model": self.model.state_dict(),
             "ema": self.ema.state_dict() if self.ema else None,
             "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
             **{name: getattr(self, name) for name in PROGRESS},
         }
         save_tensors(path, content | about)
@@ -82,18 +87,29 @@ class TrainState:
             average.pop("n_averaged", None)  # of checkpoints before version 2 of preprocessing
             self.ema.load_state_dict(average)
         self.optimizer.load_state_dict(checkpoint["optimizer"])
+        if scaler := checkpoint.get("scaler"):
+            self.scaler.load_state_dict(scaler)
         for name in PROGRESS:
             setattr(self, name, checkpoint[name])
 
 
 def new_state(
-    model: nn.Module, lr: float, weight_decay: float, ema: bool, slices: int, batch_size: int
+    model: nn.Module,
+    lr: float,
+    weight_decay: float,
+    ema: bool,
+    slices: int,
+    batch_size: int,
+    amp: bool = False,
 ) -> TrainState:
-    """The state of a training before its first step, of `slices` per epoch."""
+    """Make the state of a training before its first step, of `slices` per epoch."""
     average = copy.deepcopy(model) if ema else None
     parameters = model.parameters()
     adam = torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, fused=True)
-    return TrainState(model, average, adam, slices, batch_size)
+    device = next(model.parameters()).device
+    scaled = amp and half_precision(device) == torch.float16
+    scaler = torch.amp.GradScaler(device.type, enabled=scaled)
+    return TrainState(model, average, adam, slices, batch_size, scaler=scaler)
 
 
 def load_checkpoint(path: Path) -> dict:
@@ -143,14 +159,15 @@ def compile_ahead(
     """
     start = time.perf_counter()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    network = torch.compile(model, dynamic=False)
+    mode = "reduce-overhead" if device.type == "cuda" else None  # CUDA graphs
+    network = torch.compile(model, dynamic=False, mode=mode)
     model.train()
     for size in sizes:
         own = len(shard_of_batch(range(size)))
         images = torch.zeros((own, model.settings["in_channels"], image_size, image_size))
         images = images.to(device, memory_format=torch.channels_last)
         try:
-            with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+            with torch.autocast(device.type, half_precision(device), enabled=amp):
                 network(images, logits=True).sum().backward()
         except torch.OutOfMemoryError:
             raise

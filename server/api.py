@@ -23,20 +23,21 @@ if TYPE_CHECKING:
 
 WEB = Path(__file__).resolve().parents[1] / "web"
 LINES = "application/x-ndjson"
-FAILED = "it could not be segmented, for a reason that the log of the server says"
+FAILED = "segmentation failed; see the server log"
 API = f"""POST /api/segment, multipart/form-data:
   images   a volume file (.nii, .nii.gz, .nrrd, .mha), or slices (.tif, .png), or the files of a
            DICOM series or study, or a zip archive of one of these
-  flair    in place of images: a volume file of this sequence alone; with it maybe pre and post
-  register if there, pre and post are first moved to fit flair
-  mask     maybe the true mask, to be scored against: a volume file, or the masks of the slices
-  phantom  in place of all others: anything; segments a synthetic head
+  flair    in place of images: a volume file of this sequence; pre and post beside it if there are
+  register any value: pre and post are first moved to fit flair
+  mask     optional, the true mask to score against: a volume file, or the masks of the slices
+  phantom  any value, in place of all others: segments a synthetic head
 
 200: a zip archive with the mask in the geometry of the source (<scan>_mask.nii.gz, or
 <slice>_mask.tif for each slice), montage.png, <case>.gif and summary.json.
 Otherwise JSON, {{"error": "what is wrong and what to do"}}: 400 an upload that cannot be used,
-401 a wrong password, 403 a request by the page of another host, 408 an upload that came too slowly,
-413 one that is too large, 500 a fault of the server, 503 a full queue (try again in a minute).
+401 a wrong password, 403 a request by the page of another host or port, 408 an upload that came too
+slowly, 413 one that is too large, 500 a fault of the server, 503 a full queue (try again in a
+minute).
 
 With the header Accept: {LINES} the answer is lines of JSON: how far it is, and then
 everything that the page shows, or {{"error": ...}}.
@@ -81,7 +82,7 @@ class Segment:
         service = self.service
         if scope["method"] != "POST":
             await drain(receive, service.limits.upload)
-            await refuse(send, 405, "send an upload by POST; GET /api says what it can hold")
+            await refuse(send, 405, "send an upload by POST; GET /api lists its fields")
             return
         try:
             service.enter()
@@ -115,7 +116,7 @@ async def respond(service: Service, request: Request) -> Response:
     limits = service.limits
     try:
         if not request.headers.get("content-type", "").startswith("multipart/form-data"):
-            raise ValueError("send multipart/form-data; GET /api says what it can hold")
+            raise ValueError("send multipart/form-data; GET /api lists its fields")
         sent = request.form(max_files=limits.files, max_fields=8)
         form = await asyncio.wait_for(sent, limits.seconds)
         job = service.submit(parts_of(form))
@@ -149,7 +150,7 @@ def parts_of(form: FormData) -> dict[str, list[Named]] | None:
             parts[name] = []
             continue
         if name not in ("images", "flair", "pre", "post", "mask"):
-            raise ValueError(f"no file is called {name!r} here; GET /api says which there are")
+            raise ValueError(f"no field is called {name!r}; GET /api lists them")
         if isinstance(sent, str) or not sent.filename:
             raise ValueError(f"{name}: is no file; send it with a file name")
         parts.setdefault(name, []).append(Named(sent.filename, sent.file))

@@ -152,6 +152,23 @@ def test_several_files_and_a_phantom(server, files):
     assert json.loads(answer["summary.json"])["shape"] == [24, 192, 192]
 
 
+def test_register_moves_a_sequence_to_flair(server, tmp_path):
+    import SimpleITK
+
+    volume, sent = make_volume(3, slices=24, size=64)[0], {}
+    for name, sequence in (("flair", volume[..., 1]), ("post", np.roll(volume[..., 2], 3, axis=2))):
+        image = SimpleITK.GetImageFromArray(sequence)
+        image.SetSpacing((3, 3, 6))
+        SimpleITK.WriteImage(image, str(tmp_path / f"{name}.nii.gz"))
+        sent[name] = (f"{name}.nii.gz", (tmp_path / f"{name}.nii.gz").read_bytes())
+    answers = [post(server[0], files=sent), post(server[0], files=sent | {"register": (None, "1")})]
+    left, moved = (json.loads(unpacked(answer)["summary.json"])["notes"] for answer in answers)
+    (distance,) = re.findall(
+        r"post-contrast was registered to FLAIR: moved by ([\d.]+) mm", str(moved)
+    )
+    assert float(distance) == pytest.approx(3 * 3, abs=1) and "registered" not in str(left)
+
+
 def test_the_example_of_the_readme(server, files, tmp_path, monkeypatch):
     (example,) = re.findall(
         r"<!-- run by tests/test_app.py -->\n```python\n(.*?)```",
@@ -174,12 +191,12 @@ def test_the_example_of_the_readme(server, files, tmp_path, monkeypatch):
         ({"files": {"images": ("a.doc", b"rubbish")}}, "holds no slice"),
         ({"files": {"images": ("a.zip", b"rubbish")}}, "a.zip: is damaged"),
         ({"files": {"images": ("a_1.tif", b"rubbish")}}, "a_1.tif: not a readable image"),
-        ({"files": {"picture": ("a.nii", b"rubbish")}}, "no file is called 'picture'"),
+        ({"files": {"picture": ("a.nii", b"rubbish")}}, "no field is called 'picture'"),
         ({"files": {"images": (None, "text")}}, "images: is no file"),
         ({}, "send multipart/form-data"),
         (
             {"files": {"phantom": (None, "1"), "images": ("a.nii", b"x")}},
-            "no file is called 'phantom'",
+            "no field is called 'phantom'",
         ),
         ({"files": {"mask": ("a.nii", b"x")}}, "no file came"),
         (

@@ -69,7 +69,7 @@ def test_entries_of_before_are_read_whole_once(two, reads):
         old = {name: about[name] for name in ("fingerprint", "frame", "checksums")}
         path.write_text(json.dumps(old))
     reads.clear()
-    assert prune(cache) == (0, 0, 2)
+    assert prune(cache) == (0, 0)
     assert same(open_all(two), first) and reads == []
     assert all({"stats", "source"} <= json.loads(path.read_text()).keys() for path in paths)
 
@@ -104,10 +104,10 @@ def test_entries_of_deleted_sources_are_pruned(two):
     (cache / ".phantom_002-left").mkdir()
     os.utime(cache / ".phantom_002-left", (1, 1))
     (cache / "other").mkdir()
-    count, freed, unknown = prune(cache)
-    assert (count, unknown) == (2, 0) and freed > 8 * 3 * SIZE**2 * 2
+    count, freed = prune(cache)
+    assert count == 2 and freed > 8 * 3 * SIZE**2 * 2
     assert sorted(path.name[:11] for path in cache.iterdir()) == ["other", "phantom_001"]
-    assert same(open_all(two), first[:8]) and prune(two.parent / "none") == (0, 0, 0)
+    assert same(open_all(two), first[:8]) and prune(two.parent / "none") == (0, 0)
 
 
 def test_nothing_is_written_beside_the_data(two):

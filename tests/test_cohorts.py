@@ -16,7 +16,7 @@ from brainseg.io.cohorts import parse_sequences
 from brainseg.io.labels import Labels
 from brainseg.io.layouts import find_case, find_cases, list_cases
 from brainseg.phantom import make_volume
-from brainseg.splits import patient_of, subset_of, use_patients
+from brainseg.splits import SPLITS, is_lgg, patient_of, subset_of, use_patients
 from brainseg.weights import read_card
 
 VOLUMES = [make_volume((5, k), 4, 32) for k in range(4)]
@@ -387,6 +387,14 @@ def test_a_file_says_whose_cases_they_are(tmp_path, capsys):
     assert subset_of(cases[0]) == "train", "as the lists of LGG say"
     use_patients(None)
     assert patient_of(cases[0]) == cases[0]
+
+
+def test_each_table_of_patients_holds_for_its_run(tmp_path):
+    case = (SPLITS / "validation.txt").read_text().split()[0]
+    (tmp_path / "p.csv").write_text(f"case,patient\n{case},renamed\n")
+    for table in (None, tmp_path / "p.csv", None):
+        use_patients(table)
+        assert subset_of(case) == "validation" and is_lgg(case)
 
 
 def test_patients_of_a_file_stand_in_the_card(tmp_path, capsys):

@@ -1,20 +1,17 @@
-"""Which cases, which subset, which slice next."""
-
-from collections import Counter
-from pathlib import Path
+"""The slices of a subset, how they are drawn, and batches of them from any place."""
 
 import imageio.v3 as iio
 import numpy as np
 import pytest
 import torch
 from conftest import SIZE, open_all, same
+from test_train import run, same_run
 
+import dataset
 from brainseg.io.layouts import find_cases
-from brainseg.io.slices import Case
 from brainseg.phantom import write_data_set
 from brainseg.preprocess import preprocess, preprocess_mask
-from brainseg.splits import SPLITS, SUBSETS, patient_of, select_cases, split_folds, subset_of
-from dataset import BrainSegmentationDataset
+from dataset import BrainSegmentationDataset, Feed
 from utils import make_generator
 
 
@@ -22,14 +19,6 @@ from utils import make_generator
 def data(phantoms) -> BrainSegmentationDataset:
     """All 12 phantom cases of 8 slices."""
     return BrainSegmentationDataset(phantoms, "all", SIZE)
-
-
-def made_up(names: list[str]) -> list[Case]:
-    return [Case(name, (1,), (Path("/data") / name / f"{name}_1.tif",), ()) for name in names]
-
-
-def names_of(cases: list[Case]) -> list[str]:
-    return [case.name for case in cases]
 
 
 # Items
@@ -94,151 +83,6 @@ def test_locate_gives_the_number_of_the_file(two):
 def test_number_of_workers_changes_nothing(two):
     one, many = (open_all(two, cache=two.parent / f"{w}", workers=w) for w in (1, 4))
     assert same(one, many)
-
-
-# Subsets
-
-
-def listed(subset: str) -> list[str]:
-    return (SPLITS / f"{subset}.txt").read_text().split()
-
-
-LGG = [name for subset in SUBSETS for name in listed(subset)]
-
-
-def test_lgg_lists():
-    """78 / 10 / 22 cases, no patient in two of them."""
-    chosen = {subset: names_of(select_cases(made_up(LGG), subset)) for subset in SUBSETS}
-    assert {subset: len(names) for subset, names in chosen.items()} == {
-        "train": 78,
-        "validation": 10,
-        "test": 22,
-    }
-    assert all(set(chosen[subset]) == set(listed(subset)) for subset in SUBSETS)
-    patients = [{patient_of(name) for name in names} for names in chosen.values()]
-    assert len(set.union(*patients)) == sum(map(len, patients)) == 110
-    assert len(select_cases(made_up(LGG), "all")) == 110
-
-
-def test_another_scan_of_an_lgg_patient_stays_in_its_subset():
-    for name in LGG:
-        assert subset_of(f"{patient_of(name)}_20991231") == subset_of(name), name
-
-
-def test_real_cases_fall_into_their_lists(lgg):
-    for case in find_cases(lgg):
-        assert case.name in listed(subset_of(case.name))
-
-
-@pytest.mark.parametrize(
-    "case, patient",
-    [
-        ("TCGA_CS_4941_19960909", "TCGA_CS_4941"),
-        ("TCGA-CS-4941", "TCGA_CS_4941"),
-        ("TCGA_CS_4941_19960909_flair", "TCGA_CS_4941"),
-        ("mine_TCGA-CS-4941-a", "TCGA_CS_4941"),
-        ("anna_20240131_flair", "anna"),
-        ("sub-01_ses-b_run-2", "sub-01"),
-        ("anat_sub-01_FLAIR", "sub-01"),
-        ("sub-01_run-2_FLAIR", "sub-01"),
-        ("phantom_003", "phantom_003"),
-        ("anna_2024", "anna_2024"),
-        ("case_00000001", "case_00000001"),
-    ],
-)
-def test_patient_is_the_name_without_date_or_session(case, patient):
-    assert patient_of(case) == patient
-
-
-PATIENTS = [f"sub-{k:03d}" for k in range(200)]
-SCANS = [f"{patient}_ses-{s}" for patient in PATIENTS for s in "ab"]
-
-
-def test_no_patient_is_in_two_subsets():
-    chosen = {subset: names_of(select_cases(made_up(SCANS), subset)) for subset in SUBSETS}
-    assert sorted(sum(chosen.values(), [])) == SCANS
-    patients = [{patient_of(name) for name in names} for names in chosen.values()]
-    assert sum(map(len, patients)) == len(PATIENTS)
-    train, validation, test = map(len, patients)
-    assert 120 < train < 160 and 10 < validation < 32 and 25 < test < 57
-
-
-def test_adding_a_case_moves_no_other():
-    """Trap 11: adding one case reshuffled the whole split."""
-    for subset in SUBSETS:
-        before = names_of(select_cases(made_up(SCANS[1:]), subset))
-        after = names_of(select_cases(made_up(SCANS), subset))
-        assert [name for name in after if name != SCANS[0]] == before
-
-
-def test_hash_split_is_the_same_for_ever():
-    """A change here would put cases that weights were trained on into the test subset."""
-    names = [f"phantom_{k:03d}" for k in range(12)]
-    assert [k for k, name in enumerate(names) if subset_of(name) == "test"] == [0, 7, 9]
-    assert [k for k, name in enumerate(names) if subset_of(name) == "validation"] == [11]
-
-
-def test_unknown_subset_and_empty_subset_are_refused():
-    with pytest.raises(ValueError, match="'val'.* known: all, train, validation, test"):
-        select_cases(made_up(SCANS), "val")
-    with pytest.raises(ValueError, match="none of the 2 cases .* 'validation'"):
-        select_cases(made_up(listed("test")[:2]), "validation")
-
-
-# Folds
-
-
-@pytest.mark.parametrize("folds", [2, 5, 11])
-@pytest.mark.parametrize("names", [LGG, SCANS], ids=["LGG", "others"])
-def test_folds_are_a_partition_by_patient(names, folds):
-    cases = made_up(names)
-    test = set(names_of(select_cases(cases, "test")))
-    held_out = []
-    for fold in range(folds):
-        train, validation = (set(names_of(part)) for part in split_folds(cases, folds, fold))
-        assert train | validation == set(names) - test, "test cases are never used"
-        assert not {*map(patient_of, train)} & {*map(patient_of, validation)}
-        held_out.append(validation)
-    assert sum(map(len, held_out)) == len(set.union(*held_out)) == len(set(names) - test)
-    sizes = [len({patient_of(name) for name in fold}) for fold in held_out]
-    assert max(sizes) - min(sizes) <= 1
-
-
-def test_folds_are_balanced_over_hospitals():
-    cases = made_up(LGG)
-    sites = [
-        Counter(name.split("_")[1] for name in names_of(split_folds(cases, 5, fold)[1]))
-        for fold in range(5)
-    ]
-    for site in set().union(*sites):
-        counts = [fold[site] for fold in sites]
-        assert max(counts) - min(counts) <= 1, site
-
-
-def test_folds_are_balanced_over_lesion_volumes(phantoms):
-    """Of every three patients that follow one another by volume, each fold holds out one."""
-    cases = [case for case in find_cases(phantoms) if subset_of(case.name) != "test"]
-    folds = [names_of(split_folds(cases, 3, fold)[1]) for fold in range(3)]
-    by_volume = sorted(cases, key=lambda case: case.read_mask().sum())
-    place = {case.name: k // 3 for k, case in enumerate(by_volume)}
-    assert [sorted(place[name] for name in fold) for fold in folds] == [[0, 1, 2]] * 3
-
-
-def test_folds_do_not_depend_on_the_order_of_the_cases():
-    forth, back = (split_folds(made_up(names), 5, 2)[1] for names in (LGG, LGG[::-1]))
-    assert set(names_of(forth)) == set(names_of(back))
-
-
-@pytest.mark.parametrize("folds", [-1, 0, 1, 89, 1000])
-def test_too_many_or_too_few_folds_are_refused(folds):
-    with pytest.raises(ValueError, match=f"{folds} folds of 88 patients .* from 2 to 88"):
-        split_folds(made_up(LGG), folds, 0)
-
-
-@pytest.mark.parametrize("fold", [None, -1, 5])
-def test_a_fold_that_is_not_there_is_refused(fold):
-    with pytest.raises(ValueError, match=f"fold {fold} of 5: --fold runs from 0 to 4"):
-        split_folds(made_up(LGG), 5, fold)
 
 
 def test_dataset_of_a_fold(phantoms, tmp_path):
@@ -339,3 +183,55 @@ def test_damaged_slice_is_refused_by_name(two):
     path.write_bytes(path.read_bytes()[:3000])
     with pytest.raises(ValueError, match=f"{path}: not a readable image"):
         open_all(two)
+
+
+# Batches; no GPU is needed, as the CPU plays a device with memory of its own
+
+DRAWN = [torch.tensor(batch) for batch in ([3, 0, 95], [7, 7], [8, 15, 16, 40])]
+
+
+def batches(feed: Feed) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    return list(feed.batches(DRAWN))
+
+
+@pytest.mark.parametrize("neighbours", [0, 2])
+def test_every_place_gives_the_batches_of_the_data_set(data, monkeypatch, neighbours):
+    expected = [data.batch(batch.tolist(), neighbours) for batch in DRAWN]
+    places = {"host": Feed(data, torch.device("cpu"), neighbours)}
+    places["ahead"] = Feed(data, torch.device("cpu"), neighbours, workers=2)
+    places["ahead"].device = torch.device("meta")  # neither a CPU nor CUDA: threads gather
+    monkeypatch.setattr(dataset, "free_memory", lambda device: 1 << 40)
+    places["device"] = Feed(data, torch.device("cpu"), neighbours)
+    assert [place.on_device for place in places.values()] == [False, False, True]
+    for name, place in places.items():
+        for found, wanted in zip(batches(place), expected, strict=True):
+            for one, other in zip(found, wanted, strict=True):
+                assert one.dtype == other.dtype and torch.equal(one, other), name
+
+
+def test_the_device_holds_what_takes_half_of_its_memory_at_most(data, monkeypatch):
+    size = len(data) * SIZE * SIZE * (3 * 2 + 1)
+    for free, fits in ((2 * size, True), (2 * size - 1, False), (0, False)):
+        monkeypatch.setattr(dataset, "free_memory", lambda device, free=free: free)
+        assert Feed(data, torch.device("cpu")).on_device == fits
+
+
+def test_threads_stop_when_nobody_reads_on(data):
+    place = Feed(data, torch.device("cpu"), workers=1)
+    place.device = torch.device("meta")
+    gathered, batch = [], data.batch
+    place.dataset = type("", (), {"batch": lambda _, i, k: gathered.append(i) or batch(i, k)})()
+    reading = place.batches(DRAWN * 50)
+    next(reading)
+    reading.close()
+    assert len(gathered) < 10
+
+
+def test_training_from_the_device_is_the_same_and_says_so(phantoms, tmp_path, monkeypatch, capsys):
+    more = "--epochs", 2, "--neighbours", 1
+    host = run(phantoms, tmp_path / "host", *more)
+    assert "slices in host memory" in capsys.readouterr().out
+    monkeypatch.setattr(dataset, "free_memory", lambda device: 1 << 40)
+    device = run(phantoms, tmp_path / "device", *more)
+    assert "GiB of slices on cpu" in capsys.readouterr().out
+    assert same_run(host, device)

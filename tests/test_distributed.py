@@ -155,15 +155,6 @@ def test_two_processes_have_the_gradient_of_one(phantoms, no_batch_norm, loss, i
     assert_equal_gradients(work(), in_processes(2, in_group(work)))
 
 
-def test_the_mean_of_two_losses_would_have_another_gradient(phantoms, no_batch_norm, monkeypatch):
-    """So that the test above is known to tell them apart."""
-    work = gradients(phantoms, INDICES)
-    expected = work()
-    monkeypatch.setattr(distributed, "all_reduce_sum", lambda sums: sums)
-    with pytest.raises(AssertionError):
-        assert_equal_gradients(expected, in_processes(2, in_group(work)), tolerance=1e-2)
-
-
 # Whole runs
 
 
@@ -236,7 +227,7 @@ def send_signal(monkeypatch, step: int, number: int, to: int) -> None:
     monkeypatch.setattr(train, "train_step", train_step)
 
 
-@pytest.mark.parametrize("counts", [(2, 1), (1, 2), (3, 2)])
+@pytest.mark.parametrize("counts", [(1, 2), (3, 2)])
 def test_a_run_goes_on_with_another_number_of_processes(
     phantoms, tmp_path, monkeypatch, no_batch_norm, counts
 ):

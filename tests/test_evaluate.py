@@ -5,6 +5,7 @@ import json
 import math
 import re
 import shutil
+import signal
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -71,8 +72,9 @@ def done(phantoms, weights, tmp_path_factory) -> Path:
     """Two models and the report; phantom_001 and _002 were trained on."""
     out = tmp_path_factory.mktemp("evaluation")
     blank = blank_weights(weights.with_name("blank.pt"), [])
-    models = f"narrow={weights}", f"blank={blank}"
+    models, handler = (f"narrow={weights}", f"blank={blank}"), signal.getsignal(signal.SIGTERM)
     run(phantoms, out, "--subset", "all", "--report", out / "r.html", "--weights", *models)
+    assert signal.getsignal(signal.SIGTERM) == handler, "nothing is left behind in a notebook"
     return out
 
 
@@ -102,7 +104,8 @@ def test_settings_by_hand(phantoms, weights, done):
     segmenter = Segmenter.from_weights(weights, device="cpu")
     row = next(row for row in scores(done) if row["case"] == "phantom_004")
     volume, truth = find_case(phantoms / "phantom_004").read_pair()
-    probabilities = segmenter.restored(*segmenter.preprocess(volume)).numpy()
+    images, frame = segmenter.preprocess(volume)
+    probabilities = segmenter.assess(segmenter.probabilities(images), frame).probabilities
     for name, (threshold, largest) in SETTINGS.items():
         mask = probabilities >= threshold
         mask = keep_components(mask) if largest else mask
@@ -372,36 +375,6 @@ def test_few_cases_have_no_interval_and_partial_scores_their_n():
     assert row[1:3] == ["3", "0.600"] and "2.000 (2)" in row
     (row,) = tables(compare(made_up({"a": [0.5, 0.6]}, hd95_px=[np.nan] * 2)))[0].rows
     assert "none" in row
-
-
-def test_settings_are_chosen_on_validation_cases_only():
-    settings = {name: [0.5] * 4 for name in SETTINGS}
-    settings["dsc_0.3_all"] = [0.9, 0.8, 0.1, 0.3]  # best on the first two, worst on the others
-    settings["dsc_0.7_all"] = [0.6, 0.6, 0.9, 0.9]
-    subset = ["validation", "validation", "test", "test"]
-    summary = compare(made_up({"a": [0.5] * 4}, subset=subset, **settings))
-    chosen = summary["a"]["chosen"]
-    assert chosen["setting"] == "dsc_0.3_all"
-    assert chosen["validation"]["mean"] == pytest.approx(0.85)
-    assert chosen["others"]["mean"] == pytest.approx(0.2)
-    assert chosen["others_difference"]["mean"] == pytest.approx(-0.3)
-    (note,) = (table.note for table in tables(summary) if "threshold" in table.title)
-    assert "0.3, every component, 0.850 there, +0.350 from the setting used" in note
-    assert "on the 2 other cases 0.200, -0.300 from the setting used" in note
-
-
-def test_of_equal_settings_the_one_used_is_chosen():
-    settings = {name: [0.4, 0.4] for name in SETTINGS} | {"dsc_0.5_largest": [0.5, 0.5]}
-    settings["dsc_0.3_largest"] = [0.6, 0.4]  # as good on average
-    summary = compare(made_up({"a": [0.5, 0.5]}, subset=["validation"] * 2, **settings))
-    assert summary["a"]["chosen"]["setting"] == "dsc_0.5_largest"
-
-
-def test_a_choice_on_the_very_cases_says_so():
-    summary = compare(made_up({"a": [0.5, 0.6]}, subset=["validation"] * 2,
-                              **{name: [0.5, 0.5] for name in SETTINGS}))  # fmt: skip
-    assert "too good" in tables(summary)[-1].note
-    assert compare(made_up({"a": [0.5]}, **{n: [0.5] for n in SETTINGS}))["a"]["chosen"] is None
 
 
 def test_text_table_is_aligned():

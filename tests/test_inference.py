@@ -365,6 +365,17 @@ def test_sources_are_never_overwritten(phantoms, weights, tmp_path):
     assert contents(tmp_path / "images") == before
 
 
+def test_predictions_are_no_cases(phantoms, weights, tmp_path):
+    """Their masks would pass for true ones, their pictures and maps for scans."""
+    images = subset_copy(phantoms, tmp_path / "images", "phantom_003")
+    assert infer(images, images, weights, "--probabilities") == 0
+    assert [source.name for source in list_cases(images)] == ["phantom_003"]
+    message = refused(images / "predictions", tmp_path, weights)
+    assert message.endswith(
+        "predictions: holds predictions (args.json); give the folder of the scans"
+    )
+
+
 def test_linked_cases_keep_their_own_names(phantoms, weights, tmp_path):
     (tmp_path / "links").mkdir()
     for name in ("p1", "p2"):

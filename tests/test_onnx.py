@@ -110,6 +110,14 @@ def test_number_height_and_width_are_free(onnx, weights, shape):
     torch.testing.assert_close(OnnxNetwork(onnx, ["cpu"])(x), expected, atol=1e-5, rtol=0)
 
 
+def test_slices_of_any_layout_and_type(onnx):
+    network, x = OnnxNetwork(onnx, ["cpu"]), torch.randn(2, 3, 32, 16)
+    expected = network(x)
+    last = x.to(memory_format=torch.channels_last)
+    torch.testing.assert_close(network(last), expected, atol=0, rtol=0)
+    torch.testing.assert_close(network(x.double()), expected, atol=0, rtol=0)
+
+
 @pytest.mark.parametrize("shape", [(1, 2, 32, 32), (3, 32, 32), (1, 3, 32, 40)])
 def test_other_shapes_are_refused_as_by_the_network_itself(onnx, shape):
     with pytest.raises(ValueError, match="the network takes|not a multiple of 16"):

@@ -120,9 +120,27 @@ def test_real_case_on_a_scanner_scale(lgg):
     torch.testing.assert_close(images, expected, atol=1e-2, rtol=0)
 
 
-def test_normalised_after_stripping_is_said(volume):
-    """Air at 0 amid negative tissue cannot be told from tissue."""
-    head = volume[..., 1] > 20
-    normalised = np.where(head[..., None], (volume - 90.0) / 40, 0)
-    notes = preprocess(normalised, SIZE)[1].notes
-    assert any("normalised after stripping" in note for note in notes)
+@pytest.mark.parametrize("sequences", [[1], [0, 1, 2]])
+def test_normalised_after_stripping_is_as_before(volume, sequences):
+    head = volume.min(axis=-1) > 20
+    stripped = np.where(head[..., None], volume, 0)
+    stripped[:, 40:44, 40:44] = np.where(head[:, 40:44, 40:44, None], 1, 0)  # fluid
+    normalised = stripped.astype(np.float32)
+    for k in sequences:
+        normalised[..., k] = np.where(head, (stripped[..., k] - 90.3) / 40, 0)
+    images, frame = preprocess(normalised, SIZE)
+    expected, before = preprocess(stripped, SIZE)
+    torch.testing.assert_close(images, expected, atol=0.1, rtol=0)
+    assert frame.box == before.box and not before.notes
+    assert [note.split()[1:5] for note in frame.notes] == [
+        ["was", "normalised", "after", "stripping:"] for _ in sequences
+    ]
+
+
+def test_one_value_amid_the_head_is_no_background(volume):
+    head = volume.min(axis=-1) > 20
+    flat = change(volume, 0, lambda x: np.where(head & (x > 60) & (x < 140), 100, x))
+    images, frame = preprocess(flat, SIZE)
+    assert torch.equal(images[:, 1:], prepared(volume)[:, 1:])
+    (note,) = frame.notes
+    assert "pre-contrast has one value in" in note

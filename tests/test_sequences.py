@@ -236,6 +236,18 @@ def test_sequences_of_two_patients_are_refused(head, weights, tmp_path):
     assert "s0: PatientID 'p2', but s1 has 'p1'; give sequences of one patient" in message
 
 
+def test_other_frames_of_reference_are_said(head, tmp_path):
+    study = write_study(tmp_path / "anna", head[0][:4], BEFORE, FLAIR)
+    said = []
+    for frame in ("1.2.8", "1.2.9"):
+        for path in study.glob("*/*"):
+            edit(path, FrameOfReferenceUID=frame if path.parent.name == "s0" else "1.2.9")
+        said.append([note for note in find_case(study).notes if "FrameOfReferenceUID" in note])
+    ((note,), none) = said
+    assert note.startswith("anna: pre-contrast has another FrameOfReferenceUID than FLAIR")
+    assert not none
+
+
 def test_folders_of_several_studies_are_cases(head, tmp_path):
     for name in ("anna", "bert"):
         series = write_series(tmp_path / name, head[0][:4, ..., 1])

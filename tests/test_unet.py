@@ -1,8 +1,11 @@
-"""The network: parameter names and shapes of the published checkpoint, odd sizes, errors."""
+"""Both networks: shapes, errors, settings; of the U-Net, the published names and shapes."""
 
 import pytest
 import torch
 from brainseg.unet import UNet
+from torch import nn
+
+from brainseg.resnext_unet import ResNeXtUNet
 
 
 def published_names(in_channels=3, out_channels=1, f=32) -> dict[str, tuple[int, ...]]:
@@ -27,10 +30,14 @@ def published_names(in_channels=3, out_channels=1, f=32) -> dict[str, tuple[int,
     return names
 
 
-@pytest.fixture(scope="module")
-def narrow() -> UNet:
-    torch.manual_seed(0)
-    return UNet(init_features=4).eval()
+SMALL = {"unet": (UNet, {"init_features": 4}), "resnext_unet": (ResNeXtUNet, {})}
+networks = pytest.mark.parametrize("network, settings", SMALL.values(), ids=SMALL)
+
+
+@pytest.fixture(scope="module", params=SMALL.values(), ids=SMALL)
+def model(request) -> nn.Module:
+    network, settings = request.param
+    return network(**settings).eval()
 
 
 def test_parameter_count():
@@ -41,54 +48,6 @@ def test_parameter_count():
 def test_state_dict_has_the_published_names_and_shapes(settings):
     state = UNet(*settings).state_dict()
     assert {name: tuple(value.shape) for name, value in state.items()} == published_names(*settings)
-
-
-def test_a_dict_with_the_published_names_loads_strictly():
-    shapes = published_names(f=4)
-    state = {
-        name: torch.tensor(7) if name.endswith("tracked") else torch.full(shape, 0.5)
-        for name, shape in shapes.items()
-    }
-    model = UNet(init_features=4)
-    model.load_state_dict(state, strict=True)
-    assert all((value == 0.5).all() for value in model.parameters())
-    del state["upconv3.bias"]
-    with pytest.raises(RuntimeError, match="upconv3.bias"):
-        model.load_state_dict(state, strict=True)
-
-
-@pytest.mark.parametrize(
-    "n, channels, out, features, height, width",
-    [(1, 3, 1, 4, 16, 16), (2, 1, 1, 3, 32, 48), (1, 4, 3, 1, 80, 16), (3, 2, 2, 5, 48, 32)],
-)
-def test_shapes(n, channels, out, features, height, width):
-    model = UNet(channels, out, features).eval()
-    with torch.no_grad():
-        y = model(torch.randn(n, channels, height, width))
-    assert y.shape == (n, out, height, width)
-    assert y.min() >= 0 and y.max() <= 1
-
-
-def test_logits_are_the_probabilities_before_the_sigmoid(narrow):
-    x = 3 * torch.randn(2, 3, 32, 32)
-    with torch.no_grad():
-        logits, probabilities = narrow(x, logits=True), narrow(x)
-    assert torch.equal(torch.sigmoid(logits), probabilities)
-    assert not torch.equal(logits, probabilities)
-
-
-def test_input_is_not_modified(narrow):
-    x = torch.randn(1, 3, 32, 32)
-    before = x.clone()
-    with torch.no_grad():
-        narrow(x)
-    assert torch.equal(x, before)
-
-
-def test_every_parameter_gets_a_gradient():
-    model = UNet(init_features=2)
-    model(torch.randn(2, 3, 32, 32), logits=True).square().mean().backward()
-    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
 
 
 def test_upsampled_half_comes_first_in_the_concatenation():
@@ -103,29 +62,61 @@ def test_upsampled_half_comes_first_in_the_concatenation():
     assert torch.equal(seen["joined"], torch.cat((seen["upsampled"], seen["skipped"]), dim=1))
 
 
+# Both networks
+
+
+@networks
+@pytest.mark.parametrize(
+    "n, channels, out, height, width", [(1, 3, 1, 16, 48), (2, 1, 2, 32, 16), (1, 5, 3, 48, 80)]
+)
+def test_shapes(network, settings, n, channels, out, height, width):
+    model = network(channels, out, **settings).eval()
+    with torch.no_grad():
+        y = model(torch.randn(n, channels, height, width))
+    assert y.shape == (n, out, height, width)
+    assert y.min() >= 0 and y.max() <= 1
+
+
+def test_logits_are_the_probabilities_before_the_sigmoid(model):
+    x = 3 * torch.randn(2, 3, 32, 32)
+    before = x.clone()
+    with torch.no_grad():
+        logits, probabilities = model(x, logits=True), model(x)
+    assert torch.equal(torch.sigmoid(logits), probabilities)
+    assert not torch.equal(logits, probabilities)
+    assert torch.equal(x, before), "the input is not modified"
+
+
+@networks
+def test_every_parameter_gets_a_gradient(network, settings):
+    model = network(**settings)
+    model(torch.randn(2, 3, 32, 32), logits=True).square().mean().backward()
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
+
+
 @pytest.mark.parametrize("height, width", [(250, 250), (16, 24), (8, 16), (33, 32)])
-def test_size_that_16_does_not_divide_is_refused(narrow, height, width):
-    """Trap 10: it used to fail deep inside a concatenation."""
+def test_size_that_16_does_not_divide_is_refused(model, height, width):
+    """Trap 10: it used to fail deep inside a concatenation or a sum."""
     with pytest.raises(ValueError, match=rf"{height} x {width} is not a multiple of 16"):
-        narrow(torch.zeros(1, 3, height, width))
+        model(torch.zeros(1, 3, height, width))
 
 
 @pytest.mark.parametrize("shape", [(1, 2, 32, 32), (1, 4, 32, 32), (3, 32, 32)])
-def test_wrong_channels_are_refused(narrow, shape):
+def test_wrong_channels_are_refused(model, shape):
     with pytest.raises(ValueError, match=r"takes \(N, 3, H, W\)"):
-        narrow(torch.zeros(shape))
+        model(torch.zeros(shape))
 
 
-@pytest.mark.parametrize("settings", [(3, 1, 32), (1, 2, 5)])
-def test_settings_of_reads_the_arguments_off_a_state_dict(settings):
-    model = UNet(*settings)
-    found = UNet.settings_of(model.state_dict())
-    assert found == model.settings
-    assert found == dict(
-        zip(("in_channels", "out_channels", "init_features"), settings, strict=True)
-    )
+@networks
+@pytest.mark.parametrize("channels, out", [(3, 1), (1, 2)])
+def test_settings_are_read_off_a_state_dict(network, settings, channels, out):
+    model = network(channels, out, **settings)
+    expected = {"in_channels": channels, "out_channels": out, **settings}
+    assert network.settings_of(model.state_dict()) == model.settings == expected
 
 
-def test_settings_of_another_network_is_none():
-    assert UNet.settings_of(torch.nn.Conv2d(3, 1, 1).state_dict()) is None
-    assert UNet.settings_of({}) is None
+@networks
+def test_settings_of_another_network_is_none(network, settings):
+    others = [kind(**more) for kind, more in SMALL.values() if kind is not network]
+    for state in (others[0].state_dict(), torch.nn.Conv2d(3, 1, 1).state_dict(), {}):
+        assert network.settings_of(state) is None

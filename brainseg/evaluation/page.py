@@ -1,4 +1,4 @@
-"""What every HTML report of this project is made of: tables, one style, one file."""
+"""HTML reports: tables, one style, one file."""
 
 from __future__ import annotations
 
@@ -92,5 +92,5 @@ def check_page(path: Path) -> None:
 
 
 def data_url(content: bytes, kind: str) -> str:
-    """Give the address of a picture that stands in the page itself; `kind` is image/png, say."""
+    """Encode a picture as an address that the page can hold; `kind` is image/png, say."""
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"

@@ -1,4 +1,4 @@
-"""A comparison to look at: tables, a figure, a gallery, and one page of it all."""
+"""The report of a comparison: tables, a figure, a gallery, and a page with all of them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .statistics import SCORES, SETTINGS
 
 
 def tables(summary: dict[str, dict]) -> list[Table]:
-    """The summary of `compare` as tables to print or to show."""
+    """Turn the summary of `compare` into tables."""
     tried = {name: about for name, about in summary.items() if "settings" in about}
     divided = next(iter(summary.values()))["groups"]
     return [
@@ -99,7 +99,7 @@ def _group_table(summary: dict[str, dict]) -> Table:
 def _settings_table(summary: dict[str, dict]) -> Table:
     rows = []
     for setting, (threshold, largest) in SETTINGS.items():
-        row = [f"{threshold}, {_kept(largest)}"]
+        row = [f"{threshold}, {'largest component' if largest else 'every component'}"]
         for about in summary.values():
             tried = about["settings"][setting]
             row += [f"{tried['dsc']['mean']:.3f}", _interval(tried["difference"], "+")]
@@ -109,30 +109,8 @@ def _settings_table(summary: dict[str, dict]) -> Table:
         "What threshold and largest component are worth",
         ["setting", *header],
         rows,
-        "\n".join(
-            _choice(name, about["chosen"]) for name, about in summary.items() if about["chosen"]
-        ),
+        "To choose one, look at the validation cases alone; then score it on others.",
     )
-
-
-def _choice(name: str, chosen: dict) -> str:
-    threshold, largest = SETTINGS[chosen["setting"]]
-    validation, others = chosen["validation"], chosen["others"]
-    text = (
-        f"{name}: best on the {validation['n']} validation cases is {threshold}, {_kept(largest)}, "
-        f"{validation['mean']:.3f} there, {_interval(chosen['validation_difference'], '+')} from "
-        "the setting used"
-    )
-    if not others["n"]:
-        return f"{text}: too good, as it was chosen on these very cases."
-    return (
-        f"{text}; on the {others['n']} other cases {_interval(others)}, "
-        f"{_interval(chosen['others_difference'], '+')} from the setting used."
-    )
-
-
-def _kept(largest: bool) -> str:
-    return "largest component" if largest else "every component"
 
 
 def _interval(s: dict[str, float], sign: str = "") -> str:
@@ -144,7 +122,7 @@ def _interval(s: dict[str, float], sign: str = "") -> str:
 
 
 def case_table(models: dict[str, list[dict]]) -> Table:
-    """The DSC of every case, worst first for the first model."""
+    """List the DSC of every case, the first model's worst first."""
     lines = sorted(zip(*models.values(), strict=True), key=lambda line: line[0]["dsc"])
     return Table(
         "Every case",
@@ -159,7 +137,7 @@ def case_table(models: dict[str, list[dict]]) -> Table:
 
 
 def save_scores(path: Path, models: dict[str, list[dict]]) -> None:
-    """A box a model over the DSCs of its cases, and a point a case."""
+    """Draw a box plot of the DSCs of each model, with a point per case."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(2.2 + 1.3 * len(models), 4.2), layout="constrained")
@@ -181,7 +159,7 @@ def save_scores(path: Path, models: dict[str, list[dict]]) -> None:
 def save_gallery(
     path: Path, models: dict[str, list[dict]], pictures: dict[tuple[str, str], np.ndarray]
 ) -> None:
-    """Worst, median and best case of each model: a picture (H, W, 3) by (model, case)."""
+    """Draw the worst, median and best case of each model; pictures (H, W, 3) by (model, case)."""
     from matplotlib.figure import Figure
 
     drawn = {name: rows for name, rows in models.items() if (name, rows[0]["case"]) in pictures}
@@ -198,7 +176,7 @@ def save_gallery(
 
 
 def pick(rows: Sequence[dict]) -> dict[str, dict]:
-    """The rows of the worst, median and best DSC."""
+    """Pick the rows of the worst, median and best DSC."""
     rows = sorted(rows, key=lambda row: row["dsc"])
     return {"worst": rows[0], "median": rows[len(rows) // 2], "best": rows[-1]}
 
@@ -210,7 +188,7 @@ def save_page(
     pictures: dict[str, Path],
     details: str,
 ) -> None:
-    """One HTML page that holds everything, pictures included, and asks no network for anything."""
+    """Write tables and pictures to one HTML page that needs no network."""
     images = "".join(
         f"<h2>{html.escape(name)}</h2><img alt='{html.escape(name)}' "
         f"src='{data_url(file.read_bytes(), 'image/png')}'>"

@@ -1,4 +1,4 @@
-"""What is compared, weights or finished scores, and how each of them scores case by case."""
+"""The models to compare, weights or tables of scores, and their scores case by case."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def open_network(file: Path, files: int, options: dict) -> Network:
 
 
 def describe(model: Model) -> dict | str:
-    """Say what was used, for anyone who wants the numbers again."""
+    """Describe a model as summary.json does, to reproduce its scores."""
     if model.scores:
         return str(model.path)
     return {
@@ -118,7 +118,7 @@ def describe(model: Model) -> dict | str:
 def choose_cases(
     sources: Sequence[Source], subsets: Sequence[str], models: Sequence[Model], images: Path
 ) -> tuple[list[Case], list[str]]:
-    """Choose the cases that every model can be scored on; name those that one has seen.
+    """Choose the cases that no model has seen; also list the names of the others.
 
     Raises ValueError, naming the case, if one cannot be scored or nothing is left.
     """
@@ -164,14 +164,10 @@ def score_all(
     def load(case: Case) -> tuple:
         volume, truth = case.read_pair()
         try:
-            return (
-                case,
-                volume,
-                truth,
-                {way: preprocess_near(volume, *way, case.aspect) for way in ways},
-            )
+            prepared = {way: preprocess_near(volume, *way, case.aspect) for way in ways}
         except ValueError as error:
             raise ValueError(f"{case.folder}: {error}") from error
+        return case, volume, truth, prepared
 
     def segmented() -> Iterator[tuple]:
         for case, volume, truth, prepared in in_order(load, cases, workers):

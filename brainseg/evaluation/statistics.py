@@ -1,8 +1,8 @@
-"""The statistics of a comparison: from a row a model and case to a summary of each model."""
+"""The statistics of a comparison: from one row per model and case to a summary per model."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -30,15 +30,14 @@ SCORES = {
 
 
 def compare(models: dict[str, list[dict]]) -> dict[str, dict]:
-    """Summary of scores by model, from its rows, one a case; all have the same cases in order.
+    """Summarise the scores of each model; all have rows of the same cases, in order.
 
     For each model: `scores`, every metric; `missed`, in how many cases one mask alone is empty, so
     that its distances are the image diagonal; `difference`, its DSC case by case from that of the
     first model; `groups`, both by hospital, missing sequence and lesion volume; `settings`, the
     DSC at each threshold, with and without the largest component, and its difference from that
-    of `scores`; `chosen`, the setting that is best on the validation cases, and what it is worth on
-    the other cases; `chose_epoch`, on how many of the cases its epoch was chosen. Intervals are
-    over patients.
+    of `scores`; `chose_epoch`, on how many of the cases its epoch was chosen. Intervals are over
+    patients.
     """
     first = next(iter(models.values()))
     known = [m for m in SCORES if all(m in row for rows in models.values() for row in rows)]
@@ -76,8 +75,6 @@ def compare(models: dict[str, list[dict]]) -> dict[str, dict]:
                 setting: {"dsc": over_patients(values), "difference": over_patients(values - dsc)}
                 for setting, values in settings.items()
             }
-            validation = _column(its, "subset") == "validation"
-            about["chosen"] = _choose(settings, dsc, validation, over_patients)
     return summary
 
 
@@ -86,7 +83,7 @@ def _column(rows: Sequence[dict], name: str) -> np.ndarray:
 
 
 def _groups(rows: Sequence[dict]) -> dict[str, dict[str, np.ndarray]]:
-    """For each way that divides the cases, and each value there is, which cases have it."""
+    """Divide the cases by hospital, missing sequence and lesion volume."""
     voxels = _column(rows, "lesion_voxels")
     low, high = np.quantile(voxels, (1 / 3, 2 / 3)).round().astype(int)
     groups = {
@@ -104,29 +101,3 @@ def _groups(rows: Sequence[dict]) -> dict[str, dict[str, np.ndarray]]:
 
 def _values(rows: Sequence[dict], name: str) -> list[str]:
     return sorted({row[name] for row in rows})
-
-
-def _choose(
-    settings: dict[str, np.ndarray],
-    used: np.ndarray,
-    validation: np.ndarray,
-    over_patients: Callable[[np.ndarray, np.ndarray], dict],
-) -> dict | None:
-    """The setting of the best mean DSC on validation cases; None without such a case.
-
-    Of equals, the one that is used.
-    """
-    if not validation.any():
-        return None
-    best = max(
-        settings,
-        key=lambda name: (settings[name][validation].mean(), np.array_equal(settings[name], used)),
-    )
-    gain = settings[best] - used
-    return {
-        "setting": best,
-        "validation": over_patients(settings[best], validation),
-        "validation_difference": over_patients(gain, validation),
-        "others": over_patients(settings[best], ~validation),
-        "others_difference": over_patients(gain, ~validation),
-    }

@@ -100,11 +100,12 @@ def edge_warnings(mask: np.ndarray) -> list[str]:
 
 
 def by_need(rows: Sequence[dict]) -> list[dict]:
-    """Sort so that the cases that need a look come first: warned, then by expected DSC."""
+    """Sort by need of a look: cases not read, then those with a warning, then by expected DSC."""
 
     def need(row: dict) -> tuple:
         expected = row["expected_dsc"]
-        return not row["warning"], 1.0 if expected is None else expected, row["case"]
+        read = row["slices"] is not None
+        return read, not row["warning"], 1.0 if expected is None else expected, row["case"]
 
     return sorted(rows, key=need)
 
@@ -143,7 +144,7 @@ def volumes_table(rows: Sequence[dict], path: Path) -> Table:
     if found and all(row["expected_dsc"] is None for row in found):
         notes.append("No expected DSC: the weights have no fit for it in their card.")
     return Table(
-        f"{len(rows)} cases, {warned} of them need a look" if warned else f"{len(rows)} cases",
+        f"{len(rows)} case{'s' * (len(rows) != 1)}" + f", {warned} to look at" * bool(warned),
         ["case", "slices", "lesion", "parts", "expected DSC", "needs a look because"],
         [
             [

@@ -186,17 +186,24 @@ def sort_study(folder: Path, found: Sequence[Series]) -> tuple[dict[str, Series]
 
 def check_patient(path: Path, flair: Path) -> None:
     """Raise ValueError if two DICOM series name two patients."""
-    if not (is_series(path) and is_series(flair)):
-        return
-    one, other = (
-        read_fields(Path(series_files(series)[0])).get("0010|0020", "").strip(" \0")
-        for series in (path, flair)
-    )
-    if one != other:
+    one, other = (series_field(series, "0010|0020") for series in (path, flair))
+    if one != other and None not in (one, other):
         raise ValueError(
             f"{path}: PatientID {one!r}, but {flair.name} has {other!r}; give sequences of one "
             "patient"
         )
+
+
+def other_frame(path: Path, flair: Path) -> bool:
+    """Tell whether two DICOM series name two frames of reference: the patient may have moved."""
+    return len({series_field(series, "0020|0052") for series in (path, flair)} - {None, ""}) == 2
+
+
+def series_field(path: Path, tag: str) -> str | None:
+    """Read what the first image of a DICOM series says; None if the path is no series."""
+    if not is_series(path):
+        return None
+    return read_fields(Path(series_files(path)[0])).get(tag, "").strip(" \0")
 
 
 def series_grid(path: Path) -> Grid:

@@ -54,15 +54,17 @@ def list_cases(
 ) -> list[Source]:
     """The cases in `root`, which holds folders and volume files or is itself a case; by name.
 
-    With `names`, only these; never the folder `other_than`. Where their sequences and masks lie
-    is told by `layout`, or found out. Raises FileNotFoundError or ValueError if there is nothing
-    to read, or two cases have one name.
+    With `names`, only these; never the folder `other_than`, nor one of predictions. Where their
+    sequences and masks lie is told by `layout`, or found out. Raises FileNotFoundError or
+    ValueError if there is nothing to read, or two cases have one name.
     """
     root = Path(root)
     if not root.exists():
         raise FileNotFoundError(f"{root}: no such folder; give the folder that holds the cases")
     if not root.is_dir() and not is_scan(root):
         raise ValueError(f"{root}: is no volume file; give one, or the folder of its case")
+    if _is_output(root):
+        raise ValueError(f"{root}: holds predictions (args.json); give the folder of the scans")
     sources = _sources_in(root, other_than, layout)
     if not sources:
         raise ValueError(
@@ -148,8 +150,14 @@ def _belongs_to_mask(folder: Path, root: Path, layout: Layout) -> bool:
     return any(f"{{root}}/{folder.relative_to(root)}/" in pattern for pattern in layout.mask)
 
 
+def _is_output(folder: Path) -> bool:
+    """Whether inference.py has written here: its masks and pictures are neither truth nor scan."""
+    return (folder / "args.json").exists()
+
+
 def _folders_in(root: Path, other_than: Path | None) -> list[Path]:
     folders = [p for p in sorted(root.iterdir()) if p.is_dir() and p.name[0] not in "._"]
+    folders = [p for p in folders if not _is_output(p)]
     return [p for p in folders if not other_than or p.resolve() != other_than.resolve()]
 
 

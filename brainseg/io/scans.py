@@ -20,7 +20,7 @@ from typing import ClassVar
 import numpy as np
 
 from ..preprocess import SEQUENCES
-from .dicom import check_patient, is_dicom, is_series, series_files
+from .dicom import check_patient, is_dicom, is_series, other_frame, series_files
 from .files import atomic_write, by
 from .grid import Grid
 from .headers import damaged, is_nifti, read_fields, read_grid
@@ -124,7 +124,13 @@ class Scan(Case):
             notes += [f"{name}: {note}" for note in grid.notes]
             if self.register:
                 notes.append(f"{name} was registered to FLAIR: {self.movements[path]}")
-            elif grid.difference(self.grid):
+                continue
+            if other_frame(path, self.flair):
+                notes.append(
+                    f"{name} has another FrameOfReferenceUID than FLAIR: if the head moved between "
+                    "them, use --register"
+                )
+            if grid.difference(self.grid):
                 spacing = " x ".join(f"{length:.2g}" for length in grid.spacing)
                 notes.append(
                     f"{name} is on another grid than FLAIR ({by(grid.shape)} voxels of {spacing} "

@@ -54,37 +54,6 @@ def shipped(folder: Path, model: UNet, card: dict | None = None) -> Path:
     return path
 
 
-def published_state(f: int = 32) -> dict[str, torch.Tensor]:
-    """A state dict with the names and shapes of the published checkpoint, made without UNet."""
-    state = {}
-
-    def block(place: str, name: str, before: int, features: int) -> None:
-        for i, channels in ((1, before), (2, features)):
-            state[f"{place}.{name}conv{i}.weight"] = torch.randn(features, channels, 3, 3)
-            for part in ("weight", "bias", "running_mean", "running_var"):
-                state[f"{place}.{name}norm{i}.{part}"] = torch.rand(features)
-            state[f"{place}.{name}norm{i}.num_batches_tracked"] = torch.tensor(7)
-
-    for i, before in enumerate((3, f, 2 * f, 4 * f), start=1):
-        block(f"encoder{i}", f"enc{i}", before, f * 2 ** (i - 1))
-    block("bottleneck", "bottleneck", 8 * f, 16 * f)
-    for i in (4, 3, 2, 1):
-        features = f * 2 ** (i - 1)
-        state[f"upconv{i}.weight"] = torch.randn(2 * features, features, 2, 2)
-        state[f"upconv{i}.bias"] = torch.randn(features)
-        block(f"decoder{i}", f"dec{i}", 2 * features, features)
-    state["conv.weight"], state["conv.bias"] = torch.randn(1, f, 1, 1), torch.randn(1)
-    return state
-
-
-def test_published_checkpoint_loads_strictly(tmp_path):
-    file = saved(tmp_path / "published.pt", published_state())
-    name, model = model_from_state(load_state(file), file)
-    assert name == "unet" and not model.training
-    model.load_state_dict(published_state(), strict=True)
-    assert sum(p.numel() for p in model.parameters()) == 7_763_041
-
-
 @pytest.mark.parametrize("settings", [(3, 1, 4), (1, 1, 4), (4, 2, 8)])
 def test_architecture_is_read_off_the_weights(settings):
     names = ("in_channels", "out_channels", "init_features")
