@@ -34,7 +34,7 @@ OTHERS = {  # made of weights, but no weights
 CARD_DEFAULTS = {"preprocessing": 1, "image_size": 256, "neighbours": 0}  # without a card
 ROOT = Path(__file__).resolve().parents[1]
 # What comes with the project: the network of the published shape, for torch.hub's `unet`; and the
-# ensemble that segments unless told otherwise, a network a fold of the training and validation cases.
+# ensemble that segments unless told otherwise, a network a fold.
 PUBLISHED = {"unet": ROOT / "weights" / "unet-12f2ec04.pt"}
 SHIPPED = {"unet": ROOT / "weights" / "unet-folds"}
 
