@@ -74,9 +74,11 @@ def main(argv: list[str] | None = None) -> None:
 
 def run(args: argparse.Namespace, options: dict) -> None:
     """Score every model on every case, print the tables, write the files."""
-    shipped = shipped_weights("unet")
     sources = list_cohort(args.images, args.sequences, args.labels, args.patients, args.cases)
-    models = open_models(args.weights or [f"{shipped.stem}={shipped}"], options)
+    if not args.weights:
+        shipped = shipped_weights("unet")
+        args.weights = [f"{shipped.stem}={shipped}"]
+    models = open_models(args.weights, options)
     if args.fit_expected_dsc:
         check_can_fit(models)
     cases, left_out = choose_cases(sources, args.subset, models, args.images)
