@@ -37,8 +37,6 @@ PEERS = {  # their package and the options of peer.py
     "smp resnext50": ("segmentation_models_pytorch",
                       ("--library", "smp", "--encoder", "resnext50_32x4d")),
 }  # fmt: skip
-RECIPE = """--lr 1e-3 --schedule cosine --warmup 200 --ema 0.998 --loss bce-dice --aug-scale 0.2
---aug-intensity 0.3 --vis-freq 0""".split()
 OURS = "brainseg"
 PREPARE = """
 from dataset import BrainSegmentationDataset
@@ -77,7 +75,7 @@ class Bench:
             options += ["--predictions", out / "masks", "--figure", out / "dsc.png"]
             return [sys.executable, ROOT / "inference.py", *shared, *options]
         options = ["--features", args.features, "--weights", out, "--logs", out / "logs"]
-        options += ["--cache", cache, *RECIPE, *epochs]
+        options += ["--cache", cache, "--vis-freq", 0, *epochs]
         return [sys.executable, ROOT / "train.py", *shared, *options]
 
     def prepare(self) -> dict:

@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .io.files import by
+
 VERSION = 2  # of the preprocessing, for new weights
 SEQUENCES = ("pre-contrast", "FLAIR", "post-contrast")
 CHANNELS = {1: ("FLAIR",), 3: SEQUENCES}
@@ -271,7 +273,7 @@ def percentiles(values: Tensor, percents: Sequence[float]) -> list[float]:
 def preprocess_mask(mask: np.ndarray, frame: Frame) -> Tensor:
     """Bring a mask (S, H, W) into the frame of its volume, by nearest neighbour: (S, N, N) bool."""
     if mask.shape != frame.shape:
-        raise ValueError(f"mask of {_by(mask.shape)} voxels for a volume of {_by(frame.shape)}")
+        raise ValueError(f"mask of {by(mask.shape)} voxels for a volume of {by(frame.shape)}")
     places = []
     for side, (start, end, pad) in zip(frame.sides, frame.spans(), strict=True):
         inner = spline_operator(side, frame.size, order=0).argmax(dim=1).numpy() - pad  # (N,)
@@ -358,7 +360,3 @@ def _extent(present: np.ndarray) -> tuple[int, int]:
     """First and one past the last true entry of a line."""
     (where,) = np.nonzero(present)
     return int(where[0]), int(where[-1]) + 1
-
-
-def _by(shape: Sequence[int]) -> str:
-    return " x ".join(map(str, shape))

@@ -24,6 +24,7 @@ from .onnx import CARD, INPUT, OUTPUT, PRODUCER
 from .phantom import make_volume
 from .preprocess import neighbourhoods, preprocess
 from .segmenter import fold_batch_norm
+from .weights import all_finite
 
 OPSET = 18  # the one that the exporter is written in; ONNX Runtime reads it from 1.14 on
 
@@ -59,7 +60,7 @@ def trace(model: nn.Module, precision: str) -> ExportedProgram:
 
 def check_finite(state: dict[str, Tensor]) -> None:
     """Raise ValueError if a weight has overflowed."""
-    if not all(torch.isfinite(value).all() for value in state.values()):
+    if not all_finite(state):
         raise ValueError("a weight is too large for half precision")
 
 

@@ -145,7 +145,7 @@ def headline(card: dict, names: Sequence[Sequence[str]], slices: int) -> str:
     ranks = f"{card['processes']} x " if card["processes"] > 1 else ""
     train, validation = map(len, names)
     return (
-        f"{card['model']} on {ranks}{card['device']}{', bfloat16' * card['recipe']['amp']}: "
+        f"{card['model']} on {ranks}{card['device']}{', half precision' * card['recipe']['amp']}: "
         f"{slices} slices of {train} cases to train on, {validation} cases to validate on"
     )
 

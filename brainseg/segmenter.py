@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from .devices import has_bfloat16, pick_device
+from .devices import half_precision, has_bfloat16, pick_device
 from .ensemble import (
     Ensemble,
     disagreement,
@@ -215,7 +215,7 @@ class Segmenter:
         return probabilities
 
     def _network(self, batch: Tensor) -> Tensor:
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
+        with torch.autocast(self.device.type, half_precision(self.device), enabled=self.amp):
             return self.model(batch)
 
 

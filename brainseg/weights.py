@@ -64,9 +64,14 @@ def load_state(path: Path | str) -> dict[str, Tensor]:
         )
     if not state or not all(map(_is_plain, state.values())):
         raise ValueError(f"{path}: holds no bare state dict; save model.state_dict()")
-    if not all(torch.isfinite(value).all() for value in state.values()):
+    if not all_finite(state):
         raise ValueError(f"{path}: holds weights that are NaN or infinite; train it again")
     return state
+
+
+def all_finite(state: dict[str, Tensor]) -> bool:
+    """Say whether no weight is NaN or infinite."""
+    return all(torch.isfinite(value).all() for value in state.values())
 
 
 def _is_plain(value: object) -> bool:

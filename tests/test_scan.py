@@ -458,7 +458,7 @@ def test_dicom_series_goes_the_whole_way(pair, weights, tmp_path):
     np.testing.assert_allclose(affine, LPS, atol=1e-4)
     expected = Segmenter.from_weights(weights)(np.repeat(flair[..., None], 3, axis=3))
     assert np.array_equal(mask.transpose(2, 1, 0) > 0, expected) and expected.any()
-    assert [path.name for path in list_cases(tmp_path)] == ["out", "series"]
+    assert [path.name for path in list_cases(tmp_path)] == ["series"], "predictions are no case"
 
 
 def test_dicom_folder_by_a_relative_path(pair, tmp_path, monkeypatch):
