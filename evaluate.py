@@ -14,7 +14,8 @@ best has chosen an epoch counts, and is named as such. --threshold, --tta and th
 change a metrics.csv.
 
 --fit-expected-dsc learns from these scores what DSC to expect of a mask without a truth, and writes
-it into the cards of the weights (see brainseg/ensemble.py), with expected_dsc.png in OUT.
+it into the cards of the weights (see brainseg/ensemble.py), with expected_dsc.png in OUT. The
+--min-volume that it is given becomes the default of these weights.
 
 Writes scores.csv (a line a model and case), summary.json, scores.png and gallery.png to OUT, and
 with --report one page that holds all of it and needs no network.
@@ -104,7 +105,8 @@ def run(args: argparse.Namespace, options: dict) -> None:
         print(f"\n{len(left_out)} cases left out: a model was trained on their patients")
     if args.fit_expected_dsc:
         ((model, rows),) = zip(models, scored.values(), strict=True)
-        made_with = {name: options[name] for name in ("threshold", "min_volume", "tta")}
+        names, segmenter = ("threshold", "min_volume", "tta"), model.networks[0].segmenter
+        made_with = {name: getattr(segmenter, name) for name in names}
         print(f"\n{fit_and_save(model, rows, args.out / 'expected_dsc.png', made_with)}")
 
     about = provenance(args) | {

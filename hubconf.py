@@ -36,7 +36,7 @@ def segmenter(network="unet", device=None, **options):
     network: whose weights to take, of those that come with the repository; where several networks
     come with it (weights/unet-folds), they are averaged.
     device: an accelerator if there is one, unless named here.
-    options: threshold=0.5, largest_component=True, min_volume=0, tta=False, batch_size=16,
+    options: threshold=0.5, largest_component=True, min_volume=None, tta=False, batch_size=16,
     amp=None.
     """
     from brainseg.segmenter import Segmenter  # needs more than torch

@@ -191,7 +191,8 @@ def add_segmenter_options(parser: Parser, workers: bool = True) -> None:
     add("--threshold", type=float, default=0.5, help="least lesion probability")
     add("--largest-component", action=switch, default=True,
         help="keep only the largest connected component (yes)")
-    add("--min-volume", type=int, default=0, least=0, help="drop components of fewer voxels")
+    add("--min-volume", type=int, least=0,
+        help="drop components of fewer voxels (as the card says; 200 with the shipped weights)")
     add("--tta", action="store_true", help="average over each slice and its mirror image")
     add("--batch-size", type=int, default=16, least=1, help="slices at once")
     add("--device", type=str, help="cuda, cuda:1, mps, cpu (an accelerator if there is one)")

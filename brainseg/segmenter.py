@@ -25,7 +25,7 @@ from .ensemble import (
 )
 from .onnx import OnnxNetwork
 from .preprocess import VERSION, Frame, neighbourhoods_of, preprocess, restore
-from .weights import weights_files
+from .weights import CARD_DEFAULTS, weights_files
 
 Progress = Callable[[int, int], None]
 
@@ -105,9 +105,9 @@ class Segmenter:
     ) -> Segmenter:
         """Open a weights file, an ONNX file, or several weights files or a folder as an ensemble.
 
-        Slices get the image size that the card names. `providers` of ONNX Runtime: see
-        `OnnxNetwork`. Raises FileNotFoundError or ValueError, naming the file, if one cannot be
-        used.
+        Image size and least volume are those of the card unless given. `providers` of ONNX Runtime:
+        see `OnnxNetwork`. Raises FileNotFoundError or ValueError, naming the file, if one cannot
+        be used.
         """
         files = weights_files(weights)
         if files[0].suffix == ".onnx":
@@ -119,13 +119,15 @@ class Segmenter:
             raise ValueError(f"{files[0]}: is no ONNX file; leave --providers out, or give one")
         else:
             model, card = load_ensemble(files)
-        size = options.pop("image_size", None) or card.get("image_size", 256)
+        card, fit = CARD_DEFAULTS | card, card.get("expected_dsc")
+        if options.get("min_volume") is None:
+            options["min_volume"] = (fit or {}).get("min_volume", 0)
         return cls(
             model,
-            image_size=size,
-            neighbours=card.get("neighbours", 0),
-            version=card.get("preprocessing", 1),
-            expected_dsc_fit=card.get("expected_dsc"),
+            image_size=options.pop("image_size", None) or card["image_size"],
+            neighbours=card["neighbours"],
+            version=card["preprocessing"],
+            expected_dsc_fit=fit,
             **options,
         )
 

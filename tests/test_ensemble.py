@@ -157,6 +157,13 @@ def test_small_components_are_dropped(folder, volume):
     assert not opened(folder, threshold=0.3, min_volume=10**6)(volume).any()
 
 
+def test_the_least_volume_of_the_fit_is_the_default(tmp_path, volume):
+    file = write_member(tmp_path / "a.pt", 0, expected_dsc={"min_volume": 10**6})
+    assert opened(file).min_volume == 10**6
+    assert opened(file, min_volume=None, threshold=0.3).min_volume == 10**6
+    assert opened(file, min_volume=0).min_volume == 0
+
+
 # What comes with the project
 
 
