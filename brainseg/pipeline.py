@@ -190,7 +190,12 @@ def finish(item: Result, segmenter: Segmenter, outputs: Outputs) -> None:
         if outputs.algorithm and series_of(case):
             try:
                 path = outputs.folder / seg_file(case)
-                write_dicom_seg(path, case, item.prediction, *outputs.algorithm)
+                if not write_dicom_seg(path, case, item.prediction, *outputs.algorithm):
+                    tqdm.write(
+                        f"{path}: OHIF 3.13 shows a part of it only, as its rows x columns are no "
+                        "multiple of 8; look at it in another viewer",
+                        file=sys.stderr,
+                    )
             except ValueError as error:
                 item.error = error
     item.volumes = volume_row(case, volume, item.prediction, expected, warnings)

@@ -220,7 +220,8 @@ def test_segmentation_of_a_coronal_series(pair, tmp_path):
              ImagePositionPatient=[-110, -30 + 5 * k, 120])  # fmt: skip
     case = find_case(series)
     mask = case.read()[..., 1] > np.percentile(pair[0][..., 1], 95)
-    write_dicom_seg(tmp_path / "seg.dcm", case, mask, "brainseg", "1")
+    whole_bytes = write_dicom_seg(tmp_path / "seg.dcm", case, mask, "brainseg", "1")
+    assert whole_bytes == (pair[0][0, ..., 1].size % 8 == 0)
     planes = highdicom.seg.segread(tmp_path / "seg.dcm").get_pixels_by_source_instance(
         [f"1.2.3.{k + 1}" for k in range(7)], combine_segments=True
     )

@@ -49,11 +49,12 @@ def series_of(case: Case) -> Path | None:
     return case.flair if isinstance(case, Scan) and is_series(case.flair) else None
 
 
-def write_dicom_seg(path: Path, case: Scan, mask: np.ndarray, algorithm: str, version: str) -> None:
+def write_dicom_seg(path: Path, case: Scan, mask: np.ndarray, algorithm: str, version: str) -> bool:
     """Write a mask (S, H, W), bool, as a Segmentation of the case's series, atomically.
 
     `algorithm` and `version` say what made it. Raises ValueError, naming the series, if its
-    instances cannot be referenced, OSError if the file cannot be written.
+    instances cannot be referenced, OSError if the file cannot be written. Says whether each frame
+    starts at a whole byte: where it does not, OHIF 3.13 reads them wrongly.
     """
     series = series_of(case)
     sources = read_references(series)
@@ -64,6 +65,7 @@ def write_dicom_seg(path: Path, case: Scan, mask: np.ndarray, algorithm: str, ve
         raise ValueError(f"{series}: no Segmentation can refer to it ({error}){LOST}") from error
     with atomic_write(path) as temporary:
         segmentation.save_as(temporary)
+    return frames[0].size % 8 == 0
 
 
 def _segmentation(
