@@ -37,7 +37,7 @@ from dataset import BrainSegmentationDataset, Feed
 from utils import cudnn, fail
 
 from .ours import export_onnx, set_up
-from .peers import RECIPE, reaches
+from .peers import reaches
 from .scaling import scale_cases, scale_pixels
 from .timing import BATCH, ROOT, ROWS, conditions, measure, seconds
 
@@ -53,7 +53,7 @@ def steps(args: argparse.Namespace, shape: str, precision: str, compiled: bool) 
     """Set up a training of a U-Net on `shape`, features x pixels; what does some of its steps."""
     features, size = shape.split("x")
     dataset = BrainSegmentationDataset(args.images, "validation", int(size), args.cache)
-    options = ["--device", args.device, "--features", features, "--image-size", size, *RECIPE]
+    options = ["--device", args.device, "--features", features, "--image-size", size]
     options += ["--no-amp" if precision == "float32" else "--amp", *["--compile"] * compiled]
     ours = set_up(options, dataset)
     feed, weights = Feed(dataset, args.device), dataset.sampling_weights()
@@ -99,7 +99,7 @@ def target(args: argparse.Namespace) -> list[Row]:
     """Train from the command on until the mean validation DSC is reached."""
     with tempfile.TemporaryDirectory() as out:
         features, size = args.shapes[-1].split("x")
-        command = [sys.executable, ROOT / "train.py", "--images", args.images, *RECIPE]
+        command = [sys.executable, ROOT / "train.py", "--images", args.images]
         command += ["--weights", f"{out}/w", "--logs", f"{out}/l", "--device", args.device]
         command += ["--features", features, "--image-size", size, "--epochs", args.epochs]
         command += ["--cache", args.cache] if args.cache else []

@@ -87,7 +87,7 @@ def check(steps):
             model, segmenter = loaded
     assert {str(ROOT)!r} not in sys.path
     assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 1, 32, 32)
-    again, (network,) = pickle.loads(pickle.dumps(model)), segmenter.model.networks
+    again, (network, *_) = pickle.loads(pickle.dumps(model)), segmenter.model.networks
     assert type(again) is type(model) is type(network)
     volume = np.random.default_rng(0).integers(0, 255, (2, 48, 40, 3), np.uint8)
     assert segmenter(volume).shape == (2, 48, 40)

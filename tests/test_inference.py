@@ -472,7 +472,7 @@ def test_what_stops_all_processes_is_said_once(phantoms, weights, tmp_path, capf
     assert shared(2, phantoms, tmp_path, tmp_path / "none.pt")[0] == "ended"
     assert capfd.readouterr().err.count("none.pt: no such file") == 1
     assert shared(2, phantoms, tmp_path, weights, "--batch-size=0") == [2, 2]
-    assert capfd.readouterr().err.count("--batch-size and --workers must") == 1
+    assert capfd.readouterr().err.count("--batch-size: must be at least 1") == 1
 
 
 def test_torchrun_starts_it(phantoms, weights, tmp_path):
