@@ -88,7 +88,7 @@ def main() -> None:
 
     heads = len(marked[SETTINGS[0]])
     print(f"{args.weights.name}: {len(sources)} cases, {heads} heads without lesion\n")
-    print("| threshold | least voxels | mean DSC | change | heads left empty | with at most 0.5 ml |"
+    print("| threshold | least voxels | mean DSC | change | heads left empty | at most 0.5 ml |"
           " ml marked: median, mean |\n|---|---|---|---|---|---|---|")  # fmt: skip
     first = scores[SETTINGS[0]]
     for setting, values in scores.items():
