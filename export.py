@@ -48,7 +48,14 @@ from brainseg.programs import (
     trace,
 )
 from brainseg.splits import SUBSETS, is_lgg, patient_of, subset_of
-from brainseg.weights import file_hash, load_state, model_from_state, read_card, weights_files
+from brainseg.weights import (
+    CARD_DEFAULTS,
+    file_hash,
+    load_state,
+    model_from_state,
+    read_card,
+    weights_files,
+)
 from utils import errors_in_one_sentence, make_parser
 
 LICENCE = (
@@ -183,7 +190,7 @@ def write_network(
             needed(package, "--format onnx")
     precision = precision or "float32"
     model, card = load_ensemble(files)
-    card = {"image_size": 256, "neighbours": 0, "preprocessing": 1} | with_licence(card)
+    card = CARD_DEFAULTS | with_licence(card)
     card |= {"stride": model.stride, "precision": precision}
     sources = [{"file": path.name, "sha256": file_hash(path)} for path in files]
     card["weights"] = sources[0] if len(sources) == 1 else sources

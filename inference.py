@@ -162,6 +162,7 @@ def run(args: argparse.Namespace, options: dict) -> int:
     files = weights_files(weights)
     say_without_card(files, segmenter)
     about["weights"] = {str(file): file_hash(file) for file in files}
+    about["args"]["min_volume"] = segmenter.min_volume  # that of the card where none was asked for
     about["since"] = since(args.predictions, about, args.skip_existing)
     algorithm = f"brainseg {' '.join(file.stem for file in files)}"
     outputs = Outputs(

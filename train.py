@@ -6,7 +6,7 @@
     python3 train.py --resume --epochs 150                train on for longer
     python3 train.py --config settings.yaml               the names of the flags; flags win
     python3 train.py --folds 5 --fold 0                   cross-validation by patient
-    python3 train.py --init-weights weights/unet.pt ...   fine-tune
+    python3 train.py --init-weights weights/unet-folds/unet-04cf1cdf.pt ...            fine-tune
     torchrun --nproc-per-node=4 train.py ...              on four GPUs of this machine
     tensorboard --logdir logs                             curves and outlined slices
 
@@ -36,16 +36,15 @@ from brainseg.metrics import dsc
 from brainseg.segmenter import Segmenter
 from brainseg.splits import list_cohort
 from brainseg.training import TrainState
-from brainseg.weights import MODELS
+from brainseg.weights import CARD_DEFAULTS, MODELS
 from dataset import BrainSegmentationDataset, Feed
 from loss import LOSSES
 from transform import augment_all
 
 # The values of 2019, under --recipe classic; the defaults are those of the shipped weights.
 CLASSIC = {
-    "image_size": 256, "preprocessing": 1, "lr": 1e-4, "schedule": "constant",
-    "warmup": 0, "ema": 0.0, "loss": "dice", "background": 0.1, "aug_scale": 0.05,
-    "aug_intensity": 0, "drop_sequences": 0,
+    "lr": 1e-4, "schedule": "constant", "warmup": 0, "ema": 0.0, "loss": "dice", "background": 0.1,
+    "aug_scale": 0.05, "aug_intensity": 0, "drop_sequences": 0,
 }  # fmt: skip
 SYNC = 20  # steps between two looks at the loss, for which host and device wait for each other
 AT_ONCE = 256  # slices whose probabilities a GPU holds in validation
@@ -369,13 +368,13 @@ def get_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict | 
         path = args.weights / f"{args.model}.ckpt"
         checkpoint = training.load_checkpoint(path)
         parser = get_args_parser()  # without what the first parsing took from --config
-        args = parser.parse_resumed(argv, CLASSIC | checkpoint["args"], path)
-    check_args(parser, args)
+        args = parser.parse_resumed(argv, CLASSIC | CARD_DEFAULTS | checkpoint["args"], path)
+    older = checkpoint is not None and "recipe" not in checkpoint["args"]
     first = None if checkpoint else args.init_weights
-    width = 32 if args.recipe == "classic" else 16
-    for name, value in training.unset(args.model, width, first).items():
+    for name, value in training.unset(args.model, older or args.recipe == "classic", first).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    check_args(parser, args)
     return args, checkpoint
 
 
@@ -388,7 +387,7 @@ def check_args(parser: utils.Parser, args: argparse.Namespace) -> None:
         parser.error("--features is for --model unet")
     if args.weights.suffix == ".pt":
         parser.error(f"--weights {args.weights} must be a folder; the file is named after --model")
-    if args.image_size and args.image_size % stride:
+    if args.image_size % stride:
         parser.error(f"--image-size {args.image_size} is not a multiple of {stride}")
     if args.init_weights and args.init_weights.resolve() == weights.resolve():
         parser.error(f"--init-weights {args.init_weights} would be overwritten; set --weights")

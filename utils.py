@@ -69,8 +69,11 @@ class Parser(argparse.ArgumentParser):
         found = finder.parse_known_args(args)[0]
         try:
             settings = _read_config(found.config) if found.config else {}
-            self.set_defaults(**self.presets.get(found.recipe or settings.get("recipe"), {}))
+            for name in self.presets:
+                if name == settings.get("recipe"):
+                    self.set_defaults(**self.presets[name])
             self._take_defaults(settings)
+            self.set_defaults(**self.presets.get(found.recipe, {}))  # flags win
         except (ValueError, argparse.ArgumentError) as error:
             self.error(f"{found.config}: {error}")
         return super().parse_args(args, namespace)
@@ -196,7 +199,7 @@ def add_segmenter_options(parser: Parser, workers: bool = True) -> None:
     add("--tta", action="store_true", help="average over each slice and its mirror image")
     add("--batch-size", type=int, default=16, least=1, help="slices at once")
     add("--device", type=str, help="cuda, cuda:1, mps, cpu (an accelerator if there is one)")
-    add("--amp", action=switch, help="compute in bfloat16 (where the device is faster so)")
+    add("--amp", action=switch, help="compute in half precision (where the device is faster so)")
     if workers:
         add("--workers", type=int, least=1, help="threads that read and write (all cores)")
     add("--providers", type=str, nargs="+", choices=("tensorrt", "cuda", "cpu"),

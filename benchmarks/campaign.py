@@ -48,6 +48,7 @@ CHANGES = {
     "wide": "--features 32",
     "large-slices": "--image-size 192",
 }
+LEAST = ["--min-volume", "200"]  # of a component: see benchmarks/lesion_free.py
 HELD_OUT = ["--subset", "train", "validation"]  # of the fold that has not seen the patient
 
 
@@ -82,7 +83,7 @@ def ship(out: Path, images: Path, options: Sequence[str], only: Sequence[str], p
     for earlier in weights.glob("unet-*"):
         earlier.unlink()
     call(script("export.py", "--weights", *[t.weights for t in trainings], "--out", weights))
-    words = ["--images", images, *HELD_OUT, "--weights", weights, "--fit-expected-dsc"]
+    words = ["--images", images, *HELD_OUT, "--weights", weights, "--fit-expected-dsc", *LEAST]
     call(script("evaluate.py", *words, "--out", scores, "--report", scores / "report.html"))
     (about,) = read_summary(scores).values()
     return table(["weights", "DSC of every patient, unseen"], [[str(weights), dsc(about)]])

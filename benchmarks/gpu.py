@@ -1,4 +1,4 @@
-"""Measure training and inference on a GPU: one command, under ten minutes, to be run again at will.
+"""Measure training and inference on a GPU: one command, to be run again at will.
 
     python3 -m benchmarks.gpu --images ./kaggle_3m
     python3 -m benchmarks.gpu --images ./kaggle_3m --only profile target

@@ -4,11 +4,10 @@
 
 The real cases all have a lesion. Heads without one are made of them: in each slice the half of the
 head with the lesion is replaced by the mirror image of the other half; slices whose lesion reaches
-into both halves, and all with lesion in a case whose head cannot be halved, are left out. Each case
-and its head without lesion is segmented by the networks of the ensemble that have not seen the
-patient. Printed: for each setting of the mask the DSC, and in the heads without lesion the share
-that stays empty and what is marked. Published slices have no spacing; a voxel is taken as
---voxel-ml millilitres.
+into both halves are left out, and heads of which fewer than 8 slices stay. Each case and its head
+without lesion is segmented by the networks of the ensemble that have not seen the patient. Printed:
+for each setting of the mask the DSC, and in the heads without lesion the share that stays empty and
+what is marked. Published slices have no spacing; a voxel is taken as --voxel-ml millilitres.
 """
 
 from __future__ import annotations

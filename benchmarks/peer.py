@@ -148,8 +148,8 @@ def train(network, loss_function, lr: float, data: list[Dataset], files: list, a
         schedule.step()
         found = predict(network, data[1], args).numpy()
         score = np.mean([dsc(found[case], truth[case]) for case in of_cases(files[1])])
-        print(f"epoch {epoch}/{args.epochs}  loss {loss.item():.4f}  DSC {score:.4f}", flush=True)
         torch.save(network.state_dict(), args.weights)
+        print(f"epoch {epoch}/{args.epochs}  loss {loss.item():.4f}  DSC {score:.4f}", flush=True)
 
 
 def segment(network: torch.nn.Module, dataset: Dataset, files: list[dict], args) -> None:

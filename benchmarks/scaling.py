@@ -55,7 +55,7 @@ def scale_pixels(cases: list, args: argparse.Namespace) -> None:
         with tempfile.TemporaryDirectory() as cache:
             dataset = BrainSegmentationDataset.of(prepare(cases[:1], size, cache))
             images, masks = dataset.batch(np.arange(FEW) % len(dataset))
-            options = ["--device", str(args.device), "--image-size", str(size)]
+            options = ["--recipe", "classic", "--device", args.device, "--image-size", size]
             training = set_up(options, dataset)
             segmenter = Segmenter(model, size, device=args.device)
             work = {

@@ -138,7 +138,8 @@ def bench_step(cases: list, args: argparse.Namespace) -> None:
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
     theirs = seconds(lambda: plain.train_step(model, optimizer, images, masks), 3)
     for precision, name in precisions(args.device).items():
-        options = ["--device", str(args.device), "--aug-scale", "0", "--aug-angle", "0", precision]
+        options = ["--recipe", "classic", "--image-size", args.image_size, precision]
+        options += ["--device", args.device, "--aug-scale", 0, "--aug-angle", 0]
         training = set_up(options, dataset)
         ours = seconds(lambda t=training: t.step(images, masks, len(images)), 3)
         row(

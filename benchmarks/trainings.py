@@ -14,6 +14,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from brainseg.devices import available_cores
 from brainseg.io.files import write_json
 from brainseg.weights import read_card
 
@@ -78,7 +79,7 @@ class Pool:
 
     def __init__(self, jobs: int):
         self.jobs = jobs
-        threads = max(1, (os.cpu_count() or 1) // jobs)
+        threads = max(1, available_cores() // jobs)
         self.environment = {"OMP_NUM_THREADS": str(threads)} | os.environ
         self.lock, self.running, self.closed = threading.Lock(), set(), False
 

@@ -169,7 +169,7 @@ def _measured(sequence: np.ndarray) -> tuple[np.ndarray, _Levels | None]:
     around = min(air[:, [0, -1]].mean(), air[:, :, [0, -1]].mean())
     if around < AROUND or levels.median == sequence.max():
         return sequence, levels
-    filled = np.where(air, sequence.min(), sequence)
+    filled = np.where(air, np.percentile(sequence[~air], 0.1), sequence)
     found = _levels(filled)
     return filled, found and replace(found, air=levels.median)
 

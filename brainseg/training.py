@@ -209,14 +209,16 @@ def build_network(name: str, seed: int, init_weights: Path | None, **settings) -
     return model
 
 
-def unset(name: str, width: int, init_weights: Path | None) -> dict[str, int | None]:
+def unset(name: str, classic: bool, init_weights: Path | None) -> dict[str, int | None]:
     """Settings of the network `name` and its input where none are given.
 
-    Those of the weights to start from, by their card; otherwise those of the shipped weights, and
-    `width` for a U-Net's features.
+    Those of the weights to start from, by their card; otherwise those of the shipped weights, or
+    of the published ones.
     """
-    values = {"features": width if name == "unet" else None, "image_size": 128}
-    values |= {"neighbours": 0, "preprocessing": VERSION}
+    values = {"image_size": 128, "neighbours": 0, "preprocessing": VERSION}
+    values = {"features": 32} | CARD_DEFAULTS if classic else {"features": 16} | values
+    if name != "unet":
+        values["features"] = None
     if init_weights:
         card, unet = read_card(init_weights), MODELS["unet"].settings_of(load_state(init_weights))
         values |= {key: card.get(key, value) for key, value in CARD_DEFAULTS.items()}

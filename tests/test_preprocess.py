@@ -137,6 +137,15 @@ def test_normalised_after_stripping_is_as_before(volume, sequences):
     ]
 
 
+def test_a_cold_voxel_is_not_the_air_of_a_normalised_scan(volume):
+    head = volume.min(axis=-1) > 20
+    normalised = np.where(head[..., None], (volume.astype(np.float32) - 90.3) / 40, 0)
+    cold = normalised.copy()
+    cold[3, 50, 50] = -30
+    expected, images = (preprocess(each, SIZE)[0] for each in (normalised, cold))
+    assert ((images - expected).abs() > 1e-2).float().mean() < 1e-3, "around that voxel only"
+
+
 def test_one_value_amid_the_head_is_no_background(volume):
     head = volume.min(axis=-1) > 20
     flat = change(volume, 0, lambda x: np.where(head & (x > 60) & (x < 140), 100, x))

@@ -60,6 +60,11 @@ def test_files_that_the_readme_links_to_exist():
         assert (ROOT / target).exists(), target
 
 
+def test_no_document_has_a_place_left_open():
+    for path in (*ROOT.glob("*.md"), *ROOT.glob("[a-z]*/*.md")):
+        assert not re.search(r"@[A-Z]+@|<!-- table", path.read_text()), path
+
+
 def test_torch_of_constraints_is_that_of_the_image():
     (pin,) = re.findall(r"^torch==(\S+)$", (ROOT / "constraints.txt").read_text(), re.M)
     assert f"pytorch/pytorch:{pin}-cuda" in (ROOT / "Dockerfile").read_text()

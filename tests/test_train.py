@@ -445,6 +445,29 @@ def test_the_classic_recipe_is_the_published_one():
     assert (args.features, args.image_size, args.schedule) == (16, 128, "cosine")
 
 
+def test_the_classic_recipe_wins_over_a_file_but_not_over_a_card(tmp_path):
+    settings = tmp_path / "settings.yaml"
+    settings.write_text("lr: 0.5\nrecipe: classic\n")
+    args, _ = train.get_args(["--config", str(settings)])
+    assert (args.lr, args.loss, args.features) == (0.5, "dice", 32)
+    args, _ = train.get_args(["--config", str(settings), "--recipe", "classic"])
+    assert args.lr == 1e-4
+    file = saved(UNet(init_features=4), tmp_path / "start.pt")
+    file.with_suffix(".json").write_text('{"image_size": 96, "preprocessing": 2}')
+    args, _ = train.get_args(["--recipe", "classic", "--init-weights", str(file)])
+    assert (args.features, args.image_size, args.preprocessing) == (4, 96, 2)
+
+
+def test_a_checkpoint_from_before_the_recipes_goes_on(phantoms, tmp_path):
+    weights = run(phantoms, tmp_path)
+    checkpoint = torch.load(weights / "unet.ckpt", weights_only=True)
+    checkpoint["args"] |= {"features": None}
+    del checkpoint["args"]["recipe"]
+    torch.save(checkpoint, weights / "unet.ckpt")
+    args, _ = train.get_args(["--resume", "--weights", str(weights), "--epochs", "2"])
+    assert (args.features, args.recipe) == (32, None)
+
+
 def test_weights_to_start_from_that_do_not_fit_are_refused(phantoms, tmp_path):
     file = saved(UNet(init_features=8), tmp_path / "wide.pt")
     assert f"{file}: no weight in it fits" in refused(phantoms, tmp_path, "--init-weights", file)

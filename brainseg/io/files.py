@@ -43,7 +43,8 @@ def write_table(path: Path, rows: Sequence[dict]) -> None:
             return " ".join(map(str, value))
         return f"{value:.6g}" if isinstance(value, float) else value
 
-    with atomic_write(path) as temporary, open(temporary, "w", newline="") as file:
+    options = {"newline": "", "encoding": "utf-8"}
+    with atomic_write(path) as temporary, open(temporary, "w", **options) as file:
         table = csv.DictWriter(file, dict.fromkeys(key for row in rows for key in row))
         table.writeheader()
         table.writerows({key: text(value) for key, value in row.items()} for row in rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -152,7 +153,10 @@ def _belongs_to_mask(folder: Path, root: Path, layout: Layout) -> bool:
 
 def _is_output(folder: Path) -> bool:
     """Whether inference.py has written here: its masks and pictures are neither truth nor scan."""
-    return (folder / "args.json").exists()
+    try:
+        return {"args", "weights", "since"} <= json.loads((folder / "args.json").read_text()).keys()
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def _folders_in(root: Path, other_than: Path | None) -> list[Path]:
