@@ -265,9 +265,10 @@ def check_outputs(
         check_dicom_packages()
         if not any(map(holds_dicom, paths)):
             raise ValueError(f"{paths[0]}: is no DICOM series; leave --dicom-seg out")
-    for path in map(Path.resolve, paths):
-        target = predictions.resolve()
-        if path in (target, target / path.name):  # also of a volume file: beside it lie true masks
+    for source in sources:
+        path, target = source.folder.resolve(), predictions.resolve()
+        # Also of a volume file, as true masks lie beside it, and through links.
+        if path in (target, *((target / n).resolve() for n in (path.name, source.name))):
             raise ValueError(f"{path}: is a source; name another folder with --predictions")
 
 

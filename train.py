@@ -176,7 +176,7 @@ def run(args: argparse.Namespace, checkpoint: dict | None) -> None:
         start = checkpoint["initialised_from"]
         runs.report_changes(checkpoint, state, names[1], rate, args.epochs)
     elif (path := args.weights / f"{args.model}.ckpt").exists():
-        print(f"{path}: the checkpoint of an earlier run, overwritten after the first epoch")
+        print(f"{path}: an earlier run; it and its weights are overwritten after the first epoch")
     recipe = {name: getattr(args, name) for name in (*get_args_parser().recipe, "epochs")}
     card = runs.describe_run(model, recipe | {"amp": amp}, *names, start, device)
     card["commit"] = utils.git_commit()

@@ -75,10 +75,14 @@ def process_group() -> Iterator[None]:
         all_reduce_max(0)  # none leaves, for bad arguments say, while another is still joining
     except RuntimeError as error:
         raise ValueError(f"the {count} processes did not all start, or cannot connect") from error
+    main = is_main_process()
     try:
         yield
+        if not main:  # done; if another rank fails now, this one ends without a word
+            _end_on_sigterm()
+        dist.destroy_process_group()
     except KeyboardInterrupt:
-        if is_main_process():
+        if main:
             raise
         os._exit(1)  # it is said once
     except SystemExit:  # all ranks are here
@@ -86,13 +90,17 @@ def process_group() -> Iterator[None]:
         raise
     except BaseException as error:
         _leave(error)
-    dist.destroy_process_group()
+
+
+def _end_on_sigterm() -> None:
+    """Let SIGTERM, with which torchrun ends the other ranks, end this process at once."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _leave(error: BaseException) -> NoReturn:
     """Say what went wrong, unless another rank has failed first, and end this process."""
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # how torchrun ends the other ranks
+    _end_on_sigterm()
     lost = isinstance(error, dist.DistError) or (
         isinstance(error, RuntimeError) and "gloo" in str(error)
     )

@@ -91,7 +91,7 @@ def _check_member(
         if value != wanted:
             raise ValueError(
                 f"{path}: has {name} {value}, but {first.name} has {wanted}; networks that are "
-                "averaged must agree: take one of them out"
+                "averaged must agree: name those that belong together"
             )
 
 

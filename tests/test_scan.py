@@ -21,7 +21,7 @@ import inference
 from brainseg.io.grid import Grid
 from brainseg.io.layouts import find_case, find_cases, find_sequences, list_cases
 from brainseg.io.scans import Scan, read_voxels
-from brainseg.phantom import make_volume
+from brainseg.phantom import make_volume, write_data_set
 from brainseg.segmenter import Segmenter
 from brainseg.splits import patient_of
 from dataset import BrainSegmentationDataset
@@ -372,6 +372,11 @@ def test_results_never_lie_beside_the_sources(pair, weights, tmp_path):
         assert "is a source" in infer(tmp_path, weights, *options)
     flair = write(tmp_path / "flair.nii.gz", pair[0][..., 1])
     assert "is a source" in infer(tmp_path, weights, "--flair", flair)
+    (tmp_path / "scans").mkdir()
+    write_data_set(tmp_path / "data", cases=1, slices=4, size=48)
+    (tmp_path / "scans" / "phantom_000").symlink_to(tmp_path / "data" / "phantom_000")
+    scan = tmp_path / "scans" / "phantom_000"
+    assert "is a source" in infer(tmp_path / "scans", weights, "--images", scan)
     assert (tmp_path / "x_mask.nii.gz").read_bytes() == before
 
 
