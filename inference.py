@@ -3,7 +3,7 @@
     python3 inference.py --images ./kaggle_3m                    every case, the shipped weights
     python3 inference.py --images ./scans/patient_7              one case: a folder of slices
     python3 inference.py --images ./scans/patient_7.nii.gz       NIfTI, NRRD, MetaImage, DICOM
-    python3 inference.py --flair f.nii.gz --post t1ce.nii.gz     sequences in files of their own
+    python3 inference.py --flair f.nii.gz --post t1ce.nii.gz     one file per sequence
     python3 inference.py --images ./kaggle_3m --subset validation
     python3 inference.py --images ./kaggle_3m --weights weights/unet.pt --skip-existing
     torchrun --nproc-per-node=4 inference.py --images ./cohort   cases shared by four GPUs
@@ -188,7 +188,7 @@ def run(args: argparse.Namespace, options: dict) -> int:
 def list_sequences(
     flair: Path, pre: Path | None, post: Path | None, labels: list[int] | None, patients: str | None
 ) -> list[Scan]:
-    """List the one scan whose sequences lie in files of their own."""
+    """List the one scan with one file per sequence."""
     scan = find_sequences(flair, pre, post)
     use_patients(patients, [scan.name])
     return [replace(scan, labels=Labels(labels))]

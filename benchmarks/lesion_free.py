@@ -1,4 +1,4 @@
-"""What is marked in heads without a lesion, and what a stricter mask costs on those with one.
+"""Measure false positives in heads without a lesion, and the cost of stricter masks elsewhere.
 
     python3 -m benchmarks.lesion_free --images ./kaggle_3m
 

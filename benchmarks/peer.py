@@ -92,7 +92,7 @@ def smp_network(features: int, encoder: str) -> tuple:
 
 
 def make_loader(dataset: Dataset, args: argparse.Namespace, **options) -> DataLoader:
-    """Load batches; MONAI's loader gives each worker random numbers of its own."""
+    """Load batches; MONAI's loader seeds each worker differently."""
     if args.library == "monai":
         from monai.data import DataLoader as Loader
     else:
@@ -120,7 +120,7 @@ def dsc(mask: np.ndarray, truth: np.ndarray) -> float:
 
 
 def of_cases(files: list[dict]) -> list[slice]:
-    """Where each case lies among the slices."""
+    """Find the slices of each case."""
     lengths = [len(list(group)) for _, group in groupby(files, lambda file: file["case"])]
     ends = np.cumsum(lengths)
     return [slice(end - length, end) for length, end in zip(lengths, ends, strict=True)]

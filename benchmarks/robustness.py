@@ -8,7 +8,7 @@ Prints, for each change of the input, the mean DSC per patient volume and its di
 untouched files, case by case, with a 95 % interval by bootstrap over patients. Of an ensemble of
 folds, those networks segment a case that have not seen its patient. The skull is taken
 away crudely: what lies within 14 pixels of the edge of the head. "By inference.py": each sequence
-written as a NIfTI file of its own, given with --pre, --flair and --post, and the mask read back.
+written as a separate NIfTI file, given with --pre, --flair and --post, and the mask read back.
 """
 
 from __future__ import annotations

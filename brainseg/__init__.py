@@ -5,8 +5,8 @@ import sys
 from pathlib import Path
 
 # torch.hub puts this repository on the `sys.path` of somebody's program, which may have a module
-# `unet` of its own: the network is loaded by its path, under a name of its own. Nothing else of
-# the repository's root is imported here.
+# `unet`, too: the network is loaded by its path, as brainseg.unet. Nothing else of the repository's
+# root is imported here.
 _spec = importlib.util.spec_from_file_location(
     "brainseg.unet", Path(__file__).resolve().parents[1] / "unet.py"
 )

@@ -55,7 +55,7 @@ def available_cores() -> int:
 
 
 def free_memory(device: torch.device) -> int:
-    """Count the free bytes of a GPU; 0 for a device without memory of its own."""
+    """Count the free bytes of a GPU; 0 for a device that shares the host's."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
 
 

@@ -1,4 +1,4 @@
-"""Reads what strangers have sent, each upload in a process of its own with bounded memory and time.
+"""Reads what strangers have sent, each upload in a separate process with bounded memory and time.
 
 The archives are of unknown origin and the readers are large libraries in C and C++: whatever breaks
 down here, the server goes on. jobs.Reader starts this module and keeps it; for each line of JSON on
@@ -61,7 +61,7 @@ def main() -> None:
 
 
 def attend(order: dict) -> dict:
-    """Have a process of its own read one upload: what is known of the case, or its `error`.
+    """Have a separate process read one upload: what is known of the case, or its `error`.
 
     `order` has the `folder` of the upload, the `parts` ([field, name, file] each), the `limits`,
     and whether to `register` the sequences.
@@ -203,7 +203,7 @@ def unpack(parts: dict[str, list[Sent]], folder: Path, limits: Limits) -> Case:
 def _place_sequences(
     sequences: dict[str, list[Sent]], images: Sequence[Sent], folder: Path
 ) -> dict[str, Path]:
-    """Move each sequence to a folder of its own; where it lies, by its name."""
+    """Move each sequence to a separate folder; where it lies, by its name."""
     if images:
         raise ValueError("images came beside flair, pre or post; send the one or the others")
     if "flair" not in sequences:

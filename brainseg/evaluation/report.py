@@ -163,7 +163,7 @@ def save_gallery(
     from matplotlib.figure import Figure
 
     drawn = {name: rows for name, rows in models.items() if (name, rows[0]["case"]) in pictures}
-    figure = Figure(figsize=(9.6, 3.6 * len(drawn)), layout="constrained")
+    figure = Figure(figsize=(9.6, 3.9 * len(drawn)), layout="constrained")
     grid = figure.subplots(len(drawn), 3, squeeze=False)
     for line, (name, rows) in zip(grid, drawn.items(), strict=True):
         for axes, (which, row) in zip(line, pick(rows).items(), strict=True):

@@ -240,7 +240,7 @@ def _in_layout(folder: Path, files: dict[str, Path | None]) -> Scan:
 
 
 def find_sequences(flair: Path, pre: Path | None, post: Path | None) -> Scan:
-    """The scan whose sequences lie in files of their own, named after FLAIR and its folder."""
+    """The scan with one file per sequence, named after FLAIR and its folder."""
     name = f"{flair.resolve().parent.name}_{case_name(flair)}"
     return Scan.open(name, [pre or flair, flair, post or flair], _mask_of(flair))
 
