@@ -3,6 +3,7 @@
     python3 -m benchmarks.campaign --images ./kaggle_3m --jobs 2
     python3 -m benchmarks.campaign --images ./kaggle_3m --stage search --only dice three-slices
     python3 -m benchmarks.campaign --images ./kaggle_3m --stage ship --jobs 2 -- --epochs 24
+    python3 -m benchmarks.campaign --images ./kaggle_3m --start weights/unet-folds -- --lr 1e-3
 
 search  Short trainings that differ in one thing from train.py's defaults, on the first three of
         five folds by patient, scored on the patients held out and compared case by case. The
@@ -11,10 +12,11 @@ ship    The defaults, one network a fold. All are exported into OUT/weights, eac
         by the network that has not seen it, and what DSC to expect of a mask is fitted to these
         scores, into the cards.
 
-Every training keeps its last epoch: nothing is chosen on the patients held out. Trainings run at
-low priority, --jobs at once, each on its share of the cores. What follows -- are options of
-train.py for all of them. The tables are in OUT/campaign.md. A call that is stopped, by Ctrl-C or
-SIGTERM, saves what is under way, and the same call goes on there. Test cases are never opened.
+Every training keeps its last epoch: nothing is chosen on the patients held out. With --start, each
+goes on from the network of an ensemble that has not seen them either. Trainings run at low
+priority, --jobs at once, each on its share of the cores. What follows -- are options of train.py
+for all of them. The tables are in OUT/campaign.md. A call that is stopped, by Ctrl-C or SIGTERM,
+saves what is under way, and the same call goes on there. Test cases are never opened.
 """
 
 from __future__ import annotations
@@ -27,13 +29,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from brainseg.io.files import atomic_write
+from brainseg.weights import read_card
 from utils import fail
 
 from .trainings import Pool, Training, call, script
 
-COMMON = "--keep last --vis-freq 0 --validate-every 5 --folds 5".split()
-EPOCHS = {"search": 4, "ship": 24}
-SEARCH_FOLDS = 3
+FOLDS, SEARCH_FOLDS = 5, 3
+COMMON = f"--keep last --vis-freq 0 --validate-every 5 --folds {FOLDS}".split()
+EPOCHS = {"search": "4", "ship": "24"}
 BASE = "defaults"
 CHANGES = {
     "preprocessing-1": "--preprocessing 1",
@@ -52,11 +55,12 @@ LEAST = ["--min-volume", "200"]  # of a component: see benchmarks/lesion_free.py
 HELD_OUT = ["--subset", "train", "validation"]  # of the fold that has not seen the patient
 
 
-def search(out: Path, images: Path, options: Sequence[str], only: Sequence[str], pool: Pool) -> str:
+def search(args: argparse.Namespace, pool: Pool) -> str:
     """Train and compare; the table."""
-    changes = {BASE: ""} | {k: v for k, v in CHANGES.items() if not only or k in only}
+    out, images = args.out, args.images
+    changes = {BASE: ""} | {k: v for k, v in CHANGES.items() if not args.only or k in args.only}
     trainings = [
-        training(out / "search" / name / f"fold{k}", images, "search", k, [*options, *more.split()])
+        training(args, "search", out / "search" / name / f"fold{k}", k, more.split())
         for name, more in changes.items()
         for k in range(SEARCH_FOLDS)
     ]
@@ -75,9 +79,10 @@ def search(out: Path, images: Path, options: Sequence[str], only: Sequence[str],
     )
 
 
-def ship(out: Path, images: Path, options: Sequence[str], only: Sequence[str], pool: Pool) -> str:
+def ship(args: argparse.Namespace, pool: Pool) -> str:
     """Train the networks of an ensemble, export them, score and fit; the table."""
-    trainings = [training(out / "ship" / f"fold{k}", images, "ship", k, options) for k in range(5)]
+    out, images = args.out, args.images
+    trainings = [training(args, "ship", out / "ship" / f"fold{k}", k) for k in range(FOLDS)]
     train_all("ship", trainings, pool)
     weights, scores = out / "weights", out / "ship" / "scores"
     for earlier in weights.glob("unet-*"):
@@ -92,10 +97,22 @@ def ship(out: Path, images: Path, options: Sequence[str], only: Sequence[str], p
 STAGES = {"search": search, "ship": ship}
 
 
-def training(folder: Path, images: Path, stage: str, k: int, options: Sequence[str]) -> Training:
+def training(
+    args: argparse.Namespace, stage: str, folder: Path, k: int, options: Sequence[str] = ()
+) -> Training:
     """One training of a stage; of an option given twice, train.py takes the last."""
-    words = ["--images", str(images), *COMMON, "--fold", str(k), "--epochs", str(EPOCHS[stage])]
-    return Training("unet", folder, (*words, *options))
+    words = ["--images", str(args.images), *COMMON, "--fold", str(k), "--epochs", EPOCHS[stage]]
+    first = ["--init-weights", str(network_of_fold(args.start, k))] if args.start else []
+    return Training("unet", folder, (*words, *first, *args.options, *options))
+
+
+def network_of_fold(folder: Path, k: int) -> Path:
+    """The file of an ensemble whose network was trained without fold `k` of FOLDS."""
+    for path in sorted(folder.glob("*.pt")):
+        recipe = read_card(path).get("recipe", {})
+        if (recipe.get("folds"), recipe.get("fold")) == (FOLDS, k):
+            return path
+    raise ValueError(f"{folder}: no network of fold {k} of {FOLDS}; name a folder that ship made")
 
 
 def train_all(stage: str, trainings: Sequence[Training], pool: Pool) -> None:
@@ -135,6 +152,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--out", type=Path, default="campaign", help="folder (%(default)s)")
     add("--stage", nargs="+", choices=STAGES, default=list(STAGES), help="(both)")
     add("--only", nargs="+", choices=CHANGES, help="in the search, these changes (all)")
+    add("--start", type=Path, help="folder of networks to go on from, one a fold")
     add("--jobs", type=int, default=1, help="trainings at once (%(default)s)")
     add("options", nargs="*", help="of train.py, after --")
     args = parser.parse_args(argv)
@@ -144,7 +162,7 @@ def main(argv: list[str] | None = None) -> None:
     pool = Pool(args.jobs)
     try:
         for stage in args.stage:
-            text = STAGES[stage](args.out, args.images, args.options, args.only, pool)
+            text = STAGES[stage](args, pool)
             print(f"\n{stage}\n\n{text}", flush=True)
             (args.out / f"{stage}.md").write_text(text)
         with atomic_write(args.out / "campaign.md") as temporary:
