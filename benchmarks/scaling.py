@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import tempfile
 
 import numpy as np
@@ -15,18 +16,16 @@ from brainseg.weights import load_pretrained
 from dataset import BrainSegmentationDataset, Feed
 
 from .ours import set_up
-from .timing import BATCH, one_thread, row, seconds
+from .timing import BATCH, one_thread, resident, row, seconds
 
 FEW = 4  # slices per step; more of 512 x 512 may not fit in memory
 
 
 def scale_cases(cases: list, args: argparse.Namespace) -> None:
-    """Time 1, 2, 4 and 8 times the cases: to start, to draw a batch from, to segment."""
-    if len(cases) < 8:
-        raise ValueError(f"row cases needs 8 cases or more, not {len(cases)}")
+    """Time a hundredth, a tenth and all of the cases: to start, to draw from, to segment."""
     segmenter = Segmenter(load_pretrained("unet"), args.image_size, device=args.device)
-    for times in (1, 2, 4, 8):
-        chosen = cases[: len(cases) // 8 * times]
+    for percent in (1, 10, 100):
+        chosen = cases[: max(len(cases) * percent // 100, 1)]
         with tempfile.TemporaryDirectory() as cache:
             start = seconds(lambda c=chosen: prepare(c, args.image_size, cache), warm=False)
             again = seconds(lambda c=chosen: prepare(c, args.image_size, cache), warm=False)
@@ -40,11 +39,12 @@ def scale_cases(cases: list, args: argparse.Namespace) -> None:
                     segmenter.segment(torch.from_numpy(volume.images), volume.frame)
 
             masks = seconds(segment, warm=False)
-        name = f"{times} x: {len(chosen)} cases, {len(dataset)} slices"
+        name = f"{len(chosen)} cases, {len(dataset)} slices"
         row(f"{name}: cold start", start, None, "s")
         row(f"{name}: warm start", again, None, "s")
         row(f"{name}: a training batch of {BATCH} drawn", batch, None, "s")
         row(f"{name}: segmented, from preprocessed slices to masks", masks, None, "s")
+        row(f"{name}: memory of the process", resident(os.getpid()) / 2**30, None, "GiB")
 
 
 def scale_pixels(cases: list, args: argparse.Namespace) -> None:
