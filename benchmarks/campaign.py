@@ -2,21 +2,22 @@
 
     python3 -m benchmarks.campaign --images ./kaggle_3m --jobs 2
     python3 -m benchmarks.campaign --images ./kaggle_3m --stage search --only dice three-slices
-    python3 -m benchmarks.campaign --images ./kaggle_3m --stage ship --jobs 2 -- --epochs 24
-    python3 -m benchmarks.campaign --images ./kaggle_3m --start weights/unet-folds -- --lr 1e-3
+    python3 -m benchmarks.campaign --images ./kaggle_3m --stage ship --jobs 2
+    python3 -m benchmarks.campaign --images ./kaggle_3m --start weights/unet-folds -- --epochs 3
 
 search  Short trainings that differ in one thing from train.py's defaults, on the first three of
         five folds by patient, scored on the patients held out and compared case by case. The
         defaults are changed by hand, for what helps.
-ship    The defaults, one network a fold. All are exported into OUT/weights, each patient is scored
-        by the network that has not seen it, and what DSC to expect of a mask is fitted to these
-        scores, into the cards.
+ship    The defaults, one network a fold, on small slices first, then on slices of the size of a
+        cropped head. All are exported into OUT/weights, each patient is scored by the network that
+        has not seen it, and what DSC to expect of a mask is fitted to these scores, into the cards.
 
 Every training keeps its last epoch: nothing is chosen on the patients held out. With --start, each
-goes on from the network of an ensemble that has not seen them either. Trainings run at low
-priority, --jobs at once, each on its share of the cores. What follows -- are options of train.py
-for all of them. The tables are in OUT/campaign.md. A call that is stopped, by Ctrl-C or SIGTERM,
-saves what is under way, and the same call goes on there. Test cases are never opened.
+goes on from the network of an ensemble that has not seen them either, without the small slices.
+Trainings run at low priority, --jobs at once, each on its share of the cores. What follows -- are
+options of train.py for all of them. The tables are in OUT/campaign.md. A call that is stopped, by
+Ctrl-C or SIGTERM, saves what is under way, and the same call goes on there. Test cases are never
+opened.
 """
 
 from __future__ import annotations
@@ -36,13 +37,16 @@ from .trainings import Pool, Training, call, script
 
 FOLDS, SEARCH_FOLDS = 5, 3
 COMMON = f"--keep last --vis-freq 0 --validate-every 5 --folds {FOLDS}".split()
-EPOCHS = {"search": "4", "ship": "24"}
+SEARCH = "--image-size 128 --epochs 4".split()
+SMALL = "--image-size 128 --epochs 24".split()
+NATIVE = "--image-size 192 --epochs 9 --lr 1e-3 --seed 43".split()
 BASE = "defaults"
 CHANGES = {
     "preprocessing-1": "--preprocessing 1",
     "three-slices": "--neighbours 1",
     "dice": "--loss dice",
     "no-dropped-sequence": "--drop-sequences 0",
+    "fewer-dropped-sequences": "--drop-sequences 0.2",
     "no-intensity": "--aug-intensity 0",
     "little-scale": "--aug-scale 0.05",
     "little-background": "--background 0.1",
@@ -59,8 +63,9 @@ def search(args: argparse.Namespace, pool: Pool) -> str:
     """Train and compare; the table."""
     out, images = args.out, args.images
     changes = {BASE: ""} | {k: v for k, v in CHANGES.items() if not args.only or k in args.only}
+    start = [network_of_fold(args.start, k) if args.start else None for k in range(SEARCH_FOLDS)]
     trainings = [
-        training(args, "search", out / "search" / name / f"fold{k}", k, more.split())
+        training(args, out / "search" / name / f"fold{k}", k, SEARCH, start[k], more.split())
         for name, more in changes.items()
         for k in range(SEARCH_FOLDS)
     ]
@@ -82,7 +87,15 @@ def search(args: argparse.Namespace, pool: Pool) -> str:
 def ship(args: argparse.Namespace, pool: Pool) -> str:
     """Train the networks of an ensemble, export them, score and fit; the table."""
     out, images = args.out, args.images
-    trainings = [training(args, "ship", out / "ship" / f"fold{k}", k) for k in range(FOLDS)]
+    if args.start:
+        start = [network_of_fold(args.start, k) for k in range(FOLDS)]
+    else:
+        small = [training(args, out / "small" / f"fold{k}", k, SMALL) for k in range(FOLDS)]
+        train_all("small slices", small, pool)
+        start = [each.weights for each in small]
+    trainings = [
+        training(args, out / "ship" / f"fold{k}", k, NATIVE, start[k]) for k in range(FOLDS)
+    ]
     train_all("ship", trainings, pool)
     weights, scores = out / "weights", out / "ship" / "scores"
     for earlier in weights.glob("unet-*"):
@@ -98,12 +111,17 @@ STAGES = {"search": search, "ship": ship}
 
 
 def training(
-    args: argparse.Namespace, stage: str, folder: Path, k: int, options: Sequence[str] = ()
+    args: argparse.Namespace,
+    folder: Path,
+    k: int,
+    options: Sequence[str],
+    start: Path | None = None,
+    change: Sequence[str] = (),
 ) -> Training:
-    """One training of a stage; of an option given twice, train.py takes the last."""
-    words = ["--images", str(args.images), *COMMON, "--fold", str(k), "--epochs", EPOCHS[stage]]
-    first = ["--init-weights", str(network_of_fold(args.start, k))] if args.start else []
-    return Training("unet", folder, (*words, *first, *args.options, *options))
+    """A training without fold `k`; of an option given twice, train.py takes the last."""
+    words = ["--images", str(args.images), *COMMON, "--fold", str(k), *options]
+    first = ["--init-weights", str(start)] if start else []
+    return Training("unet", folder, (*words, *first, *args.options, *change))
 
 
 def network_of_fold(folder: Path, k: int) -> Path:
