@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import numpy as np
 
 from ..io.files import atomic_write
 from ..metrics import FEW
-from .page import Table, data_url, write_page
+from .page import Table, write_page
 from .statistics import SCORES, SETTINGS
 
 
@@ -189,10 +188,6 @@ def save_page(
     details: str,
 ) -> None:
     """Write tables and pictures to one HTML page that needs no network."""
-    images = "".join(
-        f"<h2>{html.escape(name)}</h2><img alt='{html.escape(name)}' "
-        f"src='{data_url(file.read_bytes(), 'image/png')}'>"
-        for name, file in pictures.items()
-    )
-    body = "".join(table.as_html() for table in tables) + images
-    write_page(path, f"brainseg: {', '.join(models)}", body, details)
+    shown = {name: file.read_bytes() for name, file in pictures.items()}
+    title = f"brainseg: {', '.join(models)}"
+    write_page(path, "comparison.html", title=title, details=details, tables=tables, pictures=shown)
