@@ -16,7 +16,7 @@ import sys
 import time
 import zipfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, NamedTuple
 
@@ -28,8 +28,8 @@ from brainseg.io.layouts import SLICE_NAME, case_name, find_case, find_sequences
 from brainseg.io.scans import SUFFIXES, Scan, is_scan, scan_name
 from brainseg.io.slices import Case
 
-from .security import MIB, check_alone
-
+MIB = 2**20
+HDF5 = b"\x89HDF\r\n\x1a\n"  # at 0, 512, 1024, 2048 ... of a file: its data may lie in other files
 DAMAGED = "is damaged, encrypted or packed in an odd way; zip it again"
 BROKEN = "its reader broke down; it is damaged, or too large: export it again"
 
@@ -63,11 +63,11 @@ def main() -> None:
 def attend(order: dict) -> dict:
     """Have a separate process read one upload: what is known of the case, or its `error`.
 
-    `order` has the `folder` of the upload, the `parts` ([field, name, file] each), the `limits`,
-    and whether to `register` the sequences.
+    `order` has the `folder` of the upload, the `parts` ([name, file] each, by field), the `limits`.
     """
     folder, seconds = Path(order["folder"]), order["limits"]["seconds"]
-    name = order["parts"][0][1] if order["parts"] else "the upload"
+    names = (name for files in order["parts"].values() for name, _ in files)
+    name = next(names, "the upload")
     child = os.fork()
     if child == 0:
         try:
@@ -95,19 +95,18 @@ def work(order: dict) -> None:
         os.dup2(nowhere, stream)
     try:
         bound(limits)
-        parts: dict[str, list[Sent]] = {}
-        for field, name, file in order["parts"]:
-            parts.setdefault(field, []).append(Sent(name, Path(file)))
-        answer = read(parts, folder, limits, order.get("register", False))
+        parts = {
+            field: [Sent(name, Path(file)) for name, file in files]
+            for field, files in order["parts"].items()
+        }
+        answer = read(parts, folder, limits)
     except (ValueError, OSError) as error:
         answer = {"error": sentence(error)}
     except MemoryError:
         answer = {"error": f"it needs more than {limits.memory // MIB} MiB to read; crop it"}
     except Exception:  # a library's own
         answer = {"error": BROKEN}
-    temporary = folder / "answer.tmp"
-    temporary.write_text(json.dumps(answer))
-    temporary.rename(folder / "answer.json")
+    (folder / "answer.json").write_text(json.dumps(answer, default=np.ndarray.tolist))
     os._exit(0)
 
 
@@ -124,15 +123,13 @@ def bound(limits: Limits) -> None:
         resource.setrlimit(kind, (most, most))
 
 
-def read(
-    parts: dict[str, list[Sent]], folder: Path, limits: Limits, register: bool = False
-) -> dict:
+def read(parts: dict[str, list[Sent]], folder: Path, limits: Limits) -> dict:
     """Unpack and read an upload; what the server must know of its case."""
     received = folder / "received"
     received.mkdir()
     case = unpack(parts, received, limits)
     if isinstance(case, Scan):
-        case = replace(case, register=register)
+        case = replace(case, register="register" in parts)
         for path in dict.fromkeys(case.slices):
             check_size(path, read_grid(path)[0].shape, limits)
     volume, truth = case.read_pair() if case.masks else (case.read(), None)
@@ -144,19 +141,11 @@ def read(
     np.save(folder / "volume.npy", volume)
     if truth is not None:
         np.save(folder / "truth.npy", truth)
-    grid = None
-    if isinstance(case, Scan):
-        grid = {
-            "shape": case.grid.shape,
-            "spacing": case.grid.spacing,
-            "offset": case.grid.offset,
-            "direction": case.grid.direction.tolist(),
-        }
     return {
         "name": case.name,
         "numbers": case.numbers,
         "notes": case.notes,
-        "grid": grid,
+        "grid": asdict(case.grid) if isinstance(case, Scan) else None,
         "truth": truth is not None,
     }
 
@@ -320,6 +309,48 @@ def _plain(name: str) -> str:
 
 def _is_volume(name: str) -> bool:
     return _plain(name).lower().endswith(SUFFIXES)
+
+
+def check_alone(path: Path) -> None:
+    """Raise ValueError if a file may keep its voxels in another one, which could be the server's.
+
+    Headers are held to the letter of their format, as readers are more lenient than this is.
+    """
+    size, name = path.stat().st_size, path.name.lower()
+    with open(path, "rb") as file:
+        header = file.read(MIB)
+        for place in [0, *(512 << k for k in range(60) if 512 << k < size)]:
+            file.seek(place)
+            if file.read(len(HDF5)) == HDF5:
+                raise ValueError(f"{path}: is an HDF5 file; save it as NIfTI")
+    if name.endswith(".mhd"):
+        raise ValueError(f"{path}: keeps its voxels in a file of its own; save it as .mha or .nrrd")
+    if name.endswith(".mha") and not _is_whole_mha(header):
+        raise ValueError(f"{path}: keeps its voxels in another file; save it as one file")
+    if name.endswith(".nrrd") and not _is_whole_nrrd(header):
+        raise ValueError(f"{path}: keeps its voxels in another file; save it as one file")
+
+
+def _is_whole_mha(header: bytes) -> bool:
+    """Whether `name = value` lines lead to ElementDataFile = LOCAL, and nowhere else before."""
+    for line in header.replace(b"\r\n", b"\n").split(b"\n"):
+        field = re.fullmatch(rb"(\w+) ?= ?([ -~\x80-\xff]*)", line)
+        if not field:
+            return False
+        if field[1].lower() == b"elementdatafile":
+            return field[1] == b"ElementDataFile" and field[2].strip() == b"LOCAL"
+    return False
+
+
+def _is_whole_nrrd(header: bytes) -> bool:
+    """Whether the header ends within a MiB, in lines of text of which none names a data file."""
+    lines, end, _ = header.replace(b"\r\n", b"\n").partition(b"\n\n")
+    if not end or not lines.startswith(b"NRRD") or re.search(rb"[^\n\t -~\x80-\xff]", lines):
+        return False
+    names = (
+        re.sub(rb"[^a-z]", b"", line.partition(b":")[0].lower()) for line in lines.split(b"\n")
+    )
+    return not any(name.endswith(b"datafile") for name in names)
 
 
 if __name__ == "__main__":
