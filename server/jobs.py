@@ -183,7 +183,7 @@ def make_answer(loaded: Loaded, found: Segmentation, out: Path) -> Answer:
         scores = score(mask, truth, case.spacing)
         summary["scores"] = {k: None if math.isnan(v) else round(v, 4) for k, v in scores.items()}
     files["summary.json"] = f"{json.dumps(summary, indent=2)}\n".encode()
-    viewer = viewer_files(case, volume, found.probabilities, mask, truth)
+    viewer = viewer_files(case, volume, found, truth)
     return Answer(summary, files, list(masks), viewer)
 
 
