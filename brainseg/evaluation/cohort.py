@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,8 +36,8 @@ def save_cohort(
     write_page(
         path,
         "cohort.html",
-        title=f"brainseg: {len(rows)} case{'s' * (len(rows) != 1)}",
-        details=json.dumps(about, indent=2),
+        f"brainseg: {len(rows)} case{'s' * (len(rows) != 1)}",
+        about,
         tiles=_tiles(rows, read, unit),
         counts=counts,
         step=step,
@@ -56,14 +55,13 @@ def _size(row: dict) -> float | None:
 def _tiles(rows: Sequence[dict], read: Sequence[dict], unit: str) -> dict[str, object]:
     """Sum up all cases, and those that could be `read`: a number for each title."""
     sizes = [row["size"] for row in read if row["lesion_voxels"]]
+    median = f"{np.median(sizes):,.1f}".removesuffix(".0") if sizes else "-"
     expected = [row["expected_dsc"] for row in rows if row["expected_dsc"] is not None]
     return {
         "cases": len(rows),
         "need a look": sum(bool(row["warning"]) for row in rows),
         "without a lesion": sum(not row["lesion_voxels"] for row in read),
-        f"median {unit} of a lesion": (
-            f"{np.median(sizes):,.1f}".removesuffix(".0") if sizes else "-"
-        ),
+        f"median {unit} of a lesion": median,
         "median expected DSC": f"{np.median(expected):.2f}" if expected else "-",
     }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,18 +28,16 @@ class Table:
     def as_text(self) -> str:
         lines = [self.header, *self.rows]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        text = [
-            "  ".join(
-                cell.ljust(w) if k in self.left else cell.rjust(w)
-                for k, (cell, w) in enumerate(zip(line, widths, strict=True))
-            ).rstrip()
-            for line in lines
-        ]
+        sides = ["<" if k in self.left else ">" for k in range(len(widths))]
+        form = "  ".join(f"{{:{s}{w}}}" for s, w in zip(sides, widths, strict=True))  # {:<9}  {:>5}
+        text = [form.format(*line).rstrip() for line in lines]
         return "\n".join([self.title, *text] + [self.note] * bool(self.note))
 
 
-def write_page(path: Path, template: str, **content: object) -> None:
+def write_page(path: Path, template: str, title: str, about: dict, **content: object) -> None:
     """Fill a template of web/reports; the page needs no network, and all text is escaped.
+
+    `about` says how it was made; `content` is what the template alone knows.
 
     Raises OSError, naming `path`, if it cannot be written; what was there before stays.
     """
@@ -47,7 +46,8 @@ def write_page(path: Path, template: str, **content: object) -> None:
     loader = FileSystemLoader(TEMPLATES)
     pages = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     pages.filters["base64"] = lambda content: base64.b64encode(content).decode()
-    page = pages.get_template(template).render(content)
+    details = json.dumps(about, indent=2)
+    page = pages.get_template(template).render(content, title=title, details=details)
     with atomic_write(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
 
