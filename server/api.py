@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import contextlib
 import json
 import logging
@@ -21,7 +20,7 @@ from starlette.responses import FileResponse, Response, StreamingResponse
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
-from .jobs import Answer, Job, Service
+from .jobs import Job, Service
 from .security import Guard, as_json, is_loopback
 
 WEB = Path(__file__).resolve().parents[1] / "web"
@@ -94,7 +93,11 @@ async def respond(service: Service, request: Request) -> Response:
         job = service.submit(parts_of(form))
         if LINES in request.headers.get("accept", "").lower():
             return StreamingResponse(lines(service, job), media_type=LINES)
-        answer = await finished(job, request)
+        async with contextlib.aclosing(progress(service, job)) as steps:
+            async for _ in steps:
+                if await request.is_disconnected():
+                    raise ClientDisconnect
+        answer = job.future.result()
         archive = await asyncio.to_thread(answer.archive)
     except ClientDisconnect:
         raise
@@ -135,36 +138,29 @@ def parts_of(form: FormData) -> dict[str, list[UploadFile]] | None:
     return parts
 
 
-async def finished(job: Job, request: Request) -> Answer:
-    """The answer of a job, which leaves the queue if its client goes."""
-    answer = asyncio.wrap_future(job.future)
-    try:
-        while not answer.done():
-            await asyncio.wait([answer], timeout=1)
-            if not answer.done() and await request.is_disconnected():
-                raise ClientDisconnect
-        return answer.result()
-    finally:
-        answer.cancel()
+async def progress(service: Service, job: Job) -> AsyncIterator[dict]:
+    """How far a job is, twice a second until it is done; it is given up once nobody asks.
 
-
-async def lines(service: Service, job: Job) -> AsyncIterator[str]:
-    """How far a job is, twice a second, and then what the page shows of it, as lines of JSON."""
+    Raises what went wrong with it.
+    """
     answer = asyncio.wrap_future(job.future)
     try:
         while not answer.done():
             ahead = service.ahead(job)
             waiting = f"waiting, {ahead} before you" if ahead else "reading"
             waiting = f"segmenting, {job.done:.0%}" if job.done else waiting
-            yield json.dumps({"waiting": waiting, "done": job.done}) + "\n"
+            yield {"waiting": waiting, "done": job.done}
             await asyncio.wait([answer], timeout=0.5)
-        shown = answer.result().shown
-        yield await asyncio.to_thread(lambda: json.dumps(shown(), default=_base64))
-    except Exception as error:
-        yield json.dumps({"error": refusal(error).detail})
+        answer.result()
     finally:
         answer.cancel()
 
 
-def _base64(content: bytes) -> str:
-    return base64.b64encode(content).decode()
+async def lines(service: Service, job: Job) -> AsyncIterator[str]:
+    """How far a job is, and then what the page shows of it, as lines of JSON."""
+    try:
+        async for step in progress(service, job):
+            yield json.dumps(step) + "\n"
+        yield await asyncio.to_thread(job.future.result().shown)
+    except Exception as error:
+        yield json.dumps({"error": refusal(error).detail})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import math
@@ -68,8 +69,8 @@ class Answer:
                 archive.writestr(name, self.files[name])
         return buffer.getvalue()
 
-    def shown(self) -> dict:
-        """What the page shows; all of it travels to the browser, and nothing stays here."""
+    def shown(self) -> str:
+        """What the page shows, as JSON, files in base64: it all travels to the browser."""
         case, (mask, *others) = self.summary["case"], self.masks
         if others:
             masks = {f"{case}_masks.zip": self.archive(self.masks)}
@@ -77,7 +78,8 @@ class Answer:
             masks = {mask: self.files[mask]}
         pictures = {f"{case}_montage.png": "montage.png", f"{case}.gif": f"{case}.gif"}
         downloads = masks | {name: self.files[file] for name, file in pictures.items()}
-        return {"summary": self.summary, "viewer": self.viewer, "downloads": downloads}
+        shown = {"summary": self.summary, "viewer": self.viewer, "downloads": downloads}
+        return json.dumps(shown, default=lambda content: base64.b64encode(content).decode())
 
 
 @dataclass
@@ -158,9 +160,7 @@ class Service:
         except ValueError as error:
             raise ValueError(f"{loaded.case.name}: {error}") from error
         found = self.segmenter.assess(self.segmenter.probabilities(images, progress), frame)
-        out = folder / "out"
-        out.mkdir()
-        return make_answer(loaded, found, out)
+        return make_answer(loaded, found, folder / "out")
 
 
 def make_answer(loaded: Loaded, found: Segmentation, out: Path) -> Answer:
@@ -183,8 +183,7 @@ def make_answer(loaded: Loaded, found: Segmentation, out: Path) -> Answer:
         scores = score(mask, truth, case.spacing)
         summary["scores"] = {k: None if math.isnan(v) else round(v, 4) for k, v in scores.items()}
     files["summary.json"] = f"{json.dumps(summary, indent=2)}\n".encode()
-    viewer = viewer_files(case, volume, found, truth)
-    return Answer(summary, files, list(masks), viewer)
+    return Answer(summary, files, list(masks), viewer_files(case, volume, found, truth))
 
 
 def _without(folder: Path, message: str) -> str:
@@ -220,8 +219,8 @@ class Reader:
                 with open(path, "wb") as copy:
                     shutil.copyfileobj(file.file, copy)
                 sent[name].append((file.filename, str(path)))
-        order = {"folder": str(folder), "parts": sent, "limits": asdict(self.limits)}
-        answer = self._ask(order)
+        limits = asdict(self.limits)
+        answer = self._ask({"folder": str(folder), "parts": sent, "limits": limits})
         if "error" in answer:
             raise ValueError(answer["error"])
         case = Case(answer["name"], tuple(answer["numbers"]), (), ())

@@ -43,19 +43,28 @@ class Guard:
             message = await receive()
             came += len(message.get("body", b""))
             more = message.get("more_body", False)
+            return message
+
+        async def bounded() -> dict:
+            message = await counted()
             self._check_size(came)
             return message
+
+        async def rest() -> None:
+            while more and came <= 2 * self.most:
+                await counted()
 
         async def answer(message: dict) -> None:
             if message["type"] == "http.response.start":
                 MutableHeaders(scope=message).update(HEADERS)
-                if message["status"] >= 400 and more:
-                    await drain(receive, 2 * self.most)
+                if message["status"] >= 400:  # a client reads it once all is sent
+                    with contextlib.suppress(asyncio.TimeoutError):
+                        await asyncio.wait_for(rest(), 10)
             await send(message)
 
         try:
             self._check(scope["method"], Headers(scope=scope))
-            await self.app(scope, counted, answer)
+            await self.app(scope, bounded, answer)
         except HTTPException as error:
             await as_json(error)(scope, receive, answer)
 
@@ -77,21 +86,6 @@ class Guard:
         if size > self.most:
             error = f"more than {self.most >> 20} MiB; crop the scan, or compress it"
             raise HTTPException(413, error)
-
-
-async def drain(receive, most: int, seconds: float = 10) -> None:
-    """Take in what a client still sends, within bounds: only then does it read the answer."""
-
-    async def rest() -> None:
-        came = 0
-        while came <= most:
-            message = await receive()
-            came += len(message.get("body", b""))
-            if not message.get("more_body"):
-                return
-
-    with contextlib.suppress(asyncio.TimeoutError):
-        await asyncio.wait_for(rest(), seconds)
 
 
 def as_json(error: HTTPException) -> JSONResponse:

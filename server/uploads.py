@@ -73,7 +73,7 @@ def attend(order: dict) -> dict:
         try:
             work(order)
         finally:
-            os._exit(1)
+            os._exit(0)
     deadline = time.monotonic() + seconds
     while os.waitpid(child, os.WNOHANG)[0] == 0:
         if time.monotonic() > deadline:
@@ -107,7 +107,6 @@ def work(order: dict) -> None:
     except Exception:  # a library's own
         answer = {"error": BROKEN}
     (folder / "answer.json").write_text(json.dumps(answer, default=np.ndarray.tolist))
-    os._exit(0)
 
 
 def bound(limits: Limits) -> None:
@@ -169,8 +168,10 @@ def unpack(parts: dict[str, list[Sent]], folder: Path, limits: Limits) -> Case:
     images, masks = parts.get("images", []), parts.get("mask", [])
     sequences = {name: parts[name] for name in ("flair", "pre", "post") if name in parts}
     placed: dict[str, Path] = {}
+    if sequences and images:
+        raise ValueError("images came beside flair, pre or post; send the one or the others")
     if sequences:
-        placed = _place_sequences(sequences, images, folder)
+        placed = _place_sequences(sequences, folder)
         place = placed["flair"]
     elif not images:
         raise ValueError("no file came; send a volume file, slices, or a zip archive of either")
@@ -189,12 +190,8 @@ def unpack(parts: dict[str, list[Sent]], folder: Path, limits: Limits) -> Case:
     return replace(case, name=case_name(placed["flair"]))
 
 
-def _place_sequences(
-    sequences: dict[str, list[Sent]], images: Sequence[Sent], folder: Path
-) -> dict[str, Path]:
+def _place_sequences(sequences: dict[str, list[Sent]], folder: Path) -> dict[str, Path]:
     """Move each sequence to a separate folder; where it lies, by its name."""
-    if images:
-        raise ValueError("images came beside flair, pre or post; send the one or the others")
     if "flair" not in sequences:
         raise ValueError("flair is missing; it is the sequence that the lesion is seen on")
     placed = {}
@@ -245,8 +242,11 @@ def _write_all(files: Sequence[Sent], folder: Path, limits: Limits) -> list[str]
                     path = folder / _plain("-".join(PurePosixPath(name).parts))
                 if path.exists():
                     raise ValueError(f"{file.name}: {path.name} comes twice; send one case")
-                left -= _write(content, path, left, file.name, limits)
+                left -= _write(content, path, left)
                 names.append(name)
+                if left < 0:
+                    most = f"more than {limits.unpacked // MIB} MiB unpacked"
+                    raise ValueError(f"{file.name}: {most}; send one case")
         except ValueError:
             raise
         except Exception as error:  # damaged archives raise nearly anything
@@ -271,8 +271,6 @@ def _members(file: Sent, limits: Limits) -> Iterator[tuple[str, BinaryIO]]:
         members = [member for member in archive.infolist() if not member.is_dir()]
         if len(members) > limits.files:
             raise ValueError(f"{file.name}: more than {limits.files} files; send one case")
-        if sum(member.file_size for member in members) > limits.unpacked:
-            raise ValueError(_too_large(file.name, limits))
         for member in members:
             parts = PurePosixPath(member.filename.replace("\\", "/")).parts
             linked = stat.S_ISLNK(member.external_attr >> 16)
@@ -285,18 +283,12 @@ def _members(file: Sent, limits: Limits) -> Iterator[tuple[str, BinaryIO]]:
                     yield "/".join(parts), content
 
 
-def _write(content: BinaryIO, path: Path, most: int, archive: str, limits: Limits) -> int:
-    """Copy `most` bytes at most to a file; how many there were."""
+def _write(content: BinaryIO, path: Path, most: int) -> int:
+    """Copy a file, or hardly more than `most` bytes of it; how many it were."""
     with open(path, "xb") as file:
-        while part := content.read(MIB):
+        while file.tell() <= most and (part := content.read(MIB)):
             file.write(part)
-            if file.tell() > most:
-                raise ValueError(_too_large(archive, limits))
         return file.tell()
-
-
-def _too_large(name: str, limits: Limits) -> str:
-    return f"{name}: more than {limits.unpacked // MIB} MiB unpacked; send one case"
 
 
 def _plain(name: str) -> str:
@@ -316,18 +308,17 @@ def check_alone(path: Path) -> None:
 
     Headers are held to the letter of their format, as readers are more lenient than this is.
     """
-    size, name = path.stat().st_size, path.name.lower()
+    size, suffix = path.stat().st_size, path.suffix.lower()
     with open(path, "rb") as file:
         header = file.read(MIB)
         for place in [0, *(512 << k for k in range(60) if 512 << k < size)]:
             file.seek(place)
             if file.read(len(HDF5)) == HDF5:
                 raise ValueError(f"{path}: is an HDF5 file; save it as NIfTI")
-    if name.endswith(".mhd"):
+    if suffix == ".mhd":
         raise ValueError(f"{path}: keeps its voxels in a file of its own; save it as .mha or .nrrd")
-    if name.endswith(".mha") and not _is_whole_mha(header):
-        raise ValueError(f"{path}: keeps its voxels in another file; save it as one file")
-    if name.endswith(".nrrd") and not _is_whole_nrrd(header):
+    is_whole = {".mha": _is_whole_mha, ".nrrd": _is_whole_nrrd}.get(suffix)
+    if is_whole and not is_whole(header):
         raise ValueError(f"{path}: keeps its voxels in another file; save it as one file")
 
 
@@ -347,10 +338,8 @@ def _is_whole_nrrd(header: bytes) -> bool:
     lines, end, _ = header.replace(b"\r\n", b"\n").partition(b"\n\n")
     if not end or not lines.startswith(b"NRRD") or re.search(rb"[^\n\t -~\x80-\xff]", lines):
         return False
-    names = (
-        re.sub(rb"[^a-z]", b"", line.partition(b":")[0].lower()) for line in lines.split(b"\n")
-    )
-    return not any(name.endswith(b"datafile") for name in names)
+    names = [line.partition(b":")[0].lower() for line in lines.split(b"\n")]
+    return not any(re.sub(rb"[^a-z]", b"", name).endswith(b"datafile") for name in names)
 
 
 if __name__ == "__main__":
