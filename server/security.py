@@ -74,10 +74,8 @@ class Guard:
         if self.wanted and not (kind.lower() == "basic" and hmac.compare_digest(sent, self.wanted)):
             asked = {"WWW-Authenticate": 'Basic realm="brainseg", charset="UTF-8"'}
             raise HTTPException(401, "wrong user or password", asked)
-        if method == "POST" and headers.get("sec-fetch-site", "none") not in (
-            "same-origin",
-            "none",
-        ):
+        site = headers.get("sec-fetch-site", "none")
+        if method == "POST" and site not in ("same-origin", "none"):
             raise HTTPException(403, "sent by the page of another host or port")
         length = headers.get("content-length", "0")
         self._check_size(int(length) if length.isdecimal() else self.most + 1)

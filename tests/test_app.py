@@ -88,8 +88,9 @@ def test_a_port_that_is_taken_is_one_sentence(files):
 
 
 def test_the_api_answers_in_json_whatever_the_method(server):
-    answer = httpx.get(f"{server[0]}/api/segment")
-    assert answer.status_code == 405 and "by POST" in answer.json()["error"]
+    for method, sent in (("GET", None), ("PUT", bytes(3 * 2**20))):
+        answer = httpx.request(method, f"{server[0]}/api/segment", content=sent)
+        assert answer.status_code == 405 and "by POST" in answer.json()["error"]
 
 
 def stop(process: subprocess.Popen) -> None:
