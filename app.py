@@ -20,10 +20,6 @@ from pathlib import Path
 
 from brainseg.segmenter import Segmenter
 from brainseg.weights import shipped_weights
-from server.api import make_app
-from server.jobs import Service
-from server.security import is_loopback
-from server.uploads import MIB, Limits
 from utils import (
     add_segmenter_options,
     errors_in_one_sentence,
@@ -71,10 +67,15 @@ def run(args: argparse.Namespace, options: dict) -> None:
     """Serve until a signal comes; raises OSError for an address that cannot be listened on."""
     import uvicorn
 
+    from server.api import make_app
+    from server.jobs import Service
+    from server.security import is_loopback
+    from server.uploads import MIB, Limits
+
     logging.getLogger("python_multipart").setLevel(logging.CRITICAL)  # the answer says it all
     segmenter = Segmenter.from_weights(args.weights or shipped_weights("unet"), **options)
     limits = Limits(upload=args.max_upload * MIB, seconds=args.time_limit)
-    app = make_app(Service(segmenter, limits, args.queue), args.host, args.auth)
+    app = make_app(Service(segmenter, limits), args.host, args.auth, args.queue)
     family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
     try:
         listener = socket.create_server((args.host, args.port), family=family)
@@ -82,7 +83,7 @@ def run(args: argparse.Namespace, options: dict) -> None:
         known = error.errno and error.errno > 0  # not so of a host that has no address
         reason = (os.strerror(error.errno) if known else error.strerror or str(error)).lower()
         raise OSError(f"{args.host}:{args.port}: {reason}; choose --host and --port") from error
-    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2)
+    config = uvicorn.Config(app, ws="none", log_level="warning", timeout_graceful_shutdown=2)
     if not args.auth and not is_loopback(args.host):
         print("no --auth: everybody who reaches this machine can use it", file=sys.stderr)
     host = f"[{args.host}]" if ":" in args.host else args.host

@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 from pathlib import Path
 
 from tqdm import tqdm
@@ -123,8 +122,8 @@ def run(args: argparse.Namespace, options: dict) -> None:
         figures["Worst, median and best case of each model"] = args.out / "gallery.png"
         save_gallery(args.out / "gallery.png", scored, pictures)
     if args.report:
-        page = [*shown, case_table(scored)]
-        save_page(args.report, list(scored), page, figures, json.dumps(about, indent=2))
+        title = f"brainseg: {', '.join(scored)}"
+        save_page(args.report, title, [*shown, case_table(scored)], figures, about)
     print(f"\ntables and pictures: {args.out}{f'   report: {args.report}' * bool(args.report)}")
 
 

@@ -8,50 +8,32 @@ import json
 import logging
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 from urllib.parse import quote
 
-from .jobs import Answer, Busy, Job, Named, Service
-from .security import Guard, TooLarge, drain, is_loopback, refuse
+from starlette.applications import Starlette
+from starlette.datastructures import FormData, UploadFile
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import FileResponse, Response, StreamingResponse
+from starlette.routing import Mount, Route
+from starlette.staticfiles import StaticFiles
 
-if TYPE_CHECKING:
-    from starlette.applications import Starlette
-    from starlette.datastructures import FormData
-    from starlette.requests import Request
-    from starlette.responses import Response
-
+from .jobs import Job, Service
+from .security import Guard, as_json, is_loopback
 
 WEB = Path(__file__).resolve().parents[1] / "web"
 LINES = "application/x-ndjson"
-FAILED = "segmentation failed; see the server log"
-API = f"""POST /api/segment, multipart/form-data:
-  images   a volume file (.nii, .nii.gz, .nrrd, .mha), or slices (.tif, .png), or the files of a
-           DICOM series or study, or a zip archive of one of these
-  flair    in place of images: a volume file of this sequence; pre and post beside it if there are
-  register any value: pre and post are first moved to fit flair
-  mask     optional, the true mask to score against: a volume file, or the masks of the slices
-  phantom  any value, in place of all others: segments a synthetic head
-
-200: a zip archive with the mask in the geometry of the source (<scan>_mask.nii.gz, or
-<slice>_mask.tif for each slice), montage.png, <case>.gif and summary.json.
-Otherwise JSON, {{"error": "what is wrong and what to do"}}: 400 an upload that cannot be used,
-401 a wrong password, 403 a request by the page of another host or port, 408 an upload that came too
-slowly, 413 one that is too large, 500 a fault of the server, 503 a full queue (try again in a
-minute).
-
-With the header Accept: {LINES} the answer is lines of JSON: how far it is, and then
-everything that the page shows, or {{"error": ...}}.
-"""
 
 
-def make_app(service: Service, host: str = "127.0.0.1", auth: str | None = None) -> Starlette:
-    """The page at /, the API at /api/segment; closes the service when it ends."""
-    from starlette.applications import Starlette
-    from starlette.middleware import Middleware
-    from starlette.middleware.trustedhost import TrustedHostMiddleware
-    from starlette.responses import PlainTextResponse
-    from starlette.routing import Mount, Route
-    from starlette.staticfiles import StaticFiles
+def make_app(
+    service: Service, host: str = "127.0.0.1", auth: str | None = None, queue: int = 64
+) -> Starlette:
+    """Make the page at / and the API at /api/segment, which takes `queue` uploads at once.
+
+    It closes the service when it ends.
+    """
 
     @contextlib.asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
@@ -63,8 +45,8 @@ def make_app(service: Service, host: str = "127.0.0.1", auth: str | None = None)
         ours = ["localhost", "127.0.0.1", "[::1]", host]
         middleware.insert(0, Middleware(TrustedHostMiddleware, allowed_hosts=ours))
     routes = [
-        Route("/api", lambda request: PlainTextResponse(API)),
-        Route("/api/segment", Segment(service)),
+        Route("/api", lambda request: FileResponse(WEB / "api.txt")),
+        Route("/api/segment", Segment(service, queue)),
         Mount("/", StaticFiles(directory=WEB, html=True)),
     ]
     return Starlette(routes=routes, middleware=middleware, lifespan=lifespan)
@@ -73,46 +55,35 @@ def make_app(service: Service, host: str = "127.0.0.1", auth: str | None = None)
 class Segment:
     """The ASGI endpoint that takes an upload, and a place in the queue until it is answered."""
 
-    def __init__(self, service: Service):
-        self.service = service
+    def __init__(self, service: Service, queue: int):
+        self.service, self.queue = service, queue
+        self.places = asyncio.Semaphore(queue)
 
     async def __call__(self, scope, receive, send) -> None:
-        from starlette.requests import ClientDisconnect, Request
-
-        service = self.service
-        if scope["method"] != "POST":
-            await drain(receive, service.limits.upload)
-            await refuse(send, 405, "send an upload by POST; GET /api lists its fields")
-            return
-        try:
-            service.enter()
-        except Busy as error:
-            await drain(receive, service.limits.upload)
-            await refuse(send, 503, str(error))
-            return
         response = None
         try:
-            response = await respond(service, Request(scope, receive))
-            whole = service.limits.seconds * (service.waiting + 2)  # the queue, and the sending
-            await asyncio.wait_for(response(scope, receive, send), whole)
+            if scope["method"] != "POST":
+                error = "send an upload by POST; GET /api lists its fields"
+                raise HTTPException(405, error, {"Allow": "POST"})
+            if self.places.locked():
+                error = f"{self.queue} uploads are waiting already; try again in a minute"
+                raise HTTPException(503, error)
+            async with self.places:
+                response = await respond(self.service, Request(scope, receive))
+                whole = self.service.limits.seconds * (self.queue + 2)  # to wait, and to send
+                await asyncio.wait_for(response(scope, receive, send), whole)
+        except HTTPException as error:
+            await as_json(error)(scope, receive, send)
         except (ClientDisconnect, asyncio.TimeoutError):
             pass  # nobody is there to read an answer
-        except asyncio.CancelledError:  # the server ends
+        except asyncio.CancelledError:
             if response is None:
-                await refuse(send, 503, "the server is stopping")
-        finally:
-            service.leave()
+                stopping = HTTPException(503, "the server is stopping")
+                await as_json(stopping)(scope, receive, send)
 
 
 async def respond(service: Service, request: Request) -> Response:
-    """What an upload gets: an archive or lines, or what is wrong with it."""
-    from starlette.exceptions import HTTPException
-    from starlette.requests import ClientDisconnect
-    from starlette.responses import JSONResponse, Response, StreamingResponse
-
-    def refused(status: int, error: object) -> Response:
-        return JSONResponse({"error": str(error)}, status)
-
+    """Segment an upload: answer with an archive or lines; raises HTTPException for a bad one."""
     limits = service.limits
     try:
         if not request.headers.get("content-type", "").startswith("multipart/form-data"):
@@ -122,72 +93,74 @@ async def respond(service: Service, request: Request) -> Response:
         job = service.submit(parts_of(form))
         if LINES in request.headers.get("accept", "").lower():
             return StreamingResponse(lines(service, job), media_type=LINES)
-        answer = await finished(job, request)
+        async with contextlib.aclosing(progress(service, job)) as steps:
+            async for _ in steps:
+                if await request.is_disconnected():
+                    raise ClientDisconnect
+        answer = job.future.result()
         archive = await asyncio.to_thread(answer.archive)
-    except (ClientDisconnect, TooLarge):
+    except ClientDisconnect:
         raise
-    except ValueError as error:
-        return refused(400, error)
-    except HTTPException as error:
-        return refused(error.status_code, error.detail)
     except asyncio.TimeoutError:
-        return refused(408, f"the upload took more than {limits.seconds:.0f} s")
-    except Exception:
-        logging.exception("an upload could not be segmented")
-        return refused(500, FAILED)
+        error = f"the upload took more than {limits.seconds:.0f} s"
+        raise HTTPException(408, error) from None
+    except Exception as error:
+        raise refusal(error) from None
     name = quote(f"{answer.summary['case']}.zip")
     headers = {"Content-Disposition": f"attachment; filename*=UTF-8''{name}"}
     return Response(archive, 200, headers, media_type="application/zip")
 
 
-def parts_of(form: FormData) -> dict[str, list[Named]] | None:
+def refusal(error: Exception) -> HTTPException:
+    """Turn what went wrong with an upload into a status and a sentence."""
+    if isinstance(error, HTTPException):
+        return error
+    if isinstance(error, ValueError):
+        return HTTPException(400, str(error))
+    logging.error("an upload could not be segmented", exc_info=error)
+    return HTTPException(500, "segmentation failed; see the server log")
+
+
+def parts_of(form: FormData) -> dict[str, list[UploadFile]] | None:
     """The files of a form by their field, None for the phantom; ValueError for an unknown field."""
     if "phantom" in form and len(form.multi_items()) == 1:
         return None
-    parts: dict[str, list[Named]] = {}
+    parts: dict[str, list[UploadFile]] = {}
     for name, sent in form.multi_items():
         if name == "register":
             parts[name] = []
-            continue
-        if name not in ("images", "flair", "pre", "post", "mask"):
+        elif name not in ("images", "flair", "pre", "post", "mask"):
             raise ValueError(f"no field is called {name!r}; GET /api lists them")
-        if isinstance(sent, str) or not sent.filename:
+        elif isinstance(sent, str) or not sent.filename:
             raise ValueError(f"{name}: is no file; send it with a file name")
-        parts.setdefault(name, []).append(Named(sent.filename, sent.file))
+        else:
+            parts.setdefault(name, []).append(sent)
     return parts
 
 
-async def finished(job: Job, request: Request) -> Answer:
-    """The answer of a job, which leaves the queue if its client goes."""
-    from starlette.requests import ClientDisconnect
+async def progress(service: Service, job: Job) -> AsyncIterator[dict]:
+    """How far a job is, twice a second until it is done; it is given up once nobody asks.
 
-    answer = asyncio.wrap_future(job.future)
-    try:
-        while not answer.done():
-            await asyncio.wait([answer], timeout=1)
-            if not answer.done() and await request.is_disconnected():
-                raise ClientDisconnect
-        return answer.result()
-    finally:
-        answer.cancel()
-
-
-async def lines(service: Service, job: Job) -> AsyncIterator[str]:
-    """How far a job is, twice a second, and then what the page shows of it, as lines of JSON."""
+    Raises what went wrong with it.
+    """
     answer = asyncio.wrap_future(job.future)
     try:
         while not answer.done():
             ahead = service.ahead(job)
             waiting = f"waiting, {ahead} before you" if ahead else "reading"
             waiting = f"segmenting, {job.done:.0%}" if job.done else waiting
-            yield json.dumps({"waiting": waiting, "done": job.done}) + "\n"
+            yield {"waiting": waiting, "done": job.done}
             await asyncio.wait([answer], timeout=0.5)
-        shown = answer.result().shown
-        yield await asyncio.to_thread(lambda: json.dumps(shown()))
-    except ValueError as error:
-        yield json.dumps({"error": str(error)})
-    except Exception:
-        logging.exception("an upload could not be segmented")
-        yield json.dumps({"error": FAILED})
+        answer.result()
     finally:
         answer.cancel()
+
+
+async def lines(service: Service, job: Job) -> AsyncIterator[str]:
+    """How far a job is, and then what the page shows of it, as lines of JSON."""
+    try:
+        async for step in progress(service, job):
+            yield json.dumps(step) + "\n"
+        yield await asyncio.to_thread(job.future.result().shown)
+    except Exception as error:
+        yield json.dumps({"error": refusal(error).detail})

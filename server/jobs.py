@@ -19,10 +19,10 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import BinaryIO
 
 import imageio.v3 as iio
 import numpy as np
+from starlette.datastructures import UploadFile
 
 from brainseg.evaluation.volumes import volume_row
 from brainseg.io.files import sentence
@@ -38,13 +38,8 @@ from brainseg.segmenter import Segmentation, Segmenter
 from .uploads import BROKEN, Limits
 from .viewer import viewer_files
 
-
-@dataclass(frozen=True)
-class Named:
-    """A file as it was sent: the name it came with and its content."""
-
-    name: str
-    content: BinaryIO
+ROOT = Path(__file__).resolve().parents[1]
+Parts = dict[str, Sequence[UploadFile]]  # by field, as uploads.unpack takes them
 
 
 @dataclass(frozen=True)
@@ -57,47 +52,34 @@ class Loaded:
     truth: np.ndarray | None  # (S, H, W) bool
 
 
-class Busy(Exception):
-    """As many uploads wait as may."""
-
-
 @dataclass
 class Answer:
     """What became of one upload."""
 
     summary: dict  # numbers and text
-    files: dict[str, bytes]  # by name: the masks, montage.png, <case>.gif
+    files: dict[str, bytes]  # by name: the masks, montage.png, <case>.gif, summary.json
     masks: list[str]  # which of the files are the mask, in the geometry of the source
     viewer: dict  # what the page's viewer shows: see viewer_files
 
     def archive(self, names: Sequence[str] | None = None) -> bytes:
-        """A zip archive of some files, or of all of them and summary.json."""
+        """Pack some files, or all of them, in a zip archive."""
         buffer = io.BytesIO()
-        with zipfile.ZipFile(buffer, "w") as archive:
+        with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
             for name in names or self.files:
-                packed = name.endswith((".png", ".gif", ".gz"))
-                method = zipfile.ZIP_STORED if packed else zipfile.ZIP_DEFLATED
-                archive.writestr(name, self.files[name], method)
-            if names is None:
-                archive.writestr("summary.json", f"{json.dumps(self.summary, indent=2)}\n")
+                archive.writestr(name, self.files[name])
         return buffer.getvalue()
 
-    def shown(self) -> dict:
-        """What the page shows; all of it travels to the browser, and nothing stays here."""
+    def shown(self) -> str:
+        """What the page shows, as JSON, files in base64: it all travels to the browser."""
         case, (mask, *others) = self.summary["case"], self.masks
-        downloads = {mask: _data_url(self.files[mask], "application/octet-stream")}
         if others:
-            zipped = self.archive(self.masks)
-            downloads = {f"{case}_masks.zip": _data_url(zipped, "application/zip")}
-        montage = _data_url(self.files["montage.png"], "image/png")
-        film = _data_url(self.files[f"{case}.gif"], "image/gif")
-        viewer = {k: _base64(v) if isinstance(v, bytes) else v for k, v in self.viewer.items()}
-        return {
-            "summary": self.summary,
-            "viewer": viewer,
-            "downloads": downloads | {f"{case}_montage.png": montage, f"{case}.gif": film},
-            "montage": montage,
-        }
+            masks = {f"{case}_masks.zip": self.archive(self.masks)}
+        else:
+            masks = {mask: self.files[mask]}
+        pictures = {f"{case}_montage.png": "montage.png", f"{case}.gif": f"{case}.gif"}
+        downloads = masks | {name: self.files[file] for name, file in pictures.items()}
+        shown = {"summary": self.summary, "viewer": self.viewer, "downloads": downloads}
+        return json.dumps(shown, default=lambda content: base64.b64encode(content).decode())
 
 
 @dataclass
@@ -109,28 +91,18 @@ class Job:
 
 
 class Service:
-    """Segments uploads one at a time, in the order they came; bounded in number, size and time.
+    """Segments uploads one at a time, in the order they came; bounded in size and time.
 
     Nothing of an upload is left on disk once its answer is made.
     """
 
-    def __init__(self, segmenter: Segmenter, limits: Limits, waiting: int = 64):
-        self.segmenter, self.limits, self.waiting = segmenter, limits, waiting
-        self.places = threading.BoundedSemaphore(waiting)
+    def __init__(self, segmenter: Segmenter, limits: Limits):
+        self.segmenter, self.limits = segmenter, limits
         self.reader = Reader(limits)
         self.worker = ThreadPoolExecutor(1)
         self.pending: list[Job] = []
-        self.closed = False
 
-    def enter(self) -> None:
-        """Take one of the places, for `leave` to give back; raises Busy."""
-        if not self.places.acquire(blocking=False):
-            raise Busy(f"{self.waiting} uploads are waiting already; try again in a minute")
-
-    def leave(self) -> None:
-        self.places.release()
-
-    def submit(self, parts: dict[str, Sequence[Named]] | None) -> Job:
+    def submit(self, parts: Parts | None) -> Job:
         """Segment an upload (see uploads.unpack), or without one the phantom, when its turn comes.
 
         The job's future raises ValueError for an upload that cannot be used.
@@ -150,11 +122,10 @@ class Service:
 
     def close(self) -> None:
         """Give up what waits and what is under way, and leave nothing behind."""
-        self.closed = True
         self.reader.close()
         self.worker.shutdown(cancel_futures=True)
 
-    def _run(self, parts: dict[str, Sequence[Named]] | None, job: Job) -> Answer:
+    def _run(self, parts: Parts | None, job: Job) -> Answer:
         with tempfile.TemporaryDirectory(prefix="brainseg-") as name:
             folder = Path(name).resolve()
             try:
@@ -166,7 +137,7 @@ class Service:
                     raise
                 raise ValueError("it needs more memory than the server has; crop it") from None
 
-    def _segment(self, parts: dict[str, Sequence[Named]] | None, folder: Path, job: Job) -> Answer:
+    def _segment(self, parts: Parts | None, folder: Path, job: Job) -> Answer:
         if parts is None:
             volume, truth = make_volume(0, slices=24, size=192)
             loaded = Loaded(Case("phantom", tuple(range(1, 25)), (), ()), [], volume, truth)
@@ -176,7 +147,7 @@ class Service:
 
         def progress(done: int, of: int) -> None:
             job.done = done / of
-            if self.closed:
+            if self.reader.closed:
                 raise ValueError("the server is stopping")
             if time.monotonic() - start > self.limits.seconds:
                 raise ValueError(
@@ -189,20 +160,17 @@ class Service:
         except ValueError as error:
             raise ValueError(f"{loaded.case.name}: {error}") from error
         found = self.segmenter.assess(self.segmenter.probabilities(images, progress), frame)
-        out = folder / "out"
-        out.mkdir()
-        return make_answer(loaded, found, out)
+        return make_answer(loaded, found, folder / "out")
 
 
 def make_answer(loaded: Loaded, found: Segmentation, out: Path) -> Answer:
     """Numbers, files and pictures of a case, and what was found in it."""
-    case, volume, truth = loaded.case, loaded.volume, loaded.truth
-    probabilities, mask = found.probabilities, found.mask
+    case, volume, truth, mask = loaded.case, loaded.volume, loaded.truth, found.mask
     write_case(out, case, volume, mask, truth)
     masks = {path.name: (out / path).read_bytes() for path in mask_files(case)}
-    grey = to_grey(volume)
+    picture = montage(outline(to_grey(volume), mask, truth))
     files = masks | {
-        "montage.png": _encoded(montage(outline(grey, mask, truth)), ".png"),
+        "montage.png": iio.imwrite("<bytes>", picture, extension=".png"),
         f"{case.name}.gif": (out / f"{case.name}.gif").read_bytes(),
     }
     notes = [note.removeprefix(f"{case.name}: ") for note in loaded.notes]
@@ -214,20 +182,8 @@ def make_answer(loaded: Loaded, found: Segmentation, out: Path) -> Answer:
     if truth is not None:
         scores = score(mask, truth, case.spacing)
         summary["scores"] = {k: None if math.isnan(v) else round(v, 4) for k, v in scores.items()}
-    viewer = viewer_files(case, volume, probabilities, mask, truth)
-    return Answer(summary, files, list(masks), viewer)
-
-
-def _data_url(content: bytes, kind: str) -> str:
-    return f"data:{kind};base64,{_base64(content)}"
-
-
-def _base64(content: bytes) -> str:
-    return base64.b64encode(content).decode()
-
-
-def _encoded(picture: np.ndarray, suffix: str) -> bytes:
-    return iio.imwrite("<bytes>", picture, extension=suffix)
+    files["summary.json"] = f"{json.dumps(summary, indent=2)}\n".encode()
+    return Answer(summary, files, list(masks), viewer_files(case, volume, found, truth))
 
 
 def _without(folder: Path, message: str) -> str:
@@ -238,68 +194,55 @@ def _without(folder: Path, message: str) -> str:
 
 
 class Reader:
-    """Has uploads read by uploads.py, in a process that may break down."""
+    """Has uploads read by uploads.py, one at a time, in a process that may break down."""
 
     def __init__(self, limits: Limits):
         self.limits = limits
         self.closed = False
-        self._turn = threading.Lock()  # one upload at a time
         self._lock = threading.Lock()  # of `closed` and `_process`: none is started once closed
         self._process = self._start()
 
     def _start(self) -> subprocess.Popen:
-        root = Path(__file__).resolve().parents[1]
-        return subprocess.Popen(
-            [sys.executable, "-m", "server.uploads"],
-            cwd=root,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
+        command = [sys.executable, "-m", "server.uploads"]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        return subprocess.Popen(command, cwd=ROOT, start_new_session=True, **pipes)
 
-    def read(self, parts: dict[str, Sequence[Named]], folder: Path) -> Loaded:
+    def read(self, parts: Parts, folder: Path) -> Loaded:
         """The case that files make (see uploads.unpack), in an empty folder that they may fill.
 
         Raises ValueError, naming the file, if it cannot be used.
         """
-        sent = []
-        for part, files in parts.items():
-            for file in files:
-                path = folder / f"{len(sent)}.sent"
+        sent: dict[str, list[tuple[str, str]]] = {name: [] for name in parts}
+        for name, files in parts.items():
+            for k, file in enumerate(files):
+                path = folder / f"{name}-{k}.sent"
                 with open(path, "wb") as copy:
-                    shutil.copyfileobj(file.content, copy)
-                sent.append((part, file.name, str(path)))
-        order = {"folder": str(folder), "parts": sent, "limits": asdict(self.limits)}
-        order["register"] = "register" in parts
-        answer = self._ask(order)
+                    shutil.copyfileobj(file.file, copy)
+                sent[name].append((file.filename, str(path)))
+        limits = asdict(self.limits)
+        answer = self._ask({"folder": str(folder), "parts": sent, "limits": limits})
         if "error" in answer:
             raise ValueError(answer["error"])
-        numbers, grid = tuple(answer["numbers"]), answer["grid"]
-        if grid:
-            shape, spacing, offset = (tuple(grid[k]) for k in ("shape", "spacing", "offset"))
-            grid = Grid(shape, spacing, offset, np.array(grid["direction"]))
-            case = Scan(answer["name"], numbers, (), (), grid, channels=3)
-        else:
-            case = Case(answer["name"], numbers, (), ())
+        case = Case(answer["name"], tuple(answer["numbers"]), (), ())
+        if grid := answer["grid"]:
+            grid = Grid(**grid | {"direction": np.array(grid["direction"])})
+            case = Scan(case.name, case.numbers, (), (), grid, channels=3)
         truth = np.load(folder / "truth.npy") if answer["truth"] else None
         return Loaded(case, answer["notes"], np.load(folder / "volume.npy"), truth)
 
     def _ask(self, order: dict) -> dict:
-        with self._turn:
+        with self._lock:
+            if self.closed:
+                raise ValueError("the server is stopping")
+            if self._process.poll() is not None:
+                self._process = self._start()
+        try:
+            print(json.dumps(order), file=self._process.stdin, flush=True)
+            return json.loads(self._process.stdout.readline())
+        except (OSError, ValueError):
             with self._lock:
-                if self.closed:
-                    raise ValueError("the server is stopping")
-                if self._process.poll() is not None:
-                    self._process = self._start()
-            try:
-                self._process.stdin.write(json.dumps(order) + "\n")
-                self._process.stdin.flush()
-                return json.loads(self._process.stdout.readline())
-            except (OSError, ValueError):
-                with self._lock:
-                    self._kill()
-                return {"error": "the server is stopping" if self.closed else BROKEN}
+                self._kill()
+            return {"error": "the server is stopping" if self.closed else BROKEN}
 
     def close(self) -> None:
         """End the process, and what it reads just now."""

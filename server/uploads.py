@@ -16,7 +16,7 @@ import sys
 import time
 import zipfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, NamedTuple
 
@@ -28,8 +28,8 @@ from brainseg.io.layouts import SLICE_NAME, case_name, find_case, find_sequences
 from brainseg.io.scans import SUFFIXES, Scan, is_scan, scan_name
 from brainseg.io.slices import Case
 
-from .security import MIB, check_alone
-
+MIB = 2**20
+HDF5 = b"\x89HDF\r\n\x1a\n"  # at 0, 512, 1024, 2048 ... of a file: its data may lie in other files
 DAMAGED = "is damaged, encrypted or packed in an odd way; zip it again"
 BROKEN = "its reader broke down; it is damaged, or too large: export it again"
 
@@ -63,17 +63,17 @@ def main() -> None:
 def attend(order: dict) -> dict:
     """Have a separate process read one upload: what is known of the case, or its `error`.
 
-    `order` has the `folder` of the upload, the `parts` ([field, name, file] each), the `limits`,
-    and whether to `register` the sequences.
+    `order` has the `folder` of the upload, the `parts` ([name, file] each, by field), the `limits`.
     """
     folder, seconds = Path(order["folder"]), order["limits"]["seconds"]
-    name = order["parts"][0][1] if order["parts"] else "the upload"
+    names = (name for files in order["parts"].values() for name, _ in files)
+    name = next(names, "the upload")
     child = os.fork()
     if child == 0:
         try:
             work(order)
         finally:
-            os._exit(1)
+            os._exit(0)
     deadline = time.monotonic() + seconds
     while os.waitpid(child, os.WNOHANG)[0] == 0:
         if time.monotonic() > deadline:
@@ -95,20 +95,18 @@ def work(order: dict) -> None:
         os.dup2(nowhere, stream)
     try:
         bound(limits)
-        parts: dict[str, list[Sent]] = {}
-        for field, name, file in order["parts"]:
-            parts.setdefault(field, []).append(Sent(name, Path(file)))
-        answer = read(parts, folder, limits, order.get("register", False))
+        parts = {
+            field: [Sent(name, Path(file)) for name, file in files]
+            for field, files in order["parts"].items()
+        }
+        answer = read(parts, folder, limits)
     except (ValueError, OSError) as error:
         answer = {"error": sentence(error)}
     except MemoryError:
         answer = {"error": f"it needs more than {limits.memory // MIB} MiB to read; crop it"}
     except Exception:  # a library's own
         answer = {"error": BROKEN}
-    temporary = folder / "answer.tmp"
-    temporary.write_text(json.dumps(answer))
-    temporary.rename(folder / "answer.json")
-    os._exit(0)
+    (folder / "answer.json").write_text(json.dumps(answer, default=np.ndarray.tolist))
 
 
 def bound(limits: Limits) -> None:
@@ -124,15 +122,13 @@ def bound(limits: Limits) -> None:
         resource.setrlimit(kind, (most, most))
 
 
-def read(
-    parts: dict[str, list[Sent]], folder: Path, limits: Limits, register: bool = False
-) -> dict:
+def read(parts: dict[str, list[Sent]], folder: Path, limits: Limits) -> dict:
     """Unpack and read an upload; what the server must know of its case."""
     received = folder / "received"
     received.mkdir()
     case = unpack(parts, received, limits)
     if isinstance(case, Scan):
-        case = replace(case, register=register)
+        case = replace(case, register="register" in parts)
         for path in dict.fromkeys(case.slices):
             check_size(path, read_grid(path)[0].shape, limits)
     volume, truth = case.read_pair() if case.masks else (case.read(), None)
@@ -144,19 +140,11 @@ def read(
     np.save(folder / "volume.npy", volume)
     if truth is not None:
         np.save(folder / "truth.npy", truth)
-    grid = None
-    if isinstance(case, Scan):
-        grid = {
-            "shape": case.grid.shape,
-            "spacing": case.grid.spacing,
-            "offset": case.grid.offset,
-            "direction": case.grid.direction.tolist(),
-        }
     return {
         "name": case.name,
         "numbers": case.numbers,
         "notes": case.notes,
-        "grid": grid,
+        "grid": asdict(case.grid) if isinstance(case, Scan) else None,
         "truth": truth is not None,
     }
 
@@ -180,8 +168,10 @@ def unpack(parts: dict[str, list[Sent]], folder: Path, limits: Limits) -> Case:
     images, masks = parts.get("images", []), parts.get("mask", [])
     sequences = {name: parts[name] for name in ("flair", "pre", "post") if name in parts}
     placed: dict[str, Path] = {}
+    if sequences and images:
+        raise ValueError("images came beside flair, pre or post; send the one or the others")
     if sequences:
-        placed = _place_sequences(sequences, images, folder)
+        placed = _place_sequences(sequences, folder)
         place = placed["flair"]
     elif not images:
         raise ValueError("no file came; send a volume file, slices, or a zip archive of either")
@@ -200,12 +190,8 @@ def unpack(parts: dict[str, list[Sent]], folder: Path, limits: Limits) -> Case:
     return replace(case, name=case_name(placed["flair"]))
 
 
-def _place_sequences(
-    sequences: dict[str, list[Sent]], images: Sequence[Sent], folder: Path
-) -> dict[str, Path]:
+def _place_sequences(sequences: dict[str, list[Sent]], folder: Path) -> dict[str, Path]:
     """Move each sequence to a separate folder; where it lies, by its name."""
-    if images:
-        raise ValueError("images came beside flair, pre or post; send the one or the others")
     if "flair" not in sequences:
         raise ValueError("flair is missing; it is the sequence that the lesion is seen on")
     placed = {}
@@ -256,8 +242,11 @@ def _write_all(files: Sequence[Sent], folder: Path, limits: Limits) -> list[str]
                     path = folder / _plain("-".join(PurePosixPath(name).parts))
                 if path.exists():
                     raise ValueError(f"{file.name}: {path.name} comes twice; send one case")
-                left -= _write(content, path, left, file.name, limits)
+                left -= _write(content, path, left)
                 names.append(name)
+                if left < 0:
+                    most = f"more than {limits.unpacked // MIB} MiB unpacked"
+                    raise ValueError(f"{file.name}: {most}; send one case")
         except ValueError:
             raise
         except Exception as error:  # damaged archives raise nearly anything
@@ -282,8 +271,6 @@ def _members(file: Sent, limits: Limits) -> Iterator[tuple[str, BinaryIO]]:
         members = [member for member in archive.infolist() if not member.is_dir()]
         if len(members) > limits.files:
             raise ValueError(f"{file.name}: more than {limits.files} files; send one case")
-        if sum(member.file_size for member in members) > limits.unpacked:
-            raise ValueError(_too_large(file.name, limits))
         for member in members:
             parts = PurePosixPath(member.filename.replace("\\", "/")).parts
             linked = stat.S_ISLNK(member.external_attr >> 16)
@@ -296,18 +283,12 @@ def _members(file: Sent, limits: Limits) -> Iterator[tuple[str, BinaryIO]]:
                     yield "/".join(parts), content
 
 
-def _write(content: BinaryIO, path: Path, most: int, archive: str, limits: Limits) -> int:
-    """Copy `most` bytes at most to a file; how many there were."""
+def _write(content: BinaryIO, path: Path, most: int) -> int:
+    """Copy a file, or hardly more than `most` bytes of it; how many it were."""
     with open(path, "xb") as file:
-        while part := content.read(MIB):
+        while file.tell() <= most and (part := content.read(MIB)):
             file.write(part)
-            if file.tell() > most:
-                raise ValueError(_too_large(archive, limits))
         return file.tell()
-
-
-def _too_large(name: str, limits: Limits) -> str:
-    return f"{name}: more than {limits.unpacked // MIB} MiB unpacked; send one case"
 
 
 def _plain(name: str) -> str:
@@ -320,6 +301,45 @@ def _plain(name: str) -> str:
 
 def _is_volume(name: str) -> bool:
     return _plain(name).lower().endswith(SUFFIXES)
+
+
+def check_alone(path: Path) -> None:
+    """Raise ValueError if a file may keep its voxels in another one, which could be the server's.
+
+    Headers are held to the letter of their format, as readers are more lenient than this is.
+    """
+    size, suffix = path.stat().st_size, path.suffix.lower()
+    with open(path, "rb") as file:
+        header = file.read(MIB)
+        for place in [0, *(512 << k for k in range(60) if 512 << k < size)]:
+            file.seek(place)
+            if file.read(len(HDF5)) == HDF5:
+                raise ValueError(f"{path}: is an HDF5 file; save it as NIfTI")
+    if suffix == ".mhd":
+        raise ValueError(f"{path}: keeps its voxels in a file of its own; save it as .mha or .nrrd")
+    is_whole = {".mha": _is_whole_mha, ".nrrd": _is_whole_nrrd}.get(suffix)
+    if is_whole and not is_whole(header):
+        raise ValueError(f"{path}: keeps its voxels in another file; save it as one file")
+
+
+def _is_whole_mha(header: bytes) -> bool:
+    """Whether `name = value` lines lead to ElementDataFile = LOCAL, and nowhere else before."""
+    for line in header.replace(b"\r\n", b"\n").split(b"\n"):
+        field = re.fullmatch(rb"(\w+) ?= ?([ -~\x80-\xff]*)", line)
+        if not field:
+            return False
+        if field[1].lower() == b"elementdatafile":
+            return field[1] == b"ElementDataFile" and field[2].strip() == b"LOCAL"
+    return False
+
+
+def _is_whole_nrrd(header: bytes) -> bool:
+    """Whether the header ends within a MiB, in lines of text of which none names a data file."""
+    lines, end, _ = header.replace(b"\r\n", b"\n").partition(b"\n\n")
+    if not end or not lines.startswith(b"NRRD") or re.search(rb"[^\n\t -~\x80-\xff]", lines):
+        return False
+    names = [line.partition(b":")[0].lower() for line in lines.split(b"\n")]
+    return not any(re.sub(rb"[^a-z]", b"", name).endswith(b"datafile") for name in names)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The server as its users meet it: the HTTP API, the page in a real browser, and its limits."""
 
+import asyncio
 import contextlib
 import io
 import json
@@ -10,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +25,6 @@ from conftest import ROOT, make_weights
 
 import inference
 from brainseg.phantom import make_volume, write_data_set
-from brainseg.weights import build_model
 
 for module in ("starlette", "uvicorn", "python_multipart"):
     pytest.importorskip(module, reason="pip install -r requirements-app.txt")
@@ -87,8 +88,9 @@ def test_a_port_that_is_taken_is_one_sentence(files):
 
 
 def test_the_api_answers_in_json_whatever_the_method(server):
-    answer = httpx.get(f"{server[0]}/api/segment")
-    assert answer.status_code == 405 and "by POST" in answer.json()["error"]
+    for method, sent in (("GET", None), ("PUT", bytes(3 * 2**20))):
+        answer = httpx.request(method, f"{server[0]}/api/segment", content=sent)
+        assert answer.status_code == 405 and "by POST" in answer.json()["error"]
 
 
 def stop(process: subprocess.Popen) -> None:
@@ -284,19 +286,39 @@ def test_another_host_name_is_refused(server):
 # Limits
 
 
-def test_a_full_queue_says_so():
+def test_a_full_queue_says_so(files, monkeypatch):
     from brainseg.segmenter import Segmenter
-    from server.jobs import Busy, Service
+    from server.api import make_app
+    from server.jobs import Service
     from server.uploads import Limits
 
-    service = Service(Segmenter(build_model("unet", init_features=2), 32), Limits(), waiting=2)
-    service.enter()
-    service.enter()
-    with pytest.raises(Busy, match="2 uploads are waiting already"):
-        service.enter()
-    service.leave()
-    service.enter()
+    service, go_on = Service(Segmenter.from_weights(files / "unet.pt"), Limits()), threading.Event()
+    probabilities = service.segmenter.probabilities
+    monkeypatch.setattr(
+        service.segmenter, "probabilities", lambda *given: go_on.wait(60) and probabilities(*given)
+    )
+
+    async def ask() -> list[httpx.Response]:
+        app = make_app(service, queue=2)
+        async with httpx.AsyncClient(
+            transport=httpx.ASGITransport(app), base_url="http://localhost", timeout=60
+        ) as client:
+
+            def post():
+                return client.post("/api/segment", files={"phantom": (None, "1")})
+
+            waiting = [asyncio.create_task(post()) for _ in range(2)]
+            while len(service.pending) < 2:
+                await asyncio.sleep(0.01)
+            refused = await post()
+            go_on.set()
+            return [refused, *await asyncio.gather(*waiting), await post()]
+
+    full, *others = asyncio.run(ask())
     service.close()
+    assert full.status_code == 503
+    assert full.json()["error"] == "2 uploads are waiting already; try again in a minute"
+    assert [each.status_code for each in others] == [200] * 3, "places come back"
 
 
 def test_segmenting_takes_no_longer_than_it_may(files):
@@ -390,8 +412,6 @@ async def echo(scope, receive, send):
 
 
 def guarded(method: str, **options) -> httpx.Response:
-    import asyncio
-
     from server.security import Guard
 
     async def ask() -> httpx.Response:

@@ -12,8 +12,13 @@ import pytest
 import tifffile
 
 from brainseg.phantom import make_volume
-from server import security, uploads
-from server.jobs import Loaded, Named, Reader
+
+pytest.importorskip("starlette", reason="pip install -r requirements-app.txt")
+
+from starlette.datastructures import UploadFile
+
+from server import uploads
+from server.jobs import Loaded, Reader
 from server.uploads import MIB, Limits, attend
 
 LIMITS = Limits()
@@ -38,8 +43,8 @@ def zipped(members: dict[str, bytes], method: int = zipfile.ZIP_DEFLATED) -> byt
     return buffer.getvalue()
 
 
-def named(**files: bytes) -> list[Named]:
-    return [Named(name, io.BytesIO(content)) for name, content in files.items()]
+def named(**files: bytes) -> list[UploadFile]:
+    return [UploadFile(io.BytesIO(content), filename=name) for name, content in files.items()]
 
 
 def volume_file(array: np.ndarray, path: Path) -> bytes:
@@ -300,7 +305,7 @@ def test_a_header_that_points_at_a_file_of_the_server(receive, tmp_path, name, t
 @pytest.mark.parametrize("name", ["a.nrrd", "a.mha", "a.nii", "h_1.png", "a.dcm"])
 @pytest.mark.parametrize("place", [0, 512, 4096])
 def test_a_file_of_a_format_that_links_to_others(receive, name, place):
-    content = bytes(place) + security.HDF5 + bytes(10_000)
+    content = bytes(place) + uploads.HDF5 + bytes(10_000)
     images = named(**{name: content}, **({"b.dcm": b"x"} if name == "a.dcm" else {}))
     assert "is an HDF5 file" in refused(receive, {"images": images})
 
@@ -360,7 +365,7 @@ def test_archives_packed_in_other_ways(phantom, receive):
 @pytest.fixture
 def order(tmp_path):
     limits = {"seconds": 30, "memory": 1 << 32}
-    return {"folder": str(tmp_path), "parts": [("images", "a.nii", "")], "limits": limits}
+    return {"folder": str(tmp_path), "parts": {"images": [("a.nii", "")]}, "limits": limits}
 
 
 def test_a_reader_that_takes_too_long_is_stopped(order, monkeypatch):

@@ -7,12 +7,17 @@ import SimpleITK
 from brainseg.io.scans import Scan
 from brainseg.io.slices import Case
 from brainseg.phantom import make_volume
+from brainseg.segmenter import Segmentation
 from server.viewer import SIDE, viewer_files
 
 
 @pytest.fixture(scope="module")
 def phantom():
     return make_volume(0, slices=8, size=64)
+
+
+def shown_of(case, volume, probabilities, mask, truth) -> dict:
+    return viewer_files(case, volume, Segmentation(mask, probabilities, {}, None, []), truth)
 
 
 def opened(folder, content: bytes) -> SimpleITK.Image:
@@ -31,7 +36,7 @@ def test_files_lie_where_the_scan_lies(phantom, tmp_path):
     image = SimpleITK.Flip(SimpleITK.PermuteAxes(image, (2, 0, 1)), (True, False, True))
     SimpleITK.WriteImage(image, str(tmp_path / "scan.nii.gz"))
     case = Scan.open("scan", [tmp_path / "scan.nii.gz"])
-    shown = viewer_files(case, case.read(), mask * 0.5, mask, ~mask)
+    shown = shown_of(case, case.read(), mask * 0.5, mask, ~mask)
 
     probability = opened(tmp_path, shown["probability"])
     assert probability.GetSize() == (64, 64, 8)
@@ -40,7 +45,7 @@ def test_files_lie_where_the_scan_lies(phantom, tmp_path):
         place = probability.TransformIndexToPhysicalPoint(index)
         voxel = image[image.TransformPhysicalPointToIndex(place)]
         assert voxel == tuple(volume[index[::-1]])
-    seen = SimpleITK.GetArrayFromImage(probability)
+    seen = SimpleITK.GetArrayFromImage(probability) / 255
     assert np.allclose(seen, mask * 0.5, atol=1 / 255)
     labels = SimpleITK.GetArrayFromImage(opened(tmp_path, shown["labels"]))
     assert np.array_equal(labels, np.where(mask, 1, 2))
@@ -52,7 +57,7 @@ def test_files_lie_where_the_scan_lies(phantom, tmp_path):
 def test_slices_without_spacing_make_a_head(phantom, tmp_path):
     volume, mask = phantom
     case = Case("a", tuple(range(1, 9)), (), ())
-    shown = viewer_files(case, volume, mask.astype(float), mask, None)
+    shown = shown_of(case, volume, mask.astype(float), mask, None)
     assert shown["sequences"] == ["flair", "pre", "post"] and shown["numbers"] == (*range(1, 9),)
     scan = opened(tmp_path, shown["scan"])
     assert scan.GetSize() == (64, 64, 8, 3)
@@ -63,8 +68,8 @@ def test_a_copy_of_flair_is_not_sent(phantom, tmp_path):
     volume, mask = phantom
     case = Case("a", tuple(range(1, 9)), (), ())
     copied = np.concatenate((volume[..., [1, 1]], volume[..., [2]]), axis=3)
-    assert viewer_files(case, copied, mask, mask, None)["sequences"] == ["flair", "post"]
-    single = viewer_files(case, volume[..., [1]], mask, mask, None)
+    assert shown_of(case, copied, mask, mask, None)["sequences"] == ["flair", "post"]
+    single = shown_of(case, volume[..., [1]], mask, mask, None)
     assert single["sequences"] == ["flair"]
 
 
@@ -72,7 +77,7 @@ def test_large_scans_are_thinned_out(tmp_path):
     mask = np.zeros((3, SIDE + 2, 40), bool)
     mask[1, 200:220, 10:20] = True
     volume = np.where(mask, 200, 50).astype(np.uint8)[..., None]
-    shown = viewer_files(Case("a", (1, 2, 3), (), ()), volume, mask, mask, None)
+    shown = shown_of(Case("a", (1, 2, 3), (), ()), volume, mask, mask, None)
     labels = opened(tmp_path, shown["labels"])
     assert labels.GetSize() == (40, SIDE // 2 + 1, 3)
     assert labels.GetSpacing()[1] == 2 and SimpleITK.GetArrayFromImage(labels).sum() == 100
@@ -81,5 +86,5 @@ def test_large_scans_are_thinned_out(tmp_path):
 def test_an_empty_mask_is_looked_at_in_the_middle(phantom):
     volume, mask = phantom
     empty = np.zeros_like(mask)
-    shown = viewer_files(Case("a", (*range(1, 9),), (), ()), volume, empty, empty, None)
+    shown = shown_of(Case("a", (*range(1, 9),), (), ()), volume, empty, empty, None)
     assert shown["focus"] == pytest.approx([-32, -32, 4 * 5.2])

@@ -115,15 +115,15 @@ function make(tag, properties, ...inside) {
   return element;
 }
 
-async function present({ summary, viewer, downloads, montage }) {
+async function present({ summary, viewer, downloads }) {
   find("h2").textContent = summary.case;
   find("#numbers").textContent = numbers(summary);
   find("#warning").textContent = summary.warning ?? "";
-  find("#links").replaceChildren("Download:", ...Object.entries(downloads).map(([download, href]) =>
-    make("a", { href, download }, download)));
+  find("#links").replaceChildren("Download:", ...Object.entries(downloads).map(([download, content]) =>
+    make("a", { href: `data:application/octet-stream;base64,${content}`, download }, download)));
   find("#scores").replaceChildren(...Object.keys(SCORES).filter((name) => summary.scores?.[name] !== undefined).map((name) =>
     make("tr", {}, make("td", {}, SCORES[name]), make("td", {}, summary.scores[name]?.toFixed(3) ?? "not defined"))));
-  find("#montage").src = montage;
+  find("#montage").src = `data:image/png;base64,${downloads[`${summary.case}_montage.png`]}`;
   find("#plain").textContent = "";
   show("result");
   Object.assign(find("#look"), { hidden: false, ariaBusy: true });

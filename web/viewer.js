@@ -47,7 +47,7 @@ export async function look(viewer, names, compared) {
   for (const volume of [...nv.volumes]) nv.removeVolume(volume);
   const open = (name, options) => nv.image.loadFromBase64({ base64: viewer[name], name: `${name}.nii.gz`, ...options });
   nv.addVolume(await open("scan"));
-  nv.addVolume(await open("probability", { colormap: "hot", opacity: 0, cal_min: 0.05, cal_max: 1 }));
+  nv.addVolume(await open("probability", { colormap: "hot", opacity: 0, cal_min: 13, cal_max: 255 }));
   nv.loadDrawing(await open("labels"));
   nv.setDrawColormap(LABELS);
   form.querySelector("#sequences").innerHTML = "<legend>Sequence</legend>" + viewer.sequences.map((name, k) =>
@@ -108,7 +108,7 @@ function tell(values = said) {
   const k = axis(), slices = nv.volumes[0].dimsRAS[k + 1];
   Object.assign(form.slice, { max: slices - 1, value: at[k] });
   const slice = k === 2 ? `${files.numbers[at[2]]} of ${files.numbers.at(-1)}` : `${at[k] + 1} of ${slices}`;
-  form.querySelector("output").textContent = `Slice ${slice}, probability ${values[1].value.toFixed(2)}`;
+  form.querySelector("output").textContent = `Slice ${slice}, probability ${(values[1].value / 255).toFixed(2)}`;
   said = values;
 }
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import numpy as np
 
 from ..io.files import atomic_write
 from ..metrics import FEW
-from .page import Table, data_url, write_page
+from .page import Table, write_page
 from .statistics import SCORES, SETTINGS
 
 
@@ -34,8 +33,8 @@ def _score_table(summary: dict[str, dict]) -> Table:
     ]
     for name, about in summary.items():
         dsc, *others = about["scores"].values()
-        rows.append([name, str(dsc["n"]), _interval(dsc), f"{dsc['median']:.3f}"])
-        rows[-1] += [_mean(other, dsc["n"]) for other in others]
+        means = (_mean(other, dsc["n"]) for other in others)
+        rows.append([name, str(dsc["n"]), _interval(dsc), f"{dsc['median']:.3f}", *means])
         if about.get("missed"):
             notes.append(
                 f"{name}: in {about['missed']} of the cases only one of the masks is empty; their "
@@ -63,12 +62,11 @@ def _mean(s: dict[str, float], cases: int) -> str:
 
 def _difference_table(summary: dict[str, dict]) -> Table:
     first, *others = summary
-    rows = []
-    for name in others:
-        d = summary[name]["difference"]
-        rows.append(
-            [name, _interval(d, "+"), f"{d['median']:+.3f}", f"{d['better']}", f"{d['worse']}"]
-        )
+    differences = {name: summary[name]["difference"] for name in others}
+    rows = [
+        [name, _interval(d, "+"), f"{d['median']:+.3f}", str(d["better"]), str(d["worse"])]
+        for name, d in differences.items()
+    ]
     return Table(
         f"Difference in DSC from {first}, case by case",
         ["model", "mean (95 % interval)", "median", "better in", "worse in"],
@@ -124,14 +122,13 @@ def _interval(s: dict[str, float], sign: str = "") -> str:
 def case_table(models: dict[str, list[dict]]) -> Table:
     """List the DSC of every case, the first model's worst first."""
     lines = sorted(zip(*models.values(), strict=True), key=lambda line: line[0]["dsc"])
+    about = ("case", "slices", "lesion_voxels", "missing")
     return Table(
         "Every case",
         ["case", "slices", "lesion voxels", "missing", *(f"{name}: DSC" for name in models)],
         [
-            [row["case"], str(row["slices"]), str(row["lesion_voxels"]), row["missing"]]
-            + [f"{other['dsc']:.3f}" for other in line]
+            [*(str(line[0][name]) for name in about), *(f"{row['dsc']:.3f}" for row in line)]
             for line in lines
-            for row in line[:1]
         ],
     )
 
@@ -182,17 +179,8 @@ def pick(rows: Sequence[dict]) -> dict[str, dict]:
 
 
 def save_page(
-    path: Path,
-    models: Sequence[str],
-    tables: Sequence[Table],
-    pictures: dict[str, Path],
-    details: str,
+    path: Path, title: str, tables: Sequence[Table], pictures: dict[str, Path], about: dict
 ) -> None:
     """Write tables and pictures to one HTML page that needs no network."""
-    images = "".join(
-        f"<h2>{html.escape(name)}</h2><img alt='{html.escape(name)}' "
-        f"src='{data_url(file.read_bytes(), 'image/png')}'>"
-        for name, file in pictures.items()
-    )
-    body = "".join(table.as_html() for table in tables) + images
-    write_page(path, f"brainseg: {', '.join(models)}", body, details)
+    shown = {name: file.read_bytes() for name, file in pictures.items()}
+    write_page(path, "comparison.html", title, about, tables=tables, pictures=shown)

@@ -1,0 +1,24 @@
+// Sorts cards and table of a cohort, and hides what needs no look.
+const body = document.querySelector("tbody"), cases = document.querySelector("#cases");
+const heads = [...document.querySelectorAll("th[data-key]")];
+const sorts = [...document.querySelectorAll(".bar button")];
+function sort(key, down) {
+  const order = (a, b) => {
+    const x = JSON.parse(a.dataset.row)[key], y = JSON.parse(b.dataset.row)[key];
+    if (x === null || y === null) return (x === null) - (y === null);
+    return (x < y ? -1 : x > y ? 1 : 0) * (down ? -1 : 1);
+  };
+  for (const place of [body, cases]) place.append(...[...place.children].sort(order));
+  for (const head of heads)
+    head.setAttribute("aria-sort",
+      head.dataset.key !== key ? "none" : down ? "descending" : "ascending");
+  for (const button of sorts)
+    button.setAttribute("aria-pressed", button.dataset.key === key);
+}
+for (const head of heads)
+  head.firstChild.onclick = () =>
+    sort(head.dataset.key, head.getAttribute("aria-sort") === "ascending");
+for (const button of sorts)
+  button.onclick = () => sort(button.dataset.key, button.dataset.down === "1");
+document.querySelector("#look").onchange = (event) =>
+  document.body.classList.toggle("only-look", event.target.checked);
