@@ -111,11 +111,13 @@ def write_weights(weights: Path, out: Path, metrics: Path | None, subset: str) -
     card = with_licence(read_card(weights) | {"model": name, "settings": model.settings})
     if metrics:
         card.setdefault("scores", {})[subset] = scores_of_unseen(metrics, weights, subset)
-    content = serialise(halve(state))
-    path, digest = named_by_hash(out, name, ".pt", content)
+    buffer = io.BytesIO()  # in a file, torch.save would write the file's name too
+    torch.save(halve(state), buffer)
+    content = buffer.getvalue()
+    path = named_by_hash(out, name, ".pt", content)
     with atomic_write(path) as temporary:
         temporary.write_bytes(content)
-    write_json(path.with_suffix(".json"), card | {"sha256": digest})
+    write_json(path.with_suffix(".json"), card | {"sha256": file_hash(path)})
     print(f"{path}, {len(content) / 2**20:.1f} MiB, and its card {path.with_suffix('.json').name}")
 
 
@@ -125,10 +127,9 @@ def with_licence(card: dict) -> dict:
     return card | {"licence": LICENCE} if of_lgg else card
 
 
-def named_by_hash(out: Path, stem: str, suffix: str, content: bytes) -> tuple[Path, str]:
-    """Name a file after the first eight digits of its SHA-256; the path, and the whole hash."""
-    digest = hashlib.sha256(content).hexdigest()
-    return out / f"{stem}-{digest[:8]}{suffix}", digest
+def named_by_hash(out: Path, stem: str, suffix: str, content: bytes) -> Path:
+    """Name a file after the first eight digits of the SHA-256 of its content."""
+    return out / f"{stem}-{hashlib.sha256(content).hexdigest()[:8]}{suffix}"
 
 
 def halve(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -136,13 +137,6 @@ def halve(state: dict[str, Tensor]) -> dict[str, Tensor]:
     halved = {k: v.half() if v.is_floating_point() and v.ndim > 1 else v for k, v in state.items()}
     check_finite(halved)
     return halved
-
-
-def serialise(state: dict[str, Tensor]) -> bytes:
-    """Save to bytes, the same for the same weights whatever the file's name."""
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    return buffer.getvalue()
 
 
 def scores_of_unseen(path: Path, weights: Path, subset: str) -> dict:
@@ -190,8 +184,7 @@ def write_network(
             needed(package, "--format onnx")
     precision = precision or "float32"
     model, card = load_ensemble(files)
-    card = CARD_DEFAULTS | with_licence(card)
-    card |= {"stride": model.stride, "precision": precision}
+    card = CARD_DEFAULTS | with_licence(card) | {"stride": model.stride, "precision": precision}
     sources = [{"file": path.name, "sha256": file_hash(path)} for path in files]
     card["weights"] = sources[0] if len(sources) == 1 else sources
     card.pop("sha256", None)  # of the weights
@@ -199,7 +192,7 @@ def write_network(
     content = (to_onnx if form == "onnx" else to_pt2)(trace(model, precision), card)
     stem = re.sub(r"-[0-9a-f]{8}$", "", given[0].stem) if len(given) == 1 else "ensemble"
     stem += "-float16" * (precision == "float16")
-    path, _ = named_by_hash(out or given[0].parent, stem, SUFFIXES[form], content)
+    path = named_by_hash(out or given[0].parent, stem, SUFFIXES[form], content)
     if form == "onnx":
         network = OnnxNetwork(path, ["cpu"], content=content)
     else:
@@ -212,11 +205,11 @@ def write_network(
         )
     with atomic_write(path) as temporary:
         temporary.write_bytes(content)
+    networks = f", {len(files)} networks" * (len(files) > 1)
     print(
-        f"{path}, {len(content) / 2**20:.1f} MiB"
-        + (f", {len(files)} networks" if len(files) > 1 else "")
-        + f"; on {len(slices)} slices of {case} its probabilities are within {difference:.1e} "
-        f"of those of PyTorch ({TOLERANCES[precision]:g} is allowed)"
+        f"{path}, {len(content) / 2**20:.1f} MiB{networks}; on {len(slices)} slices of {case} its "
+        f"probabilities are within {difference:.1e} of those of PyTorch "
+        f"({TOLERANCES[precision]:g} is allowed)"
     )
 
 
