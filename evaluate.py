@@ -26,6 +26,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from tqdm import tqdm
@@ -33,9 +34,10 @@ from tqdm import tqdm
 from brainseg.evaluation.expected import check_can_fit, fit_and_save
 from brainseg.evaluation.page import check_page
 from brainseg.evaluation.report import case_table, save_gallery, save_page, save_scores, tables
-from brainseg.evaluation.scoring import choose_cases, describe, open_models, score_all
+from brainseg.evaluation.scoring import Model, choose_cases, describe, open_models, score_all
 from brainseg.evaluation.statistics import compare
 from brainseg.io.files import check_writable, write_json, write_table
+from brainseg.io.slices import Case
 from brainseg.splits import SUBSETS, by_subset, count_patients, list_cohort
 from brainseg.weights import shipped_weights
 from utils import (
@@ -48,23 +50,25 @@ from utils import (
 )
 
 
+# fmt: off
 def get_parser() -> argparse.ArgumentParser:
     parser = make_parser(__doc__)
-    add = parser.add_argument_group("what").add_argument
-    add("--images", type=Path, default="./kaggle_3m", help="cases with masks (%(default)s)")
+    add, _ = parser.group("what")
+    add("--images", type=Path, default="./kaggle_3m", help="cases with masks")
     add("--subset", type=str, nargs="+", choices=("all", *SUBSETS), default=["validation"],
-        help="all, train, validation, test, or several (validation)")  # fmt: skip
+        help="all, train, validation, test, or several")
     add("--cases", type=str, nargs="+", help="only these cases")
     add_cohort_options(add)
     add("--weights", type=str, nargs="+", help="the models, as above (the one of the project)")
     add("--fit-expected-dsc", action="store_true", help="learn what DSC to expect of a mask")
     add_segmenter_options(parser)
-    add = parser.add_argument_group("where to").add_argument
-    add("--out", type=Path, default="./evaluation", help="folder to write to (%(default)s)")
+    add, _ = parser.group("where to")
+    add("--out", type=Path, default="./evaluation", help="folder to write to")
     add("--report", type=Path, help="HTML page to write")
     return parser
 
 
+# fmt: on
 def main(argv: list[str] | None = None) -> None:
     parser = get_parser()
     args = parser.parse_args(argv)
@@ -88,14 +92,7 @@ def run(args: argparse.Namespace, options: dict) -> None:
     if args.report:
         check_page(args.report)
 
-    scored, pictures, digest = {model.name: [] for model in models}, {}, hashlib.sha256()
-    scores = score_all(cases, models, args.workers)
-    bar = tqdm(scores, "scoring", len(cases), unit="case", disable=None)
-    for fingerprint, rows, drawn in bar:
-        digest.update(fingerprint)
-        for row in rows:
-            scored[row["model"]].append(row)
-        pictures |= drawn
+    scored, pictures, digest = score(cases, models, args.workers)
     sources[0].labels.check()
     write_table(args.out / "scores.csv", [row for rows in scored.values() for row in rows])
     summary = compare(scored)
@@ -105,15 +102,13 @@ def run(args: argparse.Namespace, options: dict) -> None:
         print(f"\n{len(left_out)} cases left out: a model was trained on their patients")
     if args.fit_expected_dsc:
         ((model, rows),) = zip(models, scored.values(), strict=True)
-        names, segmenter = ("threshold", "min_volume", "tta"), model.networks[0].segmenter
-        made_with = {name: getattr(segmenter, name) for name in names}
-        print(f"\n{fit_and_save(model, rows, args.out / 'expected_dsc.png', made_with)}")
+        print(f"\n{fit_and_save(model, rows, args.out / 'expected_dsc.png')}")
 
     about = provenance(args) | {
         "weights": {model.name: describe(model) for model in models},
         "cases": [case.name for case in cases],
         "left out": left_out,
-        "SHA-256 of the voxels and masks": digest.hexdigest(),
+        "SHA-256 of the voxels and masks": digest,
     }
     write_json(args.out / "summary.json", about | {"models": summary})
     figures = {"DSC of every case": args.out / "scores.png"}
@@ -126,6 +121,20 @@ def run(args: argparse.Namespace, options: dict) -> None:
         page = [*shown, case_table(scored)]
         save_page(args.report, list(scored), page, figures, json.dumps(about, indent=2))
     print(f"\ntables and pictures: {args.out}{f'   report: {args.report}' * bool(args.report)}")
+
+
+def score(
+    cases: Sequence[Case], models: Sequence[Model], workers: int | None
+) -> tuple[dict[str, list[dict]], dict, str]:
+    """Score all cases: rows by model, pictures by (model, case), and a hash of what was read."""
+    scored, pictures, digest = {model.name: [] for model in models}, {}, hashlib.sha256()
+    scores = score_all(cases, models, workers)
+    for read, rows, drawn in tqdm(scores, "scoring", len(cases), unit="case", disable=None):
+        digest.update(read)
+        pictures |= drawn
+        for row in rows:
+            scored[row["model"]].append(row)
+    return scored, pictures, digest.hexdigest()
 
 
 if __name__ == "__main__":

@@ -13,4 +13,4 @@ def segment_unseen(model: Model, case: str, volume: np.ndarray) -> Segmentation:
         raise SystemExit(f"error: {model.path}: trained on {case}; choose another --subset")
     segmenters = [network.segmenter for network in networks]
     ways = {(s.image_size, s.version, s.device) for s in segmenters}
-    return segment(networks, volume, {way: preprocess_near(volume, *way) for way in ways})
+    return segment(networks, {way: preprocess_near(volume, *way) for way in ways})

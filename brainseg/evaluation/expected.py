@@ -27,10 +27,11 @@ def check_can_fit(models: Sequence[Model]) -> None:
             )
 
 
-def fit_and_save(model: Model, rows: Sequence[dict], figure: Path, about: dict) -> str:
+def fit_and_save(model: Model, rows: Sequence[dict], figure: Path) -> str:
     """Fit on the rows of scores.csv; write the cards and the figure; what to say of it.
 
-    `about` goes into the cards too. Raises ValueError for too few cases.
+    The options that the masks were made with go into the cards too. Raises ValueError for too few
+    cases.
     """
     features = [
         {name: row[name] for name in FEATURES} | {"voxels": row["predicted_voxels"]} for row in rows
@@ -39,8 +40,10 @@ def fit_and_save(model: Model, rows: Sequence[dict], figure: Path, about: dict) 
     scores = fit["leave_one_out"]
     predicted, true = scores.pop("predicted"), scores.pop("dsc")
     save_scatter(figure, predicted, true)
+    segmenter = model.networks[0].segmenter
+    fit |= {name: getattr(segmenter, name) for name in ("threshold", "min_volume", "tta")}
     for network in model.networks:
-        card = read_card(network.file) | {"expected_dsc": fit | about}
+        card = read_card(network.file) | {"expected_dsc": fit}
         write_json(network.file.with_suffix(".json"), card)
     rank = "undefined" if scores["spearman"] is None else f"{scores['spearman']:.2f}"
     empty = f", {fit['empty']} empty mask(s) left out" if fit["empty"] else ""

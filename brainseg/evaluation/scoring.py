@@ -76,28 +76,26 @@ def open_models(texts: list[str], options: dict) -> list[Model]:
 
 
 def open_model(name: str, path: Path, options: dict) -> Model:
+    """Open weights, an ONNX file, a folder of folds or a table of scores."""
     if path.suffix == ".csv":
         needed = [column for column in SCORES if not column.endswith("_mm")]
         return Model(name, path, scores=read_scores(path, [*needed, "slices", "lesion_voxels"]))
     files = weights_files(path)
-    networks = [open_network(file, len(files), options) for file in files]
-    if len(files) > 1:
-        models = [network.segmenter.model for network in networks]
-        check_members(files, [read_card(file) for file in files], models)
-    return Model(name, path, networks)
-
-
-def open_network(file: Path, files: int, options: dict) -> Network:
-    if file.suffix != ".onnx":
+    if files[0].suffix != ".onnx":
         options = options | {"providers": None}
-    segmenter, card = Segmenter.from_weights(file, **options), read_card(file)
-    cases = card.get("cases", {})
-    if "train" not in cases:
-        if files > 1:
-            raise ValueError(f"{file}: no card says what it was trained on; it is no use as a fold")
-        print(f"{file}: no card says what it was trained on; no case is left out", file=sys.stderr)
-    chose = ["validation"] if card.get("recipe", {}).get("keep") == "best" else []
-    return Network(file, segmenter, patients_of_card(card, "train"), patients_of_card(card, *chose))
+    cards, networks = [read_card(file) for file in files], []
+    for file, card in zip(files, cards, strict=True):
+        if "train" not in card.get("cases", {}):
+            fault = f"{file}: no card says what it was trained on"
+            if len(files) > 1:
+                raise ValueError(f"{fault}; it is no use as a fold")
+            print(f"{fault}; no case is left out", file=sys.stderr)
+        chose = ["validation"] if card.get("recipe", {}).get("keep") == "best" else []
+        seen, chose = patients_of_card(card, "train"), patients_of_card(card, *chose)
+        networks.append(Network(file, Segmenter.from_weights(file, **options), seen, chose))
+    if len(files) > 1:
+        check_members(files, cards, [network.segmenter.model for network in networks])
+    return Model(name, path, networks)
 
 
 def describe(model: Model) -> dict | str:
@@ -150,9 +148,7 @@ def choose_cases(
 
 
 def score_all(
-    cases: Sequence[Case],
-    models: Sequence[Model],
-    workers: int | None = None,
+    cases: Sequence[Case], models: Sequence[Model], workers: int | None = None
 ) -> Iterator[tuple[bytes, list[dict], dict]]:
     """Score cases: of each a fingerprint, one row per model, a picture by (model, case).
 
@@ -164,6 +160,8 @@ def score_all(
     def load(case: Case) -> tuple:
         volume, truth = case.read_pair()
         try:
+            for segmenter in segmenters:
+                segmenter.check_channels(volume.shape[-1])
             prepared = {way: preprocess_near(volume, *way, case.aspect) for way in ways}
         except ValueError as error:
             raise ValueError(f"{case.folder}: {error}") from error
@@ -172,10 +170,7 @@ def score_all(
     def segmented() -> Iterator[tuple]:
         for case, volume, truth, prepared in in_order(load, cases, workers):
             networks = {model.name: model.networks_for(case.name) for model in models}
-            try:
-                maps = {k: segment(nets, volume, prepared) for k, nets in networks.items() if nets}
-            except ValueError as error:
-                raise ValueError(f"{case.folder}: {error}") from error
+            maps = {name: segment(nets, prepared) for name, nets in networks.items() if nets}
             yield case, volume, truth, maps
 
     def scores(item: tuple) -> tuple[bytes, list[dict], dict]:
@@ -188,7 +183,7 @@ def score_all(
 
 
 def segment(
-    networks: Sequence[Network], volume: np.ndarray, prepared: dict[tuple, tuple[Tensor, Frame]]
+    networks: Sequence[Network], prepared: dict[tuple, tuple[Tensor, Frame]]
 ) -> Segmentation:
     """Segment a case by those networks of a model that have not seen it, as one.
 
@@ -196,7 +191,6 @@ def segment(
     """
     outputs = []
     for segmenter in (network.segmenter for network in networks):
-        segmenter.check_channels(volume.shape[-1])
         images, frame = prepared[segmenter.image_size, segmenter.version, segmenter.device]
         outputs.append(segmenter.probabilities(images))
     return segmenter.assess(average(outputs), frame)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -49,8 +50,7 @@ def volume_row(
         warnings.append(f"FLAIR stands in for {' and '.join(unsaid)}")
 
     def ml(voxels: int | None) -> float | None:
-        known = spacing is not None and voxels is not None
-        return voxels * math.prod(spacing) / 1000 if known else None
+        return None if None in (spacing, voxels) else voxels * math.prod(spacing) / 1000
 
     row = {
         "case": case.name,
@@ -67,7 +67,7 @@ def volume_row(
         row |= {f"component_{k + 1}_voxels": size, f"component_{k + 1}_ml": ml(size)}
     row["slices_touched"] = [case.numbers[k] for k in np.flatnonzero(mask.any(axis=(1, 2)))]
     columns = ("expected_dsc", "expected_dsc_low", "expected_dsc_high")
-    row |= zip(columns, expected or (None, None, None), strict=True)
+    row |= zip(columns, expected or [None] * 3, strict=True)
     return row | {"warning": "; ".join(warnings)}
 
 
@@ -113,24 +113,18 @@ def by_need(rows: Sequence[dict]) -> list[dict]:
 def read_volumes(path: Path) -> dict[str, dict]:
     """Read the rows of a volumes.csv by case; empty if it is not there, or not one."""
     try:
-        return {name: _parsed(line) for name, line in read_table(path).items()}
+        return {
+            name: {column: _value(column, row[column]) for column in COLUMNS}
+            for name, row in read_table(path).items()
+        }
     except (ValueError, KeyError):
         return {}
 
 
-def _parsed(line: dict[str, str]) -> dict:
-    row = {name: text if name in TEXTS else _number(text) for name, text in line.items()}
-    touched = [int(number) for number in line["slices_touched"].split()]
-    return row | {"slices_touched": touched}
-
-
-def _number(text: str) -> float | int | str | None:
-    if not text:
-        return None
-    try:
-        return int(text) if text.isdecimal() else float(text)
-    except ValueError:  # slices_touched
-        return text
+def _value(column: str, text: str) -> object:
+    if column == "slices_touched":
+        return [int(number) for number in text.split()]
+    return text if column in TEXTS else json.loads(text or "null")
 
 
 def volumes_table(rows: Sequence[dict], path: Path) -> Table:
