@@ -31,6 +31,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+import utils
 from brainseg.evaluation.expected import check_can_fit, fit_and_save
 from brainseg.evaluation.page import check_page
 from brainseg.evaluation.report import case_table, save_gallery, save_page, save_scores, tables
@@ -40,28 +41,20 @@ from brainseg.io.files import check_writable, write_json, write_table
 from brainseg.io.slices import Case
 from brainseg.splits import SUBSETS, by_subset, count_patients, list_cohort
 from brainseg.weights import shipped_weights
-from utils import (
-    add_cohort_options,
-    add_segmenter_options,
-    errors_in_one_sentence,
-    make_parser,
-    provenance,
-    segmenter_options,
-)
 
 
 # fmt: off
 def get_parser() -> argparse.ArgumentParser:
-    parser = make_parser(__doc__)
+    parser = utils.make_parser(__doc__)
     add, _ = parser.group("what")
     add("--images", type=Path, default="./kaggle_3m", help="cases with masks")
     add("--subset", type=str, nargs="+", choices=("all", *SUBSETS), default=["validation"],
         help="all, train, validation, test, or several")
     add("--cases", type=str, nargs="+", help="only these cases")
-    add_cohort_options(add)
+    utils.add_cohort_options(add)
     add("--weights", type=str, nargs="+", help="the models, as above (the one of the project)")
     add("--fit-expected-dsc", action="store_true", help="learn what DSC to expect of a mask")
-    add_segmenter_options(parser)
+    utils.add_segmenter_options(parser)
     add, _ = parser.group("where to")
     add("--out", type=Path, default="./evaluation", help="folder to write to")
     add("--report", type=Path, help="HTML page to write")
@@ -72,8 +65,8 @@ def get_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     parser = get_parser()
     args = parser.parse_args(argv)
-    options = segmenter_options(parser, args)
-    with errors_in_one_sentence("stopped before all cases were scored; run it again"):
+    options = utils.segmenter_options(parser, args)
+    with utils.errors_in_one_sentence("stopped before all cases were scored; run it again"):
         run(args, options)
 
 
@@ -104,7 +97,7 @@ def run(args: argparse.Namespace, options: dict) -> None:
         ((model, rows),) = zip(models, scored.values(), strict=True)
         print(f"\n{fit_and_save(model, rows, args.out / 'expected_dsc.png')}")
 
-    about = provenance(args) | {
+    about = utils.provenance(args) | {
         "weights": {model.name: describe(model) for model in models},
         "cases": [case.name for case in cases],
         "left out": left_out,

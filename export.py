@@ -34,19 +34,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from brainseg import programs
 from brainseg.ensemble import load_ensemble
 from brainseg.io.files import atomic_write, write_json
 from brainseg.io.predictions import read_scores
 from brainseg.metrics import summarise
 from brainseg.onnx import OnnxNetwork, needed
-from brainseg.programs import (
-    check_finite,
-    largest_difference,
-    slices_to_compare,
-    to_onnx,
-    to_pt2,
-    trace,
-)
 from brainseg.splits import SUBSETS, is_lgg, patient_of, subset_of
 from brainseg.weights import (
     CARD_DEFAULTS,
@@ -63,7 +56,7 @@ LICENCE = (
     "Saha and Mazurowski 2019 (doi:10.1016/j.compbiomed.2019.05.002): use them, and these weights, "
     "non-commercially, share alike and give credit. Not a medical device."
 )
-SUFFIXES = {"onnx": ".onnx", "torch-export": ".pt2"}
+FORMATS = {"onnx": (".onnx", programs.to_onnx), "torch-export": (".pt2", programs.to_pt2)}
 TOLERANCES = {"float32": 1e-4, "float16": 5e-2}  # of a probability
 
 
@@ -73,7 +66,7 @@ def get_parser() -> argparse.ArgumentParser:
     add, _ = parser.group("what")
     add("--weights", type=Path, nargs="+", required=True,
         help="file that train.py wrote, several, or a folder of them")
-    add("--format", type=str, choices=("weights", *SUFFIXES), default="weights",
+    add("--format", type=str, choices=("weights", *FORMATS), default="weights",
         help="weights, onnx or torch-export")
     add("--metrics", type=Path, help="metrics.csv of inference.py with the weights")
     add("--subset", type=str, choices=(*SUBSETS, "all"), default="validation",
@@ -135,7 +128,7 @@ def named_by_hash(out: Path, stem: str, suffix: str, content: bytes) -> Path:
 def halve(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Put kernels in half precision; keep batch norm and biases, small and sensitive."""
     halved = {k: v.half() if v.is_floating_point() and v.ndim > 1 else v for k, v in state.items()}
-    check_finite(halved)
+    programs.check_finite(halved)
     return halved
 
 
@@ -188,16 +181,17 @@ def write_network(
     sources = [{"file": path.name, "sha256": file_hash(path)} for path in files]
     card["weights"] = sources[0] if len(sources) == 1 else sources
     card.pop("sha256", None)  # of the weights
-    case, slices = slices_to_compare(images, model, card)
-    content = (to_onnx if form == "onnx" else to_pt2)(trace(model, precision), card)
+    case, slices = programs.slices_to_compare(images, model, card)
+    suffix, convert = FORMATS[form]
+    content = convert(programs.trace(model, precision), card)
     stem = re.sub(r"-[0-9a-f]{8}$", "", given[0].stem) if len(given) == 1 else "ensemble"
     stem += "-float16" * (precision == "float16")
-    path = named_by_hash(out or given[0].parent, stem, SUFFIXES[form], content)
+    path = named_by_hash(out or given[0].parent, stem, suffix, content)
     if form == "onnx":
         network = OnnxNetwork(path, ["cpu"], content=content)
     else:
         network = torch.export.load(io.BytesIO(content)).module()
-    difference = largest_difference(network, model, slices)
+    difference = programs.largest_difference(network, model, slices)
     if not difference <= TOLERANCES[precision]:
         raise ValueError(
             f"{path}: not written, as its probabilities are up to {difference:.2g} off those of "

@@ -38,17 +38,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from brainseg.distributed import (
-    barrier,
-    gather,
-    is_main_process,
-    local_rank_zero_first,
-    only_main_process_prints,
-    process_group,
-    rank_device,
-    rank_workers,
-    shard,
-)
+import utils
+from brainseg import distributed
 from brainseg.evaluation.cohort import save_cohort
 from brainseg.evaluation.page import check_page
 from brainseg.evaluation.volumes import read_volumes, volumes_table
@@ -64,20 +55,11 @@ from brainseg.pipeline import Outputs, Result, segment_all
 from brainseg.segmenter import Segmenter
 from brainseg.splits import SUBSETS, list_cohort, patients_of_card, select_cases, use_patients
 from brainseg.weights import file_hash, read_card, shipped_weights, weights_files
-from utils import (
-    add_cohort_options,
-    add_segmenter_options,
-    errors_in_one_sentence,
-    fail,
-    make_parser,
-    provenance,
-    segmenter_options,
-)
 
 
 # fmt: off
 def get_parser() -> argparse.ArgumentParser:
-    parser = make_parser(__doc__)
+    parser = utils.make_parser(__doc__)
     add, _ = parser.group("what")
     add("--images", type=Path, help="cases, or one case (./kaggle_3m)")
     add("--flair", type=Path, help="in place of --images: the FLAIR sequence of one scan")
@@ -86,11 +68,11 @@ def get_parser() -> argparse.ArgumentParser:
     add("--register", action="store_true", help="move the other sequences to fit FLAIR")
     add("--subset", type=str, default="all", help=f"all, {', '.join(SUBSETS)}")
     add("--cases", type=str, nargs="+", help="only these cases")
-    add_cohort_options(add)
+    utils.add_cohort_options(add)
     add("--skip-existing", action="store_true", help="keep the masks of an earlier run")
     add("--weights", type=Path, nargs="+",
         help="weights or .onnx file; several, or a folder: averaged (those of the project)")
-    add_segmenter_options(parser)
+    utils.add_segmenter_options(parser)
     add, _ = parser.group("where to")
     add("--predictions", type=Path, default="./predictions", help="folder to write to")
     add("--figure", type=Path, default="./dsc.png", help="bars of each case's DSC")
@@ -102,21 +84,22 @@ def get_parser() -> argparse.ArgumentParser:
 
 # fmt: on
 def main(argv: list[str] | None = None) -> None:
-    with only_main_process_prints():
+    with distributed.only_main_process_prints():
         parser = get_parser()
         args = parser.parse_args(argv)
-        options = segmenter_options(parser, args)
+        options = utils.segmenter_options(parser, args)
         if (args.pre or args.post) and not args.flair:
             parser.error("--pre and --post go with --flair")
         if args.flair and (args.images or args.cases or args.sequences or args.subset != "all"):
             parser.error("--flair is one scan; --images, --cases and the like choose others")
-    with errors_in_one_sentence("stopped; finished cases are kept, go on with --skip-existing"):
+    stopped = "stopped; finished cases are kept, go on with --skip-existing"
+    with utils.errors_in_one_sentence(stopped):
         try:
-            with process_group():
+            with distributed.process_group():
                 failed = run(args, options)
         except torch.OutOfMemoryError as error:
             reason = str(error).splitlines()[0]
-            fail(f"out of memory beside the network: {reason}; use --device cpu")
+            utils.fail(f"out of memory beside the network: {reason}; use --device cpu")
     if failed:
         sys.exit(1)
 
@@ -127,10 +110,10 @@ def run(args: argparse.Namespace, options: dict) -> int:
     Several processes share the cases; the main one writes the tables and reports on all.
     """
     weights = args.weights or [shipped_weights("unet")]
-    about = provenance(args)  # before this process takes its part of the machine
+    about = utils.provenance(args)  # before this process takes its part of the machine
     # The first rank of a machine keeps what TensorRT builds, and the others find it.
-    with local_rank_zero_first():
-        device = rank_device(options["device"])
+    with distributed.local_rank_zero_first():
+        device = distributed.rank_device(options["device"])
         segmenter = Segmenter.from_weights(weights, **options | {"device": device})
         if args.flair:
             found = list_sequences(args.flair, args.pre, args.post, args.labels, args.patients)
@@ -155,12 +138,13 @@ def run(args: argparse.Namespace, options: dict) -> int:
         thumbnails=bool(args.report),
         algorithm=algorithm if args.dicom_seg else None,
     )
-    barrier()  # every rank has read the earlier args.json and volumes.csv
-    if is_main_process():
+    distributed.barrier()  # every rank has read the earlier args.json and volumes.csv
+    if distributed.is_main_process():
         write_json(args.predictions / "args.json", about)
-    done = segment(sources, segmenter, outputs, rank_workers(args.workers), args.register)
+    workers = distributed.rank_workers(args.workers)
+    done = segment(sources, segmenter, outputs, workers, args.register)
     check_labels(sources[0].labels)
-    if is_main_process():
+    if distributed.is_main_process():
         network = f"{' '.join(map(str, weights))} by {segmenter.runtime}"
         report(done, network, args.predictions, args.figure, args.report, about)
     return sum(bool(result.error) for result in done)
@@ -178,7 +162,7 @@ def list_sequences(
 def say_without_card(files: Sequence[Path], segmenter: Segmenter) -> None:
     """Say on stderr what weights without a card are taken for."""
     size, version = segmenter.image_size, segmenter.version
-    for file in files if is_main_process() else ():
+    for file in files if distributed.is_main_process() else ():
         print(
             f"{file}: has no card (.json); taken for weights of preprocessing {version} and "
             f"slices of {size} x {size}: put its card beside it",
@@ -188,7 +172,7 @@ def say_without_card(files: Sequence[Path], segmenter: Segmenter) -> None:
 
 def check_labels(labels: Labels) -> None:
     """Raise ValueError if a label that was asked for is in no mask that any rank has read."""
-    for found in gather([labels.found]):
+    for found in distributed.gather([labels.found]):
         labels.found.update(found)
     labels.check()
 
@@ -201,17 +185,17 @@ def segment(
     register: bool,
 ) -> list[Result]:
     """Segment this process's share of the cases, and write the tables of all; their results."""
-    done, own = [], shard(sources)
+    done, own = [], distributed.shard(sources)
     results = segment_all(own, segmenter, outputs, workers, register)
-    hidden = None if is_main_process() else True
+    hidden = None if distributed.is_main_process() else True
     try:
         for result in tqdm(results, "segmenting", len(own), unit="case", disable=hidden):
             if result.error:
                 tqdm.write(f"error: {result.error}", file=sys.stderr)
             done.append(result)
-        done = gather(done)
+        done = distributed.gather(done)
     finally:
-        if is_main_process():
+        if distributed.is_main_process():
             for table, name in (("volumes", "volumes.csv"), ("scores", "metrics.csv")):
                 rows = {result.volumes["case"]: getattr(result, table) for result in done}
                 update_table(outputs.folder / name, rows, keep=outputs.since is not None)

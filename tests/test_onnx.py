@@ -379,7 +379,7 @@ def test_an_export_that_disagrees_is_not_written(weights, tmp_path, monkeypatch)
         model.conv.bias.data += 1
         return trace(model, precision)
 
-    monkeypatch.setattr(export, "trace", wrong)
+    monkeypatch.setattr(programs, "trace", wrong)
     with pytest.raises(SystemExit, match="not written, as its probabilities are up to 0"):
         run_export(weights, tmp_path, "--format", "torch-export")
     assert not list(tmp_path.iterdir())
