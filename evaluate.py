@@ -24,21 +24,16 @@ with --report one page that holds all of it and needs no network.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
-from collections.abc import Sequence
 from pathlib import Path
-
-from tqdm import tqdm
 
 import utils
 from brainseg.evaluation.expected import check_can_fit, fit_and_save
 from brainseg.evaluation.page import check_page
 from brainseg.evaluation.report import case_table, save_gallery, save_page, save_scores, tables
-from brainseg.evaluation.scoring import Model, choose_cases, describe, open_models, score_all
+from brainseg.evaluation.scoring import choose_cases, describe, open_models, score_all
 from brainseg.evaluation.statistics import compare
 from brainseg.io.files import check_writable, write_json, write_table
-from brainseg.io.slices import Case
 from brainseg.splits import SUBSETS, by_subset, count_patients, list_cohort
 from brainseg.weights import shipped_weights
 
@@ -85,7 +80,7 @@ def run(args: argparse.Namespace, options: dict) -> None:
     if args.report:
         check_page(args.report)
 
-    scored, pictures, digest = score(cases, models, args.workers)
+    scored, pictures, digest = score_all(cases, models, args.workers)
     sources[0].labels.check()
     write_table(args.out / "scores.csv", [row for rows in scored.values() for row in rows])
     summary = compare(scored)
@@ -114,20 +109,6 @@ def run(args: argparse.Namespace, options: dict) -> None:
         page = [*shown, case_table(scored)]
         save_page(args.report, list(scored), page, figures, json.dumps(about, indent=2))
     print(f"\ntables and pictures: {args.out}{f'   report: {args.report}' * bool(args.report)}")
-
-
-def score(
-    cases: Sequence[Case], models: Sequence[Model], workers: int | None
-) -> tuple[dict[str, list[dict]], dict, str]:
-    """Score all cases: rows by model, pictures by (model, case), and a hash of what was read."""
-    scored, pictures, digest = {model.name: [] for model in models}, {}, hashlib.sha256()
-    scores = score_all(cases, models, workers)
-    for read, rows, drawn in tqdm(scores, "scoring", len(cases), unit="case", disable=None):
-        digest.update(read)
-        pictures |= drawn
-        for row in rows:
-            scored[row["model"]].append(row)
-    return scored, pictures, digest.hexdigest()
 
 
 if __name__ == "__main__":

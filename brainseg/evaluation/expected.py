@@ -15,14 +15,15 @@ def check_can_fit(models: Sequence[Model]) -> None:
     """Raise ValueError unless there is one model, and weights whose cards can take a fit."""
     if len(models) > 1:
         raise ValueError("--fit-expected-dsc is for one model; give one of --weights")
-    if not all(network.file.suffix == ".pt" for network in models[0].networks) or models[0].scores:
+    (model,) = models
+    if model.scores or any(file.suffix != ".pt" for file in model.seen):
         raise ValueError(
-            f"{models[0].path}: --fit-expected-dsc needs weights (.pt); fit them, then export them"
+            f"{model.path}: --fit-expected-dsc needs weights (.pt); fit them, then export them"
         )
-    for network in models[0].networks:
-        if "train" not in read_card(network.file).get("cases", {}):
+    for file in model.seen:
+        if "train" not in read_card(file).get("cases", {}):
             raise ValueError(
-                f"{network.file}: no card says what it was trained on, and the expected DSC can "
+                f"{file}: no card says what it was trained on, and the expected DSC can "
                 "only be learnt from other cases; put the card that train.py wrote beside it"
             )
 
@@ -40,18 +41,16 @@ def fit_and_save(model: Model, rows: Sequence[dict], figure: Path) -> str:
     scores = fit["leave_one_out"]
     predicted, true = scores.pop("predicted"), scores.pop("dsc")
     save_scatter(figure, predicted, true)
-    segmenter = model.networks[0].segmenter
-    fit |= {name: getattr(segmenter, name) for name in ("threshold", "min_volume", "tta")}
-    for network in model.networks:
-        card = read_card(network.file) | {"expected_dsc": fit}
-        write_json(network.file.with_suffix(".json"), card)
+    fit |= {name: getattr(model.segmenter, name) for name in ("threshold", "min_volume", "tta")}
+    for file in model.seen:
+        write_json(file.with_suffix(".json"), read_card(file) | {"expected_dsc": fit})
     rank = "undefined" if scores["spearman"] is None else f"{scores['spearman']:.2f}"
     empty = f", {fit['empty']} empty mask(s) left out" if fit["empty"] else ""
     return (
         f"expected DSC, fitted on {fit['cases']} cases{empty}; leaving each case out: rank "
         f"correlation (Spearman) {rank}, mean error {scores['mean_error']:.3f}, "
         f"{scores['warned']} of {scores['poor']} masks under {WARN_BELOW} are warned of, "
-        f"with {scores['false_alarms']} false alarms; in the card of {len(model.networks)} file(s)"
+        f"with {scores['false_alarms']} false alarms; in the card of {len(model.seen)} file(s)"
     )
 
 
