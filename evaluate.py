@@ -41,10 +41,10 @@ from brainseg.weights import shipped_weights
 # fmt: off
 def get_parser() -> argparse.ArgumentParser:
     parser = utils.make_parser(__doc__)
-    add, _ = parser.group("what")
-    add("--images", type=Path, default="./kaggle_3m", help="cases with masks")
+    add = parser.add_argument_group("what").add_argument
+    add("--images", type=Path, default="./kaggle_3m", help="cases with masks (%(default)s)")
     add("--subset", type=str, nargs="+", choices=("all", *SUBSETS), default=["validation"],
-        help="all, train, validation, test, or several")
+        help="all, train, validation, test, or several (validation)")
     add("--cases", type=str, nargs="+", help="only these cases")
     utils.add_cohort_options(add)
     add("--weights", type=str, nargs="+", help="the models, as above (the one of the project)")
