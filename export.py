@@ -187,18 +187,18 @@ def write_network(
     stem = re.sub(r"-[0-9a-f]{8}$", "", given[0].stem) if len(given) == 1 else "ensemble"
     stem += "-float16" * (precision == "float16")
     path = named_by_hash(out or given[0].parent, stem, suffix, content)
-    if form == "onnx":
-        network = OnnxNetwork(path, ["cpu"], content=content)
-    else:
-        network = torch.export.load(io.BytesIO(content)).module()
-    difference = programs.largest_difference(network, model, slices)
-    if not difference <= TOLERANCES[precision]:
-        raise ValueError(
-            f"{path}: not written, as its probabilities are up to {difference:.2g} off those of "
-            f"{given[0]} on {case}; export it in float32, or with another PyTorch"
-        )
     with atomic_write(path) as temporary:
         temporary.write_bytes(content)
+        if form == "onnx":
+            network = OnnxNetwork(temporary, ["cpu"])
+        else:
+            network = torch.export.load(temporary).module()
+        difference = programs.largest_difference(network, model, slices)
+        if not difference <= TOLERANCES[precision]:
+            raise ValueError(
+                f"{path}: not written, as its probabilities are up to {difference:.2g} off those "
+                f"of {given[0]} on {case}; export it in float32, or with another PyTorch"
+            )
     networks = f", {len(files)} networks" * (len(files) > 1)
     print(
         f"{path}, {len(content) / 2**20:.1f} MiB{networks}; on {len(slices)} slices of {case} its "

@@ -42,8 +42,7 @@ class OnnxNetwork:
 
     `providers` are names of `PROVIDERS` in order of preference (None: all that are installed).
     `device` (cpu, cuda, cuda:1) says which of them may be used, and which GPU. TensorRT prepares
-    for up to `batch_size` slices of `image_size` (None: that of the card). `content` is that of
-    the file, if it is not written yet.
+    for up to `batch_size` slices of `image_size` (None: that of the card).
     Raises FileNotFoundError or ValueError if the file or a provider cannot be used.
     """
 
@@ -54,9 +53,8 @@ class OnnxNetwork:
         device: torch.device | str | None = None,
         batch_size: int = 16,
         image_size: int | None = None,
-        content: bytes | None = None,
     ):
-        self.path, self._content = path, _read(path) if content is None else content
+        self.path, self._content = path, _read(path)
         self.card = _card(self._content, path)
         self.settings, self.stride = self.card["settings"], self.card["stride"]
         kind, _, gpu = str(device or "").partition(":")

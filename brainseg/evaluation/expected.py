@@ -20,8 +20,8 @@ def check_can_fit(models: Sequence[Model]) -> None:
         raise ValueError(
             f"{model.path}: --fit-expected-dsc needs weights (.pt); fit them, then export them"
         )
-    for file in model.seen:
-        if "train" not in read_card(file).get("cases", {}):
+    for file, patients in model.seen.items():
+        if not patients:
             raise ValueError(
                 f"{file}: no card says what it was trained on, and the expected DSC can "
                 "only be learnt from other cases; put the card that train.py wrote beside it"
