@@ -24,11 +24,9 @@ with --report one page that holds all of it and needs no network.
 from __future__ import annotations
 
 import argparse
-import hashlib
 from pathlib import Path
 
-from tqdm import tqdm
-
+import utils
 from brainseg.evaluation.expected import check_can_fit, fit_and_save
 from brainseg.evaluation.page import check_page
 from brainseg.evaluation.report import case_table, save_gallery, save_page, save_scores, tables
@@ -37,38 +35,32 @@ from brainseg.evaluation.statistics import compare
 from brainseg.io.files import check_writable, write_json, write_table
 from brainseg.splits import SUBSETS, by_subset, count_patients, list_cohort
 from brainseg.weights import shipped_weights
-from utils import (
-    add_cohort_options,
-    add_segmenter_options,
-    errors_in_one_sentence,
-    make_parser,
-    provenance,
-    segmenter_options,
-)
 
 
+# fmt: off
 def get_parser() -> argparse.ArgumentParser:
-    parser = make_parser(__doc__)
+    parser = utils.make_parser(__doc__)
     add = parser.add_argument_group("what").add_argument
     add("--images", type=Path, default="./kaggle_3m", help="cases with masks (%(default)s)")
     add("--subset", type=str, nargs="+", choices=("all", *SUBSETS), default=["validation"],
-        help="all, train, validation, test, or several (validation)")  # fmt: skip
+        help="all, train, validation, test, or several (validation)")
     add("--cases", type=str, nargs="+", help="only these cases")
-    add_cohort_options(add)
+    utils.add_cohort_options(add)
     add("--weights", type=str, nargs="+", help="the models, as above (the one of the project)")
     add("--fit-expected-dsc", action="store_true", help="learn what DSC to expect of a mask")
-    add_segmenter_options(parser)
-    add = parser.add_argument_group("where to").add_argument
-    add("--out", type=Path, default="./evaluation", help="folder to write to (%(default)s)")
+    utils.add_segmenter_options(parser)
+    add, _ = parser.group("where to")
+    add("--out", type=Path, default="./evaluation", help="folder to write to")
     add("--report", type=Path, help="HTML page to write")
     return parser
 
 
+# fmt: on
 def main(argv: list[str] | None = None) -> None:
     parser = get_parser()
     args = parser.parse_args(argv)
-    options = segmenter_options(parser, args)
-    with errors_in_one_sentence("stopped before all cases were scored; run it again"):
+    options = utils.segmenter_options(parser, args)
+    with utils.errors_in_one_sentence("stopped before all cases were scored; run it again"):
         run(args, options)
 
 
@@ -87,14 +79,7 @@ def run(args: argparse.Namespace, options: dict) -> None:
     if args.report:
         check_page(args.report)
 
-    scored, pictures, digest = {model.name: [] for model in models}, {}, hashlib.sha256()
-    scores = score_all(cases, models, args.workers)
-    bar = tqdm(scores, "scoring", len(cases), unit="case", disable=None)
-    for fingerprint, rows, drawn in bar:
-        digest.update(fingerprint)
-        for row in rows:
-            scored[row["model"]].append(row)
-        pictures |= drawn
+    scored, pictures, digest = score_all(cases, models, args.workers)
     sources[0].labels.check()
     write_table(args.out / "scores.csv", [row for rows in scored.values() for row in rows])
     summary = compare(scored)
@@ -104,15 +89,13 @@ def run(args: argparse.Namespace, options: dict) -> None:
         print(f"\n{len(left_out)} cases left out: a model was trained on their patients")
     if args.fit_expected_dsc:
         ((model, rows),) = zip(models, scored.values(), strict=True)
-        names, segmenter = ("threshold", "min_volume", "tta"), model.networks[0].segmenter
-        made_with = {name: getattr(segmenter, name) for name in names}
-        print(f"\n{fit_and_save(model, rows, args.out / 'expected_dsc.png', made_with)}")
+        print(f"\n{fit_and_save(model, rows, args.out / 'expected_dsc.png')}")
 
-    about = provenance(args) | {
+    about = utils.provenance(args) | {
         "weights": {model.name: describe(model) for model in models},
         "cases": [case.name for case in cases],
         "left out": left_out,
-        "SHA-256 of the voxels and masks": digest.hexdigest(),
+        "SHA-256 of the voxels and masks": digest,
     }
     write_json(args.out / "summary.json", about | {"models": summary})
     figures = {"DSC of every case": args.out / "scores.png"}

@@ -34,19 +34,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from brainseg import programs
 from brainseg.ensemble import load_ensemble
 from brainseg.io.files import atomic_write, write_json
 from brainseg.io.predictions import read_scores
 from brainseg.metrics import summarise
 from brainseg.onnx import OnnxNetwork, needed
-from brainseg.programs import (
-    check_finite,
-    largest_difference,
-    slices_to_compare,
-    to_onnx,
-    to_pt2,
-    trace,
-)
 from brainseg.splits import SUBSETS, is_lgg, patient_of, subset_of
 from brainseg.weights import (
     CARD_DEFAULTS,
@@ -63,7 +56,7 @@ LICENCE = (
     "Saha and Mazurowski 2019 (doi:10.1016/j.compbiomed.2019.05.002): use them, and these weights, "
     "non-commercially, share alike and give credit. Not a medical device."
 )
-SUFFIXES = {"onnx": ".onnx", "torch-export": ".pt2"}
+FORMATS = {"onnx": (".onnx", programs.to_onnx), "torch-export": (".pt2", programs.to_pt2)}
 TOLERANCES = {"float32": 1e-4, "float16": 5e-2}  # of a probability
 
 
@@ -73,7 +66,7 @@ def get_parser() -> argparse.ArgumentParser:
     add, _ = parser.group("what")
     add("--weights", type=Path, nargs="+", required=True,
         help="file that train.py wrote, several, or a folder of them")
-    add("--format", type=str, choices=("weights", *SUFFIXES), default="weights",
+    add("--format", type=str, choices=("weights", *FORMATS), default="weights",
         help="weights, onnx or torch-export")
     add("--metrics", type=Path, help="metrics.csv of inference.py with the weights")
     add("--subset", type=str, choices=(*SUBSETS, "all"), default="validation",
@@ -111,11 +104,13 @@ def write_weights(weights: Path, out: Path, metrics: Path | None, subset: str) -
     card = with_licence(read_card(weights) | {"model": name, "settings": model.settings})
     if metrics:
         card.setdefault("scores", {})[subset] = scores_of_unseen(metrics, weights, subset)
-    content = serialise(halve(state))
-    path, digest = named_by_hash(out, name, ".pt", content)
+    buffer = io.BytesIO()  # in a file, torch.save would write the file's name too
+    torch.save(halve(state), buffer)
+    content = buffer.getvalue()
+    path = named_by_hash(out, name, ".pt", content)
     with atomic_write(path) as temporary:
         temporary.write_bytes(content)
-    write_json(path.with_suffix(".json"), card | {"sha256": digest})
+    write_json(path.with_suffix(".json"), card | {"sha256": file_hash(path)})
     print(f"{path}, {len(content) / 2**20:.1f} MiB, and its card {path.with_suffix('.json').name}")
 
 
@@ -125,24 +120,16 @@ def with_licence(card: dict) -> dict:
     return card | {"licence": LICENCE} if of_lgg else card
 
 
-def named_by_hash(out: Path, stem: str, suffix: str, content: bytes) -> tuple[Path, str]:
-    """Name a file after the first eight digits of its SHA-256; the path, and the whole hash."""
-    digest = hashlib.sha256(content).hexdigest()
-    return out / f"{stem}-{digest[:8]}{suffix}", digest
+def named_by_hash(out: Path, stem: str, suffix: str, content: bytes) -> Path:
+    """Name a file after the first eight digits of the SHA-256 of its content."""
+    return out / f"{stem}-{hashlib.sha256(content).hexdigest()[:8]}{suffix}"
 
 
 def halve(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Put kernels in half precision; keep batch norm and biases, small and sensitive."""
     halved = {k: v.half() if v.is_floating_point() and v.ndim > 1 else v for k, v in state.items()}
-    check_finite(halved)
+    programs.check_finite(halved)
     return halved
-
-
-def serialise(state: dict[str, Tensor]) -> bytes:
-    """Save to bytes, the same for the same weights whatever the file's name."""
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    return buffer.getvalue()
 
 
 def scores_of_unseen(path: Path, weights: Path, subset: str) -> dict:
@@ -190,33 +177,33 @@ def write_network(
             needed(package, "--format onnx")
     precision = precision or "float32"
     model, card = load_ensemble(files)
-    card = CARD_DEFAULTS | with_licence(card)
-    card |= {"stride": model.stride, "precision": precision}
+    card = CARD_DEFAULTS | with_licence(card) | {"stride": model.stride, "precision": precision}
     sources = [{"file": path.name, "sha256": file_hash(path)} for path in files]
     card["weights"] = sources[0] if len(sources) == 1 else sources
     card.pop("sha256", None)  # of the weights
-    case, slices = slices_to_compare(images, model, card)
-    content = (to_onnx if form == "onnx" else to_pt2)(trace(model, precision), card)
+    case, slices = programs.slices_to_compare(images, model, card)
+    suffix, convert = FORMATS[form]
+    content = convert(programs.trace(model, precision), card)
     stem = re.sub(r"-[0-9a-f]{8}$", "", given[0].stem) if len(given) == 1 else "ensemble"
     stem += "-float16" * (precision == "float16")
-    path, _ = named_by_hash(out or given[0].parent, stem, SUFFIXES[form], content)
-    if form == "onnx":
-        network = OnnxNetwork(path, ["cpu"], content=content)
-    else:
-        network = torch.export.load(io.BytesIO(content)).module()
-    difference = largest_difference(network, model, slices)
-    if not difference <= TOLERANCES[precision]:
-        raise ValueError(
-            f"{path}: not written, as its probabilities are up to {difference:.2g} off those of "
-            f"{given[0]} on {case}; export it in float32, or with another PyTorch"
-        )
+    path = named_by_hash(out or given[0].parent, stem, suffix, content)
     with atomic_write(path) as temporary:
         temporary.write_bytes(content)
+        if form == "onnx":
+            network = OnnxNetwork(temporary, ["cpu"])
+        else:
+            network = torch.export.load(temporary).module()
+        difference = programs.largest_difference(network, model, slices)
+        if not difference <= TOLERANCES[precision]:
+            raise ValueError(
+                f"{path}: not written, as its probabilities are up to {difference:.2g} off those "
+                f"of {given[0]} on {case}; export it in float32, or with another PyTorch"
+            )
+    networks = f", {len(files)} networks" * (len(files) > 1)
     print(
-        f"{path}, {len(content) / 2**20:.1f} MiB"
-        + (f", {len(files)} networks" if len(files) > 1 else "")
-        + f"; on {len(slices)} slices of {case} its probabilities are within {difference:.1e} "
-        f"of those of PyTorch ({TOLERANCES[precision]:g} is allowed)"
+        f"{path}, {len(content) / 2**20:.1f} MiB{networks}; on {len(slices)} slices of {case} its "
+        f"probabilities are within {difference:.1e} of those of PyTorch "
+        f"({TOLERANCES[precision]:g} is allowed)"
     )
 
 

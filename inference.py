@@ -38,22 +38,13 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from brainseg.distributed import (
-    barrier,
-    gather,
-    is_main_process,
-    local_rank_zero_first,
-    only_main_process_prints,
-    process_group,
-    rank_device,
-    rank_workers,
-    shard,
-)
+import utils
+from brainseg import distributed
 from brainseg.evaluation.cohort import save_cohort
 from brainseg.evaluation.page import check_page
-from brainseg.evaluation.volumes import read_volumes, unread_row, volumes_table
+from brainseg.evaluation.volumes import read_volumes, volumes_table
 from brainseg.io.dicom_seg import check_dicom_packages, holds_dicom
-from brainseg.io.files import check_writable, sentence, update_table, write_json
+from brainseg.io.files import check_writable, update_table, write_json
 from brainseg.io.labels import Labels
 from brainseg.io.layouts import Source, find_sequences
 from brainseg.io.pictures import save_dsc_figure
@@ -62,76 +53,53 @@ from brainseg.io.scans import Scan
 from brainseg.io.slices import Case
 from brainseg.pipeline import Outputs, Result, segment_all
 from brainseg.segmenter import Segmenter
-from brainseg.splits import (
-    SUBSETS,
-    by_subset,
-    count_patients,
-    list_cohort,
-    patient_of,
-    patients_of_card,
-    select_cases,
-    use_patients,
-)
+from brainseg.splits import SUBSETS, list_cohort, patients_of_card, select_cases, use_patients
 from brainseg.weights import file_hash, read_card, shipped_weights, weights_files
-from utils import (
-    add_cohort_options,
-    add_segmenter_options,
-    fail,
-    make_parser,
-    provenance,
-    segmenter_options,
-    sigterm_interrupts,
-)
 
 
+# fmt: off
 def get_parser() -> argparse.ArgumentParser:
-    parser = make_parser(__doc__)
-    add = parser.add_argument_group("what").add_argument
+    parser = utils.make_parser(__doc__)
+    add, _ = parser.group("what")
     add("--images", type=Path, help="cases, or one case (./kaggle_3m)")
     add("--flair", type=Path, help="in place of --images: the FLAIR sequence of one scan")
     add("--pre", type=Path, help="with --flair: pre-contrast, on any grid (FLAIR)")
     add("--post", type=Path, help="with --flair: post-contrast, on any grid (FLAIR)")
     add("--register", action="store_true", help="move the other sequences to fit FLAIR")
-    add("--subset", type=str, default="all", help=f"all, {', '.join(SUBSETS)} (%(default)s)")
+    add("--subset", type=str, default="all", help=f"all, {', '.join(SUBSETS)}")
     add("--cases", type=str, nargs="+", help="only these cases")
-    add_cohort_options(add)
+    utils.add_cohort_options(add)
     add("--skip-existing", action="store_true", help="keep the masks of an earlier run")
-    add(
-        "--weights",
-        type=Path,
-        nargs="+",
-        help="weights or .onnx file; several, or a folder: averaged (those of the project)",
-    )
-    add_segmenter_options(parser)
-    add = parser.add_argument_group("where to").add_argument
-    add(
-        "--predictions", type=Path, default="./predictions", help="folder to write to (%(default)s)"
-    )
-    add("--figure", type=Path, default="./dsc.png", help="bars of each case's DSC (%(default)s)")
+    add("--weights", type=Path, nargs="+",
+        help="weights or .onnx file; several, or a folder: averaged (those of the project)")
+    utils.add_segmenter_options(parser)
+    add, _ = parser.group("where to")
+    add("--predictions", type=Path, default="./predictions", help="folder to write to")
+    add("--figure", type=Path, default="./dsc.png", help="bars of each case's DSC")
     add("--probabilities", action="store_true", help="write maps of the lesion probability too")
     add("--dicom-seg", action="store_true", help="of a DICOM series, write a Segmentation too")
     add("--report", type=Path, help="HTML page to write: every case at its largest lesion slice")
     return parser
 
 
+# fmt: on
 def main(argv: list[str] | None = None) -> None:
-    with only_main_process_prints():
+    with distributed.only_main_process_prints():
         parser = get_parser()
         args = parser.parse_args(argv)
-        options = segmenter_options(parser, args)
+        options = utils.segmenter_options(parser, args)
         if (args.pre or args.post) and not args.flair:
             parser.error("--pre and --post go with --flair")
         if args.flair and (args.images or args.cases or args.sequences or args.subset != "all"):
             parser.error("--flair is one scan; --images, --cases and the like choose others")
-    try:
-        with sigterm_interrupts(), process_group():
-            failed = run(args, options)
-    except (ValueError, OSError) as error:
-        fail(error)
-    except torch.OutOfMemoryError as error:
-        fail(f"out of memory beside the network: {str(error).splitlines()[0]}; use --device cpu")
-    except KeyboardInterrupt:
-        sys.exit("stopped; finished cases are kept, go on with --skip-existing")
+    stopped = "stopped; finished cases are kept, go on with --skip-existing"
+    with utils.errors_in_one_sentence(stopped):
+        try:
+            with distributed.process_group():
+                failed = run(args, options)
+        except torch.OutOfMemoryError as error:
+            reason = str(error).splitlines()[0]
+            utils.fail(f"out of memory beside the network: {reason}; use --device cpu")
     if failed:
         sys.exit(1)
 
@@ -142,47 +110,44 @@ def run(args: argparse.Namespace, options: dict) -> int:
     Several processes share the cases; the main one writes the tables and reports on all.
     """
     weights = args.weights or [shipped_weights("unet")]
-    about = provenance(args)  # before this process takes its part of the machine
-    workers = rank_workers(args.workers)
-
+    about = utils.provenance(args)  # before this process takes its part of the machine
     # The first rank of a machine keeps what TensorRT builds, and the others find it.
-    with local_rank_zero_first():
-        device = rank_device(options["device"])
+    with distributed.local_rank_zero_first():
+        device = distributed.rank_device(options["device"])
         segmenter = Segmenter.from_weights(weights, **options | {"device": device})
         if args.flair:
             found = list_sequences(args.flair, args.pre, args.post, args.labels, args.patients)
         else:
-            images = args.images or Path("kaggle_3m")
-            how = args.sequences, args.labels, args.patients
-            found = list_cohort(images, *how, args.cases, args.predictions)
+            how = args.sequences, args.labels, args.patients, args.cases
+            found = list_cohort(args.images or Path("kaggle_3m"), *how, args.predictions)
         sources = select_cases(found, args.subset)
         check_outputs(sources, args.predictions, args.figure, args.report, args.dicom_seg)
-    if len(sources) > 1:
-        print(count_patients(by_subset(source.name for source in sources)), flush=True)
     files = weights_files(weights)
-    say_without_card(files, segmenter)
+    cards = {file: read_card(file) for file in files}
+    say_without_card([file for file in files if not cards[file]], segmenter)
     about["weights"] = {str(file): file_hash(file) for file in files}
     about["args"]["min_volume"] = segmenter.min_volume  # that of the card where none was asked for
     about["since"] = since(args.predictions, about, args.skip_existing)
-    algorithm = f"brainseg {' '.join(file.stem for file in files)}"
+    algorithm = f"brainseg {' '.join(file.stem for file in files)}", about["commit"] or "unknown"
     outputs = Outputs(
         args.predictions,
         since=about["since"] if args.skip_existing else None,
-        earlier=read_volumes(args.predictions / "volumes.csv") if args.skip_existing else {},
+        earlier=read_volumes(args.predictions / "volumes.csv"),
+        trained_on=set().union(*(patients_of_card(card, "train") for card in cards.values())),
         probabilities=args.probabilities,
         thumbnails=bool(args.report),
-        algorithm=(algorithm, about["commit"] or "unknown") if args.dicom_seg else None,
+        algorithm=algorithm if args.dicom_seg else None,
     )
-    barrier()  # every rank has read the earlier args.json and volumes.csv
-    if is_main_process():
+    distributed.barrier()  # every rank has read the earlier args.json and volumes.csv
+    if distributed.is_main_process():
         write_json(args.predictions / "args.json", about)
-    trained_on = set().union(*(patients_of_card(read_card(file), "train") for file in files))
-    done = segment(sources, segmenter, outputs, workers, trained_on, args.register)
-    check_labels(sources)
-    if is_main_process():
+    workers = distributed.rank_workers(args.workers)
+    done = segment(sources, segmenter, outputs, workers, args.register)
+    check_labels(sources[0].labels)
+    if distributed.is_main_process():
         network = f"{' '.join(map(str, weights))} by {segmenter.runtime}"
         report(done, network, args.predictions, args.figure, args.report, about)
-    return sum(each["failed"] for each in done)
+    return sum(bool(result.error) for result in done)
 
 
 def list_sequences(
@@ -196,20 +161,18 @@ def list_sequences(
 
 def say_without_card(files: Sequence[Path], segmenter: Segmenter) -> None:
     """Say on stderr what weights without a card are taken for."""
-    for file in files:
-        if not read_card(file) and is_main_process():
-            size, version = segmenter.image_size, segmenter.version
-            print(
-                f"{file}: has no card (.json); taken for weights of preprocessing {version} and "
-                f"slices of {size} x {size}: put its card beside it",
-                file=sys.stderr,
-            )
+    size, version = segmenter.image_size, segmenter.version
+    for file in files if distributed.is_main_process() else ():
+        print(
+            f"{file}: has no card (.json); taken for weights of preprocessing {version} and "
+            f"slices of {size} x {size}: put its card beside it",
+            file=sys.stderr,
+        )
 
 
-def check_labels(sources: Sequence[Source | Case]) -> None:
+def check_labels(labels: Labels) -> None:
     """Raise ValueError if a label that was asked for is in no mask that any rank has read."""
-    labels = sources[0].labels  # that of all cases
-    for found in gather([labels.found]):
+    for found in distributed.gather([labels.found]):
         labels.found.update(found)
     labels.check()
 
@@ -219,36 +182,23 @@ def segment(
     segmenter: Segmenter,
     outputs: Outputs,
     workers: int | None,
-    trained_on: set[str],
     register: bool,
-) -> list[dict]:
-    """Segment this process's share of the cases, and write the tables of all cases.
-
-    Returns what tables and report need, a dict a case.
-    """
-    done, own = [], shard(sources)
+) -> list[Result]:
+    """Segment this process's share of the cases, and write the tables of all; their results."""
+    done, own = [], distributed.shard(sources)
+    results = segment_all(own, segmenter, outputs, workers, register)
+    hidden = None if distributed.is_main_process() else True
     try:
-        results = segment_all(own, segmenter, outputs, workers, register)
-        for source, result in zip(own, results, strict=True):
-            error = result if isinstance(result, Exception) else result.error
-            if error:
-                tqdm.write(f"error: {sentence(error)}", file=sys.stderr)
-            item = {"failed": bool(error), "scores": None, "thumbnail": None}
-            if isinstance(result, Result):
-                if result.scores:
-                    result.scores["trained_on"] = int(patient_of(source.name) in trained_on)
-                item["state"] = "segmented" if result.fresh else "kept"
-                item |= {name: getattr(result, name) for name in ("volumes", "scores", "thumbnail")}
-            else:
-                item |= {"state": "unread", "volumes": unread_row(source.name, error)}
-            done.append(item)
-        done = gather(done)
+        for result in tqdm(results, "segmenting", len(own), unit="case", disable=hidden):
+            if result.error:
+                tqdm.write(f"error: {result.error}", file=sys.stderr)
+            done.append(result)
+        done = distributed.gather(done)
     finally:
-        if is_main_process():
-            keep = outputs.since is not None
+        if distributed.is_main_process():
             for table, name in (("volumes", "volumes.csv"), ("scores", "metrics.csv")):
-                rows = {each["volumes"]["case"]: each[table] for each in done}
-                update_table(outputs.folder / name, rows, keep)
+                rows = {result.volumes["case"]: getattr(result, table) for result in done}
+                update_table(outputs.folder / name, rows, keep=outputs.since is not None)
     return done
 
 
@@ -273,20 +223,20 @@ def check_outputs(
 
 
 def report(
-    done: list[dict], network: str, folder: Path, figure: Path, page: Path | None, about: dict
+    done: list[Result], network: str, folder: Path, figure: Path, page: Path | None, about: dict
 ) -> None:
     """Print the tables and what was done by which `network`, draw the figure and the page."""
-    rows = [each["volumes"] for each in done]
+    rows = [result.volumes for result in done]
     print(volumes_table(rows, folder / "volumes.csv").as_text(), end="\n\n")
-    if scores := [each["scores"] for each in done if each["scores"]]:
+    if scores := [result.scores for result in done if result.scores]:
         print(scores_text(scores))
         marked = [row["case"] for row in scores if row["trained_on"]]
         save_dsc_figure(figure, {row["case"]: row["dsc"] for row in scores}, marked)
         print(f"table: {folder / 'metrics.csv'}   figure: {figure}")
     if page:
-        save_cohort(page, rows, [each["thumbnail"] for each in done], about)
+        save_cohort(page, rows, [result.thumbnail for result in done], about)
         print(f"report: {page}")
-    count = Counter(each["state"] for each in done)
+    count = Counter(result.state for result in done)
     kept = f", {count['kept']} kept from an earlier run" if count["kept"] else ""
     print(
         f"{count['segmented']} of {len(done)} cases segmented with {network}{kept}; "

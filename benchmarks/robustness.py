@@ -127,7 +127,7 @@ def main() -> None:
         for name in names:
             made = segment_unseen(model, source.name, CHANGES[name](volume))
             scores[name].append(dsc(made.mask, truth))
-        files = [network.file for network in model.networks_for(source.name)]
+        files = model.unseen(source.name)
         for shown, name in by_file.items():
             mask = by_inference(CHANGES[name](volume), files, args.device)
             scores[shown].append(dsc(mask, truth))

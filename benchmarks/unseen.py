@@ -2,15 +2,14 @@
 
 import numpy as np
 
-from brainseg.evaluation.scoring import Model, segment
-from brainseg.segmenter import Segmentation, preprocess_near
+from brainseg.evaluation.scoring import Model
+from brainseg.segmenter import Segmentation
 
 
 def segment_unseen(model: Model, case: str, volume: np.ndarray) -> Segmentation:
     """Segment a raw volume (S, H, W, C), made of the case called `case`, as evaluate.py does."""
-    networks = model.networks_for(case)
-    if not networks:
+    if not model.unseen(case):
         raise SystemExit(f"error: {model.path}: trained on {case}; choose another --subset")
-    segmenters = [network.segmenter for network in networks]
-    ways = {(s.image_size, s.version, s.device) for s in segmenters}
-    return segment(networks, volume, {way: preprocess_near(volume, *way) for way in ways})
+    segmenter = model.segmenter_for(case)
+    images, frame = segmenter.preprocess(volume)
+    return segmenter.assess(segmenter.probabilities(images), frame)

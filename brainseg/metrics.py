@@ -14,21 +14,22 @@ import numpy as np
 
 
 def dsc(prediction: np.ndarray, truth: np.ndarray) -> float:
-    """Compute the Dice coefficient (Dice 1945), 2 |P and T| / (|P| + |T|); 1 if both are empty ."""
-    return _ratio(2 * _overlap(prediction, truth), _count(prediction) + _count(truth))
+    """Compute the Dice coefficient (Dice 1945), 2 |P and T| / (|P| + |T|); 1 if both are empty."""
+    both = _count(prediction) + _count(truth)
+    return 2 * _count(prediction & truth) / both if both else 1.0
 
 
 def iou(prediction: np.ndarray, truth: np.ndarray) -> float:
     """Compute intersection over union, |P and T| / |P or T|; 1 if both are empty (Jaccard 1912)."""
-    overlap = _overlap(prediction, truth)
-    return _ratio(overlap, _count(prediction) + _count(truth) - overlap)
+    either = _count(prediction | truth)
+    return _count(prediction & truth) / either if either else 1.0
 
 
 def precision(prediction: np.ndarray, truth: np.ndarray) -> float:
     """Compute the share of predicted voxels that are lesion; 1 if both masks are empty."""
-    if not truth.any() and not prediction.any():
-        return 1.0
-    return _overlap(prediction, truth) / max(_count(prediction), 1)
+    if not prediction.any():
+        return float(not truth.any())
+    return _count(prediction & truth) / _count(prediction)
 
 
 def recall(prediction: np.ndarray, truth: np.ndarray) -> float:
@@ -123,23 +124,17 @@ def summarise(
     """
     values = np.asarray(values, dtype=float)
     known = ~np.isnan(values)
-    values, n = values[known], int(known.sum())
-    if not n:
-        return {"mean": np.nan, "median": np.nan, "low": np.nan, "high": np.nan, "n": 0}
-    owner = np.arange(n)
+    values = values[known]
+    if not len(values):
+        return dict.fromkeys(("mean", "median", "low", "high"), np.nan) | {"n": 0}
+    owner = np.arange(len(values))
     if patients is not None:
         _, owner = np.unique(np.asarray(patients)[known], return_inverse=True)
     sums, counts = np.bincount(owner, values), np.bincount(owner)
     draws = np.random.default_rng(seed).choice(len(sums), size=(resamples, len(sums)))
-    means = sums[draws].sum(axis=1) / counts[draws].sum(axis=1)
-    low, high = np.percentile(means, (2.5, 97.5))
-    return {
-        "mean": float(values.mean()),
-        "median": float(np.median(values)),
-        "low": float(low),
-        "high": float(high),
-        "n": n,
-    }
+    low, high = np.percentile(sums[draws].sum(axis=1) / counts[draws].sum(axis=1), (2.5, 97.5))
+    found = {"mean": values.mean(), "median": np.median(values), "low": low, "high": high}
+    return {name: float(value) for name, value in found.items()} | {"n": len(values)}
 
 
 def by_rule(row: Mapping[str, float]) -> bool:
@@ -150,8 +145,7 @@ def by_rule(row: Mapping[str, float]) -> bool:
 def describe_distances(rows: Sequence[Mapping[str, float]], name: str) -> str:
     """Give mean and median of a distance, such as `hd95_mm`, and how many are the diagonal."""
     kind, unit = name.split("_")
-    known = [row for row in rows if not math.isnan(row[name])]
-    s, missed = summarise([row[name] for row in known]), sum(map(by_rule, known))
+    s, missed = summarise([row[name] for row in rows]), sum(map(by_rule, rows))
     line = f"{kind.upper()} mean {s['mean']:.1f} {unit}, median {s['median']:.1f}, n = {s['n']}"
     return line + f", {missed} of them with one mask empty: the image diagonal" * bool(missed)
 
@@ -163,13 +157,5 @@ def describe(values: Sequence[float], patients: Sequence[str] | None = None) -> 
     return f"DSC mean {s['mean']:.3f}{interval}, median {s['median']:.3f}, n = {s['n']}"
 
 
-def _overlap(a: np.ndarray, b: np.ndarray) -> int:
-    return int(np.count_nonzero(a & b))
-
-
 def _count(mask: np.ndarray) -> int:
     return int(np.count_nonzero(mask))
-
-
-def _ratio(part: float, whole: float) -> float:
-    return part / whole if whole else 1.0

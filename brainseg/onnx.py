@@ -42,8 +42,7 @@ class OnnxNetwork:
 
     `providers` are names of `PROVIDERS` in order of preference (None: all that are installed).
     `device` (cpu, cuda, cuda:1) says which of them may be used, and which GPU. TensorRT prepares
-    for up to `batch_size` slices of `image_size` (None: that of the card). `content` is that of
-    the file, if it is not written yet.
+    for up to `batch_size` slices of `image_size` (None: that of the card).
     Raises FileNotFoundError or ValueError if the file or a provider cannot be used.
     """
 
@@ -54,9 +53,8 @@ class OnnxNetwork:
         device: torch.device | str | None = None,
         batch_size: int = 16,
         image_size: int | None = None,
-        content: bytes | None = None,
     ):
-        self.path, self._content = path, _read(path) if content is None else content
+        self.path, self._content = path, _read(path)
         self.card = _card(self._content, path)
         self.settings, self.stride = self.card["settings"], self.card["stride"]
         kind, _, gpu = str(device or "").partition(":")
@@ -65,13 +63,11 @@ class OnnxNetwork:
             chosen = pick_providers(providers, kind, available)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
-        self._providers = []  # names and options, as ONNX Runtime takes them
-        for name in chosen:
-            options = {} if name == "cpu" else {"device_id": gpu or "0"}
-            if name == "tensorrt":
-                size = image_size or self.card["image_size"]
-                options |= self._tensorrt_options(batch_size, size)
-            self._providers.append((PROVIDERS[name], options))
+        options = {name: {} if name == "cpu" else {"device_id": gpu or "0"} for name in chosen}
+        if "tensorrt" in options:
+            size = image_size or self.card["image_size"]
+            options["tensorrt"] |= self._tensorrt_options(batch_size, size)
+        self._providers = [(PROVIDERS[name], options[name]) for name in chosen]
         self._sessions: dict[int, Any] = {}
         self._lock = Lock()
         started = self._session().get_providers()
@@ -96,12 +92,9 @@ class OnnxNetwork:
         shape = len(images), session.get_outputs()[0].shape[1], *images.shape[2:]
         probabilities = torch.empty(shape, device=self.device)
         binding = session.io_binding()  # reads and writes the tensors where they are
-        for bind, name, tensor in (
-            (binding.bind_input, INPUT, images),
-            (binding.bind_output, OUTPUT, probabilities),
-        ):
-            place = self.device.type, self.device.index or 0
-            bind(name, *place, np.float32, tensor.shape, tensor.data_ptr())
+        how = self.device.type, self.device.index or 0, np.float32
+        binding.bind_input(INPUT, *how, images.shape, images.data_ptr())
+        binding.bind_output(OUTPUT, *how, shape, probabilities.data_ptr())
         try:
             if images.is_cuda:
                 torch.cuda.current_stream(self.device).synchronize()
@@ -164,12 +157,12 @@ def pick_providers(
     """
     here = [name for name in PROVIDERS if PROVIDERS[name] in available]
     fitting = [name for name in here if not kind or kind == ("cpu" if name == "cpu" else "cuda")]
-    remedy = "for a GPU install onnxruntime-gpu in place of onnxruntime"
+    there = f"there is {', '.join(here)}"
+    remedy = "for a GPU install onnxruntime-gpu in place of onnxruntime, or leave"
     for name in names or ():
         if name not in here:
             raise ValueError(
-                f"provider {name!r} is not installed (there is {', '.join(here)}); {remedy}, "
-                "or leave --providers out"
+                f"provider {name!r} is not installed ({there}); {remedy} --providers out"
             )
         if name not in fitting:
             raise ValueError(
@@ -177,8 +170,7 @@ def pick_providers(
             )
     if not fitting:
         raise ValueError(
-            f"device {kind!r}: ONNX Runtime has no provider for it (there is {', '.join(here)}); "
-            f"{remedy}, or leave --device out"
+            f"device {kind!r}: ONNX Runtime has no provider for it ({there}); {remedy} --device out"
         )
     return names or fitting
 

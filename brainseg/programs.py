@@ -104,13 +104,10 @@ def to_pt2(program: ExportedProgram, card: dict) -> bytes:
 
 def slices_to_compare(images: Path | None, model: nn.Module, card: dict) -> tuple[str, Tensor]:
     """Choose a case: its name, and four slices (4, C, N, N) as the network takes them."""
-    if images is None and Path("kaggle_3m").is_dir():
-        images = Path("kaggle_3m")
-    if images:
-        case = list_cases(images)[0].open()
+    name, volume = "a synthetic case", make_volume(0)[0]
+    if images or Path("kaggle_3m").is_dir():
+        case = list_cases(images or "kaggle_3m")[0].open()
         name, volume = case.name, case.read()
-    else:
-        name, volume = "a synthetic case", make_volume(0)[0]
     neighbours = card["neighbours"]
     channels = model.settings["in_channels"] // (2 * neighbours + 1)
     volume = volume[..., np.arange(channels) % volume.shape[-1]]

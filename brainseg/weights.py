@@ -14,7 +14,6 @@ import pickle
 import re
 import warnings
 from collections.abc import Sequence
-from datetime import datetime
 from pathlib import Path
 
 import torch
@@ -31,6 +30,7 @@ OTHERS = {  # made of weights, but no weights
     ".pt2": "is an exported program, refused, as opening it could run code; give the weights it "
     "was made of, or an ONNX file (export.py --format onnx)",
 }
+DATE = re.compile(r"(19|20)\d\d(0[1-9]|1[0-2])(0[1-9]|[12]\d|3[01])")
 CARD_DEFAULTS = {"preprocessing": 1, "image_size": 256, "neighbours": 0}  # without a card
 ROOT = Path(__file__).resolve().parents[1]
 # What comes with the project: the network of the published shape, for torch.hub's `unet`; and the
@@ -44,9 +44,8 @@ def build_model(name: str, **settings) -> nn.Module:
     if name not in MODELS:
         raise ValueError(f"no model is called {name!r}; known: {', '.join(MODELS)}")
     known = inspect.signature(MODELS[name]).parameters
-    for setting in settings:
-        if setting not in known:
-            raise ValueError(f"{name} has no setting {setting!r}; it has: {', '.join(known)}")
+    if odd := [setting for setting in settings if setting not in known]:
+        raise ValueError(f"{name} has no setting {odd[0]!r}; it has: {', '.join(known)}")
     return MODELS[name](**settings)
 
 
@@ -76,9 +75,8 @@ def all_finite(state: dict[str, Tensor]) -> bool:
 
 def _is_plain(value: object) -> bool:
     """Say whether it is a dense tensor of ordinary numbers."""
-    return isinstance(value, Tensor) and (
-        value.layout == torch.strided and value.device.type == "cpu" and not value.is_quantized
-    )
+    dense = isinstance(value, Tensor) and value.layout == torch.strided
+    return dense and value.device.type == "cpu" and not value.is_quantized
 
 
 def load_tensors(path: Path | str) -> dict:
@@ -112,15 +110,11 @@ def load_tensors(path: Path | str) -> dict:
 
 
 def hash_in_name(name: str) -> str | None:
-    """The eight digits of SHA-256 in the name of a weights file, unless they are a date."""
+    """Find the eight digits of SHA-256 in the name of a weights file, unless they are a date."""
     named = re.search(r"-([0-9a-f]{8})\.pt$", name)
-    if not named or any(name == path.name for path in shipped_files()):
-        return named and named[1]
-    try:
-        year = datetime.strptime(named[1], "%Y%m%d").year if named[1].isdigit() else 0
-    except ValueError:  # no month 13
-        year = 0
-    return None if 1900 <= year < 2100 else named[1]
+    if named and DATE.fullmatch(named[1]) and name not in {path.name for path in shipped_files()}:
+        return None
+    return named and named[1]
 
 
 def model_from_state(state: dict[str, Tensor], path: Path | str) -> tuple[str, nn.Module]:
@@ -207,27 +201,29 @@ def weights_files(weights: Path | str | Sequence[Path | str]) -> list[Path]:
     Raises FileNotFoundError for a folder without any, ValueError for a file given twice, a stranger
     among the files of a folder, or an ONNX file beside others.
     """
-    given = [weights] if isinstance(weights, (str, Path)) else weights
     files = []
-    for path in map(Path, given):
-        inside = sorted(f for f in path.rglob("*") if f.name[0] != ".") if path.is_dir() else []
-        for stranger in inside:
-            if stranger.suffix in (".pth", ".safetensors", ".h5"):
-                raise ValueError(
-                    f"{stranger}: is not weights of this project (.pt); take it out of {path}"
-                )
-        inside = [file for file in inside if file.suffix == ".pt"]
-        if path.is_dir() and not inside:
-            raise FileNotFoundError(f"{path}: no weights (.pt) in this folder; name a file")
-        files += inside or [path]
-    for k, file in enumerate(files):
-        if file in files[:k]:
+    for path in map(Path, [weights] if isinstance(weights, (str, Path)) else weights):
+        files += _files_in(path) if path.is_dir() else [path]
+    for file in files:
+        if files.count(file) > 1:
             raise ValueError(f"{file}: is given twice; name each file once")
         if file.suffix == ".onnx" and len(files) > 1:
             raise ValueError(
                 f"{file}: an ONNX file cannot be averaged with others; give it by itself, or "
                 "export them all as one (export.py --weights FOLDER --format onnx)"
             )
+    return files
+
+
+def _files_in(folder: Path) -> list[Path]:
+    inside = sorted(file for file in folder.rglob("*") if file.name[0] != ".")
+    for file in inside:
+        if file.suffix in (".pth", ".safetensors", ".h5"):
+            raise ValueError(
+                f"{file}: is not weights of this project (.pt); take it out of {folder}"
+            )
+    if not (files := [file for file in inside if file.suffix == ".pt"]):
+        raise FileNotFoundError(f"{folder}: no weights (.pt) in this folder; name a file")
     return files
 
 

@@ -20,6 +20,7 @@ import pytest
 import tifffile
 import torch
 from conftest import TRAINED_ON, in_processes, make_weights
+from test_weights import Evil
 
 import inference
 from brainseg import metrics, pipeline
@@ -577,14 +578,6 @@ def test_full_disk_leaves_no_half_written_case(phantoms, weights, tmp_path, monk
 
 
 # Bad weights and settings
-
-
-class Evil:
-    def __init__(self, marker: Path):
-        self.marker = marker
-
-    def __reduce__(self):
-        return os.system, (f"touch '{self.marker}'",)
 
 
 def spoil(kind: str, path: Path, weights: Path) -> None:

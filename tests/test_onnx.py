@@ -1,6 +1,5 @@
 """Networks without their code: the files of export.py, and ONNX Runtime behind the Segmenter."""
 
-import csv
 import importlib.util
 import json
 import os
@@ -13,11 +12,11 @@ import pytest
 import torch
 from brainseg.unet import UNet
 from conftest import ROOT, TRAINED_ON, make_weights
+from test_inference import infer, refused, table
 from torch import nn
 
 import evaluate
 import export
-import inference
 from brainseg import programs, resnext_unet
 from brainseg.onnx import PROVIDERS, OnnxNetwork, needed, pick_providers
 from brainseg.phantom import make_volume
@@ -57,27 +56,6 @@ def volume() -> np.ndarray:
 
 def segmenter(path: Path, **options) -> Segmenter:
     return Segmenter.from_weights(path, **{"device": "cpu", "amp": False, **options})
-
-
-def infer(images: Path, out: Path, weights: Path, *more: object) -> str | int:
-    """The exit status, or the sentence that goes to stderr with status 1."""
-    words = ["--images", images, "--weights", weights, "--predictions", out / "predictions"]
-    try:
-        inference.main([str(word) for word in (*words, "--figure", out / "dsc.png", *more)])
-    except SystemExit as stop:
-        return stop.code
-    return 0
-
-
-def refused(images: Path, out: Path, weights: Path, *more: object) -> str:
-    message = infer(images, out, weights, *more)
-    assert isinstance(message, str) and message.startswith("error: ") and "\n" not in message
-    return message
-
-
-def table(out: Path) -> list[dict]:
-    with open(out / "predictions" / "metrics.csv", newline="") as file:
-        return list(csv.DictReader(file))
 
 
 # The same network
@@ -379,7 +357,7 @@ def test_an_export_that_disagrees_is_not_written(weights, tmp_path, monkeypatch)
         model.conv.bias.data += 1
         return trace(model, precision)
 
-    monkeypatch.setattr(export, "trace", wrong)
+    monkeypatch.setattr(programs, "trace", wrong)
     with pytest.raises(SystemExit, match="not written, as its probabilities are up to 0"):
         run_export(weights, tmp_path, "--format", "torch-export")
     assert not list(tmp_path.iterdir())

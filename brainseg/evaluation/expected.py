@@ -15,22 +15,24 @@ def check_can_fit(models: Sequence[Model]) -> None:
     """Raise ValueError unless there is one model, and weights whose cards can take a fit."""
     if len(models) > 1:
         raise ValueError("--fit-expected-dsc is for one model; give one of --weights")
-    if not all(network.file.suffix == ".pt" for network in models[0].networks) or models[0].scores:
+    (model,) = models
+    if model.scores or any(file.suffix != ".pt" for file in model.seen):
         raise ValueError(
-            f"{models[0].path}: --fit-expected-dsc needs weights (.pt); fit them, then export them"
+            f"{model.path}: --fit-expected-dsc needs weights (.pt); fit them, then export them"
         )
-    for network in models[0].networks:
-        if "train" not in read_card(network.file).get("cases", {}):
+    for file, patients in model.seen.items():
+        if not patients:
             raise ValueError(
-                f"{network.file}: no card says what it was trained on, and the expected DSC can "
+                f"{file}: no card says what it was trained on, and the expected DSC can "
                 "only be learnt from other cases; put the card that train.py wrote beside it"
             )
 
 
-def fit_and_save(model: Model, rows: Sequence[dict], figure: Path, about: dict) -> str:
+def fit_and_save(model: Model, rows: Sequence[dict], figure: Path) -> str:
     """Fit on the rows of scores.csv; write the cards and the figure; what to say of it.
 
-    `about` goes into the cards too. Raises ValueError for too few cases.
+    The options that the masks were made with go into the cards too. Raises ValueError for too few
+    cases.
     """
     features = [
         {name: row[name] for name in FEATURES} | {"voxels": row["predicted_voxels"]} for row in rows
@@ -39,16 +41,16 @@ def fit_and_save(model: Model, rows: Sequence[dict], figure: Path, about: dict) 
     scores = fit["leave_one_out"]
     predicted, true = scores.pop("predicted"), scores.pop("dsc")
     save_scatter(figure, predicted, true)
-    for network in model.networks:
-        card = read_card(network.file) | {"expected_dsc": fit | about}
-        write_json(network.file.with_suffix(".json"), card)
+    fit |= {name: getattr(model.segmenter, name) for name in ("threshold", "min_volume", "tta")}
+    for file in model.seen:
+        write_json(file.with_suffix(".json"), read_card(file) | {"expected_dsc": fit})
     rank = "undefined" if scores["spearman"] is None else f"{scores['spearman']:.2f}"
     empty = f", {fit['empty']} empty mask(s) left out" if fit["empty"] else ""
     return (
         f"expected DSC, fitted on {fit['cases']} cases{empty}; leaving each case out: rank "
         f"correlation (Spearman) {rank}, mean error {scores['mean_error']:.3f}, "
         f"{scores['warned']} of {scores['poor']} masks under {WARN_BELOW} are warned of, "
-        f"with {scores['false_alarms']} false alarms; in the card of {len(model.networks)} file(s)"
+        f"with {scores['false_alarms']} false alarms; in the card of {len(model.seen)} file(s)"
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import sys
 from collections.abc import Iterator, Sequence
@@ -10,30 +11,20 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from tqdm import tqdm
 
 from ..devices import in_order
-from ..ensemble import FEATURES, average, check_members
+from ..ensemble import FEATURES, Ensemble, networks_of
 from ..io.layouts import Source
 from ..io.pictures import outline, to_grey
 from ..io.predictions import read_scores
 from ..io.slices import Case
 from ..metrics import dsc, score
-from ..preprocess import Frame, missing_sequences
+from ..preprocess import missing_sequences
 from ..segmenter import Segmentation, Segmenter, preprocess_near, to_mask
 from ..splits import patient_of, patients_of_card, site_of, subset_of
 from ..weights import file_hash, read_card, weights_files
 from .statistics import SCORES, SETTINGS
-
-EXPECTED = "expected_dsc", "expected_low", "expected_high"  # columns
-
-
-@dataclass
-class Network:
-    file: Path
-    segmenter: Segmenter
-    seen: set[str]  # patients it was trained on
-    chose: set[str]  # patients whose scores chose its epoch
 
 
 @dataclass
@@ -42,17 +33,29 @@ class Model:
 
     name: str
     path: Path
-    networks: list[Network] = field(default_factory=list)
-    scores: dict[str, dict] = field(default_factory=dict)
+    scores: dict[str, dict] = field(default_factory=dict)  # of a metrics.csv, by case
+    segmenter: Segmenter | None = None
+    seen: dict[Path, set[str]] = field(default_factory=dict)  # by file: patients trained on
+    chose: dict[Path, set[str]] = field(default_factory=dict)  # whose scores chose its epoch
 
-    def networks_for(self, case: str) -> list[Network]:
-        """List the networks that were not trained on the patient of a case."""
-        return [network for network in self.networks if patient_of(case) not in network.seen]
+    def unseen(self, case: str) -> list[Path]:
+        """List the files of the networks that were not trained on the patient of a case."""
+        return [file for file, patients in self.seen.items() if patient_of(case) not in patients]
 
     def was_trained_on(self, case: str) -> bool:
         if self.scores:
             return case in self.scores and self.scores[case]["trained_on"]
-        return not self.networks_for(case)
+        return not self.unseen(case)
+
+    def segmenter_for(self, case: str) -> Segmenter:
+        """Give a segmenter with those networks alone that have not seen the patient of a case."""
+        files = self.unseen(case)
+        if len(files) == len(self.seen):
+            return self.segmenter
+        part, networks = copy.copy(self.segmenter), networks_of(self.segmenter.model)
+        pairs = zip(self.seen, networks, strict=True)
+        part.model = Ensemble([network for file, network in pairs if file in files]).eval()
+        return part
 
 
 def open_models(texts: list[str], options: dict) -> list[Model]:
@@ -76,43 +79,36 @@ def open_models(texts: list[str], options: dict) -> list[Model]:
 
 
 def open_model(name: str, path: Path, options: dict) -> Model:
+    """Open weights, an ONNX file, a folder of folds or a table of scores."""
     if path.suffix == ".csv":
         needed = [column for column in SCORES if not column.endswith("_mm")]
         return Model(name, path, scores=read_scores(path, [*needed, "slices", "lesion_voxels"]))
     files = weights_files(path)
-    networks = [open_network(file, len(files), options) for file in files]
-    if len(files) > 1:
-        models = [network.segmenter.model for network in networks]
-        check_members(files, [read_card(file) for file in files], models)
-    return Model(name, path, networks)
-
-
-def open_network(file: Path, files: int, options: dict) -> Network:
-    if file.suffix != ".onnx":
+    if files[0].suffix != ".onnx":
         options = options | {"providers": None}
-    segmenter, card = Segmenter.from_weights(file, **options), read_card(file)
-    cases = card.get("cases", {})
-    if "train" not in cases:
-        if files > 1:
-            raise ValueError(f"{file}: no card says what it was trained on; it is no use as a fold")
-        print(f"{file}: no card says what it was trained on; no case is left out", file=sys.stderr)
-    chose = ["validation"] if card.get("recipe", {}).get("keep") == "best" else []
-    return Network(file, segmenter, patients_of_card(card, "train"), patients_of_card(card, *chose))
+    model = Model(name, path)
+    for file in files:
+        card = read_card(file)
+        if "train" not in card.get("cases", {}):
+            fault = f"{file}: no card says what it was trained on"
+            if len(files) > 1:
+                raise ValueError(f"{fault}; it is no use as a fold")
+            print(f"{fault}; no case is left out", file=sys.stderr)
+        chose = ["validation"] if card.get("recipe", {}).get("keep") == "best" else []
+        model.seen[file] = patients_of_card(card, "train")
+        model.chose[file] = patients_of_card(card, *chose)
+    model.segmenter = Segmenter.from_weights(files, **options)
+    return model
 
 
 def describe(model: Model) -> dict | str:
     """Describe a model as summary.json does, to reproduce its scores."""
     if model.scores:
         return str(model.path)
-    return {
-        str(network.file): {
-            "sha256": file_hash(network.file),
-            "image_size": network.segmenter.image_size,
-            "runtime": network.segmenter.runtime,
-            "bfloat16": network.segmenter.amp,
-        }
-        for network in model.networks
-    }
+    segmenter = model.segmenter
+    same = {"image_size": segmenter.image_size, "runtime": segmenter.runtime}
+    same["bfloat16"] = segmenter.amp
+    return {str(file): {"sha256": file_hash(file), **same} for file in model.seen}
 
 
 def choose_cases(
@@ -150,68 +146,59 @@ def choose_cases(
 
 
 def score_all(
-    cases: Sequence[Case],
-    models: Sequence[Model],
-    workers: int | None = None,
-) -> Iterator[tuple[bytes, list[dict], dict]]:
-    """Score cases: of each a fingerprint, one row per model, a picture by (model, case).
+    cases: Sequence[Case], models: Sequence[Model], workers: int | None = None
+) -> tuple[dict[str, list[dict]], dict[tuple[str, str], np.ndarray], str]:
+    """Score cases: rows by model, pictures by (model, case), the SHA-256 of all that was read.
 
     Threads read ahead and score behind while the networks run.
     """
-    segmenters = [network.segmenter for model in models for network in model.networks]
-    ways = {(s.image_size, s.version, s.device) for s in segmenters}
+    opened = {model.name: model.segmenter for model in models if model.segmenter}
+    ways = {name: (s.image_size, s.version, s.device) for name, s in opened.items()}
 
     def load(case: Case) -> tuple:
         volume, truth = case.read_pair()
         try:
-            prepared = {way: preprocess_near(volume, *way, case.aspect) for way in ways}
+            for segmenter in opened.values():
+                segmenter.check_channels(volume.shape[-1])
+            prepared = {way: preprocess_near(volume, *way, case.aspect) for way in {*ways.values()}}
         except ValueError as error:
             raise ValueError(f"{case.folder}: {error}") from error
         return case, volume, truth, prepared
 
     def segmented() -> Iterator[tuple]:
         for case, volume, truth, prepared in in_order(load, cases, workers):
-            networks = {model.name: model.networks_for(case.name) for model in models}
-            try:
-                maps = {k: segment(nets, volume, prepared) for k, nets in networks.items() if nets}
-            except ValueError as error:
-                raise ValueError(f"{case.folder}: {error}") from error
-            yield case, volume, truth, maps
+            found = {}
+            for model in (model for model in models if model.name in opened):
+                segmenter = model.segmenter_for(case.name)
+                images, frame = prepared[ways[model.name]]
+                found[model.name] = segmenter.assess(segmenter.probabilities(images), frame)
+            yield case, volume, truth, found
 
-    def scores(item: tuple) -> tuple[bytes, list[dict], dict]:
-        case, volume, truth, maps = item
-        rows, pictures = score_case(case, volume, truth, maps, models)
-        fingerprint = hashlib.sha256(np.ascontiguousarray(volume)).digest()
-        return fingerprint + hashlib.sha256(truth).digest(), rows, pictures
+    def scored(item: tuple) -> tuple[bytes, list[dict], dict]:
+        _, volume, truth, _ = item
+        volume = hashlib.sha256(np.ascontiguousarray(volume)).digest()
+        return volume + hashlib.sha256(truth).digest(), *score_case(*item, models)
 
-    return in_order(scores, segmented(), workers)
-
-
-def segment(
-    networks: Sequence[Network], volume: np.ndarray, prepared: dict[tuple, tuple[Tensor, Frame]]
-) -> Segmentation:
-    """Segment a case by those networks of a model that have not seen it, as one.
-
-    `prepared` holds the network input by image size, preprocessing version and device.
-    """
-    outputs = []
-    for segmenter in (network.segmenter for network in networks):
-        segmenter.check_channels(volume.shape[-1])
-        images, frame = prepared[segmenter.image_size, segmenter.version, segmenter.device]
-        outputs.append(segmenter.probabilities(images))
-    return segmenter.assess(average(outputs), frame)
+    table, pictures, digest = {model.name: [] for model in models}, {}, hashlib.sha256()
+    results = in_order(scored, segmented(), workers)
+    for read, rows, drawn in tqdm(results, "scoring", len(cases), unit="case", disable=None):
+        digest.update(read)
+        pictures |= drawn
+        for row in rows:
+            table[row["model"]].append(row)
+    return table, pictures, digest.hexdigest()
 
 
 def score_case(
     case: Case,
     volume: np.ndarray,
     truth: np.ndarray,
-    maps: dict[str, Segmentation],
+    found: dict[str, Segmentation],
     models: Sequence[Model],
 ) -> tuple[list[dict], dict]:
     """Make one row per model, and by (model, case) a picture of the slice with most lesion.
 
-    `maps` holds what each model made of the case, if it is not a table.
+    `found` holds what each model made of the case, if it is not a table.
     """
     about = {
         "case": case.name,
@@ -228,18 +215,18 @@ def score_case(
         if model.scores:
             rows.append(row | scores_of(model, case, row))
             continue
-        made, networks = maps[model.name], model.networks_for(case.name)
+        made, files = found[model.name], model.unseen(case.name)
         mask, probabilities = made.mask, torch.from_numpy(made.probabilities)
-        file = networks[0].file if len(networks) == 1 else f"{len(networks)} in {model.path}"
         row |= {
-            "weights": str(file),
-            "chose_epoch": int(any(about["patient"] in network.chose for network in networks)),
+            "weights": str(files[0]) if len(files) == 1 else f"{len(files)} in {model.path}",
+            "chose_epoch": int(any(about["patient"] in model.chose[file] for file in files)),
             "predicted_voxels": int(mask.sum()),
         }
         row |= score(mask, truth, case.spacing)
         row |= {key: dsc(to_mask(probabilities, *s), truth) for key, s in SETTINGS.items()}
         row |= {name: made.features[name] for name in FEATURES}
-        rows.append(row | dict(zip(EXPECTED, made.expected or [None] * 3, strict=True)))
+        names = "expected_dsc", "expected_low", "expected_high"
+        rows.append(row | dict(zip(names, made.expected or [None] * 3, strict=True)))
         k = int((truth if truth.any() else mask).sum(axis=(1, 2)).argmax())
         slices = (array[k : k + 1] for array in (grey, mask, truth))
         pictures[model.name, case.name] = outline(*slices, side=256)[0]

@@ -46,6 +46,9 @@ def compare(models: dict[str, list[dict]]) -> dict[str, dict]:
     def over_patients(values: np.ndarray, cases: np.ndarray | slice = slice(None)) -> dict:
         return summarise(values[cases], patients[cases])
 
+    def both(values: np.ndarray, change: np.ndarray, cases: np.ndarray | slice = slice(None)):
+        return {"dsc": over_patients(values, cases), "difference": over_patients(change, cases)}
+
     summary = {}
     for name, its in models.items():
         dsc = _column(its, "dsc")
@@ -56,13 +59,7 @@ def compare(models: dict[str, list[dict]]) -> dict[str, dict]:
             "missed": sum(map(by_rule, its)),
             "chose_epoch": sum(row.get("chose_epoch", 0) for row in its),
             "groups": {
-                group: {
-                    value: {
-                        "dsc": over_patients(dsc, cases),
-                        "difference": over_patients(change, cases),
-                    }
-                    for value, cases in values.items()
-                }
+                group: {value: both(dsc, change, cases) for value, cases in values.items()}
                 for group, values in groups.items()
             },
         }
@@ -70,11 +67,8 @@ def compare(models: dict[str, list[dict]]) -> dict[str, dict]:
             counts = {"better": int((change > 0).sum()), "worse": int((change < 0).sum())}
             about["difference"] = over_patients(change) | counts
         if SETTINGS.keys() <= its[0].keys():
-            settings = {setting: _column(its, setting) for setting in SETTINGS}
-            about["settings"] = {
-                setting: {"dsc": over_patients(values), "difference": over_patients(values - dsc)}
-                for setting, values in settings.items()
-            }
+            tried = {setting: _column(its, setting) for setting in SETTINGS}
+            about["settings"] = {k: both(values, values - dsc) for k, values in tried.items()}
     return summary
 
 
@@ -86,18 +80,16 @@ def _groups(rows: Sequence[dict]) -> dict[str, dict[str, np.ndarray]]:
     """Divide the cases by hospital, missing sequence and lesion volume."""
     voxels = _column(rows, "lesion_voxels")
     low, high = np.quantile(voxels, (1 / 3, 2 / 3)).round().astype(int)
-    groups = {
-        "hospital": {value: _column(rows, "site") == value for value in _values(rows, "site")},
-        "missing": {value: _column(rows, "missing") == value for value in _values(rows, "missing")},
-        "lesion voxels": {
-            f"under {low}": voxels < low,
-            f"{low} to {high}": (low <= voxels) & (voxels <= high),
-            f"over {high}": voxels > high,
-        },
+    sizes = {
+        f"under {low}": voxels < low,
+        f"{low} to {high}": (low <= voxels) & (voxels <= high),
+        f"over {high}": voxels > high,
     }
-    groups = {k: {v: c for v, c in values.items() if c.any()} for k, values in groups.items()}
-    return {k: values for k, values in groups.items() if len(values) > 1}
+    groups = {"hospital": _by_value(_column(rows, "site"))}
+    groups["missing"] = _by_value(_column(rows, "missing"))
+    groups["lesion voxels"] = {name: cases for name, cases in sizes.items() if cases.any()}
+    return {name: values for name, values in groups.items() if len(values) > 1}
 
 
-def _values(rows: Sequence[dict], name: str) -> list[str]:
-    return sorted({row[name] for row in rows})
+def _by_value(column: np.ndarray) -> dict[str, np.ndarray]:
+    return {str(value): column == value for value in np.unique(column)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,11 +18,12 @@ from .page import Table
 
 LARGEST = 3  # components that have columns of their own
 PRINTED = 20  # lines; the file has all
+EXPECTED = "expected_dsc", "expected_dsc_low", "expected_dsc_high"
 COLUMNS = (
     *("case", "patient", "slices", "sequences", "replaced", "lesion_voxels", "lesion_ml"),
     "components",
     *(f"component_{k + 1}_{unit}" for k in range(LARGEST) for unit in ("voxels", "ml")),
-    *("slices_touched", "expected_dsc", "expected_dsc_low", "expected_dsc_high", "warning"),
+    *("slices_touched", *EXPECTED, "warning"),
 )
 TEXTS = ("case", "patient", "sequences", "replaced", "warning")  # columns; others are numbers
 
@@ -49,8 +51,7 @@ def volume_row(
         warnings.append(f"FLAIR stands in for {' and '.join(unsaid)}")
 
     def ml(voxels: int | None) -> float | None:
-        known = spacing is not None and voxels is not None
-        return voxels * math.prod(spacing) / 1000 if known else None
+        return None if None in (spacing, voxels) else voxels * math.prod(spacing) / 1000
 
     row = {
         "case": case.name,
@@ -62,12 +63,11 @@ def volume_row(
         "lesion_ml": ml(int(mask.sum())),
         "components": len(sizes),
     }
-    for k in range(LARGEST):
-        size = sizes[k] if k < len(sizes) else None
-        row |= {f"component_{k + 1}_voxels": size, f"component_{k + 1}_ml": ml(size)}
+    sizes += [None] * LARGEST
+    for k, size in enumerate(sizes[:LARGEST], 1):
+        row |= {f"component_{k}_voxels": size, f"component_{k}_ml": ml(size)}
     row["slices_touched"] = [case.numbers[k] for k in np.flatnonzero(mask.any(axis=(1, 2)))]
-    columns = ("expected_dsc", "expected_dsc_low", "expected_dsc_high")
-    row |= zip(columns, expected or (None, None, None), strict=True)
+    row |= zip(EXPECTED, expected or [None] * 3, strict=True)
     return row | {"warning": "; ".join(warnings)}
 
 
@@ -103,9 +103,8 @@ def by_need(rows: Sequence[dict]) -> list[dict]:
     """Sort by need of a look: cases not read, then those with a warning, then by expected DSC."""
 
     def need(row: dict) -> tuple:
-        expected = row["expected_dsc"]
-        read = row["slices"] is not None
-        return read, not row["warning"], 1.0 if expected is None else expected, row["case"]
+        expected = 1.0 if row["expected_dsc"] is None else row["expected_dsc"]
+        return row["slices"] is not None, not row["warning"], expected, row["case"]
 
     return sorted(rows, key=need)
 
@@ -113,24 +112,18 @@ def by_need(rows: Sequence[dict]) -> list[dict]:
 def read_volumes(path: Path) -> dict[str, dict]:
     """Read the rows of a volumes.csv by case; empty if it is not there, or not one."""
     try:
-        return {name: _parsed(line) for name, line in read_table(path).items()}
+        return {
+            name: {column: _value(column, row[column]) for column in COLUMNS}
+            for name, row in read_table(path).items()
+        }
     except (ValueError, KeyError):
         return {}
 
 
-def _parsed(line: dict[str, str]) -> dict:
-    row = {name: text if name in TEXTS else _number(text) for name, text in line.items()}
-    touched = [int(number) for number in line["slices_touched"].split()]
-    return row | {"slices_touched": touched}
-
-
-def _number(text: str) -> float | int | str | None:
-    if not text:
-        return None
-    try:
-        return int(text) if text.isdecimal() else float(text)
-    except ValueError:  # slices_touched
-        return text
+def _value(column: str, text: str) -> object:
+    if column == "slices_touched":
+        return [int(number) for number in text.split()]
+    return text if column in TEXTS else json.loads(text or "null")
 
 
 def volumes_table(rows: Sequence[dict], path: Path) -> Table:
@@ -143,20 +136,18 @@ def volumes_table(rows: Sequence[dict], path: Path) -> Table:
     found = [row for row in rows if row["lesion_voxels"]]
     if found and all(row["expected_dsc"] is None for row in found):
         notes.append("No expected DSC: the weights have no fit for it in their card.")
+    cells = {
+        "case": lambda row: row["case"],
+        "slices": lambda row: shown_count(row["slices"]),
+        "lesion": shown_size,
+        "parts": lambda row: shown_count(row["components"]),
+        "expected DSC": shown_expected,
+        "needs a look because": lambda row: row["warning"],
+    }
     return Table(
         f"{len(rows)} case{'s' * (len(rows) != 1)}" + f", {warned} to look at" * bool(warned),
-        ["case", "slices", "lesion", "parts", "expected DSC", "needs a look because"],
-        [
-            [
-                row["case"],
-                shown_count(row["slices"]),
-                shown_size(row),
-                shown_count(row["components"]),
-                shown_expected(row),
-                row["warning"],
-            ]
-            for row in ordered[:PRINTED]
-        ],
+        [*cells],
+        [[show(row) for show in cells.values()] for row in ordered[:PRINTED]],
         "\n".join(notes),
         left=(0, 5),
     )
