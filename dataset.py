@@ -88,7 +88,7 @@ class BrainSegmentationDataset(Dataset):
             check_folds([source.name for source in sources], folds, fold)
             train, validation = [s for s in sources if subset_of(s.name) != "test"], []
         cases = open_cases([*train, *validation], skip_bad)
-        volumes = prepare(cases, skip_bad=skip_bad, **options)
+        volumes = prepare(cases, skip_bad=skip_bad, progress=True, **options)
         if folds is not None:
             train, validation = split_folds(
                 volumes, folds, fold, voxels=lambda v: int(v.truth.sum())
@@ -102,6 +102,11 @@ class BrainSegmentationDataset(Dataset):
         check_channels(volumes)
         cases[0].labels.check()
         return tuple(map(cls.of, parts))
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the cases."""
+        return [volume.name for volume in self.volumes]
 
     def __len__(self) -> int:
         return len(self._place)

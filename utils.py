@@ -40,11 +40,13 @@ class Parser(argparse.ArgumentParser):
         """Add a group to the help: two versions of `add_argument`, `add` and `recipe`.
 
         What `recipe` adds stands in the card, and a resumed run must keep it. Both take `least`
-        and `below` for numbers; a default is named in the help.
+        and `below` for numbers; a default is named in the help, and gives the type if none is.
         """
         group = self.add_argument_group(title)
 
         def add(*flags: str, least: float | None = None, below: float | None = None, **options):
+            if "action" not in options:
+                options.setdefault("type", type(options.get("default", "")))
             if least is not None or below is not None:
                 options["type"] = _number(options["type"], least, below)
             default = options.get("default")
