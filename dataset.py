@@ -14,7 +14,7 @@ from brainseg.cache import Prepared, prepare, unless_bad
 from brainseg.devices import free_memory, in_order, to_device
 from brainseg.io.layouts import Source, list_cases
 from brainseg.io.slices import Case
-from brainseg.preprocess import VERSION, neighbourhoods, neighbourhoods_of
+from brainseg.preprocess import neighbourhoods
 from brainseg.splits import check_folds, select_cases, split_folds, subset_of
 
 MOST = 0.5  # of the free memory of a device; a training step needs the rest
@@ -39,7 +39,7 @@ class BrainSegmentationDataset(Dataset):
     """The slices of a subset: index to (image (C, N, N), mask (1, N, N)), float32, always the same.
 
     `images_dir` holds one folder a case, with masks. Raises FileNotFoundError or ValueError,
-    naming the file or folder, for anything that cannot be used.
+    naming the file or folder, for anything that cannot be used. `how` are options of `prepare`.
     """
 
     def __init__(
@@ -47,13 +47,11 @@ class BrainSegmentationDataset(Dataset):
         images_dir: Path | str,
         subset: str = "train",
         image_size: int = 256,
-        cache: Path | str | None = None,
-        workers: int | None = None,
-        progress: bool = False,
-        version: int = VERSION,
+        cache=None,
+        **how,
     ):
         cases = open_cases(select_cases(list_cases(images_dir), subset))
-        self._hold(prepare(cases, image_size, cache, workers, progress, version))
+        self._hold(prepare(cases, image_size, cache, **how))
 
     def _hold(self, volumes: list[Prepared]) -> BrainSegmentationDataset:
         self.volumes = volumes
@@ -123,7 +121,7 @@ class BrainSegmentationDataset(Dataset):
         images, masks = [], []
         for v, s in (self._place[index] for index in indices):
             volume = self.volumes[v]
-            seen = neighbourhoods(len(volume.mask), neighbours)[s].tolist()
+            seen = neighbourhoods([len(volume.mask)], neighbours)[s].tolist()
             images.append(np.concatenate(volume.images[seen]))
             masks.append(volume.mask[s][None])
         return torch.from_numpy(np.stack(images)), torch.from_numpy(np.stack(masks))
@@ -173,7 +171,7 @@ class Feed:
             self.images = stacked([volume.images for volume in dataset.volumes], device)
             self.masks = stacked([volume.mask for volume in dataset.volumes], device)[:, None]
             lengths = [len(volume.mask) for volume in dataset.volumes]
-            self.seen = to_device(neighbourhoods_of(lengths, neighbours), device)
+            self.seen = to_device(neighbourhoods(lengths, neighbours), device)
         elif device.type == "cpu":
             self.place = "slices in host memory"
         else:

@@ -8,12 +8,15 @@ that on one mask, `fit_expected_dsc` learns from scored cases what DSC to expect
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from .weights import CARD_DEFAULTS, load_state, model_from_state, read_card
 
@@ -43,6 +46,21 @@ class Ensemble(nn.Module):
 def networks_of(model: nn.Module) -> list[nn.Module]:
     """List the networks of an ensemble, or the one network."""
     return list(model.networks) if isinstance(model, Ensemble) else [model]
+
+
+def fold_batch_norm(model: nn.Module) -> nn.Module:
+    """Copy a network for inference, its batch norms folded into the convolutions before them.
+
+    Its outputs are the same to rounding: W x + b, then g (. - m) / s + h, is one convolution with
+    W g / s and (b - m) g / s + h.
+    """
+    model = copy.deepcopy(model).eval()
+    for module in list(model.modules()):
+        for (name, conv), (norm_name, norm) in pairwise(list(module.named_children())):
+            if isinstance(conv, nn.Conv2d) and isinstance(norm, (nn.BatchNorm2d, nn.SyncBatchNorm)):
+                setattr(module, name, fuse_conv_bn_eval(conv, norm))
+                setattr(module, norm_name, nn.Identity())
+    return model
 
 
 def load_ensemble(paths: Sequence[Path]) -> tuple[nn.Module, dict]:
