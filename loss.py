@@ -13,11 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Total = Callable[[Tensor], Tensor]
-
-
-def alone(sums: Tensor) -> Tensor:
-    """Return `sums`: the `total` of a single process."""
-    return sums
+alone = torch.nn.Identity()  # the `total` of a single process
 
 
 def dice_loss(logits: Tensor, target: Tensor, smooth: float = 1.0, total: Total = alone) -> Tensor:

@@ -119,18 +119,14 @@ def get_args_parser() -> utils.Parser:
 def main(argv: list[str] | None = None) -> None:
     """Train as the command line says. Raises SystemExit, with a sentence, unless it succeeds."""
     stopped = "error: stopped at once; preprocessed volumes and finished epochs are kept"
-    with (
-        utils.errors_in_one_sentence(stopped),
-        dist.only_main_process_prints(),
-        dist.process_group(),
-    ):
+    with utils.errors_in_one_sentence(stopped), dist.process_group():
         args, checkpoint = get_args(argv)
         with utils.cudnn(args.deterministic), training.memory_advice(args.batch_size):
             state, feed, validation_set = set_up(args, checkpoint)
             asked = utils.plain(args) | {"resume": False}
             cases, recipe = (feed.dataset.names, validation_set.names), get_args_parser().recipe
             writer = runs.start_run(state, *cases, asked, recipe, checkpoint, utils.git_commit())
-            print(f"{runs.headline(writer.card, *cases, len(feed))}; {feed.place}", flush=True)
+            print(f"{runs.headline(writer.card, *cases, state.slices)}; {feed.place}", flush=True)
             if state.epoch >= args.epochs:
                 print(f"all {args.epochs} epochs are done; raise --epochs to go on")
                 return
@@ -151,16 +147,10 @@ def set_up(
     runs.check_inputs((args.weights, args.logs), first, args.batch_size)
     if args.prune_cache:
         runs.prune_cache(args.cache)
+    how = {"image_size": args.image_size, "version": args.preprocessing, "workers": workers}
     with dist.local_rank_zero_first():  # it fills the cache, the others read it
         train_set, validation_set = BrainSegmentationDataset.train_and_validation(
-            sources,
-            args.folds,
-            args.fold,
-            args.skip_bad,
-            image_size=args.image_size,
-            cache=args.cache,
-            workers=workers,
-            version=args.preprocessing,
+            sources, args.folds, args.fold, args.skip_bad, cache=args.cache, **how
         )
         model = training.build_network(
             args.model,
@@ -201,14 +191,9 @@ def fit(
         training.compile_ahead(state, args.image_size)
     training.parallel(state)
     weights, sequences = feed.dataset.sampling_weights(args.background), feed.dataset.in_channels
-    state.augment = partial(
-        augment_all,
-        scale=args.aug_scale,
-        angle=args.aug_angle,
-        intensity=args.aug_intensity,
-        drop=args.drop_sequences if sequences == 3 else 0,
-        sequences=sequences,
-    )
+    drop = args.drop_sequences if sequences == 3 else 0
+    how = {"scale": args.aug_scale, "angle": args.aug_angle, "intensity": args.aug_intensity}
+    state.augment = partial(augment_all, drop=drop, sequences=sequences, **how)
     bar = tqdm(total=args.epochs, initial=state.epoch, desc="training", unit="epoch", disable=None)
     with writer, utils.Interruption() as interruption, bar:
         while state.epoch < args.epochs:
@@ -229,7 +214,6 @@ def fit(
                 better, state.best = mean > state.best, max(mean, state.best)
                 curves |= {"loss/validation": loss, "dsc/validation": mean}
                 curves |= {f"dsc_by_case/{name}": score for name, score in scores.items()}
-                bar.set_postfix(DSC=f"{mean:.3f}", best=f"{state.best:.3f}", refresh=False)
             state.epoch, state.step, state.loss_sum = epoch, 0, 0.0
             if better or (scores and args.keep == "last"):
                 writer.weights(state, scores)
@@ -250,12 +234,12 @@ def train_one_epoch(
     ValueError once the loss is NaN or infinite.
     """
     generator = utils.make_generator(state.seed, 0, state.epoch)
-    drawn = torch.multinomial(weights, len(feed), replacement=True, generator=generator)
+    drawn = torch.multinomial(weights, state.slices, replacement=True, generator=generator)
     batches = drawn.split(state.batch_size)[state.step :]
     ahead = feed.batches([dist.shard_of_batch(batch) for batch in batches])
     start, done, losses = time.perf_counter(), state.step * state.batch_size, []
     name, every = f"epoch {state.epoch + 1}", 1 if state.device.type == "cpu" else SYNC
-    bar = tqdm(None, name, len(feed), leave=False, initial=done, unit="image", disable=None)
+    bar = tqdm(None, name, state.slices, leave=False, initial=done, unit="image", disable=None)
     with bar:
         for batch, (images, masks) in zip(batches, ahead, strict=True):
             loss = train_step(state, images, masks, len(batch))
@@ -270,7 +254,7 @@ def train_one_epoch(
                 bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
                 if dist.all_reduce_max(interruption.signal or 0) and not last:
                     return None
-    return (len(feed) - done) / (time.perf_counter() - start)
+    return (state.slices - done) / (time.perf_counter() - start)
 
 
 def train_step(state: TrainState, images: Tensor, masks: Tensor, global_batch_size: int) -> Tensor:
@@ -306,23 +290,15 @@ def evaluate(
 
     Loss and DSC cover all ranks; masks only this rank's cases.
     """
-    segmenter = Segmenter(
-        state.trained,
-        batch_size=state.batch_size,
-        device=state.device,
-        amp=state.amp,
-        neighbours=state.neighbours,
-    )
+    how = {"device": state.device, "amp": state.amp, "neighbours": state.neighbours}
+    segmenter = Segmenter(state.trained, batch_size=state.batch_size, **how)
     losses, scores, masks = [], [], []
-    volumes = dist.shard(dataset.volumes)
-    for volume in tqdm(volumes, "validating", unit="case", leave=False, disable=None):
-        images, target = (
-            to_device(torch.from_numpy(array), state.device)
-            for array in (volume.images, volume.mask[:, None])
-        )
-        probabilities = segmenter.probabilities(images)
+    own = dist.shard(dataset.volumes)
+    for volume in tqdm(own, "validating", unit="case", leave=False, disable=None):
+        probabilities = segmenter.probabilities(torch.from_numpy(volume.images))
         logits = torch.logit(probabilities, eps=1e-6)  # within ± 14, always finite
-        losses.append(state.loss(logits, target.to(logits)).item())
+        target = torch.from_numpy(volume.mask[:, None]).to(logits)
+        losses.append(state.loss(logits, target).item())
         masks.append(segmenter.finish(probabilities, volume.frame))
         scores.append(dsc(masks[-1], volume.truth))
     sums = [x * len(v.mask) for x, v in zip(dist.gather(losses), dataset.volumes, strict=True)]
@@ -344,11 +320,11 @@ def get_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict | 
         args = parser.parse_resumed(
             argv, training.CLASSIC | CARD_DEFAULTS | checkpoint["args"], path
         )
-    older = checkpoint is not None and "recipe" not in checkpoint["args"]
+    made_with = checkpoint["args"] if checkpoint else vars(args)
+    classic = made_with.get("recipe", "classic") == "classic"  # older checkpoints name none
     first = None if checkpoint else args.init_weights
-    for name, value in training.unset(args.model, older or args.recipe == "classic", first).items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
+    unset = training.unset(args.model, classic, first).items()
+    vars(args).update({name: value for name, value in unset if getattr(args, name) is None})
     weights, stride = args.weights / f"{args.model}.pt", MODELS[args.model].stride
     if (args.folds is None) != (args.fold is None):
         parser.error("--folds and --fold go together, as in --folds 5 --fold 0")

@@ -61,9 +61,7 @@ class Parser(argparse.ArgumentParser):
 
         return add, recipe
 
-    def parse_args(
-        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
-    ) -> argparse.Namespace:
+    def parse_args(self, args: Sequence[str] | None = None, namespace=None) -> argparse.Namespace:
         finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         finder.add_argument("--config", type=Path)
         finder.add_argument("--recipe")

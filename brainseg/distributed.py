@@ -63,7 +63,8 @@ def local_world_size() -> int:
 def process_group() -> Iterator[None]:
     """Join the ranks that torchrun has started, if it has, until the block is left.
 
-    With several ranks, an error ends this process with one sentence and status 1.
+    Only the main one prints. With several, an error ends this process with one sentence and
+    status 1.
     """
     count = int(os.environ.get("WORLD_SIZE", 1))
     if count == 1 or "RANK" not in os.environ:
@@ -77,7 +78,8 @@ def process_group() -> Iterator[None]:
         raise ValueError(f"the {count} processes did not all start, or cannot connect") from error
     main = is_main_process()
     try:
-        yield
+        with only_main_process_prints():
+            yield
         if not main:  # done; if another rank fails now, this one ends without a word
             _end_on_sigterm()
         dist.destroy_process_group()
@@ -164,14 +166,13 @@ def rank_device(name: str | None) -> str | None:
         raise ValueError(f"--device {name} is one for all processes; give --device cuda")
     if name not in (None, "cuda") or not torch.cuda.is_available():
         return name
-    gpus = torch.cuda.device_count()
-    if local_world_size() > gpus:
+    gpus, count, number = torch.cuda.device_count(), local_world_size(), local_rank()
+    if count > gpus:
         raise ValueError(
-            f"{local_world_size()} processes for {gpus} GPU(s); "
-            f"start torchrun with --nproc-per-node={gpus}"
+            f"{count} processes for {gpus} GPU(s); start torchrun with --nproc-per-node={gpus}"
         )
-    torch.cuda.set_device(local_rank())
-    return f"cuda:{local_rank()}"
+    torch.cuda.set_device(number)
+    return f"cuda:{number}"
 
 
 def rank_workers(workers: int | None) -> int | None:

@@ -6,8 +6,8 @@ must be trained again. So each version stays as it is, and the card of the weigh
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import chain
 
@@ -16,16 +16,11 @@ import torch
 from torch import Tensor
 
 from .io.files import by
-from .metrics import dsc
+from .levels import BRIGHTEST, measure, oddities
 
 VERSION = 2  # of the preprocessing, for new weights
 SEQUENCES = ("pre-contrast", "FLAIR", "post-contrast")
 CHANNELS = {1: ("FLAIR",), 3: SEQUENCES}
-BRIGHTEST = 4.0  # version 2: brighter than so many times the median tissue is clipped
-SATURATED = 0.1  # a share of the foreground at one greatest value that no scanner writes
-FLAT = 0.25  # a share of the foreground at its median that no tissue has
-AROUND = 0.95  # a share of the edge of the slices that is air where the skull is gone
-OVERLAP = 0.8  # Dice coefficient of two foregrounds; in 87 of 88 LGG cases it is 0.88 to 0.97
 
 
 def missing_sequences(volume: np.ndarray) -> str:
@@ -105,11 +100,11 @@ def _preprocess_2(
     slices, *_, channels = volume.shape
     names = CHANNELS.get(channels, [f"channel {k + 1}" for k in range(channels)])
     lead = names.index("FLAIR") if "FLAIR" in names else 0
-    found = [_measured(volume[..., k]) for k in range(channels)]
+    found = [measure(volume[..., k]) for k in range(channels)]
     if (flair := found[lead]) is None:
         raise ValueError(f"{names[lead]} is constant: this is not an image")
     sequences = [sequence or flair for sequence in found]
-    notes = [_notes(*pair, flair, names[lead]) for pair in zip(names, found, strict=True)]
+    notes = [oddities(*pair, flair, names[lead]) for pair in zip(names, found, strict=True)]
     head = sum(sequence.foreground.astype(np.uint8) for sequence in sequences) * 2 >= channels
     box = _bounding_box(head.sum(axis=0) > 0.05 * slices)
     frame = Frame(volume.shape[:3], box, image_size, False, tuple(chain(*notes)), aspect)
@@ -117,86 +112,6 @@ def _preprocess_2(
     crops = [sequence.scaled()[:, top:bottom, left:right] for sequence in sequences]
     resized = _resize(torch.from_numpy(np.stack(crops, axis=1)), frame, device)
     return resized.clip_(0, BRIGHTEST).sub_(1).mul_(2), frame
-
-
-@dataclass(frozen=True)
-class _Sequence:
-    """One sequence (S, H, W), and the grey levels from which everything in it is measured."""
-
-    voxels: np.ndarray
-    background: float
-    threshold: float  # above it lies the foreground
-    median: float  # of the foreground
-    saturated: float  # share of the foreground that has the greatest value
-    flat: float  # share of the foreground that has the median's value
-    air: float | None = None  # amid the tissue: the background of the file
-
-    @cached_property
-    def foreground(self) -> np.ndarray:
-        return self.voxels > self.threshold
-
-    def scaled(self) -> np.ndarray:
-        """The voxels, float32, with the background at 0 and the median tissue at 1, clipped."""
-        scaled = self.voxels.astype(np.float32) - np.float32(self.background)
-        scaled /= np.float32(self.median - self.background)
-        return np.clip(scaled, 0, BRIGHTEST, out=scaled)
-
-
-def _measured(voxels: np.ndarray) -> _Sequence | None:
-    """Measure a sequence (S, H, W); where air lies amid tissue, it is made the darkest.
-
-    Normalised after stripping, a scan has one value all around it, darker tissue and brighter.
-    """
-    found = _levels(voxels)
-    if found is None or found.flat <= FLAT:
-        return found
-    air = voxels == found.median
-    around = min(air[:, [0, -1]].mean(), air[:, :, [0, -1]].mean())
-    if around < AROUND or found.median == voxels.max():
-        return found
-    filled = _levels(np.where(air, np.percentile(voxels[~air], 0.1), voxels))
-    return filled and replace(filled, air=found.median)
-
-
-def _levels(voxels: np.ndarray) -> _Sequence | None:
-    """Find the levels of one sequence (S, H, W); None if it is constant but for single voxels.
-
-    The foreground is what lies a tenth of the way up from the background, the 1st percentile, to
-    the 99th percentile of all that is brighter than the background.
-    """
-    background = float(np.percentile(voxels, 1))
-    bright = voxels[voxels > background]
-    if len(bright) <= 1e-3 * voxels.size:
-        return None
-    high = float(np.percentile(bright, 99))
-    # A little under a tenth, so that no rounding moves a grey level that lies just on it.
-    threshold = background + 0.0999 * (high - background)
-    foreground = bright[bright > threshold]
-    median = float(np.median(foreground))
-    saturated = float((foreground == foreground.max()).mean())
-    flat = float((foreground == median).mean())
-    return _Sequence(voxels, background, threshold, median, saturated, flat)
-
-
-def _notes(name: str, sequence: _Sequence | None, flair: _Sequence, lead: str) -> Iterator[str]:
-    """Say what is odd about a sequence (None: constant), beside FLAIR, which is called `lead`."""
-    if sequence is None:
-        yield f"FLAIR stands in for {name}, which is constant"
-        return
-    if sequence.air is not None:
-        yield (
-            f"{name} was normalised after stripping: {sequence.air:.3g}, amid its tissue, is taken "
-            "for background"
-        )
-    if sequence.saturated > SATURATED:
-        yield f"{name} is saturated: {sequence.saturated:.0%} of it has one value"
-    if sequence.flat > FLAT:
-        yield (
-            f"{name} has one value in {sequence.flat:.0%} of its foreground; if it was normalised "
-            "after stripping, give the file from before"
-        )
-    if (overlap := dsc(sequence.foreground, flair.foreground)) < OVERLAP:
-        yield f"{name} covers another part than {lead} (Dice {overlap:.2f}); are they registered?"
 
 
 def _bounding_box(present: np.ndarray) -> tuple[int, int, int, int]:

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
 from tqdm import tqdm
 
 from .cache import Prepared, prune
@@ -19,13 +18,7 @@ from .io.files import check_writable, write_json
 from .io.layouts import Source
 from .io.pictures import outline, to_grey
 from .metrics import summarise
-from .splits import (
-    by_subset,
-    count_patients,
-    named_patients,
-    patient_of,
-    patients_of_card,
-)
+from .splits import by_subset, count_patients, named_patients, patient_of, patients_of_card
 from .training import TrainState
 from .weights import load_state, read_card, save_weights
 
@@ -45,10 +38,9 @@ def check_inputs(folders: Sequence[Path], init_weights: Path | None, batch_size:
 
 def prune_cache(cache: Path | None) -> None:
     """Delete preprocessed volumes whose sources are gone, and say how many."""
-    if not is_main_process():
-        return
-    count, freed = prune(cache)
-    print(f"cache: {count} volumes without a source deleted ({freed / 2**30:.1f} GiB)")
+    if is_main_process():
+        count, freed = prune(cache)
+        print(f"cache: {count} volumes without a source deleted ({freed / 2**30:.1f} GiB)")
 
 
 def report_cases(
@@ -86,19 +78,13 @@ def start_run(
     else:
         start = read_start(settings["init_weights"]) if settings["init_weights"] else None
         if (path := Path(settings["weights"]) / f"{settings['model']}.ckpt").exists():
-            print(
-                f"{path}: an earlier run; it and its weights are overwritten after the first epoch"
-            )
+            after = "it and its weights are overwritten after the first epoch"
+            print(f"{path}: an earlier run; {after}")
     chosen = {name: settings[name] for name in (*recipe, "epochs")} | {"amp": state.amp}
-    card = describe_run(state.model, chosen, train, validation, start, state.device)
-    card["commit"] = commit
+    card = describe_run(state, chosen, train, validation, start) | {"commit": commit}
     check_seen(card, settings["allow_seen"] or checkpoint is not None)
-    kept = {
-        "args": settings | {"amp": state.amp},
-        "initialised_from": start,
-        "cases": train,
-        "validation_cases": validation,
-    }
+    kept = {"initialised_from": start, "cases": train, "validation_cases": validation}
+    kept["args"] = settings | {"amp": state.amp}
     return RunWriter(card, settings, kept, state.epoch)
 
 
@@ -122,12 +108,7 @@ def check_seen(card: dict, allowed: bool) -> None:
 
 
 def describe_run(
-    model: nn.Module,
-    recipe: dict,
-    train: Sequence[str],
-    validation: Sequence[str],
-    start: dict | None,
-    device: torch.device,
+    state: TrainState, recipe: dict, train: list[str], validation: list[str], start: dict | None
 ) -> dict:
     """Make the card of a run's weights: data, split, recipe, versions, device; no paths.
 
@@ -135,15 +116,19 @@ def describe_run(
     """
     paths = [name for name in ("pretrained", "patients") if isinstance(recipe.get(name), str)]
     recipe = recipe | {name: Path(recipe[name]).name for name in paths}
-    cuda = device.type == "cuda"
+    device = (
+        torch.cuda.get_device_name(state.device)
+        if state.device.type == "cuda"
+        else str(state.device)
+    )
     about = {
         "model": recipe["model"],
-        "settings": model.settings,
+        "settings": state.model.settings,
         **{name: recipe[name] for name in ("image_size", "neighbours", "preprocessing")},
-        "cases": {"train": list(train), "validation": list(validation)},
+        "cases": {"train": train, "validation": validation},
         "recipe": recipe,
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "device": torch.cuda.get_device_name(device) if cuda else str(device),
+        "device": device,
         "processes": world_size(),
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
@@ -152,9 +137,8 @@ def describe_run(
         about["patients"] = patients
     if start:
         about["cases"]["train"] = sorted({*train, *(start.get("cases") or {}).get("train", ())})
-        about["initialised_from"] = {
-            k: v for k, v in start.items() if k not in ("cases", "patients")
-        }
+        others = start.keys() - {"cases", "patients"}
+        about["initialised_from"] = {key: value for key, value in start.items() if key in others}
         patients = patients_of_card(start, "train")
         if seen := [name for name in validation if patient_of(name) in patients]:
             about["validation_seen"] = seen

@@ -11,21 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from .devices import half_precision, has_bfloat16, pick_device
-from .ensemble import (
-    Ensemble,
-    disagreement,
-    expected_dsc,
-    fold_batch_norm,
-    load_ensemble,
-    networks_of,
-    quality,
-    quality_warnings,
-)
+from .ensemble import Ensemble, assess, disagreement, fold_batch_norm, load_ensemble, networks_of
 from .onnx import OnnxNetwork
 from .preprocess import VERSION, Frame, neighbourhoods, preprocess, restore
 from .weights import CARD_DEFAULTS, weights_files
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass
@@ -109,9 +98,8 @@ class Segmenter:
         """
         files = weights_files(weights)
         if files[0].suffix == ".onnx":
-            names = "device", "batch_size", "image_size"
-            chosen = {name: options[name] for name in names if name in options}
-            model = OnnxNetwork(files[0], providers, **chosen)
+            names = options.keys() & {"device", "batch_size", "image_size"}
+            model = OnnxNetwork(files[0], providers, **{name: options[name] for name in names})
             card = model.card
         elif providers:
             raise ValueError(f"{files[0]}: is no ONNX file; leave --providers out, or give one")
@@ -132,8 +120,8 @@ class Segmenter:
     def __call__(self, volume: np.ndarray, aspect: float = 1.0) -> np.ndarray:
         """Segment a raw volume (S, H, W, C): its mask (S, H, W), bool.
 
-        Channels are pre-contrast, FLAIR, post-contrast; of any numeric
-        type. `aspect` is the height of a pixel over its width. Raises ValueError.
+        Channels are pre-contrast, FLAIR, post-contrast, of any numeric type. `aspect` is the height
+        of a pixel over its width. Raises ValueError.
         """
         images, frame = self.preprocess(np.asarray(volume), aspect)
         return self.finish(self.probabilities(images), frame)
@@ -164,10 +152,9 @@ class Segmenter:
         """Turn probabilities (S, K, N, N) into a mask, and estimate how good it is."""
         restored = _restored(probabilities, frame).cpu()
         mask, source = self._to_mask(restored), restored.numpy()
-        features = quality(source, mask, disagreement(probabilities, self.model.settings))
-        expected = expected_dsc(features, self.expected_dsc_fit)
-        warnings = quality_warnings(features, expected, frame.notes)
-        return Segmentation(mask, source, features, expected, warnings)
+        apart = disagreement(probabilities, self.model.settings)
+        found = assess(source, mask, apart, self.expected_dsc_fit, frame.notes)
+        return Segmentation(mask, source, *found)
 
     def disagreement_map(self, probabilities: Tensor, frame: Frame) -> np.ndarray | None:
         """Map where the networks of an ensemble disagree: (S, H, W), in the source geometry.
@@ -185,7 +172,7 @@ class Segmenter:
     def probabilities(
         self,
         images: Tensor,
-        progress: Progress = lambda done, of: None,
+        progress: Callable[[int, int], None] = lambda done, of: None,
         lengths: Sequence[int] | None = None,
     ) -> Tensor:
         """Run the network: slices (S, C, N, N) in, probabilities (S, K, N, N), float32, out.
@@ -232,9 +219,7 @@ def preprocess_near(
     return preprocess(volume, image_size, version, aspect=aspect)
 
 
-def to_mask(
-    probabilities: Tensor, threshold: float, largest: bool, min_volume: int = 0
-) -> np.ndarray:
+def to_mask(probabilities: Tensor, threshold: float, largest: bool, min_volume=0) -> np.ndarray:
     """Threshold lesion probabilities (S, H, W) to a bool mask; then as `keep_components`."""
     return keep_components((probabilities >= threshold).cpu().numpy(), largest, min_volume)
 

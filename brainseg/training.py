@@ -213,16 +213,15 @@ def unset(name: str, classic: bool, init_weights: Path | None) -> dict[str, int 
     Those of the weights to start from, by their card; otherwise those of the shipped weights, or
     of the published ones.
     """
-    values = {"image_size": 128, "neighbours": 0, "preprocessing": VERSION}
-    values = {"features": 32} | CARD_DEFAULTS if classic else {"features": 16} | values
-    if name != "unet":
-        values["features"] = None
+    if classic:
+        values = {"features": 32, **CARD_DEFAULTS}
+    else:
+        values = {"features": 16, "image_size": 128, "neighbours": 0, "preprocessing": VERSION}
     if init_weights:
         card, unet = read_card(init_weights), MODELS["unet"].settings_of(load_state(init_weights))
         values |= {key: card.get(key, value) for key, value in CARD_DEFAULTS.items()}
-        if name == "unet" and unet:
-            values["features"] = unet["init_features"]
-    return values
+        values["features"] = unet["init_features"] if unet else values["features"]
+    return values if name == "unet" else values | {"features": None}
 
 
 def on_device(model: nn.Module, device: torch.device, sync_bn: bool = False) -> nn.Module:
