@@ -119,7 +119,8 @@ def load_checkpoint(path: Path) -> dict:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: nothing to resume from; start without --resume")
     checkpoint = load_tensors(path)
-    if not CHECKPOINT <= checkpoint.keys():
+    before_version_2 = "n_averaged" in (checkpoint.get("ema") or ())  # of the preprocessing
+    if before_version_2 or not CHECKPOINT <= checkpoint.keys():
         raise ValueError(f"{path}: is not a training checkpoint of this version")
     return checkpoint
 
