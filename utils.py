@@ -119,19 +119,16 @@ class Parser(argparse.ArgumentParser):
         """Convert a value of the file as the command line would."""
         if value is True and action.nargs == "?":
             return action.const
-        several = isinstance(value, list) and action.nargs in ("+", "*") and value
-        values = value if several else [value]
         if action.nargs == 0:
             if not isinstance(value, bool):
                 raise ValueError(f"{action.dest} takes true or false, not {value!r}")
             return value
+        several = isinstance(value, list) and action.nargs in ("+", "*") and value
+        values = value if several else [value]
         if any(isinstance(each, (bool, list, dict)) for each in values):
             name = action.dest.replace("_", "-")
             raise ValueError(f"{name} takes a value, not {value!r}")
-        values = [self._get_value(action, str(each)) for each in values]
-        for each in values:
-            self._check_value(action, each)
-        return values if action.nargs in ("+", "*") else values[0]
+        return self._get_values(action, list(map(str, values)))
 
 
 def _number(kind: type, least: float | None, below: float | None) -> Callable[[str], float]:
