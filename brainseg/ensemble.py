@@ -266,13 +266,12 @@ def quality_warnings(
 
 
 def assess(
-    probabilities: np.ndarray,
-    mask: np.ndarray,
-    disagreement: float | None,
-    fit: dict | None,
-    notes: Sequence[str],
+    probabilities: np.ndarray, mask: np.ndarray, apart: float | None, fit: dict | None, notes=()
 ) -> tuple[dict, tuple[float, float, float] | None, list[str]]:
-    """Measure the `quality` of a mask; say what DSC to expect, and what calls for a second look."""
-    features = quality(probabilities, mask, disagreement)
+    """Measure the `quality` of a mask; say what DSC to expect, and what calls for a second look.
+
+    `apart` is the `disagreement`, `fit` that of the card, `notes` those of the `Frame`.
+    """
+    features = quality(probabilities, mask, apart)
     expected = expected_dsc(features, fit)
     return features, expected, quality_warnings(features, expected, notes)

@@ -92,7 +92,7 @@ def read_start(path: Path | str) -> dict:
     """Read where the weights to start from came from off their card."""
     card = read_card(path)
     kept = ("recipe", "commit", "cases", "patients", "initialised_from")
-    return {key: card.get(key) for key in kept}
+    return {key: card.get(key) for key in kept if key in card or key != "patients"}
 
 
 def check_seen(card: dict, allowed: bool) -> None:
