@@ -144,7 +144,7 @@ def set_up(
     device, workers = pick_device(dist.rank_device(args.device)), dist.rank_workers(args.workers)
     first = None if checkpoint else args.init_weights
     sources = list_cohort(args.images, args.sequences, args.labels, args.patients)
-    runs.check_inputs((args.weights, args.logs), first, args.batch_size)
+    runs.check_inputs((args.weights, args.logs), args.batch_size)
     if args.prune_cache:
         runs.prune_cache(args.cache)
     how = {"image_size": args.image_size, "version": args.preprocessing, "workers": workers}

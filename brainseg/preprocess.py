@@ -106,12 +106,12 @@ def _preprocess_2(
     sequences = [sequence or flair for sequence in found]
     notes = [oddities(*pair, flair, names[lead]) for pair in zip(names, found, strict=True)]
     head = sum(sequence.foreground.astype(np.uint8) for sequence in sequences) * 2 >= channels
-    box = _bounding_box(head.sum(axis=0) > 0.05 * slices)
+    box = _bounding_box(head.sum(axis=0) > 0.05 * slices)  # step 2
     frame = Frame(volume.shape[:3], box, image_size, False, tuple(chain(*notes)), aspect)
     top, bottom, left, right = box
-    crops = [sequence.scaled()[:, top:bottom, left:right] for sequence in sequences]
-    resized = _resize(torch.from_numpy(np.stack(crops, axis=1)), frame, device)
-    return resized.clip_(0, BRIGHTEST).sub_(1).mul_(2), frame
+    crops = [sequence.scaled()[:, top:bottom, left:right] for sequence in sequences]  # step 1
+    resized = _resize(torch.from_numpy(np.stack(crops, axis=1)), frame, device)  # step 3
+    return resized.clip_(0, BRIGHTEST).sub_(1).mul_(2), frame  # step 4
 
 
 def _bounding_box(present: np.ndarray) -> tuple[int, int, int, int]:

@@ -20,15 +20,13 @@ from .io.pictures import outline, to_grey
 from .metrics import summarise
 from .splits import by_subset, count_patients, named_patients, patient_of, patients_of_card
 from .training import TrainState
-from .weights import load_state, read_card, save_weights
+from .weights import read_card, save_weights
 
 
-def check_inputs(folders: Sequence[Path], init_weights: Path | None, batch_size: int) -> None:
-    """Check files, folders and the batch size before the long work."""
+def check_inputs(folders: Sequence[Path], batch_size: int) -> None:
+    """Check folders to write to and the batch size before the long work."""
     for folder in folders:
         check_writable(folder)
-    if init_weights:
-        load_state(init_weights)
     if batch_size < world_size():
         raise ValueError(
             f"--batch-size {batch_size} is less than a slice for each of {world_size()} "
