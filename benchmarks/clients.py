@@ -26,9 +26,7 @@ import numpy as np
 
 from brainseg.phantom import write_data_set
 
-from .timing import resident
-
-ROOT = Path(__file__).resolve().parents[1]
+from .timing import ROOT, resident
 
 
 def main() -> None:

@@ -45,6 +45,7 @@ WAITS = (  # for which the host waits, or may
     "cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cudaMemcpy",
     "cudaMemcpyAsync", "aten::item", "aten::_local_scalar_dense", "aten::copy_",
 )  # fmt: skip
+SETTINGS = ("shapes", "steps", "epochs", "target")  # what the figures depend on
 PRECISIONS = ("bfloat16", "float32", "float16")
 Row = tuple[str, float, str]  # what, value, unit
 
@@ -192,11 +193,13 @@ def main(argv: list[str] | None = None) -> None:
         check_writable(args.out)
         args.image_size = int(args.shapes[-1].split("x")[1])
         path, about = args.out / "gpu.json", conditions(args, find_cases(args.images))
+        about |= {name: getattr(args, name) for name in SETTINGS}
         result = {"conditions": about, "parts": {}, "failed": {}}
         if path.exists():
             result = json.loads(path.read_text())
-            if result["conditions"]["device"] != about["device"]:
-                raise ValueError(f"{path}: is of another device; name another folder with --out")
+            for name in ("device", *SETTINGS):
+                if result["conditions"].get(name) != about[name]:
+                    raise ValueError(f"{path}: is of another {name}; name another --out folder")
     except (ValueError, OSError) as error:
         fail(error)
     start = time.perf_counter()

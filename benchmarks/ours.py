@@ -22,7 +22,7 @@ from utils import Interruption
 
 
 @dataclass
-class Training:
+class Trainer:
     """A training on a data set, ready for its first step."""
 
     state: training.TrainState
@@ -30,7 +30,7 @@ class Training:
     epoch: Callable[[Tensor], float | None]  # trains on slices drawn by weights
 
 
-def set_up(options: Sequence[object], dataset: BrainSegmentationDataset) -> Training:
+def set_up(options: Sequence[object], dataset: BrainSegmentationDataset) -> Trainer:
     """Set up the training that train.py would do with these options."""
     args, _ = get_args([str(option) for option in options])
     device = pick_device(args.device)
@@ -66,7 +66,7 @@ def set_up(options: Sequence[object], dataset: BrainSegmentationDataset) -> Trai
         state.step, state.loss_sum = 0, 0.0
         return train_one_epoch(state, feed, weights, Interruption())
 
-    return Training(state, partial(train_step, state), epoch)
+    return Trainer(state, partial(train_step, state), epoch)
 
 
 def export_onnx(weights: Sequence[Path], images: Path, out: Path | str, precision: str) -> Path:

@@ -18,7 +18,7 @@ from brainseg.devices import available_cores
 from brainseg.io.files import write_json
 from brainseg.weights import read_card
 
-ROOT = Path(__file__).resolve().parents[1]
+from .timing import ROOT
 
 
 @dataclass(frozen=True)

@@ -116,6 +116,24 @@ def test_what_is_done_is_not_done_again(whole, phantoms):
     assert {path: path.stat().st_mtime_ns for path in whole.rglob("unet.pt")} == weights
 
 
+def test_start_goes_on_from_the_network_of_the_fold(whole, phantoms, tmp_path):
+    words = "--stage", "search", "--only", "dice", "--start", whole / "weights"
+    status, _, err = run(phantoms, tmp_path, *map(str, words))
+    assert status == 0, err
+    networks = {read_card(path)["recipe"]["fold"]: path for path in whole.glob("weights/*.pt")}
+    for k in range(3):
+        options = json.loads((tmp_path / f"search/dice/fold{k}/options.json").read_text())
+        assert str(networks[k]) in options["options"]
+        card = read_card(tmp_path / f"search/dice/fold{k}/unet.pt")
+        assert "validation_seen" not in card
+
+
+def test_start_without_a_network_of_each_fold_is_refused(whole, phantoms, tmp_path):
+    one = next(whole.glob("search/dice/fold0"))
+    status, _, err = run(phantoms, tmp_path, "--stage", "search", "--start", str(one))
+    assert status == 1 and err.count("\n") == 1 and "no network of fold 1 of 5" in err
+
+
 def test_other_settings_are_not_mixed_with_those_of_before(whole, phantoms):
     status, _, err = run(phantoms, whole, options=[*SMALL, "--seed", "3"])
     assert status == 1 and err.count("\n") == 1 and "name another --out" in err

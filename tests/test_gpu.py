@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 from benchmarks import gpu
 
 
@@ -11,8 +13,8 @@ def test_gpu_benchmark_goes_on_where_it_stopped(phantoms, tmp_path, monkeypatch)
 
     monkeypatch.setattr(gpu, "infer", infer)
 
-    def run(*parts: str) -> dict:
-        words = ["--images", phantoms, "--device", "cpu", "--shapes", "2x32", "--steps", 1]
+    def run(*parts: str, steps: int = 1) -> dict:
+        words = ["--images", phantoms, "--device", "cpu", "--shapes", "2x32", "--steps", steps]
         gpu.main([str(word) for word in (*words, "--out", tmp_path, "--only", *parts)])
         return json.loads((tmp_path / "gpu.json").read_text())
 
@@ -25,3 +27,5 @@ def test_gpu_benchmark_goes_on_where_it_stopped(phantoms, tmp_path, monkeypatch)
     assert counts["aten::item, per step"] >= 1
     assert result["failed"] == {"inference tensorrt float32": "no such provider"}
     assert "| training, 2x32, float32, eager |" in (tmp_path / "gpu.md").read_text()
+    with pytest.raises(SystemExit, match="is of another steps; name another --out"):
+        run(eager, steps=2)
