@@ -119,7 +119,8 @@ def get_args_parser() -> utils.Parser:
 def main(argv: list[str] | None = None) -> None:
     """Train as the command line says. Raises SystemExit, with a sentence, unless it succeeds."""
     stopped = "error: stopped at once; preprocessed volumes and finished epochs are kept"
-    with utils.errors_in_one_sentence(stopped), dist.process_group():
+    quiet, group = dist.only_main_process_prints(), dist.process_group()
+    with utils.errors_in_one_sentence(stopped), quiet, group:
         args, checkpoint = get_args(argv)
         with utils.cudnn(args.deterministic), training.memory_advice(args.batch_size):
             state, feed, validation_set = set_up(args, checkpoint)

@@ -63,8 +63,7 @@ def local_world_size() -> int:
 def process_group() -> Iterator[None]:
     """Join the ranks that torchrun has started, if it has, until the block is left.
 
-    Only the main one prints. With several, an error ends this process with one sentence and
-    status 1.
+    With several ranks, an error ends this process with one sentence and status 1.
     """
     count = int(os.environ.get("WORLD_SIZE", 1))
     if count == 1 or "RANK" not in os.environ:
@@ -78,8 +77,7 @@ def process_group() -> Iterator[None]:
         raise ValueError(f"the {count} processes did not all start, or cannot connect") from error
     main = is_main_process()
     try:
-        with only_main_process_prints():
-            yield
+        yield
         if not main:  # done; if another rank fails now, this one ends without a word
             _end_on_sigterm()
         dist.destroy_process_group()
