@@ -14,7 +14,7 @@ from brainseg.cache import Prepared, prepare, unless_bad
 from brainseg.devices import free_memory, in_order, to_device
 from brainseg.io.layouts import Source, list_cases
 from brainseg.io.slices import Case
-from brainseg.preprocess import VERSION, neighbourhoods, neighbourhoods_of
+from brainseg.preprocess import neighbourhoods
 from brainseg.splits import check_folds, select_cases, split_folds, subset_of
 
 MOST = 0.5  # of the free memory of a device; a training step needs the rest
@@ -39,24 +39,15 @@ class BrainSegmentationDataset(Dataset):
     """The slices of a subset: index to (image (C, N, N), mask (1, N, N)), float32, always the same.
 
     `images_dir` holds one folder a case, with masks. Raises FileNotFoundError or ValueError,
-    naming the file or folder, for anything that cannot be used.
+    naming the file or folder, for anything that cannot be used. `how` are options of `prepare`.
     """
 
-    def __init__(
-        self,
-        images_dir: Path | str,
-        subset: str = "train",
-        image_size: int = 256,
-        cache: Path | str | None = None,
-        workers: int | None = None,
-        progress: bool = False,
-        version: int = VERSION,
-    ):
+    def __init__(self, images_dir: Path | str, subset="train", image_size=256, cache=None, **how):
         cases = open_cases(select_cases(list_cases(images_dir), subset))
-        self._hold(prepare(cases, image_size, cache, workers, progress, version))
+        self._hold(prepare(cases, image_size, cache, **how))
 
     def _hold(self, volumes: list[Prepared]) -> BrainSegmentationDataset:
-        self.volumes = volumes
+        self.volumes, self.names = volumes, [volume.name for volume in volumes]
         self.in_channels = check_channels(volumes)
         self._place = [(v, s) for v, vol in enumerate(volumes) for s in range(len(vol.mask))]
         return self
@@ -73,13 +64,13 @@ class BrainSegmentationDataset(Dataset):
         folds: int | None = None,
         fold: int | None = None,
         skip_bad: bool = False,
-        **options,
+        **how,
     ) -> tuple[BrainSegmentationDataset, BrainSegmentationDataset]:
-        """Open the two subsets a training needs, of a folder or of cases already listed.
+        """Open the two subsets that a training needs, of a folder or of cases already listed.
 
-        With `folds`, those of a cross-validation (`split_folds`). Test cases are never opened.
-        With `skip_bad`, cases that cannot be read are named on stderr and left out. Other
-        `options` are those of `prepare`.
+        Test cases are never opened. With `folds`, the subsets are those of a cross-validation
+        (`split_folds`). With `skip_bad`, cases that cannot be read are named on stderr and left
+        out. `how` are options of `prepare`.
         """
         sources = list_cases(images) if isinstance(images, (str, Path)) else images
         if folds is None:
@@ -88,20 +79,20 @@ class BrainSegmentationDataset(Dataset):
             check_folds([source.name for source in sources], folds, fold)
             train, validation = [s for s in sources if subset_of(s.name) != "test"], []
         cases = open_cases([*train, *validation], skip_bad)
-        volumes = prepare(cases, skip_bad=skip_bad, **options)
+        volumes = prepare(cases, skip_bad=skip_bad, progress=True, **how)
         if folds is not None:
-            train, validation = split_folds(
-                volumes, folds, fold, voxels=lambda v: int(v.truth.sum())
-            )
-        parts = []
-        for chosen, verb in ((train, "train"), (validation, "validate")):
-            names = {case.name for case in chosen}
-            parts.append([volume for volume in volumes if volume.name in names])
-            if not parts[-1]:
+            train, _ = split_folds(volumes, folds, fold, voxels=lambda v: int(v.truth.sum()))
+        names = {case.name for case in train}
+        parts = {
+            "train": [volume for volume in volumes if volume.name in names],
+            "validate": [volume for volume in volumes if volume.name not in names],
+        }
+        for verb, part in parts.items():
+            if not part:
                 raise ValueError(f"no case to {verb} on is left that can be read")
         check_channels(volumes)
         cases[0].labels.check()
-        return tuple(map(cls.of, parts))
+        return tuple(map(cls.of, parts.values()))
 
     def __len__(self) -> int:
         return len(self._place)
@@ -118,7 +109,7 @@ class BrainSegmentationDataset(Dataset):
         images, masks = [], []
         for v, s in (self._place[index] for index in indices):
             volume = self.volumes[v]
-            seen = neighbourhoods(len(volume.mask), neighbours)[s].tolist()
+            seen = neighbourhoods([len(volume.mask)], neighbours)[s].tolist()
             images.append(np.concatenate(volume.images[seen]))
             masks.append(volume.mask[s][None])
         return torch.from_numpy(np.stack(images)), torch.from_numpy(np.stack(masks))
@@ -160,22 +151,18 @@ class Feed:
     ):
         self.dataset, self.device = dataset, device
         self.neighbours, self.workers = neighbours, workers
-        arrays = [array for volume in dataset.volumes for array in (volume.images, volume.mask)]
-        size = sum(array.nbytes for array in arrays)
+        size = sum(volume.images.nbytes + volume.mask.nbytes for volume in dataset.volumes)
         self.on_device = size <= MOST * free_memory(device)
         if self.on_device:
             self.place = f"{size / 2**30:.1f} GiB of slices on {device}"
             self.images = stacked([volume.images for volume in dataset.volumes], device)
             self.masks = stacked([volume.mask for volume in dataset.volumes], device)[:, None]
             lengths = [len(volume.mask) for volume in dataset.volumes]
-            self.seen = to_device(neighbourhoods_of(lengths, neighbours), device)
+            self.seen = to_device(neighbourhoods(lengths, neighbours), device)
         elif device.type == "cpu":
             self.place = "slices in host memory"
         else:
             self.place = f"{size / 2**30:.1f} GiB of slices in host memory, gathered ahead"
-
-    def __len__(self) -> int:
-        return len(self.dataset)
 
     def batches(self, drawn: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the batches of these slices; each of `drawn` holds indices (B,)."""
@@ -195,9 +182,8 @@ class Feed:
 
 def stacked(arrays: Sequence[np.ndarray], device: torch.device) -> Tensor:
     """Concatenate arrays (S, ...) on `device`, moving one at a time to save memory."""
-    length = sum(map(len, arrays))
-    first = torch.from_numpy(arrays[0])
-    whole = torch.empty((length, *first.shape[1:]), dtype=first.dtype, device=device)
+    shape = (sum(map(len, arrays)), *arrays[0].shape[1:])
+    whole = torch.from_numpy(arrays[0]).new_empty(shape, device=device)
     for part, array in zip(whole.split([len(a) for a in arrays]), arrays, strict=True):
         part.copy_(torch.from_numpy(array))
     return whole

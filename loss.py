@@ -6,17 +6,14 @@ is a function of sums over the batch; where ranks share the batch, `total` adds 
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 Total = Callable[[Tensor], Tensor]
-
-
-def alone(sums: Tensor) -> Tensor:
-    """Return `sums`: the `total` of a single process."""
-    return sums
+alone = torch.nn.Identity()  # the `total` of a single process
 
 
 def dice_loss(logits: Tensor, target: Tensor, smooth: float = 1.0, total: Total = alone) -> Tensor:
@@ -34,12 +31,9 @@ def dice_loss(logits: Tensor, target: Tensor, smooth: float = 1.0, total: Total 
 
 def bce_dice_loss(logits: Tensor, target: Tensor, total: Total = alone) -> Tensor:
     """Add binary cross-entropy, even gradients early on, to the Dice loss, the score itself."""
-    cross_entropy = F.binary_cross_entropy_with_logits(
-        logits.float(), target.float(), reduction="sum"
-    )
-    pixels = torch.full_like(cross_entropy, target.numel())
-    cross_entropy, pixels = total(torch.stack((cross_entropy, pixels)))
-    return cross_entropy / pixels + dice_loss(logits, target, total=total)
+    entropy = F.binary_cross_entropy_with_logits(logits.float(), target.float(), reduction="sum")
+    entropy, pixels = total(torch.stack((entropy, torch.full_like(entropy, target.numel()))))
+    return entropy / pixels + dice_loss(logits, target, total=total)
 
 
 def tversky_loss(
@@ -47,56 +41,34 @@ def tversky_loss(
     target: Tensor,
     alpha: float = 0.3,
     beta: float = 0.7,
-    smooth: float = 1.0,
+    gamma: float = 1.0,
     total: Total = alone,
 ) -> Tensor:
-    """Compute 1 - soft Tversky index of the whole batch, averaged over output channels.
+    """Average (1 - soft Tversky index) ** (1 / gamma) of the whole batch over output channels.
 
     Salehi, Erdogmus and Gholipour 2017 (https://arxiv.org/abs/1706.05721): `alpha` weighs false
     positives, `beta` false negatives, so that the defaults trade precision for recall. With both
-    at 0.5 it is the Dice loss of twice the `smooth`.
+    at 0.5 it is the Dice loss of two smooth voxels. A `gamma` above 1 makes it focal, steeper near
+    the goal: Abraham and Khan 2018 (https://arxiv.org/abs/1810.07842), whose code has the exponent
+    0.75, that is gamma = 4/3; others call the exponent itself gamma, and they swap `alpha` and
+    `beta`.
     """
-    return _tversky_distance(logits, target, alpha, beta, smooth, total).mean()
-
-
-def focal_tversky_loss(
-    logits: Tensor,
-    target: Tensor,
-    alpha: float = 0.3,
-    beta: float = 0.7,
-    gamma: float = 4 / 3,
-    smooth: float = 1.0,
-    total: Total = alone,
-) -> Tensor:
-    """Average (1 - Tversky index) ** (1 / gamma) over output channels: steeper near the goal.
-
-    Abraham and Khan 2018 (https://arxiv.org/abs/1810.07842), whose code has the exponent 0.75,
-    that is gamma = 4/3; others call the exponent itself gamma. They swap the names of `alpha` and
-    `beta`; here they mean what they mean in `tversky_loss`.
-    """
-    distance = _tversky_distance(logits, target, alpha, beta, smooth, total)
-    # A power below 1 has an infinite slope at 0, and infinity times the 0 of a saturated sigmoid
-    # is NaN; so below 1e-6 the curve is replaced by a straight line from 0.
-    return (distance * distance.clamp(min=1e-6) ** (1 / gamma - 1)).mean()
-
-
-def _tversky_distance(
-    logits: Tensor, target: Tensor, alpha: float, beta: float, smooth: float, total: Total
-) -> Tensor:
-    """Compute 1 - Tversky index per channel (K,) as one fraction, which is never below 0."""
     probabilities, target = torch.sigmoid(logits.float()), target.float()
-    overlap = (probabilities * target).sum(dim=(0, 2, 3))
+    overlap = (probabilities * target).sum(dim=(0, 2, 3))  # (K,)
     false_positives = (probabilities * (1 - target)).sum(dim=(0, 2, 3))
     false_negatives = ((1 - probabilities) * target).sum(dim=(0, 2, 3))
     sums = torch.stack((overlap, false_positives, false_negatives))
     overlap, false_positives, false_negatives = total(sums)
     errors = alpha * false_positives + beta * false_negatives
-    return errors / (overlap + errors + smooth)
+    distance = errors / (overlap + errors + 1)  # 1 - index, as one fraction never below 0
+    # A power below 1 has an infinite slope at 0, and infinity times the 0 of a saturated sigmoid
+    # is NaN; so below 1e-6 the curve is replaced by a straight line from 0.
+    return (distance * distance.clamp(min=1e-6) ** (1 / gamma - 1)).mean()
 
 
 LOSSES = {
     "dice": dice_loss,
     "bce-dice": bce_dice_loss,
     "tversky": tversky_loss,
-    "focal-tversky": focal_tversky_loss,
+    "focal-tversky": partial(tversky_loss, gamma=4 / 3),
 }

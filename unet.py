@@ -22,11 +22,6 @@ class UNet(nn.Module):
 
     def __init__(self, in_channels: int = 3, out_channels: int = 1, init_features: int = 32):
         super().__init__()
-        self.settings = {
-            "in_channels": in_channels,
-            "out_channels": out_channels,
-            "init_features": init_features,
-        }
         f = init_features
         self.encoder1 = _block(in_channels, f, "enc1")
         self.encoder2 = _block(f, 2 * f, "enc2")
@@ -43,6 +38,7 @@ class UNet(nn.Module):
         self.upconv1 = nn.ConvTranspose2d(2 * f, f, kernel_size=2, stride=2)
         self.decoder1 = _block(2 * f, f, "dec1")
         self.conv = nn.Conv2d(f, out_channels, kernel_size=1)
+        self.settings = self.settings_of(self.state_dict())
 
     def forward(self, x: Tensor, logits: bool = False) -> Tensor:
         """Probabilities (or `logits`) of shape (N, out, H, W) for slices of shape (N, in, H, W).
@@ -68,11 +64,8 @@ class UNet(nn.Module):
         first, last = state.get("encoder1.enc1conv1.weight"), state.get("conv.weight")
         if first is None or last is None or first.ndim != 4 or last.ndim != 4:
             return None
-        return {
-            "in_channels": first.shape[1],
-            "out_channels": last.shape[0],
-            "init_features": first.shape[0],
-        }
+        features, channels = first.shape[:2]
+        return {"in_channels": channels, "out_channels": len(last), "init_features": features}
 
 
 def _block(in_channels: int, features: int, name: str) -> nn.Sequential:

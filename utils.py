@@ -40,11 +40,13 @@ class Parser(argparse.ArgumentParser):
         """Add a group to the help: two versions of `add_argument`, `add` and `recipe`.
 
         What `recipe` adds stands in the card, and a resumed run must keep it. Both take `least`
-        and `below` for numbers; a default is named in the help.
+        and `below` for numbers; a default is named in the help, and gives the type if none is.
         """
         group = self.add_argument_group(title)
 
         def add(*flags: str, least: float | None = None, below: float | None = None, **options):
+            if "action" not in options:
+                options.setdefault("type", type(options.get("default", "")))
             if least is not None or below is not None:
                 options["type"] = _number(options["type"], least, below)
             default = options.get("default")
@@ -59,9 +61,7 @@ class Parser(argparse.ArgumentParser):
 
         return add, recipe
 
-    def parse_args(
-        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
-    ) -> argparse.Namespace:
+    def parse_args(self, args: Sequence[str] | None = None, namespace=None) -> argparse.Namespace:
         finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         finder.add_argument("--config", type=Path)
         finder.add_argument("--recipe")
@@ -119,19 +119,16 @@ class Parser(argparse.ArgumentParser):
         """Convert a value of the file as the command line would."""
         if value is True and action.nargs == "?":
             return action.const
-        several = isinstance(value, list) and action.nargs in ("+", "*") and value
-        values = value if several else [value]
         if action.nargs == 0:
             if not isinstance(value, bool):
                 raise ValueError(f"{action.dest} takes true or false, not {value!r}")
             return value
+        several = isinstance(value, list) and action.nargs in ("+", "*") and value
+        values = value if several else [value]
         if any(isinstance(each, (bool, list, dict)) for each in values):
             name = action.dest.replace("_", "-")
             raise ValueError(f"{name} takes a value, not {value!r}")
-        values = [self._get_value(action, str(each)) for each in values]
-        for each in values:
-            self._check_value(action, each)
-        return values if action.nargs in ("+", "*") else values[0]
+        return self._get_values(action, list(map(str, values)))
 
 
 def _number(kind: type, least: float | None, below: float | None) -> Callable[[str], float]:

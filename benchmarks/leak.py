@@ -121,7 +121,8 @@ def scores(
     ):
         if not held.any():
             continue
-        mask = segmenter.segment(torch.from_numpy(volume.images), volume.frame)[held.numpy()]
+        found = segmenter.probabilities(torch.from_numpy(volume.images))
+        mask = segmenter.finish(found, volume.frame)[held.numpy()]
         truth = volume.truth[held.numpy()]
         patients.append(dsc(mask, truth))
         slices += [dsc(a, b) for a, b in zip(mask, truth, strict=True)]

@@ -34,53 +34,39 @@ def set_up(options: Sequence[object], dataset: BrainSegmentationDataset) -> Trai
     """Set up the training that train.py would do with these options."""
     args, _ = get_args([str(option) for option in options])
     device = pick_device(args.device)
-    amp = has_bfloat16(device) if args.amp is None else args.amp
     channels = dataset.in_channels * (2 * args.neighbours + 1)
     model = training.build_network(
         args.model, args.seed, None, in_channels=channels, init_features=args.features
     )
-    model = training.on_device(model, device)
-    network = model
-    if args.compile:
-        network = training.compile_ahead(model, [args.batch_size], args.image_size, amp, device)
-    ema, slices = bool(args.ema), len(dataset)
-    state = training.new_state(model, args.lr, args.weight_decay, ema, slices, args.batch_size, amp)
-    rate = partial(
-        training.learning_rate,
-        steps=args.epochs * state.steps_per_epoch,
-        peak=args.lr,
-        schedule=args.schedule,
-        warmup=args.warmup,
-    )
-    change = partial(
-        augment_all,
-        scale=args.aug_scale,
-        angle=args.aug_angle,
-        drop=args.drop_sequences,
-        intensity=args.aug_intensity,
-        sequences=dataset.in_channels,
-    )
-    loss = LOSSES[args.loss]
-    step = partial(
-        train_step,
-        state,
-        network,
-        change=change,
-        loss=loss,
-        rate=rate,
+    state = training.TrainState(
+        training.on_device(model, device),
+        slices=len(dataset),
+        batch_size=args.batch_size,
+        epochs=args.epochs,
+        rate=partial(training.learning_rate, args.lr, args.schedule, args.warmup),
+        weight_decay=args.weight_decay,
         decay=args.ema,
-        amp=amp,
+        amp=has_bfloat16(device) if args.amp is None else args.amp,
         seed=args.seed,
+        loss=LOSSES[args.loss],
+        augment=partial(
+            augment_all,
+            scale=args.aug_scale,
+            angle=args.aug_angle,
+            drop=args.drop_sequences,
+            intensity=args.aug_intensity,
+            sequences=dataset.in_channels,
+        ),
     )
+    if args.compile:
+        training.compile_ahead(state, args.image_size)
     feed = Feed(dataset, device, args.neighbours, args.workers)
 
     def epoch(weights: Tensor) -> float | None:
         state.step, state.loss_sum = 0, 0.0
-        return train_one_epoch(
-            state, step, feed, weights, args.batch_size, args.seed, Interruption()
-        )
+        return train_one_epoch(state, feed, weights, Interruption())
 
-    return Trainer(state, step, epoch)
+    return Trainer(state, partial(train_step, state), epoch)
 
 
 def export_onnx(weights: Sequence[Path], images: Path, out: Path | str, precision: str) -> Path:

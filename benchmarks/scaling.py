@@ -36,7 +36,8 @@ def scale_cases(cases: list, args: argparse.Namespace) -> None:
 
             def segment(dataset: BrainSegmentationDataset = dataset) -> None:
                 for volume in dataset.volumes:
-                    segmenter.segment(torch.from_numpy(volume.images), volume.frame)
+                    found = segmenter.probabilities(torch.from_numpy(volume.images))
+                    segmenter.finish(found, volume.frame)
 
             masks = seconds(segment, warm=False)
         name = f"{len(chosen)} cases, {len(dataset)} slices"

@@ -164,14 +164,13 @@ def rank_device(name: str | None) -> str | None:
         raise ValueError(f"--device {name} is one for all processes; give --device cuda")
     if name not in (None, "cuda") or not torch.cuda.is_available():
         return name
-    gpus = torch.cuda.device_count()
-    if local_world_size() > gpus:
+    gpus, count, number = torch.cuda.device_count(), local_world_size(), local_rank()
+    if count > gpus:
         raise ValueError(
-            f"{local_world_size()} processes for {gpus} GPU(s); "
-            f"start torchrun with --nproc-per-node={gpus}"
+            f"{count} processes for {gpus} GPU(s); start torchrun with --nproc-per-node={gpus}"
         )
-    torch.cuda.set_device(local_rank())
-    return f"cuda:{local_rank()}"
+    torch.cuda.set_device(number)
+    return f"cuda:{number}"
 
 
 def rank_workers(workers: int | None) -> int | None:

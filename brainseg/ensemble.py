@@ -8,12 +8,15 @@ that on one mask, `fit_expected_dsc` learns from scored cases what DSC to expect
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from .weights import CARD_DEFAULTS, load_state, model_from_state, read_card
 
@@ -45,6 +48,21 @@ def networks_of(model: nn.Module) -> list[nn.Module]:
     return list(model.networks) if isinstance(model, Ensemble) else [model]
 
 
+def fold_batch_norm(model: nn.Module) -> nn.Module:
+    """Copy a network for inference, its batch norms folded into the convolutions before them.
+
+    Its outputs are the same to rounding: W x + b, then g (. - m) / s + h, is one convolution with
+    W g / s and (b - m) g / s + h.
+    """
+    model = copy.deepcopy(model).eval()
+    for module in list(model.modules()):
+        for (name, conv), (norm_name, norm) in pairwise(list(module.named_children())):
+            if isinstance(conv, nn.Conv2d) and isinstance(norm, (nn.BatchNorm2d, nn.SyncBatchNorm)):
+                setattr(module, name, fuse_conv_bn_eval(conv, norm))
+                setattr(module, norm_name, nn.Identity())
+    return model
+
+
 def load_ensemble(paths: Sequence[Path]) -> tuple[nn.Module, dict]:
     """Load one network, or several as an `Ensemble`, and the card that they have together.
 
@@ -71,28 +89,22 @@ def check_members(
     paths: Sequence[Path], cards: Sequence[dict], networks: Sequence[nn.Module]
 ) -> None:
     """Raise ValueError, naming the file, unless each takes and gives what the first one does."""
+    wanted: dict[str, object] = {}
     for path, card, network in zip(paths, cards, networks, strict=True):
-        _check_member(path, card, network, paths[0], cards[0], networks[0])
-
-
-def _check_member(
-    path: Path, card: dict, network: nn.Module, first: Path, its_card: dict, its: nn.Module
-) -> None:
-    if not card:
-        raise ValueError(
-            f"{path}: has no card (.json), so nothing says that it belongs with {first.name}; "
-            "give it by itself, or take it out of the folder"
-        )
-    pairs = [
-        (name.replace("_", " "), card.get(name, default), its_card.get(name, default))
-        for name, default in CARD_DEFAULTS.items()
-    ] + [(k, network.settings[k], its.settings[k]) for k in ("in_channels", "out_channels")]
-    for name, value, wanted in pairs:
-        if value != wanted:
+        if not card:
             raise ValueError(
-                f"{path}: has {name} {value}, but {first.name} has {wanted}; networks that are "
-                "averaged must agree: name those that belong together"
+                f"{path}: has no card (.json), so nothing says that it belongs with "
+                f"{paths[0].name}; give it by itself, or take it out of the folder"
             )
+        has = {k.replace("_", " "): card.get(k, default) for k, default in CARD_DEFAULTS.items()}
+        has |= {k: network.settings[k] for k in ("in_channels", "out_channels")}
+        wanted = wanted or has
+        for name, value in has.items():
+            if value != wanted[name]:
+                raise ValueError(
+                    f"{path}: has {name} {value}, but {paths[0].name} has {wanted[name]}; networks "
+                    "that are averaged must agree: name those that belong together"
+                )
 
 
 def average(outputs: Sequence[Tensor]) -> Tensor:
@@ -131,7 +143,7 @@ def quality(
     """
     probabilities, mask = np.asarray(probabilities), np.asarray(mask, dtype=bool)
     voxels, inside = int(mask.sum()), float(probabilities[mask].sum(dtype=np.float64))
-    features = {
+    return {
         "soft_dice": 2 * inside / max(float(probabilities.sum(dtype=np.float64)) + voxels, 1e-6),
         "certainty": inside / max(voxels, 1),
         "log_share": float(np.log10(voxels / mask.size)) if voxels else 0.0,
@@ -139,7 +151,6 @@ def quality(
         "disagreement": disagreement,
         "voxels": voxels,
     }
-    return features
 
 
 def expected_dsc(features: dict, fit: dict | None) -> tuple[float, float, float] | None:
@@ -175,11 +186,10 @@ def fit_expected_dsc(features: Sequence[dict], dsc: Sequence[float]) -> dict:
     names = [n for n in FEATURES if all(f.get(n) is not None for f, _ in pairs)]
     x = np.array([[f[name] for name in names] for f, _ in pairs], dtype=np.float64)
     y = np.array([d for _, d in pairs], dtype=np.float64)
-    fit = _regress(names, x, y)
     predicted = leave_one_out(names, x, y)
-    scaled = (y - predicted) / _width(predicted)
-    fit["interval"] = [float(q) for q in np.quantile(scaled, (0.1, 0.9))]
-    return fit | {"cases": len(y), "empty": len(dsc) - len(y)} | _agreement(predicted, y)
+    interval = np.quantile((y - predicted) / _width(predicted), (0.1, 0.9)).tolist()
+    about = {"interval": interval, "cases": len(y), "empty": len(dsc) - len(y)}
+    return _regress(names, x, y) | about | {"leave_one_out": _agreement(predicted, y)}
 
 
 def leave_one_out(names: Sequence[str], x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -227,16 +237,15 @@ def _agreement(predicted: np.ndarray, dsc: np.ndarray) -> dict:
     from scipy.stats import spearmanr  # slow to import
 
     constant = np.ptp(predicted) == 0 or np.ptp(dsc) == 0
+    poor, warned = dsc < WARN_BELOW, predicted < WARN_BELOW
     return {
-        "leave_one_out": {
-            "spearman": None if constant else float(spearmanr(predicted, dsc).statistic),
-            "mean_error": float(np.abs(predicted - dsc).mean()),
-            "poor": int((dsc < WARN_BELOW).sum()),
-            "warned": int(((dsc < WARN_BELOW) & (predicted < WARN_BELOW)).sum()),
-            "false_alarms": int(((dsc >= WARN_BELOW) & (predicted < WARN_BELOW)).sum()),
-            "predicted": [round(float(value), 4) for value in predicted],
-            "dsc": [round(float(value), 4) for value in dsc],
-        }
+        "spearman": None if constant else float(spearmanr(predicted, dsc).statistic),
+        "mean_error": float(np.abs(predicted - dsc).mean()),
+        "poor": int(poor.sum()),
+        "warned": int((poor & warned).sum()),
+        "false_alarms": int((~poor & warned).sum()),
+        "predicted": [round(float(value), 4) for value in predicted],
+        "dsc": [round(float(value), 4) for value in dsc],
     }
 
 
@@ -254,3 +263,15 @@ def quality_warnings(
             "check it against the scan"
         )
     return warnings
+
+
+def assess(
+    probabilities: np.ndarray, mask: np.ndarray, apart: float | None, fit: dict | None, notes=()
+) -> tuple[dict, tuple[float, float, float] | None, list[str]]:
+    """Measure the `quality` of a mask; say what DSC to expect, and what calls for a second look.
+
+    `apart` is the `disagreement`, `fit` that of the card, `notes` those of the `Frame`.
+    """
+    features = quality(probabilities, mask, apart)
+    expected = expected_dsc(features, fit)
+    return features, expected, quality_warnings(features, expected, notes)

@@ -7,23 +7,20 @@ must be trained again. So each version stays as it is, and the card of the weigh
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from itertools import chain
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .io.files import by
+from .levels import BRIGHTEST, measure, oddities
 
 VERSION = 2  # of the preprocessing, for new weights
 SEQUENCES = ("pre-contrast", "FLAIR", "post-contrast")
 CHANNELS = {1: ("FLAIR",), 3: SEQUENCES}
-BRIGHTEST = 4.0  # version 2: brighter than so many times the median tissue is clipped
-SATURATED = 0.1  # a share of the foreground at one greatest value that no scanner writes
-FLAT = 0.25  # a share of the foreground at its median that no tissue has
-AROUND = 0.95  # a share of the edge of the slices that is air where the skull is gone
-OVERLAP = 0.8  # Dice coefficient of two foregrounds; in 87 of 88 LGG cases it is 0.88 to 0.97
 
 
 def missing_sequences(volume: np.ndarray) -> str:
@@ -47,20 +44,16 @@ class Frame:
     aspect: float = 1.0  # height of a source pixel over its width, in mm
 
     @cached_property
-    def sides(self) -> tuple[int, int]:
-        """Rows and columns, in source pixels, of the square (in mm) that the crop is padded to."""
+    def axes(self) -> tuple[tuple[int, int, int, int], tuple[int, int, int, int]]:
+        """Of rows and columns: side of the padded square, start and end of the crop, padding.
+
+        In source pixels; the square is one in mm, and the padding that before the crop.
+        """
         top, bottom, left, right = self.box
         side = max((bottom - top) * self.aspect, right - left)
-        return round(side / self.aspect), round(side)
-
-    def spans(self) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
-        """For rows and columns: start and end of the crop in the source, padding before it."""
-        top, bottom, left, right = self.box
-        box = (top, bottom), (left, right)
-        return tuple(
-            (start, end, (side - (end - start)) // 2)
-            for side, (start, end) in zip(self.sides, box, strict=True)
-        )
+        rows, columns = round(side / self.aspect), round(side)
+        above, before = (rows - (bottom - top)) // 2, (columns - (right - left)) // 2
+        return (rows, top, bottom, above), (columns, left, right, before)
 
 
 def preprocess(
@@ -81,11 +74,10 @@ def preprocess(
     if version not in (steps := {1: _preprocess_1, 2: _preprocess_2}):
         raise ValueError(f"preprocessing version {version} is not known; update the program")
     check_volume(volume)
-    shape = volume.shape[:3]
     if not volume.any():
-        frame = Frame(shape, (0, shape[1], 0, shape[2]), image_size, True, (), aspect)
-        blank = torch.zeros(shape[0], volume.shape[3], image_size, image_size, device=device)
-        return blank, frame
+        slices, rows, columns, channels = volume.shape
+        frame = Frame(volume.shape[:3], (0, rows, 0, columns), image_size, True, (), aspect)
+        return torch.zeros(slices, channels, image_size, image_size, device=device), frame
     if volume.min() == volume.max():
         raise ValueError(f"every voxel is {volume.max()}: this is not an image")
     return steps[version](volume, image_size, device, aspect)
@@ -107,102 +99,19 @@ def _preprocess_2(
     """
     slices, *_, channels = volume.shape
     names = CHANNELS.get(channels, [f"channel {k + 1}" for k in range(channels)])
-    flair = names.index("FLAIR") if "FLAIR" in names else 0
-    sequences, levels = zip(*(_measured(volume[..., k]) for k in range(channels)), strict=True)
-    notes = []
-    if levels[flair] is None:
-        raise ValueError(f"{names[flair]} is constant: this is not an image")
-    source = [k if levels[k] else flair for k in range(channels)]
-    scaled = [_scaled(sequences[k], levels[k]) for k in source]
-    foreground = [sequences[k] > levels[k].threshold for k in source]
-    for k, name in enumerate(names):
-        if source[k] != k:
-            notes.append(f"FLAIR stands in for {name}, which is constant")
-            continue
-        if levels[k].air is not None:
-            notes.append(
-                f"{name} was normalised after stripping: {levels[k].air:.3g}, amid its tissue, is "
-                "taken for background"
-            )
-        if levels[k].saturated > SATURATED:
-            notes.append(f"{name} is saturated: {levels[k].saturated:.0%} of it has one value")
-        if levels[k].flat > FLAT:
-            notes.append(
-                f"{name} has one value in {levels[k].flat:.0%} of its foreground; if it was "
-                "normalised after stripping, give the file from before"
-            )
-        if (overlap := _dice(foreground[k], foreground[flair])) < OVERLAP:
-            notes.append(
-                f"{name} covers another part than {names[flair]} (Dice {overlap:.2f}); "
-                "are they registered?"
-            )
-    head = sum(present.astype(np.uint8) for present in foreground) * 2 >= channels  # (S, H, W)
-    box = _bounding_box(head.sum(axis=0) > 0.05 * slices)
-    frame = Frame(volume.shape[:3], box, image_size, notes=tuple(notes), aspect=aspect)
+    lead = names.index("FLAIR") if "FLAIR" in names else 0
+    found = [measure(volume[..., k]) for k in range(channels)]
+    if (flair := found[lead]) is None:
+        raise ValueError(f"{names[lead]} is constant: this is not an image")
+    sequences = [sequence or flair for sequence in found]
+    notes = [oddities(*pair, flair, names[lead]) for pair in zip(names, found, strict=True)]
+    head = sum(sequence.foreground.astype(np.uint8) for sequence in sequences) * 2 >= channels
+    box = _bounding_box(head.sum(axis=0) > 0.05 * slices)  # step 2
+    frame = Frame(volume.shape[:3], box, image_size, False, tuple(chain(*notes)), aspect)
     top, bottom, left, right = box
-    voxels = np.stack([sequence[:, top:bottom, left:right] for sequence in scaled], axis=1)
-    resized = _resize(torch.from_numpy(voxels), frame, device).clip_(0, BRIGHTEST)
-    return resized.sub_(1).mul_(2), frame
-
-
-@dataclass(frozen=True)
-class _Levels:
-    """Grey levels of a sequence, from which everything in it is measured."""
-
-    background: float
-    threshold: float  # above it lies the foreground
-    median: float  # of the foreground
-    saturated: float  # share of the foreground that has the greatest value
-    flat: float  # share of the foreground that has the median's value
-    air: float | None = None  # amid the tissue: the background of the file
-
-
-def _measured(sequence: np.ndarray) -> tuple[np.ndarray, _Levels | None]:
-    """A sequence (S, H, W) and its levels; where air lies amid tissue, it is made the darkest.
-
-    Normalised after stripping, a scan has one value all around it, darker tissue and brighter.
-    """
-    levels = _levels(sequence)
-    if levels is None or levels.flat <= FLAT:
-        return sequence, levels
-    air = sequence == levels.median
-    around = min(air[:, [0, -1]].mean(), air[:, :, [0, -1]].mean())
-    if around < AROUND or levels.median == sequence.max():
-        return sequence, levels
-    filled = np.where(air, np.percentile(sequence[~air], 0.1), sequence)
-    found = _levels(filled)
-    return filled, found and replace(found, air=levels.median)
-
-
-def _levels(sequence: np.ndarray) -> _Levels | None:
-    """The levels of one sequence (S, H, W); None if it is constant but for single voxels.
-
-    The foreground is what lies a tenth of the way up from the background, the 1st percentile, to
-    the 99th percentile of all that is brighter than the background.
-    """
-    background = float(np.percentile(sequence, 1))
-    bright = sequence[sequence > background]
-    if len(bright) <= 1e-3 * sequence.size:
-        return None
-    high = float(np.percentile(bright, 99))
-    # A little under a tenth, so that no rounding moves a grey level that lies just on it.
-    threshold = background + 0.0999 * (high - background)
-    foreground = bright[bright > threshold]
-    median = float(np.median(foreground))
-    saturated = float((foreground == foreground.max()).mean())
-    flat = float((foreground == median).mean())
-    return _Levels(background, threshold, median, saturated, flat)
-
-
-def _scaled(sequence: np.ndarray, levels: _Levels) -> np.ndarray:
-    """The sequence, float32, with its background at 0 and its median tissue at 1, clipped."""
-    scaled = sequence.astype(np.float32) - np.float32(levels.background)
-    scaled /= np.float32(levels.median - levels.background)
-    return np.clip(scaled, 0, BRIGHTEST, out=scaled)
-
-
-def _dice(a: np.ndarray, b: np.ndarray) -> float:
-    return 2 * np.count_nonzero(a & b) / max(np.count_nonzero(a) + np.count_nonzero(b), 1)
+    crops = [sequence.scaled()[:, top:bottom, left:right] for sequence in sequences]  # step 1
+    resized = _resize(torch.from_numpy(np.stack(crops, axis=1)), frame, device)  # step 3
+    return resized.clip_(0, BRIGHTEST).sub_(1).mul_(2), frame  # step 4
 
 
 def _bounding_box(present: np.ndarray) -> tuple[int, int, int, int]:
@@ -229,18 +138,16 @@ def _preprocess_1(
         raise ValueError(f"no voxel is above 0 (the largest is {largest}): shift the intensities")
     least = 0.1 * float(largest)  # step 1
     seen = volume.max(axis=0).max(axis=-1) >= least  # (H, W)
-    (top, bottom), (left, right) = _extent(seen.any(axis=1)), _extent(seen.any(axis=0))
-    box = (top, bottom, left, right)
+    box = (*_extent(seen.any(axis=1)), *_extent(seen.any(axis=0)))
     frame = Frame(volume.shape[:3], box, image_size, aspect=aspect)  # step 2
+    top, bottom, left, right = box
     crop = np.s_[:, top:bottom, left:right]
     voxels = np.where(volume[crop] >= least, volume[crop], 0).astype(np.float32)
-    low = 0.0 if frame.sides != (bottom - top, right - left) else float(voxels.min())
+    padded = any(side != end - start for side, start, end, _ in frame.axes)
+    low = 0.0 if padded else float(voxels.min())
     voxels = torch.from_numpy(voxels).permute(0, 3, 1, 2)  # (S, C, h, w)
     resized = _resize(voxels, frame, device).clip_(low, float(largest))  # step 3
-    if resized.device.type == "cpu":  # NumPy sorts no more than it must
-        p10, p99 = np.percentile(resized.numpy(), (10, 99)).tolist()
-    else:
-        p10, p99 = percentiles(resized, (10, 99))
+    p10, p99 = np.percentile(resized.cpu().numpy(), (10, 99)).tolist()
     scaled = resized.clip_(p10, p99).sub_(p10).div_(p99 - p10 or 1.0)  # step 4
     centred = scaled.sub_(scaled.mean(dim=(0, 2, 3), keepdim=True))  # step 5
     deviation = centred.square().mean(dim=(0, 2, 3), keepdim=True).sqrt()
@@ -255,19 +162,9 @@ def _resize(voxels: Tensor, frame: Frame, device: torch.device | str) -> Tensor:
     """
     rows, columns = (
         spline_operator(side, frame.size).to(device)[:, pad : pad + end - start]
-        for side, (start, end, pad) in zip(frame.sides, frame.spans(), strict=True)
+        for side, start, end, pad in frame.axes
     )
     return rows @ voxels.to(device) @ columns.T
-
-
-def percentiles(values: Tensor, percents: Sequence[float]) -> list[float]:
-    """What np.percentile gives, computed where the values are; torch.quantile takes too few."""
-    ordered = values.flatten().sort().values
-    places = torch.tensor(percents, dtype=torch.float64) / 100 * (len(ordered) - 1)
-    below = places.floor().long()
-    pair = torch.stack((below, (below + 1).clamp(max=len(ordered) - 1)))
-    first, second = ordered[pair.to(ordered.device)].cpu().double()
-    return torch.lerp(first, second, places - below).tolist()
 
 
 def preprocess_mask(mask: np.ndarray, frame: Frame) -> Tensor:
@@ -275,7 +172,7 @@ def preprocess_mask(mask: np.ndarray, frame: Frame) -> Tensor:
     if mask.shape != frame.shape:
         raise ValueError(f"mask of {by(mask.shape)} voxels for a volume of {by(frame.shape)}")
     places = []
-    for side, (start, end, pad) in zip(frame.sides, frame.spans(), strict=True):
+    for side, start, end, pad in frame.axes:
         inner = spline_operator(side, frame.size, order=0).argmax(dim=1).numpy() - pad  # (N,)
         places.append(np.where((inner >= 0) & (inner < end - start), inner + start, -1))
     rows, columns = places
@@ -288,15 +185,13 @@ def restore(output: Tensor, frame: Frame) -> Tensor:
 
     Probabilities are interpolated linearly, a bool mask by nearest neighbour.
     """
-    _, height, width = frame.shape
     if frame.blank:
         return output.new_zeros(frame.shape)
     order = 0 if output.dtype == torch.bool else 1
     operators = []
-    axes = zip((height, width), frame.sides, frame.spans(), strict=True)
-    for length, side, (start, end, pad) in axes:
-        full = spline_operator(frame.size, side, order=order, mode="edge")  # (side, N)
+    for length, (side, start, end, pad) in zip(frame.shape[1:], frame.axes, strict=True):
         operator = torch.zeros(length, frame.size)
+        full = spline_operator(frame.size, side, order=order, mode="edge")  # (side, N)
         operator[start:end] = full[pad : pad + end - start]
         operators.append(operator.to(output.device))
     rows, columns = operators
@@ -304,20 +199,15 @@ def restore(output: Tensor, frame: Frame) -> Tensor:
     return restored > 0.5 if output.dtype == torch.bool else restored
 
 
-def neighbourhoods(slices: int, neighbours: int) -> Tensor:
+def neighbourhoods(lengths: Sequence[int], neighbours: int) -> Tensor:
     """For each slice, which slices (S, 2 K + 1) the network sees: itself amid K on either side.
 
-    Beyond the first and the last slice, that one is seen again.
+    Volumes of these `lengths` lie one after the other. Beyond the first and the last slice of one,
+    that one is seen again.
     """
-    around = torch.arange(slices)[:, None] + torch.arange(-neighbours, neighbours + 1)
-    return around.clamp(0, slices - 1)
-
-
-def neighbourhoods_of(lengths: Sequence[int], neighbours: int) -> Tensor:
-    """The same (S, 2 K + 1) for volumes of these `lengths`, one after the other."""
-    first, each = 0, []
+    around, first, each = torch.arange(-neighbours, neighbours + 1), 0, []
     for slices in lengths:
-        each.append(first + neighbourhoods(slices, neighbours))
+        each.append(first + (torch.arange(slices)[:, None] + around).clamp(0, slices - 1))
         first += slices
     return torch.cat(each)
 
@@ -341,15 +231,8 @@ def spline_operator(source: int, target: int, order: int = 2, mode: str = "const
     """
     from skimage.transform import resize
 
-    operator = resize(
-        np.eye(source),
-        (target, source),
-        order=order,
-        mode=mode,
-        cval=0,
-        anti_aliasing=False,
-        clip=False,
-    )
+    identity, shape = np.eye(source), (target, source)
+    operator = resize(identity, shape, order, mode, clip=False, anti_aliasing=False)
     # A spline's reach fades without end; entries too small to matter would be subnormal numbers,
     # on which processors are ten times slower.
     operator[np.abs(operator) < 1e-12] = 0

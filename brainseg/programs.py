@@ -18,12 +18,11 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from .ensemble import Ensemble, networks_of
+from .ensemble import Ensemble, fold_batch_norm, networks_of
 from .io.layouts import list_cases
 from .onnx import CARD, INPUT, OUTPUT, PRODUCER
 from .phantom import make_volume
 from .preprocess import neighbourhoods, preprocess
-from .segmenter import fold_batch_norm
 from .weights import all_finite
 
 OPSET = 18  # the one that the exporter is written in; ONNX Runtime reads it from 1.14 on
@@ -113,7 +112,7 @@ def slices_to_compare(images: Path | None, model: nn.Module, card: dict) -> tupl
     volume = volume[..., np.arange(channels) % volume.shape[-1]]
     prepared, _ = preprocess(volume, card["image_size"], card["preprocessing"])
     middle = len(prepared) // 2
-    seen = neighbourhoods(len(prepared), neighbours)[max(middle - 2, 0) : middle + 2]
+    seen = neighbourhoods([len(prepared)], neighbours)[max(middle - 2, 0) : middle + 2]
     return name, prepared[seen].flatten(1, 2)
 
 

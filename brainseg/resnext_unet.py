@@ -31,10 +31,7 @@ class ResNeXtUNet(nn.Module):
     stride = 16  # the stem and layers 2, 3 and 4 halve the size
 
     def __init__(
-        self,
-        in_channels: int = 3,
-        out_channels: int = 1,
-        pretrained: bool | str | Path = False,
+        self, in_channels: int = 3, out_channels: int = 1, pretrained: bool | str | Path = False
     ):
         super().__init__()
         self.settings = {"in_channels": in_channels, "out_channels": out_channels}
@@ -43,12 +40,11 @@ class ResNeXtUNet(nn.Module):
         self.decoder3 = _decoder(1024, 512)
         self.decoder2 = _decoder(512, 256)
         self.decoder1 = _decoder(256, 256)
-        self.head = nn.Sequential(
-            OrderedDict(conv=nn.Conv2d(256, 128, 3, padding=1), relu=nn.ReLU(inplace=True))
-        )
+        head = OrderedDict(conv=nn.Conv2d(256, 128, 3, padding=1), relu=nn.ReLU(inplace=True))
+        self.head = nn.Sequential(head)
         self.conv = nn.Conv2d(128, out_channels, 3, padding=1)
         _initialise(self)
-        if pretrained not in (None, False):
+        if pretrained:
             load_imagenet(self.encoder, pretrained)
 
     def forward(self, x: Tensor, logits: bool = False) -> Tensor:
@@ -69,12 +65,10 @@ class ResNeXtUNet(nn.Module):
     @staticmethod
     def settings_of(state: dict[str, Tensor]) -> dict[str, int] | None:
         """Read the arguments of the network off its state dict; None for another network's."""
-        if "encoder.conv1.weight" not in state or "conv.weight" not in state:
+        first, last = state.get("encoder.conv1.weight"), state.get("conv.weight")
+        if first is None or last is None:
             return None
-        return {
-            "in_channels": state["encoder.conv1.weight"].shape[1],
-            "out_channels": state["conv.weight"].shape[0],
-        }
+        return {"in_channels": first.shape[1], "out_channels": len(last)}
 
 
 class ResNeXtEncoder(nn.Module):
@@ -188,23 +182,21 @@ def load_imagenet(encoder: ResNeXtEncoder, source: bool | str | Path = True) -> 
 
 def _open_imagenet(name: str | Path) -> object:
     """Load the file at `URL` (kept in torch.hub's cache) or a local one."""
+    how, fetched = {"map_location": "cpu", "weights_only": True}, name == URL
     try:
-        if name == URL:  # the hash in its name is checked when it is fetched
-            return torch.hub.load_state_dict_from_url(
-                URL, map_location="cpu", check_hash=True, weights_only=True
-            )
-        return torch.load(name, map_location="cpu", weights_only=True)
+        if fetched:  # the hash in its name is checked when it is fetched
+            return torch.hub.load_state_dict_from_url(URL, check_hash=True, **how)
+        return torch.load(name, **how)
     except OSError as error:
         problem = f"cannot be read ({error.strerror or error}); give the path of"
-        if name == URL:
+        if fetched:
             problem = "cannot be fetched (offline?); download it elsewhere and give the path of"
         raise OSError(f"{name}: {problem} a resnext50_32x4d .pth file") from error
     except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError) as error:
-        remedy = "fetch it again"
-        if name == URL:
-            remedy = f"remove it from {torch.hub.get_dir()}/checkpoints and try again"
+        again = f"remove it from {torch.hub.get_dir()}/checkpoints and try again"
         raise ValueError(
-            f"{name}: is damaged, not bare weights, or not what its hash says; {remedy}"
+            f"{name}: is damaged, not bare weights, or not what its hash says; "
+            f"{again if fetched else 'fetch it again'}"
         ) from error
 
 

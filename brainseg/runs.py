@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import platform
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
 from tqdm import tqdm
 
 from .cache import Prepared, prune
@@ -19,23 +18,15 @@ from .io.files import check_writable, write_json
 from .io.layouts import Source
 from .io.pictures import outline, to_grey
 from .metrics import summarise
-from .splits import (
-    by_subset,
-    count_patients,
-    named_patients,
-    patient_of,
-    patients_of_card,
-)
+from .splits import by_subset, count_patients, named_patients, patient_of, patients_of_card
 from .training import TrainState
-from .weights import load_state, read_card, save_weights
+from .weights import read_card, save_weights
 
 
-def check_inputs(folders: Sequence[Path], init_weights: Path | None, batch_size: int) -> None:
-    """Check files, folders and the batch size before the long work."""
+def check_inputs(folders: Sequence[Path], batch_size: int) -> None:
+    """Check folders to write to and the batch size before the long work."""
     for folder in folders:
         check_writable(folder)
-    if init_weights:
-        load_state(init_weights)
     if batch_size < world_size():
         raise ValueError(
             f"--batch-size {batch_size} is less than a slice for each of {world_size()} "
@@ -45,21 +36,57 @@ def check_inputs(folders: Sequence[Path], init_weights: Path | None, batch_size:
 
 def prune_cache(cache: Path | None) -> None:
     """Delete preprocessed volumes whose sources are gone, and say how many."""
-    if not is_main_process():
-        return
-    count, freed = prune(cache)
-    print(f"cache: {count} volumes without a source deleted ({freed / 2**30:.1f} GiB)")
+    if is_main_process():
+        count, freed = prune(cache)
+        print(f"cache: {count} volumes without a source deleted ({freed / 2**30:.1f} GiB)")
 
 
-def report_subsets(
-    train: Sequence[str], validation: Sequence[str], sources: Sequence[Source]
+def report_cases(
+    train: Sequence[Prepared], validation: Sequence[Prepared], sources: Sequence[Source]
 ) -> None:
-    """Print the number of cases and patients of each subset."""
-    test = by_subset(source.name for source in sources)["test"]
-    print(count_patients({"train": train, "validation": validation, "test": test}), flush=True)
+    """Say on stderr what is odd about the sequences of a case; print the size of each subset."""
+    for volume in (*train, *validation):
+        for note in volume.frame.notes:
+            print(f"{volume.case.folder}: {note}", file=sys.stderr)
+    subsets = {
+        "train": [volume.name for volume in train],
+        "validation": [volume.name for volume in validation],
+        "test": by_subset(source.name for source in sources)["test"],
+    }
+    print(count_patients(subsets), flush=True)
 
 
-def read_start(path: Path) -> dict:
+def start_run(
+    state: TrainState,
+    train: list[str],
+    validation: list[str],
+    settings: dict,
+    recipe: Sequence[str],
+    checkpoint: dict | None,
+    commit: str | None,
+) -> RunWriter:
+    """Load the checkpoint, if there is one, and make the card of the run and what writes it.
+
+    `settings` are those of the command line, of which `recipe` names what the card shall hold.
+    """
+    if checkpoint:
+        state.load(checkpoint, train, settings["images"])
+        report_changes(checkpoint, state, validation)
+        start = checkpoint["initialised_from"]
+    else:
+        start = read_start(settings["init_weights"]) if settings["init_weights"] else None
+        if (path := Path(settings["weights"]) / f"{settings['model']}.ckpt").exists():
+            after = "it and its weights are overwritten after the first epoch"
+            print(f"{path}: an earlier run; {after}")
+    chosen = {name: settings[name] for name in (*recipe, "epochs")} | {"amp": state.amp}
+    card = describe_run(state, chosen, train, validation, start) | {"commit": commit}
+    check_seen(card, settings["allow_seen"] or checkpoint is not None)
+    kept = {"initialised_from": start, "cases": train, "validation_cases": validation}
+    kept["args"] = settings | {"amp": state.amp}
+    return RunWriter(card, settings, kept, state.epoch)
+
+
+def read_start(path: Path | str) -> dict:
     """Read where the weights to start from came from off their card."""
     card = read_card(path)
     kept = ("recipe", "commit", "cases", "patients", "initialised_from")
@@ -79,12 +106,7 @@ def check_seen(card: dict, allowed: bool) -> None:
 
 
 def describe_run(
-    model: nn.Module,
-    recipe: dict,
-    train: Sequence[str],
-    validation: Sequence[str],
-    start: dict | None,
-    device: torch.device,
+    state: TrainState, recipe: dict, train: list[str], validation: list[str], start: dict | None
 ) -> dict:
     """Make the card of a run's weights: data, split, recipe, versions, device; no paths.
 
@@ -92,15 +114,19 @@ def describe_run(
     """
     paths = [name for name in ("pretrained", "patients") if isinstance(recipe.get(name), str)]
     recipe = recipe | {name: Path(recipe[name]).name for name in paths}
-    cuda = device.type == "cuda"
+    device = (
+        torch.cuda.get_device_name(state.device)
+        if state.device.type == "cuda"
+        else str(state.device)
+    )
     about = {
         "model": recipe["model"],
-        "settings": model.settings,
+        "settings": state.model.settings,
         **{name: recipe[name] for name in ("image_size", "neighbours", "preprocessing")},
-        "cases": {"train": list(train), "validation": list(validation)},
+        "cases": {"train": train, "validation": validation},
         "recipe": recipe,
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "device": torch.cuda.get_device_name(device) if cuda else str(device),
+        "device": device,
         "processes": world_size(),
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
@@ -109,18 +135,15 @@ def describe_run(
         about["patients"] = patients
     if start:
         about["cases"]["train"] = sorted({*train, *(start.get("cases") or {}).get("train", ())})
-        about["initialised_from"] = {
-            k: v for k, v in start.items() if k not in ("cases", "patients")
-        }
+        others = start.keys() - {"cases", "patients"}
+        about["initialised_from"] = {key: value for key, value in start.items() if key in others}
         patients = patients_of_card(start, "train")
         if seen := [name for name in validation if patient_of(name) in patients]:
             about["validation_seen"] = seen
     return about
 
 
-def report_changes(
-    checkpoint: dict, state: TrainState, validation: list[str], rate: Callable, epochs: int
-) -> None:
+def report_changes(checkpoint: dict, state: TrainState, validation: list[str]) -> None:
     """Print what differs in a resumed run."""
     before = checkpoint.get("validation_cases", validation)
     if before != validation:
@@ -130,23 +153,21 @@ def report_changes(
             f"the validation cases have changed ({changes}); the best DSC so far, "
             f"{state.best:.3f}, was of the earlier ones"
         )
-    settings = checkpoint["args"]
-    if settings["schedule"] == "cosine" and settings["epochs"] != epochs and state.epoch < epochs:
-        step = state.global_step
-        earlier = rate(step, steps=settings["epochs"] * state.steps_per_epoch)
+    schedule, epochs = checkpoint["args"]["schedule"], checkpoint["args"]["epochs"]
+    if schedule == "cosine" and epochs != state.epochs and state.epoch < state.epochs:
         print(
-            f"the cosine is now of {epochs} epochs, not {settings['epochs']}: the learning rate "
-            f"jumps from {earlier:.3g} to {rate(step):.3g}, then falls to 0 at epoch {epochs}"
+            f"the cosine is now of {state.epochs} epochs, not {epochs}: the learning rate jumps "
+            f"from {state.learning_rate(epochs):.3g} to {state.learning_rate():.3g}, then falls "
+            f"to 0 at epoch {state.epochs}"
         )
 
 
-def headline(card: dict, names: Sequence[Sequence[str]], slices: int) -> str:
+def headline(card: dict, train: Sequence[str], validation: Sequence[str], slices: int) -> str:
     """Describe network, device and data: the first line of a run."""
     ranks = f"{card['processes']} x " if card["processes"] > 1 else ""
-    train, validation = map(len, names)
     return (
         f"{card['model']} on {ranks}{card['device']}{', half precision' * card['recipe']['amp']}: "
-        f"{slices} slices of {train} cases to train on, {validation} cases to validate on"
+        f"{slices} slices of {len(train)} cases to train on, {len(validation)} cases to validate on"
     )
 
 
@@ -159,30 +180,22 @@ def how_to_resume(state: TrainState, weights: Path, model: str) -> str:
     )
 
 
-def report_notes(volumes: Sequence[Prepared]) -> None:
-    """Say on stderr what is odd about the sequences of a case."""
-    for volume in volumes:
-        for note in volume.frame.notes:
-            print(f"{volume.case.folder}: {note}", file=sys.stderr)
-
-
 class RunWriter:
     """Writes WEIGHTS/<model>.pt with its card, <model>.ckpt, and TensorBoard events in LOGS.
 
     Only the main rank writes.
     """
 
-    def __init__(
-        self, weights: Path, logs: Path, card: dict, kept: dict, args: dict, epochs_done: int = 0
-    ):
-        self.files, self.logs, self.card, self.kept = weights / card["model"], logs, card, kept
-        self.args, self.epochs_done, self.log = args, epochs_done, None
+    def __init__(self, card: dict, settings: dict, kept: dict, epochs_done: int = 0):
+        self.card, self.settings, self.kept, self.epochs_done = card, settings, kept, epochs_done
+        self.files = Path(settings["weights"]) / card["model"]
+        self.logs, self.log = Path(settings["logs"]), None
 
     def __enter__(self) -> RunWriter:
         if is_main_process():
             from torch.utils.tensorboard import SummaryWriter  # slow: nobody waits for --help
 
-            write_json(self.logs / "args.json", self.card | {"args": self.args})
+            write_json(self.logs / "args.json", self.card | {"args": self.settings})
             self.log = SummaryWriter(self.logs, purge_step=self.epochs_done + 1)
         return self
 
@@ -204,13 +217,13 @@ class RunWriter:
             card = self.card | {"epoch": state.epoch, "validation_dsc": summary}
             save_weights(self.files.with_suffix(".pt"), state.trained.state_dict(), card)
 
-    def curves(self, epoch: int, epochs: int, values: dict[str, float], better: bool) -> None:
+    def curves(self, state: TrainState, values: dict[str, float], better: bool) -> None:
         """Log the values of an epoch, and print them in one line."""
         if not is_main_process():
             return
         for name, value in values.items():
-            self.log.add_scalar(name, value, epoch)
-        line = f"epoch {epoch:3d}/{epochs}  loss {values['loss/train']:.4f}"
+            self.log.add_scalar(name, value, state.epoch)
+        line = f"epoch {state.epoch:3d}/{state.epochs}  loss {values['loss/train']:.4f}"
         if "dsc/validation" in values:
             line += f"  validation loss {values['loss/validation']:.4f}"
             line += f"  DSC {values['dsc/validation']:.4f}{' *' if better else '  '}"

@@ -2,32 +2,19 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from .devices import half_precision, has_bfloat16, pick_device
-from .ensemble import (
-    Ensemble,
-    disagreement,
-    expected_dsc,
-    load_ensemble,
-    networks_of,
-    quality,
-    quality_warnings,
-)
+from .ensemble import Ensemble, assess, disagreement, fold_batch_norm, load_ensemble, networks_of
 from .onnx import OnnxNetwork
-from .preprocess import VERSION, Frame, neighbourhoods_of, preprocess, restore
+from .preprocess import VERSION, Frame, neighbourhoods, preprocess, restore
 from .weights import CARD_DEFAULTS, weights_files
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass
@@ -111,9 +98,8 @@ class Segmenter:
         """
         files = weights_files(weights)
         if files[0].suffix == ".onnx":
-            names = "device", "batch_size", "image_size"
-            chosen = {name: options[name] for name in names if name in options}
-            model = OnnxNetwork(files[0], providers, **chosen)
+            names = options.keys() & {"device", "batch_size", "image_size"}
+            model = OnnxNetwork(files[0], providers, **{name: options[name] for name in names})
             card = model.card
         elif providers:
             raise ValueError(f"{files[0]}: is no ONNX file; leave --providers out, or give one")
@@ -134,10 +120,11 @@ class Segmenter:
     def __call__(self, volume: np.ndarray, aspect: float = 1.0) -> np.ndarray:
         """Segment a raw volume (S, H, W, C): its mask (S, H, W), bool.
 
-        Channels are pre-contrast, FLAIR, post-contrast; of any numeric
-        type. `aspect` is the height of a pixel over its width. Raises ValueError.
+        Channels are pre-contrast, FLAIR, post-contrast, of any numeric type. `aspect` is the height
+        of a pixel over its width. Raises ValueError.
         """
-        return self.segment(*self.preprocess(np.asarray(volume), aspect))
+        images, frame = self.preprocess(np.asarray(volume), aspect)
+        return self.finish(self.probabilities(images), frame)
 
     def preprocess(self, volume: np.ndarray, aspect: float = 1.0) -> tuple[Tensor, Frame]:
         """Make the network's input (S, C, N, N), on its device if there is room, and the frame.
@@ -157,22 +144,17 @@ class Segmenter:
                 "give the sequences it was trained on, FLAIR in place of a missing one"
             )
 
-    def segment(self, images: Tensor, frame: Frame) -> np.ndarray:
-        """Segment preprocessed slices (S, C, N, N): a mask (S, H, W) in the source geometry."""
-        return self.finish(self.probabilities(images), frame)
-
     def finish(self, probabilities: Tensor, frame: Frame) -> np.ndarray:
         """Turn probabilities (S, K, N, N) into a mask (S, H, W), bool, in the source geometry."""
-        return self.to_mask(_restored(probabilities, frame))
+        return self._to_mask(_restored(probabilities, frame))
 
     def assess(self, probabilities: Tensor, frame: Frame) -> Segmentation:
         """Turn probabilities (S, K, N, N) into a mask, and estimate how good it is."""
         restored = _restored(probabilities, frame).cpu()
-        mask, source = self.to_mask(restored), restored.numpy()
-        features = quality(source, mask, disagreement(probabilities, self.model.settings))
-        expected = expected_dsc(features, self.expected_dsc_fit)
-        warnings = quality_warnings(features, expected, frame.notes)
-        return Segmentation(mask, source, features, expected, warnings)
+        mask, source = self._to_mask(restored), restored.numpy()
+        apart = disagreement(probabilities, self.model.settings)
+        found = assess(source, mask, apart, self.expected_dsc_fit, frame.notes)
+        return Segmentation(mask, source, *found)
 
     def disagreement_map(self, probabilities: Tensor, frame: Frame) -> np.ndarray | None:
         """Map where the networks of an ensemble disagree: (S, H, W), in the source geometry.
@@ -183,15 +165,14 @@ class Segmenter:
             return None
         return _restored(probabilities[:, -1:], frame).cpu().numpy()
 
-    def to_mask(self, restored: Tensor) -> np.ndarray:
-        """Turn lesion probabilities (S, H, W) into a mask by this segmenter's options."""
+    def _to_mask(self, restored: Tensor) -> np.ndarray:
         return to_mask(restored, self.threshold, self.largest_component, self.min_volume)
 
     @torch.inference_mode()
     def probabilities(
         self,
         images: Tensor,
-        progress: Progress = lambda done, of: None,
+        progress: Callable[[int, int], None] = lambda done, of: None,
         lengths: Sequence[int] | None = None,
     ) -> Tensor:
         """Run the network: slices (S, C, N, N) in, probabilities (S, K, N, N), float32, out.
@@ -201,22 +182,19 @@ class Segmenter:
         volumes one after the other, `lengths` says how many slices each has.
         """
         parts, done = [], 0
-        seen = neighbourhoods_of(lengths or [len(images)], self.neighbours)
+        seen = neighbourhoods(lengths or [len(images)], self.neighbours)
         seen = seen.to(images.device, non_blocking=True)
         for slices in seen.split(self.batch_size):
-            parts.append(self._forward(images[slices].flatten(1, 2)))
+            batch = images[slices].flatten(1, 2).to(self.device, torch.float32)
+            parts.append(self._network(batch))
+            if self.tta:
+                parts[-1] = (parts[-1] + self._network(batch.flip(-1)).flip(-1)) / 2
             done += len(slices)
             progress(done, len(images))
         return torch.cat(parts)
 
-    def _forward(self, batch: Tensor) -> Tensor:
-        batch = batch.to(self.device, torch.float32, memory_format=torch.channels_last)
-        probabilities = self._network(batch)
-        if self.tta:
-            return (probabilities + self._network(batch.flip(-1)).flip(-1)) / 2
-        return probabilities
-
     def _network(self, batch: Tensor) -> Tensor:
+        batch = batch.contiguous(memory_format=torch.channels_last)
         with torch.autocast(self.device.type, half_precision(self.device), enabled=self.amp):
             return self.model(batch)
 
@@ -241,29 +219,9 @@ def preprocess_near(
     return preprocess(volume, image_size, version, aspect=aspect)
 
 
-def fold_batch_norm(model: nn.Module) -> nn.Module:
-    """Copy a network for inference, its batch norms folded into the convolutions before them.
-
-    Its outputs are the same to rounding: W x + b, then g (. - m) / s + h, is one convolution with
-    W g / s and (b - m) g / s + h.
-    """
-    model = copy.deepcopy(model).eval()
-    for module in list(model.modules()):
-        for (name, conv), (norm_name, norm) in pairwise(list(module.named_children())):
-            if isinstance(conv, nn.Conv2d) and isinstance(norm, (nn.BatchNorm2d, nn.SyncBatchNorm)):
-                setattr(module, name, fuse_conv_bn_eval(conv, norm))
-                setattr(module, norm_name, nn.Identity())
-    return model
-
-
-def to_mask(
-    probabilities: Tensor, threshold: float, largest_component: bool, min_volume: int = 0
-) -> np.ndarray:
+def to_mask(probabilities: Tensor, threshold: float, largest: bool, min_volume=0) -> np.ndarray:
     """Threshold lesion probabilities (S, H, W) to a bool mask; then as `keep_components`."""
-    mask = (probabilities >= threshold).cpu().numpy()
-    if largest_component or min_volume > 1:
-        return keep_components(mask, largest_component, min_volume)
-    return mask
+    return keep_components((probabilities >= threshold).cpu().numpy(), largest, min_volume)
 
 
 def keep_components(mask: np.ndarray, largest: bool = True, min_volume: int = 0) -> np.ndarray:
@@ -271,6 +229,8 @@ def keep_components(mask: np.ndarray, largest: bool = True, min_volume: int = 0)
 
     Those of fewer than `min_volume` voxels are dropped.
     """
+    if not largest and min_volume <= 1:
+        return mask
     from skimage.measure import label
 
     labels = label(mask)

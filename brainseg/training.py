@@ -6,13 +6,13 @@ import copy
 import inspect
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .devices import half_precision
@@ -29,26 +29,45 @@ from .weights import (
     save_tensors,
 )
 
-CHECKPOINT = set("args model ema optimizer epoch step loss_sum best cases".split())
 PROGRESS = ("epoch", "step", "loss_sum", "best")
+CHECKPOINT = {"args", "model", "ema", "optimizer", "cases", *PROGRESS}
+
+# The values of 2019, under --recipe classic; the defaults are those of the shipped weights.
+CLASSIC = {
+    "lr": 1e-4, "schedule": "constant", "warmup": 0, "ema": 0.0, "loss": "dice", "background": 0.1,
+    "aug_scale": 0.05, "aug_intensity": 0, "drop_sequences": 0,
+}  # fmt: skip
 
 
 @dataclass
 class TrainState:
-    """What changes during training; a checkpoint holds all of it."""
+    """A training between two steps: what it was set up with, and what a checkpoint holds."""
 
     model: nn.Module
-    ema: nn.Module | None  # exponential moving average of the model
-    optimizer: torch.optim.Optimizer
     slices: int  # per epoch
     batch_size: int
+    epochs: int
+    rate: Callable[[int, int], float]  # the learning rate of a step, of so many steps in all
+    weight_decay: float = 0.0
+    decay: float = 0.0  # of the moving average of the weights; 0: there is none
+    amp: bool = False
+    seed: int = 0
+    neighbours: int = 0  # slices seen on either side of each
+    loss: Callable[..., Tensor] | None = None  # of logits and masks; see loss.py
+    augment: Callable[..., tuple[Tensor, Tensor]] | None = None  # of images and masks, at random
     epoch: int = 0  # finished epochs
     step: int = 0  # finished steps of the current epoch
     loss_sum: float = 0.0  # over the slices of these steps
     best: float = -1.0  # mean DSC; any first epoch is better, so that something is always kept
-    scaler: torch.amp.GradScaler = field(  # of float16 gradients; lets those of other types be
-        default_factory=lambda: torch.amp.GradScaler("cpu", enabled=False)
-    )
+
+    def __post_init__(self) -> None:
+        self.network = self.model  # as a step calls it: compiled, and shared by the ranks
+        self.ema = copy.deepcopy(self.model) if self.decay else None
+        parameters = list(self.model.parameters())
+        self.device = parameters[0].device
+        self.optimizer = torch.optim.AdamW(parameters, weight_decay=self.weight_decay, fused=True)
+        scaled = self.amp and half_precision(self.device) == torch.float16
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=scaled)
 
     @property
     def trained(self) -> nn.Module:
@@ -62,6 +81,10 @@ class TrainState:
     @property
     def global_step(self) -> int:
         return self.epoch * self.steps_per_epoch + self.step
+
+    def learning_rate(self, epochs: int | None = None) -> float:
+        """Compute the learning rate of the next step, of a training of so many epochs."""
+        return self.rate(self.global_step, (epochs or self.epochs) * self.steps_per_epoch)
 
     def save(self, path: Path, **about: object) -> None:
         """Write a checkpoint, with what else `load_checkpoint` shall give; raises OSError."""
@@ -83,9 +106,7 @@ class TrainState:
         except RuntimeError as error:
             raise ValueError(f"{images}: slices of other channels than before") from error
         if self.ema:
-            average = {k.removeprefix("module."): v for k, v in checkpoint["ema"].items()}
-            average.pop("n_averaged", None)  # of checkpoints before version 2 of preprocessing
-            self.ema.load_state_dict(average)
+            self.ema.load_state_dict(checkpoint["ema"])
         self.optimizer.load_state_dict(checkpoint["optimizer"])
         if scaler := checkpoint.get("scaler"):
             self.scaler.load_state_dict(scaler)
@@ -93,36 +114,18 @@ class TrainState:
             setattr(self, name, checkpoint[name])
 
 
-def new_state(
-    model: nn.Module,
-    lr: float,
-    weight_decay: float,
-    ema: bool,
-    slices: int,
-    batch_size: int,
-    amp: bool = False,
-) -> TrainState:
-    """Make the state of a training before its first step, of `slices` per epoch."""
-    average = copy.deepcopy(model) if ema else None
-    parameters = model.parameters()
-    adam = torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, fused=True)
-    device = next(model.parameters()).device
-    scaled = amp and half_precision(device) == torch.float16
-    scaler = torch.amp.GradScaler(device.type, enabled=scaled)
-    return TrainState(model, average, adam, slices, batch_size, scaler=scaler)
-
-
 def load_checkpoint(path: Path) -> dict:
     """The content of a checkpoint; FileNotFoundError or ValueError, naming it, if it is none."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: nothing to resume from; start without --resume")
     checkpoint = load_tensors(path)
-    if not CHECKPOINT <= checkpoint.keys():
+    before_version_2 = "n_averaged" in (checkpoint.get("ema") or ())  # of the preprocessing
+    if before_version_2 or not CHECKPOINT <= checkpoint.keys():
         raise ValueError(f"{path}: is not a training checkpoint of this version")
     return checkpoint
 
 
-def learning_rate(step: int, steps: int, peak: float, schedule: str, warmup: int) -> float:
+def learning_rate(peak: float, schedule: str, warmup: int, step: int, steps: int) -> float:
     """Linear warm-up, then constant or half a cosine down to 0 at the last of all `steps`."""
     warm = min(1.0, (step + 1) / max(warmup, 1))
     if schedule == "constant":
@@ -131,14 +134,16 @@ def learning_rate(step: int, steps: int, peak: float, schedule: str, warmup: int
 
 
 @torch.no_grad()
-def update_average(average: nn.Module, model: nn.Module, decay: float, step: int) -> None:
-    """Move the exponential moving average of a model's weights and statistics towards it.
+def update_average(state: TrainState) -> None:
+    """Move the exponential moving average of weights and statistics towards the model's.
 
-    The decay rises to `decay` as (1 + step) / (10 + step), as in TensorFlow's
+    The decay rises to `state.decay` as (1 + step) / (10 + step), as in TensorFlow's
     ExponentialMovingAverage, so that the random weights of the start are soon forgotten.
     """
-    decay = min(decay, (1 + step) / (10 + step))
-    pairs = list(zip(average.state_dict().values(), model.state_dict().values(), strict=True))
+    step = state.global_step
+    decay = min(state.decay, (1 + step) / (10 + step))
+    average, model = state.ema.state_dict(), state.model.state_dict()
+    pairs = list(zip(average.values(), model.values(), strict=True))
     averages, values = zip(*[pair for pair in pairs if pair[0].is_floating_point()], strict=True)
     torch._foreach_lerp_(averages, values, 1 - decay)
     for mean, value in pairs:
@@ -146,29 +151,24 @@ def update_average(average: nn.Module, model: nn.Module, decay: float, step: int
             mean.copy_(value)
 
 
-def compile_ahead(
-    model: nn.Module,
-    sizes: Sequence[int],
-    image_size: int,
-    amp: bool,
-    device: torch.device,
-) -> nn.Module:
-    """The network compiled for these global batch sizes, so that no step waits for it.
+def compile_ahead(state: TrainState, image_size: int) -> None:
+    """Compile the network for the batches of an epoch, so that no step waits for it.
 
     The model's weights and statistics stay as they are. Raises ValueError if it cannot be compiled.
     """
     start = time.perf_counter()
+    model, device = state.model, state.device
     before = {name: value.clone() for name, value in model.state_dict().items()}
     mode = "reduce-overhead" if device.type == "cuda" else None  # CUDA graphs
-    network = torch.compile(model, dynamic=False, mode=mode)
+    state.network = torch.compile(model, dynamic=False, mode=mode)
     model.train()
-    for size in sizes:
+    for size in (state.batch_size, state.slices % state.batch_size or state.batch_size):
         own = len(shard_of_batch(range(size)))
         images = torch.zeros((own, model.settings["in_channels"], image_size, image_size))
         images = images.to(device, memory_format=torch.channels_last)
         try:
-            with torch.autocast(device.type, half_precision(device), enabled=amp):
-                network(images, logits=True).sum().backward()
+            with torch.autocast(device.type, half_precision(device), enabled=state.amp):
+                state.network(images, logits=True).sum().backward()
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
@@ -177,18 +177,20 @@ def compile_ahead(
     model.zero_grad(set_to_none=True)
     model.load_state_dict(before)
     print(f"compiled in {time.perf_counter() - start:.1f} s", flush=True)
-    return network
 
 
-def parallel(network: nn.Module, device: torch.device) -> nn.Module:
+def parallel(state: TrainState) -> None:
     """Have the ranks, if there are several, end each step with the same gradients."""
     if world_size() == 1:
-        return network
-    options = {"device_ids": [device] if device.type == "cuda" else None}
+        return
     known = inspect.signature(DistributedDataParallel).parameters
     newer = "forward_sync_buffers"  # the name of broadcast_buffers in later versions of PyTorch
-    options[newer if newer in known else "broadcast_buffers"] = False
-    return DistributedDataParallel(network, gradient_as_bucket_view=True, **options)
+    state.network = DistributedDataParallel(
+        state.network,
+        device_ids=[state.device] if state.device.type == "cuda" else None,
+        gradient_as_bucket_view=True,
+        **{newer if newer in known else "broadcast_buffers": False},
+    )
 
 
 def build_network(name: str, seed: int, init_weights: Path | None, **settings) -> nn.Module:
@@ -201,11 +203,8 @@ def build_network(name: str, seed: int, init_weights: Path | None, **settings) -
         torch.manual_seed(seed)
         model = build_model(name, **settings)
     if init_weights:
-        unused, untouched = initialise(model, init_weights)
-        print(
-            f"{init_weights}: not used: {', '.join(unused) or 'nothing'}; "
-            f"left at random: {', '.join(untouched) or 'nothing'}"
-        )
+        unused, random = (", ".join(part) or "nothing" for part in initialise(model, init_weights))
+        print(f"{init_weights}: not used: {unused}; left at random: {random}")
     return model
 
 
@@ -215,16 +214,15 @@ def unset(name: str, classic: bool, init_weights: Path | None) -> dict[str, int 
     Those of the weights to start from, by their card; otherwise those of the shipped weights, or
     of the published ones.
     """
-    values = {"image_size": 128, "neighbours": 0, "preprocessing": VERSION}
-    values = {"features": 32} | CARD_DEFAULTS if classic else {"features": 16} | values
-    if name != "unet":
-        values["features"] = None
+    if classic:
+        values = {"features": 32, **CARD_DEFAULTS}
+    else:
+        values = {"features": 16, "image_size": 128, "neighbours": 0, "preprocessing": VERSION}
     if init_weights:
         card, unet = read_card(init_weights), MODELS["unet"].settings_of(load_state(init_weights))
         values |= {key: card.get(key, value) for key, value in CARD_DEFAULTS.items()}
-        if name == "unet" and unet:
-            values["features"] = unet["init_features"]
-    return values
+        values["features"] = unet["init_features"] if unet else values["features"]
+    return values if name == "unet" else values | {"features": None}
 
 
 def on_device(model: nn.Module, device: torch.device, sync_bn: bool = False) -> nn.Module:

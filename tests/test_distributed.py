@@ -126,14 +126,14 @@ def gradients(phantoms, indices, loss="dice"):
     def work():
         dataset = BrainSegmentationDataset(phantoms, "all", 32, workers=1)
         model = build_network("unet", 42, None, in_channels=3, init_features=4)
-        adam = torch.optim.AdamW(model.parameters(), lr=1e-3)
-        images, masks = dataset.batch(shard_of_batch(indices))
-        value = train.train_step(
-            TrainState(model, None, adam, len(dataset), 16),
-            training.parallel(model, torch.device("cpu")), images, masks, len(indices),
-            change=functools.partial(augment_all, scale=0.05, angle=15, drop=0.4, intensity=0.3),
-            loss=LOSSES[loss], rate=lambda step: 1e-3, decay=0, amp=False, seed=42,
+        augment = functools.partial(augment_all, scale=0.05, angle=15, drop=0.4, intensity=0.3)
+        state = TrainState(
+            model, len(dataset), 16, 1, lambda step, steps: 1e-3, seed=42,
+            loss=LOSSES[loss], augment=augment,
         )  # fmt: skip
+        training.parallel(state)
+        images, masks = dataset.batch(shard_of_batch(indices))
+        value = train.train_step(state, images, masks, len(indices))
         return value.item(), {k: p.grad.numpy() for k, p in model.named_parameters()}
 
     return work

@@ -9,9 +9,10 @@ from brainseg.unet import UNet
 from torch import nn
 
 from brainseg import phantom
+from brainseg.ensemble import fold_batch_norm
 from brainseg.preprocess import preprocess
 from brainseg.resnext_unet import ResNeXtUNet
-from brainseg.segmenter import Segmenter, fold_batch_norm, keep_components
+from brainseg.segmenter import Segmenter, keep_components
 
 
 @pytest.fixture(scope="module")
