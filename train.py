@@ -93,7 +93,7 @@ def get_args_parser() -> utils.Parser:
     recipe("--aug-scale", **share, default=0.2, help="random scale, 1 ± this")
     recipe("--aug-angle", type=float, default=15, least=0, help="random rotation, ± degrees")
     recipe("--aug-intensity", default=0.2, least=0, help="random gain and shift, ± this")
-    recipe("--drop-sequences", **share, default=0.2,
+    recipe("--drop-sequences", **share, default=0.4,
            help="share of slices without post-contrast, of cases with 3 sequences")
     recipe("--seed", default=42, least=0, help="of every random draw")
     recipe("--keep", choices=("best", "last"), default="best",
