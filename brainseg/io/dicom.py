@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import SimpleITK as sitk
 
 from ..preprocess import SEQUENCES
 from .grid import Grid
@@ -126,10 +127,7 @@ def is_series(path: Path) -> bool:
 
 def series_in(folder: Path) -> list[Series]:
     """Find the MR series whose files lie in a folder, in the order of their numbers."""
-    import SimpleITK
-
-    SimpleITK.ProcessObject.SetGlobalWarningDisplay(False)
-    reader = SimpleITK.ImageSeriesReader
+    reader = sitk.ImageSeriesReader
     found = []
     for identity in reader.GetGDCMSeriesIDs(str(folder)):
         files = reader.GetGDCMSeriesFileNames(str(folder), identity)
@@ -239,11 +237,8 @@ def series_files(path: Path) -> Sequence[str]:
 
     `path` is the folder of the one series, or a file of it. Raises ValueError.
     """
-    import SimpleITK
-
-    SimpleITK.ProcessObject.SetGlobalWarningDisplay(False)
     folder = path if path.is_dir() else path.parent
-    reader = SimpleITK.ImageSeriesReader
+    reader = sitk.ImageSeriesReader
     found = reader.GetGDCMSeriesIDs(str(folder))
     if not found:
         raise ValueError(f"{folder}: holds no DICOM series; give the folder of one")

@@ -5,16 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
+import SimpleITK as sitk
 
 from .files import by
-
-if TYPE_CHECKING:
-    from SimpleITK import Image
-
-# SimpleITK is imported where it is used: it is slow, and folders of slices do without.
 
 
 @dataclass(frozen=True)
@@ -30,11 +25,9 @@ class Grid:
     @cached_property
     def _turn(self) -> tuple[tuple[int, ...], list[int]]:
         """The file's axes in the order left, posterior, up, and which of these run backward."""
-        import SimpleITK
-
-        turn = SimpleITK.DICOMOrientImageFilter()
+        turn = sitk.DICOMOrientImageFilter()
         turn.SetDesiredCoordinateOrientation("LPS")
-        voxel = SimpleITK.Image(1, 1, 1, SimpleITK.sitkUInt8)
+        voxel = sitk.Image(1, 1, 1, sitk.sitkUInt8)
         voxel.SetDirection(np.ravel(self.direction).tolist())
         turn.Execute(voxel)
         return turn.GetPermuteOrder(), np.flatnonzero(turn.GetFlipAxes()).tolist()
@@ -65,11 +58,9 @@ class Grid:
         axes, backward = self._turn
         return np.flip(mask.transpose(2, 1, 0), backward).transpose(np.argsort(axes))
 
-    def image(self, voxels: np.ndarray) -> Image:
+    def image(self, voxels: np.ndarray) -> sitk.Image:
         """Make a SimpleITK image of voxels (X, Y, Z) of the file."""
-        import SimpleITK
-
-        image = SimpleITK.GetImageFromArray(voxels.T)
+        image = sitk.GetImageFromArray(voxels.T)
         image.SetSpacing([float(length) for length in self.spacing])
         image.SetOrigin([float(place) for place in self.offset])
         image.SetDirection(np.ravel(self.direction).tolist())

@@ -8,8 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import SimpleITK as sitk
 
 from .grid import Grid
+
+sitk.ProcessObject.SetGlobalWarningDisplay(False)  # what is wrong is raised, in one sentence
 
 UNITS = {1: 1000.0, 3: 0.001}  # millimetres in a metre and a micron: codes of NIfTI's xyzt_units
 
@@ -40,12 +43,9 @@ def is_nifti(path: Path) -> bool:
     return path.name.lower().endswith((".nii", ".nii.gz"))
 
 
-def read_information(path: Path) -> object:
+def read_information(path: Path) -> sitk.ImageFileReader:
     """Return SimpleITK's reader of a file, its header read; raises ValueError."""
-    import SimpleITK
-
-    SimpleITK.ProcessObject.SetGlobalWarningDisplay(False)
-    reader = SimpleITK.ImageFileReader()
+    reader = sitk.ImageFileReader()
     reader.SetFileName(str(path))
     try:
         reader.ReadImageInformation()
@@ -65,7 +65,7 @@ def read_fields(path: Path) -> dict[str, str]:
     return fields(read_information(path))
 
 
-def fields(info: object) -> dict[str, str]:
+def fields(info: sitk.ImageFileReader) -> dict[str, str]:
     return {key: info.GetMetaData(key) for key in info.GetMetaDataKeys()}
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
+import SimpleITK as sitk
 
 from ..preprocess import SEQUENCES
 from .dicom import check_patient, is_dicom, is_series, other_frame, series_files
@@ -202,13 +203,11 @@ class Scan(Case):
 
     def write_map(self, path: Path, values: np.ndarray) -> None:
         """Write values (S, H, W) of any type on the grid of the scan, whole or not at all."""
-        import SimpleITK
-
         voxels = np.ascontiguousarray(self.grid.from_axial(values))
         image = self.grid.image(voxels)
         with atomic_write(path) as temporary:
             try:
-                SimpleITK.WriteImage(image, str(temporary))
+                sitk.WriteImage(image, str(temporary))
                 whole = np.array_equal(read_voxels(temporary)[..., 0], voxels)
             except (RuntimeError, ValueError):
                 whole = False
@@ -231,20 +230,18 @@ def is_scan(path: Path) -> bool:
 
 def read_voxels(path: Path) -> np.ndarray:
     """The voxels (X, Y, Z, C) of a file; ValueError, naming it, if it cannot be read."""
-    import SimpleITK
-
     if is_nifti(path):
         _check_nifti(path, read_fields(path))
     if path.name.lower().endswith((".mha", ".mhd")):
         _check_metaimage(path)
     try:
         source = series_files(path) if is_series(path) else str(path)
-        image = SimpleITK.ReadImage(source)
+        image = sitk.ReadImage(source)
     except MemoryError:
         raise
     except RuntimeError as error:
         raise ValueError(damaged(path)) from error
-    array = SimpleITK.GetArrayFromImage(image)  # (Z, Y, X), or (Z, Y, X, C), or (C, Z, Y, X)
+    array = sitk.GetArrayFromImage(image)  # (Z, Y, X), or (Z, Y, X, C), or (C, Z, Y, X)
     several = image.GetNumberOfComponentsPerPixel() > 1
     voxels = array.transpose(2, 1, 0, 3) if several and array.ndim == 4 else array.T
     voxels = voxels[..., None] if voxels.ndim == 3 else voxels
