@@ -6,6 +6,7 @@ import gzip
 import struct
 from dataclasses import replace
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import SimpleITK as sitk
@@ -14,6 +15,7 @@ from .grid import Grid
 
 sitk.ProcessObject.SetGlobalWarningDisplay(False)  # what is wrong is raised, in one sentence
 
+TO_LPS = np.array([[-1.0], [-1.0], [1.0]])  # NIfTI counts to the right and to the front
 UNITS = {1: 1000.0, 3: 0.001}  # millimetres in a metre and a micron: codes of NIfTI's xyzt_units
 
 
@@ -81,10 +83,10 @@ def _nifti_grid(path: Path, field: dict[str, str], grid: Grid) -> Grid:
     if codes["sform"] == "0":
         return grid
     sform = np.array([field[f"srow_{row}"].split() for row in "xyz"], dtype=float)  # (3, 4)
-    unit = UNITS.get(int(field.get("xyzt_units", 2)) & 7, 1.0)
-    sform[:2] *= -1  # NIfTI counts to the right and to the front
-    sform *= unit
-    if not _same(sform, np.column_stack((grid.direction * grid.spacing, grid.offset))):
+    to_lps = TO_LPS * UNITS.get(int(field.get("xyzt_units", 2)) & 7, 1.0)
+    sform *= to_lps
+    given = np.column_stack((grid.direction * grid.spacing, grid.offset))
+    if not np.allclose(sform, given, atol=1e-2):
         spacing = np.linalg.norm(sform[:, :3], axis=0)
         if not (np.isfinite(sform).all() and (spacing > 0).all()):
             raise ValueError(f"{path}: its sform is damaged; copy its qform to it")
@@ -92,41 +94,38 @@ def _nifti_grid(path: Path, field: dict[str, str], grid: Grid) -> Grid:
         if not np.allclose(direction.T @ direction, np.eye(3), atol=1e-3):
             raise ValueError(f"{path}: its axes are not at right angles; resample it")
         grid = Grid(grid.shape, tuple(spacing.tolist()), tuple(sform[:, 3].tolist()), direction)
-    if codes["qform"] != "0" and not _same(sform, _qform(path, field) * unit):
+    if codes["qform"] != "0" and not np.allclose(sform, _qform(path, field) * to_lps, atol=1e-2):
         grid = replace(grid, notes=("its sform and qform disagree; the sform was taken",))
     return grid
 
 
 def _qform(path: Path, field: dict[str, str]) -> np.ndarray:
-    """Return the matrix (3, 4) of a NIfTI header's quaternion, to the left and the back.
+    """Return the matrix (3, 4) of a NIfTI header's quaternion.
 
     https://nifti.nimh.nih.gov/pub/dist/src/niftilib/nifti1.h, method 2.
     """
     b, c, d = (float(field[f"quatern_{name}"]) for name in "bcd")
     a = max(0.0, 1 - b * b - c * c - d * d) ** 0.5
-    turn = np.array(
-        [
-            [a * a + b * b - c * c - d * d, 2 * (b * c - a * d), 2 * (b * d + a * c)],
-            [2 * (b * c + a * d), a * a + c * c - b * b - d * d, 2 * (c * d - a * b)],
-            [2 * (b * d - a * c), 2 * (c * d + a * b), a * a + d * d - b * b - c * c],
-        ]
-    )
+    cross = np.array([[0, -d, c], [d, 0, -b], [-c, b, 0]])
+    turn = np.eye(3) + 2 * (a * cross + cross @ cross)  # Rodrigues' formula for a quaternion
     turn *= [float(field[f"pixdim[{k}]"]) for k in (1, 2, 3)]
     turn[:, 2] *= -1 if _handedness(path) < 0 else 1
-    offset = [float(field[f"qoffset_{name}"]) for name in "xyz"]
-    qform = np.column_stack((turn, offset))
-    qform[:2] *= -1
-    return qform
-
-
-def _same(one: np.ndarray, other: np.ndarray) -> bool:
-    return np.allclose(one, other, atol=1e-2)
+    return np.column_stack((turn, [float(field[f"qoffset_{name}"]) for name in "xyz"]))
 
 
 def _handedness(path: Path) -> float:
     """Read pixdim[0] of a NIfTI file, which the reader of its other fields leaves out."""
-    with gzip.open(path) if path.name.lower().endswith(".gz") else open(path, "rb") as file:
+    with open_nifti(path) as file:
         head = file.read(112)
-    order = "<" if head[:2] in (b"\x5c\x01", b"\x1c\x02") else ">"  # 348 or 540: NIfTI-1 or -2
-    old = 348 in struct.unpack("<i4x", head[:8]) + struct.unpack(">i4x", head[:8])
-    return struct.unpack_from(order + ("f" if old else "d"), head, 76 if old else 104)[0]
+    order = byte_order(head)
+    kind, place = ("f", 76) if struct.unpack(order + "i", head[:4]) == (348,) else ("d", 104)
+    return struct.unpack_from(order + kind, head, place)[0]
+
+
+def open_nifti(path: Path) -> BinaryIO:
+    return gzip.open(path) if path.name.lower().endswith(".gz") else open(path, "rb")
+
+
+def byte_order(head: bytes) -> str:
+    """Tell the byte order of a NIfTI file, as NumPy writes it, from its length of header."""
+    return "<" if head[:2] in (b"\x5c\x01", b"\x1c\x02") else ">"  # 348 or 540: NIfTI-1 or -2

@@ -7,7 +7,6 @@ its header. Sequences on other grids are resampled to FLAIR's, and the mask is o
 
 from __future__ import annotations
 
-import gzip
 import math
 import re
 import zlib
@@ -24,18 +23,20 @@ from ..preprocess import SEQUENCES
 from .dicom import check_patient, is_dicom, is_series, other_frame, series_files
 from .files import atomic_write, by
 from .grid import Grid
-from .headers import damaged, is_nifti, read_fields, read_grid
+from .headers import (
+    byte_order,
+    damaged,
+    is_nifti,
+    open_nifti,
+    read_fields,
+    read_grid,
+    read_information,
+)
 from .registration import Movement, move, register
 from .slices import Case
 
 SUFFIXES = (".nii.gz", ".nii", ".mha", ".mhd", ".nrrd")
 FLOATS = {"16": "f4", "64": "f8"}  # of the data types of NIfTI
-BYTES = {  # of an element of MetaImage
-    **dict.fromkeys(("CHAR", "UCHAR"), 1),
-    **dict.fromkeys(("SHORT", "USHORT"), 2),
-    **dict.fromkeys(("INT", "UINT", "LONG", "ULONG", "FLOAT"), 4),
-    **dict.fromkeys(("LONG_LONG", "ULONG_LONG", "DOUBLE"), 8),
-}
 MOST_ASPECT = 10.0  # of pixels: more is a damaged header
 LEAST_COVERED = 0.5  # of FLAIR's field of view; less is another head, or another space
 
@@ -258,26 +259,19 @@ def _check_nifti(path: Path, field: dict[str, str]) -> None:
     """Raise ValueError if voxels are cut short, NaN or infinite: their reader makes them 0."""
     offset, kind = int(float(field["vox_offset"])), FLOATS.get(field["datatype"])
     sizes = [int(field[f"dim[{k}]"]) for k in range(1, 1 + int(field["dim[0]"]))]
-    needed = offset + math.prod(sizes) * int(field["bitpix"]) // 8
-    length, finite, packed = 0, True, path.name.lower().endswith(".gz")
-    step = int(kind[1]) if kind else 1
+    left, finite = math.prod(sizes) * int(field["bitpix"]) // 8, True  # bytes to come
     try:
-        with gzip.open(path) if packed else open(path, "rb") as file:
-            head = file.read(offset)
-            order = "<" if head[:2] in (b"\x5c\x01", b"\x1c\x02") else ">"  # 348 or 540
-            length = len(head)
+        with open_nifti(path) as file:
+            order = byte_order(file.read(offset))
             while part := file.read(1 << 20):  # to the end, where the checksum of a .gz is
-                length += len(part)
-                part = part[: max(0, len(part) - max(0, length - needed))]  # what follows is free
+                part = part[:left]  # what follows the voxels is free
+                left -= len(part)
                 if kind:
-                    floats = np.frombuffer(part[: len(part) // step * step], order + kind)
+                    floats = np.frombuffer(part, order + kind, len(part) // int(kind[1]))
                     finite &= bool(np.isfinite(floats).all())
-                elif not packed:
-                    length = path.stat().st_size
-                    break
     except (OSError, EOFError, zlib.error) as error:
         raise ValueError(damaged(path)) from error
-    if length < needed:
+    if left:
         raise ValueError(damaged(path))
     if not finite:
         raise ValueError(not_finite(path))
@@ -285,31 +279,22 @@ def _check_nifti(path: Path, field: dict[str, str]) -> None:
 
 def _check_metaimage(path: Path) -> None:
     """Raise ValueError if the voxels are cut short: their reader says so in lines of its own."""
+    info = read_information(path)
     with open(path, "rb") as file:
         header = file.read(1 << 16)
     end = re.search(rb"^ElementDataFile *= *(.*?) *\r?\n", header, re.M)
-    if not end:
-        return  # the reader will say what it is
-    field = dict(re.findall(r"^(\w+) *= *(.*?)\s*$", header[: end.end()].decode("latin-1"), re.M))
-    compressed = field.get("CompressedData", "False").lower() == "true"
-    text = field.get("BinaryData", "True").lower() == "false"
-    if text or (compressed and "CompressedDataSize" not in field):
-        return  # how long it is to be is not known
-    voxels, length = path.parent / field["ElementDataFile"], path.stat().st_size - end.end()
-    if field["ElementDataFile"].upper() != "LOCAL":
-        if re.match(r"LIST\b|.*%", field["ElementDataFile"]):  # of many files
-            return
-        if not voxels.is_file():
-            raise ValueError(
-                f"{path}: its voxels, {voxels.name}, are not beside it; copy them there"
-            )
-        length = voxels.stat().st_size
-    try:
-        sizes = [int(size) for size in field["DimSize"].split()]
-        needed = math.prod(sizes) * int(field.get("ElementNumberOfChannels", 1))
-        needed *= BYTES[field["ElementType"].removeprefix("MET_").removesuffix("_ARRAY")]
-        needed = int(field.get("CompressedDataSize", needed))
-    except (KeyError, ValueError):
-        return
-    if length < needed:
+    header = header[: end.end()] if end else b""
+    field = dict(re.findall(r"^(\w+) *= *(.*?)\s*$", header.decode("latin-1"), re.M))
+    name = field.get("ElementDataFile", "LIST")
+    if field.get("BinaryData", "True").lower() == "false" or re.match(r"LIST\b|.*%", name):
+        return  # text, or many files
+    voxels, start = (path, len(header)) if name.upper() == "LOCAL" else (path.parent / name, 0)
+    if not voxels.is_file():
+        raise ValueError(f"{path}: its voxels, {voxels.name}, are not beside it; copy them there")
+    if field.get("CompressedData", "False").lower() == "true":
+        needed = int(field.get("CompressedDataSize", 0))  # 0: not known
+    else:
+        voxel = sitk.GetArrayViewFromImage(sitk.Image(1, 1, info.GetPixelID()))
+        needed = math.prod(info.GetSize()) * info.GetNumberOfComponents() * voxel.itemsize
+    if voxels.stat().st_size - start < needed:
         raise ValueError(damaged(path))
