@@ -46,7 +46,7 @@ def register(moving: sitk.Image, fixed: sitk.Image, path: Path) -> Movement:
     head = foreground_points(fixed)
     start = sitk.Euler3DTransform()
     start.SetCenter(head.mean(axis=0).tolist())
-    if not _overlap(moving, fixed):
+    if grid_of(fixed).coverage(grid_of(moving)) < 0.5:
         start = sitk.Euler3DTransform(sitk.CenteredTransformInitializer(fixed, moving, start))
     method = _method(fixed)
     try:
@@ -117,11 +117,6 @@ def foreground_points(image: sitk.Image) -> np.ndarray:
     return np.array([image.TransformIndexToPhysicalPoint(i) for i in index[:, ::-1].tolist()])
 
 
-def _overlap(moving: sitk.Image, fixed: sitk.Image) -> bool:
-    """Tell whether most of the fixed image lies inside the moving one."""
-    return grid_of(fixed).coverage(grid_of(moving)) >= 0.5
-
-
 def grid_of(image: sitk.Image) -> Grid:
     direction = np.reshape(image.GetDirection(), (3, 3))
     return Grid(image.GetSize(), image.GetSpacing(), image.GetOrigin(), direction)
@@ -132,13 +127,14 @@ def move(moving: sitk.Image, grid: Grid, transform: sitk.Transform | None = None
 
     `transform` goes from the grid's space to the image's; None: they are one.
     """
-    moving = sitk.Cast(moving, sitk.sitkFloat32)
-    resampler = sitk.ResampleImageFilter()
-    resampler.SetSize([int(length) for length in grid.shape])
-    resampler.SetOutputSpacing([float(length) for length in grid.spacing])
-    resampler.SetOutputOrigin([float(place) for place in grid.offset])
-    resampler.SetOutputDirection(np.ravel(grid.direction).tolist())
-    resampler.SetInterpolator(sitk.sitkLinear)
-    resampler.SetDefaultPixelValue(float(sitk.GetArrayViewFromImage(moving).min()))
-    resampler.SetTransform(transform or sitk.Transform(3, sitk.sitkIdentity))
-    return sitk.GetArrayFromImage(resampler.Execute(moving)).T
+    moved = sitk.Resample(
+        sitk.Cast(moving, sitk.sitkFloat32),
+        [int(length) for length in grid.shape],
+        transform or sitk.Transform(3, sitk.sitkIdentity),
+        sitk.sitkLinear,
+        [float(place) for place in grid.offset],
+        [float(length) for length in grid.spacing],
+        np.ravel(grid.direction).tolist(),
+        float(sitk.GetArrayViewFromImage(moving).min()),
+    )
+    return sitk.GetArrayFromImage(moved).T
