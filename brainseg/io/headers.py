@@ -45,7 +45,7 @@ def is_nifti(path: Path) -> bool:
     return path.name.lower().endswith((".nii", ".nii.gz"))
 
 
-def read_information(path: Path) -> sitk.ImageFileReader:
+def read_information(path: Path | str) -> sitk.ImageFileReader:
     """Return SimpleITK's reader of a file, its header read; raises ValueError."""
     reader = sitk.ImageFileReader()
     reader.SetFileName(str(path))
@@ -58,17 +58,17 @@ def read_information(path: Path) -> sitk.ImageFileReader:
     return reader
 
 
-def damaged(path: Path) -> str:
+def damaged(path: Path | str) -> str:
     return f"{path}: not a readable volume, or cut short; export it again"
 
 
-def read_fields(path: Path) -> dict[str, str]:
+def read_fields(path: Path | str) -> dict[str, str]:
     """Read what the header of a file says, by name; raises ValueError."""
     return fields(read_information(path))
 
 
 def fields(info: sitk.ImageFileReader) -> dict[str, str]:
-    return {key: info.GetMetaData(key) for key in info.GetMetaDataKeys()}
+    return {key: info.GetMetaData(key).strip(" \0") for key in info.GetMetaDataKeys()}
 
 
 def _nifti_grid(path: Path, field: dict[str, str], grid: Grid) -> Grid:
