@@ -58,17 +58,18 @@ class Scan(Case):
 
     @classmethod
     def open(
-        cls, name: str, files: Sequence[Path], mask: Path | None = None, chosen: str = ""
+        cls, name: str, files: Sequence[Path | None], mask: Path | None = None, chosen: str = ""
     ) -> Scan:
         """Open the scan in one file, or in pre-contrast, FLAIR, post-contrast; no voxel is read.
 
-        Raises ValueError, naming the file, for a header that cannot be trusted or another patient.
+        FLAIR stands in for None. Raises ValueError, naming the file, for a header that cannot be
+        trusted or another patient.
         """
         flair = files[len(files) // 2]
         grid, channels = read_grid(flair)
         numbers = tuple(range(1, grid.shape[grid.axes[2]] + 1))
-        masks = (mask,) if mask else ()
-        scan = cls(name, numbers, tuple(files), masks, grid, channels, chosen=chosen)
+        files, masks = tuple(file or flair for file in files), (mask,) if mask else ()
+        scan = cls(name, numbers, files, masks, grid, channels, chosen=chosen)
         if not 1 / MOST_ASPECT <= scan.aspect <= MOST_ASPECT:
             raise ValueError(f"{flair}: its axial pixels are {scan._pixels}; correct its header")
         for path in scan._others.values():
