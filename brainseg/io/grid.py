@@ -71,25 +71,17 @@ class Grid:
         if self.shape != other.shape:
             return "shape"
         names = ("spacing", "offset", "direction")
-        different = (
-            name
-            for name in names
-            if not np.allclose(getattr(self, name), getattr(other, name), atol=1e-3)
-        )
-        return next(different, "")
+        pairs = ((name, getattr(self, name), getattr(other, name)) for name in names)
+        return next((name for name, a, b in pairs if not np.allclose(a, b, atol=1e-3)), "")
 
     def check_same(self, path: Path, other: Grid, other_path: Path) -> None:
         """Raise ValueError, naming both files, unless both are the same to a thousandth."""
-        if different := self.difference(other):
-            if different == "shape":
-                raise ValueError(
-                    f"{path}: {by(self.shape)} voxels, but {other_path.name} has "
-                    f"{by(other.shape)}; resample both to one grid"
-                )
-            raise ValueError(
-                f"{path}: its {different} is not that of {other_path.name}; "
-                "resample both to one grid"
-            )
+        different = self.difference(other)
+        said = f"its {different} is not that of {other_path.name}"
+        if different == "shape":
+            said = f"{by(self.shape)} voxels, but {other_path.name} has {by(other.shape)}"
+        if different:
+            raise ValueError(f"{path}: {said}; resample both to one grid")
 
     def coverage(self, other: Grid) -> float:
         """Return the share (0 to 1) of this grid's field of view that `other` covers as well."""

@@ -23,6 +23,10 @@ from .pictures import outline, save_gif, to_grey
 from .scans import Scan
 from .slices import Case, read_slice
 
+# Settings that masks depend on, and what the younger ones are where an args.json lacks them.
+YOUNGER = {"register": False, "min_volume": 0, "sequences": None, "pre": None, "post": None}
+SETTINGS = ("image_size", "threshold", "largest_component", "tta", *YOUNGER)
+
 
 def mask_files(case: Case) -> list[Path]:
     """List where the masks of a case lie in a folder of predictions: a file a slice, or a scan."""
@@ -50,16 +54,12 @@ def since(folder: Path, about: dict, keep: bool) -> float:
     now, path = time.time(), folder / "args.json"
     try:
         before = json.loads(path.read_text())
+        args = YOUNGER | before["args"]
         changed = [
-            f"{name.replace('_', ' ')} {before['args'][name]}"
-            for name in ("image_size", "threshold", "largest_component", "tta")
-            if before["args"][name] != about["args"][name]
+            f"{name.replace('_', ' ')} {args[name]}"
+            for name in SETTINGS
+            if args[name] != (YOUNGER | about["args"])[name]
         ]
-        younger = {"register": False, "min_volume": 0, "sequences": None, "pre": None, "post": None}
-        for name, default in younger.items():  # than an args.json that lacks them
-            value = before["args"].get(name, default)
-            if value != about["args"].get(name, default):
-                changed.append(f"{name.replace('_', ' ')} {value}")
         if list(before["weights"].values()) != list(about["weights"].values()):
             changed.insert(0, f"weights {', '.join(before['weights'])}")
         begun = float(before["since"])
@@ -116,25 +116,22 @@ def write_case(
     pictures = outline(to_grey(volume), mask, truth, side=256)
     save_gif(folder / f"{case.name}.gif", pictures)
     own = folder / case.name
+    files = dict(zip((f"{case.name}_{k}.png" for k in case.numbers), pictures, strict=True))
+    if not isinstance(case, Scan):
+        for kind, values in {**maps, "mask": mask * np.uint8(255)}.items():
+            files |= dict(zip((file.name for file in map_files(case, kind)), values, strict=True))
     with (
         name_in_errors(own),
         tempfile.TemporaryDirectory(dir=folder, prefix=f".{case.name}-") as scratch,
     ):
-        if not isinstance(case, Scan):
-            for file, slice_mask in zip(mask_files(case), mask, strict=True):
-                iio.imwrite(Path(scratch, file.name), slice_mask * np.uint8(255))
-            for kind, values in maps.items():
-                for file, plane in zip(map_files(case, kind), values, strict=True):
-                    iio.imwrite(Path(scratch, file.name), plane.astype(np.float32))
-        for number, picture in zip(case.numbers, pictures, strict=True):
-            iio.imwrite(Path(scratch, f"{case.name}_{number}.png"), picture)
+        for name, picture in files.items():
+            iio.imwrite(Path(scratch, name), picture)
         own.mkdir(exist_ok=True)
         for path in Path(scratch).iterdir():
             path.replace(own / path.name)
     if isinstance(case, Scan):
-        for kind, values in maps.items():
-            case.write_map(folder / map_files(case, kind)[0], values.astype(np.float32))
-        case.write_mask(folder / mask_files(case)[0], mask)
+        for kind, values in {**maps, "mask": mask}.items():
+            case.write_map(folder / map_files(case, kind)[0], values)
 
 
 def table_row(case: Case, mask: np.ndarray, truth: np.ndarray) -> dict:

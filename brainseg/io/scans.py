@@ -112,10 +112,9 @@ class Scan(Case):
     @property
     def notes(self) -> list[str]:
         notes = [self.chosen] if self.chosen else []
-        if self.channels == 1:
-            missing = [n for n in SEQUENCES if n != "FLAIR" and n not in self._others]
-            if missing:
-                notes.append(f"FLAIR stands in for {' and '.join(missing)}")
+        missing = [name for name in SEQUENCES if name not in ("FLAIR", *self._others)]
+        if self.channels == 1 and missing:
+            notes.append(f"FLAIR stands in for {' and '.join(missing)}")
         notes += self.grid.notes
         if self.aspect != 1:
             notes.append(
@@ -188,23 +187,16 @@ class Scan(Case):
     def read_mask(self) -> np.ndarray:
         """The mask (S, H, W), bool: true wherever the mask file holds a label of lesion."""
         (path,) = self.masks
-        voxels = self._on_grid(path)
+        read_grid(path)[0].check_same(path, self.grid, self.flair)
+        voxels = read_voxels(path)
         if voxels.shape[3] > 1 or voxels.min() < 0:
             raise ValueError(f"{path}: is no mask of 0 and 1; give one channel, 0 for background")
         mask = self.grid.to_axial(voxels)[..., 0]
         return np.ascontiguousarray(self.labels.lesion(mask, self.name))
 
-    def _on_grid(self, path: Path) -> np.ndarray:
-        """Voxels (X, Y, Z, C) of a file; ValueError, naming both, if its grid is another."""
-        read_grid(path)[0].check_same(path, self.grid, self.flair)
-        return read_voxels(path)
-
-    def write_mask(self, path: Path, mask: np.ndarray) -> None:
-        """Write a mask (S, H, W), 0 or 1, on the grid of the scan, whole or not at all."""
-        self.write_map(path, mask.astype(np.uint8))
-
     def write_map(self, path: Path, values: np.ndarray) -> None:
-        """Write values (S, H, W) of any type on the grid of the scan, whole or not at all."""
+        """Write values (S, H, W) on the grid of the scan, whole or not at all; bool as 0 and 1."""
+        values = values.view(np.uint8) if values.dtype == bool else values
         voxels = np.ascontiguousarray(self.grid.from_axial(values))
         image = self.grid.image(voxels)
         with atomic_write(path) as temporary:
