@@ -28,11 +28,6 @@ YOUNGER = {"register": False, "min_volume": 0, "sequences": None, "pre": None, "
 SETTINGS = ("image_size", "threshold", "largest_component", "tta", *YOUNGER)
 
 
-def mask_files(case: Case) -> list[Path]:
-    """List where the masks of a case lie in a folder of predictions: a file a slice, or a scan."""
-    return map_files(case, "mask")
-
-
 def map_files(case: Case, kind: str) -> list[Path]:
     """List where the maps of a kind lie: mask, probability or disagreement."""
     if isinstance(case, Scan):
@@ -85,7 +80,7 @@ def find_masks(
     A mask is written after its source files: where one of these is newer, it is of another image.
     None as well if one of the `others`, files in `folder` that are wanted beside it, is missing.
     """
-    paths = [folder / file for file in mask_files(case)]
+    paths = [folder / file for file in map_files(case, "mask")]
     wanted = [*paths, *(folder / file for file in others)]
     if not all(path.is_file() for path in wanted):
         return None
