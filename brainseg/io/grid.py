@@ -37,16 +37,15 @@ class Grid:
         """The file's axes that run most nearly left or right, front or back, up or down."""
         return self._turn[0]
 
+    @classmethod
+    def of(cls, image: sitk.Image) -> Grid:
+        direction = np.reshape(image.GetDirection(), (3, 3))
+        return cls(image.GetSize(), image.GetSpacing(), image.GetOrigin(), direction)
+
     @property
     def axial(self) -> Grid:
         """The grid of the axial volume: X runs to the left, Y to the back, Z up."""
-        axes, backward = self._turn
-        shape, spacing = (tuple(each[axis] for axis in axes) for each in (self.shape, self.spacing))
-        direction, offset = self.direction[:, axes], np.array(self.offset, float)
-        for axis in backward:
-            offset += direction[:, axis] * spacing[axis] * (shape[axis] - 1)
-        forward = [-1 if axis in backward else 1 for axis in range(3)]
-        return Grid(shape, spacing, tuple(offset), direction * forward)
+        return Grid.of(sitk.DICOMOrient(self.image(np.zeros(self.shape, np.uint8)), "LPS"))
 
     def to_axial(self, voxels: np.ndarray) -> np.ndarray:
         """Turn voxels (X, Y, Z, C) of the file into a volume (S, H, W, C)."""

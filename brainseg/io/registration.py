@@ -46,7 +46,7 @@ def register(moving: sitk.Image, fixed: sitk.Image, path: Path) -> Movement:
     head = foreground_points(fixed)
     start = sitk.Euler3DTransform()
     start.SetCenter(head.mean(axis=0).tolist())
-    if grid_of(fixed).coverage(grid_of(moving)) < 0.5:
+    if Grid.of(fixed).coverage(Grid.of(moving)) < 0.5:
         start = sitk.Euler3DTransform(sitk.CenteredTransformInitializer(fixed, moving, start))
     method = _method(fixed)
     try:
@@ -115,11 +115,6 @@ def foreground_points(image: sitk.Image) -> np.ndarray:
     index = np.argwhere(voxels > voxels.mean())
     index = index[:: max(1, len(index) // 500)] if len(index) else np.array(voxels.shape)[None] // 2
     return np.array([image.TransformIndexToPhysicalPoint(i) for i in index[:, ::-1].tolist()])
-
-
-def grid_of(image: sitk.Image) -> Grid:
-    direction = np.reshape(image.GetDirection(), (3, 3))
-    return Grid(image.GetSize(), image.GetSpacing(), image.GetOrigin(), direction)
 
 
 def move(moving: sitk.Image, grid: Grid, transform: sitk.Transform | None = None) -> np.ndarray:

@@ -33,7 +33,7 @@ from .headers import (
     read_information,
 )
 from .registration import Movement, move, register
-from .slices import Case
+from .slices import Case, check_finite
 
 SUFFIXES = (".nii.gz", ".nii", ".mha", ".mhd", ".nrrd")
 FLOATS = {"16": "f4", "64": "f8"}  # of the data types of NIfTI
@@ -239,20 +239,15 @@ def read_voxels(path: Path) -> np.ndarray:
     several = image.GetNumberOfComponentsPerPixel() > 1
     voxels = array.transpose(2, 1, 0, 3) if several and array.ndim == 4 else array.T
     voxels = voxels[..., None] if voxels.ndim == 3 else voxels
-    if voxels.dtype.kind == "f" and not np.isfinite(voxels).all():
-        raise ValueError(not_finite(path))
+    check_finite(path, voxels)
     return voxels
-
-
-def not_finite(path: Path) -> str:
-    return f"{path}: holds NaN or infinite voxels; export it again"
 
 
 def _check_nifti(path: Path, field: dict[str, str]) -> None:
     """Raise ValueError if voxels are cut short, NaN or infinite: their reader makes them 0."""
     offset, kind = int(float(field["vox_offset"])), FLOATS.get(field["datatype"])
     sizes = [int(field[f"dim[{k}]"]) for k in range(1, 1 + int(field["dim[0]"]))]
-    left, finite = math.prod(sizes) * int(field["bitpix"]) // 8, True  # bytes to come
+    left = math.prod(sizes) * int(field["bitpix"]) // 8  # bytes of voxels to come
     try:
         with open_nifti(path) as file:
             order = byte_order(file.read(offset))
@@ -260,14 +255,12 @@ def _check_nifti(path: Path, field: dict[str, str]) -> None:
                 part = part[:left]  # what follows the voxels is free
                 left -= len(part)
                 if kind:
-                    floats = np.frombuffer(part, order + kind, len(part) // int(kind[1]))
-                    finite &= bool(np.isfinite(floats).all())
+                    count = len(part) // int(kind[1])
+                    check_finite(path, np.frombuffer(part, order + kind, count))
     except (OSError, EOFError, zlib.error) as error:
         raise ValueError(damaged(path)) from error
     if left:
         raise ValueError(damaged(path))
-    if not finite:
-        raise ValueError(not_finite(path))
 
 
 def _check_metaimage(path: Path) -> None:
