@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ BEFORE = re.compile(
 AFTER = re.compile(
     rf"post|{AGENT}|[+&] ?c(?![a-z])|(?<![a-z])(c\+|ce(?![a-z]))|t1.?(ce?)(?![a-z])", re.I
 )
+LONG_ECHO, NULLS_CSF = 60.0, 1400.0  # ms of echo and inversion time, at least
 OTHER_SUFFIXES = (".tif", ".tiff", ".png", ".gz", ".nii", ".nrrd", ".mha", ".mhd")
 NO_AGENT = {"", "none", "no", "n", "0", "no contrast", "without"}
 
@@ -42,11 +44,11 @@ class Series:
     field: dict[str, str]
     images: int
 
-    def number(self, tag: str) -> float | None:
+    def number(self, tag: str, default: float = math.nan) -> float:
         try:
             return float(self.field.get(tag, "").split("\\")[0])
         except ValueError:
-            return None
+            return default
 
     @property
     def description(self) -> str:
@@ -54,7 +56,7 @@ class Series:
 
     def __str__(self) -> str:
         times = {"TE": self.number("0018|0081"), "TI": self.number("0018|0082")}
-        known = [f"{name} {value:g}" for name, value in times.items() if value]
+        known = [f"{name} {value:g}" for name, value in times.items() if value > 0]
         agent = [f"agent {self.field['0018|0010']}"] if self.has_agent else []
         about = ", ".join([f"{self.images} images", *known, *agent])
         return f"{self.path.name} = {self.description!r} ({about})"
@@ -71,26 +73,21 @@ class Series:
         an inversion of less than a second. What has no description goes by its times alone.
         """
         words = self.description
-        echo, inversion = self.number("0018|0081"), self.number("0018|0082")
-        is_t1, is_flair = bool(T1.search(words)), bool(FLAIR.search(words))
-        long_echo, nulls_csf = (echo or 0) >= 60, (inversion or 0) >= 1400
+        echo, inversion = self.number("0018|0081"), self.number("0018|0082")  # NaN: not given
+        is_t1 = bool(T1.search(words))
         if OTHER.search(words):
             return "other"
-        if is_flair and not is_t1:
-            short = echo is not None and not long_echo
-            short_inversion = inversion is not None and inversion > 0 and not nulls_csf
-            return "doubtful" if short or short_inversion else "FLAIR"
+        if FLAIR.search(words) and not is_t1:
+            return "doubtful" if echo < LONG_ECHO or 0 < inversion < NULLS_CSF else "FLAIR"
         if is_t1:
-            if long_echo or nulls_csf:
-                return "doubtful"
             before = bool(BEFORE.search(words))
             after = bool(AFTER.search(BEFORE.sub(" ", words))) or self.has_agent
-            if before and after:
+            if echo >= LONG_ECHO or inversion >= NULLS_CSF or (before and after):
                 return "doubtful"
             return "post-contrast" if after else "pre-contrast"
-        if long_echo and nulls_csf:
+        if echo >= LONG_ECHO and inversion >= NULLS_CSF:
             return "FLAIR"
-        if words == "no description" and echo and not nulls_csf and not long_echo:
+        if words == "no description" and 0 < echo < LONG_ECHO and not inversion >= NULLS_CSF:
             return "doubtful"  # T1, proton density or susceptibility
         return "other"
 
@@ -118,7 +115,7 @@ def series_in(folder: Path) -> list[Series]:
         for files in found
     ]
     series = [one for one in series if one.field.get("0008|0060", "") in ("MR", "")]
-    return sorted(series, key=lambda one: (one.number("0020|0011") or 0, str(one.path)))
+    return sorted(series, key=lambda one: (one.number("0020|0011", 0), str(one.path)))
 
 
 def study_in(folder: Path) -> list[Series]:

@@ -98,7 +98,7 @@ def _sources_in(root: Path, other_than: Path | None, layout: Layout | None) -> l
         if (root / "images_structural").is_dir():  # of UPENN-GBM, beside other folders
             root = root / "images_structural"
     paths = [root.resolve()] if one else _cases_in(root, other_than)
-    return [Source(case_name(path), path, path.parent) for path in paths]
+    return [Source(scan_name(path), path, path.parent) for path in paths]
 
 
 def _bids_sessions(root: Path) -> list[Source]:
@@ -194,11 +194,6 @@ def _volumes_in(folder: Path) -> list[Path]:
     return [path for path in files if not scan_name(path).lower().endswith("_mask")]
 
 
-def case_name(path: Path) -> str:
-    """The name of the case in a folder or volume file."""
-    return scan_name(path) if path.is_file() else path.name
-
-
 def find_case(path: Path, root: Path | None = None, layout: Layout | None = None) -> Case:
     """The case in a folder or volume file; ValueError, naming the file, if it is not sound."""
     root = root or path.parent
@@ -234,12 +229,12 @@ def _in_layout(folder: Path, files: dict[str, Path | None]) -> Scan:
 
 def find_sequences(flair: Path, pre: Path | None, post: Path | None) -> Scan:
     """The scan with one file per sequence, named after FLAIR and its folder."""
-    name = f"{flair.resolve().parent.name}_{case_name(flair)}"
+    name = f"{flair.resolve().parent.name}_{scan_name(flair)}"
     return Scan.open(name, [pre, flair, post], _mask_of(flair))
 
 
 def _find_scan(path: Path) -> Scan:
-    scan = Scan.open(case_name(path), [path], _mask_of(path))
+    scan = Scan.open(scan_name(path), [path], _mask_of(path))
     odd = OTHER_SEQUENCE.search(scan.name)
     if scan.channels == 1 and odd:
         raise ValueError(

@@ -210,8 +210,9 @@ class Scan(Case):
 
 
 def scan_name(path: Path) -> str:
-    """The name of a volume file without its suffix, of which .nii.gz is one."""
-    suffix = next((s for s in SUFFIXES if path.name.lower().endswith(s)), "")
+    """The name of a folder, or of a volume file without its suffix, of which .nii.gz is one."""
+    suffixes = () if path.is_dir() else SUFFIXES
+    suffix = next((s for s in suffixes if path.name.lower().endswith(s)), "")
     return path.name[: len(path.name) - len(suffix)]
 
 

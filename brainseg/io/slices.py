@@ -26,6 +26,9 @@ class Case:
     """The files of one case, in slice order. `masks` is empty if the case has none."""
 
     mask_name: ClassVar[str] = "<slice>_mask.tif"
+    notes: ClassVar[Sequence[str]] = ()  # what the user should know of the way it is read
+    # Millimetres from slice to slice, row to row, column to column; None: not recorded.
+    spacing: ClassVar[tuple[float, float, float] | None] = None
     name: str
     numbers: tuple[int, ...]
     slices: tuple[Path, ...]
@@ -41,16 +44,6 @@ class Case:
     def files(self) -> list[Path]:
         """Everything that is read; what changes if the case changes."""
         return [*self.slices, *self.masks]
-
-    @property
-    def notes(self) -> list[str]:
-        """What the user should know of the way it is read."""
-        return []
-
-    @property
-    def spacing(self) -> tuple[float, float, float] | None:
-        """Millimetres from slice to slice, row to row, column to column; None: not recorded."""
-        return None
 
     @property
     def aspect(self) -> float:
