@@ -177,14 +177,11 @@ def prune(cache: Path | str | None = None) -> tuple[int, int]:
     Returns how many were deleted, and their bytes. A folder that names no source is kept.
     """
     cache = Path(cache) if cache else default_cache()
-    count = freed = 0
-    for entry in sorted(cache.iterdir()) if cache.is_dir() else ():
-        if not entry.is_dir() or not _is_stale(entry):
-            continue
-        size = sum(path.stat().st_size for path in entry.iterdir())
+    stale = [entry for entry in cache.glob("*") if entry.is_dir() and _is_stale(entry)]
+    freed = sum(path.stat().st_size for entry in stale for path in entry.iterdir())
+    for entry in stale:
         shutil.rmtree(entry)
-        count, freed = count + 1, freed + size
-    return count, freed
+    return len(stale), freed
 
 
 def _is_stale(entry: Path) -> bool:

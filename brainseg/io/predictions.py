@@ -10,7 +10,6 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import MappingProxyType
 
 import imageio.v3 as iio
 import numpy as np
@@ -101,13 +100,14 @@ def write_case(
     volume: np.ndarray,
     mask: np.ndarray,
     truth: np.ndarray | None,
-    maps: Mapping[str, np.ndarray] = MappingProxyType({}),
+    maps: Mapping[str, np.ndarray] | None = None,
 ) -> None:
     """Write masks, outlined slices, the GIF and maps, each whole; other files of the folder stay.
 
     `volume` is (S, H, W, C), `mask` and `truth` are (S, H, W), bool. `maps`, (S, H, W) float32 by
     their kind (see `map_files`), become float32 files on the grid of the source.
     """
+    maps = maps or {}
     pictures = outline(to_grey(volume), mask, truth, side=256)
     save_gif(folder / f"{case.name}.gif", pictures)
     own = folder / case.name
@@ -131,16 +131,13 @@ def write_case(
 
 def table_row(case: Case, mask: np.ndarray, truth: np.ndarray) -> dict:
     """The line of the table: sizes in voxels, and in millilitres where the spacing is known."""
-    voxels = {"lesion": int(truth.sum()), "predicted": int(mask.sum())}
-    spacing = case.spacing
-    millilitres = {k: v * math.prod(spacing) / 1000 for k, v in voxels.items()} if spacing else {}
-    return {
-        "case": case.name,
-        "slices": len(truth),
-        **{f"{name}_voxels": value for name, value in voxels.items()},
-        **{f"{name}_ml": value for name, value in millilitres.items()},
-        **score(mask, truth, spacing),
-    }
+    sizes = {"lesion": int(truth.sum()), "predicted": int(mask.sum())}
+    row = {"case": case.name, "slices": len(truth)}
+    row |= {f"{name}_voxels": voxels for name, voxels in sizes.items()}
+    if case.spacing:
+        voxel = math.prod(case.spacing)  # mm^3
+        row |= {f"{name}_ml": voxels * voxel / 1000 for name, voxels in sizes.items()}
+    return row | score(mask, truth, case.spacing)
 
 
 def scores_text(rows: Sequence[dict]) -> str:

@@ -232,8 +232,6 @@ def read_voxels(path: Path) -> np.ndarray:
     try:
         source = series_files(path) if is_series(path) else str(path)
         image = sitk.ReadImage(source)
-    except MemoryError:
-        raise
     except RuntimeError as error:
         raise ValueError(damaged(path)) from error
     array = sitk.GetArrayFromImage(image)  # (Z, Y, X), or (Z, Y, X, C), or (C, Z, Y, X)
