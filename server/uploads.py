@@ -23,7 +23,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from brainseg.io.files import sentence
-from brainseg.io.headers import read_grid
+from brainseg.io.grid import read_grid
 from brainseg.io.layouts import SLICE_NAME, find_case, find_sequences
 from brainseg.io.scans import SUFFIXES, Scan, is_scan, scan_name
 from brainseg.io.slices import Case

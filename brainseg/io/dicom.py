@@ -13,8 +13,7 @@ import numpy as np
 import SimpleITK as sitk
 
 from ..preprocess import SEQUENCES
-from .grid import Grid
-from .headers import fields, read_fields, read_information
+from .grid import Grid, fields, read_fields, read_information
 
 # Words of a SeriesDescription.
 FLAIR = re.compile(r"flair|dark.?fluid", re.I)

@@ -22,8 +22,8 @@ import SimpleITK as sitk
 from ..preprocess import SEQUENCES
 from .dicom import check_patient, is_dicom, is_series, other_frame, series_files
 from .files import atomic_write, by
-from .grid import Grid
-from .headers import (
+from .grid import (
+    Grid,
     byte_order,
     damaged,
     is_nifti,
