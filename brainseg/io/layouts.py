@@ -188,10 +188,10 @@ def _holds_slices(folder: Path) -> bool:
     return any(SLICE_NAME.match(path.name) for path in folder.iterdir())
 
 
-def _volumes_in(folder: Path) -> list[Path]:
-    """The volume files of a folder that are no mask."""
+def _volumes_in(folder: Path, masks: bool = False) -> list[Path]:
+    """The volume files of a folder, with or without those that are named as masks."""
     files = [path for path in sorted(folder.iterdir()) if path.is_file() and is_scan(path)]
-    return [path for path in files if not scan_name(path).lower().endswith("_mask")]
+    return [path for path in files if masks or not scan_name(path).lower().endswith("_mask")]
 
 
 def find_case(path: Path, root: Path | None = None, layout: Layout | None = None) -> Case:
@@ -247,7 +247,7 @@ def _find_scan(path: Path) -> Scan:
 def _mask_of(scan: Path) -> Path | None:
     """The file <scan>_mask beside it, in any format."""
     wanted = f"{scan_name(scan)}_mask".lower()
-    beside = [path for path in sorted(scan.parent.iterdir()) if path.is_file() and is_scan(path)]
+    beside = _volumes_in(scan.parent, masks=True)
     return next((path for path in beside if scan_name(path).lower() == wanted), None)
 
 
