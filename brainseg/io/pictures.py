@@ -73,10 +73,10 @@ def montage(pictures: np.ndarray) -> np.ndarray:
     return skimage.util.montage(pictures, fill=(0, 0, 0), grid_shape=shape, channel_axis=-1)
 
 
-def save_gif(path: Path | str, pictures: np.ndarray, seconds: float = 0.12) -> None:
-    """An endless GIF of pictures (S, H, W, 3), `seconds` a slice."""
+def save_gif(path: Path | str, pictures: np.ndarray) -> None:
+    """An endless GIF of pictures (S, H, W, 3), 0.12 s a slice."""
     with atomic_write(path) as temporary:
-        iio.imwrite(temporary, pictures, duration=int(1000 * seconds), loop=0)
+        iio.imwrite(temporary, pictures, duration=120, loop=0)
 
 
 def save_dsc_figure(path: Path | str, scores: dict[str, float], marked: Sequence[str] = ()) -> None:
