@@ -79,26 +79,22 @@ def list_cases(
             raise ValueError(
                 f"{first.folder} and {source.folder.name} are cases of one name; rename one of them"
             )
-    if names is not None:
-        missing = sorted(set(names) - set(found))
-        if missing:
-            raise ValueError(f"{root}: holds no case {missing[0]!r}; check the name")
-        sources = [source for source in sources if source.name in names]
-    return sources
+    if missing := sorted(set(names or ()) - found.keys()):
+        raise ValueError(f"{root}: holds no case {missing[0]!r}; check the name")
+    return [source for source in sources if names is None or source.name in names]
 
 
 def _sources_in(root: Path, other_than: Path | None, layout: Layout | None) -> list[Source]:
-    one = is_scan(root) or (not layout and study_in(root))
-    if root.is_dir() and not one:
-        whole = root.resolve()
-        if layout:
-            return _by_patterns(whole, other_than, layout)
-        if sessions := _bids_sessions(whole):
-            return sessions
-        if (root / "images_structural").is_dir():  # of UPENN-GBM, beside other folders
-            root = root / "images_structural"
-    paths = [root.resolve()] if one else _cases_in(root, other_than)
-    return [Source(scan_name(path), path, path.parent) for path in paths]
+    whole = root.resolve()
+    if is_scan(root) or (not layout and study_in(root)):
+        return [Source(scan_name(whole), whole, whole.parent)]
+    if layout:
+        return _by_patterns(whole, other_than, layout)
+    if sessions := _bids_sessions(whole):
+        return sessions
+    if (root / "images_structural").is_dir():  # of UPENN-GBM, beside other folders
+        root = root / "images_structural"
+    return [Source(scan_name(path), path, path.parent) for path in _cases_in(root, other_than)]
 
 
 def _bids_sessions(root: Path) -> list[Source]:
@@ -121,23 +117,23 @@ def _by_patterns(root: Path, other_than: Path | None, layout: Layout) -> list[So
         files = layout.files(folder, root if folder != root else root.parent)
         return any(files[role] for role in ("flair", "pre", "post"))
 
-    found = []
+    found, lacking = [], []  # what a case lacks is said when it is opened
     for folder in _folders_in(root, other_than):
-        deeper = _folders_in(folder, other_than)
         if fits(folder):
             found.append(folder)
-        elif inner := [each for each in deeper if fits(each)]:
+        elif inner := [each for each in _folders_in(folder, other_than) if fits(each)]:
             found += inner
         elif _volumes_in(folder) and not _belongs_to_mask(folder, root, layout):
-            found.append(folder)  # what it lacks is said when it is opened
-    if not any(map(fits, found)):
-        if fits(root):
-            return [Source(root.name, root, root.parent, layout)]
+            lacking.append(folder)
+    if not found and fits(root):
+        return [Source(root.name, root, root.parent, layout)]
+    if not found:
         raise ValueError(
             f"{root}: no file in a folder of it fits flair={layout.flair[0]}; change --sequences"
         )
     return [
-        Source("_".join(folder.relative_to(root).parts), folder, root, layout) for folder in found
+        Source("_".join(folder.relative_to(root).parts), folder, root, layout)
+        for folder in sorted(found + lacking)
     ]
 
 
