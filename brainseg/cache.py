@@ -13,7 +13,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import math
 import os
 import shutil
 import sys
@@ -44,6 +43,7 @@ ARRAYS = ("images", "mask", "truth")
 ONE_AT_A_TIME = threading.Lock()
 ENDS = 1 << 12  # bytes at either end of a file that are read at every start
 DAY = 86400  # seconds
+REVISED = {2: "2, air amid tissue is background"}  # entries made before are stale
 
 
 class CacheError(ValueError):
@@ -84,12 +84,12 @@ def prepare(
         cache.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CacheError(f"{cache}: cannot be made; name another folder with --cache") from error
-    one = partial(_prepare_one, way=(image_size, version), cache=cache)
+    one = partial(_prepare_one, image_size=image_size, version=version, cache=cache)
     one = partial(unless_bad, one) if skip_bad else one
     with worker_threads(workers) as pool:
         quiet = None if progress else True  # None: quiet unless on a terminal
-        jobs = pool.map(one, cases)
-        done = list(tqdm(jobs, "preprocessing", len(cases), unit="case", disable=quiet))
+        bar = tqdm(pool.map(one, cases), "preprocessing", len(cases), unit="case", disable=quiet)
+        done = list(bar)
     return [volume for volume in done if volume is not None]
 
 
@@ -104,66 +104,57 @@ def unless_bad(work: Callable[[C], R], case: C) -> R | None:
         return None
 
 
-def _prepare_one(case: Case, way: tuple[int, int], cache: Path) -> Prepared:
-    image_size, version = way
-    source = f"{case.folder.resolve()} {image_size}" + (f" {version}" if version > 1 else "")
-    source += f" {case.labels.chosen}" if case.labels.chosen else ""
-    entry = cache / f"{case.name}-{hashlib.sha256(source.encode()).hexdigest()[:16]}"
-    fingerprint = _fingerprint(case, image_size, version)
-    return _open_entry(entry, case, fingerprint) or _make_entry(entry, case, fingerprint, way)
-
-
-REVISED = {2: "2, air amid tissue is background"}  # entries made before are stale
-
-
-def _fingerprint(case: Case, image_size: int, version: int) -> str:
-    """Hash the settings and the name, size and time of each source file."""
+def _prepare_one(case: Case, image_size: int, version: int, cache: Path) -> Prepared:
+    labels = [case.labels.chosen] if case.labels.chosen else []
+    source = [case.folder.resolve(), image_size, *[version] * (version > 1), *labels]
+    key = hashlib.sha256(" ".join(map(str, source)).encode()).hexdigest()[:16]
+    # What the source is: the settings and the name, size and time of each file.
     files = [(p.name, (s := p.stat()).st_size, s.st_mtime_ns) for p in case.files]
     files += [case.aspect] if case.aspect != 1 else []
-    settings = [REVISED.get(version, version), image_size, files]
-    settings += [case.labels.chosen] if case.labels.chosen else []
-    return hashlib.sha256(json.dumps(settings).encode()).hexdigest()
+    settings = [REVISED.get(version, version), image_size, files, *labels]
+    fingerprint = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
+    entry = cache / f"{case.name}-{key}"
+    made = _open_entry(entry, case, fingerprint)
+    return made or _make_entry(entry, case, fingerprint, image_size, version)
 
 
 def _open_entry(entry: Path, case: Case, fingerprint: str) -> Prepared | None:
     """Open a cached volume; None if it is missing, stale or damaged."""
     try:
         about = json.loads((entry / "entry.json").read_text())
-        if about["fingerprint"] != fingerprint:
+        sums = about["checksums"]
+        if (about["fingerprint"], sums["frame"]) != (fingerprint, _frame_checksum(about["frame"])):
             return None
-        if _frame_checksum(about["frame"]) != about["checksums"]["frame"]:
-            return None
-        stats = {name: _stat(entry / f"{name}.npy") for name in ARRAYS}
+        stats = _of_arrays(_stat, entry)
         if stats != about.get("stats"):
-            sums = {name: _checksum(entry / f"{name}.npy") for name in ARRAYS}
-            if any(sums[name] != about["checksums"][name] for name in ARRAYS):
+            if not _of_arrays(_checksum, entry).items() <= sums.items():
                 return None
             about |= {"stats": stats, "source": str(case.folder.resolve())}
             with suppress(OSError), atomic_write(entry / "entry.json") as temporary:
                 temporary.write_text(json.dumps(about))
-        arrays = {name: _map(entry / f"{name}.npy") for name in ARRAYS}
         frame = {k: tuple(v) if isinstance(v, list) else v for k, v in about["frame"].items()}
         case.labels.note(case.name, about.get("labels", ()))
-        return Prepared(case, Frame(**frame), **arrays)
-    except (OSError, ValueError, KeyError, TypeError):
+        return Prepared(case, Frame(**frame), **_of_arrays(_map, entry))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
+
+
+def _of_arrays(function: Callable[[Path], R], entry: Path) -> dict[str, R]:
+    """Call a function on the file of each array of an entry."""
+    return {name: function(entry / f"{name}.npy") for name in ARRAYS}
 
 
 def _map(path: Path) -> np.ndarray:
     """Map the array in a .npy file into memory, copy-on-write.
 
-    np.load(mmap_mode=...) keeps the file open as long as the array, and a process may only open
-    about 1000; torch.from_file closes it.
+    np.load keeps the file open as long as its array, and a process may only open about 1000;
+    torch.from_file closes it.
     """
-    with ONE_AT_A_TIME, open(path, "rb") as file:
-        if np.lib.format.read_magic(file) != (1, 0):
-            raise ValueError(f"{path}: of another format")
-        shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
-        start, size = file.tell(), os.fstat(file.fileno()).st_size
-    if fortran or size != start + math.prod(shape) * dtype.itemsize:
-        raise ValueError(f"{path}: not as it was written")
+    with ONE_AT_A_TIME:
+        about = np.load(path, mmap_mode="r")
+    size = about.offset + about.nbytes
     mapped = torch.from_file(str(path), size=size, dtype=torch.uint8).numpy()
-    return mapped[start:].view(dtype).reshape(shape)
+    return np.ndarray(about.shape, about.dtype, mapped, about.offset, about.strides)
 
 
 def _stat(path: Path) -> list[int]:
@@ -181,14 +172,11 @@ def prune(cache: Path | str | None = None) -> tuple[int, int]:
     Returns how many were deleted, and their bytes. A folder that names no source is kept.
     """
     cache = Path(cache) if cache else default_cache()
-    count = freed = 0
-    for entry in sorted(cache.iterdir()) if cache.is_dir() else ():
-        if not entry.is_dir() or not _is_stale(entry):
-            continue
-        size = sum(path.stat().st_size for path in entry.iterdir())
+    stale = [entry for entry in cache.glob("*") if entry.is_dir() and _is_stale(entry)]
+    freed = sum(path.stat().st_size for entry in stale for path in entry.iterdir())
+    for entry in stale:
         shutil.rmtree(entry)
-        count, freed = count + 1, freed + size
-    return count, freed
+    return len(stale), freed
 
 
 def _is_stale(entry: Path) -> bool:
@@ -201,10 +189,12 @@ def _is_stale(entry: Path) -> bool:
         return False
 
 
-def _make_entry(entry: Path, case: Case, fingerprint: str, way: tuple[int, int]) -> Prepared:
+def _make_entry(
+    entry: Path, case: Case, fingerprint: str, image_size: int, version: int
+) -> Prepared:
     volume, truth = case.read_pair()
     try:
-        images, frame = preprocess(volume, *way, aspect=case.aspect)
+        images, frame = preprocess(volume, image_size, version, aspect=case.aspect)
     except ValueError as error:
         raise ValueError(f"{case.folder}: {error}") from error
     arrays = {
@@ -219,15 +209,14 @@ def _make_entry(entry: Path, case: Case, fingerprint: str, way: tuple[int, int])
             temporary = Path(folder)
             for name, array in arrays.items():
                 np.save(temporary / f"{name}.npy", array)
-            checksums = {name: _checksum(temporary / f"{name}.npy") for name in ARRAYS}
-            checksums["frame"] = _frame_checksum(asdict(frame))
+            sums = _of_arrays(_checksum, temporary)
             about = {
                 "fingerprint": fingerprint,
                 "source": str(case.folder.resolve()),
                 "labels": case.labels.found.get(case.name, []),
                 "frame": asdict(frame),
-                "checksums": checksums,
-                "stats": {name: _stat(temporary / f"{name}.npy") for name in ARRAYS},
+                "checksums": sums | {"frame": _frame_checksum(asdict(frame))},
+                "stats": _of_arrays(_stat, temporary),
             }
             (temporary / "entry.json").write_text(json.dumps(about))
             if made := _open_entry(entry, case, fingerprint):

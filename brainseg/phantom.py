@@ -197,16 +197,13 @@ def write_data_set(
     for index in range(cases):
         lesion = not no_lesion or (index + 1) % no_lesion != 0
         volume, mask = make_volume((seed, index), slices, size, lesion)
-        _write_case(directory / f"phantom_{index:03d}", volume, mask)
-
-
-def _write_case(folder: Path, volume: Array, mask: Array) -> None:
-    if folder.exists():
-        shutil.rmtree(folder)
-    folder.mkdir()
-    for k, (image, label) in enumerate(zip(volume, mask, strict=True), start=1):
-        tifffile.imwrite(folder / f"{folder.name}_{k}.tif", image, photometric="rgb")
-        tifffile.imwrite(folder / f"{folder.name}_{k}_mask.tif", label * np.uint8(255))
+        folder = directory / f"phantom_{index:03d}"
+        if folder.exists():
+            shutil.rmtree(folder)
+        folder.mkdir()
+        for k, (image, label) in enumerate(zip(volume, mask, strict=True), start=1):
+            tifffile.imwrite(folder / f"{folder.name}_{k}.tif", image, photometric="rgb")
+            tifffile.imwrite(folder / f"{folder.name}_{k}_mask.tif", label * np.uint8(255))
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -7,7 +7,7 @@ import functools
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -132,29 +132,27 @@ def patients_of_card(card: Mapping, *subsets: str) -> set[str]:
     return {*map(patient_of, names), *(known[name] for name in names if name in known)}
 
 
-def count_patients(subsets: Mapping[str, Iterable[str]]) -> str:
+def count_patients(subsets: Mapping[str, Collection[str]]) -> str:
     """One line with the cases and patients of each subset, given the names of its cases."""
     parts = []
     for subset, names in subsets.items():
-        names = list(names)
+        patients = set(map(patient_of, names))
+        counts = ((len(names), "case"), (len(patients), "patient"))
         parts.append(
-            f"{subset} {len(names)} case{'s' * (len(names) != 1)} of "
-            f"{(count := len(set(map(patient_of, names))))} patient{'s' * (count != 1)}"
+            f"{subset} " + " of ".join(f"{n} {what}{'s' * (n != 1)}" for n, what in counts)
         )
     return ", ".join(parts)
 
 
 def by_subset(names: Iterable[str]) -> dict[str, list[str]]:
     """The names of cases by the subset that each is in."""
-    parts: dict[str, list[str]] = {subset: [] for subset in SUBSETS}
-    for name in names:
-        parts[subset_of(name)].append(name)
-    return parts
+    placed = [(name, subset_of(name)) for name in names]
+    return {subset: [name for name, at in placed if at == subset] for subset in SUBSETS}
 
 
 def is_lgg(case: str) -> bool:
     """Whether a case is of a patient of the published LGG data set."""
-    return any(patient_of(case) in _listed(subset) for subset in SUBSETS)
+    return patient_of(case) in _listed()
 
 
 def subset_of(case: str) -> str:
@@ -164,10 +162,9 @@ def subset_of(case: str) -> str:
     two subsets: of 20 patients about 14 train, 2 validate and 4 test.
     """
     patient = patient_of(case)
-    for subset in SUBSETS:
-        if patient in _listed(subset):
-            return subset
-    place = _hash(patient) % 1000
+    if patient in _listed():
+        return _listed()[patient]
+    place = int.from_bytes(hashlib.sha256(patient.encode()).digest()[:8], "big") % 1000
     return "train" if place < 700 else "validation" if place < 800 else "test"
 
 
@@ -201,8 +198,7 @@ def split_folds(
     check_folds([case.name for case in cases], folds, fold)
     pool = [case for case in cases if subset_of(case.name) != "test"]
     lesion = Counter()  # voxels of each patient
-    counted = in_order(voxels or _lesion_voxels, pool, workers)
-    for case, count in zip(pool, counted, strict=True):
+    for case, count in zip(pool, in_order(voxels or _lesion_voxels, pool, workers), strict=True):
         lesion[patient_of(case.name)] += count
     # Dealt out one after another, the patients of a site, and of a size, go to different folds.
     patients = sorted(lesion, key=lambda patient: (site_of(patient), lesion[patient], patient))
@@ -233,11 +229,8 @@ def site_of(case: str) -> str:
     return patient.split("_")[1] if patient.startswith("TCGA_") else ""
 
 
-def _hash(name: str) -> int:
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
-
-
 @functools.cache
-def _listed(subset: str) -> frozenset[str]:
-    """The patients of LGG that are in a subset."""
-    return frozenset(map(patient_of, (SPLITS / f"{subset}.txt").read_text().split()))
+def _listed() -> dict[str, str]:
+    """The patients of LGG, and the subset that each is in."""
+    texts = {subset: (SPLITS / f"{subset}.txt").read_text() for subset in SUBSETS}
+    return {patient_of(name): subset for subset, text in texts.items() for name in text.split()}

@@ -28,7 +28,7 @@ from brainseg.evaluation.volumes import volume_row
 from brainseg.io.files import sentence
 from brainseg.io.grid import Grid
 from brainseg.io.pictures import montage, outline, to_grey
-from brainseg.io.predictions import mask_files, write_case
+from brainseg.io.predictions import map_files, write_case
 from brainseg.io.scans import Scan
 from brainseg.io.slices import Case
 from brainseg.metrics import score
@@ -167,7 +167,7 @@ def make_answer(loaded: Loaded, found: Segmentation, out: Path) -> Answer:
     """Numbers, files and pictures of a case, and what was found in it."""
     case, volume, truth, mask = loaded.case, loaded.volume, loaded.truth, found.mask
     write_case(out, case, volume, mask, truth)
-    masks = {path.name: (out / path).read_bytes() for path in mask_files(case)}
+    masks = {path.name: (out / path).read_bytes() for path in map_files(case, "mask")}
     picture = montage(outline(to_grey(volume), mask, truth))
     files = masks | {
         "montage.png": iio.imwrite("<bytes>", picture, extension=".png"),

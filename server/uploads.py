@@ -23,8 +23,8 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from brainseg.io.files import sentence
-from brainseg.io.headers import read_grid
-from brainseg.io.layouts import SLICE_NAME, case_name, find_case, find_sequences
+from brainseg.io.grid import read_grid
+from brainseg.io.layouts import SLICE_NAME, find_case, find_sequences
 from brainseg.io.scans import SUFFIXES, Scan, is_scan, scan_name
 from brainseg.io.slices import Case
 
@@ -187,7 +187,7 @@ def unpack(parts: dict[str, list[Sent]], folder: Path, limits: Limits) -> Case:
     if not sequences:
         return find_case(place)
     case = find_sequences(placed["flair"], placed.get("pre"), placed.get("post"))
-    return replace(case, name=case_name(placed["flair"]))
+    return replace(case, name=scan_name(placed["flair"]))
 
 
 def _place_sequences(sequences: dict[str, list[Sent]], folder: Path) -> dict[str, Path]:

@@ -123,7 +123,7 @@ def test_oblique_scan_goes_to_the_nearest_axes(pair, tmp_path):
     nibabel.save(nibabel.Nifti1Image(pair[0][..., 1].transpose(2, 1, 0), turn @ LPS), path)
     scan = find_case(path)
     assert np.array_equal(scan.read()[..., 1], pair[0][..., 1])
-    scan.write_mask(tmp_path / "mask.nii.gz", pair[1])
+    scan.write_map(tmp_path / "mask.nii.gz", pair[1])
     np.testing.assert_allclose(read(tmp_path / "mask.nii.gz")[1], turn @ LPS, atol=1e-4)
 
 
@@ -267,7 +267,7 @@ def test_sform_is_taken_where_qform_disagrees(pair, tmp_path, codes, orientation
     scan = find_case(tmp_path / "b.nii.gz")
     assert scan.notes == ["b: its sform and qform disagree; the sform was taken"]
     assert np.array_equal(scan.read(), pair[0])
-    scan.write_mask(tmp_path / "mask.nii.gz", pair[1])
+    scan.write_map(tmp_path / "mask.nii.gz", pair[1])
     np.testing.assert_allclose(read(tmp_path / "mask.nii.gz")[1], moved, atol=1e-4)
     assert find_case(tmp_path / "a.nii.gz").notes == []
 
@@ -294,14 +294,14 @@ def test_no_orientation_is_refused(pair, tmp_path):
 def test_full_disk_keeps_the_earlier_mask(pair, tmp_path, limit):
     """The writer of NIfTI says nothing of it."""
     scan = find_case(write(tmp_path / "a.nii.gz", pair[0]))
-    scan.write_mask(tmp_path / "mask.nii.gz", pair[1])
+    scan.write_map(tmp_path / "mask.nii.gz", pair[1])
     before = (tmp_path / "mask.nii.gz").read_bytes()
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
         with pytest.raises(OSError, match="not written"):
-            scan.write_mask(tmp_path / "mask.nii.gz", ~pair[1])
+            scan.write_map(tmp_path / "mask.nii.gz", ~pair[1])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, handler)
@@ -497,7 +497,7 @@ def test_series_that_is_no_regular_stack_is_refused(pair, tmp_path, fault):
 
 def test_rewritten_dicom_is_not_served_from_the_cache(pair, tmp_path):
     series = write_series(tmp_path / "in" / "series", pair[0][..., 1])
-    find_case(series).write_mask(tmp_path / "in" / "series_mask.nii.gz", pair[1])
+    find_case(series).write_map(tmp_path / "in" / "series_mask.nii.gz", pair[1])
 
     def first_slice() -> torch.Tensor:
         data = BrainSegmentationDataset(tmp_path / "in", "all", 32, cache=tmp_path / "cache")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,10 +10,10 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import SimpleITK as sitk
 
 from ..preprocess import SEQUENCES
-from .grid import Grid
-from .headers import fields, read_fields, read_information
+from .grid import Grid, fields, read_fields, read_information
 
 # Words of a SeriesDescription.
 FLAIR = re.compile(r"flair|dark.?fluid", re.I)
@@ -29,6 +30,8 @@ BEFORE = re.compile(
 AFTER = re.compile(
     rf"post|{AGENT}|[+&] ?c(?![a-z])|(?<![a-z])(c\+|ce(?![a-z]))|t1.?(ce?)(?![a-z])", re.I
 )
+LONG_ECHO, NULLS_CSF = 60.0, 1400.0  # ms of echo and inversion time, at least
+OTHER_SUFFIXES = (".tif", ".tiff", ".png", ".gz", ".nii", ".nrrd", ".mha", ".mhd")
 NO_AGENT = {"", "none", "no", "n", "0", "no contrast", "without"}
 
 
@@ -40,37 +43,26 @@ class Series:
     field: dict[str, str]
     images: int
 
-    def text(self, tag: str) -> str:
-        return self.field.get(tag, "").strip(" \0")
-
-    def number(self, tag: str) -> float | None:
+    def number(self, tag: str, default: float = math.nan) -> float:
         try:
-            return float(self.text(tag).split("\\")[0])
+            return float(self.field.get(tag, "").split("\\")[0])
         except ValueError:
-            return None
-
-    @property
-    def patient(self) -> str:
-        return self.text("0010|0020")
-
-    @property
-    def study(self) -> str:
-        return self.text("0020|000d")
+            return default
 
     @property
     def description(self) -> str:
-        return self.text("0008|103e") or self.text("0018|1030") or "no description"
+        return self.field.get("0008|103e") or self.field.get("0018|1030") or "no description"
 
     def __str__(self) -> str:
         times = {"TE": self.number("0018|0081"), "TI": self.number("0018|0082")}
-        known = [f"{name} {value:g}" for name, value in times.items() if value]
-        agent = [f"agent {self.text('0018|0010')}"] if self.has_agent else []
+        known = [f"{name} {value:g}" for name, value in times.items() if value > 0]
+        agent = [f"agent {self.field['0018|0010']}"] if self.has_agent else []
         about = ", ".join([f"{self.images} images", *known, *agent])
         return f"{self.path.name} = {self.description!r} ({about})"
 
     @property
     def has_agent(self) -> bool:
-        return self.text("0018|0010").lower() not in NO_AGENT
+        return self.field.get("0018|0010", "").lower() not in NO_AGENT
 
     @cached_property
     def sequence(self) -> str:
@@ -79,41 +71,31 @@ class Series:
         A FLAIR nulls CSF by an inversion of some 2 s before a long echo; "T1 FLAIR" is a T1 with
         an inversion of less than a second. What has no description goes by its times alone.
         """
-        words, echo, inversion = (
-            self.description,
-            self.number("0018|0081"),
-            self.number("0018|0082"),
-        )
-        is_t1, is_flair = bool(T1.search(words)), bool(FLAIR.search(words))
-        long_echo, nulls_csf = (echo or 0) >= 60, (inversion or 0) >= 1400
+        words = self.description
+        echo, inversion = self.number("0018|0081"), self.number("0018|0082")  # NaN: not given
+        is_t1 = bool(T1.search(words))
         if OTHER.search(words):
             return "other"
-        if is_flair and not is_t1:
-            short = echo is not None and not long_echo
-            short_inversion = inversion is not None and inversion > 0 and not nulls_csf
-            return "doubtful" if short or short_inversion else "FLAIR"
+        if FLAIR.search(words) and not is_t1:
+            return "doubtful" if echo < LONG_ECHO or 0 < inversion < NULLS_CSF else "FLAIR"
         if is_t1:
-            if long_echo or nulls_csf:
-                return "doubtful"
             before = bool(BEFORE.search(words))
             after = bool(AFTER.search(BEFORE.sub(" ", words))) or self.has_agent
-            if before and after:
+            if echo >= LONG_ECHO or inversion >= NULLS_CSF or (before and after):
                 return "doubtful"
             return "post-contrast" if after else "pre-contrast"
-        if long_echo and nulls_csf:
+        if echo >= LONG_ECHO and inversion >= NULLS_CSF:
             return "FLAIR"
-        if words == "no description" and echo and not nulls_csf and not long_echo:
+        if words == "no description" and 0 < echo < LONG_ECHO and not inversion >= NULLS_CSF:
             return "doubtful"  # T1, proton density or susceptibility
         return "other"
 
 
 def is_dicom(path: Path) -> bool:
     """Tell whether a file is a DICOM image; the table of contents of a CD is none."""
-    if not path.is_file() or path.name[0] == "." or path.name.upper() == "DICOMDIR":
+    if path.name[0] == "." or path.name.upper() == "DICOMDIR" or not path.is_file():
         return False
-    if path.name.lower().endswith(
-        (".tif", ".tiff", ".png", ".gz", ".nii", ".nrrd", ".mha", ".mhd")
-    ):
+    if path.name.lower().endswith(OTHER_SUFFIXES):
         return False
     with open(path, "rb") as file:
         return file.read(132)[128:] == b"DICM"
@@ -126,21 +108,13 @@ def is_series(path: Path) -> bool:
 
 def series_in(folder: Path) -> list[Series]:
     """Find the MR series whose files lie in a folder, in the order of their numbers."""
-    import SimpleITK
-
-    SimpleITK.ProcessObject.SetGlobalWarningDisplay(False)
-    reader = SimpleITK.ImageSeriesReader
-    found = []
-    for identity in reader.GetGDCMSeriesIDs(str(folder)):
-        files = reader.GetGDCMSeriesFileNames(str(folder), identity)
-        if files:
-            found.append((Path(files[0]), len(files)))
+    found = _files_by_series(folder)
     series = [
-        Series(folder if len(found) == 1 else first, read_fields(first), count)
-        for first, count in found
+        Series(folder if len(found) == 1 else Path(files[0]), read_fields(files[0]), len(files))
+        for files in found
     ]
-    series = [one for one in series if one.text("0008|0060") in ("MR", "")]
-    return sorted(series, key=lambda one: (one.number("0020|0011") or 0, str(one.path)))
+    series = [one for one in series if one.field.get("0008|0060", "") in ("MR", "")]
+    return sorted(series, key=lambda one: (one.number("0020|0011", 0), str(one.path)))
 
 
 def study_in(folder: Path) -> list[Series]:
@@ -154,7 +128,7 @@ def study_in(folder: Path) -> list[Series]:
         inner, firsts = [folder], []
     elif sum(map(bool, firsts)) < 2:
         return []
-    studies = {read_fields(first).get("0020|000d", "").strip(" \0") for first in firsts if first}
+    studies = {read_fields(first).get("0020|000d", "") for first in firsts if first}
     if len(studies) > 1:
         return []
     found = [series for path in inner for series in series_in(path)]
@@ -203,7 +177,7 @@ def series_field(path: Path, tag: str) -> str | None:
     """Read what the first image of a DICOM series says; None if the path is no series."""
     if not is_series(path):
         return None
-    return read_fields(Path(series_files(path)[0])).get(tag, "").strip(" \0")
+    return read_fields(series_files(path)[0]).get(tag, "")
 
 
 def series_grid(path: Path) -> Grid:
@@ -211,9 +185,9 @@ def series_grid(path: Path) -> Grid:
     files = series_files(path)
     stack = [read_information(file) for file in files]
     first = stack[0]
-    normal = np.reshape(first.GetDirection(), (3, 3))[:, 2]
-    heights = [float(normal @ info.GetOrigin()) for info in stack]
-    steps = np.diff(heights)
+    direction = np.reshape(first.GetDirection(), (3, 3))
+    steps = np.diff([float(direction[:, 2] @ info.GetOrigin()) for info in stack])
+    usual = float(np.median(steps)) if len(steps) else first.GetSpacing()[2]
     for k, info in enumerate(stack):
         name = Path(files[k]).name
         if "MOSAIC" in fields(info).get("0008|0008", ""):
@@ -221,17 +195,15 @@ def series_grid(path: Path) -> Grid:
         same = np.allclose(info.GetDirection(), first.GetDirection(), atol=1e-3)
         if not same or info.GetSize() != first.GetSize():
             raise ValueError(f"{path}: {name} lies in another plane than the other slices")
-        if k and abs(steps[k - 1] - np.median(steps)) > 0.01 * abs(np.median(steps)) + 1e-3:
+        if k and abs(steps[k - 1] - usual) > 0.01 * abs(usual) + 1e-3:
             raise ValueError(
                 f"{path}: {name} is {steps[k - 1]:.2f} mm from its neighbour, others "
-                f"{np.median(steps):.2f}; a slice is missing, or there twice: export it again"
+                f"{usual:.2f}; a slice is missing, or there twice: export it again"
             )
-    thickness = float(np.median(steps)) if len(steps) else first.GetSpacing()[2]
-    if thickness <= 0:
+    if usual <= 0:
         raise ValueError(f"{path}: its slices lie at one place; give each image a folder")
-    shape = (*first.GetSize()[:2], len(files))
-    spacing = (*first.GetSpacing()[:2], thickness)
-    return Grid(shape, spacing, first.GetOrigin(), np.reshape(first.GetDirection(), (3, 3)))
+    shape, spacing = (*first.GetSize()[:2], len(files)), (*first.GetSpacing()[:2], usual)
+    return Grid(shape, spacing, first.GetOrigin(), direction)
 
 
 def series_files(path: Path) -> Sequence[str]:
@@ -239,12 +211,8 @@ def series_files(path: Path) -> Sequence[str]:
 
     `path` is the folder of the one series, or a file of it. Raises ValueError.
     """
-    import SimpleITK
-
-    SimpleITK.ProcessObject.SetGlobalWarningDisplay(False)
     folder = path if path.is_dir() else path.parent
-    reader = SimpleITK.ImageSeriesReader
-    found = reader.GetGDCMSeriesIDs(str(folder))
+    found = _files_by_series(folder)
     if not found:
         raise ValueError(f"{folder}: holds no DICOM series; give the folder of one")
     if path.is_dir() and len(found) > 1:
@@ -252,8 +220,14 @@ def series_files(path: Path) -> Sequence[str]:
             f"{folder}: holds {len(found)} DICOM series; name a file of the right one, or give "
             "each a folder"
         )
-    for identity in found:
-        files = reader.GetGDCMSeriesFileNames(str(folder), identity)
+    for files in found:
         if path.is_dir() or str(path) in files:
             return files
     raise ValueError(f"{path}: belongs to no DICOM series; give the folder of one")
+
+
+def _files_by_series(folder: Path) -> list[Sequence[str]]:
+    """List the files of each DICOM series in a folder, in the order of their positions."""
+    reader, name = sitk.ImageSeriesReader, str(folder)
+    found = [reader.GetGDCMSeriesFileNames(name, key) for key in reader.GetGDCMSeriesIDs(name)]
+    return [files for files in found if files]

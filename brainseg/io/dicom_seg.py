@@ -131,6 +131,5 @@ def read_references(series: Path) -> list[Dataset]:
             raise ValueError(f"{series}: its files have {number} {name}{LOST}")
     for header in headers:
         for name in MAY_BE_EMPTY:
-            if name not in header:
-                setattr(header, name, None)
+            header.setdefault(name, None)
     return headers

@@ -1,20 +1,23 @@
-"""Where the voxels of a volume file or DICOM series lie, and how its axes run."""
+"""Where the voxels of a volume file or DICOM series lie, by its header, if it can be trusted."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import gzip
+import struct
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import BinaryIO
 
 import numpy as np
+import SimpleITK as sitk
 
 from .files import by
 
-if TYPE_CHECKING:
-    from SimpleITK import Image
+sitk.ProcessObject.SetGlobalWarningDisplay(False)  # what is wrong is raised, in one sentence
 
-# SimpleITK is imported where it is used: it is slow, and folders of slices do without.
+TO_LPS = np.array([[-1.0], [-1.0], [1.0]])  # NIfTI counts to the right and to the front
+UNITS = {1: 1000.0, 3: 0.001}  # millimetres in a metre and a micron: codes of NIfTI's xyzt_units
 
 
 @dataclass(frozen=True)
@@ -30,11 +33,9 @@ class Grid:
     @cached_property
     def _turn(self) -> tuple[tuple[int, ...], list[int]]:
         """The file's axes in the order left, posterior, up, and which of these run backward."""
-        import SimpleITK
-
-        turn = SimpleITK.DICOMOrientImageFilter()
+        turn = sitk.DICOMOrientImageFilter()
         turn.SetDesiredCoordinateOrientation("LPS")
-        voxel = SimpleITK.Image(1, 1, 1, SimpleITK.sitkUInt8)
+        voxel = sitk.Image(1, 1, 1, sitk.sitkUInt8)
         voxel.SetDirection(np.ravel(self.direction).tolist())
         turn.Execute(voxel)
         return turn.GetPermuteOrder(), np.flatnonzero(turn.GetFlipAxes()).tolist()
@@ -44,16 +45,15 @@ class Grid:
         """The file's axes that run most nearly left or right, front or back, up or down."""
         return self._turn[0]
 
+    @classmethod
+    def of(cls, image: sitk.Image) -> Grid:
+        direction = np.reshape(image.GetDirection(), (3, 3))
+        return cls(image.GetSize(), image.GetSpacing(), image.GetOrigin(), direction)
+
     @property
     def axial(self) -> Grid:
         """The grid of the axial volume: X runs to the left, Y to the back, Z up."""
-        axes, backward = self._turn
-        shape, spacing = (tuple(each[axis] for axis in axes) for each in (self.shape, self.spacing))
-        direction, offset = self.direction[:, axes], np.array(self.offset, float)
-        for axis in backward:
-            offset += direction[:, axis] * spacing[axis] * (shape[axis] - 1)
-        forward = [-1 if axis in backward else 1 for axis in range(3)]
-        return Grid(shape, spacing, tuple(offset), direction * forward)
+        return Grid.of(sitk.DICOMOrient(self.image(np.zeros(self.shape, np.uint8)), "LPS"))
 
     def to_axial(self, voxels: np.ndarray) -> np.ndarray:
         """Turn voxels (X, Y, Z, C) of the file into a volume (S, H, W, C)."""
@@ -65,11 +65,9 @@ class Grid:
         axes, backward = self._turn
         return np.flip(mask.transpose(2, 1, 0), backward).transpose(np.argsort(axes))
 
-    def image(self, voxels: np.ndarray) -> Image:
+    def image(self, voxels: np.ndarray) -> sitk.Image:
         """Make a SimpleITK image of voxels (X, Y, Z) of the file."""
-        import SimpleITK
-
-        image = SimpleITK.GetImageFromArray(voxels.T)
+        image = sitk.GetImageFromArray(voxels.T)
         image.SetSpacing([float(length) for length in self.spacing])
         image.SetOrigin([float(place) for place in self.offset])
         image.SetDirection(np.ravel(self.direction).tolist())
@@ -80,25 +78,17 @@ class Grid:
         if self.shape != other.shape:
             return "shape"
         names = ("spacing", "offset", "direction")
-        different = (
-            name
-            for name in names
-            if not np.allclose(getattr(self, name), getattr(other, name), atol=1e-3)
-        )
-        return next(different, "")
+        pairs = ((name, getattr(self, name), getattr(other, name)) for name in names)
+        return next((name for name, a, b in pairs if not np.allclose(a, b, atol=1e-3)), "")
 
     def check_same(self, path: Path, other: Grid, other_path: Path) -> None:
         """Raise ValueError, naming both files, unless both are the same to a thousandth."""
-        if different := self.difference(other):
-            if different == "shape":
-                raise ValueError(
-                    f"{path}: {by(self.shape)} voxels, but {other_path.name} has "
-                    f"{by(other.shape)}; resample both to one grid"
-                )
-            raise ValueError(
-                f"{path}: its {different} is not that of {other_path.name}; "
-                "resample both to one grid"
-            )
+        different = self.difference(other)
+        said = f"its {different} is not that of {other_path.name}"
+        if different == "shape":
+            said = f"{by(self.shape)} voxels, but {other_path.name} has {by(other.shape)}"
+        if different:
+            raise ValueError(f"{path}: {said}; resample both to one grid")
 
     def coverage(self, other: Grid) -> float:
         """Return the share (0 to 1) of this grid's field of view that `other` covers as well."""
@@ -107,3 +97,115 @@ class Grid:
         points = index * self.spacing @ np.transpose(self.direction) + self.offset
         inside = (points - other.offset) @ other.direction / other.spacing
         return float((np.abs(inside * 2 + 1 - other.shape) <= other.shape).all(axis=1).mean())
+
+
+def read_grid(path: Path) -> tuple[Grid, int]:
+    """Read grid and number of channels of a file, but no voxel; ValueError if unusable.
+
+    A folder, or a DICOM file without a suffix of a volume, stands for a DICOM series.
+    """
+    from .dicom import is_series, series_grid  # which imports this module
+
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file")
+    if is_series(path):
+        return series_grid(path), 1
+    info = read_information(path)
+    dimension = info.GetDimension()
+    if dimension not in (3, 4):
+        raise ValueError(f"{path}: {dimension} axes; a volume has 3, and channels at most")
+    size = info.GetSize()
+    channels = size[3] if dimension == 4 else info.GetNumberOfComponents()
+    direction = np.reshape(info.GetDirection(), (dimension, dimension))[:3, :3]
+    grid = Grid(size[:3], info.GetSpacing()[:3], info.GetOrigin()[:3], direction)
+    return (_nifti_grid(path, fields(info), grid) if is_nifti(path) else grid), channels
+
+
+def is_nifti(path: Path) -> bool:
+    return path.name.lower().endswith((".nii", ".nii.gz"))
+
+
+def read_information(path: Path | str) -> sitk.ImageFileReader:
+    """Return SimpleITK's reader of a file, its header read; raises ValueError."""
+    reader = sitk.ImageFileReader()
+    reader.SetFileName(str(path))
+    try:
+        reader.ReadImageInformation()
+    except RuntimeError as error:
+        if "orthonormal" in str(error):
+            raise ValueError(f"{path}: its axes are not at right angles; resample it") from error
+        raise ValueError(damaged(path)) from error
+    return reader
+
+
+def damaged(path: Path | str) -> str:
+    return f"{path}: not a readable volume, or cut short; export it again"
+
+
+def read_fields(path: Path | str) -> dict[str, str]:
+    """Read what the header of a file says, by name; raises ValueError."""
+    return fields(read_information(path))
+
+
+def fields(info: sitk.ImageFileReader) -> dict[str, str]:
+    return {key: info.GetMetaData(key).strip(" \0") for key in info.GetMetaDataKeys()}
+
+
+def _nifti_grid(path: Path, field: dict[str, str], grid: Grid) -> Grid:
+    """Return the grid of the sform if there is one, as nibabel does, else that of the qform.
+
+    ITK takes the one or the other by their codes. Raises ValueError if there is none, or the
+    axes of the sform are not at right angles.
+    """
+    codes = {name: field.get(f"{name}_code", "0") for name in ("sform", "qform")}
+    if set(codes.values()) == {"0"}:
+        raise ValueError(f"{path}: its header gives no orientation; set its sform or qform")
+    if codes["sform"] == "0":
+        return grid
+    sform = np.array([field[f"srow_{row}"].split() for row in "xyz"], dtype=float)  # (3, 4)
+    to_lps = TO_LPS * UNITS.get(int(field.get("xyzt_units", 2)) & 7, 1.0)
+    sform *= to_lps
+    given = np.column_stack((grid.direction * grid.spacing, grid.offset))
+    if not np.allclose(sform, given, atol=1e-2):
+        spacing = np.linalg.norm(sform[:, :3], axis=0)
+        if not (np.isfinite(sform).all() and (spacing > 0).all()):
+            raise ValueError(f"{path}: its sform is damaged; copy its qform to it")
+        direction = sform[:, :3] / spacing
+        if not np.allclose(direction.T @ direction, np.eye(3), atol=1e-3):
+            raise ValueError(f"{path}: its axes are not at right angles; resample it")
+        grid = Grid(grid.shape, tuple(spacing.tolist()), tuple(sform[:, 3].tolist()), direction)
+    if codes["qform"] != "0" and not np.allclose(sform, _qform(path, field) * to_lps, atol=1e-2):
+        grid = replace(grid, notes=("its sform and qform disagree; the sform was taken",))
+    return grid
+
+
+def _qform(path: Path, field: dict[str, str]) -> np.ndarray:
+    """Return the matrix (3, 4) of a NIfTI header's quaternion.
+
+    https://nifti.nimh.nih.gov/pub/dist/src/niftilib/nifti1.h, method 2.
+    """
+    b, c, d = (float(field[f"quatern_{name}"]) for name in "bcd")
+    a = max(0.0, 1 - b * b - c * c - d * d) ** 0.5
+    cross = np.array([[0, -d, c], [d, 0, -b], [-c, b, 0]])
+    turn = np.eye(3) + 2 * (a * cross + cross @ cross)  # Rodrigues' formula for a quaternion
+    turn *= [float(field[f"pixdim[{k}]"]) for k in (1, 2, 3)]
+    turn[:, 2] *= -1 if _handedness(path) < 0 else 1
+    return np.column_stack((turn, [float(field[f"qoffset_{name}"]) for name in "xyz"]))
+
+
+def _handedness(path: Path) -> float:
+    """Read pixdim[0] of a NIfTI file, which the reader of its other fields leaves out."""
+    with open_nifti(path) as file:
+        head = file.read(112)
+    order = byte_order(head)
+    kind, place = ("f", 76) if struct.unpack(order + "i", head[:4]) == (348,) else ("d", 104)
+    return struct.unpack_from(order + kind, head, place)[0]
+
+
+def open_nifti(path: Path) -> BinaryIO:
+    return gzip.open(path) if path.name.lower().endswith(".gz") else open(path, "rb")
+
+
+def byte_order(head: bytes) -> str:
+    """Tell the byte order of a NIfTI file, as NumPy writes it, from its length of header."""
+    return "<" if head[:2] in (b"\x5c\x01", b"\x1c\x02") else ">"  # 348 or 540: NIfTI-1 or -2

@@ -26,7 +26,8 @@ class Labels:
     def lesion(self, mask: np.ndarray, case: str) -> np.ndarray:
         """Where a mask is lesion, bool, in its shape."""
         positive = mask > 0
-        self.note(case, labels_in(mask[positive]))
+        values = np.unique(mask[positive])
+        self.note(case, [int(value) for value in values if value == int(value)])
         return np.isin(mask, self.chosen) if self.chosen else positive
 
     def note(self, case: str, found: Sequence[int]) -> None:
@@ -35,25 +36,16 @@ class Labels:
         if 1 < len(found) <= MANY and not self.chosen and not self._said:
             self._said = True
             tqdm.write(
-                f"{case}: its mask holds the labels {_listed(found)}; in every case any above 0 is "
-                "taken for lesion (choose with --labels)",
+                f"{case}: its mask holds the labels {', '.join(map(str, found))}; in every case "
+                "any above 0 is taken for lesion (choose with --labels)",
                 file=sys.stderr,
             )
 
     def check(self) -> None:
         """Raise ValueError if a chosen label is in none of the masks that have been read."""
-        held = set().union(*self.found.values())
-        if self.found and (missing := sorted(set(self.chosen) - held)):
+        held = sorted(set().union(*self.found.values()))
+        if self.found and (missing := sorted({*self.chosen} - {*held})):
             raise ValueError(
                 f"--labels {missing[0]}: none of the {len(self.found)} masks read holds this "
-                f"label; they hold {_listed(sorted(held)[:MANY]) or 'no label above 0'}"
+                f"label; they hold {', '.join(map(str, held[:MANY])) or 'no label above 0'}"
             )
-
-
-def labels_in(values: np.ndarray) -> list[int]:
-    """The different whole numbers among values above 0."""
-    return [int(value) for value in np.unique(values) if value == int(value)]
-
-
-def _listed(labels: Sequence[int]) -> str:
-    return ", ".join(map(str, labels))

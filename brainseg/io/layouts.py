@@ -6,12 +6,12 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
+from itertools import count
 from pathlib import Path
 
 from ..preprocess import SEQUENCES
 from .cohorts import BIDS, Layout, sequences_in
-from .dicom import Series, sort_study, study_in
+from .dicom import sort_study, study_in
 from .labels import Labels
 from .scans import Scan, is_scan, scan_name
 from .slices import Case
@@ -37,7 +37,7 @@ class Source:
 
     def open(self) -> Case:
         """The case; ValueError, naming the file, if it is not sound. No voxel is read."""
-        case = _find(self.folder, self.root, self.layout)
+        case = find_case(self.folder, self.root, self.layout)
         return replace(case, name=self.name, labels=self.labels)
 
 
@@ -79,41 +79,32 @@ def list_cases(
             raise ValueError(
                 f"{first.folder} and {source.folder.name} are cases of one name; rename one of them"
             )
-    if names is not None:
-        missing = sorted(set(names) - set(found))
-        if missing:
-            raise ValueError(f"{root}: holds no case {missing[0]!r}; check the name")
-        sources = [source for source in sources if source.name in names]
-    return sources
+    if missing := sorted(set(names or ()) - found.keys()):
+        raise ValueError(f"{root}: holds no case {missing[0]!r}; check the name")
+    return [source for source in sources if names is None or source.name in names]
 
 
 def _sources_in(root: Path, other_than: Path | None, layout: Layout | None) -> list[Source]:
-    one = is_scan(root) or (not layout and study_in(root))
-    if root.is_dir() and not one:
-        whole = root.resolve()
-        if layout:
-            return _by_patterns(whole, other_than, layout)
-        if subjects := _subjects_in(whole):
-            return _by_subject(subjects)
-        if (root / "images_structural").is_dir():  # of UPENN-GBM, beside other folders
-            root = root / "images_structural"
-    paths = [root.resolve()] if one else _cases_in(root, other_than)
-    return [Source(case_name(path), path, path.parent) for path in paths]
+    whole = root.resolve()
+    if is_scan(root) or (not layout and study_in(root)):
+        return [Source(scan_name(whole), whole, whole.parent)]
+    if layout:
+        return _by_patterns(whole, other_than, layout)
+    if sessions := _bids_sessions(whole):
+        return sessions
+    if (root / "images_structural").is_dir():  # of UPENN-GBM, beside other folders
+        root = root / "images_structural"
+    return [Source(scan_name(path), path, path.parent) for path in _cases_in(root, other_than)]
 
 
-def _subjects_in(root: Path) -> list[Path]:
-    """The folders of a BIDS data set's subjects, or the one subject that `root` is."""
-    folders = [root] if root.name.startswith("sub-") else sorted(root.glob("sub-*"))
-    return [f for f in folders if (f / "anat").is_dir() or any(f.glob("ses-*/anat"))]
-
-
-def _by_subject(subjects: Sequence[Path]) -> list[Source]:
-    found = []
-    for subject in subjects:
-        for anat in sorted([*subject.glob("anat"), *subject.glob("ses-*/anat")]):
-            below = anat.parent.relative_to(subject.parent)
-            found.append(Source("_".join(below.parts), anat.parent, subject.parent, BIDS))
-    return found
+def _bids_sessions(root: Path) -> list[Source]:
+    """The sessions of a BIDS data set, or of the one subject that `root` is."""
+    top, subjects = root, root.glob("sub-*")
+    if root.name.startswith("sub-"):
+        top, subjects = root.parent, [root]
+    anats = [anat for each in subjects for at in ("anat", "ses-*/anat") for anat in each.glob(at)]
+    folders = sorted(anat.parent for anat in anats if anat.is_dir())
+    return [Source("_".join(each.relative_to(top).parts), each, top, BIDS) for each in folders]
 
 
 def _by_patterns(root: Path, other_than: Path | None, layout: Layout) -> list[Source]:
@@ -126,23 +117,23 @@ def _by_patterns(root: Path, other_than: Path | None, layout: Layout) -> list[So
         files = layout.files(folder, root if folder != root else root.parent)
         return any(files[role] for role in ("flair", "pre", "post"))
 
-    found = []
+    found, lacking = [], []  # what a case lacks is said when it is opened
     for folder in _folders_in(root, other_than):
-        deeper = _folders_in(folder, other_than)
         if fits(folder):
             found.append(folder)
-        elif inner := [each for each in deeper if fits(each)]:
+        elif inner := [each for each in _folders_in(folder, other_than) if fits(each)]:
             found += inner
         elif _volumes_in(folder) and not _belongs_to_mask(folder, root, layout):
-            found.append(folder)  # what it lacks is said when it is opened
-    if not any(map(fits, found)):
-        if fits(root):
-            return [Source(root.name, root, root.parent, layout)]
+            lacking.append(folder)
+    if not found and fits(root):
+        return [Source(root.name, root, root.parent, layout)]
+    if not found:
         raise ValueError(
             f"{root}: no file in a folder of it fits flair={layout.flair[0]}; change --sequences"
         )
     return [
-        Source("_".join(folder.relative_to(root).parts), folder, root, layout) for folder in found
+        Source("_".join(folder.relative_to(root).parts), folder, root, layout)
+        for folder in sorted(found + lacking)
     ]
 
 
@@ -193,27 +184,21 @@ def _holds_slices(folder: Path) -> bool:
     return any(SLICE_NAME.match(path.name) for path in folder.iterdir())
 
 
-def _volumes_in(folder: Path) -> list[Path]:
-    """The volume files of a folder that are no mask."""
+def _volumes_in(folder: Path, masks: bool = False) -> list[Path]:
+    """The volume files of a folder, with or without those that are named as masks."""
     files = [path for path in sorted(folder.iterdir()) if path.is_file() and is_scan(path)]
-    return [path for path in files if not scan_name(path).lower().endswith("_mask")]
+    return [path for path in files if masks or not scan_name(path).lower().endswith("_mask")]
 
 
-def case_name(path: Path) -> str:
-    """The name of the case in a folder or volume file."""
-    return scan_name(path) if path.is_file() else path.name
-
-
-def find_case(path: Path) -> Case:
+def find_case(path: Path, root: Path | None = None, layout: Layout | None = None) -> Case:
     """The case in a folder or volume file; ValueError, naming the file, if it is not sound."""
-    return _find(path, path.parent)
-
-
-def _find(path: Path, root: Path, layout: Layout | None = None) -> Case:
+    root = root or path.parent
     if layout:
         return _in_layout(path, sequences_in(path, root, layout))
     if path.is_dir() and (study := study_in(path)):
-        return _find_study(path, study)
+        series, said = sort_study(path, study)
+        files = [series[name].path if name in series else None for name in SEQUENCES]
+        return Scan.open(path.name, files, _mask_of(path), chosen=said)
     if is_scan(path):
         return _find_scan(path)
     volumes = _volumes_in(path)
@@ -233,28 +218,19 @@ def _find(path: Path, root: Path, layout: Layout | None = None) -> Case:
 
 
 def _in_layout(folder: Path, files: dict[str, Path | None]) -> Scan:
-    """The scan whose sequences a layout has found; FLAIR stands in for those it has not."""
-    flair = files["flair"]
-    mask = files["mask"] or _mask_of(flair)
-    return Scan.open(folder.name, [files["pre"] or flair, flair, files["post"] or flair], mask)
+    """The scan whose sequences a layout has found."""
+    mask = files["mask"] or _mask_of(files["flair"])
+    return Scan.open(folder.name, [files["pre"], files["flair"], files["post"]], mask)
 
 
 def find_sequences(flair: Path, pre: Path | None, post: Path | None) -> Scan:
     """The scan with one file per sequence, named after FLAIR and its folder."""
-    name = f"{flair.resolve().parent.name}_{case_name(flair)}"
-    return Scan.open(name, [pre or flair, flair, post or flair], _mask_of(flair))
-
-
-def _find_study(folder: Path, found: Sequence[Series]) -> Scan:
-    """The scan whose sequences are series of a DICOM study; ValueError if that is in doubt."""
-    series, said = sort_study(folder, found)
-    flair = series["FLAIR"].path
-    files = [series[name].path if name in series else flair for name in SEQUENCES]
-    return Scan.open(folder.name, files, _mask_of(folder), chosen=said)
+    name = f"{flair.resolve().parent.name}_{scan_name(flair)}"
+    return Scan.open(name, [pre, flair, post], _mask_of(flair))
 
 
 def _find_scan(path: Path) -> Scan:
-    scan = Scan.open(case_name(path), [path], _mask_of(path))
+    scan = Scan.open(scan_name(path), [path], _mask_of(path))
     odd = OTHER_SEQUENCE.search(scan.name)
     if scan.channels == 1 and odd:
         raise ValueError(
@@ -267,7 +243,7 @@ def _find_scan(path: Path) -> Scan:
 def _mask_of(scan: Path) -> Path | None:
     """The file <scan>_mask beside it, in any format."""
     wanted = f"{scan_name(scan)}_mask".lower()
-    beside = [path for path in sorted(scan.parent.iterdir()) if path.is_file() and is_scan(path)]
+    beside = _volumes_in(scan.parent, masks=True)
     return next((path for path in beside if scan_name(path).lower() == wanted), None)
 
 
@@ -289,8 +265,8 @@ def _find_slices(folder: Path) -> Case:
     if not slices:
         raise ValueError(f"{folder}: holds no slice named <anything>_<number>.tif or .png")
     numbers = sorted(slices)
-    gap = next((k + 1 for k, after in pairwise(numbers) if after != k + 1), None)
-    if gap is not None:
+    gap = next(k for k in count(numbers[0]) if k not in slices)
+    if gap < numbers[-1]:
         raise ValueError(
             f"{folder}: slice {gap} is missing between {numbers[0]} and {numbers[-1]}; "
             "add it or renumber the slices"

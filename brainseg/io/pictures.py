@@ -6,7 +6,10 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+import imageio.v3 as iio
 import numpy as np
+import skimage.transform
+import skimage.util
 
 from .files import atomic_write
 
@@ -51,38 +54,29 @@ def thumbnail(volume: np.ndarray, mask: np.ndarray, side: int = 240) -> bytes:
 
     `volume` is (S, H, W, C), `mask` (S, H, W) bool; of an empty mask, the slice in the middle.
     """
-    import imageio.v3 as iio
-    from skimage.transform import resize
-
     areas = mask.sum(axis=(1, 2))
     k = int(areas.argmax()) if areas.any() else len(areas) // 2
     picture = outline(to_grey(volume)[k : k + 1], mask[k : k + 1], side=side)[0]
     height, width = picture.shape[:2]
-    times = min(1.0, side / max(height, width))
-    shape = max(1, round(height * times)), max(1, round(width * times))
-    small = (
-        resize(picture, shape, anti_aliasing=True, preserve_range=True) if times < 1 else picture
-    )
-    return iio.imwrite("<bytes>", np.rint(small).astype(np.uint8), extension=".jpg", quality=80)
+    if (times := side / max(height, width)) < 1:
+        shape = max(1, round(height * times)), max(1, round(width * times))
+        small = skimage.transform.resize(picture, shape, anti_aliasing=True, preserve_range=True)
+        picture = np.rint(small).astype(np.uint8)
+    return iio.imwrite("<bytes>", picture, extension=".jpg", quality=80)
 
 
 def montage(pictures: np.ndarray) -> np.ndarray:
     """Pictures (S, H, W, 3) as one, side by side on a grid that is about square."""
     count, height, width, _ = pictures.shape
     columns = max(1, round(math.sqrt(count * height / width)))
-    rows = math.ceil(count / columns)
-    cells = np.zeros((rows * columns, *pictures.shape[1:]), pictures.dtype)
-    cells[:count] = pictures
-    cells = cells.reshape(rows, columns, height, width, 3).swapaxes(1, 2)
-    return cells.reshape(rows * height, columns * width, 3)
+    shape = math.ceil(count / columns), columns
+    return skimage.util.montage(pictures, fill=(0, 0, 0), grid_shape=shape, channel_axis=-1)
 
 
-def save_gif(path: Path | str, pictures: np.ndarray, seconds: float = 0.12) -> None:
-    """An endless GIF of pictures (S, H, W, 3), `seconds` a slice."""
-    import imageio.v3 as iio
-
+def save_gif(path: Path | str, pictures: np.ndarray) -> None:
+    """An endless GIF of pictures (S, H, W, 3), 0.12 s a slice."""
     with atomic_write(path) as temporary:
-        iio.imwrite(temporary, pictures, duration=int(1000 * seconds), loop=0)
+        iio.imwrite(temporary, pictures, duration=120, loop=0)
 
 
 def save_dsc_figure(path: Path | str, scores: dict[str, float], marked: Sequence[str] = ()) -> None:

@@ -10,7 +10,6 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import MappingProxyType
 
 import imageio.v3 as iio
 import numpy as np
@@ -23,10 +22,9 @@ from .pictures import outline, save_gif, to_grey
 from .scans import Scan
 from .slices import Case, read_slice
 
-
-def mask_files(case: Case) -> list[Path]:
-    """List where the masks of a case lie in a folder of predictions: a file a slice, or a scan."""
-    return map_files(case, "mask")
+# Settings that masks depend on, and what the younger ones are where an args.json lacks them.
+YOUNGER = {"register": False, "min_volume": 0, "sequences": None, "pre": None, "post": None}
+SETTINGS = ("image_size", "threshold", "largest_component", "tta", *YOUNGER)
 
 
 def map_files(case: Case, kind: str) -> list[Path]:
@@ -50,16 +48,12 @@ def since(folder: Path, about: dict, keep: bool) -> float:
     now, path = time.time(), folder / "args.json"
     try:
         before = json.loads(path.read_text())
+        args = YOUNGER | before["args"]
         changed = [
-            f"{name.replace('_', ' ')} {before['args'][name]}"
-            for name in ("image_size", "threshold", "largest_component", "tta")
-            if before["args"][name] != about["args"][name]
+            f"{name.replace('_', ' ')} {args[name]}"
+            for name in SETTINGS
+            if args[name] != (YOUNGER | about["args"])[name]
         ]
-        younger = {"register": False, "min_volume": 0, "sequences": None, "pre": None, "post": None}
-        for name, default in younger.items():  # than an args.json that lacks them
-            value = before["args"].get(name, default)
-            if value != about["args"].get(name, default):
-                changed.append(f"{name.replace('_', ' ')} {value}")
         if list(before["weights"].values()) != list(about["weights"].values()):
             changed.insert(0, f"weights {', '.join(before['weights'])}")
         begun = float(before["since"])
@@ -85,7 +79,7 @@ def find_masks(
     A mask is written after its source files: where one of these is newer, it is of another image.
     None as well if one of the `others`, files in `folder` that are wanted beside it, is missing.
     """
-    paths = [folder / file for file in mask_files(case)]
+    paths = [folder / file for file in map_files(case, "mask")]
     wanted = [*paths, *(folder / file for file in others)]
     if not all(path.is_file() for path in wanted):
         return None
@@ -106,50 +100,46 @@ def write_case(
     volume: np.ndarray,
     mask: np.ndarray,
     truth: np.ndarray | None,
-    maps: Mapping[str, np.ndarray] = MappingProxyType({}),
+    maps: Mapping[str, np.ndarray] | None = None,
 ) -> None:
     """Write masks, outlined slices, the GIF and maps, each whole; other files of the folder stay.
 
     `volume` is (S, H, W, C), `mask` and `truth` are (S, H, W), bool. `maps`, (S, H, W) float32 by
     their kind (see `map_files`), become float32 files on the grid of the source.
     """
+    maps = maps or {}
     pictures = outline(to_grey(volume), mask, truth, side=256)
     save_gif(folder / f"{case.name}.gif", pictures)
     own = folder / case.name
+    files = dict(zip((f"{case.name}_{k}.png" for k in case.numbers), pictures, strict=True))
+    if not isinstance(case, Scan):
+        for kind, values in {**maps, "mask": mask * np.uint8(255)}.items():
+            files |= dict(zip((file.name for file in map_files(case, kind)), values, strict=True))
     with (
         name_in_errors(own),
         tempfile.TemporaryDirectory(dir=folder, prefix=f".{case.name}-") as scratch,
     ):
-        if not isinstance(case, Scan):
-            for file, slice_mask in zip(mask_files(case), mask, strict=True):
-                iio.imwrite(Path(scratch, file.name), slice_mask * np.uint8(255))
-            for kind, values in maps.items():
-                for file, plane in zip(map_files(case, kind), values, strict=True):
-                    iio.imwrite(Path(scratch, file.name), plane.astype(np.float32))
-        for number, picture in zip(case.numbers, pictures, strict=True):
+        for name, picture in files.items():
             # Level 1 of zlib takes a third of the time here, and the files are as large.
-            iio.imwrite(Path(scratch, f"{case.name}_{number}.png"), picture, compress_level=1)
+            options = {"compress_level": 1} if name.endswith(".png") else {}
+            iio.imwrite(Path(scratch, name), picture, **options)
         own.mkdir(exist_ok=True)
         for path in Path(scratch).iterdir():
             path.replace(own / path.name)
     if isinstance(case, Scan):
-        for kind, values in maps.items():
-            case.write_map(folder / map_files(case, kind)[0], values.astype(np.float32))
-        case.write_mask(folder / mask_files(case)[0], mask)
+        for kind, values in {**maps, "mask": mask}.items():
+            case.write_map(folder / map_files(case, kind)[0], values)
 
 
 def table_row(case: Case, mask: np.ndarray, truth: np.ndarray) -> dict:
     """The line of the table: sizes in voxels, and in millilitres where the spacing is known."""
-    voxels = {"lesion": int(truth.sum()), "predicted": int(mask.sum())}
-    spacing = case.spacing
-    millilitres = {k: v * math.prod(spacing) / 1000 for k, v in voxels.items()} if spacing else {}
-    return {
-        "case": case.name,
-        "slices": len(truth),
-        **{f"{name}_voxels": value for name, value in voxels.items()},
-        **{f"{name}_ml": value for name, value in millilitres.items()},
-        **score(mask, truth, spacing),
-    }
+    sizes = {"lesion": int(truth.sum()), "predicted": int(mask.sum())}
+    row = {"case": case.name, "slices": len(truth)}
+    row |= {f"{name}_voxels": voxels for name, voxels in sizes.items()}
+    if case.spacing:
+        voxel = math.prod(case.spacing)  # mm^3
+        row |= {f"{name}_ml": voxels * voxel / 1000 for name, voxels in sizes.items()}
+    return row | score(mask, truth, case.spacing)
 
 
 def scores_text(rows: Sequence[dict]) -> str:

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
+import SimpleITK as sitk
 
 from .grid import Grid
-
-if TYPE_CHECKING:
-    from SimpleITK import Euler3DTransform, Image, ImageRegistrationMethod, Transform
 
 PIXEL = 1.5  # millimetres: finer pixels are binned before registration
 SAMPLES = 20_000  # voxels of FLAIR that the metric looks at
@@ -25,7 +22,7 @@ FARTHEST = 80.0  # millimetres; a head coil holds no head that has moved farther
 class Movement:
     """Where a sequence was moved to fit FLAIR."""
 
-    transform: Transform  # from FLAIR's space to the sequence's
+    transform: sitk.Transform  # from FLAIR's space to the sequence's
     before: float  # mutual information in nats, where the header puts it
     after: float
     distance: float  # millimetres that the head's voxels moved, on average
@@ -38,20 +35,18 @@ class Movement:
         )
 
 
-def register(moving: Image, fixed: Image, path: Path) -> Movement:
+def register(moving: sitk.Image, fixed: sitk.Image, path: Path) -> Movement:
     """Find the rigid movement that brings `moving`, read from `path`, to fit `fixed`.
 
     Mattes mutual information (https://doi.org/10.1109/TMI.2003.809072) of seeded samples, from
     coarse to fine. Raises ValueError if it does not converge, or what it finds is no better than
     the start or too little alike. Where the start fits as well, the sequence stays there.
     """
-    import SimpleITK as sitk
-
     moving, fixed = _prepare(moving), _prepare(fixed)
     head = foreground_points(fixed)
     start = sitk.Euler3DTransform()
     start.SetCenter(head.mean(axis=0).tolist())
-    if not _overlap(moving, fixed):
+    if Grid.of(fixed).coverage(Grid.of(moving)) < 0.5:
         start = sitk.Euler3DTransform(sitk.CenteredTransformInitializer(fixed, moving, start))
     method = _method(fixed)
     try:
@@ -77,7 +72,7 @@ def register(moving: Image, fixed: Image, path: Path) -> Movement:
 
 
 def _movement(
-    transform: Euler3DTransform, before: float, after: float, head: np.ndarray
+    transform: sitk.Euler3DTransform, before: float, after: float, head: np.ndarray
 ) -> Movement:
     moved = np.array([transform.TransformPoint(place) for place in head.tolist()])
     distance = float(np.linalg.norm(moved - head, axis=1).mean())
@@ -90,9 +85,7 @@ def _failed(path: Path, reason: str) -> str:
     return f"{path}: cannot be registered to FLAIR: {reason}; check it, or leave --register out"
 
 
-def _method(fixed: Image) -> ImageRegistrationMethod:
-    import SimpleITK as sitk
-
+def _method(fixed: sitk.Image) -> sitk.ImageRegistrationMethod:
     method = sitk.ImageRegistrationMethod()
     method.SetNumberOfThreads(1)  # sums of several threads differ from run to run
     method.SetMetricAsMattesMutualInformation(numberOfHistogramBins=32)
@@ -110,48 +103,33 @@ def _method(fixed: Image) -> ImageRegistrationMethod:
     return method
 
 
-def _prepare(image: Image) -> Image:
+def _prepare(image: sitk.Image) -> sitk.Image:
     """Return the image in float32, its pixels binned to PIXEL at least."""
-    import SimpleITK as sitk
-
     factors = [max(1, round(PIXEL / length)) for length in image.GetSpacing()]
     return sitk.BinShrink(sitk.Cast(image, sitk.sitkFloat32), factors)
 
 
-def foreground_points(image: Image) -> np.ndarray:
+def foreground_points(image: sitk.Image) -> np.ndarray:
     """Return the places (N, 3), in mm, of some voxels of the foreground."""
-    import SimpleITK as sitk
-
     voxels = sitk.GetArrayViewFromImage(image)
     index = np.argwhere(voxels > voxels.mean())
     index = index[:: max(1, len(index) // 500)] if len(index) else np.array(voxels.shape)[None] // 2
     return np.array([image.TransformIndexToPhysicalPoint(i) for i in index[:, ::-1].tolist()])
 
 
-def _overlap(moving: Image, fixed: Image) -> bool:
-    """Tell whether most of the fixed image lies inside the moving one."""
-    return grid_of(fixed).coverage(grid_of(moving)) >= 0.5
-
-
-def grid_of(image: Image) -> Grid:
-    direction = np.reshape(image.GetDirection(), (3, 3))
-    return Grid(image.GetSize(), image.GetSpacing(), image.GetOrigin(), direction)
-
-
-def move(moving: Image, grid: Grid, transform: Transform | None = None) -> np.ndarray:
+def move(moving: sitk.Image, grid: Grid, transform: sitk.Transform | None = None) -> np.ndarray:
     """Resample an image to a grid, linearly: voxels (X, Y, Z), float32; outside is its minimum.
 
     `transform` goes from the grid's space to the image's; None: they are one.
     """
-    import SimpleITK as sitk
-
-    moving = sitk.Cast(moving, sitk.sitkFloat32)
-    resampler = sitk.ResampleImageFilter()
-    resampler.SetSize([int(length) for length in grid.shape])
-    resampler.SetOutputSpacing([float(length) for length in grid.spacing])
-    resampler.SetOutputOrigin([float(place) for place in grid.offset])
-    resampler.SetOutputDirection(np.ravel(grid.direction).tolist())
-    resampler.SetInterpolator(sitk.sitkLinear)
-    resampler.SetDefaultPixelValue(float(sitk.GetArrayViewFromImage(moving).min()))
-    resampler.SetTransform(transform or sitk.Transform(3, sitk.sitkIdentity))
-    return sitk.GetArrayFromImage(resampler.Execute(moving)).T
+    moved = sitk.Resample(
+        sitk.Cast(moving, sitk.sitkFloat32),
+        [int(length) for length in grid.shape],
+        transform or sitk.Transform(3, sitk.sitkIdentity),
+        sitk.sitkLinear,
+        [float(place) for place in grid.offset],
+        [float(length) for length in grid.spacing],
+        np.ravel(grid.direction).tolist(),
+        float(sitk.GetArrayViewFromImage(moving).min()),
+    )
+    return sitk.GetArrayFromImage(moved).T

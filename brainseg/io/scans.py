@@ -7,7 +7,6 @@ its header. Sequences on other grids are resampled to FLAIR's, and the mask is o
 
 from __future__ import annotations
 
-import gzip
 import math
 import re
 import zlib
@@ -18,23 +17,26 @@ from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
+import SimpleITK as sitk
 
 from ..preprocess import SEQUENCES
 from .dicom import check_patient, is_dicom, is_series, other_frame, series_files
 from .files import atomic_write, by
-from .grid import Grid
-from .headers import damaged, is_nifti, read_fields, read_grid
+from .grid import (
+    Grid,
+    byte_order,
+    damaged,
+    is_nifti,
+    open_nifti,
+    read_fields,
+    read_grid,
+    read_information,
+)
 from .registration import Movement, move, register
-from .slices import Case
+from .slices import Case, check_finite
 
 SUFFIXES = (".nii.gz", ".nii", ".mha", ".mhd", ".nrrd")
 FLOATS = {"16": "f4", "64": "f8"}  # of the data types of NIfTI
-BYTES = {  # of an element of MetaImage
-    **dict.fromkeys(("CHAR", "UCHAR"), 1),
-    **dict.fromkeys(("SHORT", "USHORT"), 2),
-    **dict.fromkeys(("INT", "UINT", "LONG", "ULONG", "FLOAT"), 4),
-    **dict.fromkeys(("LONG_LONG", "ULONG_LONG", "DOUBLE"), 8),
-}
 MOST_ASPECT = 10.0  # of pixels: more is a damaged header
 LEAST_COVERED = 0.5  # of FLAIR's field of view; less is another head, or another space
 
@@ -56,17 +58,18 @@ class Scan(Case):
 
     @classmethod
     def open(
-        cls, name: str, files: Sequence[Path], mask: Path | None = None, chosen: str = ""
+        cls, name: str, files: Sequence[Path | None], mask: Path | None = None, chosen: str = ""
     ) -> Scan:
         """Open the scan in one file, or in pre-contrast, FLAIR, post-contrast; no voxel is read.
 
-        Raises ValueError, naming the file, for a header that cannot be trusted or another patient.
+        FLAIR stands in for None. Raises ValueError, naming the file, for a header that cannot be
+        trusted or another patient.
         """
         flair = files[len(files) // 2]
         grid, channels = read_grid(flair)
         numbers = tuple(range(1, grid.shape[grid.axes[2]] + 1))
-        masks = (mask,) if mask else ()
-        scan = cls(name, numbers, tuple(files), masks, grid, channels, chosen=chosen)
+        files, masks = tuple(file or flair for file in files), (mask,) if mask else ()
+        scan = cls(name, numbers, files, masks, grid, channels, chosen=chosen)
         if not 1 / MOST_ASPECT <= scan.aspect <= MOST_ASPECT:
             raise ValueError(f"{flair}: its axial pixels are {scan._pixels}; correct its header")
         for path in scan._others.values():
@@ -109,10 +112,9 @@ class Scan(Case):
     @property
     def notes(self) -> list[str]:
         notes = [self.chosen] if self.chosen else []
-        if self.channels == 1:
-            missing = [n for n in SEQUENCES if n != "FLAIR" and n not in self._others]
-            if missing:
-                notes.append(f"FLAIR stands in for {' and '.join(missing)}")
+        missing = [name for name in SEQUENCES if name not in ("FLAIR", *self._others)]
+        if self.channels == 1 and missing:
+            notes.append(f"FLAIR stands in for {' and '.join(missing)}")
         notes += self.grid.notes
         if self.aspect != 1:
             notes.append(
@@ -185,30 +187,21 @@ class Scan(Case):
     def read_mask(self) -> np.ndarray:
         """The mask (S, H, W), bool: true wherever the mask file holds a label of lesion."""
         (path,) = self.masks
-        voxels = self._on_grid(path)
+        read_grid(path)[0].check_same(path, self.grid, self.flair)
+        voxels = read_voxels(path)
         if voxels.shape[3] > 1 or voxels.min() < 0:
             raise ValueError(f"{path}: is no mask of 0 and 1; give one channel, 0 for background")
         mask = self.grid.to_axial(voxels)[..., 0]
         return np.ascontiguousarray(self.labels.lesion(mask, self.name))
 
-    def _on_grid(self, path: Path) -> np.ndarray:
-        """Voxels (X, Y, Z, C) of a file; ValueError, naming both, if its grid is another."""
-        read_grid(path)[0].check_same(path, self.grid, self.flair)
-        return read_voxels(path)
-
-    def write_mask(self, path: Path, mask: np.ndarray) -> None:
-        """Write a mask (S, H, W), 0 or 1, on the grid of the scan, whole or not at all."""
-        self.write_map(path, mask.astype(np.uint8))
-
     def write_map(self, path: Path, values: np.ndarray) -> None:
-        """Write values (S, H, W) of any type on the grid of the scan, whole or not at all."""
-        import SimpleITK
-
+        """Write values (S, H, W) on the grid of the scan, whole or not at all; bool as 0 and 1."""
+        values = values.view(np.uint8) if values.dtype == bool else values
         voxels = np.ascontiguousarray(self.grid.from_axial(values))
         image = self.grid.image(voxels)
         with atomic_write(path) as temporary:
             try:
-                SimpleITK.WriteImage(image, str(temporary))
+                sitk.WriteImage(image, str(temporary))
                 whole = np.array_equal(read_voxels(temporary)[..., 0], voxels)
             except (RuntimeError, ValueError):
                 whole = False
@@ -217,8 +210,9 @@ class Scan(Case):
 
 
 def scan_name(path: Path) -> str:
-    """The name of a volume file without its suffix, of which .nii.gz is one."""
-    suffix = next((s for s in SUFFIXES if path.name.lower().endswith(s)), "")
+    """The name of a folder, or of a volume file without its suffix, of which .nii.gz is one."""
+    suffixes = () if path.is_dir() else SUFFIXES
+    suffix = next((s for s in suffixes if path.name.lower().endswith(s)), "")
     return path.name[: len(path.name) - len(suffix)]
 
 
@@ -231,88 +225,61 @@ def is_scan(path: Path) -> bool:
 
 def read_voxels(path: Path) -> np.ndarray:
     """The voxels (X, Y, Z, C) of a file; ValueError, naming it, if it cannot be read."""
-    import SimpleITK
-
     if is_nifti(path):
         _check_nifti(path, read_fields(path))
     if path.name.lower().endswith((".mha", ".mhd")):
         _check_metaimage(path)
     try:
         source = series_files(path) if is_series(path) else str(path)
-        image = SimpleITK.ReadImage(source)
-    except MemoryError:
-        raise
+        image = sitk.ReadImage(source)
     except RuntimeError as error:
         raise ValueError(damaged(path)) from error
-    array = SimpleITK.GetArrayFromImage(image)  # (Z, Y, X), or (Z, Y, X, C), or (C, Z, Y, X)
+    array = sitk.GetArrayFromImage(image)  # (Z, Y, X), or (Z, Y, X, C), or (C, Z, Y, X)
     several = image.GetNumberOfComponentsPerPixel() > 1
     voxels = array.transpose(2, 1, 0, 3) if several and array.ndim == 4 else array.T
     voxels = voxels[..., None] if voxels.ndim == 3 else voxels
-    if voxels.dtype.kind == "f" and not np.isfinite(voxels).all():
-        raise ValueError(not_finite(path))
+    check_finite(path, voxels)
     return voxels
-
-
-def not_finite(path: Path) -> str:
-    return f"{path}: holds NaN or infinite voxels; export it again"
 
 
 def _check_nifti(path: Path, field: dict[str, str]) -> None:
     """Raise ValueError if voxels are cut short, NaN or infinite: their reader makes them 0."""
     offset, kind = int(float(field["vox_offset"])), FLOATS.get(field["datatype"])
     sizes = [int(field[f"dim[{k}]"]) for k in range(1, 1 + int(field["dim[0]"]))]
-    needed = offset + math.prod(sizes) * int(field["bitpix"]) // 8
-    length, finite, packed = 0, True, path.name.lower().endswith(".gz")
-    step = int(kind[1]) if kind else 1
+    left = math.prod(sizes) * int(field["bitpix"]) // 8  # bytes of voxels to come
     try:
-        with gzip.open(path) if packed else open(path, "rb") as file:
-            head = file.read(offset)
-            order = "<" if head[:2] in (b"\x5c\x01", b"\x1c\x02") else ">"  # 348 or 540
-            length = len(head)
+        with open_nifti(path) as file:
+            order = byte_order(file.read(offset))
             while part := file.read(1 << 20):  # to the end, where the checksum of a .gz is
-                length += len(part)
-                part = part[: max(0, len(part) - max(0, length - needed))]  # what follows is free
+                part = part[:left]  # what follows the voxels is free
+                left -= len(part)
                 if kind:
-                    floats = np.frombuffer(part[: len(part) // step * step], order + kind)
-                    finite &= bool(np.isfinite(floats).all())
-                elif not packed:
-                    length = path.stat().st_size
-                    break
+                    count = len(part) // int(kind[1])
+                    check_finite(path, np.frombuffer(part, order + kind, count))
     except (OSError, EOFError, zlib.error) as error:
         raise ValueError(damaged(path)) from error
-    if length < needed:
+    if left:
         raise ValueError(damaged(path))
-    if not finite:
-        raise ValueError(not_finite(path))
 
 
 def _check_metaimage(path: Path) -> None:
     """Raise ValueError if the voxels are cut short: their reader says so in lines of its own."""
+    info = read_information(path)
     with open(path, "rb") as file:
         header = file.read(1 << 16)
     end = re.search(rb"^ElementDataFile *= *(.*?) *\r?\n", header, re.M)
-    if not end:
-        return  # the reader will say what it is
-    field = dict(re.findall(r"^(\w+) *= *(.*?)\s*$", header[: end.end()].decode("latin-1"), re.M))
-    compressed = field.get("CompressedData", "False").lower() == "true"
-    text = field.get("BinaryData", "True").lower() == "false"
-    if text or (compressed and "CompressedDataSize" not in field):
-        return  # how long it is to be is not known
-    voxels, length = path.parent / field["ElementDataFile"], path.stat().st_size - end.end()
-    if field["ElementDataFile"].upper() != "LOCAL":
-        if re.match(r"LIST\b|.*%", field["ElementDataFile"]):  # of many files
-            return
-        if not voxels.is_file():
-            raise ValueError(
-                f"{path}: its voxels, {voxels.name}, are not beside it; copy them there"
-            )
-        length = voxels.stat().st_size
-    try:
-        sizes = [int(size) for size in field["DimSize"].split()]
-        needed = math.prod(sizes) * int(field.get("ElementNumberOfChannels", 1))
-        needed *= BYTES[field["ElementType"].removeprefix("MET_").removesuffix("_ARRAY")]
-        needed = int(field.get("CompressedDataSize", needed))
-    except (KeyError, ValueError):
-        return
-    if length < needed:
+    header = header[: end.end()] if end else b""
+    field = dict(re.findall(r"^(\w+) *= *(.*?)\s*$", header.decode("latin-1"), re.M))
+    name = field.get("ElementDataFile", "LIST")
+    if field.get("BinaryData", "True").lower() == "false" or re.match(r"LIST\b|.*%", name):
+        return  # text, or many files
+    voxels, start = (path, len(header)) if name.upper() == "LOCAL" else (path.parent / name, 0)
+    if not voxels.is_file():
+        raise ValueError(f"{path}: its voxels, {voxels.name}, are not beside it; copy them there")
+    if field.get("CompressedData", "False").lower() == "true":
+        needed = int(field.get("CompressedDataSize", 0))  # 0: not known
+    else:
+        voxel = sitk.GetArrayViewFromImage(sitk.Image(1, 1, info.GetPixelID()))
+        needed = math.prod(info.GetSize()) * info.GetNumberOfComponents() * voxel.itemsize
+    if voxels.stat().st_size - start < needed:
         raise ValueError(damaged(path))

@@ -6,14 +6,19 @@ import logging
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import ClassVar
 
+import imageio.v3 as iio
 import numpy as np
+import tifffile
 
 from .files import by
 from .labels import Labels
+
+# What the readers log of a damaged file: `read_slice` says it in one line.
+logging.getLogger("tifffile").setLevel(logging.CRITICAL)
+warnings.filterwarnings("ignore", module="PIL")
 
 
 @dataclass(frozen=True)
@@ -21,6 +26,9 @@ class Case:
     """The files of one case, in slice order. `masks` is empty if the case has none."""
 
     mask_name: ClassVar[str] = "<slice>_mask.tif"
+    notes: ClassVar[Sequence[str]] = ()  # what the user should know of the way it is read
+    # Millimetres from slice to slice, row to row, column to column; None: not recorded.
+    spacing: ClassVar[tuple[float, float, float] | None] = None
     name: str
     numbers: tuple[int, ...]
     slices: tuple[Path, ...]
@@ -36,16 +44,6 @@ class Case:
     def files(self) -> list[Path]:
         """Everything that is read; what changes if the case changes."""
         return [*self.slices, *self.masks]
-
-    @property
-    def notes(self) -> list[str]:
-        """What the user should know of the way it is read."""
-        return []
-
-    @property
-    def spacing(self) -> tuple[float, float, float] | None:
-        """Millimetres from slice to slice, row to row, column to column; None: not recorded."""
-        return None
 
     @property
     def aspect(self) -> float:
@@ -84,7 +82,6 @@ class Case:
 
 def read_slice(path: Path) -> np.ndarray:
     """One image (H, W, C) of 8 or 16 bits or of floats; ValueError, naming the file, if damaged."""
-    _silence_readers()
     try:
         image = _read_png(path) if path.suffix.lower() == ".png" else _read_tiff(path)
     except (FileNotFoundError, PermissionError, MemoryError):
@@ -95,18 +92,17 @@ def read_slice(path: Path) -> np.ndarray:
         image = image[..., None]
     if image.ndim != 3 or image.size == 0:
         raise ValueError(f"{path}: holds an array of shape {image.shape}, not one 2-D slice")
-    if image.dtype.kind == "f" and not np.isfinite(image).all():
-        raise ValueError(f"{path}: holds NaN or infinite voxels; export it again")
+    check_finite(path, image)
     return image
 
 
-# The libraries below are imported where they are used: whoever only needs the arithmetic
-# (torch.hub) needs no reader of images.
+def check_finite(path: Path, voxels: np.ndarray) -> None:
+    """Raise ValueError, naming the file, for NaN or infinite voxels."""
+    if voxels.dtype.kind == "f" and not np.isfinite(voxels).all():
+        raise ValueError(f"{path}: holds NaN or infinite voxels; export it again")
 
 
 def _read_png(path: Path) -> np.ndarray:
-    import imageio.v3 as iio
-
     with open(path, "rb") as file:
         header = file.read(26)
     deep_colour = header[24:] in (b"\x10\x02", b"\x10\x06")  # 16 bits of RGB or RGBA
@@ -115,9 +111,6 @@ def _read_png(path: Path) -> np.ndarray:
 
 def _read_tiff(path: Path) -> np.ndarray:
     """The one page of a TIFF; of several, an array of 4 axes, which no slice has."""
-    import imageio.v3 as iio
-    import tifffile
-
     try:
         with tifffile.TiffFile(path) as tiff:
             if not tiff.pages:
@@ -131,13 +124,6 @@ def _read_tiff(path: Path) -> np.ndarray:
             return np.moveaxis(image, 0, -1) if page.axes == "SYX" else image
     except ValueError:  # e.g. LZW, which only Pillow can unpack
         return iio.imread(path, plugin="pillow")
-
-
-@cache
-def _silence_readers() -> None:
-    """Keep what the readers log of a damaged file off stderr: `read_slice` says it in one line."""
-    logging.getLogger("tifffile").setLevel(logging.CRITICAL)
-    warnings.filterwarnings("ignore", module="PIL")
 
 
 def _stack(images: Sequence[np.ndarray], paths: Sequence[Path]) -> np.ndarray:
