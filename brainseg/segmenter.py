@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .devices import half_precision, has_bfloat16, pick_device
 from .ensemble import Ensemble, assess, disagreement, fold_batch_norm, load_ensemble, networks_of
+from .io.files import by
 from .onnx import OnnxNetwork
 from .preprocess import VERSION, Frame, neighbourhoods, preprocess, restore
 from .weights import CARD_DEFAULTS, weights_files
@@ -121,9 +122,17 @@ class Segmenter:
         """Segment a raw volume (S, H, W, C): its mask (S, H, W), bool.
 
         Channels are pre-contrast, FLAIR, post-contrast, of any numeric type. `aspect` is the height
-        of a pixel over its width. Raises ValueError.
+        of a pixel over its width. Raises ValueError, also where the axes seem to be in another
+        order, as those of an array from a NIfTI file are.
         """
-        images, frame = self.preprocess(np.asarray(volume), aspect)
+        volume = np.asarray(volume)
+        sides = volume.shape[1:3]
+        if volume.ndim == 4 and max(sides) > 4 * min(sides):
+            raise ValueError(
+                f"slices of {by(sides)} pixels? A volume is (slices, rows, columns, channels): "
+                "move the axis of the slices to the front"
+            )
+        images, frame = self.preprocess(volume, aspect)
         return self.finish(self.probabilities(images), frame)
 
     def preprocess(self, volume: np.ndarray, aspect: float = 1.0) -> tuple[Tensor, Frame]:

@@ -177,7 +177,7 @@ def select_cases(cases: Sequence[Named], subset: str) -> list[Named]:
         raise ValueError(
             f"none of the {len(cases)} cases ({len({patient_of(case.name) for case in cases})} "
             f"patients by their names) falls into the subset {subset!r}; "
-            "choose another --subset, add cases, or divide what there is with --folds 5 --fold 0"
+            "add cases, or divide these otherwise (--subset all; train.py: --folds 5 --fold 0)"
         )
     return chosen
 

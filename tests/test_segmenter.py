@@ -253,3 +253,9 @@ def test_largest_of_two_equal_components_is_one_of_them():
     kept = keep_components(mask)
     assert kept.sum() == 2 and not (kept & ~mask).any()
     assert np.array_equal(keep_components(mask), kept)
+
+
+def test_an_array_with_slices_last_is_refused(model):
+    volume = np.ones((96, 96, 20, 3), np.uint8)
+    with pytest.raises(ValueError, match="move the axis of the slices to the front"):
+        segmenter(model)(volume)
