@@ -23,9 +23,8 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from brainseg.io.files import sentence
-from brainseg.io.grid import read_grid
 from brainseg.io.layouts import SLICE_NAME, find_case, find_sequences
-from brainseg.io.scans import SUFFIXES, Scan, is_scan, scan_name
+from brainseg.io.scans import SUFFIXES, Scan, is_scan, read_grid, scan_name
 from brainseg.io.slices import Case
 
 MIB = 2**20

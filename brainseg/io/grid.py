@@ -1,4 +1,4 @@
-"""Where the voxels of a volume file or DICOM series lie, by its header, if it can be trusted."""
+"""Where the voxels of a volume file lie, by its header, if it can be trusted."""
 
 from __future__ import annotations
 
@@ -99,17 +99,8 @@ class Grid:
         return float((np.abs(inside * 2 + 1 - other.shape) <= other.shape).all(axis=1).mean())
 
 
-def read_grid(path: Path) -> tuple[Grid, int]:
-    """Read grid and number of channels of a file, but no voxel; ValueError if unusable.
-
-    A folder, or a DICOM file without a suffix of a volume, stands for a DICOM series.
-    """
-    from .dicom import is_series, series_grid  # which imports this module
-
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file")
-    if is_series(path):
-        return series_grid(path), 1
+def file_grid(path: Path) -> tuple[Grid, int]:
+    """Read grid and number of channels of a volume file, but no voxel; ValueError if unusable."""
     info = read_information(path)
     dimension = info.GetDimension()
     if dimension not in (3, 4):

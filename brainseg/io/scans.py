@@ -20,16 +20,16 @@ import numpy as np
 import SimpleITK as sitk
 
 from ..preprocess import SEQUENCES
-from .dicom import check_patient, is_dicom, is_series, other_frame, series_files
+from .dicom import check_patient, is_dicom, is_series, other_frame, series_files, series_grid
 from .files import atomic_write, by
 from .grid import (
     Grid,
     byte_order,
     damaged,
+    file_grid,
     is_nifti,
     open_nifti,
     read_fields,
-    read_grid,
     read_information,
 )
 from .registration import Movement, move, register
@@ -221,6 +221,16 @@ def is_scan(path: Path) -> bool:
     if path.is_dir():
         return any(map(is_dicom, sorted(path.iterdir())))
     return path.name.lower().endswith(SUFFIXES) and path.name[0] != "."
+
+
+def read_grid(path: Path) -> tuple[Grid, int]:
+    """Read grid and number of channels of a file, but no voxel; ValueError if unusable.
+
+    A folder, or a DICOM file without a suffix of a volume, stands for a DICOM series.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file")
+    return (series_grid(path), 1) if is_series(path) else file_grid(path)
 
 
 def read_voxels(path: Path) -> np.ndarray:
