@@ -54,7 +54,7 @@ def get_args_parser() -> utils.Parser:
     utils.add_cohort_options(recipe)
     add("--skip-bad", action="store_true", help="leave out cases that cannot be read, naming them")
     recipe("--image-size", type=int, least=32,
-           help="side of a resized slice (128, or that of --init-weights; classic: 256)")
+           help="side of a resized slice (192, or that of --init-weights; classic: 256)")
     recipe("--preprocessing", type=int, choices=(1, 2),
            help="1: all sequences on one scale; 2: each by itself (2, or that of --init-weights; "
            "classic: 1)")

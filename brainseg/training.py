@@ -217,7 +217,7 @@ def unset(name: str, classic: bool, init_weights: Path | None) -> dict[str, int 
     if classic:
         values = {"features": 32, **CARD_DEFAULTS}
     else:
-        values = {"features": 16, "image_size": 128, "neighbours": 0, "preprocessing": VERSION}
+        values = {"features": 16, "image_size": 192, "neighbours": 0, "preprocessing": VERSION}
     if init_weights:
         card, unet = read_card(init_weights), MODELS["unet"].settings_of(load_state(init_weights))
         values |= {key: card.get(key, value) for key, value in CARD_DEFAULTS.items()}

@@ -672,9 +672,9 @@ def as_on_a_gpu(monkeypatch):
 def test_batches_go_on_from_case_to_case(
     phantoms, weights, done, tmp_path, monkeypatch, as_on_a_gpu
 ):
-    forward, sizes = Segmenter._forward, []
+    forward, sizes = Segmenter._network, []
     monkeypatch.setattr(
-        Segmenter, "_forward", lambda self, batch: sizes.append(len(batch)) or forward(self, batch)
+        Segmenter, "_network", lambda self, batch: sizes.append(len(batch)) or forward(self, batch)
     )
     cases = list_cases(phantoms)
     assert infer(phantoms, tmp_path, weights, "--batch-size", 5, "--no-amp") == 0
@@ -691,14 +691,14 @@ def test_batches_go_on_from_case_to_case(
 def test_memory_that_runs_out_between_cases_loses_none(
     phantoms, weights, done, tmp_path, monkeypatch, as_on_a_gpu
 ):
-    forward = Segmenter._forward
+    forward = Segmenter._network
 
     def small(self, batch):
         if len(batch) > 3:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         return forward(self, batch)
 
-    monkeypatch.setattr(Segmenter, "_forward", small)
+    monkeypatch.setattr(Segmenter, "_network", small)
     assert infer(phantoms, tmp_path, weights) == 0
     for source in list_cases(phantoms):
         assert (
@@ -709,14 +709,14 @@ def test_memory_that_runs_out_between_cases_loses_none(
 def test_a_batch_too_large_for_the_memory_is_halved(
     phantoms, weights, done, tmp_path, monkeypatch, capsys
 ):
-    forward, most = Segmenter._forward, [1]
+    forward, most = Segmenter._network, [1]
 
     def small(self, batch):
         if len(batch) > most[0]:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         return forward(self, batch)
 
-    monkeypatch.setattr(Segmenter, "_forward", small)
+    monkeypatch.setattr(Segmenter, "_network", small)
     only = "--cases", "phantom_003"
     assert infer(phantoms, tmp_path, weights, *only) == 0
     said = capsys.readouterr().err.strip().splitlines()

@@ -10,7 +10,7 @@ from brainseg.metrics import dsc
 
 SMALLER = {  # the same cells, in a tenth of the time
     "cases=12, slices=12, size=96": "cases=12, slices=4, size=64",
-    "--image-size 96 --epochs 4": "--image-size 64 --epochs 3",
+    "--epochs 4": "--epochs 2",
 }
 
 
@@ -39,4 +39,4 @@ def test_notebook_runs_from_top_to_bottom(tmp_path, monkeypatch):
         if "mask" in names and not any(mask is names["mask"] for mask in masks):
             masks.append(names["mask"])
     before, after = (dsc(mask, names["truth"]) for mask in masks)
-    assert before > 0.8 and after > 0.6, "0.97, and 0.76 after a few steps on small slices"
+    assert before > 0.8 and after > 0.8, f"{before:.2f}, and {after:.2f} after a few steps"

@@ -445,7 +445,7 @@ def test_the_classic_recipe_is_the_published_one():
     assert (args.features, args.image_size, args.preprocessing, args.lr) == (32, 256, 1, 1e-4)
     assert (args.schedule, args.ema, args.aug_scale, args.loss) == ("constant", 0, 0.05, "bce-dice")
     args, _ = train.get_args([])
-    assert (args.features, args.image_size, args.schedule) == (16, 128, "cosine")
+    assert (args.features, args.image_size, args.schedule) == (16, 192, "cosine")
 
 
 def test_the_classic_recipe_wins_over_a_file_but_not_over_a_card(tmp_path):
