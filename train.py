@@ -248,7 +248,8 @@ def train_one_epoch(
             state.step += 1
             bar.update(len(batch))
             last = state.step == state.steps_per_epoch
-            if last or state.step % every == 0:
+            asked = interruption.signal and dist.world_size() == 1
+            if last or asked or state.step % every == 0:
                 state.loss_sum += torch.stack(losses).cpu().double().sum().item()
                 losses.clear()
                 training.check_finite(state.loss_sum, state)
@@ -296,13 +297,15 @@ def evaluate(
     losses, scores, masks = [], [], []
     own = dist.shard(dataset.volumes)
     for volume in tqdm(own, "validating", unit="case", leave=False, disable=None):
-        probabilities = segmenter.probabilities(torch.from_numpy(volume.images))
+        images = to_device(torch.from_numpy(volume.images), state.device)
+        probabilities = segmenter.probabilities(images)
         logits = torch.logit(probabilities, eps=1e-6)  # within ± 14, always finite
         target = torch.from_numpy(volume.mask[:, None]).to(logits)
-        losses.append(state.loss(logits, target).item())
+        losses.append(state.loss(logits, target))
         masks.append(segmenter.finish(probabilities, volume.frame))
         scores.append(dsc(masks[-1], volume.truth))
-    sums = [x * len(v.mask) for x, v in zip(dist.gather(losses), dataset.volumes, strict=True)]
+    losses = dist.gather(torch.stack(losses).tolist() if losses else [])
+    sums = [x * len(v.mask) for x, v in zip(losses, dataset.volumes, strict=True)]
     scores = dict(zip(dataset.names, dist.gather(scores), strict=True))
     return sum(sums) / len(dataset), scores, masks
 

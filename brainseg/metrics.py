@@ -145,7 +145,8 @@ def by_rule(row: Mapping[str, float]) -> bool:
 def describe_distances(rows: Sequence[Mapping[str, float]], name: str) -> str:
     """Give mean and median of a distance, such as `hd95_mm`, and how many are the diagonal."""
     kind, unit = name.split("_")
-    s, missed = summarise([row[name] for row in rows]), sum(map(by_rule, rows))
+    known = [row for row in rows if not math.isnan(row[name])]
+    s, missed = summarise([row[name] for row in known]), sum(map(by_rule, known))
     line = f"{kind.upper()} mean {s['mean']:.1f} {unit}, median {s['median']:.1f}, n = {s['n']}"
     return line + f", {missed} of them with one mask empty: the image diagonal" * bool(missed)
 

@@ -122,8 +122,8 @@ class Segmenter:
         """Segment a raw volume (S, H, W, C): its mask (S, H, W), bool.
 
         Channels are pre-contrast, FLAIR, post-contrast, of any numeric type. `aspect` is the height
-        of a pixel over its width. Raises ValueError, also where the axes seem to be in another
-        order, as those of an array from a NIfTI file are.
+        of a pixel over its width. Raises ValueError, also for slices more than four times as long
+        as wide: the axes are in another order then.
         """
         volume = np.asarray(volume)
         sides = volume.shape[1:3]

@@ -225,7 +225,8 @@ class Reader:
             raise ValueError(answer["error"])
         case = Case(answer["name"], tuple(answer["numbers"]), (), ())
         if grid := answer["grid"]:
-            grid = Grid(**grid | {"direction": np.array(grid["direction"])})
+            direction = np.array(grid.pop("direction"))
+            grid = Grid(**{name: tuple(value) for name, value in grid.items()}, direction=direction)
             case = Scan(case.name, case.numbers, (), (), grid, channels=3)
         truth = np.load(folder / "truth.npy") if answer["truth"] else None
         return Loaded(case, answer["notes"], np.load(folder / "volume.npy"), truth)

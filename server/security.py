@@ -33,7 +33,7 @@ class Guard:
         self.wanted = auth and base64.b64encode(auth.encode())
 
     async def __call__(self, scope, receive, send) -> None:
-        if scope["type"] != "http":
+        if scope["type"] == "lifespan":  # nothing else passes without a password
             await self.app(scope, receive, send)
             return
         came, more = 0, True

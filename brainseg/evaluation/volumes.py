@@ -113,7 +113,7 @@ def read_volumes(path: Path) -> dict[str, dict]:
     """Read the rows of a volumes.csv by case; empty if it is not there, or not one."""
     try:
         return {
-            name: {column: _value(column, row[column]) for column in COLUMNS}
+            name: {column: _value(column, row.get(column, "")) for column in COLUMNS}
             for name, row in read_table(path).items()
         }
     except (ValueError, KeyError):
