@@ -5,9 +5,9 @@
     python3 -m benchmarks.campaign --images ./kaggle_3m --stage ship --jobs 2
     python3 -m benchmarks.campaign --images ./kaggle_3m --start weights/unet-folds -- --epochs 3
 
-search  Short trainings that differ in one thing from train.py's defaults, on the first three of
-        five folds by patient, scored on the patients held out and compared case by case. The
-        defaults are changed by hand, for what helps.
+search  Short trainings that differ in one thing from train.py's defaults on small slices, on the
+        first three of five folds by patient, scored on the patients held out and compared case by
+        case. The defaults are changed by hand, for what helps.
 ship    The defaults, one network a fold, on small slices first, then on slices of the size of a
         cropped head. All are exported into OUT/weights, each patient is scored by the network that
         has not seen it, and what DSC to expect of a mask is fitted to these scores, into the cards.
