@@ -10,6 +10,7 @@ import imageio.v3 as iio
 import numpy as np
 import skimage.transform
 import skimage.util
+from PIL import Image
 
 from .files import atomic_write
 
@@ -74,9 +75,21 @@ def montage(pictures: np.ndarray) -> np.ndarray:
 
 
 def save_gif(path: Path | str, pictures: np.ndarray) -> None:
-    """An endless GIF of pictures (S, H, W, 3), 0.12 s a slice."""
+    """Write an endless GIF of outlined slices (S, H, W, 3), 0.12 s each.
+
+    Grey and the two colours of outlines are one palette, which need not be looked for.
+    """
+    shown = np.minimum(pictures[..., 2], 253)  # grey
+    for k, colour in ((254, GREEN), (255, RED)):
+        shown[(pictures == colour).all(axis=-1)] = k
+    palette = np.repeat(np.arange(256, dtype=np.uint8)[:, None], 3, axis=1)
+    palette[254:] = GREEN, RED
+    first, *others = map(Image.fromarray, shown)
+    for frame in (first, *others):
+        frame.putpalette(palette.tobytes())
+    how = {"save_all": True, "append_images": others, "duration": 120, "loop": 0}
     with atomic_write(path) as temporary:
-        iio.imwrite(temporary, pictures, duration=120, loop=0)
+        first.save(temporary, "GIF", optimize=False, **how)
 
 
 def save_dsc_figure(path: Path | str, scores: dict[str, float], marked: Sequence[str] = ()) -> None:
