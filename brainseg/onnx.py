@@ -117,7 +117,7 @@ class OnnxNetwork:
 
     def _tensorrt_options(self, batch_size: int, size: int) -> dict[str, str]:
         """Ask for one engine for all batches, kept on disk, as it takes minutes to build."""
-        # Engines are named after the layers, not the weights: each file needs a folder of its own.
+        # Engines are named after the layers, not the weights: each file needs a separate folder.
         engines = default_cache() / "tensorrt" / hashlib.sha256(self._content).hexdigest()[:16]
         engines.mkdir(parents=True, exist_ok=True)
         shape = f"x{self.settings['in_channels']}x{size}x{size}"

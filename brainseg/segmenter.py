@@ -103,7 +103,7 @@ class Segmenter:
             model = OnnxNetwork(files[0], providers, **{name: options[name] for name in names})
             card = model.card
         elif providers:
-            raise ValueError(f"{files[0]}: is no ONNX file; leave --providers out, or give one")
+            raise ValueError(f"{files[0]}: is not an ONNX file; leave --providers out, or give one")
         else:
             model, card = load_ensemble(files)
         card, fit = CARD_DEFAULTS | card, card.get("expected_dsc")

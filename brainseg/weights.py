@@ -95,14 +95,14 @@ def load_tensors(path: Path | str) -> dict:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"{path}: is no file of weights, or is damaged; refused, as opening it could run code: "
-            "fetch it again, or leave --weights out to use those that came with the project"
+            f"{path}: is not a file of weights, or is damaged; refused, as opening it could run "
+            "code: fetch it again, or leave --weights out to use those that came with the project"
         ) from error
     except PermissionError:
         raise
     except Exception as error:  # of a damaged file, torch.load may raise nearly anything
         raise ValueError(
-            f"{path}: is no file of weights, or is damaged or cut short; fetch it again"
+            f"{path}: is not a file of weights, or is damaged or cut short; fetch it again"
         ) from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: holds no state dict; save model.state_dict()")

@@ -132,7 +132,7 @@ def parts_of(form: FormData) -> dict[str, list[UploadFile]] | None:
         elif name not in ("images", "flair", "pre", "post", "mask"):
             raise ValueError(f"no field is called {name!r}; GET /api lists them")
         elif isinstance(sent, str) or not sent.filename:
-            raise ValueError(f"{name}: is no file; send it with a file name")
+            raise ValueError(f"{name}: is not a file; send it with a file name")
         else:
             parts.setdefault(name, []).append(sent)
     return parts

@@ -194,7 +194,7 @@ def test_the_example_of_the_readme(server, files, tmp_path, monkeypatch):
         ({"files": {"images": ("a.zip", b"rubbish")}}, "a.zip: is damaged"),
         ({"files": {"images": ("a_1.tif", b"rubbish")}}, "a_1.tif: not a readable image"),
         ({"files": {"picture": ("a.nii", b"rubbish")}}, "no field is called 'picture'"),
-        ({"files": {"images": (None, "text")}}, "images: is no file"),
+        ({"files": {"images": (None, "text")}}, "images: is not a file"),
         ({}, "send multipart/form-data"),
         (
             {"files": {"phantom": (None, "1"), "images": ("a.nii", b"x")}},

@@ -126,7 +126,7 @@ def test_members_that_disagree_are_refused(folder, tmp_path, card, said):
 def test_a_stranger_in_the_folder_is_refused(phantoms, folder, tmp_path):
     copy = shutil.copytree(folder, tmp_path / "folds")
     for name, content, said in [
-        ("x.pt", b"<html>", "is not a file of weights|is no file of weights"),
+        ("x.pt", b"<html>", "is not a file of weights|is not a file of weights"),
         ("x.pth", b"PK", "is not weights of this project"),
     ]:
         (copy / name).write_bytes(content)

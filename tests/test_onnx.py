@@ -270,7 +270,7 @@ def test_missing_files_are_named(phantoms, tmp_path):
 def test_options_that_do_not_fit_are_refused(phantoms, onnx, weights, tmp_path):
     run = phantoms, tmp_path
     assert "leave --amp out" in refused(*run, onnx, "--amp")
-    assert "is no ONNX file" in refused(*run, weights, "--providers", "cpu")
+    assert "is not an ONNX file" in refused(*run, weights, "--providers", "cpu")
     assert "not a multiple of 16" in refused(*run, onnx, "--image-size", 40)
     assert "device 'nonsense'" in refused(*run, onnx, "--device", "nonsense")
     with pytest.raises(SystemExit, match="--providers is for .onnx files"):

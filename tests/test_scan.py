@@ -315,7 +315,7 @@ def test_what_is_no_mask_is_refused(pair, tmp_path, kind):
     mask = np.stack([~pair[1], pair[1]], axis=-1).astype("u1")
     mask = mask if kind == "one-hot" else mask[..., 1].astype("i2") * 2 - 1
     path = write(tmp_path / "a_mask.nii.gz", mask)
-    with pytest.raises(ValueError, match=f"{path}: is no mask"):
+    with pytest.raises(ValueError, match=f"{path}: is not a mask"):
         find_case(tmp_path / "a.nii.gz").read_pair()
 
 
@@ -537,7 +537,8 @@ def test_damaged_file_is_refused_by_name(pair, weights, tmp_path, capsys, kept, 
 
 def test_file_of_another_kind_is_refused(tmp_path, weights):
     (tmp_path / "notes.txt").write_text("hello")
-    assert "is no volume file" in infer(tmp_path / "o", weights, "--images", tmp_path / "notes.txt")
+    said = infer(tmp_path / "o", weights, "--images", tmp_path / "notes.txt")
+    assert "is not a volume file" in said
 
 
 def test_missing_flair_is_refused(tmp_path, weights):

@@ -188,7 +188,7 @@ def test_missing_root(tmp_path):
 
 def test_file_in_place_of_root(tmp_path):
     (tmp_path / "data.csv").write_text("Patient")
-    with pytest.raises(ValueError, match="data.csv: is no volume file"):
+    with pytest.raises(ValueError, match="data.csv: is not a volume file"):
         find_cases(tmp_path / "data.csv")
 
 

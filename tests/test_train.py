@@ -273,7 +273,7 @@ def test_resuming_without_a_sound_checkpoint_is_one_sentence(phantoms, straight,
     place.parent.mkdir()
     whole = (straight / "weights" / "unet.ckpt").read_bytes()
     place.write_bytes(whole[: len(whole) // 2])
-    assert f"{place}: is no file of weights, or is damaged" in refused(
+    assert f"{place}: is not a file of weights, or is damaged" in refused(
         phantoms, tmp_path, "--resume"
     )
     shutil.copy(straight / "weights" / "unet.pt", place)

@@ -14,7 +14,7 @@ TEMPLATES = Path(__file__).resolve().parents[2] / "web" / "reports"
 
 @dataclass
 class Table:
-    """A table to print or to show; `note` stands below it, a line a paragraph.
+    """A table to print or to show; `note` stands below it, one paragraph per line.
 
     Columns of numbers are set to the right, those that `left` names to the left.
     """

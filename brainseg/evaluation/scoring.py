@@ -71,7 +71,7 @@ def open_models(texts: list[str], options: dict) -> list[Model]:
         if not path.exists():
             raise FileNotFoundError(f"{text}: no such file; give a path, or NAME=PATH")
         if not name or name in named:
-            raise ValueError(f"{text}: needs a name of its own; give NAME=PATH")
+            raise ValueError(f"{text}: needs a separate name; give NAME=PATH")
         named[name] = path
     if options.get("providers") and all(path.suffix != ".onnx" for path in named.values()):
         raise ValueError("--providers is for .onnx files, and none is given; leave it out")
@@ -92,7 +92,7 @@ def open_model(name: str, path: Path, options: dict) -> Model:
         if "train" not in card.get("cases", {}):
             fault = f"{file}: no card says what it was trained on"
             if len(files) > 1:
-                raise ValueError(f"{fault}; it is no use as a fold")
+                raise ValueError(f"{fault}; it cannot be used as a fold")
             print(f"{fault}; no case is left out", file=sys.stderr)
         chose = ["validation"] if card.get("recipe", {}).get("keep") == "best" else []
         model.seen[file] = patients_of_card(card, "train")

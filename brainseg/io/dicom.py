@@ -118,7 +118,7 @@ def series_in(folder: Path) -> list[Series]:
 
 
 def study_in(folder: Path) -> list[Series]:
-    """List the series of the one study in a folder and the folders in it; none if it is no study.
+    """List the series of the one study in a folder and the folders in it; none if not a study.
 
     A study has two series at least. Folders of several studies are cases.
     """
@@ -174,7 +174,7 @@ def other_frame(path: Path, flair: Path) -> bool:
 
 
 def series_field(path: Path, tag: str) -> str | None:
-    """Read what the first image of a DICOM series says; None if the path is no series."""
+    """Read what the first image of a DICOM series says; None if the path is not a series."""
     if not is_series(path):
         return None
     return read_fields(series_files(path)[0]).get(tag, "")

@@ -63,7 +63,7 @@ def list_cases(
     if not root.exists():
         raise FileNotFoundError(f"{root}: no such folder; give the folder that holds the cases")
     if not root.is_dir() and not is_scan(root):
-        raise ValueError(f"{root}: is no volume file; give one, or the folder of its case")
+        raise ValueError(f"{root}: is not a volume file; give one, or the folder of its case")
     if _is_output(root) or _is_output(root.resolve().parent):
         raise ValueError(f"{root}: holds predictions (args.json); give the folder of the scans")
     sources = _sources_in(root, other_than, layout)

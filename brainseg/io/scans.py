@@ -190,7 +190,7 @@ class Scan(Case):
         read_grid(path)[0].check_same(path, self.grid, self.flair)
         voxels = read_voxels(path)
         if voxels.shape[3] > 1 or voxels.min() < 0:
-            raise ValueError(f"{path}: is no mask of 0 and 1; give one channel, 0 for background")
+            raise ValueError(f"{path}: is not a mask of 0 and 1; give one channel, 0 outside")
         mask = self.grid.to_axial(voxels)[..., 0]
         return np.ascontiguousarray(self.labels.lesion(mask, self.name))
 
