@@ -442,7 +442,7 @@ def test_nothing_predicted_is_as_far_as_the_diagonal(done):
 
 def test_two_models_of_one_name_are_refused(phantoms, weights, tmp_path):
     message = refused(phantoms, tmp_path, "--weights", f"a={weights}", f"a={weights}")
-    assert f"a={weights}: needs a separate name" in message
+    assert f"a={weights}: needs a name" in message
 
 
 def test_models_that_have_seen_every_case_are_refused(phantoms, weights, tmp_path):

@@ -71,7 +71,7 @@ def open_models(texts: list[str], options: dict) -> list[Model]:
         if not path.exists():
             raise FileNotFoundError(f"{text}: no such file; give a path, or NAME=PATH")
         if not name or name in named:
-            raise ValueError(f"{text}: needs a separate name; give NAME=PATH")
+            raise ValueError(f"{text}: needs a name that no other model has; give NAME=PATH")
         named[name] = path
     if options.get("providers") and all(path.suffix != ".onnx" for path in named.values()):
         raise ValueError("--providers is for .onnx files, and none is given; leave it out")
