@@ -596,6 +596,7 @@ def test_what_the_viewer_can_do(page, files):
     assert len(set(seen)) == len(seen), "each control changes the picture"
 
     page.get_by_role("button", name="Reset").click()
+    page.wait_for_timeout(300)  # Reset is drawn in software
     page.locator("canvas").press("ArrowUp")
     up = slice_shown(page)
     page.locator("canvas").press("ArrowDown")
