@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from brainseg.cache import Prepared, prepare, unless_bad
-from brainseg.devices import free_memory, in_order, to_device
+from brainseg.devices import concatenate, free_memory, in_order, to_device
 from brainseg.io.layouts import Source, list_cases
 from brainseg.io.slices import Case
 from brainseg.preprocess import neighbourhoods
@@ -155,14 +155,12 @@ class Feed:
         self.on_device = size <= MOST * free_memory(device)
         if self.on_device:
             self.place = f"{size / 2**30:.1f} GiB of slices on {device}"
-            self.images = stacked([volume.images for volume in dataset.volumes], device)
-            self.masks = stacked([volume.mask for volume in dataset.volumes], device)[:, None]
+            self.images = concatenate([volume.images for volume in dataset.volumes], device)
+            self.masks = concatenate([volume.mask for volume in dataset.volumes], device)[:, None]
             lengths = [len(volume.mask) for volume in dataset.volumes]
             self.seen = to_device(neighbourhoods(lengths, neighbours), device)
-        elif device.type == "cpu":
-            self.place = "slices in host memory"
         else:
-            self.place = f"{size / 2**30:.1f} GiB of slices in host memory, gathered ahead"
+            self.place = f"{size / 2**30:.1f} GiB of slices in host memory"
 
     def batches(self, drawn: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the batches of these slices; each of `drawn` holds indices (B,)."""
@@ -178,12 +176,3 @@ class Feed:
     def _gathered(self, batch: Tensor) -> tuple[Tensor, Tensor]:
         parts = self.dataset.batch(batch.tolist(), self.neighbours)
         return tuple(p.pin_memory() for p in parts) if self.device.type == "cuda" else parts
-
-
-def stacked(arrays: Sequence[np.ndarray], device: torch.device) -> Tensor:
-    """Concatenate arrays (S, ...) on `device`, moving one at a time to save memory."""
-    shape = (sum(map(len, arrays)), *arrays[0].shape[1:])
-    whole = torch.from_numpy(arrays[0]).new_empty(shape, device=device)
-    for part, array in zip(whole.split([len(a) for a in arrays]), arrays, strict=True):
-        part.copy_(torch.from_numpy(array))
-    return whole

@@ -48,7 +48,6 @@ def get_args_parser() -> utils.Parser:
     """Every setting, once: what `recipe` adds stands in the card, and --resume keeps it."""
     parser, switch = utils.make_parser(__doc__), argparse.BooleanOptionalAction
     parser.presets = {"classic": training.CLASSIC}
-    share = {"type": float, "least": 0, "below": 1}
     add, recipe = parser.group("data")
     add("--images", type=Path, default="./kaggle_3m", help="folder of cases")
     utils.add_cohort_options(recipe)
@@ -76,6 +75,27 @@ def get_args_parser() -> utils.Parser:
     add("--allow-seen", action="store_true",
         help="validate on patients that --init-weights was trained on too; the card says so")
 
+    add_recipe_options(parser)
+
+    add, recipe = parser.group("machine and files")
+    add("--device", help="cuda, cuda:1, mps, cpu (an accelerator if there is one)")
+    recipe("--amp", action=switch,
+           help="compute in bfloat16 (where it is faster); on CUDA cards without it, in float16")
+    recipe("--sync-bn", action="store_true", help="batch norm over the whole batch of several GPUs")
+    add("--compile", action=switch, default=False, help="compile first: minutes, faster steps (no)")
+    add("--deterministic", action=switch, default=True, help="same seed and GPU, same result (yes)")
+    add("--weights", type=Path, default="./weights", help="folder to write to")
+    add("--logs", "--log-dir", type=Path, default="./logs", help="curves (torchrun: --log-dir)")
+    add("--validate-every", default=1, least=1, help="epochs between validations")
+    add("--vis-images", default=200, help="validation slices to draw")
+    add("--vis-freq", default=10, least=0, help="epochs between drawings; 0: never")
+    add("--resume", action="store_true", help="go on from WEIGHTS/<model>.ckpt, with its settings")
+    return parser
+
+
+def add_recipe_options(parser: utils.Parser) -> None:
+    """What is drawn, how it is augmented, and how the network learns from it."""
+    share = {"type": float, "least": 0, "below": 1}
     add, recipe = parser.group("recipe")
     recipe("--recipe", choices=("classic",),
         help="the published values, where nothing else is given (those of the shipped weights)")
@@ -98,21 +118,6 @@ def get_args_parser() -> utils.Parser:
     recipe("--seed", default=42, least=0, help="of every random draw")
     recipe("--keep", choices=("best", "last"), default="best",
            help="weights of the epoch with the best validation DSC, or of the last")
-
-    add, recipe = parser.group("machine and files")
-    add("--device", help="cuda, cuda:1, mps, cpu (an accelerator if there is one)")
-    recipe("--amp", action=switch,
-           help="compute in bfloat16 (where it is faster); on CUDA cards without it, in float16")
-    recipe("--sync-bn", action="store_true", help="batch norm over the whole batch of several GPUs")
-    add("--compile", action=switch, default=False, help="compile first: minutes, faster steps (no)")
-    add("--deterministic", action=switch, default=True, help="same seed and GPU, same result (yes)")
-    add("--weights", type=Path, default="./weights", help="folder to write to")
-    add("--logs", "--log-dir", type=Path, default="./logs", help="curves (torchrun: --log-dir)")
-    add("--validate-every", default=1, least=1, help="epochs between validations")
-    add("--vis-images", default=200, help="validation slices to draw")
-    add("--vis-freq", default=10, least=0, help="epochs between drawings; 0: never")
-    add("--resume", action="store_true", help="go on from WEIGHTS/<model>.ckpt, with its settings")
-    return parser
 # fmt: on
 
 
@@ -153,14 +158,10 @@ def set_up(
         train_set, validation_set = BrainSegmentationDataset.train_and_validation(
             sources, args.folds, args.fold, args.skip_bad, cache=args.cache, **how
         )
-        model = training.build_network(
-            args.model,
-            args.seed,
-            first,
-            init_features=args.features,
-            in_channels=train_set.in_channels * (2 * args.neighbours + 1),
-            pretrained=None if checkpoint else args.pretrained,
-        )
+        channels = train_set.in_channels * (2 * args.neighbours + 1)
+        pretrained = None if checkpoint else args.pretrained
+        chosen = {"in_channels": channels, "init_features": args.features, "pretrained": pretrained}
+        model = training.build_network(args.model, args.seed, first, **chosen)
     runs.report_cases(train_set.volumes, validation_set.volumes, sources)
     if device.type == "cpu":
         utils.keep_freed_memory()

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -64,6 +65,15 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     if device.type != "cuda" or tensor.is_cuda:
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def concatenate(arrays: Sequence[np.ndarray], device: torch.device) -> Tensor:
+    """Concatenate arrays (S, ...) on `device`, moving one at a time to save memory."""
+    shape = (sum(map(len, arrays)), *arrays[0].shape[1:])
+    whole = torch.from_numpy(arrays[0]).new_empty(shape, device=device)
+    for part, array in zip(whole.split([len(a) for a in arrays]), arrays, strict=True):
+        part.copy_(torch.from_numpy(array))
+    return whole
 
 
 @contextmanager

@@ -100,3 +100,12 @@ def oddities(
         )
     if (overlap := dsc(sequence.foreground, flair.foreground)) < OVERLAP:
         yield f"{name} covers another part than {lead} (Dice {overlap:.2f}); are they registered?"
+
+
+def missing_sequences(volume: np.ndarray) -> str:
+    """Which sequences of a volume (S, H, W, 3) are a copy of FLAIR, put there for a missing one."""
+    if volume.shape[-1] != 3:
+        return "unknown"
+    names = {0: "pre-contrast", 2: "post-contrast"}
+    copies = [k for k in names if np.array_equal(volume[..., k], volume[..., 1])]
+    return " and ".join(names[k] for k in copies) or "none"

@@ -23,15 +23,6 @@ SEQUENCES = ("pre-contrast", "FLAIR", "post-contrast")
 CHANNELS = {1: ("FLAIR",), 3: SEQUENCES}
 
 
-def missing_sequences(volume: np.ndarray) -> str:
-    """Which sequences of a volume (S, H, W, 3) are a copy of FLAIR, put there for a missing one."""
-    if volume.shape[-1] != 3:
-        return "unknown"
-    names = {0: "pre-contrast", 2: "post-contrast"}
-    copies = [k for k in names if np.array_equal(volume[..., k], volume[..., 1])]
-    return " and ".join(names[k] for k in copies) or "none"
-
-
 @dataclass(frozen=True)
 class Frame:
     """Where a preprocessed volume lies in its source: what `restore` needs to go back."""

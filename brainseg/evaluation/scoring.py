@@ -19,8 +19,8 @@ from ..io.layouts import Source
 from ..io.pictures import outline, to_grey
 from ..io.predictions import read_scores
 from ..io.slices import Case
+from ..levels import missing_sequences
 from ..metrics import dsc, score
-from ..preprocess import missing_sequences
 from ..segmenter import Segmentation, Segmenter, preprocess_near, to_mask
 from ..splits import patient_of, patients_of_card, site_of, subset_of
 from ..weights import file_hash, read_card, weights_files

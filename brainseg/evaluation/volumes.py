@@ -12,7 +12,8 @@ import numpy as np
 from ..ensemble import WARN_BELOW
 from ..io.files import read_table, sentence
 from ..io.slices import Case
-from ..preprocess import CHANNELS, missing_sequences
+from ..levels import missing_sequences
+from ..preprocess import CHANNELS
 from ..splits import patient_of
 from .page import Table
 
