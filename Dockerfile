@@ -17,14 +17,14 @@ ENV PYTHONUNBUFFERED=1 \
     XDG_CACHE_HOME=/tmp/cache \
     MPLCONFIGDIR=/tmp/cache/matplotlib
 
-# Dependencies before code: a change of the code does not install them again. The PyTorch of the
-# base image, made for its CUDA, is kept.
+# Dependencies before code, so a change to the code does not reinstall them. The PyTorch of the
+# base image, built for its CUDA, is kept.
 COPY requirements.txt requirements-app.txt /tmp/
 RUN python3 -m pip install -r /tmp/requirements-app.txt
 
 WORKDIR /app
 COPY . .
-# Any user may run it (docker run --user "$(id -u)" keeps the files on mounted folders yours).
+# Any user may run it (with docker run --user "$(id -u)", files on mounted folders belong to you).
 RUN useradd --create-home --uid 10001 brainseg \
     && mkdir -p /out /app/weights && chown -R brainseg /out /app/weights
 USER brainseg

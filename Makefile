@@ -1,4 +1,4 @@
-# make demo   a synthetic data set, a training of a minute, masks and scores, in demo/
+# make demo   a synthetic data set, a one-minute training, masks and scores, in demo/
 # make test   the test suite
 # make lint   ruff check and ruff format --check
 PYTHON ?= python3
@@ -35,7 +35,7 @@ lint: .venv/installed-dev
 		-c constraints.txt -r requirements.txt
 	@touch $@
 
-# Debian and Ubuntu keep venv apart from python3.
+# Debian and Ubuntu package venv separately from python3.
 python3-venv:
 	@test "$$(id -u)" = 0 || \
 		{ echo "error: no venv in $(PYTHON); run: sudo apt-get install python3-venv" >&2; exit 1; }
