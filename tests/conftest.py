@@ -1,4 +1,4 @@
-"""Phantom data for every test; real cases where ../shared/lgg or $LGG is there."""
+"""Provide phantom data for every test, and real cases if ../shared/lgg or $LGG exists."""
 
 import functools
 import json
@@ -20,22 +20,22 @@ ROOT = Path(__file__).resolve().parents[1]
 
 SIZE = 32  # of preprocessed slices
 TRAINED_ON = ["phantom_001", "phantom_002"]
-Items = list[tuple[torch.Tensor, torch.Tensor]]  # of a data set: images and masks
+Items = list[tuple[torch.Tensor, torch.Tensor]]  # images and masks of a data set
 FORK = multiprocessing.get_context("fork")
-# These take longest: a worker that got one of them last would end long after the others.
+# These take longest: a worker that got one of them last would finish long after the others.
 SLOW = ["campaign", "app", "inference", "train", "notebook", "onnx", "upload"]
 SHARED = Path(os.environ.get("LGG", ROOT.parent / "shared" / "lgg"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the slow files first, for `--dist loadfile --no-loadscope-reorder` to begin with."""
+    """Put the slow files first, where `--dist loadfile --no-loadscope-reorder` begins."""
     rank = {name: place for place, name in enumerate(SLOW)}
     items.sort(key=lambda item: rank.get(item.path.stem.removeprefix("test_"), len(SLOW)))
 
 
 @pytest.fixture(scope="session", autouse=True)
 def private_cache(tmp_path_factory):
-    """Keep preprocessed volumes of the tests away from the user's own."""
+    """Keep preprocessed volumes of the tests out of the user's cache."""
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
     os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
     torch.set_num_threads(1)  # tiny networks: several threads would mostly wait for each other
@@ -43,7 +43,7 @@ def private_cache(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def phantoms(tmp_path_factory) -> Path:
-    """A folder of 12 small phantom cases in the published layout. Copy it before changing it."""
+    """Return 12 small phantom cases in the published layout. Copy the folder before changing it."""
     from brainseg.phantom import write_data_set
 
     folder = tmp_path_factory.mktemp("phantoms") / "images"
@@ -53,7 +53,7 @@ def phantoms(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def lgg(tmp_path_factory) -> Path:
-    """Three real cases in the published layout, data.csv and README.md lying about in the root."""
+    """Return three real cases in the published layout, with data.csv and README.md in the root."""
     if not (SHARED / "unpack.py").is_file():
         pytest.skip(f"no real cases in {SHARED}")
     folder = tmp_path_factory.mktemp("lgg") / "kaggle_3m"
@@ -67,14 +67,14 @@ def lgg(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def two(phantoms, tmp_path) -> Path:
-    """A copy of two phantom cases that may be changed."""
+    """Return a copy of two phantom cases that may be changed."""
     for name in ("phantom_001", "phantom_002"):
         shutil.copytree(phantoms / name, tmp_path / "two" / name)
     return tmp_path / "two"
 
 
 def open_all(two: Path, image_size: int = SIZE, **options) -> Items:
-    """Every item of the two cases, as tensors."""
+    """Return every item of the two cases, as tensors."""
     from dataset import BrainSegmentationDataset
 
     options = {"cache": two.parent / "cache", "workers": 1, **options}
@@ -101,7 +101,7 @@ def make_weights(path: Path, in_channels: int = 3, trained_on=TRAINED_ON) -> Pat
     flair = min(1, in_channels - 1)
     images, _ = preprocess(make_volume(0, 8, 64)[0][..., :in_channels], 32)
     first, last = model.encoder1, model.decoder1
-    with torch.no_grad():  # the first feature hands FLAIR through; the other three are random
+    with torch.no_grad():  # the first feature passes FLAIR through; the other three are random
         for layer, source in (
             (first.enc1conv1, flair), (first.enc1conv2, 0), (last.dec1conv1, 4), (last.dec1conv2, 0)
         ):  # fmt: skip
@@ -119,11 +119,11 @@ def make_weights(path: Path, in_channels: int = 3, trained_on=TRAINED_ON) -> Pat
 def in_processes(
     count: int, work: Callable[[], object], seconds: float = 120, torchrun: bool = True
 ) -> list[object]:
-    """What `work` gives in each of `count` processes, set up nearly as torchrun does it.
+    """Return the result of `work` in each of `count` processes, set up nearly as by torchrun.
 
-    An exception, SystemExit included, is given in the place of a result; "ended" is what a process
-    leaves that ends at once. Unless `torchrun` is False, the others are then ended too, as it does.
-    They are forked, so that patches of the test hold in them too.
+    An exception, SystemExit included, replaces a result; a process that exits at once gives
+    "ended". Unless `torchrun` is False, the others are then terminated too, as torchrun does.
+    The processes are forked, so patches of the test apply in them too.
     """
     with tempfile.TemporaryDirectory() as folder:
 
@@ -131,7 +131,7 @@ def in_processes(
             places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count}
             os.environ.update({name: str(value) for name, value in places.items()})
             os.environ["LOCAL_WORLD_SIZE"] = str(count)
-            # They meet in a file: a port that is free now may be another test's a moment later.
+            # They meet in a file: a port that is free now may soon be taken by another test.
             meeting = {"init_method": f"file://{folder}/store", "rank": rank, "world_size": count}
             join = torch.distributed.init_process_group
             torch.distributed.init_process_group = functools.partial(join, **meeting)

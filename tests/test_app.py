@@ -1,4 +1,4 @@
-"""The server as its users meet it: the HTTP API, the page in a real browser, and its limits."""
+"""Test the server as its users see it: HTTP API, page in a real browser, and limits."""
 
 import asyncio
 import contextlib
@@ -35,7 +35,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """A scan with its mask, the same as slices in an archive, weights, and inference.py's masks."""
+    """Return a scan with its mask, the same as zipped slices, weights, and inference.py's masks."""
     import SimpleITK
 
     folder = tmp_path_factory.mktemp("files")
@@ -56,7 +56,7 @@ def files(tmp_path_factory):
 
 
 def start(folder: Path, weights: Path, *options: str) -> tuple[subprocess.Popen, str]:
-    """The server in a process of its own, and its address."""
+    """Start the server in a separate process; return the process and its address."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -100,7 +100,7 @@ def stop(process: subprocess.Popen) -> None:
 
 @pytest.fixture(scope="module")
 def server(files, tmp_path_factory):
-    """The address of a server, and the folder of its temporary files."""
+    """Return the address of a server and the folder of its temporary files."""
     folder = tmp_path_factory.mktemp("server")
     process, url = start(folder, files / "unet.pt", "--max-upload", "8", "--queue", "60")
     yield url, folder
@@ -228,7 +228,7 @@ def test_blank_and_constant_volumes(server, tmp_path):
     assert found[7].json()["error"] == "a: every voxel is 7: this is not an image"
 
 
-def test_too_much_is_refused(server):
+def test_an_upload_that_is_too_large_is_refused(server):
     message = {"error": "more than 8 MiB; crop the scan, or compress it"}
     large = bytes(10 * 2**20)
     response = post(server[0], files={"images": ("a.nii", large)})
@@ -321,7 +321,7 @@ def test_a_full_queue_says_so(files, monkeypatch):
     assert [each.status_code for each in others] == [200] * 3, "places come back"
 
 
-def test_segmenting_takes_no_longer_than_it_may(files):
+def test_segmenting_respects_its_time_limit(files):
     from brainseg.segmenter import Segmenter
     from server.jobs import Service
     from server.uploads import Limits
@@ -355,8 +355,8 @@ def test_too_little_memory_is_one_sentence(files, monkeypatch, fault):
     service.close()
 
 
-def test_places_come_back_whatever_becomes_of_an_upload(files, tmp_path):
-    """Aborted, too large and broken uploads, more of them than there are places."""
+def test_failed_uploads_free_their_places_in_the_queue(files, tmp_path):
+    """Aborted, too large and broken uploads outnumber the places."""
     process, url = start(tmp_path, files / "unet.pt", "--queue", "2", "--max-upload", "1")
     try:
         host, port = url.removeprefix("http://").split(":")
@@ -366,10 +366,10 @@ def test_places_come_back_whatever_becomes_of_an_upload(files, tmp_path):
         ).encode()
         for k in range(6):
             with socket.create_connection((host, int(port))) as client:
-                if k % 2:  # gone before all of it came
+                if k % 2:  # the client leaves halfway through
                     client.sendall(head + b"Content-Length: 1000\r\n\r\n--x\r\n")
                     time.sleep(0.2)
-                else:  # more than may come, in chunks that do not say how much
+                else:  # too much, in chunks without a total length
                     chunk = b"10000\r\n" + bytes(0x10000) + b"\r\n"
                     client.sendall(head + b"Transfer-Encoding: chunked\r\n\r\n")
                     with contextlib.suppress(OSError):
@@ -382,7 +382,7 @@ def test_places_come_back_whatever_becomes_of_an_upload(files, tmp_path):
     assert "Traceback" not in (tmp_path / "server.log").read_text()
 
 
-def test_it_ends_soon_and_leaves_nothing_while_clients_wait(files, tmp_path):
+def test_server_stops_and_leaves_nothing_while_clients_wait(files, tmp_path):
     process, url = start(tmp_path, files / "unet.pt")
 
     answered = []
@@ -404,7 +404,7 @@ def test_it_ends_soon_and_leaves_nothing_while_clients_wait(files, tmp_path):
 
 
 async def echo(scope, receive, send):
-    """An application that reads all and answers with a header of its own."""
+    """Read the whole request and answer with an extra header."""
     while (await receive()).get("more_body"):
         pass
     await send({"type": "http.response.start", "status": 200, "headers": [(b"x-frame", b"1")]})
@@ -442,7 +442,7 @@ def test_a_page_of_another_host_can_send_nothing():
         assert guarded("POST", headers={"Sec-Fetch-Site": site}).status_code == status
 
 
-def test_size_is_counted_where_it_is_not_said():
+def test_size_is_counted_without_a_content_length():
     async def chunks():
         for _ in range(40):
             yield bytes(2**16)
@@ -485,7 +485,7 @@ GRAPHICS = ("--use-angle=swiftshader", "--enable-unsafe-swiftshader", "--ignore-
 
 @pytest.fixture(scope="module")
 def launch():
-    """Start a browser with some options; with GRAPHICS it has WebGL2, in software."""
+    """Start a browser with some options; GRAPHICS gives it WebGL2, in software."""
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is missing")
     if not CHROMIUM:
         pytest.skip("no chromium on this machine; apt-get install chromium")
@@ -496,7 +496,7 @@ def launch():
 
 @contextlib.contextmanager
 def visit(browser, url: str, width: int = 1000, height: int = 600, **options):
-    """Open the page; it must ask no other host, and log no error."""
+    """Open the page; it must not contact any other host or log an error."""
     page = browser.new_page(viewport={"width": width, "height": height}, **options)
     page.set_default_timeout(90_000)
     asked, errors = [], []
@@ -540,7 +540,7 @@ def drawn(page) -> bytes:
 
 
 def touch(page, x: int, y: int) -> None:
-    """Put a finger on the viewer for a moment, which Playwright's tap is too short for."""
+    """Touch the viewer for a moment; Playwright's tap is too short."""
     canvas, device = page.locator("canvas").bounding_box(), page.context.new_cdp_session(page)
     finger = {"x": canvas["x"] + x, "y": canvas["y"] + y}
     for kind, points in (("touchStart", [finger]), ("touchEnd", [])):
@@ -644,7 +644,7 @@ def test_expected_dsc_and_warning_on_the_page(page, server, files):
     assert "0.71 (0.50 to 0.83)" in page.locator("#numbers").inner_text()
 
 
-def test_sequences_in_files_of_their_own(page, files, tmp_path):
+def test_sequences_in_separate_files(page, files, tmp_path):
     import SimpleITK
 
     head = SimpleITK.ReadImage(str(files / "head.nii.gz"))
@@ -668,7 +668,7 @@ def test_sequences_in_files_of_their_own(page, files, tmp_path):
     assert len(downloaded(page, "flair_mask.nii.gz")) > 100
 
 
-def test_the_vendored_viewer_is_that_of_its_lock_file():
+def test_the_vendored_viewer_matches_its_lock_file():
     vendor = ROOT / "web" / "vendor"
     lock = json.loads((vendor / "package-lock.json").read_text())
     version = lock["packages"]["node_modules/@niivue/niivue"]["version"]
@@ -677,7 +677,7 @@ def test_the_vendored_viewer_is_that_of_its_lock_file():
     assert "Copyright (c) 2021, Niivue" in (vendor / "LICENSES.txt").read_text()
 
 
-def test_what_cannot_be_segmented_is_said_on_the_page(page, tmp_path):
+def test_errors_are_shown_on_the_page(page, tmp_path):
     page.get_by_role("button", name="Segment").click()
     page.locator("#error").get_by_text("No scan yet").wait_for()
     (tmp_path / "broken.nii.gz").write_bytes(b"rubbish")

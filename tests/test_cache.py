@@ -1,4 +1,4 @@
-"""Preprocessed volumes on disk: found again, never trusted blindly."""
+"""Test preprocessed volumes on disk: found again, never trusted blindly."""
 
 import errno
 import json
@@ -20,7 +20,7 @@ from dataset import BrainSegmentationDataset
 
 @pytest.fixture
 def reads(monkeypatch) -> list[str]:
-    """The cases whose sources are read, in order of reading."""
+    """Return the cases whose sources are read, in order of reading."""
     names, read = [], Case.read
 
     def noted(case: Case) -> np.ndarray:
@@ -48,7 +48,7 @@ def open_files() -> int:
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux")
 def test_cache_is_mapped_half_precision_and_closed(two):
-    """400 cases at `ulimit -n 1024` failed, with advice about disk space."""
+    """Once, 400 cases at `ulimit -n 1024` failed, with advice about disk space."""
     open_all(two)
     before = open_files()
     data = BrainSegmentationDataset(two, "all", SIZE, cache=two.parent / "cache")
@@ -60,8 +60,8 @@ def test_cache_is_mapped_half_precision_and_closed(two):
         assert mapped.count(f"/{name}.npy") >= 2
 
 
-def test_entries_of_before_are_read_whole_once(two, reads):
-    """They do not say the size and time of their files, nor where their source is."""
+def test_entries_of_older_versions_are_read_whole_once(two, reads):
+    """They lack the size and time of their files and the place of their source."""
     first, cache = open_all(two), two.parent / "cache"
     paths = sorted(cache.glob("*/entry.json"))
     for path in paths:
@@ -87,8 +87,8 @@ def test_a_copied_cache_is_read_whole_and_used(two, reads):
     assert same(open_all(two, cache=two.parent / "copy"), first) and reads == []
 
 
-def test_zeros_in_place_of_what_was_written(two, reads):
-    """As a power cut leaves a file: of the right size and time."""
+def test_an_entry_full_of_zeros_is_rebuilt(two, reads):
+    """A power cut may leave such a file, of the right size and time."""
     first = open_all(two)
     (path,) = two.parent.glob("cache/phantom_002-*/truth.npy")
     about = path.stat()

@@ -1,4 +1,4 @@
-"""benchmarks/campaign.py: trainings that go on where they were stopped, and what comes of them."""
+"""Test benchmarks/campaign.py: trainings that continue where they stopped, and their results."""
 
 import contextlib
 import importlib
@@ -32,7 +32,7 @@ def words_of(images: Path, out: Path, *words: str, options: list[str] = SMALL) -
 
 
 def main_of(command: list[str], file) -> int:
-    """Run the script of a command in this process; its exit status, its words in `file`."""
+    """Run the script of a command in this process, output to `file`; return its exit status."""
     k = next(k for k, word in enumerate(command) if word.endswith(".py"))
     with contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
         try:
@@ -44,13 +44,13 @@ def main_of(command: list[str], file) -> int:
     return 0
 
 
-# What train.py imports late is imported once here, and not once in every fork.
+# Import what train.py imports late once here, not once in every fork.
 for name in ("torch._dynamo", "torch.utils.tensorboard"):
     importlib.import_module(name)
 
 
 class Forked:
-    """Stands for subprocess.Popen: a fork, which has imported PyTorch already."""
+    """Replace subprocess.Popen by a fork, which has already imported PyTorch."""
 
     def __init__(self, command: list[str], stdout, **_):
         self.process = FORK.Process(target=main_of, args=(command, stdout))
@@ -64,7 +64,7 @@ def run_forked(command: list[str], **_) -> SimpleNamespace:
 
 
 def run(*arguments, **options) -> tuple[int, str, str]:
-    """A campaign in this process: exit status, stdout, stderr."""
+    """Run a campaign in this process; return exit status, stdout and stderr."""
     out, err, status = io.StringIO(), io.StringIO(), 0
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainings, "subprocess", SimpleNamespace(Popen=Forked, run=run_forked))
@@ -81,7 +81,7 @@ def run(*arguments, **options) -> tuple[int, str, str]:
 
 @pytest.fixture(scope="module")
 def whole(phantoms, tmp_path_factory) -> Path:
-    """A campaign with one change, from the search to the weights."""
+    """Run a campaign with one change, from the search to the weights; return its folder."""
     out = tmp_path_factory.mktemp("campaign")
     status, _, err = run(phantoms, out, "--only", "dice")
     assert status == 0, err
@@ -100,7 +100,7 @@ def test_a_search_compares_each_change_case_by_case(whole):
     assert models["dice"]["scores"]["dsc"]["n"] == len(set().union(*held_out))
 
 
-def test_what_ships_is_a_network_a_fold_with_a_fit(whole):
+def test_one_network_per_fold_is_shipped_with_a_fit(whole):
     files = sorted((whole / "weights").glob("unet-*.pt"))
     cards = [read_card(file) for file in files]
     assert len(files) == 5 and {card["recipe"]["fold"] for card in cards} == set(range(5))
@@ -110,13 +110,13 @@ def test_what_ships_is_a_network_a_fold_with_a_fit(whole):
     assert about["scores"]["dsc"]["n"] == len(held_out) == len(set(held_out))
 
 
-def test_what_is_done_is_not_done_again(whole, phantoms):
+def test_finished_trainings_are_not_repeated(whole, phantoms):
     weights = {path: path.stat().st_mtime_ns for path in whole.rglob("unet.pt")}
     assert run(phantoms, whole, "--stage", "search", "--only", "dice")[0] == 0
     assert {path: path.stat().st_mtime_ns for path in whole.rglob("unet.pt")} == weights
 
 
-def test_start_goes_on_from_the_network_of_the_fold(whole, phantoms, tmp_path):
+def test_start_continues_from_the_network_of_the_fold(whole, phantoms, tmp_path):
     words = "--stage", "search", "--only", "dice", "--start", whole / "weights"
     status, _, err = run(phantoms, tmp_path, *map(str, words))
     assert status == 0, err
@@ -134,13 +134,13 @@ def test_start_without_a_network_of_each_fold_is_refused(whole, phantoms, tmp_pa
     assert status == 1 and err.count("\n") == 1 and "no network of fold 1 of 5" in err
 
 
-def test_other_settings_are_not_mixed_with_those_of_before(whole, phantoms):
+def test_changed_settings_need_another_folder(whole, phantoms):
     status, _, err = run(phantoms, whole, options=[*SMALL, "--seed", "3"])
     assert status == 1 and err.count("\n") == 1 and "name another --out" in err
 
 
 def test_a_signal_stops_the_trainings_which_save(phantoms, tmp_path):
-    """Real processes, as a shell starts them."""
+    """Use real processes, as started from a shell."""
     long = [*SMALL, "--epochs", "100000"]
     words = words_of(phantoms, tmp_path, "--stage", "search", "--only", "dice", options=long)
     process = subprocess.Popen(

@@ -1,4 +1,4 @@
-"""Cohorts in the layouts that people have; labels, patients and bad cases in them."""
+"""Test cohorts in common layouts, with their labels, patients and bad cases."""
 
 import csv
 import shutil
@@ -25,7 +25,7 @@ ROLES = ("pre", "flair", "post")
 
 @dataclass(frozen=True)
 class Names:
-    """The name of the k-th case, and where the files of a case of this name lie."""
+    """Hold the name of the k-th case and the paths of the files of a case of that name."""
 
     case: str
     pre: str
@@ -38,7 +38,7 @@ class Names:
 
 
 def in_folder(case: str, stem: str, ends: str, others: str = "", **more) -> Names:
-    """`ends` are of pre-contrast, FLAIR, post-contrast and mask."""
+    """Build Names from the name ends of pre-contrast, FLAIR, post-contrast and mask."""
     files = [f"{{name}}/{stem}{end}.nii.gz" for end in ends.split()]
     return Names(case, *files, tuple(f"{{name}}/{stem}{o}.nii.gz" for o in others.split()), **more)
 
@@ -82,7 +82,7 @@ LAYOUTS = {
 
 
 def write(path: Path, voxels: np.ndarray) -> Path:
-    """A volume (S, H, W) as NIfTI, its axes to the left, the back and up."""
+    """Write a volume (S, H, W) as NIfTI, its axes to the left, the back and up."""
     path.parent.mkdir(parents=True, exist_ok=True)
     image = SimpleITK.GetImageFromArray(voxels)
     image.SetSpacing((0.9, 0.9, 5.0))
@@ -105,7 +105,7 @@ def write_case(root: Path, names: Names, name: str, volume: np.ndarray, mask: np
 
 
 def write_cohort(root: Path, names: Names) -> list[str]:
-    """Three cases to train and validate on and one, the last, to test; their names."""
+    """Write three cases to train and validate on and a last one to test; return their names."""
     every = [names.case.format(k=k) for k in range(1, 60)]
     test = next(name for name in every if subset_of(name) == "test")
     chosen = [name for name in every if subset_of(name) != "test"][:3] + [test]
@@ -133,7 +133,7 @@ def segment(images: Path, out: Path, *more: object) -> object:
 
 @pytest.fixture(autouse=True)
 def no_patients():
-    """As every command starts."""
+    """Reset the patients, as at the start of every command."""
     use_patients(None)
 
 
@@ -147,7 +147,7 @@ def test_cohort_is_trained_on_segmented_and_scored(cohort, tmp_path, capsys):
     root, names, cases = cohort
     test = root / place(names.flair, cases[-1])
     kept = test.read_bytes()
-    test.write_bytes(b"damaged")  # a bad test case never stops a training
+    test.write_bytes(b"damaged")  # a bad test case must not stop a training
     try:
         tiny_training(root / names.images, tmp_path, *names.options)
     finally:
@@ -264,7 +264,7 @@ def test_folders_of_timepoints_are_cases(tmp_path):
 
 @pytest.fixture
 def labelled(tmp_path) -> tuple[Path, np.ndarray]:
-    """Two cases with the labels 1, 2 and 4; the second lacks 4."""
+    """Write two cases with the labels 1, 2 and 4; the second lacks 4."""
     labels = np.zeros((4, 32, 32), np.uint8)
     labels[1:3, 8:20, 8:20], labels[2, 10:14, 10:14], labels[2, 14:16, 14:16] = 2, 1, 4
     for name, mask in (("c1", labels), ("c6", np.where(labels == 4, 2, labels).astype("u1"))):
@@ -275,7 +275,7 @@ def labelled(tmp_path) -> tuple[Path, np.ndarray]:
     return tmp_path / "in", labels
 
 
-def test_any_label_is_lesion_and_said_once(labelled, capsys):
+def test_any_label_is_lesion_and_reported_once(labelled, capsys):
     root, labels = labelled
     masks = [source.open().read_mask() for source in list_cases(root, labels=Labels())]
     assert np.array_equal(masks[0], labels > 0) and np.array_equal(masks[1], labels > 0)
@@ -334,7 +334,7 @@ def test_bad_cases_are_left_out_only_when_asked(tmp_path, capsys):
     }  # fmt: skip
 
 
-def test_a_full_cache_is_no_bad_case(tmp_path, monkeypatch):
+def test_a_full_cache_is_not_a_bad_case(tmp_path, monkeypatch):
     write_cohort(tmp_path / "in", BRATS)
 
     def full(*_):
@@ -378,7 +378,7 @@ def table(folder: Path, text: str) -> Path:
     return folder / "patients.csv"
 
 
-def test_a_file_says_whose_cases_they_are(tmp_path, capsys):
+def test_a_file_names_the_patient_of_each_case(tmp_path, capsys):
     cases = write_cohort(tmp_path / "in", BRATS)
     lines = "".join(f"{name},{'TCGA_CS_4942' if k < 2 else k}\n" for k, name in enumerate(cases))
     path = table(tmp_path, f"Case,Patient\n{lines}\n")
@@ -397,7 +397,7 @@ def test_each_table_of_patients_holds_for_its_run(tmp_path):
         assert subset_of(case) == "validation" and is_lgg(case)
 
 
-def test_patients_of_a_file_stand_in_the_card(tmp_path, capsys):
+def test_patients_of_a_file_are_in_the_card(tmp_path, capsys):
     cases = write_cohort(tmp_path / "in", BRATS)
     people = ["p1", "p1", "p3", "p4"]
     lines = "".join(f"{case},{person}\n" for case, person in zip(cases, people, strict=True))
@@ -425,7 +425,7 @@ def test_patients_of_a_file_stand_in_the_card(tmp_path, capsys):
         ("case,patient\na\n", "patients.csv: line 2 lacks its case or its patient"),
     ],
 )
-def test_a_file_of_patients_that_is_unsound_is_refused(tmp_path, text, reason):
+def test_a_bad_file_of_patients_is_refused(tmp_path, text, reason):
     write_cohort(tmp_path / "in", BRATS)
     with pytest.raises(SystemExit, match=reason):
         tiny_training(tmp_path / "in", tmp_path, "--patients", table(tmp_path, text))

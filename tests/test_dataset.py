@@ -1,4 +1,4 @@
-"""The slices of a subset, how they are drawn, and batches of them from any place."""
+"""Test the slices of a subset, how they are drawn, and batches from any place."""
 
 import imageio.v3 as iio
 import numpy as np
@@ -17,7 +17,7 @@ from utils import make_generator
 
 @pytest.fixture(scope="module")
 def data(phantoms) -> BrainSegmentationDataset:
-    """All 12 phantom cases of 8 slices."""
+    """Return all 12 phantom cases of 8 slices."""
     return BrainSegmentationDataset(phantoms, "all", SIZE)
 
 
@@ -33,13 +33,13 @@ def test_items(data, phantoms):
         image, label = data[3 * 8 + s]
         assert image.dtype == label.dtype == torch.float32
         assert image.shape == (3, SIZE, SIZE) and label.shape == (1, SIZE, SIZE)
-        assert set(label.unique().tolist()) <= {0.0, 1.0}, "trap 3"
+        assert set(label.unique().tolist()) <= {0.0, 1.0}, "masks are 0 or 1"
         torch.testing.assert_close(image, images[s], atol=2e-3, rtol=1e-3)  # half precision
         assert torch.equal(label[0], mask[s].float())
     assert np.array_equal(data.volumes[3].truth, truth) and data.volumes[3].frame == frame
 
 
-def test_an_item_is_always_the_same_and_the_callers_own(data):
+def test_an_item_is_always_the_same_and_a_copy(data):
     image, mask = data[20]
     before = image.clone(), mask.clone()
     image.add_(1), mask.add_(1)
@@ -98,7 +98,7 @@ def test_dataset_of_a_fold(phantoms, tmp_path):
 
 
 def test_sampling_weights_by_hand(data):
-    """A case uniformly, then a slice by its area plus a tenth of the mean area of the case."""
+    """Cases are drawn uniformly, then slices by area plus a tenth of the case's mean area."""
     weights = data.sampling_weights()
     areas = np.array([data[index][1].sum().item() for index in range(len(data))]).reshape(12, 8)
     for case in range(12):
@@ -119,7 +119,7 @@ def test_background_is_a_share_of_even_draws(data, background):
 
 
 def test_case_without_lesion_draws_its_slices_evenly(tmp_path):
-    """Trap 2: a healthy case, of another length, is used and not fatal."""
+    """A healthy case of another length is used and not fatal."""
     write_data_set(tmp_path / "images", cases=2, slices=6, size=32, no_lesion=2)
     for k in (5, 6):
         (tmp_path / f"images/phantom_001/phantom_001_{k}.tif").unlink()
@@ -131,8 +131,8 @@ def test_case_without_lesion_draws_its_slices_evenly(tmp_path):
     assert weights[:6].sum().item() == pytest.approx(0.5)
 
 
-def test_epochs_draw_anew_and_reach_nearly_every_slice(data):
-    """Trap 1: worker seeds reset every epoch; 31 % of the slices were ever seen in 100 epochs."""
+def test_epochs_draw_differently_and_reach_nearly_every_slice(data):
+    """Once, worker seeds were reset every epoch: 100 epochs saw only 31 % of the slices."""
     weights = data.sampling_weights()
 
     def epoch(number: int) -> list[int]:
@@ -185,7 +185,7 @@ def test_damaged_slice_is_refused_by_name(two):
         open_all(two)
 
 
-# Batches; no GPU is needed, as the CPU plays a device with memory of its own
+# Batches; no GPU is needed, as the CPU plays a device with its own memory
 
 DRAWN = [torch.tensor(batch) for batch in ([3, 0, 95], [7, 7], [8, 15, 16, 40])]
 
@@ -209,14 +209,14 @@ def test_every_place_gives_the_batches_of_the_data_set(data, monkeypatch, neighb
                 assert one.dtype == other.dtype and torch.equal(one, other), name
 
 
-def test_the_device_holds_what_takes_half_of_its_memory_at_most(data, monkeypatch):
+def test_the_device_holds_data_up_to_half_of_its_memory(data, monkeypatch):
     size = len(data) * SIZE * SIZE * (3 * 2 + 1)
     for free, fits in ((2 * size, True), (2 * size - 1, False), (0, False)):
         monkeypatch.setattr(dataset, "free_memory", lambda device, free=free: free)
         assert Feed(data, torch.device("cpu")).on_device == fits
 
 
-def test_threads_stop_when_nobody_reads_on(data):
+def test_threads_stop_when_reading_stops(data):
     place = Feed(data, torch.device("cpu"), workers=1)
     place.device = torch.device("meta")
     gathered, batch = [], data.batch

@@ -1,4 +1,4 @@
-"""Devices by name, threads in order, cores, half precision."""
+"""Test devices by name, ordered threads, cores and half precision."""
 
 import os
 import threading
@@ -20,7 +20,7 @@ from brainseg.segmenter import Segmenter
 from brainseg.weights import load_tensors
 
 
-def test_a_device_that_is_there():
+def test_an_available_device_is_picked():
     assert pick_device("cpu") == torch.device("cpu")
     assert pick_device(torch.device("cpu")) == torch.device("cpu")
     assert torch.zeros(1, device=pick_device()).sum() == 0
@@ -35,7 +35,7 @@ def test_cuda_without_cuda_is_an_error():
 
 
 @pytest.mark.parametrize("name", ["nonsense", "cuda:999", ""])
-def test_nonsense_is_no_device(name):
+def test_a_nonsense_device_is_refused(name):
     with pytest.raises(ValueError, match=f"{name!r} is not there"):
         pick_device(name)
 
@@ -49,7 +49,7 @@ def test_in_order_keeps_the_order(workers):
 
     def square(x: int) -> int:
         if x == 0 and workers == 3:
-            gate.wait(5)  # the first is done last
+            gate.wait(5)  # the first item finishes last
         if x == 2:
             gate.set()
         return x * x

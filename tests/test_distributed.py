@@ -1,7 +1,7 @@
-"""Two processes do what one does: the same gradients, epochs, files and messages.
+"""Test that two processes do what one does: the same gradients, epochs, files and messages.
 
-They are forked, talk through gloo, and train narrow networks on the CPU. Batch norm over several
-processes needs CUDA; where gradients are compared, the networks are therefore without it.
+They are forked, communicate through gloo, and train narrow networks on the CPU. Batch norm over
+several processes needs CUDA, so networks whose gradients are compared do not have it.
 """
 
 import functools
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch._dynamo  # by DistributedDataParallel: once here, not once in every process
+import torch._dynamo  # DistributedDataParallel needs it: import it once here, not in every process
 from conftest import in_processes
 from test_train import contents, flags, same, scalars
 from torch import nn
@@ -50,7 +50,7 @@ def no_batch_norm(monkeypatch):
         model = build(*arguments, **settings)
         torch.manual_seed(0)
         for module in list(model.modules()):
-            if isinstance(module, nn.Conv2d):  # or, without the norm, the signal fades away
+            if isinstance(module, nn.Conv2d):  # otherwise the signal fades without the norm
                 nn.init.kaiming_normal_(module.weight)
             for name, child in module.named_children():
                 if isinstance(child, nn.BatchNorm2d):
@@ -63,7 +63,7 @@ def no_batch_norm(monkeypatch):
 # The pieces
 
 
-def test_items_shared_and_gathered_are_in_their_old_order():
+def test_gathering_shards_restores_the_order():
     def work():
         return [shard(list(range(n))) for n in range(6)], [
             gather(shard(list(range(n)))) for n in range(6)
@@ -83,7 +83,7 @@ def test_a_process_without_a_slice_gets_the_first_as_a_stand_in():
 
 
 @pytest.mark.parametrize("number", [0, 1])
-def test_an_error_of_one_rank_ends_all_and_is_said_once(number, capfd):
+def test_an_error_of_one_rank_ends_all_and_is_reported_once(number, capfd):
     def work():
         with local_rank_zero_first():
             if distributed.rank() == number:
@@ -121,7 +121,7 @@ def test_one_device_cannot_be_named_for_all(capfd):
 
 
 def gradients(phantoms, indices, loss="dice"):
-    """Of one training step on a batch, in this process or divided over all."""
+    """Compute those of one training step on a batch, in this process or shared among all."""
 
     def work():
         dataset = BrainSegmentationDataset(phantoms, "all", 32, workers=1)
@@ -150,7 +150,7 @@ def assert_equal_gradients(expected, results, tolerance=1e-4):
 @pytest.mark.parametrize("indices", [INDICES, INDICES[:1]], ids=["uneven", "one slice"])
 @pytest.mark.parametrize("loss", LOSSES)
 def test_two_processes_have_the_gradient_of_one(phantoms, no_batch_norm, loss, indices):
-    """Of the whole batch, augmented alike, though each loss is a ratio of sums over it."""
+    """The gradient is that of the whole batch, though each loss is a ratio of sums over it."""
     work = gradients(phantoms, indices, loss)
     assert_equal_gradients(work(), in_processes(2, in_group(work)))
 
@@ -159,7 +159,7 @@ def test_two_processes_have_the_gradient_of_one(phantoms, no_batch_norm, loss, i
 
 
 def trained(phantoms: Path, out: Path, *more: object, processes: int = 2) -> list:
-    """How each process ended, None for well; the weights are in `out`."""
+    """Train into `out`; return how each process ended, None if well."""
     return in_processes(processes, lambda: train.main(flags(phantoms, out, *more)))
 
 
@@ -170,7 +170,7 @@ def sentences(ends: list) -> list[object]:
 
 @pytest.fixture(scope="module")
 def pair(phantoms, tmp_path_factory) -> Path:
-    """Two epochs by two processes, with pictures, drawn from masks of both."""
+    """Train two epochs in two processes, with pictures drawn from the masks of both."""
     out = tmp_path_factory.mktemp("pair")
     more = "--epochs", 2, "--vis-freq", 2, "--ema", 0.9, "--folds", 3, "--fold", 0
     assert trained(phantoms, out, *more) == [None, None]
@@ -204,7 +204,7 @@ def close(a: Path, b: Path) -> bool:
 
 
 def test_an_epoch_is_the_same_for_any_number_of_processes(phantoms, tmp_path, no_batch_norm):
-    """Of 64 slices in steps of 7: the last step has one slice, for two processes."""
+    """With 64 slices in steps of 7, the last step has one slice for two processes."""
     more = "--no-amp", "--batch-size", 7, "--lr", 1e-4, "--epochs", 2
     train.main(flags(phantoms, tmp_path / "one", *more))
     assert trained(phantoms, tmp_path / "two", *more) == [None, None]
@@ -215,7 +215,7 @@ def test_an_epoch_is_the_same_for_any_number_of_processes(phantoms, tmp_path, no
 
 
 def send_signal(monkeypatch, step: int, number: int, to: int) -> None:
-    """Have one process send itself a signal in the middle of a step."""
+    """Make one process send itself a signal in the middle of a step."""
     original, done = train.train_step, []
 
     def train_step(*batch, **options):
@@ -231,7 +231,7 @@ def send_signal(monkeypatch, step: int, number: int, to: int) -> None:
 def test_a_run_goes_on_with_another_number_of_processes(
     phantoms, tmp_path, monkeypatch, no_batch_norm, counts
 ):
-    """One process gets the signal; all stop after the same step, and others go on from there."""
+    """One process gets the signal; all stop after the same step, and others resume there."""
     more = "--no-amp", "--epochs", 2, "--lr", 1e-4
     train.main(flags(phantoms, tmp_path / "whole", *more))
     first, then = counts
@@ -250,13 +250,13 @@ def test_a_run_goes_on_with_another_number_of_processes(
 
 
 def said_once(capfd, ends: list) -> str:
-    """The one sentence on stderr of a run that has failed on every rank."""
+    """Return the one sentence on stderr of a run that has failed on every rank."""
     assert ends[0] == "ended" and not any(isinstance(end, BaseException) for end in ends)
     (line,) = [x for x in capfd.readouterr().err.splitlines() if x.startswith("error: ")]
     return line
 
 
-def test_a_nan_loss_stops_all_and_is_said_once(phantoms, tmp_path, monkeypatch, capfd):
+def test_a_nan_loss_stops_all_and_is_reported_once(phantoms, tmp_path, monkeypatch, capfd):
     assert trained(phantoms, tmp_path) == [None, None]
     before = contents(tmp_path / "weights")
     dice = LOSSES["dice"]
@@ -275,7 +275,7 @@ def test_a_nan_loss_stops_all_and_is_said_once(phantoms, tmp_path, monkeypatch, 
 def test_a_process_that_dies_ends_the_other_with_a_sentence(
     phantoms, tmp_path, monkeypatch, capfd, lost
 ):
-    """Even where there is no torchrun to end it."""
+    """This holds even without torchrun to end it."""
     assert trained(phantoms, tmp_path) == [None, None]
     before = contents(tmp_path / "weights")
     capfd.readouterr()
@@ -288,7 +288,7 @@ def test_a_process_that_dies_ends_the_other_with_a_sentence(
     load_state(tmp_path / "weights" / "unet.pt")
 
 
-def test_bad_input_is_said_once(phantoms, tmp_path, capfd):
+def test_bad_input_is_reported_once(phantoms, tmp_path, capfd):
     line = said_once(capfd, trained(tmp_path / "nowhere", tmp_path))
     assert line.startswith(f"error: {tmp_path / 'nowhere'}: no such folder")
     line = said_once(capfd, trained(phantoms, tmp_path, "--batch-size", 1))
@@ -297,7 +297,7 @@ def test_bad_input_is_said_once(phantoms, tmp_path, capfd):
     assert capfd.readouterr().err.count("--epochs: must be at least 1") == 1
 
 
-def test_a_full_disk_is_said_once(phantoms, tmp_path, monkeypatch, capfd):
+def test_a_full_disk_is_reported_once(phantoms, tmp_path, monkeypatch, capfd):
     def full_disk(state, path):
         raise OSError(28, "No space left on device")
 

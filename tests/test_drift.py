@@ -1,8 +1,8 @@
-"""Shipped weights give today what they gave when they were shipped.
+"""Test that shipped weights give the same output as when they were shipped.
 
-tests/pairs holds, for each of them, a raw volume and what came out of it then: the lesion
-probabilities in its geometry, and the mask. `PYTHONPATH=. python3 tests/test_drift.py` writes the
-pairs of new weights, and removes those of weights that are gone.
+tests/pairs holds, for each of them, a raw volume and its output then: the lesion probabilities in
+its geometry, and the mask. `PYTHONPATH=. python3 tests/test_drift.py` writes the pairs of new
+weights and removes those of deleted weights.
 """
 
 from pathlib import Path
@@ -20,7 +20,7 @@ WEIGHTS = shipped_files()
 
 
 def outputs(weights: Path, volume: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Probabilities (S, H, W) and mask (S, H, W), in float32 on the CPU."""
+    """Compute probabilities (S, H, W) and mask (S, H, W), in float32 on the CPU."""
     segmenter = Segmenter.from_weights(weights, device="cpu", amp=False, min_volume=0)
     images, frame = segmenter.preprocess(volume)
     probabilities = segmenter.assess(segmenter.probabilities(images), frame).probabilities
@@ -35,7 +35,7 @@ def test_the_same_as_when_they_were_shipped(weights):
     assert pair["mask"].any() and dsc(mask, pair["mask"]) > 0.99
 
 
-def test_every_pair_is_of_weights_that_are_there():
+def test_the_pairs_are_those_of_the_shipped_weights():
     assert {path.stem for path in PAIRS.glob("*.npz")} == {path.stem for path in WEIGHTS}
 
 

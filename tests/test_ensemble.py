@@ -1,4 +1,4 @@
-"""Several networks as one, and the DSC that is expected of a mask."""
+"""Test several networks as one, and the expected DSC of a mask."""
 
 import json
 import shutil
@@ -34,7 +34,7 @@ NAMES = [f"phantom_{k:03d}" for k in range(12)]
 
 
 def write_member(path: Path, seed: int, trained_on=(), **card) -> Path:
-    """A narrow random network, and its card."""
+    """Write a narrow random network and its card."""
     torch.manual_seed(seed)
     model = UNet(card.pop("in_channels", 3), init_features=card.pop("features", 4))
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -46,7 +46,7 @@ def write_member(path: Path, seed: int, trained_on=(), **card) -> Path:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Three networks that disagree; each was trained on four of the twelve phantoms."""
+    """Write three networks that disagree, each trained on four of the twelve phantoms."""
     folder = tmp_path_factory.mktemp("weights") / "unet-folds"
     for k in range(3):
         write_member(folder / f"fold{k}.pt", k, NAMES[4 * k : 4 * k + 4])
@@ -123,7 +123,7 @@ def test_members_that_disagree_are_refused(folder, tmp_path, card, said):
     assert str(other) in str(error.value)
 
 
-def test_a_stranger_in_the_folder_is_refused(phantoms, folder, tmp_path):
+def test_a_foreign_file_in_the_folder_is_refused(phantoms, folder, tmp_path):
     copy = shutil.copytree(folder, tmp_path / "folds")
     for name, content, said in [
         ("x.pt", b"<html>", "is not a file of weights|is not a file of weights"),
@@ -157,7 +157,7 @@ def test_small_components_are_dropped(folder, volume):
     assert not opened(folder, threshold=0.3, min_volume=10**6)(volume).any()
 
 
-def test_the_least_volume_of_the_fit_is_the_default(tmp_path, volume):
+def test_the_minimum_volume_of_the_fit_is_the_default(tmp_path, volume):
     file = write_member(tmp_path / "a.pt", 0, expected_dsc={"min_volume": 10**6})
     assert opened(file).min_volume == 10**6
     assert opened(file, min_volume=None, threshold=0.3).min_volume == 10**6
@@ -208,7 +208,7 @@ def test_every_member_is_exported_with_its_card(folder, tmp_path):
 
 
 def masks_of(cases: int, seed: int = 0) -> tuple[list[dict], list[float]]:
-    """Features of masks whose DSC follows the certainty of the map, give or take 0.03."""
+    """Return features and DSC of masks whose DSC follows the certainty of the map within 0.03."""
     rng, features, dsc = np.random.default_rng(seed), [], []
     for _ in range(cases):
         certain = rng.uniform(0.5, 1)
@@ -231,7 +231,7 @@ def test_quality_by_hand():
 
 def test_a_fit_predicts_cases_it_has_not_seen():
     fit = fit_expected_dsc(*masks_of(40))
-    fit = json.loads(json.dumps(fit))  # as a card holds it
+    fit = json.loads(json.dumps(fit))  # as stored in a card
     inside, errors = [], []
     for features, dsc in zip(*masks_of(40, seed=1), strict=True):
         value, low, high = expected_dsc(features, fit)
@@ -256,7 +256,7 @@ def test_no_fit_an_empty_mask_or_too_few_cases():
     assert fit_expected_dsc([*features, empty], [*dsc, 0.0])["empty"] == 1
     with pytest.raises(ValueError, match=r"^19 case\(s\) with a mask, and 20 are needed"):
         fit_expected_dsc([*features[:19], empty], [*dsc[:19], 0.0])
-    same = fit_expected_dsc([features[0]] * 20, dsc)  # nothing to tell them apart by
+    same = fit_expected_dsc([features[0]] * 20, dsc)  # identical features
     assert expected_dsc(features[0], same)[0] == pytest.approx(np.mean(dsc), abs=0.05)
 
 
@@ -281,7 +281,7 @@ def test_one_missed_lesion_does_not_bend_the_fit():
 def test_fitting_writes_the_cards(phantoms, folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(ensemble, "LEAST_CASES", 12)
     copy = shutil.copytree(folder, tmp_path / "folds")
-    for k in range(3):  # each scores the cases that it has not seen
+    for k in range(3):  # each scores the cases it has not seen
         others = [name for name in NAMES if name not in NAMES[4 * k : 4 * k + 4]]
         make_weights(copy / f"fold{k}.pt", trained_on=others)
     words = "--images", phantoms, "--subset", "all", "--weights", copy, "--out", tmp_path / "out"
@@ -298,7 +298,7 @@ def test_fitting_writes_the_cards(phantoms, folder, tmp_path, capsys, monkeypatc
     assert made.expected and made.mask.any() and made.expected[0] < 0.7 and made.warnings
 
 
-def test_fitting_is_refused_where_it_means_nothing(phantoms, folder, tmp_path):
+def test_fitting_is_refused_when_it_is_meaningless(phantoms, folder, tmp_path):
     words = ["--images", phantoms, "--subset", "all", "--out", tmp_path, "--fit-expected-dsc"]
     bare = shutil.copy(folder / "fold0.pt", tmp_path / "bare.pt")
     for models, said in [

@@ -1,4 +1,4 @@
-"""evaluate.py: the same cases for every model, scores as inference.py's, folds, the report."""
+"""Test evaluate.py: equal cases for all models, inference.py's scores, folds, the report."""
 
 import csv
 import json
@@ -30,7 +30,7 @@ NAMES = [f"phantom_{k:03d}" for k in range(12)]
 
 
 def run(images: Path, out: Path, *more: object) -> dict:
-    """Evaluate to the end; the summary that was written."""
+    """Run an evaluation to the end; return the summary it wrote."""
     words = ["--images", images, "--out", out, "--device", "cpu", *more]
     evaluate.main([str(word) for word in words])
     return json.loads((out / "summary.json").read_text())
@@ -50,7 +50,7 @@ def scores(out: Path) -> list[dict]:
 
 
 def blank_weights(path: Path, trained_on: list[str]) -> Path:
-    """A network that finds nothing anywhere, and its card."""
+    """Write a network that finds nothing anywhere, and its card."""
     model = UNet(init_features=4)
     with torch.no_grad():
         model.conv.weight.zero_()
@@ -69,7 +69,7 @@ def weights(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def done(phantoms, weights, tmp_path_factory) -> Path:
-    """Two models and the report; phantom_001 and _002 were trained on."""
+    """Evaluate two models, with the report; phantom_001 and _002 were trained on."""
     out = tmp_path_factory.mktemp("evaluation")
     blank = blank_weights(weights.with_name("blank.pt"), [])
     models, handler = (f"narrow={weights}", f"blank={blank}"), signal.getsignal(signal.SIGTERM)
@@ -94,7 +94,7 @@ def test_scores_are_those_of_inference(phantoms, weights, done, tmp_path):
     assert any(float(row["dsc"]) > 0.1 for row in ours), "so that it means something"
 
 
-def test_cases_that_one_model_has_seen_count_for_none(done):
+def test_cases_seen_by_one_model_are_left_out_for_all(done):
     summary = json.loads((done / "summary.json").read_text())
     assert summary["left out"] == TRAINED_ON
     assert [about["scores"]["dsc"]["n"] for about in summary["models"].values()] == [10, 10]
@@ -139,7 +139,7 @@ def test_fingerprint_is_of_the_voxels(phantoms, weights, tmp_path):
 
 
 def test_each_case_is_scored_by_the_fold_that_left_it_out(phantoms, tmp_path):
-    """One fold finds something, the other nothing: it shows which of them was asked."""
+    """One fold finds something, the other nothing, so the result shows which one was used."""
     for fold in "01":
         (tmp_path / "cv" / fold).mkdir(parents=True)
     make_weights(tmp_path / "cv" / "0" / "unet.pt", trained_on=NAMES[6:])
@@ -159,7 +159,7 @@ def test_a_fold_without_a_card_is_refused(phantoms, tmp_path, weights):
 
 
 def test_patients_unseen_by_all_folds_get_the_ensemble(phantoms, tmp_path):
-    """Its scores are those of inference.py with the folder."""
+    """The scores are those of inference.py with the folder."""
     (tmp_path / "cv").mkdir()
     make_weights(tmp_path / "cv" / "a.pt", trained_on=NAMES[8:])
     blank_weights(tmp_path / "cv" / "b.pt", NAMES[6:8])
@@ -176,14 +176,14 @@ def test_patients_unseen_by_all_folds_get_the_ensemble(phantoms, tmp_path):
     assert [row["trained_on"] for row in theirs] == ["0", "0", "1", "1"]
 
 
-def test_a_single_file_without_a_card_is_used_and_said(phantoms, weights, tmp_path, capsys):
+def test_a_single_file_without_a_card_is_used_and_reported(phantoms, weights, tmp_path, capsys):
     bare = shutil.copy(weights, tmp_path / "bare.pt")
     options = "--cases", *TRAINED_ON, "--subset", "all", "--image-size", 32, "--weights", bare
     assert run(phantoms, tmp_path / "out", *options)["left out"] == []
     assert f"{bare}: no card says what it was trained on" in capsys.readouterr().err
 
 
-def test_hidden_files_are_no_folds(phantoms, tmp_path):
+def test_hidden_files_are_not_folds(phantoms, tmp_path):
     (tmp_path / "cv" / "0").mkdir(parents=True)
     blank_weights(tmp_path / "cv" / "0" / "unet.pt", NAMES[6:])
     (tmp_path / "cv" / "0" / ".unet-x.pt").write_bytes(b"half a file")
@@ -214,7 +214,7 @@ def test_missing_file_is_named_as_it_was_given(phantoms, tmp_path):
 
 @pytest.fixture
 def table(phantoms, weights, tmp_path) -> Path:
-    """metrics.csv of four cases, one of them trained on."""
+    """Write metrics.csv of four cases, one of them trained on."""
     words = ["--images", phantoms, "--weights", weights, "--predictions", tmp_path / "p"]
     words += ["--figure", tmp_path / "dsc.png", "--device", "cpu", "--cases", *NAMES[2:6]]
     inference.main([str(word) for word in words])
@@ -231,7 +231,7 @@ def test_a_table_of_scores_is_a_model(phantoms, weights, table, tmp_path):
 
 
 def test_a_table_of_other_data_is_refused_by_name(phantoms, weights, table, tmp_path):
-    """The same names are not the same cases."""
+    """Cases of the same name may still differ."""
     lines = table.read_text().splitlines()
     column = lines[0].split(",").index("lesion_voxels")
     cells = lines[3].split(",")
@@ -263,7 +263,7 @@ def test_a_table_of_other_cases_is_refused_by_name(phantoms, weights, table, tmp
     assert str(table) in message and "no score of phantom_000" in message
 
 
-def test_a_file_that_is_no_table_is_refused(phantoms, tmp_path):
+def test_a_file_that_is_not_a_table_is_refused(phantoms, tmp_path):
     for content in (b"", b"case,dsc\na,1\n", b"\xff\xfe\0" * 9, b"case,trained_on\n"):
         (tmp_path / "metrics.csv").write_bytes(content)
         message = refused(phantoms, tmp_path / "out", "--weights", tmp_path / "metrics.csv")
@@ -284,7 +284,7 @@ def test_volume_files_are_scored_in_millimetres(pair_of_scans, weights, tmp_path
 
 @pytest.fixture
 def pair_of_scans(tmp_path) -> Path:
-    """Two NIfTI files with masks, of voxels that are 5 mm high."""
+    """Write two NIfTI files with masks, with voxels 5 mm high."""
     (tmp_path / "scans").mkdir()
     for seed in (1, 2):
         volume, truth = make_volume(seed, 6, 48)
@@ -299,7 +299,7 @@ def pair_of_scans(tmp_path) -> Path:
 
 
 def made_up(values: dict[str, list[float]], **columns: list) -> dict[str, list[dict]]:
-    """Rows a model with these DSCs; of other columns, a value a case."""
+    """Make the rows of each model from its DSCs, and other columns from one value per case."""
     blank = dict.fromkeys(("iou", "precision", "recall", "hd95_px", "assd_px"), 0.0)
     blank |= dict.fromkeys(("volume_error", "lesion_recall", "lesion_precision"), 0.0)
     return {
@@ -347,12 +347,12 @@ def test_groups_divide_the_cases():
     assert [about["dsc"]["mean"] for about in sizes.values()] == pytest.approx([0.2, 0.4, 0.7])
 
 
-def test_what_does_not_divide_the_cases_is_no_group():
+def test_a_single_value_makes_no_groups():
     assert "hospital" not in compare(made_up({"a": [0.1, 0.2, 0.3]}))["a"]["groups"]
 
 
 def test_intervals_are_over_patients():
-    """Ten scans of two patients are no ten independent values."""
+    """Ten scans of two patients are not ten independent values."""
     values, patients = [0.9] * 5 + [0.1] * 5, ["p"] * 5 + ["q"] * 5
     rows = made_up({"a": values}, patient=patients)
     assert compare(rows)["a"]["scores"]["dsc"] == summarise(values, patients)
@@ -427,8 +427,8 @@ def test_pictures(done):
     assert gallery.shape[1] > 900 and len(np.unique(gallery)) > 50
 
 
-def test_nothing_predicted_is_as_far_as_the_diagonal(done):
-    """Trap 2: once there was no distance then, and the mean left these cases out."""
+def test_an_empty_prediction_is_as_far_as_the_diagonal(done):
+    """Once, such cases had no distance, and the mean left them out."""
     text = (done / "summary.json").read_text()
     blank = json.loads(text)["models"]["blank"]
     n = blank["scores"]["dsc"]["n"]

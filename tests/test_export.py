@@ -1,4 +1,4 @@
-"""Exported weights: small, named by their hash, with a card, and segmenting as before."""
+"""Test exported weights: small, named by their hash, with a card, and segmenting as before."""
 
 import json
 from pathlib import Path
@@ -24,7 +24,7 @@ def trained(tmp_path):
 
 
 def written(folder: Path, rows: str, weights: Path) -> Path:
-    """A table as inference.py leaves it, with what it was made with."""
+    """Write a table as inference.py does, with the record of how it was made."""
     about = {"weights": {str(weights): file_hash(weights)}}
     (folder / "args.json").write_text(json.dumps(about))
     (folder / "metrics.csv").write_text(rows)
@@ -86,7 +86,7 @@ def test_scores_of_other_weights_are_refused(trained, tmp_path):
         exported(tmp_path, "--weights", trained, "--metrics", metrics)
 
 
-def test_lies_beside_the_weights_unless_told_otherwise(trained):
+def test_written_beside_the_weights_by_default(trained):
     export.main(["--weights", str(trained)])
     (path,) = trained.parent.glob("unet-*.pt")
     assert path.name == f"unet-{file_hash(path)[:8]}.pt"

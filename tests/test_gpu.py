@@ -1,4 +1,4 @@
-"""benchmarks/gpu.py at its smallest, on the CPU."""
+"""Test benchmarks/gpu.py at its smallest, on the CPU."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""torch.hub: the entries, from this repository and from anywhere else."""
+"""Test the torch.hub entries, from this repository and from anywhere else."""
 
 import hashlib
 import json
@@ -24,7 +24,7 @@ def load(entry: str, **settings):
 
 @pytest.fixture
 def own_weights(tmp_path, monkeypatch) -> Path:
-    """Narrow weights in place of those that come with the project: (3, 1, 4), 32 x 32."""
+    """Replace the shipped weights by narrow ones: (3, 1, 4), 32 x 32."""
     torch.manual_seed(0)
     model = UNet(init_features=4)
     torch.save(model.state_dict(), tmp_path / "new.pt")
@@ -37,7 +37,7 @@ def own_weights(tmp_path, monkeypatch) -> Path:
 
 
 def test_only_the_entries_are_listed_and_explained(monkeypatch):
-    # `list` and `help` know no local source: stand in for the download only.
+    # `list` and `help` do not support a local source: replace only the download.
     monkeypatch.setattr(torch.hub, "_get_cache_or_reload", lambda *_, **__: str(ROOT))
     assert sorted(torch.hub.list("owner/repository")) == ["resnext_unet", "segmenter", "unet"]
     for entry, words in {"unet": "pretrained", "segmenter": "boolean mask"}.items():
@@ -62,8 +62,8 @@ STRANGERS = sorted(
 )
 ORDERS = ["ours", "strangers ours", "ours strangers", "second ours", "ours second"]
 # Somebody's program: `ours` loads both entries, `strangers` modules of that program, `second`
-# another hub repository. Each takes its own, in whatever order they come. Every order has a
-# process of its own, forked before any of them is loaded, so that PyTorch is imported only once.
+# another hub repository. Each must get its own modules, whatever the order. Every order runs in a
+# separate process, forked before any of them is loaded, so PyTorch is imported only once.
 PROGRAM = f"""
 import importlib, os, pickle, sys, traceback
 import numpy as np, torch, torch.hub, scipy.ndimage
@@ -106,7 +106,7 @@ for order in {ORDERS}:
 """
 
 
-def test_beside_strangers_of_the_same_names(tmp_path):
+def test_loads_beside_other_modules_of_the_same_names(tmp_path):
     for name in STRANGERS:
         (tmp_path / f"{name}.py").write_text("OWN = True\n")
     repository = tmp_path / "second"

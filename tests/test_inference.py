@@ -1,4 +1,4 @@
-"""inference.py from end to end: every file it writes, custom data, going on, and what is wrong."""
+"""Test inference.py end to end: the files it writes, custom data, resuming, and bad input."""
 
 import csv
 import functools
@@ -36,7 +36,7 @@ def weights(tmp_path_factory) -> Path:
 
 
 def infer(images: Path, out: Path, weights: Path, *more: object) -> str | int:
-    """Run to the end; the exit status, or the sentence that goes to stderr with status 1."""
+    """Run to the end; return the exit status, or the sentence for stderr with status 1."""
     base = {
         "--images": images, "--weights": weights, "--predictions": out / "predictions",
         "--figure": out / "dsc.png", "--device": "cpu",
@@ -57,7 +57,7 @@ def refused(*arguments: object) -> str:
 
 
 def one_sentence(capsys) -> str:
-    """What a run has said on stderr, which is one line."""
+    """Return the one line that a run wrote on stderr."""
     (line,) = capsys.readouterr().err.strip().splitlines()
     return line
 
@@ -76,14 +76,14 @@ def table(out: Path) -> list[dict]:
 
 
 def read_masks(out: Path, name: str) -> np.ndarray:
-    """The masks (S, H, W) written for a case, by slice number."""
+    """Read the masks (S, H, W) written for a case, by slice number."""
     paths = (out / "predictions" / name).glob(f"{name}_*_mask.tif")
     paths = sorted(paths, key=lambda path: int(path.stem.split("_")[-2]))
     return np.stack([tifffile.imread(path) for path in paths])
 
 
 def write_case(folder: Path, volume: np.ndarray, suffix: str = ".tif") -> Path:
-    """A case without masks, its slices numbered from 3 and named after nothing in particular."""
+    """Write a case without masks, with an arbitrary name and slices numbered from 3."""
     folder.mkdir(parents=True)
     channels_last = {"photometric": "minisblack", "planarconfig": "contig"}
     for k, image in enumerate(volume, start=3):
@@ -102,13 +102,13 @@ def subset_copy(phantoms: Path, folder: Path, *names: str) -> Path:
 
 
 def damage(path: Path, length: int = 200) -> None:
-    """Cut a file short, as a broken download does."""
+    """Truncate a file, as a broken download does."""
     path.write_bytes(path.read_bytes()[:length])
 
 
 @pytest.fixture(scope="module")
 def done(phantoms, weights, tmp_path_factory) -> tuple[Path, str]:
-    """All cases segmented, and what was printed."""
+    """Segment all cases; return the folder and what was printed."""
     out, said, before = tmp_path_factory.mktemp("done"), io.StringIO(), digest(phantoms)
     with redirect_stdout(said):
         assert infer(phantoms, out, weights) == 0
@@ -260,7 +260,7 @@ def test_command_line_from_another_folder(phantoms, weights, tmp_path):
     assert (tmp_path / "dsc.png").is_file()
 
 
-# Going on
+# Resuming
 
 
 def test_finished_cases_are_skipped_and_still_scored(phantoms, weights, tmp_path, monkeypatch):
@@ -285,14 +285,14 @@ def test_finished_cases_are_skipped_and_still_scored(phantoms, weights, tmp_path
     assert infer(*again) == 0
     assert len(segmented) == 1, "a folder that is not whole is made anew"
     assert contents(folder) == first
-    for length in (0, 100, 200, 4000):  # each ends in another error of the image libraries
+    for length in (0, 100, 200, 4000):  # each causes a different error in the image libraries
         damage(folder / names[1] / f"{names[1]}_1_mask.tif", length)
         assert infer(*again) == 0
         assert contents(folder) == first
 
 
-def test_masks_of_sources_that_have_changed_are_made_anew(phantoms, weights, tmp_path, capsys):
-    """Trap 15: the mask of an image that had changed since was kept."""
+def test_masks_of_changed_sources_are_made_again(phantoms, weights, tmp_path, capsys):
+    """Once, the mask of an image that had changed since was kept."""
     names = "phantom_003", "phantom_004"
     images = subset_copy(phantoms, tmp_path / "in", *names)
     again = images, tmp_path, weights, "--skip-existing"
@@ -318,7 +318,7 @@ def test_masks_of_other_weights_or_settings_are_not_kept(phantoms, weights, tmp_
     assert f"made with weights {weights}; leave" in refused(phantoms, tmp_path, other, *again)
     assert contents(tmp_path / "predictions") == before
 
-    # Nor those that are left of others when a run by these was stopped before it came to them.
+    # Nor masks of other weights that remain when a run with these was stopped before them.
     assert infer(phantoms, tmp_path, other, "--cases", "phantom_004") == 0
     (place,) = (tmp_path / "predictions" / "phantom_003").glob("phantom_003_3_mask.tif")
     old = place.stat().st_mtime_ns
@@ -327,7 +327,7 @@ def test_masks_of_other_weights_or_settings_are_not_kept(phantoms, weights, tmp_
     assert place.stat().st_mtime_ns > old
 
 
-def test_a_figure_that_cannot_be_written_is_known_at_once(phantoms, weights, tmp_path):
+def test_an_unwritable_figure_is_refused_at_once(phantoms, weights, tmp_path):
     (tmp_path / "file").touch()
     figure = "--figure", tmp_path / "file" / "dsc.png"
     assert str(tmp_path / "file") in refused(phantoms, tmp_path, weights, *figure)
@@ -357,7 +357,7 @@ def test_running_again_replaces_what_was_there(phantoms, weights, tmp_path):
 
 
 def test_sources_are_never_overwritten(phantoms, weights, tmp_path):
-    """Predictions beside or over the images would take the place of slices and masks."""
+    """Predictions written beside or over the images would replace slices and masks."""
     shutil.copytree(phantoms, tmp_path / "images")
     before = contents(tmp_path / "images")
     for images in (tmp_path / "images", tmp_path / "images" / "phantom_003"):
@@ -366,8 +366,8 @@ def test_sources_are_never_overwritten(phantoms, weights, tmp_path):
     assert contents(tmp_path / "images") == before
 
 
-def test_predictions_are_no_cases(phantoms, weights, tmp_path):
-    """Their masks would pass for true ones, their pictures and maps for scans."""
+def test_predictions_are_not_cases(phantoms, weights, tmp_path):
+    """Their masks would be taken for true ones, their pictures and maps for scans."""
     images = subset_copy(phantoms, tmp_path / "images", "phantom_003")
     assert infer(images, images, weights, "--probabilities") == 0
     assert [source.name for source in list_cases(images)] == ["phantom_003"]
@@ -401,7 +401,7 @@ def test_an_unsound_case_does_not_stop_the_others(phantoms, weights, tmp_path, c
 # From a notebook
 
 
-def test_in_a_thread_or_not_it_leaves_nothing_behind(phantoms, weights, tmp_path):
+def test_a_run_in_a_thread_or_not_leaves_nothing_behind(phantoms, weights, tmp_path):
     def traces() -> list:
         umask = os.umask(0o022)
         os.umask(umask)
@@ -426,7 +426,7 @@ def test_in_a_thread_or_not_it_leaves_nothing_behind(phantoms, weights, tmp_path
 
 
 def shared(count: int, images: Path, out: Path, weights: Path, *more: object) -> list[str | int]:
-    """How each of the processes ends: its exit status, or its sentence."""
+    """Run in several processes; return the exit status or sentence of each."""
     return in_processes(count, lambda: infer(images, out, weights, *more))
 
 
@@ -469,7 +469,7 @@ def test_a_damaged_case_in_one_process_is_named_by_it(phantoms, weights, tmp_pat
     assert "1 of 2 cases segmented" in out and err.count("phantom_004_5.tif: ") == 1
 
 
-def test_what_stops_all_processes_is_said_once(phantoms, weights, tmp_path, capfd):
+def test_an_error_in_all_processes_is_reported_once(phantoms, weights, tmp_path, capfd):
     assert shared(2, phantoms, tmp_path, tmp_path / "none.pt")[0] == "ended"
     assert capfd.readouterr().err.count("none.pt: no such file") == 1
     assert shared(2, phantoms, tmp_path, weights, "--batch-size=0") == [2, 2]
@@ -541,7 +541,7 @@ def test_a_volume_of_another_kind_is_one_sentence(weights, tmp_path, capsys, vol
     assert not (tmp_path / "predictions" / "odd").exists()
 
 
-def test_names_that_are_not_there_are_refused(phantoms, weights, tmp_path):
+def test_unknown_names_are_refused(phantoms, weights, tmp_path):
     run = tmp_path, weights
     assert "no case 'x'" in refused(phantoms, *run, "--cases", "phantom_003", "x")
     assert "no case 'x'" in refused(phantoms / "phantom_003", *run, "--cases", "x")
@@ -627,7 +627,7 @@ def test_image_size_and_device_are_checked(phantoms, weights, tmp_path):
         assert "'cuda' is not there" in refused(phantoms, tmp_path, weights, "--device", "cuda")
 
 
-def test_neighbours_travel_in_the_card(phantoms, tmp_path, capsys):
+def test_neighbours_are_read_from_the_card(phantoms, tmp_path, capsys):
     import train
 
     options = ["--features", "4", "--image-size", "32", "--epochs", "1", "--neighbours", "1"]
@@ -635,7 +635,7 @@ def test_neighbours_travel_in_the_card(phantoms, tmp_path, capsys):
     train.main(["--images", str(phantoms), *options, "--logs", str(tmp_path / "logs")])
     only = "--cases", "phantom_003"
     assert infer(phantoms, tmp_path, tmp_path / "unet.pt", *only) == 0
-    (tmp_path / "unet.json").unlink()  # then nothing says that 9 channels are 3 slices
+    (tmp_path / "unet.json").unlink()  # without it, nothing says that 9 channels are 3 slices
     capsys.readouterr()
     assert infer(phantoms, tmp_path, tmp_path / "unet.pt", *only, "--image-size", 32) == 1
     first, second = capsys.readouterr().err.strip().splitlines()
@@ -644,7 +644,7 @@ def test_neighbours_travel_in_the_card(phantoms, tmp_path, capsys):
 
 
 def test_the_second_network_trains_and_segments_by_name(phantoms, tmp_path, monkeypatch):
-    """With one block a layer in place of sixteen in all, of which saving takes longest."""
+    """Use one block per layer instead of sixteen in all, as saving those takes longest."""
     import train
     from brainseg import resnext_unet
 
@@ -659,7 +659,7 @@ def test_the_second_network_trains_and_segments_by_name(phantoms, tmp_path, monk
 
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
-    """Batches go on from one case to the next, as they do where a GPU waits for them."""
+    """Make batches continue from one case to the next, as on a GPU."""
     made = Segmenter.__init__
 
     def init(self, *args, **options):
@@ -669,9 +669,7 @@ def as_on_a_gpu(monkeypatch):
     monkeypatch.setattr(Segmenter, "__init__", init)
 
 
-def test_batches_go_on_from_case_to_case(
-    phantoms, weights, done, tmp_path, monkeypatch, as_on_a_gpu
-):
+def test_batches_span_several_cases(phantoms, weights, done, tmp_path, monkeypatch, as_on_a_gpu):
     forward, sizes = Segmenter._network, []
     monkeypatch.setattr(
         Segmenter, "_network", lambda self, batch: sizes.append(len(batch)) or forward(self, batch)
@@ -688,7 +686,7 @@ def test_batches_go_on_from_case_to_case(
         )
 
 
-def test_memory_that_runs_out_between_cases_loses_none(
+def test_running_out_of_memory_loses_no_case(
     phantoms, weights, done, tmp_path, monkeypatch, as_on_a_gpu
 ):
     forward = Segmenter._network

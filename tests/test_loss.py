@@ -1,4 +1,4 @@
-"""Losses on values worked out by hand, and finite where there is nothing to find."""
+"""Test losses on values worked out by hand, and that they are finite without a lesion."""
 
 import math
 
@@ -15,7 +15,7 @@ def logit(p: float) -> float:
 
 
 def masks(*rows: list[float]) -> torch.Tensor:
-    """One slice (1, 1, rows, columns)."""
+    """Make one slice (1, 1, rows, columns)."""
     return torch.tensor(rows)[None, None]
 
 
@@ -35,7 +35,7 @@ def test_dice_is_of_the_whole_batch_not_of_each_slice():
 
 
 def test_dice_averages_over_channels():
-    """Trap 11: once only channel 0 was trained."""
+    """Once, only channel 0 was trained."""
     logits = torch.randn(2, 3, 8, 8, requires_grad=True)
     target = (torch.rand(2, 3, 8, 8) > 0.7).float()
     loss = dice_loss(logits, target)
@@ -84,7 +84,7 @@ def test_tversky_of_two_halves_is_dice():
 
 def test_focal_tversky_takes_the_power_of_each_channel():
     logits, target = torch.randn(2, 3, 8, 8), (torch.rand(2, 3, 8, 8) > 0.7).float()
-    logits[:, 0] = 80 * (target[:, 0] - 0.5)  # one channel is right already
+    logits[:, 0] = 80 * (target[:, 0] - 0.5)  # one channel is already right
     single = [tversky_loss(logits[:, k : k + 1], target[:, k : k + 1]) for k in range(3)]
     expected = (torch.stack(single) ** 0.75).mean().item()
     assert focal_tversky_loss(logits, target).item() == pytest.approx(expected, abs=1e-5)
@@ -105,9 +105,9 @@ def test_focal_tversky_has_a_finite_gradient_up_to_perfection(gamma, size, lesio
         assert logits.grad.abs().sum() > 0
 
 
-def test_focal_tversky_meets_its_straight_line_without_a_step():
+def test_focal_tversky_joins_its_straight_line_without_a_step():
     distances = []
-    for size in torch.linspace(12, 24, 400):  # 1 - index passes 1e-6 in between
+    for size in torch.linspace(12, 24, 400):  # 1 - index crosses 1e-6 in this range
         logits, target = torch.full((1, 1, 8, 8), -size.item()), torch.zeros(1, 1, 8, 8)
         x = tversky_loss(logits, target).item()
         y = focal_tversky_loss(logits, target).item()
@@ -119,7 +119,7 @@ def test_focal_tversky_meets_its_straight_line_without_a_step():
 
 @pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
 def test_every_output_channel_is_trained(loss):
-    """Trap 11 again, for each loss, one channel without any lesion."""
+    """Check this for each loss, with one channel without any lesion."""
     logits = torch.randn(2, 3, 8, 8, requires_grad=True)
     target = (torch.rand(2, 3, 8, 8) > 0.7).float()
     target[:, 1] = 0
@@ -132,7 +132,7 @@ def test_every_output_channel_is_trained(loss):
 @pytest.mark.parametrize("value", [-40.0, 0.0, 40.0])
 @pytest.mark.parametrize("lesion", [0.0, 1.0])
 def test_empty_and_full_masks_are_finite(loss, value, lesion):
-    """Trap 2: an empty mask must not give NaN."""
+    """An empty mask must not give NaN."""
     logits = torch.full((2, 1, 8, 8), value, requires_grad=True)
     result = loss(logits, torch.full((2, 1, 8, 8), lesion))
     result.backward()
@@ -153,7 +153,7 @@ def test_perfect_prediction_has_loss_0_its_opposite_a_large_one(loss):
 def test_bfloat16_logits_are_summed_in_float32(loss):
     """A sum of 256 x 256 probabilities in bfloat16 would stop growing at 256."""
     logits = torch.randn(2, 1, 256, 256).bfloat16().requires_grad_()
-    target = torch.rand(2, 1, 256, 256) > 0.9  # bool is welcome, too
+    target = torch.rand(2, 1, 256, 256) > 0.9  # bool is accepted too
     result = loss(logits, target)
     result.backward()
     assert result.dtype == torch.float32

@@ -1,4 +1,4 @@
-"""Scores on masks whose answer is known, empty masks, and the interval of a cohort."""
+"""Test scores on masks with known answers, empty masks, and the interval of a cohort."""
 
 import math
 
@@ -57,13 +57,13 @@ def test_perfect_and_disjoint():
 
 
 def test_both_empty_count_1():
-    """Trap 2: two empty masks once gave a crash or NaN."""
+    """Once, two empty masks gave a crash or NaN."""
     assert score(EMPTY, EMPTY) == BEST
 
 
 @pytest.mark.parametrize("prediction, truth", [(EMPTY, TRUTH), (TRUTH, EMPTY)])
 def test_one_empty_counts_0_and_is_as_far_as_the_diagonal(prediction, truth):
-    """Trap 2: a prediction with no voxel, or a case without lesion."""
+    """Cover a prediction without a voxel and a case without lesion."""
     scores = score(prediction, truth)
     assert by_rule(scores) and not by_rule(score(HALF, TRUTH)) and not by_rule(score(EMPTY, EMPTY))
     assert scores.pop("hd95_px") == scores.pop("assd_px") == math.hypot(6, 12, 12)
@@ -91,7 +91,7 @@ def test_hd95_of_a_shift_by_three_voxels():
 
 @pytest.mark.parametrize("spacing", [None, (5.0, 0.9, 0.5)])
 def test_one_slice_is_scored_in_two_dimensions(spacing):
-    """In three, all voxels were surface, and those inside lay at 0 mm from one another."""
+    """In 3-D, every voxel would be surface, and those inside the other mask 0 mm from it."""
     a, b = cube(0, slice(1, 9), slice(1, 9))[:1], cube(0, slice(3, 12), slice(1, 9))[:1]
     plane = spacing and spacing[1:]
     found = distances(a, b, spacing)
@@ -104,14 +104,14 @@ def test_missed_lesions_are_counted_beside_the_mean():
     rows = [score(HALF, TRUTH), score(EMPTY, TRUTH), score(TRUTH, EMPTY)]
     line = describe_distances(rows, "hd95_px")
     assert "n = 3, 2 of them" in line and f"median {math.hypot(6, 12, 12):.1f}" in line
-    old = rows[1] | {"hd95_px": math.nan}  # of a table of before
+    old = rows[1] | {"hd95_px": math.nan}  # from an older table
     assert describe_distances([rows[0], old], "hd95_px").endswith("n = 1")
 
 
 def test_lesions_are_counted_not_their_voxels():
-    """Four lesions, one of them found; two predicted components, one of them right."""
+    """There are four lesions, one found, and two predicted components, one right."""
     truth = cube(0, slice(0, 2)) | cube(5, 0, 0) | cube(3, slice(5, 7), slice(5, 7))
-    truth[0, :, 6] = False  # a gap that divides the first block in two
+    truth[0, :, 6] = False  # a gap that splits the first block in two
     prediction = cube(0, 0, slice(0, 2)) | cube(5, slice(9, 12), slice(9, 12))
     assert lesion_recall(prediction, truth) == pytest.approx(1 / 4)
     assert lesion_precision(prediction, truth) == pytest.approx(1 / 2)
@@ -199,7 +199,7 @@ def test_nan_is_left_out():
 
 
 @pytest.mark.parametrize("values", [[], [math.nan]])
-def test_nothing_to_summarise_is_no_crash(values, recwarn):
+def test_nothing_to_summarise_does_not_crash(values, recwarn):
     summary = summarise(values)
     assert summary.pop("n") == 0
     assert all(math.isnan(value) for value in summary.values())

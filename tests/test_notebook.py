@@ -1,4 +1,4 @@
-"""The notebook runs from top to bottom, and its masks are right before and after fine-tuning."""
+"""Test that the notebook runs through, with right masks before and after fine-tuning."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""Networks without their code: the files of export.py, and ONNX Runtime behind the Segmenter."""
+"""Test networks without their code: files of export.py, and ONNX Runtime in the Segmenter."""
 
 import importlib.util
 import json
@@ -121,7 +121,7 @@ def test_half_precision_and_neighbours(tmp_path, volume):
 
 @needs_onnx
 def test_resnext_unet_exports(tmp_path, monkeypatch):
-    """With one block a layer, all different, as the exporter takes a minute for all sixteen."""
+    """Use one block per layer, all different, as the exporter takes a minute for all sixteen."""
     layer = resnext_unet._layer
     monkeypatch.setattr(resnext_unet, "_layer", lambda i, o, blocks, stride: layer(i, o, 1, stride))
     torch.manual_seed(0)
@@ -133,7 +133,7 @@ def test_resnext_unet_exports(tmp_path, monkeypatch):
     assert programs.largest_difference(network, model, torch.randn(2, 3, 32, 32)) < 1e-4
 
 
-# What travels in the file
+# What the file contains
 
 
 def test_the_card_travels_inside(onnx, tmp_path):
@@ -211,7 +211,7 @@ def test_one_flipped_bit_is_noticed(phantoms, onnx, tmp_path):
 
 
 def test_files_of_earlier_versions_open(onnx, tmp_path):
-    """They are named after the hash of the weights inside, and end with a seal."""
+    """These are named by the hash of the weights inside and end with a seal."""
     source = read_card(onnx)["weights"]["sha256"]
     file = tmp_path / f"narrow-{source[:8]}.onnx"
     file.write_bytes(onnx.read_bytes() + b"\x72\x4a\x0a\x06sha256\x12\x40" + b"0" * 64)
@@ -219,7 +219,7 @@ def test_files_of_earlier_versions_open(onnx, tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"<html>not found</html>", b"\x08\x0a\x12\x07pytorch"])
-def test_what_export_did_not_write_is_refused(phantoms, tmp_path, content):
+def test_a_file_that_export_did_not_write_is_refused(phantoms, tmp_path, content):
     file = tmp_path / "x.onnx"
     file.write_bytes(content)
     message = refused(phantoms, tmp_path, file)
@@ -249,8 +249,8 @@ def test_what_onnx_runtime_cannot_run_is_one_sentence(phantoms, onnx, tmp_path):
     assert message.startswith(f"error: {file}: ONNX Runtime ") and "cannot run it" in message
 
 
-def test_onnx_runtime_keeps_no_diary(onnx, tmp_path):
-    """Its builds may note what runs where, under a name for the machine, to be sent home."""
+def test_onnx_runtime_writes_no_log_of_its_use(onnx, tmp_path):
+    """Some builds may record usage under a machine identifier, to be sent to the vendor."""
     code = f"from brainseg.onnx import OnnxNetwork; OnnxNetwork({str(onnx)!r}, ['cpu'])"
     subprocess.run(
         [sys.executable, "-c", code],
@@ -303,7 +303,7 @@ def test_a_provider_that_does_not_start_is_named(onnx, monkeypatch):
     assert OnnxNetwork(onnx).provider == "cpu", "what was not asked for by name need not start"
 
 
-def test_providers_are_those_there_the_fastest_first():
+def test_available_providers_are_used_fastest_first():
     every, cpu = list(PROVIDERS.values()), [PROVIDERS["cpu"]]
     assert pick_providers(None, "", [*cpu, "AzureExecutionProvider"]) == ["cpu"]
     assert pick_providers(None, "", every[::-1]) == ["tensorrt", "cuda", "cpu"]
@@ -323,7 +323,7 @@ def test_tensorrt_gets_one_engine_for_every_batch(onnx):
     assert options["trt_fp16_enable"] == "False" and Path(options["trt_engine_cache_path"]).is_dir()
 
 
-def test_a_missing_package_is_asked_for(phantoms, weights, tmp_path, monkeypatch):
+def test_a_missing_package_is_named(phantoms, weights, tmp_path, monkeypatch):
     for package in ("onnxruntime", "onnxscript"):
         monkeypatch.setitem(sys.modules, package, None)
         with pytest.raises(ValueError, match=rf"x: needs {package}.*-r requirements-onnx.txt"):
@@ -341,7 +341,7 @@ def test_an_exported_program_is_never_opened(phantoms, tmp_path):
     assert f"{file}: is an exported program, refused" in refused(phantoms, tmp_path, file)
 
 
-def test_onnx_files_are_no_weights(onnx, tmp_path):
+def test_onnx_files_are_not_weights(onnx, tmp_path):
     with pytest.raises(SystemExit, match="is an ONNX file.*give the weights"):
         run_export(onnx, tmp_path)
 
@@ -363,7 +363,7 @@ def test_an_export_that_disagrees_is_not_written(weights, tmp_path, monkeypatch)
     assert not list(tmp_path.iterdir())
 
 
-def test_a_difference_that_is_nan_is_not_passed_over():
+def test_a_difference_of_nan_is_not_ignored():
     def network(x: torch.Tensor) -> torch.Tensor:
         return torch.full_like(x, float("nan") if x.shape[0] == 1 else 0)
 

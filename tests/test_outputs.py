@@ -1,4 +1,4 @@
-"""What inference.py writes beside masks: volumes.csv, maps, DICOM Segmentations, the report."""
+"""Test what inference.py writes beside masks: volumes.csv, maps, DICOM, the report."""
 
 import csv
 import html
@@ -41,7 +41,7 @@ EXPECTED = {
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory) -> Path:
-    """Weights whose card says what DSC to expect."""
+    """Write weights whose card has a fit of the expected DSC."""
     import json
 
     path = make_weights(tmp_path_factory.mktemp("weights") / "narrow.pt")
@@ -135,7 +135,7 @@ def test_components_are_counted_largest_first():
     assert "reaches the first and the last slice" in row["warning"]
 
 
-def test_kept_cases_keep_what_was_said_of_them(phantoms, weights, tmp_path):
+def test_kept_cases_keep_their_rows(phantoms, weights, tmp_path):
     run = phantoms, tmp_path, weights, "--skip-existing", "--cases", "phantom_003", "phantom_005"
     assert infer(*run, "--probabilities") == 0
     before = contents(tmp_path / "predictions")
@@ -213,7 +213,7 @@ def test_segmentation_is_read_back_by_three_readers(series, weights, tmp_path):
 
 
 def test_segmentation_of_a_coronal_series(pair, tmp_path):
-    """The slices of the network are not those of the file."""
+    """The slices that the network sees are not those of the file."""
     series = write_series(tmp_path / "coronal", pair[0][..., 1])
     for path in series.iterdir():
         k = pydicom.dcmread(path).InstanceNumber - 1
@@ -259,7 +259,7 @@ def test_series_that_lacks_an_attribute_is_named(series, weights, tmp_path, caps
     assert len(table(tmp_path)) == 1
 
 
-def test_what_has_no_segmentation_is_one_sentence(phantoms, weights, tmp_path, monkeypatch):
+def test_a_source_without_a_series_is_one_sentence(phantoms, weights, tmp_path, monkeypatch):
     said = infer(phantoms, tmp_path, weights, "--dicom-seg")
     assert "is no DICOM series; leave --dicom-seg out" in said
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
@@ -308,7 +308,7 @@ def test_full_disk_keeps_the_earlier_report(phantoms, weights, tmp_path, monkeyp
     assert not [name for name in os.listdir(tmp_path) if name.startswith(".")]
 
 
-def test_a_report_that_is_a_folder_is_known_at_once(phantoms, weights, tmp_path):
+def test_a_report_that_is_a_folder_is_refused_at_once(phantoms, weights, tmp_path):
     said = infer(phantoms, tmp_path, weights, "--report", tmp_path)
     assert "is a folder" in said and not list(tmp_path.rglob("*_mask.tif"))
 
@@ -357,7 +357,7 @@ def test_a_case_that_cannot_be_read_has_a_row(phantoms, weights, tmp_path, monke
     assert page.read_text().count("<tr id=") == 3 and page.read_text().count("<img ") == 1
 
 
-def test_weights_without_a_card_are_said(phantoms, weights, tmp_path, capsys):
+def test_weights_without_a_card_are_reported(phantoms, weights, tmp_path, capsys):
     bare = tmp_path / "bare.pt"
     bare.write_bytes(weights.read_bytes())
     infer(phantoms, tmp_path, bare, "--cases", "phantom_003", "--image-size", 32)

@@ -1,4 +1,4 @@
-"""benchmarks/peers.py at its smallest: brainseg alone, the peer missing."""
+"""Test benchmarks/peers.py at its smallest: brainseg alone, without the peer."""
 
 import json
 

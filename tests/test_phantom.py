@@ -1,4 +1,4 @@
-"""The phantom: layout, determinism, and that a threshold does not solve it."""
+"""Test the phantom: layout, determinism, and that a threshold does not solve it."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def run(*arguments: object) -> int | str | None:
-    """Call the command; how it ended: None, an exit status, or the sentence that goes to stderr."""
+    """Run the command; return None, its exit status, or its sentence for stderr."""
     try:
         phantom.main([*map(str, arguments)])
     except SystemExit as stop:

@@ -1,4 +1,4 @@
-"""Pictures show what they should, and leave their data as they were."""
+"""Test that pictures show what they should and do not change their data."""
 
 import imageio.v3 as iio
 import numpy as np
@@ -28,7 +28,7 @@ def masks() -> np.ndarray:
 
 
 def test_edge_is_that_of_scikit_image(masks):
-    framed = np.pad(masks, ((0, 0), (1, 1), (1, 1)))  # the border of the picture is outside
+    framed = np.pad(masks, ((0, 0), (1, 1), (1, 1)))  # beyond the picture is outside the mask
     expected = [find_boundaries(mask, connectivity=1, mode="inner") for mask in framed]
     assert np.array_equal(edge(masks), np.stack(expected)[:, 1:-1, 1:-1])
     assert edge(masks)[2].sum() == 2 * 7 + 2 * 8 - 4
@@ -60,7 +60,7 @@ def test_small_slices_are_drawn_large():
 
 
 def test_drawing_does_not_change_what_it_draws(masks):
-    """Trap 8: the pictures once changed the batch they were drawn from."""
+    """Once, the pictures changed the batch they were drawn from."""
     volume = np.random.default_rng(1).integers(0, 200, (*masks.shape, 3)).astype(np.uint8)
     prediction = masks[::-1].copy()
     arrays = volume, prediction, masks
@@ -86,7 +86,7 @@ def test_grey_is_flair():
 
 @pytest.mark.parametrize("value", [0, 7])
 def test_grey_of_a_blank_volume(value):
-    """Trap 2: nothing to show is no division by zero."""
+    """A blank volume must not cause a division by zero."""
     assert not to_grey(np.full((2, 4, 4, 3), value, dtype=np.uint8)).any()
 
 
@@ -127,7 +127,7 @@ def test_dsc_figure_is_a_readable_picture(tmp_path, cases):
 def test_dsc_figure_keeps_training_cases_out_of_its_mean(tmp_path, marked, mean, median):
     path = tmp_path / "dsc.svg"
     save_dsc_figure(path, {"b": 0.4, "d": 0.9, "a": 0.0, "c": 0.7}, marked)
-    text = path.read_text()  # holds every label as a comment
+    text = path.read_text()  # contains every label as a comment
     if mean:
         assert f"mean {mean}" in text and f"median {median}" in text
     else:  # nothing is counted

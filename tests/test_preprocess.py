@@ -1,4 +1,4 @@
-"""Preprocessing version 2: what scanners do to a file must not reach the network."""
+"""Test preprocessing version 2: differences between scanners must not reach the network."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ SIZE = 64
 
 @pytest.fixture(scope="module")
 def volume() -> np.ndarray:
-    """A phantom (12, 96, 96, 3), uint8."""
+    """Make a phantom (12, 96, 96, 3), uint8."""
     return make_volume(3, slices=12, size=96)[0]
 
 
@@ -30,7 +30,7 @@ def change(volume: np.ndarray, sequence: int, function) -> np.ndarray:
 
 @pytest.mark.parametrize("seed", range(12))
 def test_scale_offset_and_hot_voxels_change_nothing(volume, seed):
-    """Trap 13: one sequence on another scale, or one hot voxel, and the mask was gone."""
+    """Once, a rescaled sequence or a single hot voxel emptied the mask."""
     draw = np.random.default_rng(seed)
     sequence, scale = draw.integers(3), 10 ** draw.uniform(-2, 3)
     offset = draw.uniform(-1, 2) * scale * 100
@@ -41,7 +41,7 @@ def test_scale_offset_and_hot_voxels_change_nothing(volume, seed):
     expected, frame = preprocess(volume, SIZE)
     images, changed_frame = preprocess(changed, SIZE)
     assert changed_frame.box == frame.box
-    # A hot voxel reaches as far as the spline of its slice, a few pixels.
+    # A hot voxel affects a few pixels, as far as the spline of its slice reaches.
     hot = np.zeros(volume.shape[:3], bool)
     hot[places] = True
     near = ndimage.binary_dilation(hot, np.ones((1, 21, 21)))
@@ -92,12 +92,12 @@ def test_constant_flair_is_refused(volume):
         preprocess(change(volume, 1, lambda x: 0 * x), SIZE)
 
 
-def test_saturated_sequence_is_said(volume):
+def test_saturated_sequence_is_reported(volume):
     _, frame = preprocess(change(volume, 0, lambda x: np.minimum(x, 60)), SIZE)
     assert any("pre-contrast is saturated" in note for note in frame.notes)
 
 
-def test_sequences_that_do_not_overlap_are_said(volume):
+def test_sequences_that_do_not_overlap_are_reported(volume):
     _, frame = preprocess(change(volume, 2, lambda x: np.roll(x, 30, axis=2)), SIZE)
     assert any("are they registered?" in note for note in frame.notes)
 
@@ -121,7 +121,7 @@ def test_real_case_on_a_scanner_scale(lgg):
 
 
 @pytest.mark.parametrize("sequences", [[1], [0, 1, 2]])
-def test_normalised_after_stripping_is_as_before(volume, sequences):
+def test_normalising_after_stripping_changes_nothing(volume, sequences):
     head = volume.min(axis=-1) > 20
     stripped = np.where(head[..., None], volume, 0)
     stripped[:, 40:44, 40:44] = np.where(head[:, 40:44, 40:44, None], 1, 0)  # fluid
@@ -146,7 +146,7 @@ def test_a_cold_voxel_is_not_the_air_of_a_normalised_scan(volume):
     assert ((images - expected).abs() > 1e-2).float().mean() < 1e-3, "around that voxel only"
 
 
-def test_one_value_amid_the_head_is_no_background(volume):
+def test_one_value_inside_the_head_is_not_background(volume):
     head = volume.min(axis=-1) > 20
     flat = change(volume, 0, lambda x: np.where(head & (x > 60) & (x < 140), 100, x))
     images, frame = preprocess(flat, SIZE)

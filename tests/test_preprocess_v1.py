@@ -1,4 +1,4 @@
-"""Preprocessing against the plain recipe, and the way back."""
+"""Test preprocessing version 1 against the plain recipe, and its inverse."""
 
 import math
 
@@ -21,7 +21,7 @@ from brainseg.preprocess import (
 
 @pytest.fixture(scope="module")
 def pair() -> tuple[np.ndarray, np.ndarray]:
-    """A phantom volume (6, 64, 64, 3) uint8 and its mask."""
+    """Make a phantom volume (6, 64, 64, 3) uint8 and its mask."""
     return phantom.make_volume(1, slices=6, size=64)
 
 
@@ -110,7 +110,7 @@ def test_each_channel_has_mean_0_and_deviation_1(pair):
 
 
 def test_channel_wiped_by_the_ten_percent_rule_is_finite(pair):
-    """Trap 5: a dim sequence had standard deviation 0 and became NaN."""
+    """Once, a dim sequence had standard deviation 0 and became NaN."""
     volume = pair[0].astype(np.uint16) * 100
     volume[..., 2] = volume[..., 2] // 2000
     images, _ = preprocess(volume, 48, 1)
@@ -128,7 +128,7 @@ def test_a_few_bright_voxels_are_finite(n):
     assert restore(images[:, 0], frame).shape == (2, 32, 32)
 
 
-def test_blank_volume_is_no_crash():
+def test_blank_volume_does_not_crash():
     images, frame = preprocess(np.zeros((3, 20, 30, 3), dtype=np.uint8), 32)
     assert frame.blank and images.shape == (3, 3, 32, 32) and not images.any()
     assert not preprocess_mask(np.zeros((3, 20, 30), dtype=bool), frame).any()
@@ -164,7 +164,7 @@ def test_nan_and_infinity_are_refused(pair, value):
     ],
     ids=["3 axes", "5 axes", "no slice", "no channel", "complex", "text"],
 )
-def test_what_is_no_volume_is_refused(bad):
+def test_anything_but_a_volume_is_refused(bad):
     with pytest.raises(ValueError, match="a volume"):
         preprocess(bad, 32)
 
@@ -180,7 +180,7 @@ def test_mask_of_another_shape_is_refused(pair):
 
 @variants
 def test_round_trip_of_a_mask(pair, variant):
-    """Trap 11: every slice comes back, the first and the last too, in the source's shape."""
+    """Every slice comes back, the first and last included, in the source's shape."""
     volume = variant(pair[0])
     _, frame = preprocess(volume, 96)
     top, bottom, left, right = frame.box

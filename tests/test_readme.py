@@ -1,4 +1,4 @@
-"""What the README tells a newcomer to type is run here as it stands there."""
+"""Run what the README tells a newcomer to type, exactly as written there."""
 
 import re
 
@@ -36,7 +36,7 @@ def test_notebook_example_gives_a_mask_of_the_volume(monkeypatch):
 
 
 def test_notebook_example_is_right_on_a_real_case(lgg, monkeypatch):
-    """The front-page example of this family of code once gave a wrong mask (trap 9)."""
+    """The front-page example of earlier implementations once gave a wrong mask."""
     monkeypatch.chdir(ROOT)
     volume, truth = find_cases(lgg, ["TCGA_CS_4944_20010208"])[0].read_pair()
     assert dsc(notebook_example(volume), truth) > 0.7
@@ -60,7 +60,7 @@ def test_files_that_the_readme_links_to_exist():
         assert (ROOT / target).exists(), target
 
 
-def test_no_document_has_a_place_left_open():
+def test_no_document_has_an_unfilled_placeholder():
     for path in (*ROOT.glob("*.md"), *ROOT.glob("[a-z]*/*.md")):
         assert not re.search(r"@[A-Z]+@|<!-- table", path.read_text()), path
 

@@ -1,4 +1,4 @@
-"""The second network: torchvision's names, ImageNet weights from file and address, odd sizes."""
+"""Test the second network: torchvision's names, ImageNet weights by file or URL, odd sizes."""
 
 import urllib.error
 
@@ -14,7 +14,7 @@ BLOCKS = {1: 3, 2: 4, 3: 6, 4: 3}
 
 
 def torchvision_names(in_channels: int = 3) -> dict[str, tuple[int, ...]]:
-    """Every key of torchvision's resnext50_32x4d with its shape, written out independently."""
+    """List every key of torchvision's resnext50_32x4d with its shape, independently."""
     names = {"conv1.weight": (64, in_channels, 7, 7), "fc.weight": (1000, 2048), "fc.bias": (1000,)}
 
     def norm(name, features):
@@ -41,7 +41,7 @@ def torchvision_names(in_channels: int = 3) -> dict[str, tuple[int, ...]]:
 
 
 def imagenet_state() -> dict[str, torch.Tensor]:
-    """A state dict such as torchvision publishes, classifier and all, of made-up numbers."""
+    """Make a state dict as torchvision publishes it, classifier included, of made-up numbers."""
     generator = torch.Generator().manual_seed(7)
     return {
         name: torch.rand(shape, generator=generator) if shape else torch.tensor(7)
@@ -57,7 +57,7 @@ def model() -> ResNeXtUNet:
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory):
-    """A file such as torchvision publishes, named by its hash."""
+    """Write a file as torchvision publishes it, named by its hash."""
     path = tmp_path_factory.mktemp("published") / "new.pth"
     torch.save(imagenet_state(), path)
     return path.rename(path.with_name(f"resnext50_32x4d-{file_hash(path)[:8]}.pth"))
@@ -65,7 +65,7 @@ def published(tmp_path_factory):
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """An empty torch.hub cache."""
+    """Provide an empty torch.hub cache."""
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
     return tmp_path / "hub" / "checkpoints"
 
@@ -74,7 +74,7 @@ def hub(tmp_path, monkeypatch):
 
 
 def test_parameter_count(model):
-    """25,028,904 is what torchvision says of its own network, classifier included."""
+    """torchvision documents 25,028,904 for its network, classifier included."""
     named = sum(
         torch.Size(shape).numel()
         for name, shape in torchvision_names().items()
@@ -101,7 +101,7 @@ def test_encoder_gives_what_the_figure_says(model):
 
 
 def test_same_encoder_features_as_torchvision(model):
-    try:  # beside a PyTorch of another build its import may raise anything
+    try:  # with a PyTorch of another build, its import may raise any error
         models = pytest.importorskip("torchvision.models")
     except Exception as error:
         pytest.skip(f"torchvision cannot be imported: {error}")
@@ -143,7 +143,7 @@ def test_the_gradient_reaches_the_stem():
     assert model.encoder.conv1.weight.grad.abs().sum() > 0
 
 
-def test_an_encoder_alone_is_no_network():
+def test_an_encoder_alone_is_not_a_network():
     assert ResNeXtUNet.settings_of(imagenet_state()) is None
 
 
@@ -173,7 +173,7 @@ def test_published_address_is_fetched_once_and_its_hash_checked(published, hub, 
 
 
 def test_address_is_that_of_torchvision():
-    """And its hash is long enough for torch.hub to check it."""
+    """Its hash must be long enough for torch.hub to check it."""
     assert resnext_unet.URL == "https://download.pytorch.org/models/resnext50_32x4d-1a0047aa.pth"
     assert torch.hub.HASH_REGEX.search(resnext_unet.URL.rsplit("/")[-1])[1] == "1a0047aa"
 

@@ -1,4 +1,4 @@
-"""Volume files of any orientation: the voxels the network sees, and the mask's way back."""
+"""Test volume files of any orientation: the network's voxels, and the mask's way back."""
 
 import itertools
 import resource
@@ -29,12 +29,12 @@ from dataset import BrainSegmentationDataset
 # From voxels (column, row, slice), which run left, posterior and up, to RAS: negated twice.
 LPS = np.diag([-0.9, -0.9, 5.0, 1.0])
 LPS[:3, 3] = 110.0, 120.0, -30.0
-# What a file's axes run along, as nibabel writes it.
+# The directions of a file's axes, in nibabel's notation.
 ORIENTATIONS = ["LPS", "RAS", "LAS", "ASR", "PIL", "SLP"]
 
 
 def write(path: Path, volume: np.ndarray, orientation: str = "LPS", affine=LPS) -> Path:
-    """A volume (S, H, W[, C]) as a NIfTI file whose axes run along `orientation`."""
+    """Write a volume (S, H, W[, C]) as a NIfTI file whose axes run along `orientation`."""
     voxels = volume.transpose(2, 1, 0, *range(3, volume.ndim))
     image = nibabel.Nifti1Image(voxels, affine)
     ours = nibabel.orientations.axcodes2ornt("LPS")
@@ -46,14 +46,14 @@ def write(path: Path, volume: np.ndarray, orientation: str = "LPS", affine=LPS) 
 
 
 def read(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Voxels and affine, by nibabel."""
+    """Read voxels and affine with nibabel."""
     image = nibabel.load(path)
     return np.asanyarray(image.dataobj), image.affine
 
 
 @pytest.fixture(scope="module")
 def pair() -> tuple[np.ndarray, np.ndarray]:
-    """A phantom with no two sides alike: 7 slices of 60 x 52."""
+    """Make a phantom with three different sides: 7 slices of 60 x 52."""
     volume, truth = make_volume(3, 7, 60)
     return volume[:, :, 4:56], truth[:, :, 4:56]
 
@@ -85,7 +85,7 @@ def test_every_orientation_gives_the_same_voxels(pair, tmp_path, orientation):
 
 @pytest.mark.parametrize("orientation", ORIENTATIONS)
 def test_mask_lies_on_the_grid_of_the_scan(pair, weights, tmp_path, orientation):
-    """nibabel, which is not ours, reads the same affine, and the same voxels, of both files."""
+    """Check independently: nibabel reads the same affine and the same voxels from both files."""
     volume, _ = pair
     source = write(tmp_path / "a.nii.gz", volume, orientation)
     assert infer(tmp_path / "out", weights, "--images", source) == 0
@@ -161,7 +161,7 @@ def test_a_metaimage_without_its_voxels_names_their_file(tmp_path):
 @pytest.mark.parametrize("name", ["a.nii", "a.nii.gz"])
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_nifti_that_is_not_finite_is_refused(tmp_path, name, dtype, value):
-    """Its reader makes 0 of such a voxel."""
+    """The reader of ITK turns such a voxel into 0."""
     voxels = np.random.default_rng(0).random((5, 7, 3)).astype(dtype)
     header = nibabel.Nifti1Header(endianness=dtype[0])
     header.set_data_dtype(dtype)
@@ -178,7 +178,7 @@ def test_nifti_that_is_not_finite_is_refused(tmp_path, name, dtype, value):
 
 
 def test_the_patient_of_sequences_is_known_by_their_folder(pair, tmp_path):
-    """Else a patient that the weights were trained on counts as unseen."""
+    """Otherwise a patient that the weights were trained on would count as unseen."""
     (tmp_path / "anna_20240131").mkdir()
     flair = write(tmp_path / "anna_20240131" / "flair.nii.gz", pair[0][..., 1])
     assert patient_of(find_sequences(flair, None, None).name) == "anna"
@@ -192,7 +192,7 @@ def test_flair_alone_stands_in_for_the_missing_sequences(pair, tmp_path):
     assert all(np.array_equal(volume[..., k], pair[0][..., 1]) for k in range(3))
 
 
-def test_sequences_in_files_of_their_own(pair, weights, tmp_path):
+def test_sequences_in_separate_files(pair, weights, tmp_path):
     paths = [write(tmp_path / f"{n}.nii.gz", pair[0][..., k], "ASR") for k, n in enumerate("abc")]
     together = write(tmp_path / "all.nii.gz", pair[0], "ASR")
     options = "--pre", paths[0], "--flair", paths[1], "--post", paths[2]
@@ -214,7 +214,7 @@ def test_sequences_in_files_of_their_own(pair, weights, tmp_path):
         ("pfc", None),
     ],
 )
-def test_what_flair_stands_in_for_is_said(pair, weights, tmp_path, capsys, given, said):
+def test_sequences_replaced_by_flair_are_reported(pair, weights, tmp_path, capsys, given, said):
     (tmp_path / "p1").mkdir()
     files = {
         k: write(tmp_path / "p1" / f"{k}.nii.gz", pair[0][..., n]) for n, k in enumerate("pfc")
@@ -257,7 +257,7 @@ def test_a_file_named_as_another_sequence_is_not_flair(pair, tmp_path, name):
 @pytest.mark.parametrize("codes", [(1, 2), (1, 4), (2, 1)])
 @pytest.mark.parametrize("orientation", ["LPS", "RAS", "ASR"])
 def test_sform_is_taken_where_qform_disagrees(pair, tmp_path, codes, orientation):
-    """ITK takes the one or the other by their codes; nibabel always the sform."""
+    """ITK chooses one of them by their codes; nibabel always takes the sform."""
     image = nibabel.load(write(tmp_path / "a.nii.gz", pair[0], orientation))
     moved = image.affine.copy()
     moved[:3, 3] += 7
@@ -292,7 +292,7 @@ def test_no_orientation_is_refused(pair, tmp_path):
 
 @pytest.mark.parametrize("limit", [0, 100])
 def test_full_disk_keeps_the_earlier_mask(pair, tmp_path, limit):
-    """The writer of NIfTI says nothing of it."""
+    """The NIfTI writer does not report it."""
     scan = find_case(write(tmp_path / "a.nii.gz", pair[0]))
     scan.write_map(tmp_path / "mask.nii.gz", pair[1])
     before = (tmp_path / "mask.nii.gz").read_bytes()
@@ -310,7 +310,7 @@ def test_full_disk_keeps_the_earlier_mask(pair, tmp_path, limit):
 
 
 @pytest.mark.parametrize("kind", ["one-hot", "negative"])
-def test_what_is_no_mask_is_refused(pair, tmp_path, kind):
+def test_anything_but_a_mask_is_refused(pair, tmp_path, kind):
     write(tmp_path / "a.nii.gz", pair[0])
     mask = np.stack([~pair[1], pair[1]], axis=-1).astype("u1")
     mask = mask if kind == "one-hot" else mask[..., 1].astype("i2") * 2 - 1
@@ -363,8 +363,8 @@ def test_a_case_folder_may_hold_a_volume_file(pair, tmp_path):
         find_cases(tmp_path)
 
 
-def test_results_never_lie_beside_the_sources(pair, weights, tmp_path):
-    """The mask of the network would be taken for the truth, or overwrite it."""
+def test_results_are_never_written_beside_the_sources(pair, weights, tmp_path):
+    """The predicted mask would be taken for the true one, or overwrite it."""
     path = write(tmp_path / "x.nii.gz", pair[0])
     write(tmp_path / "x_mask.nii.gz", pair[1].astype("u1"))
     before = (tmp_path / "x_mask.nii.gz").read_bytes()
@@ -380,7 +380,7 @@ def test_results_never_lie_beside_the_sources(pair, weights, tmp_path):
     assert (tmp_path / "x_mask.nii.gz").read_bytes() == before
 
 
-def test_predictions_among_the_sources_are_no_case(pair, weights, tmp_path, capsys):
+def test_predictions_among_the_sources_are_not_cases(pair, weights, tmp_path, capsys):
     (tmp_path / "p1").mkdir()
     write(tmp_path / "p1" / "scan.nii.gz", pair[0])
     for _ in range(2):
@@ -428,7 +428,7 @@ def test_training_reads_volume_files_too(pair, tmp_path):
 
 
 def write_series(folder: Path, flair: np.ndarray, series: str = "1.2.3") -> Path:
-    """Axial slices (S, H, W) as a DICOM series, upward, its files in another order."""
+    """Write axial slices (S, H, W) as a DICOM series, upward, its files in another order."""
     folder.mkdir(parents=True, exist_ok=True)
     for k, image in enumerate(flair):
         meta = FileMetaDataset()
@@ -479,8 +479,8 @@ def edit(path: Path, **tags: object) -> None:
 
 
 @pytest.mark.parametrize("fault", ["gap", "twice", "plane", "mosaic"])
-def test_series_that_is_no_regular_stack_is_refused(pair, tmp_path, fault):
-    """ITK only warns, and gives slices at wrong places."""
+def test_series_that_is_not_a_regular_stack_is_refused(pair, tmp_path, fault):
+    """ITK only warns and returns slices at wrong positions."""
     series = write_series(tmp_path / "series", pair[0][..., 1])
     path = series / "IM003"  # the fourth of seven slices has another number: see write_series
     if fault == "gap":
@@ -509,7 +509,7 @@ def test_rewritten_dicom_is_not_served_from_the_cache(pair, tmp_path):
     assert not torch.equal(first_slice(), before)
 
 
-def test_contents_of_a_cd_are_no_series(pair, tmp_path):
+def test_a_dicomdir_is_not_a_series(pair, tmp_path):
     series = write_series(tmp_path / "cd" / "series", pair[0][..., 1])
     shutil.copy(next(series.iterdir()), tmp_path / "cd" / "DICOMDIR")
     assert [case.name for case in find_cases(tmp_path / "cd")] == ["series"]
@@ -521,7 +521,7 @@ def test_contents_of_a_cd_are_no_series(pair, tmp_path):
 @pytest.mark.parametrize("suffix", [".nii", ".nii.gz", ".nrrd"])
 @pytest.mark.parametrize("kept", [0, 100, 9000, -60])
 def test_damaged_file_is_refused_by_name(pair, weights, tmp_path, capsys, kept, suffix):
-    """The readers of NIfTI fill up what is missing with zeros; ours does not let them."""
+    """NIfTI readers fill what is missing with zeros; ours must refuse the file."""
     path = tmp_path / f"a{suffix}"
     if suffix == ".nrrd":
         voxels, header = load(str(write(tmp_path / "b.nii.gz", pair[0][..., 1])))

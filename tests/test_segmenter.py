@@ -1,4 +1,4 @@
-"""The one path from a raw volume to its mask: geometry, refusals, and a network left as found."""
+"""Test the path from a raw volume to its mask: geometry, refusals, an unchanged network."""
 
 import json
 
@@ -17,7 +17,7 @@ from brainseg.segmenter import Segmenter, keep_components
 
 @pytest.fixture(scope="module")
 def volume() -> np.ndarray:
-    """A phantom cut to 64 x 50, (6, 64, 50, 3) uint8."""
+    """Make a phantom cropped to 64 x 50, (6, 64, 50, 3) uint8."""
     return phantom.make_volume(0, slices=6, size=64)[0][:, :, 5:55]
 
 
@@ -25,7 +25,7 @@ def volume() -> np.ndarray:
 def model(volume) -> UNet:
     torch.manual_seed(0)
     model = UNet(init_features=2)
-    for module in model.modules():  # statistics that are not those of an identity
+    for module in model.modules():  # statistics that make batch norm more than an identity
         if isinstance(module, nn.BatchNorm2d):
             nn.init.normal_(module.running_mean, std=0.1)
             nn.init.uniform_(module.running_var, 0.5, 1.5)
@@ -42,7 +42,7 @@ def segmenter(model: nn.Module, **options) -> Segmenter:
 
 
 def always(model: UNet, lesion: bool) -> UNet:
-    """A network that calls everything lesion, or nothing."""
+    """Make a network call everything lesion, or nothing."""
     nn.init.zeros_(model.conv.weight)
     nn.init.constant_(model.conv.bias, 20 if lesion else -20)
     return model
@@ -80,8 +80,8 @@ def test_batch_norm_over_processes_is_folded_too():
 
 
 @pytest.mark.parametrize("neighbours", [0, 1])
-def test_several_volumes_at_once_are_as_one_by_one(volume, neighbours):
-    """Batches go on from one volume to the next, but a slice never sees another volume's."""
+def test_several_volumes_at_once_give_the_same_as_one_by_one(volume, neighbours):
+    """Batches span several volumes, but a slice never sees a slice of another volume."""
     torch.manual_seed(0)
     network = UNet(3 * (2 * neighbours + 1), init_features=2).eval()
     images = preprocess(volume, 48)[0]
@@ -132,7 +132,7 @@ def test_a_network_that_sees_lesion_everywhere_fills_the_crop(model, volume):
 
 @pytest.mark.parametrize("largest", [True, False])
 def test_nothing_found_is_an_empty_mask(model, volume, largest):
-    """Trap 2: a prediction with no voxel once crashed."""
+    """Once, a prediction without a voxel crashed."""
     mask = segmenter(always(model, False), largest_component=largest)(volume)
     assert mask.shape == volume.shape[:3] and not mask.any()
 
@@ -162,16 +162,16 @@ def test_bfloat16_finds_nearly_the_same(model, volume):
     torch.testing.assert_close(rough, exact, atol=0.1, rtol=0)
 
 
-# The network is left as it should be
+# The network is left unchanged
 
 
-def test_a_network_in_training_mode_segments_all_the_same(model, volume):
-    """Trap 9: an example left the network in training mode; its mask was wrong."""
+def test_a_network_in_training_mode_segments_the_same(model, volume):
+    """Once, an example left the network in training mode, and its mask was wrong."""
     expected = segmenter(model)(volume)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     segment = segmenter(model.train())
     assert np.array_equal(segment(volume), expected)
-    segment.model.train()  # nor does it matter what is done to the segmenter's own
+    segment.model.train()  # changing the segmenter's own copy does not matter either
     assert np.array_equal(segment(volume), expected)
     assert model.training
     after = model.state_dict()
@@ -204,7 +204,7 @@ def test_other_channels_are_refused(model, channels):
 
 @pytest.mark.parametrize("size", [0, -16, 8, 15, 100, 250])
 def test_image_size_that_16_does_not_divide_is_refused(model, size):
-    """Trap 10: said at once, with sizes that fit."""
+    """This is reported at once, with sizes that fit."""
     with pytest.raises(ValueError, match=f"image size {size} is not a multiple of 16; try") as stop:
         segmenter(model, image_size=size)
     below, above = (int(word) for word in str(stop.value).split("try ")[1].split(" or "))
@@ -231,7 +231,7 @@ def test_from_weights_takes_the_image_size_of_the_card(tmp_path, model, volume):
 def test_largest_component_by_hand():
     mask = np.zeros((3, 6, 8), dtype=bool)
     mask[0, 1, 1:4] = True  # three voxels ...
-    mask[1, 2, 4] = True  # ... and two more over corners: 26 neighbours
+    mask[1, 2, 4] = True  # ... and two more joined at corners: 26 neighbours
     mask[2, 3, 5] = True
     small = mask.copy()
     mask[0, 4:, :2] = True  # four voxels alone

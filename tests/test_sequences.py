@@ -1,4 +1,4 @@
-"""Sequences on other grids, moved heads, oblong pixels and DICOM studies."""
+"""Test sequences on other grids, moved heads, oblong pixels and DICOM studies."""
 
 from pathlib import Path
 
@@ -33,7 +33,7 @@ def weights(tmp_path_factory) -> Path:
 
 
 def image_of(sequence: np.ndarray) -> SimpleITK.Image:
-    """The sequence (S, H, W) on the grid of SPACED."""
+    """Put a sequence (S, H, W) on the grid of SPACED."""
     grid = Grid(sequence.shape[::-1], (3.0, 3.0, 6.0), (0.0, 0.0, 0.0), np.eye(3))
     return grid.image(np.ascontiguousarray(sequence.transpose(2, 1, 0)))
 
@@ -103,7 +103,7 @@ def test_a_moved_head_is_brought_back(head, weights, tmp_path, capsys):
     assert f"post-contrast was registered to FLAIR: {found}" in capsys.readouterr().err, "seeded"
 
 
-def test_what_does_not_fit_is_no_registration(head, weights, tmp_path, capsys):
+def test_a_sequence_that_does_not_fit_is_not_registered(head, weights, tmp_path, capsys):
     rng = np.random.default_rng(0)
     flair = write(tmp_path / "f.nii.gz", head[0][..., 1], affine=SPACED)
     noise = rng.integers(0, 255, head[1].shape, dtype=np.uint8)
@@ -129,7 +129,7 @@ def test_oblong_pixels_become_square(head, version, rows):
 
 
 def test_a_mask_of_oblong_pixels_is_on_their_grid(head, weights, tmp_path, capsys):
-    """As where a scanner has cut sagittal or coronal slices."""
+    """Scans of sagittal or coronal slices have such pixels."""
     volume, _ = head
     affine = SPACED.copy()
     affine[1, 1] *= 2
@@ -144,7 +144,7 @@ def test_a_mask_of_oblong_pixels_is_on_their_grid(head, weights, tmp_path, capsy
     assert dsc(axial, whole[:, ::2]) > 0.8
 
 
-def test_a_header_of_needles_is_refused(head, tmp_path):
+def test_extremely_oblong_pixels_are_refused(head, tmp_path):
     affine = np.diag([-0.1, -3.0, 6.0, 1.0])
     with pytest.raises(ValueError, match="its axial pixels are 3.0 x 0.1 mm; correct its header"):
         find_case(write(tmp_path / "a.nii.gz", head[0], affine=affine))
@@ -159,7 +159,7 @@ T2 = {"SeriesDescription": "AX T2 TSE", "EchoTime": 95}
 
 
 def write_study(folder: Path, volume: np.ndarray, *series: dict) -> Path:
-    """A folder of series, each of the next sequence of the volume."""
+    """Write a folder of series, each with the next sequence of the volume."""
     for k, tags in enumerate(series):
         place = write_series(folder / f"s{k}", volume[..., k % 3], f"1.2.{k + 3}")
         for path in place.iterdir():
@@ -193,7 +193,7 @@ def test_a_study_is_sorted_into_sequences(head, weights, tmp_path, capsys, flat)
 
 
 def check_grid_by_pydicom(series: Path, mask: Path) -> None:
-    """Compare where pydicom and nibabel, which are not ours, put the first and last slice."""
+    """Check independently that pydicom and nibabel agree on the first and last slice."""
     folder = series if series.is_dir() else series.parent
     slices = [pydicom.dcmread(path) for path in sorted(folder.iterdir())]
     slices = [one for one in slices if one.SeriesDescription == FLAIR["SeriesDescription"]]
@@ -236,7 +236,7 @@ def test_sequences_of_two_patients_are_refused(head, weights, tmp_path):
     assert "s0: PatientID 'p2', but s1 has 'p1'; give sequences of one patient" in message
 
 
-def test_other_frames_of_reference_are_said(head, tmp_path):
+def test_other_frames_of_reference_are_reported(head, tmp_path):
     study = write_study(tmp_path / "anna", head[0][:4], BEFORE, FLAIR)
     said = []
     for frame in ("1.2.8", "1.2.9"):

@@ -1,4 +1,4 @@
-"""Cases on disk: images of every kind, folders, and what does not fit together."""
+"""Test cases on disk: images of every kind, folders, and files that do not fit together."""
 
 import io
 import math
@@ -20,12 +20,12 @@ from brainseg.io.layouts import find_case, find_cases
 
 @pytest.fixture(scope="module")
 def pair() -> tuple[np.ndarray, np.ndarray]:
-    """A phantom volume (6, 64, 64, 3) uint8 and its mask."""
+    """Make a phantom volume (6, 64, 64, 3) uint8 and its mask."""
     return phantom.make_volume(1, slices=6, size=64)
 
 
 def write(folder: Path, volume: np.ndarray, mask: np.ndarray | None = None, first=1) -> Path:
-    """One case as TIFFs, slices and masks numbered from `first`."""
+    """Write a case as TIFFs, slices and masks numbered from `first`."""
     folder.mkdir(parents=True, exist_ok=True)
     for k, image in enumerate(volume, start=first):
         iio.imwrite(folder / f"x_{k}.tif", image)
@@ -87,7 +87,7 @@ def test_compressed_tiff(tmp_path, compression):
     assert np.array_equal(find_case(tmp_path).read()[0], image)
 
 
-def test_tiff_with_planes_one_after_the_other(tmp_path):
+def test_tiff_with_separate_planes(tmp_path):
     image = noise(10, 14, 3)
     planes = np.ascontiguousarray(image.transpose(2, 0, 1))
     tifffile.imwrite(tmp_path / "x_1.tif", planes, photometric="rgb", planarconfig="separate")
@@ -109,7 +109,7 @@ MASKS = {
 
 @pytest.mark.parametrize("suffix, style", MASKS.values(), ids=MASKS)
 def test_masks_are_bool_however_they_are_stored(tmp_path, suffix, style):
-    """Trap 3: a newer image library left masks at 0/255; loss near -0.99, DSC 0, no error."""
+    """Once, a newer image library left masks at 0/255: loss near -0.99, DSC 0, no error."""
     volume, mask = noise(2, 10, 14, 3), noise(2, 10, 14) > 127
     write(tmp_path, volume)
     for k, label in enumerate(mask, start=1):
@@ -121,7 +121,7 @@ def test_masks_are_bool_however_they_are_stored(tmp_path, suffix, style):
 
 @pytest.mark.parametrize("mode", ["1", "P", "LA", "RGBA"])
 def test_png_masks_of_a_drawing_program(tmp_path, mode):
-    """An opaque alpha channel is no lesion."""
+    """An opaque alpha channel is not a lesion."""
     mask = noise(10, 14) > 127
     write(tmp_path, noise(1, 10, 14, 3))
     Image.fromarray(mask).convert("RGB" if mode == "P" else "L").convert(mode).save(
@@ -134,7 +134,7 @@ def test_png_masks_of_a_drawing_program(tmp_path, mode):
 
 
 def test_a_root_of_cases_with_stray_files(tmp_path, pair):
-    """`data.csv` and `README.md` lie about in the root of the published data set."""
+    """The root of the published data set contains `data.csv` and `README.md`."""
     for name in ("b", "a", "c"):
         write(tmp_path / name, *pair)
         (tmp_path / name / "notes.txt").write_text("not a slice")
@@ -166,7 +166,7 @@ def test_real_cases(lgg):
 
 
 def test_a_case_folder_is_a_root_of_one(tmp_path, pair, monkeypatch):
-    """Trap 12: inference once needed ten cases, masks and the data set's own names."""
+    """Once, inference needed ten cases, masks and the data set's own names."""
     folder = write(tmp_path / "my scan", pair[0])
     (case,) = find_cases(folder)
     assert case.name == "my scan" and case.masks == () and len(case.read()) == 6
@@ -219,13 +219,13 @@ def test_unknown_name(tmp_path, pair):
 
 @pytest.fixture
 def case(tmp_path, pair) -> Path:
-    """A sound case of six slices with masks, to be broken."""
+    """Write a valid case of six slices with masks, for a test to break."""
     return write(tmp_path / "case", *pair)
 
 
 @pytest.mark.parametrize("number", [1, 3, 6])
 def test_missing_mask_is_refused_not_shifted(case, number):
-    """Trap 4: it shifted every later mask by one slice, silently."""
+    """Once, it silently shifted every later mask by one slice."""
     (case / f"x_{number}_mask.tif").unlink()
     with pytest.raises(ValueError, match=f"{case}: mask {number} is missing"):
         find_case(case)
@@ -291,7 +291,7 @@ def test_no_mask_at_all_is_refused_where_one_is_needed(tmp_path, pair):
 
 
 def encoded(image: np.ndarray, kind: str) -> bytes:
-    """A TIFF with its directory before the pixels (`first`) or behind them; or a PNG."""
+    """Encode a TIFF with its directory before (`first`) or after the pixels, or a PNG."""
     buffer = io.BytesIO()
     if kind == "first":
         tifffile.imwrite(buffer, image, photometric="rgb")
@@ -304,7 +304,7 @@ def encoded(image: np.ndarray, kind: str) -> bytes:
 
 
 def test_directory_is_where_the_names_say():
-    """A directory that stands before the pixels survives their loss: the harder case."""
+    """A directory before the pixels survives their loss, which is the harder case."""
     places = {}
     for kind in ("first", "tiff_adobe_deflate"):
         with tifffile.TiffFile(io.BytesIO(encoded(noise(20, 24, 3), kind))) as tiff:
@@ -312,11 +312,11 @@ def test_directory_is_where_the_names_say():
     assert places == {"first": True, "tiff_adobe_deflate": False}
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, of the same damage
+@pytest.mark.filterwarnings("ignore::UserWarning")  # from Pillow, about the same damage
 @pytest.mark.parametrize("kind", ["first", "plain", "tiff_adobe_deflate", "tiff_lzw", "packbits"])
 @pytest.mark.parametrize("kept", [0, 1, 4, 8, 9, 60, 150, 280, 0.5, 0.9, -200, -100, -8, -1])
 def test_truncated_tiff(tmp_path, kind, kept):
-    """Refused by name; or, where nothing that counts was lost, read as if it were whole."""
+    """The file is refused by name or, if nothing essential is lost, read as if whole."""
     image = noise(20, 24, 3)
     content = encoded(image, kind)
     path = tmp_path / "x_1.tif"
@@ -345,7 +345,7 @@ def test_truncated_png(tmp_path, kept):
     [b"", b"this is no image\n" * 40, b"II*\0", b"\0" * 500],
     ids="empty text head 0".split(),
 )
-def test_what_is_no_image(case, name, content):
+def test_anything_but_an_image_is_refused(case, name, content):
     (case / name).write_bytes(content)
     with pytest.raises(ValueError, match=f"{case / name}: not a readable image"):
         find_case(case).read_pair()
@@ -362,7 +362,7 @@ def test_nan_in_a_file(tmp_path, value):
 
 
 def test_png_of_16_bit_colour_keeps_its_16_bits(tmp_path):
-    """Pillow, and so most readers, would cut it to 8 bits without a word."""
+    """Pillow, and so most readers, would silently reduce it to 8 bits."""
     image = np.random.default_rng(0).integers(0, 4096, (20, 30, 3)).astype(np.uint16)
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in image)
     header = struct.pack(">IIBBBBB", 30, 20, 16, 2, 0, 0, 0)

@@ -1,4 +1,4 @@
-"""Which patient and subset a case belongs to, and the folds of a cross-validation."""
+"""Test the patient and subset of a case, and the folds of a cross-validation."""
 
 from collections import Counter
 from pathlib import Path
@@ -29,7 +29,7 @@ LGG = [name for subset in SUBSETS for name in listed(subset)]
 
 
 def test_lgg_lists():
-    """78 / 10 / 22 cases, no patient in two of them."""
+    """They have 78, 10 and 22 cases, and no patient is in two of them."""
     chosen = {subset: names_of(select_cases(made_up(LGG), subset)) for subset in SUBSETS}
     assert {subset: len(names) for subset, names in chosen.items()} == {
         "train": 78,
@@ -86,7 +86,7 @@ def test_no_patient_is_in_two_subsets():
 
 
 def test_adding_a_case_moves_no_other():
-    """Trap 11: adding one case reshuffled the whole split."""
+    """Once, adding one case reshuffled the whole split."""
     for subset in SUBSETS:
         before = names_of(select_cases(made_up(SCANS[1:]), subset))
         after = names_of(select_cases(made_up(SCANS), subset))
@@ -94,7 +94,7 @@ def test_adding_a_case_moves_no_other():
 
 
 def test_hash_split_is_the_same_for_ever():
-    """A change here would put cases that weights were trained on into the test subset."""
+    """A change here would move training cases of existing weights into the test subset."""
     names = [f"phantom_{k:03d}" for k in range(12)]
     assert [k for k, name in enumerate(names) if subset_of(name) == "test"] == [0, 7, 9]
     assert [k for k, name in enumerate(names) if subset_of(name) == "validation"] == [11]
@@ -138,7 +138,7 @@ def test_folds_are_balanced_over_hospitals():
 
 
 def test_folds_are_balanced_over_lesion_volumes(phantoms):
-    """Of every three patients that follow one another by volume, each fold holds out one."""
+    """Each fold holds out one of every three consecutive patients in order of volume."""
     cases = [case for case in find_cases(phantoms) if subset_of(case.name) != "test"]
     folds = [names_of(split_folds(cases, 3, fold)[1]) for fold in range(3)]
     by_volume = sorted(cases, key=lambda case: case.read_mask().sum())
@@ -158,6 +158,6 @@ def test_too_many_or_too_few_folds_are_refused(folds):
 
 
 @pytest.mark.parametrize("fold", [None, -1, 5])
-def test_a_fold_that_is_not_there_is_refused(fold):
+def test_an_invalid_fold_is_refused(fold):
     with pytest.raises(ValueError, match=f"fold {fold} of 5: --fold runs from 0 to 4"):
         split_folds(made_up(LGG), 5, fold)

@@ -1,6 +1,6 @@
-"""train.py from end to end: what a run leaves behind, resuming, and one sentence for what is wrong.
+"""Test train.py end to end: what a run leaves behind, resuming, and one-sentence errors.
 
-All runs are of narrow networks on small slices, on the CPU, where results repeat bit for bit.
+All runs train narrow networks on small slices, on the CPU, where results repeat bit for bit.
 """
 
 import functools
@@ -42,13 +42,13 @@ def flags(images: Path, out: Path, *more: object) -> list[str]:
 
 
 def run(images: Path, out: Path, *more: object) -> Path:
-    """Train for one epoch unless told otherwise; the folder of the weights."""
+    """Train, by default for one epoch; return the folder of the weights."""
     train.main(flags(images, out, *more))
     return out / "weights"
 
 
 def refused(images: Path, out: Path, *more: object) -> str:
-    """The one sentence that a run ends with; what is a string has exit status 1."""
+    """Return the one sentence that a run ends with; as a string it means exit status 1."""
     with pytest.raises(SystemExit) as stop:
         run(images, out, *more)
     message = stop.value.code
@@ -58,7 +58,7 @@ def refused(images: Path, out: Path, *more: object) -> str:
 
 
 def same(a, b) -> bool:
-    """Whether two nested state dicts are equal bit for bit."""
+    """Tell whether two nested state dicts are equal bit for bit."""
     if isinstance(a, torch.Tensor):
         return a.dtype == b.dtype and torch.equal(a, b)
     if isinstance(a, dict):
@@ -69,7 +69,7 @@ def same(a, b) -> bool:
 
 
 def same_run(a: Path, b: Path) -> bool:
-    """Whether two weights folders hold the same weights and could go on in the same way."""
+    """Tell whether two folders hold the same weights and would continue in the same way."""
     one, two = load_tensors(a / "unet.ckpt"), load_tensors(b / "unet.ckpt")
     parts = ("model", "ema", "optimizer", "epoch", "step", "best")
     kept = same(load_state(a / "unet.pt"), load_state(b / "unet.pt"))
@@ -99,7 +99,7 @@ def nan_loss(logits, target, **_):
 
 @pytest.fixture(scope="module")
 def straight(phantoms, tmp_path_factory) -> Path:
-    """Three epochs without a break, pictures at the second and the last."""
+    """Train three epochs without a break, with pictures at the second and the last."""
     out = tmp_path_factory.mktemp("straight")
     run(phantoms, out, "--epochs", 3, "--vis-freq", 2)
     return out
@@ -128,7 +128,7 @@ def test_weights_load_strictly_and_carry_their_card(straight):
     assert str(straight) not in json.dumps(card), "no paths of the machine in what is published"
 
 
-def test_arguments_versions_and_device_stand_beside_the_logs(straight):
+def test_arguments_versions_and_device_are_beside_the_logs(straight):
     about = json.loads((straight / "logs" / "args.json").read_text())
     assert about["recipe"]["epochs"] == 3 and about["device"] == "cpu"
     assert about["args"]["vis_freq"] == 2
@@ -184,7 +184,7 @@ def test_every_epoch_draws_afresh(phantoms, tmp_path, monkeypatch):
     assert seen[0] < seen[1] < seen[2], "later epochs reach slices that earlier ones did not"
 
 
-def test_command_line_takes_the_flags_of_old(phantoms, tmp_path, monkeypatch, capsys):
+def test_command_line_takes_the_original_flags(phantoms, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     old = "--batch-size 8 --epochs 1 --lr 1e-4 --device cpu --workers 1 --vis-images 1 --vis-freq 1"
     old += " --weights ./w --logs ./l --image-size 32 --aug-scale 0.05 --aug-angle 15"
@@ -193,7 +193,7 @@ def test_command_line_takes_the_flags_of_old(phantoms, tmp_path, monkeypatch, ca
     assert "64 slices of 8 cases to train on" in capsys.readouterr().out
 
 
-# Going on
+# Resuming
 
 
 def test_more_epochs_later_equal_all_at_once(phantoms, straight, tmp_path):
@@ -213,7 +213,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(phantoms, tmp_path, monkey
     assert "stopped at epoch 2, step 2" in said
     assert f"train.py --resume --weights {tmp_path / 'b' / 'weights'}" in said
     assert load_tensors(tmp_path / "b/weights/unet.ckpt")["step"] == 2, "the step was finished"
-    train.main(["--resume", "--weights", str(tmp_path / "b/weights")])  # as it says
+    train.main(["--resume", "--weights", str(tmp_path / "b/weights")])  # as printed
     assert same_run(whole, tmp_path / "b/weights")
     losses = [scalars(tmp_path / x / "logs").Scalars("loss/train") for x in "ab"]
     assert [e.step for e in losses[1]] == [1, 2]
@@ -224,7 +224,7 @@ def test_a_real_process_stops_saves_and_goes_on(phantoms, tmp_path):
     command = [sys.executable, SCRIPT, *flags(phantoms, tmp_path / "a", "--epochs", 10_000)]
     pipe, env = subprocess.PIPE, os.environ | {"OMP_NUM_THREADS": "1"}
     with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=env) as process:
-        said = [process.stdout.readline() for _ in range(3)]  # the subsets; what it is; epoch 1
+        said = [process.stdout.readline() for _ in range(3)]  # the subsets; the settings; epoch 1
         process.send_signal(signal.SIGTERM)
         rest, errors = process.communicate(timeout=60)
     assert said[2].startswith("epoch   1/10000"), errors
@@ -260,7 +260,7 @@ def test_resuming_with_other_cases_is_refused(phantoms, straight, tmp_path):
     assert f"{images}: not the training cases" in message
 
 
-def test_resuming_what_is_done_changes_nothing(phantoms, straight, capsys):
+def test_resuming_a_finished_run_changes_nothing(phantoms, straight, capsys):
     before = contents(straight / "weights")
     run(phantoms, straight, "--resume", "--epochs", 3)
     assert "all 3 epochs are done; raise --epochs" in capsys.readouterr().out
@@ -279,7 +279,7 @@ def test_resuming_without_a_sound_checkpoint_is_one_sentence(phantoms, straight,
     shutil.copy(straight / "weights" / "unet.pt", place)
     assert f"{place}: is not a training checkpoint" in refused(phantoms, tmp_path, "--resume")
     earlier = load_tensors(straight / "weights" / "unet.ckpt") | {"ema": {"n_averaged": 3}}
-    torch.save(earlier, place)  # as before version 2 of the preprocessing
+    torch.save(earlier, place)  # as written before preprocessing version 2
     assert f"{place}: is not a training checkpoint" in refused(phantoms, tmp_path, "--resume")
 
 
@@ -340,7 +340,7 @@ def raises_no_space(save, state, path):
 
 
 def reaches_limit(save, state, path):
-    """What PyTorch itself does when the file cannot grow: a RuntimeError."""
+    """Raise RuntimeError, as PyTorch itself does if the file cannot grow."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
     try:
@@ -366,7 +366,7 @@ def test_full_disk_leaves_the_old_file_whole(phantoms, tmp_path, monkeypatch, fu
     assert after["unet.ckpt"] == before["unet.ckpt"]
     assert suffix == ".ckpt" or after == before
     monkeypatch.undo()
-    run(phantoms, tmp_path, "--resume", *recipe)  # once there is space again
+    run(phantoms, tmp_path, "--resume", *recipe)  # when the disk has space again
     assert same_run(weights, run(phantoms, tmp_path / "straight", *recipe))
 
 
@@ -401,7 +401,7 @@ def saved(model: UNet, path: Path) -> Path:
 
 
 def test_weight_decay_is_decoupled_from_the_gradient(phantoms, tmp_path):
-    """Decoupled: each of the 4 steps takes lr * decay of every weight, before Adam's own step."""
+    """Each of the 4 steps subtracts lr * decay of every weight before Adam's own step."""
     file = saved(UNet(init_features=4), tmp_path / "start.pt")
     options = "--epochs", 1, "--init-weights", file
     plain, decayed = (
@@ -428,13 +428,13 @@ def test_fine_tuning_says_what_it_could_not_use(phantoms, tmp_path, monkeypatch,
                        start.bottleneck.bottleneckconv2.weight)  # fmt: skip
     assert trained[key].shape == (4, 3, 3, 3)
     file.unlink()
-    run(phantoms, tmp_path, "--resume", "--lr", 0, "--epochs", 2)  # needs them no more
+    run(phantoms, tmp_path, "--resume", "--lr", 0, "--epochs", 2)  # no longer needs them
 
 
 def test_fine_tuning_takes_over_size_and_preprocessing(tmp_path, capsys):
     file = saved(UNet(init_features=4), tmp_path / "start.pt")
     args, _ = train.get_args(["--init-weights", str(file)])
-    assert (args.features, args.image_size, args.preprocessing) == (4, 256, 1)  # has no card
+    assert (args.features, args.image_size, args.preprocessing) == (4, 256, 1)  # it has no card
     file.with_suffix(".json").write_text('{"image_size": 96, "preprocessing": 2, "neighbours": 1}')
     args, _ = train.get_args(["--init-weights", str(file), "--image-size", "64"])
     assert (args.image_size, args.preprocessing, args.neighbours) == (64, 2, 1)
@@ -448,7 +448,7 @@ def test_the_classic_recipe_is_the_published_one():
     assert (args.features, args.image_size, args.schedule) == (16, 192, "cosine")
 
 
-def test_the_classic_recipe_wins_over_a_file_but_not_over_a_card(tmp_path):
+def test_classic_recipe_wins_over_a_file_but_not_over_a_card(tmp_path):
     settings = tmp_path / "settings.yaml"
     settings.write_text("lr: 0.5\nrecipe: classic\n")
     args, _ = train.get_args(["--config", str(settings)])
@@ -461,7 +461,7 @@ def test_the_classic_recipe_wins_over_a_file_but_not_over_a_card(tmp_path):
     assert (args.features, args.image_size, args.preprocessing) == (4, 96, 2)
 
 
-def test_a_checkpoint_from_before_the_recipes_goes_on(phantoms, tmp_path):
+def test_a_checkpoint_from_before_the_recipes_is_resumed(phantoms, tmp_path):
     weights = run(phantoms, tmp_path)
     checkpoint = torch.load(weights / "unet.ckpt", weights_only=True)
     checkpoint["args"] |= {"features": None}
@@ -471,7 +471,7 @@ def test_a_checkpoint_from_before_the_recipes_goes_on(phantoms, tmp_path):
     assert (args.features, args.recipe) == (32, None)
 
 
-def test_weights_to_start_from_that_do_not_fit_are_refused(phantoms, tmp_path):
+def test_start_weights_that_do_not_fit_are_refused(phantoms, tmp_path):
     file = saved(UNet(init_features=8), tmp_path / "wide.pt")
     assert f"{file}: no weight in it fits" in refused(phantoms, tmp_path, "--init-weights", file)
     missing = tmp_path / "missing.pt"
@@ -531,7 +531,7 @@ def test_a_file_in_place_of_an_output_folder_is_refused(phantoms, tmp_path):
         assert (tmp_path / name / name).read_text() == "kept"
 
 
-def test_resumes_where_the_checkpoint_lies_now(phantoms, tmp_path):
+def test_resumes_where_the_checkpoint_is_now(phantoms, tmp_path):
     """A folder of weights may be moved to another place or machine between two runs."""
     run(phantoms, tmp_path / "a", "--epochs", 1)
     moved = tmp_path / "moved"
@@ -579,7 +579,7 @@ def test_weights_that_no_longer_give_a_finite_loss_are_not_kept(phantoms, tmp_pa
 
 @pytest.fixture
 def graphs(monkeypatch) -> list[str]:
-    """Who had the network compiled, with a compiler that changes nothing and takes no time."""
+    """Record when the network is compiled, by a compiler that changes nothing and is instant."""
     found, ahead = [], []
     compile_ahead = training.compile_ahead
 
@@ -600,7 +600,7 @@ def graphs(monkeypatch) -> list[str]:
 
 
 def test_compiled_ahead_of_the_first_step_and_the_same_weights(phantoms, tmp_path, capsys, graphs):
-    """64 slices in steps of 24: the last step is of 16, for which nothing waits either."""
+    """With 64 slices in steps of 24, the last step has 16, compiled ahead as well."""
     more = "--batch-size", 24, "--epochs", 2
     run(phantoms, tmp_path / "plain", *more)
     assert not graphs and "compiled in" not in capsys.readouterr().out
@@ -667,11 +667,11 @@ def test_a_run_in_a_thread_gives_the_same_weights(phantoms, straight, tmp_path):
     assert same_run(tmp_path / "weights", straight / "weights")
 
 
-# What a resumed run takes over, and says
+# What a resumed run takes over and reports
 
 
 def test_resumes_with_its_own_args_json_as_config(phantoms, straight, tmp_path):
-    """Values are compared, not their spelling: 0 in the file is 0.0 in the checkpoint."""
+    """Values are compared, not their spelling: 0 in the file equals 0.0 in the checkpoint."""
     shutil.copytree(straight / "weights", tmp_path / "weights")
     config = straight / "logs" / "args.json"
     words = "--resume", "--config", config, "--epochs", 4
@@ -690,7 +690,7 @@ def test_resuming_says_what_else_has_changed(phantoms, tmp_path, capsys):
     assert "the learning rate jumps from 0 to 0.0005, then falls to 0 at epoch 2" in said
 
 
-def test_a_setting_younger_than_the_checkpoint_has_its_default(phantoms, straight, tmp_path):
+def test_a_setting_newer_than_the_checkpoint_has_its_default(phantoms, straight, tmp_path):
     shutil.copytree(straight / "weights", tmp_path / "weights")
     path = tmp_path / "weights" / "unet.ckpt"
     checkpoint = load_tensors(path)

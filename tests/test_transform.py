@@ -1,4 +1,4 @@
-"""Augmentation: geometry, what comes in from outside, and draws that can be made again."""
+"""Test augmentation: geometry, filling from outside, and reproducible draws."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ STILL = {"scale": 0, "angle": 0, "flip": 0}
 
 
 def blobs(height: int, width: int) -> np.ndarray:
-    """A smooth picture (H, W): one blob off the centre and a weaker one, on 0."""
+    """Make a smooth picture (H, W): a blob off the centre and a weaker one, on 0."""
     y, x = np.mgrid[:height, :width]
     places = (0.38, 0.66, 1.0), (0.6, 0.4, 0.5)
     spots = [
@@ -23,7 +23,7 @@ def blobs(height: int, width: int) -> np.ndarray:
 
 
 def batch(n: int, height: int = 64, width: int = 64) -> tuple[torch.Tensor, torch.Tensor]:
-    """Three channels of blobs, and the mask of the bright one."""
+    """Make three channels of blobs, and the mask of the bright one."""
     picture = torch.from_numpy(blobs(height, width))
     images = torch.stack([picture, 2 * picture - 1, 3 - picture])
     mask = (picture > 0.6).float()[None]
@@ -31,7 +31,7 @@ def batch(n: int, height: int = 64, width: int = 64) -> tuple[torch.Tensor, torc
 
 
 def place(pictures: torch.Tensor) -> torch.Tensor:
-    """Centre of mass of (N, H, W), from the centre of the picture: x + iy, in voxels."""
+    """Compute centres of mass of (N, H, W) from the picture's centre: x + iy, in voxels."""
     height, width = pictures.shape[1:]
     y = torch.arange(height) - (height - 1) / 2
     x = torch.arange(width) - (width - 1) / 2
@@ -74,7 +74,7 @@ def test_same_generator_same_result_and_another_another():
 
 
 def test_each_slice_of_a_batch_and_each_batch_has_its_own_draws():
-    """Trap 1: the same augmentation must not come again and again."""
+    """The same augmentation must not be repeated."""
     images, masks = batch(4)
     generator = make_generator(0)
     first, second = (augment(images, masks, generator)[0] for _ in range(2))
@@ -97,7 +97,7 @@ def test_rotation_and_scale_are_in_range_and_fill_it(height, width):
 @pytest.mark.parametrize("height, width", [(64, 64), (48, 80)])
 @pytest.mark.parametrize("seed", [0, 1])
 def test_agrees_with_scikit_image(height, width, seed):
-    """A similarity about the centre of the picture, also where it is not square: no shear."""
+    """It is a similarity about the picture's centre, without shear even if it is not square."""
     images, masks = batch(1, height, width)
     moved, _ = augment(images, masks, make_generator(seed), scale=0.2, angle=30, flip=0)
     change = (place(moved[:, 0]) / place(images[:, 0])).item()
@@ -113,7 +113,7 @@ def test_agrees_with_scikit_image(height, width, seed):
 
 
 def test_mask_moves_with_its_image():
-    """A bright disk beside its own mask: they still cover each other."""
+    """A bright disk and its mask still coincide."""
     y, x = torch.meshgrid(torch.arange(64), torch.arange(64), indexing="ij")
     disk = ((y - 20) ** 2 + (x - 40) ** 2 < 100).float()[None, None].repeat(16, 1, 1, 1)
     images, masks = augment(disk, disk, make_generator(0), scale=0.2, angle=40)
@@ -132,7 +132,7 @@ def test_masks_stay_0_or_1():
 
 @pytest.mark.parametrize("background", [(-1.5, -0.25, -3.0), (2.0, 0.5, 0.0)])
 def test_background_comes_in_from_outside(background):
-    """Trap 6: after normalisation 0 is tissue; as a fill value it made grey wedges."""
+    """After normalisation 0 is tissue; as a fill value it once made grey wedges."""
     least = torch.tensor(background)[None, :, None, None]
     images = torch.ones(8, 3, 64, 64) * (least + 1)  # tissue up to the border ...
     images[:, :, 30:34, 30:34] = least  # ... and background inside
@@ -188,7 +188,7 @@ def test_dropped_sequences_are_filled_with_flair():
 
 
 def test_slices_of_a_sample_vary_and_lose_sequences_alike():
-    """Of 9 channels, three slices of three sequences."""
+    """The 9 channels are three slices of three sequences."""
     images = torch.arange(3.0)[None, :, None, None].repeat(400, 3, 2, 2)
     dropped = drop_sequences(images, make_generator(0), 0.5)
     alone = drop_sequences(images[:, :3], make_generator(0), 0.5)

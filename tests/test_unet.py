@@ -1,4 +1,4 @@
-"""Both networks: shapes, errors, settings; of the U-Net, the published names and shapes."""
+"""Test both networks: shapes, errors, settings, and the U-Net's published names and shapes."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from brainseg.resnext_unet import ResNeXtUNet
 
 
 def published_names(in_channels=3, out_channels=1, f=32) -> dict[str, tuple[int, ...]]:
-    """Every key of the published checkpoint with its shape, written out independently."""
+    """List every key of the published checkpoint with its shape, independently."""
     names = {}
 
     def block(module, prefix, channels, features):
@@ -96,7 +96,7 @@ def test_every_parameter_gets_a_gradient(network, settings):
 
 @pytest.mark.parametrize("height, width", [(250, 250), (16, 24), (8, 16), (33, 32)])
 def test_size_that_16_does_not_divide_is_refused(model, height, width):
-    """Trap 10: it used to fail deep inside a concatenation or a sum."""
+    """Once, it failed deep inside a concatenation or a sum."""
     with pytest.raises(ValueError, match=rf"{height} x {width} is not a multiple of 16"):
         model(torch.zeros(1, 3, height, width))
 

@@ -1,4 +1,4 @@
-"""What strangers may send: unpacked without harm, read in a process of its own, or refused."""
+"""Test untrusted uploads: unpacked safely, read in a separate process, or refused."""
 
 import io
 import os
@@ -57,7 +57,7 @@ def volume_file(array: np.ndarray, path: Path) -> bytes:
 
 @pytest.fixture(scope="module")
 def process():
-    """The process that reads for most of the tests."""
+    """Start the process that reads for most of the tests."""
     process = Reader(LIMITS)
     yield process
     process.close()
@@ -65,7 +65,7 @@ def process():
 
 @pytest.fixture
 def receive(process, tmp_path):
-    """Has an upload read, as the server does."""
+    """Return a function that reads an upload as the server does."""
     others = []
 
     def receive(parts, limits=LIMITS) -> Loaded:
@@ -89,7 +89,7 @@ def slices_of(phantom, prefix: str = "") -> dict[str, bytes]:
     return files
 
 
-# What is taken
+# What is accepted
 
 
 @pytest.mark.parametrize("kind", ["files", "archive", "archive of a folder", "with hidden files"])
@@ -105,7 +105,7 @@ def test_slices_and_archives_of_them(phantom, receive, kind):
     assert np.array_equal(loaded.truth, phantom[1])
 
 
-def test_masks_of_slices_may_come_apart(phantom, receive):
+def test_masks_of_slices_may_be_sent_separately(phantom, receive):
     files = slices_of(phantom)
     images = {name: content for name, content in files.items() if "mask" not in name}
     masks = {name: content for name, content in files.items() if "mask" in name}
@@ -125,7 +125,7 @@ def test_a_volume_file_with_its_mask(phantom, receive, tmp_path, suffix):
     assert np.array_equal(loaded.volume, volume) and np.array_equal(loaded.truth, mask)
 
 
-def test_sequences_in_files_of_their_own(phantom, receive, tmp_path):
+def test_sequences_in_separate_files(phantom, receive, tmp_path):
     volume, _ = phantom
     sent = {
         name: named(**{"scan.nii.gz": volume_file(volume[..., k], tmp_path / f"{name}.nii.gz")})
@@ -149,7 +149,7 @@ def test_a_dicom_series(phantom, receive, tmp_path, packed):
         assert loaded.case.name == "series"
 
 
-def test_a_mask_beside_sequences_is_no_sequence(phantom, receive, tmp_path):
+def test_a_mask_beside_sequences_is_not_a_sequence(phantom, receive, tmp_path):
     volume, mask = phantom
     sent = {
         name: named(**{"scan.nii.gz": volume_file(volume[..., k], tmp_path / f"{name}.nii.gz")})
@@ -212,10 +212,10 @@ def test_an_archive_that_unpacks_to_too_much(receive):
     assert message == "b.zip: more than 20 MiB unpacked; send one case"
 
 
-def test_an_archive_that_lies_about_what_it_unpacks_to(receive, tmp_path):
+def test_an_archive_that_lies_about_its_size(receive, tmp_path):
     bomb = bytearray(zipped({"head_1.tif": bytes(30 * MIB)}))
     size = (30 * MIB).to_bytes(4, "little")
-    assert bomb.count(size) == 2  # beside the member, and in the directory
+    assert bomb.count(size) == 2  # in the member's header and in the directory
     lying = bytes(bomb).replace(size, (100).to_bytes(4, "little"))
     refused(receive, {"images": named(**{"b.zip": lying})}, Limits(unpacked=20 * MIB))
     assert sum(p.stat().st_size for p in tmp_path.rglob("*") if p.is_file()) < 22 * MIB
@@ -354,7 +354,7 @@ def test_members_with_odd_names(receive, member):
     assert message.startswith("bad.zip: ") or "holds no slice" in message
 
 
-def test_archives_packed_in_other_ways(phantom, receive):
+def test_archives_with_other_compression_are_refused(phantom, receive):
     content = zipped(slices_of(phantom), zipfile.ZIP_LZMA)
     assert "packed in an odd way" in refused(receive, {"images": named(**{"bad.zip": content})})
 
@@ -376,7 +376,7 @@ def test_a_reader_that_takes_too_long_is_stopped(order, monkeypatch):
     assert time.monotonic() - start < 30, "stopped, not waited for"
 
 
-def test_a_reader_that_breaks_down_harms_nobody(order, monkeypatch):
+def test_a_reader_that_crashes_gives_an_error(order, monkeypatch):
     monkeypatch.setattr(uploads, "work", lambda _: os.kill(os.getpid(), 9))
     assert attend(order) == {"error": f"a.nii: {uploads.BROKEN}"}
 
@@ -395,10 +395,10 @@ def test_a_closed_reader_reads_no_more(tmp_path):
 
 
 def test_a_reader_has_bounded_memory(receive):
-    """A TIFF of 1.6 MB that unpacks to 1.1 GB."""
+    """Send a TIFF of 1.6 MB that unpacks to 1.1 GB."""
     buffer, side = io.BytesIO(), 33_000
     with tifffile.TiffWriter(buffer) as writer:
-        tile = zlib.compress(bytes(8192 * 8192), level=1)  # once: the same bytes for all tiles
+        tile = zlib.compress(bytes(8192 * 8192), level=1)  # compressed once: all tiles are the same
         options = {"tile": (8192, 8192), "compression": "zlib"}
         writer.write(iter([tile] * 25), shape=(side, side), dtype=np.uint8, **options)
     limits = Limits(memory=1024 * MIB)

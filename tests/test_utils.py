@@ -1,4 +1,4 @@
-"""Seeds, signals, and --config: a file of settings, or the args.json of a run."""
+"""Test seeds, signals, and --config: a file of settings, or the args.json of a run."""
 
 import json
 import signal
@@ -18,12 +18,12 @@ def draws(*key: int) -> list[float]:
 # Seeds
 
 
-def test_a_stream_can_be_made_again():
+def test_a_stream_is_reproducible():
     assert draws(3, 1, 4) == draws(3, 1, 4)
 
 
 def test_streams_differ():
-    """Trap 1: another epoch, step or purpose must not see the same draws."""
+    """Another epoch, step or purpose must not get the same draws."""
     keys = [(s, k, e) for s in (0, 1, 2) for k in (0, 1) for e in range(20)]
     assert len({tuple(draws(*key)) for key in keys}) == len(keys)
 
@@ -87,7 +87,7 @@ def test_fail_is_one_sentence(error, sentence):
 
 @pytest.fixture
 def settings(tmp_path):
-    """Writes a text to a file and gives the arguments train.py makes of it and of `flags`."""
+    """Return a function that parses a settings file of this text and `flags` as train.py does."""
 
     def parse(text, *flags):
         path = tmp_path / "settings.yaml"
@@ -154,7 +154,7 @@ def test_negative_numbers_and_names_that_start_with_a_hyphen(settings):
         ("lr: !!python/object/apply:os.getcwd []", "is not YAML"),
     ],
 )
-def test_what_cannot_be_used_names_the_file(settings, capsys, text, says):
+def test_settings_that_cannot_be_used_name_the_file(settings, capsys, text, says):
     with pytest.raises(SystemExit) as stop:
         settings(text)
     error = capsys.readouterr().err
@@ -203,6 +203,6 @@ def test_a_required_flag_may_be_in_either_place(tmp_path):
         get_parser().parse_args(["--config", str(path)])
 
 
-def test_no_flag_is_shortened():
+def test_flags_cannot_be_abbreviated():
     with pytest.raises(SystemExit):
         get_args_parser().parse_args(["--conf", "settings.yaml"])

@@ -1,4 +1,4 @@
-"""What the page's viewer gets: files that lie where the scan lies, and are small."""
+"""Test the files for the page's viewer: aligned with the scan, and small."""
 
 import numpy as np
 import pytest
@@ -26,7 +26,7 @@ def opened(folder, content: bytes) -> SimpleITK.Image:
 
 
 def test_files_lie_where_the_scan_lies(phantom, tmp_path):
-    """An oblique scan whose axes are turned and run backward."""
+    """Use an oblique scan whose axes are permuted and reversed."""
     volume, mask = phantom
     image = SimpleITK.GetImageFromArray(volume, isVector=True)
     image.SetSpacing((1.5, 1.25, 4))
@@ -83,7 +83,7 @@ def test_large_scans_are_thinned_out(tmp_path):
     assert labels.GetSpacing()[1] == 2 and SimpleITK.GetArrayFromImage(labels).sum() == 100
 
 
-def test_an_empty_mask_is_looked_at_in_the_middle(phantom):
+def test_an_empty_mask_is_shown_from_the_middle(phantom):
     volume, mask = phantom
     empty = np.zeros_like(mask)
     shown = shown_of(Case("a", (*range(1, 9),), (), ()), volume, empty, empty, None)

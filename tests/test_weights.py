@@ -1,4 +1,4 @@
-"""Weights on disk: what is opened, what is refused before it can do harm, and what a card says."""
+"""Test weights on disk: what is opened, what is safely refused, and what a card says."""
 
 import json
 import os
@@ -27,7 +27,7 @@ from brainseg.weights import (
 
 
 class Evil:
-    """Runs a shell command when it is unpickled."""
+    """Run a shell command when unpickled."""
 
     def __init__(self, marker: Path):
         self.marker = marker
@@ -47,7 +47,7 @@ def saved(path: Path, content: object = None) -> Path:
 
 
 def shipped(folder: Path, model: UNet, card: dict | None = None) -> Path:
-    """Weights and card named as those that come with the project."""
+    """Write weights and card named like the shipped ones."""
     path = saved(folder / "new.pt", model.state_dict())
     path = path.rename(folder / f"unet-{file_hash(path)[:8]}.pt")
     path.with_suffix(".json").write_text(json.dumps(card or {"settings": model.settings}))
@@ -55,7 +55,7 @@ def shipped(folder: Path, model: UNet, card: dict | None = None) -> Path:
 
 
 @pytest.mark.parametrize("settings", [(3, 1, 4), (1, 1, 4), (4, 2, 8)])
-def test_architecture_is_read_off_the_weights(settings):
+def test_architecture_is_read_from_the_weights(settings):
     names = ("in_channels", "out_channels", "init_features")
     wanted = dict(zip(names, settings, strict=True))
     model = narrow(**wanted)
@@ -155,7 +155,7 @@ def test_hash_in_the_name_is_checked(tmp_path):
         ("2024013", None),
     ],
 )
-def test_a_date_in_the_name_is_no_hash(ending, digits):
+def test_a_date_in_the_name_is_not_a_hash(ending, digits):
     assert hash_in_name(f"unet-{ending}.pt") == digits
 
 
@@ -187,7 +187,7 @@ def test_card_is_optional_but_must_be_json(tmp_path):
             read_card(path)
 
 
-def test_initialise_names_what_it_left():
+def test_initialise_names_what_it_did_not_load():
     model = narrow(in_channels=1)
     before = model.state_dict()["encoder1.enc1conv1.weight"].clone()
     with pytest.MonkeyPatch.context() as patch:
