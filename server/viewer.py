@@ -69,7 +69,7 @@ def _nifti(grid: Grid, frames: Sequence[np.ndarray]) -> bytes:
 
 
 def _sequences(volume: np.ndarray) -> dict[str, int]:
-    """Find the channel of each sequence of a volume (S, H, W, C), leaving out copies of FLAIR."""
+    """Find the channel of each sequence of a volume (S, H, W, C), without copies of FLAIR."""
     if volume.shape[3] != 3:
         return {"flair": min(1, volume.shape[3] - 1)}
     flair = volume[..., 1]

@@ -24,7 +24,7 @@ def check_can_fit(models: Sequence[Model]) -> None:
         if not patients:
             raise ValueError(
                 f"{file}: no card says what it was trained on, and the expected DSC can "
-                "only be learnt from other cases; put the card that train.py wrote beside it"
+                "only be learnt from other cases; put the card that train.py wrote next to it"
             )
 
 
