@@ -1,23 +1,22 @@
-"""From a recipe to the weights that ship: a search by cross-validation, then a network a fold.
+"""Search for a recipe by cross-validation, then train one network per fold: the weights that ship.
 
     python3 -m benchmarks.campaign --images ./kaggle_3m --jobs 2
     python3 -m benchmarks.campaign --images ./kaggle_3m --stage search --only dice three-slices
     python3 -m benchmarks.campaign --images ./kaggle_3m --stage ship --jobs 2
     python3 -m benchmarks.campaign --images ./kaggle_3m --start weights/unet-folds -- --epochs 3
 
-search  Short trainings that differ in one thing from train.py's defaults on small slices, on the
-        first three of five folds by patient, scored on the patients held out and compared case by
-        case. The defaults are changed by hand, for what helps.
-ship    The defaults, one network a fold, on small slices first, then on slices of the size of a
+search  Short trainings on small slices that each differ in one thing from train.py's defaults, on
+        the first three of five folds by patient, scored on the patients held out and compared case
+        by case. Changes that help are put into the defaults by hand.
+ship    The defaults, one network per fold, first on small slices, then on slices as large as a
         cropped head. All are exported into OUT/weights, each patient is scored by the network that
-        has not seen it, and what DSC to expect of a mask is fitted to these scores, into the cards.
+        has not seen it, and the expected DSC is fitted to these scores and saved in the cards.
 
 Every training keeps its last epoch: nothing is chosen on the patients held out. With --start, each
-goes on from the network of an ensemble that has not seen them either, without the small slices.
-Trainings run at low priority, --jobs at once, each on its share of the cores. What follows -- are
-options of train.py for all of them. The tables are in OUT/campaign.md. A call that is stopped, by
-Ctrl-C or SIGTERM, saves what is under way, and the same call goes on there. Test cases are never
-opened.
+training continues from the network of an ensemble that has not seen them either, without the small
+slices. Trainings run at low priority, --jobs at once, each on its share of the cores. Words after
+-- are passed to train.py in all of them. The tables are in OUT/campaign.md. Ctrl-C or SIGTERM saves
+the running trainings, and the same command resumes them. Test cases are never opened.
 """
 
 from __future__ import annotations
@@ -60,7 +59,7 @@ HELD_OUT = ["--subset", "train", "validation"]  # of the fold that has not seen 
 
 
 def search(args: argparse.Namespace, pool: Pool) -> str:
-    """Train and compare; the table."""
+    """Train, compare, and return the table."""
     out, images = args.out, args.images
     changes = {BASE: ""} | {k: v for k, v in CHANGES.items() if not args.only or k in args.only}
     start = [network_of_fold(args.start, k) if args.start else None for k in range(SEARCH_FOLDS)]
@@ -85,7 +84,7 @@ def search(args: argparse.Namespace, pool: Pool) -> str:
 
 
 def ship(args: argparse.Namespace, pool: Pool) -> str:
-    """Train the networks of an ensemble, export them, score and fit; the table."""
+    """Train the networks of an ensemble, export, score and fit them; return the table."""
     out, images = args.out, args.images
     if args.start:
         start = [network_of_fold(args.start, k) for k in range(FOLDS)]
@@ -118,27 +117,27 @@ def training(
     start: Path | None = None,
     change: Sequence[str] = (),
 ) -> Training:
-    """A training without fold `k`; of an option given twice, train.py takes the last."""
+    """Make a training without fold `k`; if an option is given twice, train.py uses the last."""
     words = ["--images", str(args.images), *COMMON, "--fold", str(k), *options]
     first = ["--init-weights", str(start)] if start else []
     return Training("unet", folder, (*words, *first, *args.options, *change))
 
 
 def network_of_fold(folder: Path, k: int) -> Path:
-    """The file of an ensemble whose network was trained without fold `k` of FOLDS."""
+    """Find the file of an ensemble whose network was trained without fold `k` of FOLDS."""
     for path in sorted(folder.glob("*.pt")):
         recipe = read_card(path).get("recipe", {})
         if (recipe.get("folds"), recipe.get("fold")) == (FOLDS, k):
             return path
-    raise ValueError(f"{folder}: no network of fold {k} of {FOLDS}; name a folder that ship made")
+    raise ValueError(f"{folder}: no network of fold {k} of {FOLDS}; give a folder made by ship")
 
 
 def train_all(stage: str, trainings: Sequence[Training], pool: Pool) -> None:
-    """Run them; ValueError for the first that does not get to its end."""
+    """Run the trainings; raise ValueError for the first that does not finish."""
     done = pool.run(stage, trainings)
     for each in trainings:
         if each not in done:
-            raise ValueError(f"{each.log}: not trained to the end: {each.last_line()}")
+            raise ValueError(f"{each.log}: the training did not finish: {each.last_line()}")
 
 
 def read_summary(folder: Path) -> dict[str, dict]:
@@ -169,13 +168,13 @@ def main(argv: list[str] | None = None) -> None:
     add("--images", type=Path, required=True, help="the real cases")
     add("--out", type=Path, default="campaign", help="folder (%(default)s)")
     add("--stage", nargs="+", choices=STAGES, default=list(STAGES), help="(both)")
-    add("--only", nargs="+", choices=CHANGES, help="in the search, these changes (all)")
-    add("--start", type=Path, help="folder of networks to go on from, one a fold")
-    add("--jobs", type=int, default=1, help="trainings at once (%(default)s)")
-    add("options", nargs="*", help="of train.py, after --")
+    add("--only", nargs="+", choices=CHANGES, help="only these changes in the search (all)")
+    add("--start", type=Path, help="folder of networks to continue from, one per fold")
+    add("--jobs", type=int, default=1, help="trainings at a time (%(default)s)")
+    add("options", nargs="*", help="options of train.py, after --")
     args = parser.parse_args(argv)
 
-    for number in (signal.SIGTERM, signal.SIGHUP):  # a connection that ends stops it too
+    for number in (signal.SIGTERM, signal.SIGHUP):  # a closed connection stops it too
         signal.signal(number, signal.default_int_handler)
     pool = Pool(args.jobs)
     try:
@@ -191,7 +190,7 @@ def main(argv: list[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         fail(error)
     except KeyboardInterrupt:
-        fail("stopped; the same call goes on here")
+        fail("stopped; run the same command to resume")
     print(f"\ntables: {args.out / 'campaign.md'}", file=sys.stderr)
 
 

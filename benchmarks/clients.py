@@ -1,9 +1,9 @@
-"""Many clients at once: is any of them lost, how long do they wait, how much memory does it take?
+"""Test many clients at once: is any lost, how long do they wait, how much memory is used?
 
     python3 -m benchmarks.clients --clients 50
 
-Starts app.py with the project's weights, sends it the same synthetic scan from all clients in one
-moment, and compares every mask with the one that a client alone gets.
+Starts app.py with the project's weights, sends it the same synthetic scan from all clients at the
+same time, and compares every mask with the one that a single client gets.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--clients", type=int, default=50, help="(%(default)s)")
-    parser.add_argument("--slices", type=int, default=24, help="of the scan (%(default)s)")
-    parser.add_argument("--size", type=int, default=192, help="of a slice (%(default)s)")
+    parser.add_argument("--slices", type=int, default=24, help="slices of the scan (%(default)s)")
+    parser.add_argument("--size", type=int, default=192, help="side of a slice (%(default)s)")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         write_data_set(Path(name) / "images", 1, args.slices, args.size)
@@ -57,11 +57,11 @@ def run(args: argparse.Namespace, scan: bytes, folder: Path) -> None:
     try:
         while not answers(url):
             if server.poll() is not None:
-                sys.exit("the server did not start")
+                sys.exit("the server did not start; see above")
             time.sleep(0.2)
         masks, alone = ask(url, scan)
         if not masks:
-            sys.exit("the server refuses the scan")
+            sys.exit("the server refused the scan")
         memory, done = [resident(server.pid)], threading.Event()
         watcher = threading.Thread(target=watch, args=(server.pid, memory, done))
         watcher.start()
@@ -94,7 +94,7 @@ def answers(url: str) -> bool:
 
 
 def ask(url: str, scan: bytes) -> tuple[dict[str, bytes], float]:
-    """The masks that a client gets, none if it is refused, and how many seconds it waits."""
+    """Return the masks that a client gets, none if it is refused, and the seconds it waits."""
     start = time.perf_counter()
     sent = {"images": ("scan.zip", scan)}
     answer = httpx.post(f"{url}/segment", files=sent, timeout=3600)

@@ -1,11 +1,12 @@
-"""Measure training and inference on a GPU: one command, to be run again at will.
+"""Measure training and inference on a GPU with one command that can be repeated.
 
     python3 -m benchmarks.gpu --images ./kaggle_3m
     python3 -m benchmarks.gpu --images ./kaggle_3m --only profile target
     python3 -m benchmarks.gpu --images ./phantoms --device cpu --shapes 4x32 --steps 2 --epochs 1
 
-Saves each figure in OUT/gpu.json when it is there, and all in OUT/gpu.md, with the device's name.
-Called again, it goes on with what is missing. What fails says why, and the rest runs.
+Saves each figure in OUT/gpu.json as soon as it is measured, and all in OUT/gpu.md, with the name of
+the device. A second run measures only what is missing. A part that fails is reported with the
+reason, and the rest runs.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ from .peers import reaches
 from .scaling import scale_cases, scale_pixels
 from .timing import BATCH, ROOT, ROWS, conditions, measure, seconds
 
-WAITS = (  # for which the host waits, or may
+WAITS = (  # calls that make the host wait, or may
     "cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cudaMemcpy",
     "cudaMemcpyAsync", "aten::item", "aten::_local_scalar_dense", "aten::copy_",
 )  # fmt: skip
@@ -51,7 +52,7 @@ Row = tuple[str, float, str]  # what, value, unit
 
 
 def steps(args: argparse.Namespace, shape: str, precision: str, compiled: bool) -> Callable:
-    """Set up a training of a U-Net on `shape`, features x pixels; what does some of its steps."""
+    """Set up training a U-Net on `shape`, features x pixels; return what runs some of its steps."""
     features, size = shape.split("x")
     dataset = BrainSegmentationDataset(args.images, "validation", int(size), args.cache)
     options = ["--device", args.device, "--features", features, "--image-size", size]
@@ -69,8 +70,8 @@ def steps(args: argparse.Namespace, shape: str, precision: str, compiled: bool) 
 
 
 def speed(args: argparse.Namespace, shape: str, precision: str, compiled: bool) -> list[Row]:
-    """Train for some steps, after some that do not count."""
-    torch.compiler.reset()  # or the ninth network would be run eagerly
+    """Time some training steps, after some that do not count."""
+    torch.compiler.reset()  # else the ninth network would run eagerly
     half = {"half_precision": lambda device: getattr(torch, precision)}
     with mock.patch.multiple(train, **half), mock.patch.multiple(training, **half):
         took = seconds(steps(args, shape, precision, compiled))
@@ -97,7 +98,7 @@ def profiled(args: argparse.Namespace) -> list[Row]:
 
 
 def target(args: argparse.Namespace) -> list[Row]:
-    """Train from the command on until the mean validation DSC is reached."""
+    """Time a training from its start until it reaches the mean validation DSC."""
     with tempfile.TemporaryDirectory() as out:
         features, size = args.shapes[-1].split("x")
         command = [sys.executable, ROOT / "train.py", "--images", args.images]
@@ -106,7 +107,7 @@ def target(args: argparse.Namespace) -> list[Row]:
         command += ["--cache", args.cache] if args.cache else []
         run = measure(command, reaches(args.target))
     if not run.lines[-1][1]:
-        raise ValueError(f"DSC {args.target}: not reached in {args.epochs} epochs")
+        raise ValueError(f"DSC {args.target}: not reached in {args.epochs} epochs; raise --epochs")
     what = f"train.py, {args.shapes[-1]}, to DSC {args.target}: {run.lines[-1][1].split('/')[0]}"
     return [(what, run.seconds, "s"), ("its peak host memory", run.memory, "GiB")]
 
@@ -138,7 +139,7 @@ def scaled(args: argparse.Namespace, scale: Callable) -> list[Row]:
 
 
 def parts(args: argparse.Namespace) -> dict[str, Callable[[argparse.Namespace], list[Row]]]:
-    """List all measurements by name, the most telling first."""
+    """List all measurements by name, the most informative first."""
     found = {}
     for compiled in (False, True):
         for shape in args.shapes:
@@ -156,7 +157,7 @@ def parts(args: argparse.Namespace) -> dict[str, Callable[[argparse.Namespace], 
 
 
 def shape(text: str) -> str:
-    """Check a width and a size, as in 16x192."""
+    """Check a width and a size, such as 16x192."""
     if not re.fullmatch(r"\d+x\d+", text):
         raise argparse.ArgumentTypeError(f"{text!r} must be features x pixels, e.g. 16x192")
     return text
@@ -178,7 +179,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     add = parser.add_argument
     add("--images", type=Path, required=True, help="the real cases")
-    add("--only", nargs="+", help="the parts whose names begin so, e.g. speed profile (all)")
+    add("--only", nargs="+", help="parts whose names start with these, e.g. speed profile (all)")
     add("--out", type=Path, default="logs/gpu", help="folder for gpu.json and gpu.md (%(default)s)")
     add("--cache", type=Path, help="preprocessed volumes (~/.cache/brainseg)")
     add("--device", help="cuda, cpu ... (an accelerator if there is one)")
@@ -199,7 +200,7 @@ def main(argv: list[str] | None = None) -> None:
             result = json.loads(path.read_text())
             for name in ("device", *SETTINGS):
                 if result["conditions"].get(name) != about[name]:
-                    raise ValueError(f"{path}: is of another {name}; name another --out folder")
+                    raise ValueError(f"{path}: has other settings ({name}); give another --out")
     except (ValueError, OSError) as error:
         fail(error)
     start = time.perf_counter()

@@ -1,10 +1,10 @@
-"""Measure what a random split of slices does to the score.
+"""Measure how a random split of slices changes the score.
 
     python3 -m benchmarks.leak --images ./kaggle_3m
 
 Trains a small U-Net twice, with the same recipe, number of steps and share of held-out slices: once
-whole patients are held out (fold 0 of 5), once slices drawn at random from all patients, so that
-their neighbours, a few millimetres away, are trained on. Each network is scored on its held-out
+holding out whole patients (fold 0 of 5), once slices drawn at random from all patients, whose
+neighbours, a few millimetres away, are trained on. Each network is scored on its held-out
 slices, in the geometry of the source:
 
 - by patient: DSC over the held-out slices of a patient, averaged over patients;
@@ -84,7 +84,7 @@ def by_patient(dataset: BrainSegmentationDataset) -> Tensor:
 
 
 def by_slice(dataset: BrainSegmentationDataset, seed: int) -> Tensor:
-    """Mark as many slices (len(dataset),), drawn at random from all patients."""
+    """Mark the same number of slices (len(dataset),), drawn at random from all patients."""
     order = torch.randperm(len(dataset), generator=make_generator(seed, 9))
     held_out = torch.zeros(len(dataset), dtype=torch.bool)
     held_out[order[: int(by_patient(dataset).sum())]] = True

@@ -2,12 +2,12 @@
 
     python3 -m benchmarks.lesion_free --images ./kaggle_3m
 
-The real cases all have a lesion. Heads without one are made of them: in each slice the half of the
-head with the lesion is replaced by the mirror image of the other half; slices whose lesion reaches
-into both halves are left out, and heads of which fewer than 8 slices stay. Each case and its head
-without lesion is segmented by the networks of the ensemble that have not seen the patient. Printed:
-for each setting of the mask the DSC, and in the heads without lesion the share that stays empty and
-what is marked. Published slices have no spacing; a voxel is taken as --voxel-ml millilitres.
+All real cases have a lesion. Heads without one are made from them: in each slice, the half with the
+lesion is replaced by the mirror image of the other half. Slices with a lesion in both halves are
+left out, as are heads with fewer than 8 slices left. Each case and its head without lesion is
+segmented by the networks of the ensemble that have not seen the patient. The table shows, for each
+setting of the mask, the DSC, the share of heads without lesion that stay empty, and the volume
+marked in them. Published slices have no spacing; a voxel counts as --voxel-ml millilitres.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Set up trainings as train.py does, and write ONNX files, for benchmarks to time."""
+"""Set up trainings as train.py does, and write ONNX files, for timing in benchmarks."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ class Trainer:
 
     state: training.TrainState
     step: Callable[[Tensor, Tensor, int], Tensor]
-    epoch: Callable[[Tensor], float | None]  # trains on slices drawn by weights
+    epoch: Callable[[Tensor], float | None]  # trains on slices drawn with these weights
 
 
 def set_up(options: Sequence[object], dataset: BrainSegmentationDataset) -> Trainer:
-    """Set up the training that train.py would do with these options."""
+    """Set up the training that train.py would run with these options."""
     args, _ = get_args([str(option) for option in options])
     device = pick_device(args.device)
     channels = dataset.in_channels * (2 * args.neighbours + 1)

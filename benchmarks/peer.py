@@ -1,6 +1,6 @@
 """Prepare, train or segment with MONAI or segmentation_models_pytorch, as their users would.
 
-peers.py starts this script, one process for each measurement. It uses nothing of brainseg. Slices
+peers.py starts this script, one process for each measurement. It uses nothing from brainseg. Slices
 are resized as whole images and normalised one by one, as in the libraries' 2D tutorials.
 """
 
@@ -46,7 +46,7 @@ def monai_data(files: list[dict], size: int, train: bool) -> Dataset:
             t.RandScaleIntensityd("image", factors=0.3, prob=1),
             t.RandShiftIntensityd("image", offsets=0.3, prob=1),
         ]  # fmt: skip
-    set_track_meta(True)  # needed to load, slow in training: as in MONAI's fast training guide
+    set_track_meta(True)  # needed to load, slow in training: see MONAI's fast training guide
     dataset = CacheDataset(files, t.Compose(steps), num_workers=CORES, progress=False)
     set_track_meta(False)
     return dataset
@@ -104,7 +104,7 @@ LIBRARIES = {"monai": (monai_data, monai_network), "smp": (SmpData, smp_network)
 
 
 def predict(network: torch.nn.Module, dataset: Dataset, args: argparse.Namespace) -> torch.Tensor:
-    """Mask (slices, size, size) of every slice."""
+    """Predict the mask of every slice: (slices, size, size)."""
     network.eval()
     masks = []
     with torch.inference_mode(), torch.autocast(args.device, torch.bfloat16, enabled=args.amp):
@@ -173,7 +173,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("task", choices=("prepare", "train", "segment"))
     parser.add_argument("--library", choices=LIBRARIES, required=True)
-    parser.add_argument("--encoder", default="resnet34", help="of segmentation_models_pytorch")
+    parser.add_argument("--encoder", default="resnet34", help="for segmentation_models_pytorch")
     parser.add_argument("--files", type=Path, required=True, help="JSON: slices of both subsets")
     parser.add_argument("--weights", type=Path, required=True)
     parser.add_argument("--out", type=Path)

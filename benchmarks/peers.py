@@ -1,14 +1,14 @@
-"""Time brainseg beside MONAI and segmentation_models_pytorch, on the same cases in one run.
+"""Time brainseg against MONAI and segmentation_models_pytorch, on the same cases in one run.
 
     pip install -r requirements-peers.txt -c constraints.txt      in a separate environment
     python3 -m benchmarks.peers --images ./kaggle_3m --json peers.json         hours on a processor
     python3 -m benchmarks.peers --images ./kaggle_3m --only prepare segment --cases 12 --epochs 1
 
-Each row is one process per tool, measured from outside, start included: its wall time, and the peak
-memory of it and its children. All use the same split, slice size, batch size and epochs, bfloat16
-where the device is faster with it, and random weights to start from; the U-Nets of brainseg and
-MONAI have the same width. benchmarks/peer.py is what users of the peers would write. The column of
-a peer that cannot be imported, and the cell of one that fails, say so, and the rest runs.
+Each row runs one process per tool and measures its wall time, including its start, and the peak
+memory of the process and its children. All use the same split, slice size, batch size and epochs,
+bfloat16 where the device is faster with it, and random initial weights; the U-Nets of brainseg and
+MONAI have the same width. benchmarks/peer.py is what users of the peers would write. If a peer
+cannot be imported, its column says so; if one fails, its cell says so. The rest runs.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from utils import fail
 
 from .timing import ROOT, Measured, conditions, measure
 
-PEERS = {  # their package and the options of peer.py
+PEERS = {  # package, and options of peer.py
     "MONAI": ("monai", ("--library", "monai")),
     "smp resnet34": ("segmentation_models_pytorch", ("--library", "smp")),
     "smp resnext50": ("segmentation_models_pytorch",
@@ -45,7 +45,7 @@ BrainSegmentationDataset.train_and_validation({images!r}, image_size={size}, cac
 
 
 class Bench:
-    """The commands of one tool, and what came of them."""
+    """The commands of one tool, and their measurements."""
 
     def __init__(self, name: str, folder: Path, args: argparse.Namespace):
         self.name, self.args, self.folder = name, args, folder / name.replace(" ", "-")
@@ -54,7 +54,7 @@ class Bench:
         self.weights = self.folder / "unet.pt"
 
     def command(self, task: str, cache: str = "cache", epochs: int | None = None) -> list:
-        """The command line that prepares, trains or segments."""
+        """Build the command line that prepares, trains or segments."""
         args, out = self.args, self.folder
         shared = ["--device", str(args.device), "--batch-size", args.batch_size]
         epochs = ["--epochs", epochs or args.epochs]
@@ -79,34 +79,34 @@ class Bench:
         return [sys.executable, ROOT / "train.py", *shared, *options]
 
     def prepare(self) -> dict:
-        """Read and preprocess all cases, once."""
+        """Measure reading and preprocessing all cases, once."""
         return figure(measure(self.command("prepare")))
 
     def epoch(self) -> dict:
-        """The second epoch of a training, with its validation."""
+        """Measure the second epoch of a training, with its validation."""
         run = measure(self.command("train", epochs=2))
         first, second = (at for at, line in run.lines if line.startswith("epoch "))
         slices = len(json.loads(self.files.read_text())[0])
         return figure(run) | {"value": slices / (second - first)}
 
     def target(self) -> dict:
-        """A training from an empty cache until the mean validation DSC is reached."""
+        """Measure a training from an empty cache until it reaches the mean validation DSC."""
         run = measure(self.command("train", "target-cache"), reaches(self.args.target))
         last = run.lines[-1][1]
-        if not last:  # it came to its end
+        if not last:  # it ran to its end
             note = f"not reached in {self.args.epochs} epochs"
             return figure(run) | {"value": None, "note": note}
         return figure(run) | {"note": last.split("/")[0]}
 
     def segment(self) -> dict:
-        """The validation cases, from their files to masks and scores."""
+        """Measure segmenting the validation cases, from their files to masks and scores."""
         if not self.weights.exists():
             measure(self.command("train", epochs=1))
         return figure(measure(self.command("segment")))
 
 
 def reaches(target: float) -> Callable[[str], bool]:
-    """Tell whether the line of an epoch has that DSC."""
+    """Make a function that tells whether the line of an epoch has this DSC or more."""
 
     def reached(line: str) -> bool:
         said = re.match(r"epoch .* DSC (\d\.\d+)", line)
@@ -119,7 +119,7 @@ def figure(run: Measured) -> dict:
     return {"value": run.seconds, "memory": run.memory}
 
 
-ROWS = {  # what each is called, its unit, and whether more is better
+ROWS = {  # title, unit, and whether more is better
     "prepare": ("preparing the data set", "s", False),
     "epoch": ("a training epoch, validation included", "slices/s", True),
     "target": ("from the command to the target DSC", "s", False),
@@ -133,10 +133,10 @@ def main(argv: list[str] | None = None) -> None:
     )
     add = parser.add_argument
     add("--images", type=Path, required=True, help="the real cases")
-    add("--only", nargs="+", choices=ROWS, default=list(ROWS), help="these rows (all)")
-    add("--peers", nargs="*", choices=PEERS, default=list(PEERS), help="these columns (all)")
-    add("--cases", type=int, help="at most so many, a quarter of them to validate on (all)")
-    add("--epochs", type=int, default=30, help="of a training (%(default)s)")
+    add("--only", nargs="+", choices=ROWS, default=list(ROWS), help="only these rows (all)")
+    add("--peers", nargs="*", choices=PEERS, default=list(PEERS), help="only these columns (all)")
+    add("--cases", type=int, help="use at most this many, a quarter of them for validation (all)")
+    add("--epochs", type=int, default=30, help="epochs of a training (%(default)s)")
     add("--target", type=float, default=0.8, help="mean validation DSC (%(default)s)")
     add("--image-size", type=int, default=192, help="side of a resized slice (%(default)s)")
     add("--features", type=int, default=16, help="width of the U-Nets (%(default)s)")
@@ -176,7 +176,7 @@ def lay_out(parts: list, folder: Path) -> None:
 
 
 def run_all(folder: Path, args: argparse.Namespace, cases: list) -> dict:
-    """Measure row by row, tools in turn, so that a slower hour hits all of them."""
+    """Measure row by row, with the tools in turn, so that a slow hour affects all of them."""
     about = conditions(args, cases) | {"features": args.features, "batch size": args.batch_size}
     result = {"conditions": about | {"target": args.target}, "notes": {}, "rows": {}}
     benches = [Bench(OURS, folder, args)]
@@ -197,7 +197,7 @@ def run_all(folder: Path, args: argparse.Namespace, cases: list) -> dict:
                 result["rows"][row][bench.name] = getattr(bench, row)()
             except ValueError as error:
                 result["rows"][row][bench.name] = {"value": None, "note": f"failed: {error}"}
-            if args.json:  # a long run that is stopped leaves what it has
+            if args.json:  # a long run that is stopped keeps its results
                 write_json(args.json, result)
     return result
 

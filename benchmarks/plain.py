@@ -22,7 +22,7 @@ GREEN, RED = (0, 255, 0), (255, 0, 0)
 
 
 def read_case(folder: str | Path) -> tuple[np.ndarray, np.ndarray]:
-    """Volume (S, H, W, 3) uint8 and mask (S, H, W) uint8 of 0 and 1, slices in numerical order.
+    """Read a volume (S, H, W, 3) uint8 and its mask (S, H, W) uint8, 0 or 1, in slice order.
 
     Raises FileNotFoundError for a slice without its mask file.
     """
@@ -34,10 +34,10 @@ def read_case(folder: str | Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def preprocess(volume: np.ndarray, image_size: int = 256) -> np.ndarray:
-    """Volume (S, H, W, C) to the network's input (S, N, N, C) float64; the input is not modified.
+    """Turn a volume (S, H, W, C) into the network's input (S, N, N, C), float64, in a copy.
 
     A channel without contrast becomes zeros. Its test allows for rounding, because the 4-D spline
-    also runs along the channel axis and leaks some 1e-15 of one channel into the next.
+    also runs along the channel axis and leaks about 1e-15 of one channel into the next.
     """
     rows, cols = bounding_box(volume)
     volume = remove_background(volume)[:, rows, cols]
@@ -60,18 +60,18 @@ def preprocess(volume: np.ndarray, image_size: int = 256) -> np.ndarray:
 
 
 def preprocess_mask(volume: np.ndarray, mask: np.ndarray, image_size: int = 256) -> np.ndarray:
-    """Mask (S, H, W) to (S, N, N) uint8, cropped and padded as its volume, nearest neighbour."""
+    """Crop, pad and resize a mask (S, H, W) like its volume: (S, N, N) uint8, nearest neighbour."""
     rows, cols = bounding_box(volume)
     return resize_mask(pad_to_square(mask[:, rows, cols]), image_size).astype(np.uint8)
 
 
 def remove_background(volume: np.ndarray) -> np.ndarray:
-    """A copy of the volume whose voxels under 10 % of its maximum are 0."""
+    """Copy the volume with voxels under 10 % of its maximum set to 0."""
     return np.where(volume < 0.1 * volume.max(), 0, volume)
 
 
 def bounding_box(volume: np.ndarray) -> tuple[slice, slice]:
-    """Rows and columns that hold any foreground of (S, H, W, C); the whole frame if none does."""
+    """Find rows and columns of the foreground of (S, H, W, C); the whole frame if it is empty."""
     foreground = remove_background(volume).any(axis=(0, 3))  # (H, W)
     if not foreground.any():
         return slice(0, volume.shape[1]), slice(0, volume.shape[2])
@@ -81,21 +81,21 @@ def bounding_box(volume: np.ndarray) -> tuple[slice, slice]:
 
 
 def square_padding(height: int, width: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    """(before, after) for rows and columns that make height x width a square."""
+    """Return (before, after) for rows and columns that make height x width a square."""
     side = max(height, width)
     dy, dx = side - height, side - width
     return (dy // 2, dy - dy // 2), (dx // 2, dx - dx // 2)
 
 
 def pad_to_square(array: np.ndarray) -> np.ndarray:
-    """Zeros around axes 1 and 2 of (S, H, W, ...), evenly, until they are equal."""
+    """Pad axes 1 and 2 of (S, H, W, ...) evenly with zeros until they are equal."""
     padding = [(0, 0)] * array.ndim
     padding[1:3] = square_padding(*array.shape[1:3])
     return np.pad(array, padding)
 
 
 def resize_mask(mask: np.ndarray, size: int) -> np.ndarray:
-    """Mask (S, M, M) to (S, size, size) by nearest neighbour, values kept."""
+    """Resize a mask (S, M, M) to (S, size, size) by nearest neighbour, keeping its values."""
     shape = (mask.shape[0], size, size)
     return resize(mask, shape, order=0, mode="constant", anti_aliasing=False, preserve_range=True)
 
@@ -111,7 +111,7 @@ def augment(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Randomly scale, rotate and flip one image (N, N, C) and its mask (N, N, 1).
 
-    What moves in from outside is the image's background, taken as the least value of each channel.
+    What moves in from outside is filled with the background, the minimum of each channel.
     `order` is the image's spline order: 2 as in preprocessing; 1 is scikit-image's default.
     """
     size = image.shape[0]
@@ -125,7 +125,7 @@ def augment(
     image, mask = crop_or_pad(image, size), crop_or_pad(mask, size)
 
     degrees = rng.uniform(-angle, angle)
-    with warnings.catch_warnings():  # of order 2 being left to SciPy, which is what is wanted
+    with warnings.catch_warnings():  # order 2 is left to SciPy, as intended
         warnings.filterwarnings("ignore", message="Bi-quadratic")
         image = rotate(image, degrees, order=order, **options)
     mask = rotate(mask, degrees, order=0, **options)
@@ -136,7 +136,7 @@ def augment(
 
 
 def crop_or_pad(image: np.ndarray, size: int) -> np.ndarray:
-    """The middle size x size of (M, M, C), with zeros around it where M is smaller."""
+    """Return the middle size x size of (M, M, C), padded with zeros if M is smaller."""
     difference = size - image.shape[0]
     if difference >= 0:
         around = (difference // 2, difference - difference // 2)
@@ -152,9 +152,9 @@ def augmented_batch(
     rng: np.random.Generator,
     order: int = 2,
 ) -> tuple[Tensor, Tensor]:
-    """Augmented images (B, C, N, N) and masks (B, 1, N, N), float32, on the CPU.
+    """Return augmented images (B, C, N, N) and masks (B, 1, N, N), float32, on the CPU.
 
-    Taken from images (M, N, N, C) and masks (M, N, N) or (M, N, N, 1).
+    They are taken from images (M, N, N, C) and masks (M, N, N) or (M, N, N, 1).
     """
     images, masks = [], []
     for i in indices:
@@ -167,7 +167,7 @@ def augmented_batch(
 
 
 def dice_loss(probabilities: Tensor, masks: Tensor, smooth: float = 1.0) -> Tensor:
-    """1 - smooth Dice of the whole batch taken as one set of pixels."""
+    """Compute 1 - smooth Dice of the whole batch taken as one set of pixels."""
     intersection = (probabilities * masks).sum()
     return 1 - (2 * intersection + smooth) / (probabilities.sum() + masks.sum() + smooth)
 
@@ -175,7 +175,7 @@ def dice_loss(probabilities: Tensor, masks: Tensor, smooth: float = 1.0) -> Tens
 def train_step(
     model: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, masks: Tensor
 ) -> float:
-    """One eager float32 step on images (B, C, N, N) and masks (B, 1, N, N); returns the loss."""
+    """Do an eager float32 step on images (B, C, N, N) and masks (B, 1, N, N); return the loss."""
     device = next(model.parameters()).device
     model.train()
     optimizer.zero_grad()
@@ -189,7 +189,7 @@ def train_step(
 def segment(
     model: nn.Module, volume: np.ndarray, image_size: int = 256, batch_size: int = 16
 ) -> np.ndarray:
-    """Mask (S, H, W) bool of a raw volume (S, H, W, C): its largest connected component."""
+    """Segment a raw volume (S, H, W, C): the largest connected component, (S, H, W) bool."""
     device = next(model.parameters()).device
     model.eval()
     slices = preprocess(volume, image_size).transpose(0, 3, 1, 2).astype(np.float32)
@@ -202,7 +202,7 @@ def segment(
 
 
 def restore(prediction: np.ndarray, volume: np.ndarray) -> np.ndarray:
-    """Prediction (S, N, N) back in the geometry of its raw volume, (S, H, W) bool."""
+    """Return a prediction (S, N, N) in the geometry of its raw volume, (S, H, W) bool."""
     rows, cols = bounding_box(volume)
     height, width = rows.stop - rows.start, cols.stop - cols.start
     (top, _), (left, _) = square_padding(height, width)
@@ -213,7 +213,7 @@ def restore(prediction: np.ndarray, volume: np.ndarray) -> np.ndarray:
 
 
 def largest_component(mask: np.ndarray) -> np.ndarray:
-    """The largest 26-connected component of (S, H, W); nothing stays nothing."""
+    """Return the largest 26-connected component of (S, H, W); an empty mask stays empty."""
     labels = label(mask)
     if labels.max() == 0:
         return np.zeros(mask.shape, dtype=bool)
@@ -222,14 +222,14 @@ def largest_component(mask: np.ndarray) -> np.ndarray:
 
 
 def dsc(prediction: np.ndarray, mask: np.ndarray) -> float:
-    """Dice similarity coefficient of two masks of one volume; 1 if both are empty."""
+    """Compute the Dice similarity coefficient of two masks of a volume; 1 if both are empty."""
     prediction, mask = prediction.astype(bool), mask.astype(bool)
     total = prediction.sum() + mask.sum()
     return 1.0 if total == 0 else float(2 * (prediction & mask).sum() / total)
 
 
 def outline(image: np.ndarray, mask: np.ndarray, colour: Sequence[int]) -> np.ndarray:
-    """An RGB copy (H, W, 3) of (H, W) or (H, W, 3) with the mask's edge pixels in `colour`.
+    """Copy (H, W) or (H, W, 3) as RGB (H, W, 3), with the mask's edge pixels in `colour`.
 
     An edge pixel has background among its eight neighbours inside the picture.
     """
@@ -241,7 +241,7 @@ def outline(image: np.ndarray, mask: np.ndarray, colour: Sequence[int]) -> np.nd
 
 
 def dsc_figure(scores: Mapping[str, float], path: str | Path) -> None:
-    """Horizontal bars of each case's DSC, worst at the bottom, with the mean as a line."""
+    """Draw the DSC of each case as a horizontal bar, worst at the bottom, the mean as a line."""
     cases = sorted(scores, key=scores.get)
     values = [scores[case] for case in cases]
     figure, axes = plt.subplots(figsize=(8, 1 + 0.3 * len(cases)))
@@ -260,7 +260,7 @@ def infer_folder(
     out_dir: str | Path,
     image_size: int = 256,
 ) -> dict[str, float]:
-    """DSC of each case; `weights` is a model or a U-Net state dict, on its device.
+    """Return the DSC of each case; `weights` is a model or a U-Net state dict, on its device.
 
     Writes `<case>-<slice>.png` (FLAIR, truth green, prediction red) and `dsc.png`.
     """
@@ -281,7 +281,7 @@ def infer_folder(
 
 
 def build_model(state_dict: Mapping[str, Tensor]) -> UNet:
-    """The U-Net that fits a state dict, with its weights, on their device."""
+    """Build the U-Net that fits a state dict, with its weights, on their device."""
     first, last = state_dict["encoder1.enc1conv1.weight"], state_dict["conv.weight"]
     model = UNet(first.shape[1], last.shape[0], first.shape[0])
     model.load_state_dict(state_dict)

@@ -1,14 +1,15 @@
-"""Score the same cases as other scanners and pipelines would have written them.
+"""Score the same cases as if other scanners and pipelines had written them.
 
     python3 -m benchmarks.robustness --images ./kaggle_3m
     python3 -m benchmarks.robustness --images ./kaggle_3m --weights weights/unet.pt --subset test
     python3 -m benchmarks.robustness --images ./kaggle_3m --subset train validation --only FLAIR
 
 Prints, for each change of the input, the mean DSC per patient volume and its difference from the
-untouched files, case by case, with a 95 % interval by bootstrap over patients. Of an ensemble of
-folds, those networks segment a case that have not seen its patient. The skull is taken
-away crudely: what lies within 14 pixels of the edge of the head. "By inference.py": each sequence
-written as a separate NIfTI file, given with --pre, --flair and --post, and the mask read back.
+untouched files, case by case, with a 95 % interval by bootstrap over patients. In an ensemble of
+folds, only the networks that have not seen the patient segment a case. The skull is removed
+crudely: everything within 14 pixels of the edge of the head. "By inference.py": each sequence
+is written as a separate NIfTI file and given with --pre, --flair and --post, and the mask is read
+back.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ def without_skull(volume: np.ndarray) -> np.ndarray:
 
 
 def stripped_and_normalised(volume: np.ndarray) -> np.ndarray:
-    """Each sequence less the mean of the brain, over its deviation; air stays at 0."""
+    """Subtract the mean of the brain from each sequence, divide by its deviation; keep air at 0."""
     stripped = without_skull(volume).astype(np.float32)
     brain = stripped.any(axis=-1)
     stripped[brain] -= stripped[brain].mean(axis=0)
@@ -72,7 +73,7 @@ def stripped_and_normalised(volume: np.ndarray) -> np.ndarray:
 
 
 def by_inference(volume: np.ndarray, weights: list[Path], device: str | None) -> np.ndarray:
-    """Segment a volume (S, H, W, 3) from three NIfTI files: the mask (S, H, W), bool."""
+    """Segment a volume (S, H, W, 3) from three NIfTI files; return the mask (S, H, W), bool."""
     with TemporaryDirectory() as name:
         folder = Path(name)
         words = ["--weights", *weights, "--predictions", folder / "out", "--figure", folder / "f"]
@@ -114,7 +115,7 @@ def main() -> None:
     parser.add_argument("--subset", nargs="+", default=["validation"], help="(validation)")
     parser.add_argument("--weights", type=Path, default=shipped_weights("unet"))
     parser.add_argument("--device", help="(an accelerator if there is one)")
-    parser.add_argument("--only", help="changes whose names have this in them (all)")
+    parser.add_argument("--only", help="only changes whose names contain this (all)")
     args = parser.parse_args()
 
     model = open_model(args.weights.name, args.weights, {"device": args.device})

@@ -1,4 +1,4 @@
-"""Time more cases and more pixels: rows of speed.py."""
+"""Time more cases and more pixels, for rows of speed.py."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FEW = 4  # slices per step; more of 512 x 512 may not fit in memory
 
 
 def scale_cases(cases: list, args: argparse.Namespace) -> None:
-    """Time a hundredth, a tenth and all of the cases: to start, to draw from, to segment."""
+    """Time starting, drawing and segmenting a hundredth, a tenth and all of the cases."""
     segmenter = Segmenter(load_pretrained("unet"), args.image_size, device=args.device)
     for percent in (1, 10, 100):
         chosen = cases[: max(len(cases) * percent // 100, 1)]
@@ -49,7 +49,7 @@ def scale_cases(cases: list, args: argparse.Namespace) -> None:
 
 
 def scale_pixels(cases: list, args: argparse.Namespace) -> None:
-    """Time slices of 128, 256 and 512 pixels: to preprocess, to train on, to segment."""
+    """Time preprocessing, training and segmenting of slices of 128, 256 and 512 pixels."""
     model = load_pretrained("unet")
     volume, _ = cases[0].read_pair()
     for size in (128, 256, 512):

@@ -1,12 +1,12 @@
-"""Time brainseg beside a plain scikit-image, NumPy and eager PyTorch rendering of the same steps.
+"""Time brainseg against a plain scikit-image, NumPy and eager PyTorch version of the same steps.
 
     python3 -m benchmarks.speed --images ./kaggle_3m                        every short row
     python3 -m benchmarks.speed --images ./kaggle_3m --only preprocess step
-    python3 -m benchmarks.speed --images ./kaggle_3m --only cases pixels    what more of each costs
+    python3 -m benchmarks.speed --images ./kaggle_3m --only cases pixels    with more of each
 
-Both are timed on the same cases in the same run, one after the other, on an otherwise idle
-machine, on the accelerator if there is one; the plain rendering is benchmarks/plain.py. Prints a
-Markdown table and the conditions; --json FILE keeps both.
+Both are timed on the same cases in the same run, in turn, on an otherwise idle machine, on the
+accelerator if there is one; the plain version is benchmarks/plain.py. Prints a Markdown table and
+the conditions; --json FILE keeps both.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from .ours import export_onnx, set_up
 from .scaling import scale_cases, scale_pixels
 from .timing import BATCH, ROOT, ROWS, conditions, measure, one_thread, precisions, row, seconds
 
-LONG = ("ensemble", "cases", "pixels")  # asked for by name only
+LONG = ("ensemble", "cases", "pixels")  # run only if named
 PLAIN_INFERENCE = """
 import sys; sys.path[:0] = {paths!r}
 from benchmarks import plain
@@ -60,7 +60,7 @@ print(sum(scores.values()) / len(scores))
 
 
 def bench_preprocess(cases: list, args: argparse.Namespace) -> None:
-    """Arithmetic of a volume and its mask, one core, nothing read or cached."""
+    """Time the arithmetic on volumes and masks on one core, without reading or caching."""
     chosen = select_cases(cases, "validation")[: args.volumes]
     pairs = [case.read_pair() for case in chosen]
     slices = sum(len(volume) for volume, _ in pairs)
@@ -91,7 +91,7 @@ def bench_preprocess(cases: list, args: argparse.Namespace) -> None:
 
 
 def bench_start(cases: list, args: argparse.Namespace) -> None:
-    """Read and preprocess all cases into an empty cache, then open them from it."""
+    """Time reading and preprocessing all cases into an empty cache, then opening them from it."""
     slices = sum(len(case.slices) for case in cases)
     with tempfile.TemporaryDirectory() as cache:
         cold = seconds(lambda: prepare(cases, args.image_size, cache), warm=False)
@@ -101,7 +101,7 @@ def bench_start(cases: list, args: argparse.Namespace) -> None:
 
 
 def bench_augment(cases: list, args: argparse.Namespace) -> None:
-    """A training batch from the stored volumes: gathered, scaled, rotated, flipped."""
+    """Time a training batch from the stored volumes: gathered, scaled, rotated, flipped."""
     dataset = BrainSegmentationDataset(args.images, "validation", args.image_size, args.cache)
     indices = np.linspace(0, len(dataset) - 1, BATCH).astype(int).tolist()
     items = [dataset[index] for index in indices]
@@ -130,7 +130,7 @@ def bench_augment(cases: list, args: argparse.Namespace) -> None:
 
 
 def bench_step(cases: list, args: argparse.Namespace) -> None:
-    """Forward, loss, backward and optimiser on a batch that is already in memory."""
+    """Time forward, loss, backward and optimiser on a batch that is already in memory."""
     dataset = BrainSegmentationDataset(args.images, "validation", args.image_size, args.cache)
     items = [dataset[index] for index in range(0, len(dataset), len(dataset) // BATCH)[:BATCH]]
     images, masks = (torch.stack(part).to(args.device) for part in zip(*items, strict=True))
@@ -151,7 +151,7 @@ def bench_step(cases: list, args: argparse.Namespace) -> None:
 
 
 def bench_network(cases: list, args: argparse.Namespace) -> None:
-    """Probabilities of 32 slices that are in memory: eager, batch 16, or through the Segmenter."""
+    """Time the probabilities of 32 slices in memory: eager, batch 16, or through the Segmenter."""
     dataset = BrainSegmentationDataset(args.images, "validation", args.image_size, args.cache)
     images = torch.stack([dataset[index][0] for index in range(32)]).to(args.device)
     model = load_pretrained("unet")
@@ -170,7 +170,7 @@ def bench_network(cases: list, args: argparse.Namespace) -> None:
 
 
 def bench_onnx(cases: list, args: argparse.Namespace) -> None:
-    """Probabilities of the validation cases, prepared in memory, and the DSC of their masks."""
+    """Time the probabilities of preprocessed validation cases, and score their masks."""
     if not (find_spec("onnxruntime") and find_spec("onnxscript")):
         print("onnx: not measured; pip install -r requirements-onnx.txt", file=sys.stderr)
         return
@@ -189,7 +189,7 @@ def bench_onnx(cases: list, args: argparse.Namespace) -> None:
             return torch.cat([model(batch) for batch in images.split(BATCH)])
 
     def measured(network: Callable[[torch.Tensor], torch.Tensor]) -> tuple[float, float]:
-        """Seconds a case, and mean DSC."""
+        """Return seconds per case, and the mean DSC."""
         network(prepared[0][0])
         start = time.perf_counter()
         maps = [network(images) for images, _, _ in prepared]
@@ -214,7 +214,7 @@ def bench_onnx(cases: list, args: argparse.Namespace) -> None:
 
 
 def bench_inference(cases: list, args: argparse.Namespace) -> None:
-    """The ten validation cases, whole process: start, reading, network, pictures, figure."""
+    """Time the whole process on the validation cases: start, reading, network, pictures, figure."""
     names = [case.name for case in select_cases(cases, "validation")]
     with tempfile.TemporaryDirectory() as out:
         weights = str(args.weights or shipped_weights("unet"))
@@ -239,10 +239,10 @@ def bench_inference(cases: list, args: argparse.Namespace) -> None:
 
 
 def bench_ensemble(cases: list, args: argparse.Namespace) -> None:
-    """Five networks of 16 features at 192 pixels, and for "plain" one of 32 at 256, as processes.
+    """Time five networks of 16 features at 192 pixels, against one of 32 at 256 as "plain".
 
-    They segment the validation cases with random weights that find nothing, as files of PyTorch
-    and of ONNX.
+    Each process segments the validation cases with random weights that find nothing, from PyTorch
+    and from ONNX files.
     """
     with tempfile.TemporaryDirectory() as out:
         commands: dict[str, list[list]] = {"PyTorch": [], "ONNX Runtime": []}
@@ -287,12 +287,12 @@ def get_args_of_benchmark() -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--images", type=Path, required=True, help="the real cases")
-    add("--weights", type=Path, help="for inference.py (the shipped ones)")
+    add("--weights", type=Path, help="weights for inference.py (the shipped ones)")
     add("--only", nargs="+", choices=BENCHES, help="these rows (all but ensemble, cases, pixels)")
     add("--device", help="cuda, cpu ... (an accelerator if there is one)")
     add("--image-size", type=int, default=256, help="side of a resized slice (%(default)s)")
     add("--cache", type=Path, help="preprocessed volumes (~/.cache/brainseg)")
-    add("--volumes", type=int, default=3, help="to preprocess (%(default)s)")
+    add("--volumes", type=int, default=3, help="volumes to preprocess (%(default)s)")
     add("--json", type=Path, help="file to keep rows and conditions in")
     args = parser.parse_args()
     args.only = args.only or [name for name in BENCHES if name not in LONG]
@@ -313,7 +313,7 @@ def main() -> None:
             BENCHES[name](cases, args)
         except ValueError as error:
             fail(error)
-        if args.json:  # after each, so that a long run that is stopped has not been for nothing
+        if args.json:  # after each, so that a stopped run keeps its results
             write_json(args.json, {"conditions": about, "rows": ROWS})
 
 

@@ -38,17 +38,17 @@ def seconds(work: Callable[[], object], repeats: int = 1, warm: bool = True) -> 
 
 
 class Measured(NamedTuple):
-    """A command seen from outside."""
+    """The measurements of a command."""
 
     seconds: float
-    memory: float  # peak, GiB, of all its processes
-    lines: list[tuple[float, str]]  # of stdout, each with the seconds since the start
+    memory: float  # peak of all its processes, GiB
+    lines: list[tuple[float, str]]  # of stdout, with the seconds since the start
 
 
 def measure(command: Sequence[object], enough: Callable[[str], bool] | None = None) -> Measured:
     """Run a command to its end, or until a line of its stdout is `enough`.
 
-    Raises ValueError if it fails. Memory is known on Linux only, and 0 elsewhere.
+    Raises ValueError if it fails. Memory is measured on Linux only, and is 0 elsewhere.
     """
     start, lines, peak, done = time.perf_counter(), [], [0], threading.Event()
     with subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE, text=True) as child:
@@ -79,7 +79,7 @@ def measure(command: Sequence[object], enough: Callable[[str], bool] | None = No
 
 
 def resident(process: int) -> int:
-    """Sum the memory of a process and its descendants, shared pages counted once (Linux)."""
+    """Sum the memory of a process and its descendants, counting shared pages once (Linux)."""
     parents, kilobytes = {}, 0
     for folder in Path("/proc").glob("[0-9]*"):
         try:
@@ -123,7 +123,7 @@ def one_thread(work: Callable[[], object]) -> Callable[[], object]:
 
 
 def row(name: str, ours: float, theirs: float | None, unit: str) -> None:
-    """Keep and print a row of the table; `theirs` is the plain rendering's figure, if any."""
+    """Keep and print a row of the table; `theirs` is the figure of the plain version, if any."""
     ROWS.append({"what": name, "plain": theirs, "brainseg": ours, "unit": unit})
     ratio = f"{theirs / ours:.1f}" if theirs is not None else ""
     plain_time = f"{theirs:.4g}" if theirs is not None else ""
@@ -150,7 +150,7 @@ def conditions(args: argparse.Namespace, cases: list) -> dict:
 
 
 def processor() -> str:
-    """Name the processor, as Linux knows it, else its architecture."""
+    """Return the processor's name on Linux, else its architecture."""
     path = Path("/proc/cpuinfo")
     lines = path.read_text().splitlines() if path.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]

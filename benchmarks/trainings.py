@@ -1,4 +1,4 @@
-"""Many trainings, several at once, each a call of train.py that can be stopped and gone on with."""
+"""Run many trainings, several at once, each a call of train.py that can be stopped and resumed."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Training:
         return self.folder / "log.txt"
 
     def claim(self) -> None:
-        """Note the options in the folder; ValueError if it holds a training with others."""
+        """Note the options in the folder; raise ValueError if it holds a training with others."""
         path = self.folder / "options.json"
         if not path.exists():
             write_json(path, {"options": self.options})
@@ -65,16 +65,16 @@ class Training:
         return script("train.py", *words, *self.options, *resume)
 
     def last_line(self) -> str:
-        """Of its last epoch if it is done, else of whatever it said."""
+        """Return the line of the last epoch if it is done, else the last line of its log."""
         lines = [line.strip() for line in self.log.read_text().splitlines() if line.strip()]
         epochs = [line for line in lines if line.startswith("epoch")]
-        return ((self.done and epochs) or lines or ["it said nothing"])[-1]
+        return ((self.done and epochs) or lines or ["no output"])[-1]
 
 
 class Pool:
     """Runs trainings, `jobs` at once, at low priority, each on its share of the cores.
 
-    An interruption has each of them save and stop first.
+    On an interruption, each training saves and stops first.
     """
 
     def __init__(self, jobs: int):
@@ -84,7 +84,7 @@ class Pool:
         self.lock, self.running, self.closed = threading.Lock(), set(), False
 
     def run(self, what: str, trainings: Sequence[Training]) -> list[Training]:
-        """Train those that are not done yet; all that are done in the end."""
+        """Run the trainings that are not done yet; return all that are done at the end."""
         for training in trainings:
             training.claim()
         left = [training for training in trainings if not training.done]
@@ -111,7 +111,7 @@ class Pool:
                     return
                 process = subprocess.Popen(
                     ["nice", *training.command()], stdout=log, stderr=log, env=self.environment,
-                    start_new_session=True,  # Ctrl-C is to reach it once, through _stop
+                    start_new_session=True,  # Ctrl-C must reach it once, through _stop
                 )  # fmt: skip
                 self.running.add(process)
             process.wait()
@@ -126,13 +126,13 @@ class Pool:
 
 
 def script(name: str, *words: object) -> list[str]:
-    """The command that runs a script of the project."""
+    """Build the command that runs a script of the project."""
     return [sys.executable, str(ROOT / name), *map(str, words)]
 
 
 def call(command: list[str]) -> None:
-    """Run a script that is to go through; ValueError, with its reason, if it does not."""
+    """Run a script; raise ValueError with the reason if it fails."""
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        reason = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        reason = (done.stderr.strip().splitlines() or ["no output"])[-1]
         raise ValueError(f"{' '.join(command[1:])}: {reason.removeprefix('error: ')}")

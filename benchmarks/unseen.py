@@ -1,4 +1,4 @@
-"""Segment a volume by those networks of an ensemble that have not seen its patient."""
+"""Segment a volume with the networks of an ensemble that have not seen its patient."""
 
 import numpy as np
 
@@ -7,7 +7,7 @@ from brainseg.segmenter import Segmentation
 
 
 def segment_unseen(model: Model, case: str, volume: np.ndarray) -> Segmentation:
-    """Segment a raw volume (S, H, W, C), made of the case called `case`, as evaluate.py does."""
+    """Segment a raw volume (S, H, W, C) made from the case named `case`, as evaluate.py does."""
     if not model.unseen(case):
         raise SystemExit(f"error: {model.path}: trained on {case}; choose another --subset")
     segmenter = model.segmenter_for(case)

@@ -1,4 +1,4 @@
-"""The page at / and the API at /api/segment: requests, and what each gets back."""
+"""Serve the page at / and the API at /api/segment: requests and their responses."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ LINES = "application/x-ndjson"
 def make_app(
     service: Service, host: str = "127.0.0.1", auth: str | None = None, queue: int = 64
 ) -> Starlette:
-    """Make the page at / and the API at /api/segment, which takes `queue` uploads at once.
+    """Make the app with the page at / and the API at /api/segment, for `queue` uploads at once.
 
-    It closes the service when it ends.
+    It closes the service on shutdown.
     """
 
     @contextlib.asynccontextmanager
@@ -41,7 +41,7 @@ def make_app(
         await asyncio.to_thread(service.close)
 
     middleware = [Middleware(Guard, most=service.limits.upload, auth=auth)]
-    if is_loopback(host):  # else a page of another host could reach it by renaming that host
+    if is_loopback(host):  # else a page of another host could reach it by DNS rebinding
         ours = ["localhost", "127.0.0.1", "[::1]", host]
         middleware.insert(0, Middleware(TrustedHostMiddleware, allowed_hosts=ours))
     routes = [
@@ -53,7 +53,7 @@ def make_app(
 
 
 class Segment:
-    """The ASGI endpoint that takes an upload, and a place in the queue until it is answered."""
+    """The ASGI endpoint for uploads; each keeps its place in the queue until it is answered."""
 
     def __init__(self, service: Service, queue: int):
         self.service, self.queue = service, queue
@@ -66,16 +66,16 @@ class Segment:
                 error = "send an upload by POST; GET /api lists its fields"
                 raise HTTPException(405, error, {"Allow": "POST"})
             if self.places.locked():
-                error = f"{self.queue} uploads are waiting already; try again in a minute"
+                error = f"{self.queue} uploads are already waiting; try again in a minute"
                 raise HTTPException(503, error)
             async with self.places:
                 response = await respond(self.service, Request(scope, receive))
-                whole = self.service.limits.seconds * (self.queue + 2)  # to wait, and to send
+                whole = self.service.limits.seconds * (self.queue + 2)  # with waiting and sending
                 await asyncio.wait_for(response(scope, receive, send), whole)
         except HTTPException as error:
             await as_json(error)(scope, receive, send)
         except (ClientDisconnect, asyncio.TimeoutError):
-            pass  # nobody is there to read an answer
+            pass  # the client is gone
         except asyncio.CancelledError:
             if response is None:
                 stopping = HTTPException(503, "the server is stopping")
@@ -83,7 +83,7 @@ class Segment:
 
 
 async def respond(service: Service, request: Request) -> Response:
-    """Segment an upload: answer with an archive or lines; raises HTTPException for a bad one."""
+    """Segment an upload and answer with an archive or lines; raise HTTPException for a bad one."""
     limits = service.limits
     try:
         if not request.headers.get("content-type", "").startswith("multipart/form-data"):
@@ -102,7 +102,7 @@ async def respond(service: Service, request: Request) -> Response:
     except ClientDisconnect:
         raise
     except asyncio.TimeoutError:
-        error = f"the upload took more than {limits.seconds:.0f} s"
+        error = f"the upload took more than {limits.seconds:.0f} s; crop the scan, or compress it"
         raise HTTPException(408, error) from None
     except Exception as error:
         raise refusal(error) from None
@@ -112,7 +112,7 @@ async def respond(service: Service, request: Request) -> Response:
 
 
 def refusal(error: Exception) -> HTTPException:
-    """Turn what went wrong with an upload into a status and a sentence."""
+    """Turn the error of an upload into a status and a sentence."""
     if isinstance(error, HTTPException):
         return error
     if isinstance(error, ValueError):
@@ -122,7 +122,7 @@ def refusal(error: Exception) -> HTTPException:
 
 
 def parts_of(form: FormData) -> dict[str, list[UploadFile]] | None:
-    """The files of a form by their field, None for the phantom; ValueError for an unknown field."""
+    """Return the files by field, None for the phantom; raise ValueError for an unknown field."""
     if "phantom" in form and len(form.multi_items()) == 1:
         return None
     parts: dict[str, list[UploadFile]] = {}
@@ -130,7 +130,7 @@ def parts_of(form: FormData) -> dict[str, list[UploadFile]] | None:
         if name == "register":
             parts[name] = []
         elif name not in ("images", "flair", "pre", "post", "mask"):
-            raise ValueError(f"no field is called {name!r}; GET /api lists them")
+            raise ValueError(f"{name!r} is not a field; GET /api lists the fields")
         elif isinstance(sent, str) or not sent.filename:
             raise ValueError(f"{name}: is not a file; send it with a file name")
         else:
@@ -139,15 +139,15 @@ def parts_of(form: FormData) -> dict[str, list[UploadFile]] | None:
 
 
 async def progress(service: Service, job: Job) -> AsyncIterator[dict]:
-    """How far a job is, twice a second until it is done; it is given up once nobody asks.
+    """Yield the progress of a job twice a second until it is done; cancel it if iteration stops.
 
-    Raises what went wrong with it.
+    Raises the error of the job, if any.
     """
     answer = asyncio.wrap_future(job.future)
     try:
         while not answer.done():
             ahead = service.ahead(job)
-            waiting = f"waiting, {ahead} before you" if ahead else "reading"
+            waiting = f"waiting, {ahead} ahead of you" if ahead else "reading"
             waiting = f"segmenting, {job.done:.0%}" if job.done else waiting
             yield {"waiting": waiting, "done": job.done}
             await asyncio.wait([answer], timeout=0.5)
@@ -157,7 +157,7 @@ async def progress(service: Service, job: Job) -> AsyncIterator[dict]:
 
 
 async def lines(service: Service, job: Job) -> AsyncIterator[str]:
-    """How far a job is, and then what the page shows of it, as lines of JSON."""
+    """Yield the progress of a job, and then what the page shows of it, as lines of JSON."""
     try:
         async for step in progress(service, job):
             yield json.dumps(step) + "\n"

@@ -1,4 +1,4 @@
-"""Segmentation as a service: uploads one after another, and what each gets back."""
+"""Segment uploads one at a time, and make the answer to each."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ Parts = dict[str, Sequence[UploadFile]]  # by field, as uploads.unpack takes the
 
 @dataclass(frozen=True)
 class Loaded:
-    """A case of which no file is left but what is here."""
+    """A case in memory; its files are not kept."""
 
     case: Case
     notes: list[str]
@@ -54,11 +54,11 @@ class Loaded:
 
 @dataclass
 class Answer:
-    """What became of one upload."""
+    """The result of one upload."""
 
     summary: dict  # numbers and text
     files: dict[str, bytes]  # by name: the masks, montage.png, <case>.gif, summary.json
-    masks: list[str]  # which of the files are the mask, in the geometry of the source
+    masks: list[str]  # names of the files of the mask, in the geometry of the source
     viewer: dict  # what the page's viewer shows: see viewer_files
 
     def archive(self, names: Sequence[str] | None = None) -> bytes:
@@ -70,7 +70,7 @@ class Answer:
         return buffer.getvalue()
 
     def shown(self) -> str:
-        """What the page shows, as JSON, files in base64: it all travels to the browser."""
+        """Return all that the page shows as JSON, with the files in base64."""
         case, (mask, *others) = self.summary["case"], self.masks
         if others:
             masks = {f"{case}_masks.zip": self.archive(self.masks)}
@@ -84,16 +84,16 @@ class Answer:
 
 @dataclass
 class Job:
-    """An upload on its way."""
+    """An upload in progress."""
 
-    done: float = 0.0  # share of its slices that are segmented
+    done: float = 0.0  # fraction of its slices that are segmented
     future: Future[Answer] = field(default_factory=Future)
 
 
 class Service:
-    """Segments uploads one at a time, in the order they came; bounded in size and time.
+    """Segments uploads one at a time, in order of arrival, with bounded size and time.
 
-    Nothing of an upload is left on disk once its answer is made.
+    Nothing of an upload is left on disk once its answer is ready.
     """
 
     def __init__(self, segmenter: Segmenter, limits: Limits):
@@ -103,7 +103,7 @@ class Service:
         self.pending: list[Job] = []
 
     def submit(self, parts: Parts | None) -> Job:
-        """Segment an upload (see uploads.unpack), or without one the phantom, when its turn comes.
+        """Queue an upload (see uploads.unpack) to be segmented, or the phantom if it is None.
 
         The job's future raises ValueError for an upload that cannot be used.
         """
@@ -114,14 +114,14 @@ class Service:
         return job
 
     def ahead(self, job: Job) -> int:
-        """How many uploads come before a job."""
+        """Return how many uploads are ahead of a job."""
         try:
             return self.pending.index(job)
         except ValueError:  # just done
             return 0
 
     def close(self) -> None:
-        """Give up what waits and what is under way, and leave nothing behind."""
+        """Cancel the waiting and the running jobs, and leave nothing behind."""
         self.reader.close()
         self.worker.shutdown(cancel_futures=True)
 
@@ -132,7 +132,7 @@ class Service:
                 return self._segment(parts, folder, job)
             except (ValueError, OSError) as error:
                 raise ValueError(_without(folder, sentence(error))) from None
-            except (MemoryError, RuntimeError) as error:  # RuntimeError: of PyTorch
+            except (MemoryError, RuntimeError) as error:  # RuntimeError: from PyTorch
                 if isinstance(error, RuntimeError) and "memory" not in str(error):
                     raise
                 raise ValueError("it needs more memory than the server has; crop it") from None
@@ -164,7 +164,7 @@ class Service:
 
 
 def make_answer(loaded: Loaded, found: Segmentation, out: Path) -> Answer:
-    """Numbers, files and pictures of a case, and what was found in it."""
+    """Make the numbers, files and pictures of a case and of what was found in it."""
     case, volume, truth, mask = loaded.case, loaded.volume, loaded.truth, found.mask
     write_case(out, case, volume, mask, truth)
     masks = {path.name: (out / path).read_bytes() for path in map_files(case, "mask")}
@@ -187,19 +187,19 @@ def make_answer(loaded: Loaded, found: Segmentation, out: Path) -> Answer:
 
 
 def _without(folder: Path, message: str) -> str:
-    """A message in which no path of this machine is left."""
+    """Remove the paths of this machine from a message."""
     for path in (folder / "received", folder / "out", folder):
         message = message.replace(f"{path}/", "").replace(str(path), "the upload")
     return message
 
 
 class Reader:
-    """Has uploads read by uploads.py, one at a time, in a process that may break down."""
+    """Reads uploads one at a time, by uploads.py in a process that may crash."""
 
     def __init__(self, limits: Limits):
         self.limits = limits
         self.closed = False
-        self._lock = threading.Lock()  # of `closed` and `_process`: none is started once closed
+        self._lock = threading.Lock()  # of `closed` and `_process`: no process starts once closed
         self._process = self._start()
 
     def _start(self) -> subprocess.Popen:
@@ -208,7 +208,7 @@ class Reader:
         return subprocess.Popen(command, cwd=ROOT, start_new_session=True, **pipes)
 
     def read(self, parts: Parts, folder: Path) -> Loaded:
-        """The case that files make (see uploads.unpack), in an empty folder that they may fill.
+        """Read the case that files make (see uploads.unpack), unpacking them into an empty folder.
 
         Raises ValueError, naming the file, if it cannot be used.
         """
@@ -246,7 +246,7 @@ class Reader:
             return {"error": "the server is stopping" if self.closed else BROKEN}
 
     def close(self) -> None:
-        """End the process, and what it reads just now."""
+        """Kill the process, even while it is reading."""
         with self._lock:
             self.closed = True
             self._kill()

@@ -1,4 +1,4 @@
-"""What every request to the server passes: its size, its password, and what its page may load."""
+"""Check the size and the password of every request, and limit what the page may load."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
-HEADERS = {  # a page may load nothing but what this server sends
+HEADERS = {  # the page may load only what this server sends
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
     "img-src 'self' data:; connect-src 'self'; base-uri 'none'; form-action 'none'; "
     "frame-ancestors 'none'",
@@ -23,9 +23,9 @@ HEADERS = {  # a page may load nothing but what this server sends
 
 
 class Guard:
-    """ASGI middleware: 401 without the password, 413 beyond `most` bytes, headers on the rest.
+    """ASGI middleware: 401 without the password, 413 beyond `most` bytes, HEADERS on every answer.
 
-    A page of another host or port cannot make its visitor's browser send anything here (403).
+    A page of another host or port cannot make its visitor's browser post anything here (403).
     """
 
     def __init__(self, app, most: int, auth: str | None = None):
@@ -57,7 +57,7 @@ class Guard:
         async def answer(message: dict) -> None:
             if message["type"] == "http.response.start":
                 MutableHeaders(scope=message).update(HEADERS)
-                if message["status"] >= 400:  # a client reads it once all is sent
+                if message["status"] >= 400:  # clients read it after they have sent everything
                     with contextlib.suppress(asyncio.TimeoutError):
                         await asyncio.wait_for(rest(), 10)
             await send(message)
@@ -76,13 +76,13 @@ class Guard:
             raise HTTPException(401, "wrong user or password", asked)
         site = headers.get("sec-fetch-site", "none")
         if method == "POST" and site not in ("same-origin", "none"):
-            raise HTTPException(403, "sent by the page of another host or port")
+            raise HTTPException(403, "sent by a page of another host or port")
         length = headers.get("content-length", "0")
         self._check_size(int(length) if length.isdecimal() else self.most + 1)
 
     def _check_size(self, size: int) -> None:
         if size > self.most:
-            error = f"more than {self.most >> 20} MiB; crop the scan, or compress it"
+            error = f"larger than {self.most >> 20} MiB; crop the scan, or compress it"
             raise HTTPException(413, error)
 
 

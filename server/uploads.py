@@ -1,8 +1,8 @@
-"""Reads what strangers have sent, each upload in a separate process with bounded memory and time.
+"""Read untrusted uploads, each in a separate process with bounded memory and time.
 
-The archives are of unknown origin and the readers are large libraries in C and C++: whatever breaks
-down here, the server goes on. jobs.Reader starts this module and keeps it; for each line of JSON on
-its input (see `attend`) it forks, and answers with a line when the upload is read.
+The archives are of unknown origin and the readers are large libraries in C and C++: if one crashes
+here, the server keeps running. jobs.Reader starts this module and keeps it running; for each line
+of JSON on its input (see `attend`) it forks, and answers with a line when the upload is read.
 """
 
 from __future__ import annotations
@@ -28,41 +28,41 @@ from brainseg.io.scans import SUFFIXES, Scan, is_scan, read_grid, scan_name
 from brainseg.io.slices import Case
 
 MIB = 2**20
-HDF5 = b"\x89HDF\r\n\x1a\n"  # at 0, 512, 1024, 2048 ... of a file: its data may lie in other files
-DAMAGED = "is damaged, encrypted or packed in an odd way; zip it again"
-BROKEN = "its reader broke down; it is damaged, or too large: export it again"
+HDF5 = b"\x89HDF\r\n\x1a\n"  # at byte 0, 512, 1024, 2048 ...; its data may be in other files
+DAMAGED = "is damaged, encrypted or compressed in an unsupported way; zip it again"
+BROKEN = "reading it failed because it is damaged or too large; export it again"
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What one upload may take."""
+    """The limits of one upload."""
 
     upload: int = 256 * MIB  # bytes sent
     unpacked: int = 1024 * MIB  # bytes of the files in an archive
     files: int = 2048
-    voxels: int = 2**26  # of a volume, each sequence: 512 x 512 x 256
+    voxels: int = 2**26  # in each sequence of a volume: 512 x 512 x 256
     side: int = 1024  # voxels along an axis
-    memory: int = 4096 * MIB  # bytes of the process that reads
+    memory: int = 4096 * MIB  # bytes of the process that reads it
     seconds: float = 300.0  # for reading, and again for segmenting
 
 
 class Sent(NamedTuple):
-    """A file as it was sent: the name it came with, and where its content lies."""
+    """An uploaded file: the name it was sent with, and the path of its content."""
 
     name: str
     path: Path
 
 
 def main() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the server, which ends this too
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Ctrl-C, the server ends this process
     for line in sys.stdin:
         print(json.dumps(attend(json.loads(line))), flush=True)
 
 
 def attend(order: dict) -> dict:
-    """Have a separate process read one upload: what is known of the case, or its `error`.
+    """Read one upload in a separate process; return what is known of the case, or an `error`.
 
-    `order` has the `folder` of the upload, the `parts` ([name, file] each, by field), the `limits`.
+    `order` holds the `folder` of the upload, its `parts` ([name, file] by field) and `limits`.
     """
     folder, seconds = Path(order["folder"]), order["limits"]["seconds"]
     names = (name for files in order["parts"].values() for name, _ in files)
@@ -78,7 +78,7 @@ def attend(order: dict) -> dict:
         if time.monotonic() > deadline:
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
-            return {"error": f"{name}: reading it took more than {seconds:.0f} s"}
+            return {"error": f"{name}: reading it took more than {seconds:.0f} s; crop it"}
         time.sleep(0.01)
     try:
         return json.loads((folder / "answer.json").read_text())
@@ -87,10 +87,10 @@ def attend(order: dict) -> dict:
 
 
 def work(order: dict) -> None:
-    """In the process: read the upload, and leave volume.npy, truth.npy and answer.json."""
+    """Read the upload, inside the process; write volume.npy, truth.npy and answer.json."""
     folder, limits = Path(order["folder"]), Limits(**order["limits"])
     nowhere = os.open(os.devnull, os.O_RDWR)
-    for stream in (0, 1, 2):  # the answers' own, and what libraries say
+    for stream in (0, 1, 2):  # libraries print too; the parent answers on its own stdout
         os.dup2(nowhere, stream)
     try:
         bound(limits)
@@ -102,14 +102,14 @@ def work(order: dict) -> None:
     except (ValueError, OSError) as error:
         answer = {"error": sentence(error)}
     except MemoryError:
-        answer = {"error": f"it needs more than {limits.memory // MIB} MiB to read; crop it"}
-    except Exception:  # a library's own
+        answer = {"error": f"reading it needs more than {limits.memory // MIB} MiB; crop it"}
+    except Exception:  # of a library
         answer = {"error": BROKEN}
     (folder / "answer.json").write_text(json.dumps(answer, default=np.ndarray.tolist))
 
 
 def bound(limits: Limits) -> None:
-    """Bound this process in memory, time and the size of the files it writes."""
+    """Limit the memory and time of this process, and the size of the files it writes."""
     import resource
 
     for kind, most in (
@@ -122,7 +122,7 @@ def bound(limits: Limits) -> None:
 
 
 def read(parts: dict[str, list[Sent]], folder: Path, limits: Limits) -> dict:
-    """Unpack and read an upload; what the server must know of its case."""
+    """Unpack and read an upload; return what the server must know of its case."""
     received = folder / "received"
     received.mkdir()
     case = unpack(parts, received, limits)
@@ -158,22 +158,22 @@ def check_size(path: Path, shape: Sequence[int], limits: Limits) -> None:
 
 
 def unpack(parts: dict[str, list[Sent]], folder: Path, limits: Limits) -> Case:
-    """Put the files of an upload where they make a case, in an empty folder; the case.
+    """Arrange the files of an upload as a case in an empty folder, and return the case.
 
-    `parts` has the files of `images` (a volume file, or slices, or the files of a DICOM series, or
-    a zip archive of one of these), or one volume file each of `flair`, `pre` and `post`; and maybe
-    of `mask` (a volume file, or the masks of the slices). Raises ValueError, naming the file.
+    `parts` holds the files of `images` (a volume file, slices, the files of a DICOM series, or a
+    zip archive of one of these), or one volume file each of `flair`, `pre` and `post`; optionally
+    also of `mask` (a volume file, or the masks of the slices). Raises ValueError, naming the file.
     """
     images, masks = parts.get("images", []), parts.get("mask", [])
     sequences = {name: parts[name] for name in ("flair", "pre", "post") if name in parts}
     placed: dict[str, Path] = {}
     if sequences and images:
-        raise ValueError("images came beside flair, pre or post; send the one or the others")
+        raise ValueError("both images and flair, pre or post were sent; send one or the other")
     if sequences:
         placed = _place_sequences(sequences, folder)
         place = placed["flair"]
     elif not images:
-        raise ValueError("no file came; send a volume file, slices, or a zip archive of either")
+        raise ValueError("no scan was sent; send a volume file, slices, or a zip archive of either")
     elif len(images) == 1 and _is_volume(images[0].name):
         place = images[0].path.rename(folder / _plain(images[0].name))
     else:
@@ -190,9 +190,9 @@ def unpack(parts: dict[str, list[Sent]], folder: Path, limits: Limits) -> Case:
 
 
 def _place_sequences(sequences: dict[str, list[Sent]], folder: Path) -> dict[str, Path]:
-    """Move each sequence to a separate folder; where it lies, by its name."""
+    """Move each sequence to a separate folder; return the paths by name."""
     if "flair" not in sequences:
-        raise ValueError("flair is missing; it is the sequence that the lesion is seen on")
+        raise ValueError("flair is missing; send it, because it shows the lesion")
     placed = {}
     for name, files in sequences.items():
         if len(files) > 1 or not _is_volume(files[0].name):
@@ -203,7 +203,7 @@ def _place_sequences(sequences: dict[str, list[Sent]], folder: Path) -> dict[str
 
 
 def _place_slices(files: Sequence[Sent], folder: Path, limits: Limits) -> Path:
-    """Put slices, the files of a series, or what is in an archive into a folder of the case."""
+    """Put slices, the files of a series, or the members of an archive into a folder of the case."""
     case = folder / "upload"
     case.mkdir()
     names = _write_all(files, case, limits)
@@ -215,7 +215,7 @@ def _place_slices(files: Sequence[Sent], folder: Path, limits: Limits) -> Path:
 
 
 def _place_mask(masks: Sequence[Sent], scan: Path, limits: Limits) -> None:
-    """Put a true mask where the reader of the case looks for it."""
+    """Put the true mask where the reader of the case looks for it."""
     inside = [scan] if scan.is_file() else [path for path in scan.iterdir() if is_scan(path)]
     if len(masks) == 1 and _is_volume(masks[0].name):
         if len(inside) != 1:
@@ -230,17 +230,17 @@ def _place_mask(masks: Sequence[Sent], scan: Path, limits: Limits) -> None:
 
 
 def _write_all(files: Sequence[Sent], folder: Path, limits: Limits) -> list[str]:
-    """Write files, or the members of an archive, side by side; their names as they were sent."""
+    """Write files, or the members of an archive, side by side; return their names as sent."""
     names, left = [], limits.unpacked
     for file in files:
         try:
             for name, content in _members(file, limits):
                 path = folder / _plain(name)
                 if path.exists() and path.suffix.lower() in ("", ".dcm", ".ima"):
-                    # Series of a study call their files alike; their headers tell them apart.
+                    # The series of a study share file names; their headers tell them apart.
                     path = folder / _plain("-".join(PurePosixPath(name).parts))
                 if path.exists():
-                    raise ValueError(f"{file.name}: {path.name} comes twice; send one case")
+                    raise ValueError(f"{file.name}: {path.name} was sent twice; send one case")
                 left -= _write(content, path, left)
                 names.append(name)
                 if left < 0:
@@ -251,12 +251,12 @@ def _write_all(files: Sequence[Sent], folder: Path, limits: Limits) -> list[str]
         except Exception as error:  # damaged archives raise nearly anything
             raise ValueError(f"{file.name}: {DAMAGED}") from error
     if not names:
-        raise ValueError(f"{files[0].name}: holds no file")
+        raise ValueError(f"{files[0].name}: contains no file; send a volume file or slices")
     return names
 
 
 def _members(file: Sent, limits: Limits) -> Iterator[tuple[str, BinaryIO]]:
-    """The file itself, or the files in it if it is a zip archive; hidden ones are left out."""
+    """Yield the file itself, or the files in a zip archive, without hidden ones."""
     if not file.name.lower().endswith(".zip"):
         if not PurePosixPath(file.name).name.startswith("."):
             with open(file.path, "rb") as content:
@@ -264,7 +264,7 @@ def _members(file: Sent, limits: Limits) -> Iterator[tuple[str, BinaryIO]]:
         return
     try:
         archive = zipfile.ZipFile(file.path)
-    except ValueError as error:  # in words of its own, as of a negative place in the file
+    except ValueError as error:  # such as a negative offset in the file
         raise zipfile.BadZipFile from error
     with archive:
         members = [member for member in archive.infolist() if not member.is_dir()]
@@ -274,7 +274,7 @@ def _members(file: Sent, limits: Limits) -> Iterator[tuple[str, BinaryIO]]:
             parts = PurePosixPath(member.filename.replace("\\", "/")).parts
             linked = stat.S_ISLNK(member.external_attr >> 16)
             if not parts or ".." in parts or parts[0] == "/" or ":" in parts[0] or linked:
-                raise ValueError(f"{file.name}: holds a path that leads out of it; zip it again")
+                raise ValueError(f"{file.name}: contains a path that leads out of it; zip it again")
             if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
                 raise ValueError(f"{file.name}: {DAMAGED}")
             if not any(part.startswith((".", "__MACOSX")) for part in parts):
@@ -283,7 +283,7 @@ def _members(file: Sent, limits: Limits) -> Iterator[tuple[str, BinaryIO]]:
 
 
 def _write(content: BinaryIO, path: Path, most: int) -> int:
-    """Copy a file, or hardly more than `most` bytes of it; how many it were."""
+    """Copy a file, stopping soon after `most` bytes; return the bytes written."""
     with open(path, "xb") as file:
         while file.tell() <= most and (part := content.read(MIB)):
             file.write(part)
@@ -291,7 +291,7 @@ def _write(content: BinaryIO, path: Path, most: int) -> int:
 
 
 def _plain(name: str) -> str:
-    """The last part of a name, without anything that means something to a file system."""
+    """Return the last part of a name, without characters special to a file system."""
     name = re.sub(r"[^\w.()+ -]", "_", re.split(r"[/\\]", name)[-1]).lstrip(". ")
     if len(name.encode()) > 200:
         raise ValueError(f"{name[:40]}…: its name is too long; rename it")
@@ -305,7 +305,7 @@ def _is_volume(name: str) -> bool:
 def check_alone(path: Path) -> None:
     """Raise ValueError if a file may keep its voxels in another one, which could be the server's.
 
-    Headers are held to the letter of their format, as readers are more lenient than this is.
+    Headers must follow their format to the letter, because the readers are more lenient.
     """
     size, suffix = path.stat().st_size, path.suffix.lower()
     with open(path, "rb") as file:
@@ -322,7 +322,7 @@ def check_alone(path: Path) -> None:
 
 
 def _is_whole_mha(header: bytes) -> bool:
-    """Whether `name = value` lines lead to ElementDataFile = LOCAL, and nowhere else before."""
+    """Tell whether every line up to ElementDataFile is `name = value`, and that one says LOCAL."""
     for line in header.replace(b"\r\n", b"\n").split(b"\n"):
         field = re.fullmatch(rb"(\w+) ?= ?([ -~\x80-\xff]*)", line)
         if not field:
@@ -333,7 +333,7 @@ def _is_whole_mha(header: bytes) -> bool:
 
 
 def _is_whole_nrrd(header: bytes) -> bool:
-    """Whether the header ends within a MiB, in lines of text of which none names a data file."""
+    """Tell whether the header ends within a MiB and is lines of text that name no data file."""
     lines, end, _ = header.replace(b"\r\n", b"\n").partition(b"\n\n")
     if not end or not lines.startswith(b"NRRD") or re.search(rb"[^\n\t -~\x80-\xff]", lines):
         return False

@@ -24,7 +24,7 @@ def viewer_files(
     """Pack a volume (S, H, W, C), what was found in it and the truth (S, H, W) for the viewer.
 
     `scan`: a frame of 0..255 for each of `sequences`. `probability`: 0..255. `labels`: 1 for the
-    mask alone, 2 for the true mask alone, 3 for both. `numbers`: of the axial slices.
+    mask alone, 2 for the true mask alone, 3 for both. `numbers`: those of the axial slices.
     `focus`: the middle of the lesion, in mm to the right, front and up.
     """
     mask = found.mask
@@ -51,7 +51,7 @@ def viewer_files(
 
 
 def _head(shape: tuple[int, int, int]) -> Grid:
-    """Make a grid for slices (S, H, W) without a spacing: as high as a head."""
+    """Make a grid for slices (S, H, W) without a spacing: about as tall as a head."""
     slices, height, width = shape
     distance = np.clip(0.65 * max(height, width) / slices, 1, 10) if slices > 1 else 1
     return Grid((width, height, slices), (1, 1, distance), (0, 0, 0), np.eye(3))
@@ -69,7 +69,7 @@ def _nifti(grid: Grid, frames: Sequence[np.ndarray]) -> bytes:
 
 
 def _sequences(volume: np.ndarray) -> dict[str, int]:
-    """Find the channel of each sequence of a volume (S, H, W, C), leaving out copies of FLAIR."""
+    """Find the channel of each sequence of a volume (S, H, W, C), without copies of FLAIR."""
     if volume.shape[3] != 3:
         return {"flair": min(1, volume.shape[3] - 1)}
     flair = volume[..., 1]

@@ -193,14 +193,14 @@ def test_the_example_of_the_readme(server, files, tmp_path, monkeypatch):
         ({"files": {"images": ("a.doc", b"rubbish")}}, "holds no slice"),
         ({"files": {"images": ("a.zip", b"rubbish")}}, "a.zip: is damaged"),
         ({"files": {"images": ("a_1.tif", b"rubbish")}}, "a_1.tif: not a readable image"),
-        ({"files": {"picture": ("a.nii", b"rubbish")}}, "no field is called 'picture'"),
+        ({"files": {"picture": ("a.nii", b"rubbish")}}, "'picture' is not a field"),
         ({"files": {"images": (None, "text")}}, "images: is not a file"),
         ({}, "send multipart/form-data"),
         (
             {"files": {"phantom": (None, "1"), "images": ("a.nii", b"x")}},
-            "no field is called 'phantom'",
+            "'phantom' is not a field",
         ),
-        ({"files": {"mask": ("a.nii", b"x")}}, "no file came"),
+        ({"files": {"mask": ("a.nii", b"x")}}, "no scan was sent"),
         (
             {"content": b"rubbish", "headers": {"Content-Type": "multipart/form-data; boundary=x"}},
             "multipart",
@@ -229,7 +229,7 @@ def test_blank_and_constant_volumes(server, tmp_path):
 
 
 def test_an_upload_that_is_too_large_is_refused(server):
-    message = {"error": "more than 8 MiB; crop the scan, or compress it"}
+    message = {"error": "larger than 8 MiB; crop the scan, or compress it"}
     large = bytes(10 * 2**20)
     response = post(server[0], files={"images": ("a.nii", large)})
     assert (response.status_code, response.json()) == (413, message)
@@ -317,7 +317,7 @@ def test_a_full_queue_says_so(files, monkeypatch):
     full, *others = asyncio.run(ask())
     service.close()
     assert full.status_code == 503
-    assert full.json()["error"] == "2 uploads are waiting already; try again in a minute"
+    assert full.json()["error"] == "2 uploads are already waiting; try again in a minute"
     assert [each.status_code for each in others] == [200] * 3, "places come back"
 
 

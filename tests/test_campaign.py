@@ -155,5 +155,5 @@ def test_a_signal_stops_the_trainings_which_save(phantoms, tmp_path):
     process.send_signal(signal.SIGTERM)
     err = process.communicate(timeout=900)[1]
     assert process.returncode == 1
-    assert err.strip().endswith("the same call goes on here")
+    assert err.strip().endswith("run the same command to resume")
     assert "go on with" in (folder / "log.txt").read_text().splitlines()[-1]

@@ -27,5 +27,5 @@ def test_gpu_benchmark_goes_on_where_it_stopped(phantoms, tmp_path, monkeypatch)
     assert counts["aten::item, per step"] >= 1
     assert result["failed"] == {"inference tensorrt float32": "no such provider"}
     assert "| training, 2x32, float32, eager |" in (tmp_path / "gpu.md").read_text()
-    with pytest.raises(SystemExit, match="is of another steps; name another --out"):
+    with pytest.raises(SystemExit, match=r"has other settings \(steps\); give another --out"):
         run(eager, steps=2)

@@ -247,10 +247,10 @@ def test_archives_that_cannot_be_read(phantom, receive, kind):
 @pytest.mark.parametrize(
     "parts, says",
     [
-        ({}, "no file came"),
-        ({"mask": {"m.nii": b"x"}}, "no file came"),
+        ({}, "no scan was sent"),
+        ({"mask": {"m.nii": b"x"}}, "no scan was sent"),
         ({"pre": {"a.nii": b"x"}}, "flair is missing"),
-        ({"flair": {"a.nii": b"x"}, "images": {"b.nii": b"x"}}, "send the one or the others"),
+        ({"flair": {"a.nii": b"x"}, "images": {"b.nii": b"x"}}, "send one or the other"),
         ({"flair": {"a.tif": b"x"}}, "flair: send one volume file"),
         ({"images": {"a.nii": b"x", "b.nii": b"x"}}, "holds a.nii and b.nii"),
         ({"images": {"a.doc": b"x"}}, "holds no slice"),
@@ -259,7 +259,7 @@ def test_archives_that_cannot_be_read(phantom, receive, kind):
         ({"images": {"x" * 300 + ".nii": b""}}, "its name is too long"),
         ({"images": {"h_1.tif": b"x"}, "mask": {"m.nii": b"x"}}, "m.nii: is a volume file"),
         ({"images": {"h.nii": b"x"}, "mask": {"m_1.tif": b"x"}}, "m_1.tif: send the mask as one"),
-        ({"images": {"a/h_1.tif": b"x", "b/h_1.tif": b"x"}}, "h_1.tif comes twice"),
+        ({"images": {"a/h_1.tif": b"x", "b/h_1.tif": b"x"}}, "h_1.tif was sent twice"),
     ],
 )  # fmt: skip
 def test_uploads_that_make_no_case(receive, parts, says):
@@ -356,7 +356,7 @@ def test_members_with_odd_names(receive, member):
 
 def test_archives_with_other_compression_are_refused(phantom, receive):
     content = zipped(slices_of(phantom), zipfile.ZIP_LZMA)
-    assert "packed in an odd way" in refused(receive, {"images": named(**{"bad.zip": content})})
+    assert "in an unsupported way" in refused(receive, {"images": named(**{"bad.zip": content})})
 
 
 # The process that reads
@@ -372,7 +372,7 @@ def test_a_reader_that_takes_too_long_is_stopped(order, monkeypatch):
     monkeypatch.setattr(uploads, "work", lambda _: time.sleep(60))
     order["limits"]["seconds"] = 0.3
     start = time.monotonic()
-    assert attend(order) == {"error": "a.nii: reading it took more than 0 s"}
+    assert attend(order) == {"error": "a.nii: reading it took more than 0 s; crop it"}
     assert time.monotonic() - start < 30, "stopped, not waited for"
 
 

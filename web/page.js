@@ -1,4 +1,4 @@
-// The page: sends a scan to api/segment and shows what comes back. No other host is asked for anything.
+// The page sends a scan to api/segment and shows the answer. It contacts no other host.
 const find = (selector) => document.querySelector(selector);
 const NAMES = { flair: "FLAIR", pre: "Pre-contrast", post: "Post-contrast" };
 const SCORES = {
@@ -33,7 +33,7 @@ async function filesIn(entry) {
   }
 }
 
-for (const name of ["dragover", "dragleave", "drop"]) { // beside the zone, a file would replace the page
+for (const name of ["dragover", "dragleave", "drop"]) { // a file dropped outside the zone would replace the page
   window.addEventListener(name, (event) => {
     event.preventDefault();
     find("#drop").classList.toggle("over", name === "dragover");
@@ -74,13 +74,13 @@ function send(parts) {
     wait(line.waiting, line.done);
   };
   request.onload = () => finish(last(request.responseText));
-  request.onerror = () => finish({ error: "The server does not answer, or the upload is too large for it." });
+  request.onerror = () => finish({ error: "The server does not answer, or the upload is too large." });
   for (const button of document.querySelectorAll("#send button")) button.disabled = true;
   wait("sending");
   request.send(form);
 }
 
-// The answer is lines of JSON, or one.
+// The answer is one or more lines of JSON.
 function last(text) {
   try { return JSON.parse(text.slice(text.lastIndexOf("\n") + 1)); } catch { return {}; }
 }
@@ -88,7 +88,7 @@ function last(text) {
 function finish(answer) {
   for (const button of document.querySelectorAll("#send button")) button.disabled = false;
   if (answer.summary) present(answer);
-  else fail(answer.error ?? "The server broke off; try again.");
+  else fail(answer.error ?? "The server stopped answering; try again.");
 }
 
 function show(name) {

@@ -84,7 +84,7 @@ const set = {
     nv.updateGLVolume();
   },
   window: () => set.level(),
-  zoom({ value }) { // about the crosshair
+  zoom({ value }) { // centred on the crosshair
     const pan = nv.scene.pan2Dxyzmm, centre = nv.frac2mm(nv.scene.crosshairPos), more = value - pan[3];
     nv.setPan2Dxyzmm([0, 1, 2].map((k) => pan[k] - more * centre[k]).concat(Number(value)));
     nv.setScale(1.4 * value);
@@ -99,7 +99,7 @@ function reset() {
   for (const name of ["view", "sequence", "marks", "probability", "level", "zoom"]) set[name](form[name]);
 }
 
-// Which axis the slider moves along: that of the plane on show, else the axial one.
+// The axis that the slider moves along: that of the plane shown, else the axial one.
 function axis() {
   return { 1: 1, 2: 0 }[form.view.value] ?? 2;
 }

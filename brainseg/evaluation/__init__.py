@@ -1,1 +1,1 @@
-"""Scores of several models on the same cases, compared, and the report."""
+"""Score several models on the same cases, compare them, and write the report."""

@@ -11,16 +11,16 @@ import numpy as np
 from . import volumes
 from .page import write_page
 
-BINS = 24  # at most, of the histogram
+BINS = 24  # of the histogram, at most
 
 
 def save_cohort(
     path: Path, rows: Sequence[dict], pictures: Sequence[bytes | None], about: dict
 ) -> None:
-    """Write the page of a cohort: `rows` of volumes.csv, a JPEG each, and how it was made.
+    """Write the page of a cohort: `rows` of volumes.csv, a JPEG for each, and how it was made.
 
-    A case without a picture could not be read: it stands in the table alone.
-    Raises OSError, naming `path`, if it cannot be written; what was there before stays.
+    A case without a picture could not be read; only the table lists it.
+    Raises OSError, naming `path`, if it cannot be written; an existing page is kept.
     """
     thumbnails = {row["case"]: picture for row, picture in zip(rows, pictures, strict=True)}
     rows = [
@@ -53,7 +53,7 @@ def _size(row: dict) -> float | None:
 
 
 def _tiles(rows: Sequence[dict], read: Sequence[dict], unit: str) -> dict[str, object]:
-    """Sum up all cases, and those that could be `read`: a number for each title."""
+    """Summarise all cases, and those that could be `read`: a value for each title."""
     sizes = [row["size"] for row in read if row["lesion_voxels"]]
     median = f"{np.median(sizes):,.1f}".removesuffix(".0") if sizes else "-"
     expected = [row["expected_dsc"] for row in rows if row["expected_dsc"] is not None]
@@ -61,15 +61,15 @@ def _tiles(rows: Sequence[dict], read: Sequence[dict], unit: str) -> dict[str, o
         "cases": len(rows),
         "need a look": sum(bool(row["warning"]) for row in rows),
         "without a lesion": sum(not row["lesion_voxels"] for row in read),
-        f"median {unit} of a lesion": median,
+        f"median lesion, {unit}": median,
         "median expected DSC": f"{np.median(expected):.2f}" if expected else "-",
     }
 
 
 def _histogram(sizes: Sequence[float | None]) -> tuple[list[int], float]:
-    """Count lesions by size, a case without one as 0: a count for each bin, and its width.
+    """Count lesions by size, a case without one as 0; return the counts and the bin width.
 
-    The width is 1, 2 or 5 times a power of ten. Without any lesion there is no bin.
+    The width is 1, 2 or 5 times a power of ten. Without any lesion the counts are empty.
     """
     known = np.array([size for size in sizes if size is not None])
     largest = known.max(initial=0)

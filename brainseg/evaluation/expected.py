@@ -1,4 +1,4 @@
-"""Learn from scored cases what DSC to expect of a mask, and put it in the cards of the weights."""
+"""Learn from scored cases what DSC to expect of a mask, and save it in the cards of the weights."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from .scoring import Model
 
 
 def check_can_fit(models: Sequence[Model]) -> None:
-    """Raise ValueError unless there is one model, and weights whose cards can take a fit."""
+    """Raise ValueError unless there is one model, with weights whose cards can hold a fit."""
     if len(models) > 1:
-        raise ValueError("--fit-expected-dsc is for one model; give one of --weights")
+        raise ValueError("--fit-expected-dsc is for one model; give --weights a single one")
     (model,) = models
     if model.scores or any(file.suffix != ".pt" for file in model.seen):
         raise ValueError(
@@ -24,14 +24,14 @@ def check_can_fit(models: Sequence[Model]) -> None:
         if not patients:
             raise ValueError(
                 f"{file}: no card says what it was trained on, and the expected DSC can "
-                "only be learnt from other cases; put the card that train.py wrote beside it"
+                "only be learnt from other cases; put the card that train.py wrote next to it"
             )
 
 
 def fit_and_save(model: Model, rows: Sequence[dict], figure: Path) -> str:
-    """Fit on the rows of scores.csv; write the cards and the figure; what to say of it.
+    """Fit on the rows of scores.csv, write the cards and the figure, and return a summary.
 
-    The options that the masks were made with go into the cards too. Raises ValueError for too few
+    The cards also record the options that the masks were made with. Raises ValueError for too few
     cases.
     """
     features = [
@@ -47,15 +47,15 @@ def fit_and_save(model: Model, rows: Sequence[dict], figure: Path) -> str:
     rank = "undefined" if scores["spearman"] is None else f"{scores['spearman']:.2f}"
     empty = f", {fit['empty']} empty mask(s) left out" if fit["empty"] else ""
     return (
-        f"expected DSC, fitted on {fit['cases']} cases{empty}; leaving each case out: rank "
+        f"expected DSC, fitted on {fit['cases']} cases{empty}; leave-one-out: rank "
         f"correlation (Spearman) {rank}, mean error {scores['mean_error']:.3f}, "
-        f"{scores['warned']} of {scores['poor']} masks under {WARN_BELOW} are warned of, "
-        f"with {scores['false_alarms']} false alarms; in the card of {len(model.seen)} file(s)"
+        f"{scores['warned']} of {scores['poor']} masks under {WARN_BELOW} get a warning, with "
+        f"{scores['false_alarms']} false alarms; saved in the card of {len(model.seen)} file(s)"
     )
 
 
 def save_scatter(path: Path, expected: Sequence[float], true: Sequence[float]) -> None:
-    """Draw the true DSC of every case over the expected one."""
+    """Plot the true DSC of every case against the expected one."""
     from matplotlib.figure import Figure  # slow to import
 
     figure = Figure(figsize=(5, 5), layout="constrained")

@@ -1,4 +1,4 @@
-"""Reports as HTML pages of one file, and the tables in them."""
+"""Write reports as single-file HTML pages, and the tables in them."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ TEMPLATES = Path(__file__).resolve().parents[2] / "web" / "reports"
 
 @dataclass
 class Table:
-    """A table to print or to show; `note` stands below it, one paragraph per line.
+    """A table to print or to show, with `note` below it, one paragraph per line.
 
-    Columns of numbers are set to the right, those that `left` names to the left.
+    Columns in `left` are aligned left, all others right.
     """
 
     title: str
@@ -37,9 +37,9 @@ class Table:
 def write_page(path: Path, template: str, title: str, about: dict, **content: object) -> None:
     """Fill a template of web/reports; the page needs no network, and all text is escaped.
 
-    `about` says how it was made; `content` is what the template alone knows.
+    `about` says how it was made; `content` holds the variables of this template.
 
-    Raises OSError, naming `path`, if it cannot be written; what was there before stays.
+    Raises OSError, naming `path`, if it cannot be written; an existing page is kept.
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined  # slow to import
 
@@ -53,7 +53,7 @@ def write_page(path: Path, template: str, title: str, about: dict, **content: ob
 
 
 def check_page(path: Path) -> None:
-    """Raise OSError or ValueError, naming it, unless a page can be written at `path`."""
+    """Raise OSError or ValueError, naming `path`, unless a page can be written there."""
     check_writable(path.parent)
     if path.is_dir():
-        raise ValueError(f"{path}: is a folder; name the page itself")
+        raise ValueError(f"{path}: is a folder; give the file name of the page")

@@ -28,8 +28,8 @@ def tables(summary: dict[str, dict]) -> list[Table]:
 def _score_table(summary: dict[str, dict]) -> Table:
     rows = []
     notes = [
-        "Means over cases, each in the geometry of its source; intervals by bootstrap over "
-        f"patients, from {FEW} cases on. (k): over the k cases where it is defined."
+        "Means over cases, each scored in the geometry of its source. Intervals: bootstrap over "
+        f"patients, for {FEW} cases or more. (k): mean over the k cases where the score is defined."
     ]
     for name, about in summary.items():
         dsc, *others = about["scores"].values()
@@ -37,13 +37,13 @@ def _score_table(summary: dict[str, dict]) -> Table:
         rows.append([name, str(dsc["n"]), _interval(dsc), f"{dsc['median']:.3f}", *means])
         if about.get("missed"):
             notes.append(
-                f"{name}: in {about['missed']} of the cases only one of the masks is empty; their "
+                f"{name}: in {about['missed']} of the cases only one of the masks is empty; there, "
                 "HD95 and ASSD are the diagonal of the image."
             )
         if about["chose_epoch"]:
             notes.append(
                 f"{name}: the epoch of its weights was chosen on {about['chose_epoch']} of these "
-                "cases, so that its score is too good; train with --keep last to choose on none."
+                "cases, which makes its score too good; train with --keep last to avoid this."
             )
     _, *others = next(iter(summary.values()))["scores"]
     return Table(
@@ -71,7 +71,7 @@ def _difference_table(summary: dict[str, dict]) -> Table:
         f"Difference in DSC from {first}, case by case",
         ["model", "mean (95 % interval)", "median", "better in", "worse in"],
         rows,
-        "An interval that holds 0 is a difference that these cases cannot show.",
+        "If the interval contains 0, these cases do not show a difference.",
     )
 
 
@@ -85,12 +85,12 @@ def _group_table(summary: dict[str, dict]) -> Table:
                 other = summary[name]["groups"][group][value]
                 row += [_interval(other["dsc"]), _interval(other["difference"], "+")]
             rows.append(row)
-    header = [part for name in others for part in (name, f"from {first}")]
+    header = [part for name in others for part in (name, f"vs {first}")]
     return Table(
         "DSC by group",
         ["group", "n", first, *header],
         rows,
-        f"To explore: many groups of few cases. No interval under {FEW} cases.",
+        f"Exploratory: many groups, few cases in each. No interval below {FEW} cases.",
     )
 
 
@@ -102,12 +102,12 @@ def _settings_table(summary: dict[str, dict]) -> Table:
             tried = about["settings"][setting]
             row += [f"{tried['dsc']['mean']:.3f}", _interval(tried["difference"], "+")]
         rows.append(row)
-    header = [part for name in summary for part in (f"{name}: DSC", "from the setting used")]
+    header = [part for name in summary for part in (f"{name}: DSC", "vs the setting used")]
     return Table(
-        "What threshold and largest component are worth",
+        "Effect of the threshold and the largest component",
         ["setting", *header],
         rows,
-        "To choose one, look at the validation cases alone; then score it on others.",
+        "Choose a setting on validation cases only, then score it on other cases.",
     )
 
 
@@ -120,7 +120,7 @@ def _interval(s: dict[str, float], sign: str = "") -> str:
 
 
 def case_table(models: dict[str, list[dict]]) -> Table:
-    """List the DSC of every case, the first model's worst first."""
+    """List the DSC of every case, sorted from the worst of the first model."""
     lines = sorted(zip(*models.values(), strict=True), key=lambda line: line[0]["dsc"])
     about = ("case", "slices", "lesion_voxels", "missing")
     return Table(
@@ -145,7 +145,7 @@ def save_scores(path: Path, models: dict[str, list[dict]]) -> None:
         spread = np.random.default_rng(k).uniform(-0.16, 0.16, len(values))
         axes.plot(k + spread, values, "o", ms=4, mew=0, alpha=0.6, color="#4c78a8")
     axes.set(ylim=(-0.02, 1.02), ylabel="DSC per volume")
-    names = [name.replace("$", r"\$") for name in models]  # else it would start a formula
+    names = [name.replace("$", r"\$") for name in models]  # a bare $ would start a formula
     axes.set_xticks(range(1, len(models) + 1), names, rotation=15, fontsize=8)
     axes.grid(axis="y", alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)

@@ -1,4 +1,4 @@
-"""The models to compare, weights or tables of scores, and their scores case by case."""
+"""Open the models to compare, weights or tables of scores, and score them case by case."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ from .statistics import SCORES, SETTINGS
 
 @dataclass
 class Model:
-    """What is compared: a network, an ensemble of folds, or the scores of a metrics.csv."""
+    """A model to compare: a network, an ensemble of folds, or the scores of a metrics.csv."""
 
     name: str
     path: Path
     scores: dict[str, dict] = field(default_factory=dict)  # of a metrics.csv, by case
     segmenter: Segmenter | None = None
     seen: dict[Path, set[str]] = field(default_factory=dict)  # by file: patients trained on
-    chose: dict[Path, set[str]] = field(default_factory=dict)  # whose scores chose its epoch
+    chose: dict[Path, set[str]] = field(default_factory=dict)  # patients its epoch was chosen on
 
     def unseen(self, case: str) -> list[Path]:
         """List the files of the networks that were not trained on the patient of a case."""
@@ -48,7 +48,7 @@ class Model:
         return not self.unseen(case)
 
     def segmenter_for(self, case: str) -> Segmenter:
-        """Give a segmenter with those networks alone that have not seen the patient of a case."""
+        """Return a segmenter with only the networks that have not seen the patient of a case."""
         files = self.unseen(case)
         if len(files) == len(self.seen):
             return self.segmenter
@@ -59,7 +59,7 @@ class Model:
 
 
 def open_models(texts: list[str], options: dict) -> list[Model]:
-    """Open each [NAME=]PATH; ValueError or FileNotFoundError if one cannot be used."""
+    """Open each [NAME=]PATH; raise ValueError or FileNotFoundError if one cannot be used."""
     named = {}
     for text in texts:
         name, equals, rest = text.partition("=")
@@ -74,7 +74,7 @@ def open_models(texts: list[str], options: dict) -> list[Model]:
             raise ValueError(f"{text}: needs a name that no other model has; give NAME=PATH")
         named[name] = path
     if options.get("providers") and all(path.suffix != ".onnx" for path in named.values()):
-        raise ValueError("--providers is for .onnx files, and none is given; leave it out")
+        raise ValueError("--providers is for .onnx files, and none is given; omit it")
     return [open_model(name, path, options) for name, path in named.items()]
 
 
@@ -114,7 +114,7 @@ def describe(model: Model) -> dict | str:
 def choose_cases(
     sources: Sequence[Source], subsets: Sequence[str], models: Sequence[Model], images: Path
 ) -> tuple[list[Case], list[str]]:
-    """Choose the cases that no model has seen; also list the names of the others.
+    """Choose the cases that no model has seen; return them and the names of the others.
 
     Raises ValueError, naming the case, if one cannot be scored or nothing is left.
     """
@@ -134,13 +134,13 @@ def choose_cases(
     for case in cases:
         if not case.masks:
             raise ValueError(
-                f"{case.folder}: has no mask to score against; choose others by --cases"
+                f"{case.folder}: has no mask to score against; choose other cases with --cases"
             )
         for model in models:
             if model.scores and case.name not in model.scores:
                 raise ValueError(
                     f"{model.path}: has no score of {case.name}; a comparison needs the same "
-                    "cases: choose them with --subset or --cases, or run inference.py on them"
+                    "cases, so choose them with --subset or --cases, or run inference.py on them"
                 )
     return cases, sorted(seen)
 
@@ -148,9 +148,9 @@ def choose_cases(
 def score_all(
     cases: Sequence[Case], models: Sequence[Model], workers: int | None = None
 ) -> tuple[dict[str, list[dict]], dict[tuple[str, str], np.ndarray], str]:
-    """Score cases: rows by model, pictures by (model, case), the SHA-256 of all that was read.
+    """Score cases; return rows by model, pictures by (model, case), the SHA-256 of all data read.
 
-    Threads read ahead and score behind while the networks run.
+    Threads read the next cases and score the previous ones while the networks run.
     """
     opened = {model.name: model.segmenter for model in models if model.segmenter}
     ways = {name: (s.image_size, s.version, s.device) for name, s in opened.items()}
@@ -198,7 +198,7 @@ def score_case(
 ) -> tuple[list[dict], dict]:
     """Make one row per model, and by (model, case) a picture of the slice with most lesion.
 
-    `found` holds what each model made of the case, if it is not a table.
+    `found` holds the segmentation by each model that is not a table of scores.
     """
     about = {
         "case": case.name,
@@ -234,7 +234,7 @@ def score_case(
 
 
 def scores_of(model: Model, case: Case, row: dict) -> dict:
-    """Look up a case in a metrics.csv; ValueError if its scores are of other data."""
+    """Look up a case in a metrics.csv; raise ValueError if its scores are from other data."""
     written = model.scores[case.name]
     for name in ("slices", "lesion_voxels"):
         if written[name] != row[name]:

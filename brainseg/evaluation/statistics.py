@@ -1,4 +1,4 @@
-"""The statistics of a comparison: from one row per model and case to a summary per model."""
+"""Compute the statistics of a comparison: from one row per model and case, a summary per model."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ SCORES = {
     "assd_mm": "ASSD mm",
     "volume_error": "volume error, signed",
     "lesion_recall": "lesions found",
-    "lesion_precision": "components right",
+    "lesion_precision": "components correct",
 }
 
 
 def compare(models: dict[str, list[dict]]) -> dict[str, dict]:
     """Summarise the scores of each model; all have rows of the same cases, in order.
 
-    For each model: `scores`, every metric; `missed`, in how many cases one mask alone is empty, so
-    that its distances are the image diagonal; `difference`, its DSC case by case from that of the
-    first model; `groups`, both by hospital, missing sequence and lesion volume; `settings`, the
-    DSC at each threshold, with and without the largest component, and its difference from that
-    of `scores`; `chose_epoch`, on how many of the cases its epoch was chosen. Intervals are over
-    patients.
+    For each model: `scores`, every metric; `missed`, the number of cases where only one mask is
+    empty and the distances are the image diagonal; `difference`, its DSC minus that of the first
+    model, case by case; `groups`, both by hospital, missing sequence and lesion volume; `settings`,
+    the DSC at each threshold, for the largest and for all components, and its difference from that
+    in `scores`; `chose_epoch`, the number of cases that its epoch was chosen on. Intervals are
+    over patients.
     """
     first = next(iter(models.values()))
     known = [m for m in SCORES if all(m in row for rows in models.values() for row in rows)]

@@ -1,4 +1,4 @@
-"""What was found in each case of a run, and which masks to look at first; no true mask needed."""
+"""List what was found in each case and which masks to look at first, without true masks."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from ..preprocess import CHANNELS
 from ..splits import patient_of
 from .page import Table
 
-LARGEST = 3  # components that have columns of their own
-PRINTED = 20  # lines; the file has all
+LARGEST = 3  # components that have their own columns
+PRINTED = 20  # rows; the file has all
 EXPECTED = "expected_dsc", "expected_dsc_low", "expected_dsc_high"
 COLUMNS = (
     *("case", "patient", "slices", "sequences", "replaced", "lesion_voxels", "lesion_ml"),
@@ -36,11 +36,11 @@ def volume_row(
     expected: tuple[float, float, float] | None = None,
     warnings: Sequence[str] = (),
 ) -> dict:
-    """Make the line of volumes.csv for a case; summary.json of the server holds the same.
+    """Make the row of volumes.csv for a case; the server's summary.json holds the same.
 
-    `volume` is (S, H, W, C), `mask` (S, H, W) bool, `expected` the DSC to expect of the mask and
-    its interval, `warnings` a sentence each. What is not known is None: millilitres without a
-    spacing, components that are not there, a DSC that cannot be told.
+    `volume` is (S, H, W, C), `mask` (S, H, W) bool, `expected` the expected DSC of the mask and
+    its interval, `warnings` one sentence each. Unknown values are None: millilitres without a
+    spacing, components that do not exist, a DSC that cannot be estimated.
     """
     spacing, sizes = case.spacing, component_sizes(mask)
     names = CHANNELS.get(volume.shape[-1], ())
@@ -73,7 +73,7 @@ def volume_row(
 
 
 def unread_row(case: str, error: Exception) -> dict:
-    """Make the line of a case that could not be read: its name, and why."""
+    """Make the row of a case that could not be read: its name, and why."""
     return dict.fromkeys(COLUMNS) | {
         "case": case,
         "patient": patient_of(case),
@@ -95,13 +95,13 @@ def component_sizes(mask: np.ndarray) -> list[int]:
 
 
 def edge_warnings(mask: np.ndarray) -> list[str]:
-    """Say that the lesion goes on where the scan ends, if it does on either side."""
+    """Warn if the lesion reaches the first or the last slice, where the scan ends."""
     ends = [name for name, k in (("first", 0), ("last", -1)) if len(mask) > 1 and mask[k].any()]
     return [f"the lesion reaches the {' and the '.join(ends)} slice"] if ends else []
 
 
 def by_need(rows: Sequence[dict]) -> list[dict]:
-    """Sort by need of a look: cases not read, then those with a warning, then by expected DSC."""
+    """Sort by need of a look: unread cases, then those with a warning, then by expected DSC."""
 
     def need(row: dict) -> tuple:
         expected = 1.0 if row["expected_dsc"] is None else row["expected_dsc"]
@@ -111,7 +111,7 @@ def by_need(rows: Sequence[dict]) -> list[dict]:
 
 
 def read_volumes(path: Path) -> dict[str, dict]:
-    """Read the rows of a volumes.csv by case; empty if it is not there, or not one."""
+    """Read the rows of a volumes.csv by case; {} if the file is missing or not a volumes.csv."""
     try:
         return {
             name: {column: _value(column, row.get(column, "")) for column in COLUMNS}
@@ -128,7 +128,7 @@ def _value(column: str, text: str) -> object:
 
 
 def volumes_table(rows: Sequence[dict], path: Path) -> Table:
-    """Make the short table that a run prints, of at most PRINTED cases; `path` holds all."""
+    """Make the short table that a run prints, with at most PRINTED cases; `path` holds all."""
     ordered = by_need(rows)
     warned = sum(bool(row["warning"]) for row in rows)
     notes = []
@@ -136,7 +136,7 @@ def volumes_table(rows: Sequence[dict], path: Path) -> Table:
         notes.append(f"... and {len(ordered) - PRINTED} more in {path}")
     found = [row for row in rows if row["lesion_voxels"]]
     if found and all(row["expected_dsc"] is None for row in found):
-        notes.append("No expected DSC: the weights have no fit for it in their card.")
+        notes.append("No expected DSC: the card of the weights holds no fit for it.")
     cells = {
         "case": lambda row: row["case"],
         "slices": lambda row: shown_count(row["slices"]),
@@ -159,7 +159,7 @@ def shown_count(number: int | None) -> str:
 
 
 def shown_size(row: dict) -> str:
-    """Say how large a lesion is: in millilitres, or voxels where the spacing is not known."""
+    """Format the size of a lesion: in millilitres, or in voxels if the spacing is unknown."""
     voxels, ml = row["lesion_voxels"], row["lesion_ml"]
     if voxels is None:  # the case could not be read
         return "-"
@@ -167,7 +167,7 @@ def shown_size(row: dict) -> str:
 
 
 def shown_expected(row: dict) -> str:
-    """Say what DSC to expect, with its interval."""
+    """Format the expected DSC with its interval."""
     if row["expected_dsc"] is None:
         return "-"
     low, high = row["expected_dsc_low"], row["expected_dsc_high"]

@@ -1,4 +1,4 @@
-// Sorts cards and table of a cohort, and hides what needs no look.
+// Sorts the cards and the table of a cohort, and hides the cases that need no look.
 const body = document.querySelector("tbody"), cases = document.querySelector("#cases");
 const heads = [...document.querySelectorAll("th[data-key]")];
 const sorts = [...document.querySelectorAll(".bar button")];
