@@ -91,10 +91,13 @@ class Bench:
 
     def target(self) -> dict:
         """Measure a training from an empty cache until it reaches the mean validation DSC."""
-        run = measure(self.command("train", "target-cache"), reaches(self.args.target))
+        args, command = self.args, self.command("train", "target-cache")
+        run = measure(command, reaches(args.target), args.minutes * 60)
         last = run.lines[-1][1]
-        if not last:  # it ran to its end
-            note = f"not reached in {self.args.epochs} epochs"
+        if not last:  # it ran to its end, or too long
+            epochs = [line.strip() for _, line in run.lines if line.startswith("epoch ")]
+            so_far = epochs[-1] if epochs else "no epoch was finished"
+            note = f"not reached in {run.seconds:.0f} s; {so_far}"
             return figure(run) | {"value": None, "note": note}
         return figure(run) | {"note": last.split("/")[0]}
 
@@ -138,6 +141,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--cases", type=int, help="use at most this many, a quarter of them for validation (all)")
     add("--epochs", type=int, default=30, help="epochs of a training (%(default)s)")
     add("--target", type=float, default=0.8, help="mean validation DSC (%(default)s)")
+    add("--minutes", type=float, default=120, help="of a training to the target (%(default)s)")
     add("--image-size", type=int, default=192, help="side of a resized slice (%(default)s)")
     add("--features", type=int, default=16, help="width of the U-Nets (%(default)s)")
     add("--batch-size", type=int, default=16, help="(%(default)s)")

@@ -45,10 +45,15 @@ class Measured(NamedTuple):
     lines: list[tuple[float, str]]  # of stdout, with the seconds since the start
 
 
-def measure(command: Sequence[object], enough: Callable[[str], bool] | None = None) -> Measured:
-    """Run a command to its end, or until a line of its stdout is `enough`.
+def measure(
+    command: Sequence[object],
+    enough: Callable[[str], bool] | None = None,
+    limit: float = threading.TIMEOUT_MAX,
+) -> Measured:
+    """Run a command to its end, until a line of its stdout is `enough`, or for `limit` seconds.
 
-    Raises ValueError if it fails. Memory is measured on Linux only, and is 0 elsewhere.
+    The last of `lines` is empty unless it was enough. Memory is measured on Linux only, and is 0
+    elsewhere. Raises ValueError if the command fails.
     """
     start, lines, peak, done = time.perf_counter(), [], [0], threading.Event()
     with subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE, text=True) as child:
@@ -57,8 +62,9 @@ def measure(command: Sequence[object], enough: Callable[[str], bool] | None = No
             while not done.wait(0.2):
                 peak.append(resident(child.pid))
 
-        watcher = threading.Thread(target=watch)
+        watcher, timer = threading.Thread(target=watch), threading.Timer(limit, child.terminate)
         watcher.start()
+        timer.start()
         try:
             for line in child.stdout:
                 lines.append((time.perf_counter() - start, line))
@@ -66,7 +72,7 @@ def measure(command: Sequence[object], enough: Callable[[str], bool] | None = No
                     child.terminate()
                     break
             else:
-                if child.wait():
+                if child.wait() and time.perf_counter() - start < limit:
                     raise ValueError(f"{' '.join(map(str, command[:4]))} ... failed; see above")
                 lines.append((time.perf_counter() - start, ""))
         except BaseException:
@@ -74,6 +80,7 @@ def measure(command: Sequence[object], enough: Callable[[str], bool] | None = No
             raise
         finally:
             done.set()
+            timer.cancel()
             watcher.join()
     return Measured(lines[-1][0], max(peak) / 2**30, lines)
 
