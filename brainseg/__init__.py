@@ -4,9 +4,9 @@ import importlib.util
 import sys
 from pathlib import Path
 
-# torch.hub puts this repository on the `sys.path` of somebody's program, which may have a module
-# `unet`, too: the network is loaded by its path, as brainseg.unet. Nothing else of the repository's
-# root is imported here.
+# torch.hub puts this repository on the `sys.path` of a program that may have its own module `unet`:
+# the network is therefore loaded by path, as brainseg.unet. Nothing else in the repository's root
+# is imported here.
 _spec = importlib.util.spec_from_file_location(
     "brainseg.unet", Path(__file__).resolve().parents[1] / "unet.py"
 )

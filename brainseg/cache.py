@@ -1,11 +1,11 @@
 """Preprocessed volumes, kept on disk.
 
-All cores read and preprocess the volumes once. They are kept in half precision and mapped into
+Volumes are read and preprocessed once, on all cores, kept in half precision and mapped into
 memory: a second start takes seconds, and a data set larger than memory still trains. A stale or
 damaged entry is made again. The folder may be deleted at any time.
 
 A file whose size, time and first and last bytes are as recorded is trusted without reading the
-rest. One with another time, such as a copy, is compared with its checksum once.
+rest. One with a different time, such as a copy, is checked against its checksum once.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from .preprocess import VERSION, Frame, preprocess, preprocess_mask
 
 C, R = TypeVar("C"), TypeVar("R")
 ARRAYS = ("images", "mask", "truth")
-# numpy parses a file's header with ast, which threads must not do at once in Python 3.11
+# numpy parses a file's header with ast, which threads must not use at once in Python 3.11
 # (https://github.com/python/cpython/issues/106905).
 ONE_AT_A_TIME = threading.Lock()
 ENDS = 1 << 12  # bytes at either end of a file that are read at every start
@@ -47,7 +47,7 @@ REVISED = {2: "2, air amid tissue is background"}  # entries made before are sta
 
 
 class CacheError(ValueError):
-    """The cache folder cannot be used; no fault of a case."""
+    """The cache folder cannot be used; the fault is not in a case."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def prepare(
     try:
         cache.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise CacheError(f"{cache}: cannot be made; name another folder with --cache") from error
+        raise CacheError(f"{cache}: cannot be created; name another folder with --cache") from error
     one = partial(_prepare_one, image_size=image_size, version=version, cache=cache)
     one = partial(unless_bad, one) if skip_bad else one
     with worker_threads(workers) as pool:
@@ -108,7 +108,7 @@ def _prepare_one(case: Case, image_size: int, version: int, cache: Path) -> Prep
     labels = [case.labels.chosen] if case.labels.chosen else []
     source = [case.folder.resolve(), image_size, *[version] * (version > 1), *labels]
     key = hashlib.sha256(" ".join(map(str, source)).encode()).hexdigest()[:16]
-    # What the source is: the settings and the name, size and time of each file.
+    # What identifies the source: the settings and the name, size and time of each file.
     files = [(p.name, (s := p.stat()).st_size, s.st_mtime_ns) for p in case.files]
     files += [case.aspect] if case.aspect != 1 else []
     settings = [REVISED.get(version, version), image_size, files, *labels]
@@ -158,7 +158,7 @@ def _map(path: Path) -> np.ndarray:
 
 
 def _stat(path: Path) -> list[int]:
-    """Measure size, time of the last change in ns, and CRC-32 of both ends of a file."""
+    """Return the size, modification time in ns, and CRC-32 of both ends of a file."""
     with open(path, "rb") as file:
         about = os.fstat(file.fileno())
         ends = file.read(ENDS)
@@ -167,9 +167,9 @@ def _stat(path: Path) -> list[int]:
 
 
 def prune(cache: Path | str | None = None) -> tuple[int, int]:
-    """Delete the entries whose sources are gone, and what interrupted runs left a day ago.
+    """Delete entries whose sources are gone, and leftovers of interrupted runs after a day.
 
-    Returns how many were deleted, and their bytes. A folder that names no source is kept.
+    Returns how many were deleted, and their bytes. A folder that does not name a source is kept.
     """
     cache = Path(cache) if cache else default_cache()
     stale = [entry for entry in cache.glob("*") if entry.is_dir() and _is_stale(entry)]
@@ -180,7 +180,7 @@ def prune(cache: Path | str | None = None) -> tuple[int, int]:
 
 
 def _is_stale(entry: Path) -> bool:
-    if entry.name[0] == ".":  # what an interrupted run left, or a run writes now
+    if entry.name[0] == ".":  # left by an interrupted run, or being written
         return time.time() - entry.stat().st_mtime > DAY
     try:
         about = json.loads((entry / "entry.json").read_text())
@@ -220,7 +220,7 @@ def _make_entry(
             }
             (temporary / "entry.json").write_text(json.dumps(about))
             if made := _open_entry(entry, case, fingerprint):
-                return made  # by another process meanwhile, which may have mapped it
+                return made  # made by another process meanwhile, which may have mapped it
             shutil.rmtree(entry, ignore_errors=True)
             try:
                 temporary.rename(entry)

@@ -1,4 +1,4 @@
-"""Devices, and the threads that work beside them."""
+"""Devices, and the threads that work alongside them."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ T, R = TypeVar("T"), TypeVar("R")
 
 
 def pick_device(name: torch.device | str | None = None) -> torch.device:
-    """Find the device called `name`, or the accelerator if there is one, or the CPU.
+    """Return the device `name`; by default the accelerator if there is one, else the CPU.
 
-    Raises ValueError if the device is not there.
+    Raises ValueError if the device is not available.
     """
     if name is None:
         return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
@@ -28,22 +28,22 @@ def pick_device(name: torch.device | str | None = None) -> torch.device:
         torch.zeros(1, device=device).item()  # "meta" exists but computes nothing
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(
-            f"device {name!r} is not there; leave --device out for the best there is"
+            f"device {name!r} is not available; leave --device out to use the best one"
         ) from error
     return device
 
 
 def has_bfloat16(device: torch.device) -> bool:
-    """Whether the device multiplies matrices in bfloat16 faster than in float32."""
+    """Tell whether the device multiplies matrices in bfloat16 faster than in float32."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    # With AVX-512's own bfloat16 products, or AMX tiles; on other processors it is emulated.
+    # With the bfloat16 products of AVX-512, or AMX tiles; other processors emulate it.
     fast = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return device.type == "cpu" and any(getattr(torch.cpu, name, bool)() for name in fast)
 
 
 def half_precision(device: torch.device) -> torch.dtype:
-    """Choose what --amp computes in: float16 on a CUDA card without bfloat16, else bfloat16."""
+    """Choose the data type of --amp: float16 on a CUDA card without bfloat16, else bfloat16."""
     old = device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0)
     return torch.float16 if old else torch.bfloat16
 
@@ -56,12 +56,12 @@ def available_cores() -> int:
 
 
 def free_memory(device: torch.device) -> int:
-    """Count the free bytes of a GPU; 0 for a device that shares the host's."""
+    """Return a GPU's free memory in bytes; 0 for a device that shares the host's."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Move a tensor to `device`; a copy to a GPU is queued there, and nobody waits for it."""
+    """Move a tensor to `device`; a copy to a GPU is queued there without waiting for it."""
     if device.type != "cuda" or tensor.is_cuda:
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
@@ -78,12 +78,12 @@ def concatenate(arrays: Sequence[np.ndarray], device: torch.device) -> Tensor:
 
 @contextmanager
 def worker_threads(workers: int | None = None) -> Iterator[ThreadPoolExecutor]:
-    """Start threads that read, preprocess and draw: `workers`, or as many as available cores.
+    """Start threads that read, preprocess and draw: `workers`, or one per available core.
 
     Each computes on one core, in libraries that release the interpreter's lock.
     """
-    # PyTorch hands the last number set by any thread to the next that asks: without a reset, the
-    # caller would go on with one core.
+    # PyTorch gives the last number that any thread has set to the next that asks: without a reset,
+    # the caller would continue on one core.
     threads = torch.get_num_threads()
     pool = ThreadPoolExecutor(
         workers or available_cores(), initializer=torch.set_num_threads, initargs=(1,)
@@ -98,7 +98,7 @@ def worker_threads(workers: int | None = None) -> Iterator[ThreadPoolExecutor]:
 def in_order(
     function: Callable[[T], R], items: Iterable[T], workers: int | None = None
 ) -> Iterator[R]:
-    """Do as `map`, by threads; each may be one item ahead, so that memory stays small."""
+    """Work like `map`, in threads; each may be only one item ahead, to save memory."""
     with worker_threads(workers) as pool:
         ahead: deque[Future[R]] = deque()
         for item in items:

@@ -1,11 +1,11 @@
-"""Several ranks that work on one task, as torchrun starts them: one per GPU, or some on a CPU.
+"""Several ranks that work on one task, started by torchrun: one per GPU, or several on a CPU.
 
-One process alone is the usual case: then every function here gives back what it was given. Hosts
-talk through gloo, GPUs through NCCL. Rank 0, the main process, prints and writes.
+Usually there is only one process: then every function here returns its input. Hosts communicate
+through gloo, GPUs through NCCL. Rank 0, the main process, prints and writes.
 
-Every rank runs the same program on its shard and meets the others only to exchange data. The rank
-on which something fails says so in one sentence and ends; torchrun ends the others. Without
-torchrun they end too, as they lose their connection or after TIMEOUT.
+Every rank runs the same program on its shard and meets the others only to exchange data. A rank
+that fails says so in one sentence and ends; torchrun ends the others. Without torchrun they end
+too, when they lose their connection or after TIMEOUT.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def local_world_size() -> int:
 
 @contextlib.contextmanager
 def process_group() -> Iterator[None]:
-    """Join the ranks that torchrun has started, if it has, until the block is left.
+    """Join the ranks that torchrun has started, if any, until the block is left.
 
     With several ranks, an error ends this process with one sentence and status 1.
     """
@@ -72,19 +72,19 @@ def process_group() -> Iterator[None]:
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     try:
         dist.init_process_group(backend, timeout=TIMEOUT)
-        all_reduce_max(0)  # none leaves, for bad arguments say, while another is still joining
+        all_reduce_max(0)  # none leaves, say for bad arguments, while another is still joining
     except RuntimeError as error:
         raise ValueError(f"the {count} processes did not all start, or cannot connect") from error
     main = is_main_process()
     try:
         yield
-        if not main:  # done; if another rank fails now, this one ends without a word
+        if not main:  # done; if another rank fails now, this one ends silently
             _end_on_sigterm()
         dist.destroy_process_group()
     except KeyboardInterrupt:
         if main:
             raise
-        os._exit(1)  # it is said once
+        os._exit(1)  # the main process reports it
     except SystemExit:  # all ranks are here
         dist.destroy_process_group()
         raise
@@ -93,13 +93,13 @@ def process_group() -> Iterator[None]:
 
 
 def _end_on_sigterm() -> None:
-    """Let SIGTERM, with which torchrun ends the other ranks, end this process at once."""
+    """Let SIGTERM, which torchrun sends to end the other ranks, end this process at once."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _leave(error: BaseException) -> NoReturn:
-    """Say what went wrong, unless another rank has failed first, and end this process."""
+    """Report the error, unless another rank has failed first, and end this process."""
     _end_on_sigterm()
     lost = isinstance(error, dist.DistError) or (
         isinstance(error, RuntimeError) and "gloo" in str(error)
@@ -107,8 +107,8 @@ def _leave(error: BaseException) -> NoReturn:
     time.sleep(2 * GRACE if lost else 0 if is_main_process() else GRACE)
     if lost:
         text = (
-            f"rank {rank()} lost another of the {world_size()} ranks; see above for what that one "
-            "or torchrun says. Files are complete, as they were last written"
+            f"rank {rank()} lost another of the {world_size()} ranks; see above for the message of "
+            "that rank or torchrun. Files are complete as last written"
         )
     elif isinstance(error, (ValueError, OSError)):
         text = sentence(error)
@@ -122,7 +122,7 @@ def _leave(error: BaseException) -> NoReturn:
 
 @contextlib.contextmanager
 def only_main_process_prints() -> Iterator[None]:
-    """Silence the other ranks: what they print, and their progress bars."""
+    """Silence the other ranks: their output and progress bars."""
     if int(os.environ.get("RANK", 0)) == 0 or int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield
         return
@@ -136,7 +136,7 @@ def only_main_process_prints() -> Iterator[None]:
 
 @contextlib.contextmanager
 def local_rank_zero_first() -> Iterator[None]:
-    """Run the block on the first rank of each machine, then on the others: they find its cache."""
+    """Run the block on the first rank of each machine, then on the others, which use its cache."""
     if world_size() == 1:
         yield
         return
@@ -154,14 +154,14 @@ def barrier() -> None:
 
 
 def rank_device(name: str | None) -> str | None:
-    """Choose the device of this rank: a GPU for each.
+    """Choose the device of this rank: one GPU each.
 
     Raises ValueError for more ranks than GPUs, or if one GPU is named for all.
     """
     if world_size() == 1:
         return name
     if name and ":" in name:
-        raise ValueError(f"--device {name} is one for all processes; give --device cuda")
+        raise ValueError(f"--device {name} names one device for all processes; give --device cuda")
     if name not in (None, "cuda") or not torch.cuda.is_available():
         return name
     gpus, count, number = torch.cuda.device_count(), local_world_size(), local_rank()
@@ -186,9 +186,9 @@ def shard(items: Sequence[T]) -> Sequence[T]:
 
 
 def shard_of_batch(batch: Sequence[T]) -> Sequence[T]:
-    """Return `shard`, or if that is empty the first item as a stand-in, not to be counted.
+    """Return `shard`, or if that is empty the first item as a stand-in that must not be counted.
 
-    Every rank needs a slice to compute a step on, whatever the size of the batch.
+    Every rank needs a slice to compute a step on, however small the batch.
     """
     return shard(batch) if len(batch) > rank() else batch[:1]
 
@@ -204,7 +204,7 @@ def gather(own: Sequence[T]) -> list[T]:
 
 
 def all_reduce_max(number: int) -> int:
-    """Return the largest of the ranks' numbers; hosts wait for it, GPUs work on."""
+    """Return the largest of the ranks' numbers; hosts wait for it, GPUs keep working."""
     if world_size() == 1:
         return number
     found = torch.tensor(number)
@@ -227,7 +227,7 @@ class _AllReduceSum(torch.autograd.Function):
 def all_reduce_sum(sums: Tensor) -> Tensor:
     """Add up `sums` over the ranks, with a gradient.
 
-    A loss that is a function of such sums has, on every rank, the value of the whole batch, and
+    A loss computed from these sums has the value of the whole batch on every rank, and
     DistributedDataParallel ends up with the gradient of the whole batch.
     """
     return _AllReduceSum.apply(sums) if world_size() > 1 else sums

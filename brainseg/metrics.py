@@ -1,8 +1,8 @@
 """Scores of one predicted volume against the truth, both bool (S, H, W), and of a cohort.
 
-A ratio whose denominator is empty is 1 if both masks are empty and 0 otherwise. Where only one of
-the two is empty (a lesion missed, or made up) every distance is the diagonal of the image, so that
-no mean leaves the worst cases out. A case of one slice has distances in two dimensions.
+A ratio whose denominator is empty is 1 if both masks are empty and 0 otherwise. If only one of
+the two is empty (a lesion missed or made up), every distance is the diagonal of the image, so that
+means include the worst cases. A case of one slice has distances in two dimensions.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ METRICS = {
     "lesion_precision": lesion_precision,
 }
 DISTANCES = "hd95", "assd"
-FEW = 5  # cases, under which an interval would say too much
+FEW = 5  # cases; with fewer, an interval would claim too much
 
 
 def score(
@@ -120,7 +120,7 @@ def summarise(
     """Compute mean, median, n and a 95 % bootstrap interval of the mean, over patients.
 
     Patients are drawn with all of their values (percentile bootstrap, Efron 1979); without
-    `patients`, values are. NaNs are left out. Without any value, all but n is NaN.
+    `patients`, values are drawn. NaNs are left out; if no value is left, all but n are NaN.
     """
     values = np.asarray(values, dtype=float)
     known = ~np.isnan(values)
@@ -138,12 +138,12 @@ def summarise(
 
 
 def by_rule(row: Mapping[str, float]) -> bool:
-    """Tell whether only one mask of a row of scores is empty: its distances are the diagonal."""
+    """Tell whether exactly one mask of a row of scores is empty: its distances are the diagonal."""
     return row["volume_error"] == -1 or math.isnan(row["volume_error"])
 
 
 def describe_distances(rows: Sequence[Mapping[str, float]], name: str) -> str:
-    """Give mean and median of a distance, such as `hd95_mm`, and how many are the diagonal."""
+    """Format mean and median of a distance, such as `hd95_mm`, and how many are the diagonal."""
     kind, unit = name.split("_")
     known = [row for row in rows if not math.isnan(row[name])]
     s, missed = summarise([row[name] for row in known]), sum(map(by_rule, known))
@@ -152,7 +152,7 @@ def describe_distances(rows: Sequence[Mapping[str, float]], name: str) -> str:
 
 
 def describe(values: Sequence[float], patients: Sequence[str] | None = None) -> str:
-    """Give mean, median and n of the DSCs in one line, and the interval from FEW cases on."""
+    """Format mean, median and n of the DSCs in one line, with the interval from FEW cases on."""
     s = summarise(values, patients)
     interval = f" (95 % interval {s['low']:.3f} to {s['high']:.3f})" if s["n"] >= FEW else ""
     return f"DSC mean {s['mean']:.3f}{interval}, median {s['median']:.3f}, n = {s['n']}"

@@ -6,9 +6,9 @@ writes ./phantom/phantom_000/phantom_000_1.tif (H x W x 3 uint8: pre-contrast, F
 and phantom_000_1_mask.tif (H x W uint8, 0 or 255), and so on for each slice of each case.
 
 The recipe: paint tissues over each other as soft-edged shapes bent by smooth noise, add a lesion,
-and let a scanner look at it (coil bias, gain, Rician noise). No FLAIR threshold finds the lesion,
+and simulate a scanner (coil bias, gain, Rician noise). No FLAIR threshold finds the lesion,
 because fat and sinus mucosa are as bright; place, shape and the other sequences tell them apart.
-It is no model of disease: test code with it, do not judge a network by it.
+It is not a model of disease: use it to test code, not to judge a network.
 """
 
 import argparse
@@ -47,14 +47,14 @@ def make_volume(
 ) -> tuple[Array, Array]:
     """Make a volume (slices, size, size, 3) uint8 and its mask (slices, size, size) bool.
 
-    `lesion=False` gives the same head, healthy. Raises ValueError under 4 slices of 32 x 32.
+    `lesion=False` gives the same head, healthy. Raises ValueError below 4 slices of 32 x 32.
     """
     if slices < MIN_SLICES or size < MIN_SIZE:
         raise ValueError(
             f"{slices} slices of {size} x {size} cannot show a brain; "
             f"take at least {MIN_SLICES} slices of {MIN_SIZE} x {MIN_SIZE}"
         )
-    streams = np.random.SeedSequence(seed).spawn(3)  # so that no part's draws move another's
+    streams = np.random.SeedSequence(seed).spawn(3)  # so that no part's draws change another's
     head_rng, lesion_rng, scan_rng = (np.random.default_rng(stream) for stream in streams)
     head = _head_coordinates(head_rng, slices, size)
     image, brain = _paint_head(head_rng, head)
@@ -73,7 +73,7 @@ def _head_coordinates(rng: np.random.Generator, slices: int, size: int) -> Array
 
 
 def _paint_head(rng: np.random.Generator, head: Array) -> tuple[Array, Array]:
-    """Paint a healthy head without noise (S, H, W, 3); its share of brain tissue (S, H, W)."""
+    """Paint a healthy head without noise (S, H, W, 3) and its share of brain tissue (S, H, W)."""
     shape = head.shape[1:]
     image, brain = np.zeros((*shape, 3)), np.zeros(shape)
     for signal, level in _layers(rng, head):
@@ -185,10 +185,10 @@ def write_data_set(
     seed: int = 0,
     no_lesion: int = 0,
 ) -> None:
-    """Write `cases` folders `phantom_000`, ... into `directory`, replacing those of that name.
+    """Write `cases` folders `phantom_000`, ... into `directory`, replacing those of the same name.
 
-    Every `no_lesion`-th case is healthy (0: none). A case does not depend on how many there are.
-    Raises OSError where the directory cannot be written.
+    Every `no_lesion`-th case is healthy (0: none). A case does not depend on the number of cases.
+    Raises OSError if the directory cannot be written.
     """
     directory = Path(directory)
     if directory.is_file():
@@ -207,16 +207,16 @@ def write_data_set(
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Write a data set as the command line says; exit with one sentence if it cannot."""
+    """Write the data set that the command line describes; exit with one sentence if it cannot."""
     parser = argparse.ArgumentParser(
         description="Write synthetic brain MRI with a FLAIR lesion, in the layout of kaggle_3m.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("directory", metavar="DIR", help="folder for the case folders; made where it is missing")
+    add("directory", metavar="DIR", help="folder for the case folders; created if missing")
     add("--cases", type=int, default=20, help="number of cases")
     add("--size", type=int, default=96, help=f"rows and columns of a slice, {MIN_SIZE} or more")
-    add("--slices", type=int, default=16, help=f"slices a case, {MIN_SLICES} or more")
+    add("--slices", type=int, default=16, help=f"slices per case, {MIN_SLICES} or more")
     add("--seed", type=int, default=0, help="the same seed gives the same images")
     add("--no-lesion", type=int, default=0, metavar="N", help="every N-th case is healthy; 0: none")
     args = parser.parse_args(argv)

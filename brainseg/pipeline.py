@@ -1,4 +1,4 @@
-"""Cases on their way from their files to masks, tables and pictures; threads read and write."""
+"""Process cases from their files to masks, tables and pictures; threads read and write."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from .preprocess import Frame
 from .segmenter import Segmenter
 from .splits import patient_of
 
-GROUP = 4  # batches; a GPU is handed cases of so many slices at once
+GROUP = 4  # batches; a GPU is given cases of this many slices at once
 
 
 @dataclass
@@ -37,7 +37,7 @@ class Work:
     case: Case
     volume: np.ndarray  # (S, H, W, C)
     truth: np.ndarray | None  # (S, H, W) bool
-    mask: np.ndarray | None = None  # (S, H, W) bool, if it is kept as an earlier run left it
+    mask: np.ndarray | None = None  # (S, H, W) bool, if kept from an earlier run
     images: Tensor | None = None  # the network's input
     frame: Frame | None = None
     probabilities: Tensor | None = None  # the network's output (S, K, N, N)
@@ -49,9 +49,9 @@ class Result:
 
     state: str  # segmented, kept or unread
     volumes: dict  # its row of volumes.csv
-    scores: dict | None = None  # its row of metrics.csv, where there is a truth
+    scores: dict | None = None  # its row of metrics.csv, if it has a truth
     thumbnail: bytes | None = None  # a JPEG for the report
-    error: str = ""  # why it could not be read, or what could not be written of it
+    error: str = ""  # why it could not be read, or what could not be written
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Outputs:
     """What to write of each case beside its mask and pictures, and what to keep."""
 
     folder: Path
-    since: float | None  # keep masks written since then, in seconds of the epoch; None: keep none
+    since: float | None  # keep masks written after this, in seconds of the epoch; None: none
     earlier: dict[str, dict]  # rows of volumes.csv of an earlier run, by case
     trained_on: set[str]  # patients
     probabilities: bool
@@ -67,7 +67,7 @@ class Outputs:
     algorithm: tuple[str, str] | None  # its name and version in DICOM; None: no Segmentation
 
     def extra_files(self, case: Case) -> list[Path]:
-        """List what is written of a case beside its masks, relative to `folder`."""
+        """List the files written for a case beside its masks, relative to `folder`."""
         files = map_files(case, "probability") if self.probabilities else []
         return files + [seg_file(case)] * bool(self.algorithm and series_of(case))
 
@@ -79,10 +79,10 @@ def segment_all(
     workers: int | None,
     register: bool = False,
 ) -> Iterator[Result]:
-    """Segment cases and write their masks and pictures; give the result of each, in order.
+    """Segment cases and write their masks and pictures; yield the result of each, in order.
 
-    Threads read ahead and write behind while the network runs on batches that go on from one case
-    to the next; or, on a processor, each thread does all of a case.
+    Threads read ahead and write behind while the network runs on batches that continue from one
+    case to the next; or, on a CPU, each thread does all of a case.
     """
 
     loaded = functools.partial(load, segmenter=segmenter, outputs=outputs, register=register)
@@ -96,7 +96,7 @@ def segment_all(
         return group
 
     if segmenter.on_cpu and len(sources) > 1:
-        # Several cases at once with a core each: nothing waits for a thread that another one holds.
+        # Several cases at once with a core each: none waits for a thread that another one holds.
         return in_order(lambda source: finished(*segmented([loaded(source)])), sources, workers)
     ahead = in_order(loaded, sources, workers)
     groups = in_groups(ahead, lambda item: slices_of(item) or 1, GROUP * segmenter.batch_size)
@@ -104,12 +104,12 @@ def segment_all(
 
 
 def slices_of(item: Work | Result) -> int:
-    """How many slices the network has to do."""
+    """Count the slices that the network has to process."""
     return len(item.images) if isinstance(item, Work) and item.mask is None else 0
 
 
 def probabilities_in_memory(segmenter: Segmenter, items: list[Work]) -> Sequence[Tensor]:
-    """Compute those of each case; where the memory does not do, by smaller batches from now on."""
+    """Compute each case's probabilities; if memory runs out, in smaller batches from then on."""
     lengths = list(map(slices_of, items))
     while items:
         try:
@@ -118,11 +118,11 @@ def probabilities_in_memory(segmenter: Segmenter, items: list[Work]) -> Sequence
             return segmenter.probabilities(images, lengths=lengths).split(lengths)
         except torch.OutOfMemoryError as error:
             if segmenter.batch_size == 1:
-                raise ValueError(f"{segmenter.device}: not even one slice fits in it") from error
+                raise ValueError(f"{segmenter.device}: not even one slice fits into it") from error
         size = segmenter.batch_size
         segmenter.batch_size = size // 2
         say(
-            f"{segmenter.device} is out of memory at --batch-size {size}; going on with "
+            f"{segmenter.device} is out of memory at --batch-size {size}; continuing with "
             f"{segmenter.batch_size}"
         )
         for item in items:
@@ -138,7 +138,7 @@ def say(text: str) -> None:
 def load(
     source: Source | Case, segmenter: Segmenter, outputs: Outputs, register: bool
 ) -> Work | Result:
-    """Read a case and prepare it for the network; if that fails, its result says why."""
+    """Read a case and prepare it for the network; if that fails, return a result that says why."""
     try:
         work = read(source, outputs, register)
         if work.mask is None:
@@ -149,7 +149,7 @@ def load(
 
 
 def read(source: Source | Case, outputs: Outputs, register: bool) -> Work:
-    """Read a case, and its mask if that is kept; OSError or ValueError, naming the file."""
+    """Read a case, and its mask if it is kept; raises OSError or ValueError, naming the file."""
     try:
         case = source.open() if isinstance(source, Source) else source
         if register and isinstance(case, Scan):
@@ -161,14 +161,14 @@ def read(source: Source | Case, outputs: Outputs, register: bool) -> Work:
             mask = find_masks(outputs.folder, case, outputs.since, outputs.extra_files(case))
             work.mask = mask if np.shape(mask) == work.volume.shape[:3] else None
         return work
-    except (RuntimeError, MemoryError) as error:  # of SimpleITK, which names no file
+    except (RuntimeError, MemoryError) as error:  # from SimpleITK, which does not name the file
         reason = " ".join(str(error).strip().splitlines()[-1:])
         fault = f"cannot be read ({reason}); export it again, or crop it"
         raise ValueError(f"{source.folder}: {fault}") from error
 
 
 def prepare(work: Work, segmenter: Segmenter) -> None:
-    """Preprocess a case, and say what is odd about it; ValueError, naming its folder."""
+    """Preprocess a case and report its oddities; raises ValueError, naming its folder."""
     folder = work.case.folder
     try:
         work.images, work.frame = segmenter.preprocess(work.volume, work.case.aspect)
@@ -181,7 +181,7 @@ def prepare(work: Work, segmenter: Segmenter) -> None:
 
 
 def finish(work: Work | Result, segmenter: Segmenter, outputs: Outputs) -> Result:
-    """Make the mask of a case unless it was kept or not read, and write what is wanted of it."""
+    """Make the mask of a case unless it was kept or not read, and write what `outputs` asks for."""
     if isinstance(work, Result):
         return work
     case, volume, mask = work.case, work.volume, work.mask
@@ -203,7 +203,7 @@ def finish(work: Work | Result, segmenter: Segmenter, outputs: Outputs) -> Resul
     row = volume_row(case, volume, mask, expected, warnings)
     earlier = outputs.earlier.get(case.name)
     if kept and earlier and earlier["lesion_voxels"] == row["lesion_voxels"]:
-        row = earlier  # it knows what the probabilities said
+        row = earlier  # it includes values from the probabilities
     result = Result("kept" if kept else "segmented", row, error=error)
     if work.truth is not None:
         seen = {"trained_on": int(patient_of(case.name) in outputs.trained_on)}
@@ -214,14 +214,14 @@ def finish(work: Work | Result, segmenter: Segmenter, outputs: Outputs) -> Resul
 
 
 def write_seg(path: Path, case: Case, mask: np.ndarray, algorithm: tuple[str, str]) -> str:
-    """Write a DICOM Segmentation; return why there can be none, or an empty string."""
+    """Write a DICOM Segmentation; return why it is impossible, or an empty string."""
     try:
         whole = write_dicom_seg(path, case, mask, *algorithm)
     except ValueError as error:
         return str(error)
     if not whole:
         say(
-            f"{path}: OHIF 3.13 shows a part of it only, as its rows x columns are no "
-            "multiple of 8; look at it in another viewer"
+            f"{path}: OHIF 3.13 shows only part of it, because its rows x columns are not a "
+            "multiple of 8; use another viewer"
         )
     return ""

@@ -1,7 +1,7 @@
-"""A network as a program that needs none of this code: an exported one of PyTorch, or ONNX.
+"""A network as a program that runs without this code: a PyTorch export, or ONNX.
 
-It takes preprocessed slices (N, C, H, W) and gives probabilities (N, K, H, W), both float32; an
-ensemble gives one channel more (see `brainseg.ensemble.average`).
+It takes preprocessed slices (N, C, H, W) and returns probabilities (N, K, H, W), both float32; an
+ensemble adds a channel (see `brainseg.ensemble.average`).
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from .phantom import make_volume
 from .preprocess import neighbourhoods, preprocess
 from .weights import all_finite
 
-OPSET = 18  # the one that the exporter is written in; ONNX Runtime reads it from 1.14 on
+OPSET = 18  # the exporter's native one; ONNX Runtime reads it from 1.14 on
 
 
 class Probabilities(nn.Module):
-    """What is exported: a network or ensemble that computes in `dtype`, float32 outside."""
+    """What is exported: a network or ensemble that computes in `dtype`, with float32 in and out."""
 
     def __init__(self, network: nn.Module, dtype: torch.dtype):
         super().__init__()
@@ -67,7 +67,7 @@ def to_onnx(program: ExportedProgram, card: dict) -> bytes:
     """Convert a program to the content of an ONNX file, with its card."""
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the exporter's own use of PyTorch
+        warnings.simplefilter("ignore")  # from the exporter's own use of PyTorch
         exported = torch.onnx.export(
             program,
             input_names=[INPUT],
@@ -87,7 +87,7 @@ def to_onnx(program: ExportedProgram, card: dict) -> bytes:
     graph = proto.graph
     graph.ClearField("value_info")
     for part in (graph, *graph.node, *graph.input, *graph.output):
-        part.ClearField("metadata_props")  # of the exporter, half a page a layer
+        part.ClearField("metadata_props")  # from the exporter, half a page per layer
     for value in (*graph.input, *graph.output):
         batch, _, rows, columns = value.type.tensor_type.shape.dim
         batch.dim_param, rows.dim_param, columns.dim_param = "batch", "rows", "columns"
@@ -102,7 +102,7 @@ def to_pt2(program: ExportedProgram, card: dict) -> bytes:
 
 
 def slices_to_compare(images: Path | None, model: nn.Module, card: dict) -> tuple[str, Tensor]:
-    """Choose a case: its name, and four slices (4, C, N, N) as the network takes them."""
+    """Choose a case; return its name and four slices (4, C, N, N) as the network takes them."""
     name, volume = "a synthetic case", make_volume(0)[0]
     if images or Path("kaggle_3m").is_dir():
         case = list_cases(images or "kaggle_3m")[0].open()
@@ -122,7 +122,7 @@ def largest_difference(
 ) -> float:
     """Compute the largest difference between the probabilities of two networks, or NaN.
 
-    One slice alone, of another height and width, is tried too.
+    A single slice of a different height and width is tried too.
     """
     odd = nn.functional.pad(slices[:1], (0, model.stride, 0, 2 * model.stride))
     differences = [(network(x) - model(x)).abs().flatten() for x in (slices, odd)]

@@ -21,7 +21,7 @@ from .io.slices import Case
 Named = TypeVar("Named", Case, Source)
 SUBSETS = ("train", "validation", "test")
 SPLITS = Path(__file__).resolve().parents[1] / "splits"
-# Of a case name, what follows the patient: a date, a week or a session, and the rest.
+# What follows the patient in a case name: a date, a week or a session, and the rest.
 DATES = (
     r"_(19|20)\d\d(0[1-9]|1[0-2])(0[1-9]|[12]\d|3[01])",
     r"[-_](19|20)\d\d-(0[1-9]|1[0-2])-(0[1-9]|[12]\d|3[01])",
@@ -31,21 +31,21 @@ SESSION = re.compile(
 )
 SUBJECT = re.compile(r"(?<![^_])sub-[^_]+")  # of a BIDS file
 TCGA = re.compile(r"(?<![^_])TCGA[-_](\w\w)[-_](\w{4})(?![^-_])")
-COHORT = re.compile(  # in each, the patient's number comes before that of the scan
+COHORT = re.compile(  # in each, the patient's number comes before the scan's
     r"(?<![^_])(BraTS-[A-Z-]+-\d+(?=-\d{1,3}(?!\d))|(?:UPENN-GBM|UCSF-PDGM)-\d+)(?!\d)", re.I
 )
-# The patients of a --patients file, by case. It holds for a whole run, like the names it stands
-# in for, so that every place that asks for the patient of a case gets the same answer.
+# The patients of a --patients file, by case. Like the names it replaces, it applies to a whole
+# run: every caller that asks for the patient of a case gets the same answer.
 _patients: dict[str, str] = {}
 
 
 def patient_of(case: str) -> str:
-    """The patient whom a case belongs to.
+    """Return the patient that a case belongs to.
 
-    As the file of `use_patients` says; else by the name: `sub-<label>` of a BIDS name,
+    Taken from the file of `use_patients`, else from the name: `sub-<label>` of a BIDS name,
     `TCGA_<site>_<patient>`, `BraTS-<set>-<patient>`, `UPENN-GBM-<patient>` or
-    `UCSF-PDGM-<patient>`, with whatever around it; else the name up to `_<yyyymmdd>`,
-    `_<yyyy-mm-dd>`, `_week-<n>` or `_ses-<label>`, or all of it.
+    `UCSF-PDGM-<patient>` anywhere in it; else the name up to `_<yyyymmdd>`, `_<yyyy-mm-dd>`,
+    `_week-<n>` or `_ses-<label>`, or all of it.
     """
     if case in _patients:
         return _patients[case]
@@ -59,10 +59,10 @@ def patient_of(case: str) -> str:
 
 
 def use_patients(path: Path | str | None, cases: Iterable[str] = ()) -> None:
-    """From now on take the patients of cases from a CSV file with the columns case and patient.
+    """Take the patients of cases, from now on, from a CSV file with the columns case and patient.
 
     None: from the names alone. Raises OSError or ValueError, naming the file and the line or case,
-    if it is no such table, gives a case two patients, or lacks one of `cases`.
+    if it is not such a table, gives a case two patients or lacks one of `cases`.
     """
     read = _read_patients(Path(path)) if path else {}
     if path and (missing := sorted(set(cases) - read.keys())):
@@ -70,7 +70,7 @@ def use_patients(path: Path | str | None, cases: Iterable[str] = ()) -> None:
         raise ValueError(f"{path}: lacks the case {missing[0]}{others}; add a line for each")
     _patients.clear()
     _patients.update(read)
-    _listed.cache_clear()  # its patients are by this table too
+    _listed.cache_clear()  # its patients depend on this table too
 
 
 def _read_patients(path: Path) -> dict[str, str]:
@@ -94,7 +94,7 @@ def _read_patients(path: Path) -> dict[str, str]:
         if patients.setdefault(case, patient) != patient:
             raise ValueError(
                 f"{path}: line {number} gives {case} the patient {patient}, an earlier line "
-                f"{patients[case]}; leave one of them"
+                f"{patients[case]}; keep one of them"
             )
     return patients
 
@@ -107,9 +107,9 @@ def list_cohort(
     names: Sequence[str] | None = None,
     other_than: Path | None = None,
 ) -> list[Source]:
-    """The cases in a folder, as the options --sequences, --labels and --patients tell.
+    """List the cases in a folder according to the options --sequences, --labels and --patients.
 
-    See `list_cases`. Raises OSError or ValueError for any of them that cannot be used.
+    See `list_cases`. Raises OSError or ValueError if any of them is unusable.
     """
     layout = parse_sequences(sequences)
     sources = list_cases(images, names, other_than, layout, Labels(labels))
@@ -118,14 +118,14 @@ def list_cohort(
 
 
 def named_patients(cases: Iterable[str]) -> dict[str, str]:
-    """Of cases, the patients whom a --patients file gives; what a card has to keep of it."""
+    """Return the patients that a --patients file gives for cases; a card has to keep these."""
     return {case: _patients[case] for case in cases if case in _patients}
 
 
 def patients_of_card(card: Mapping, *subsets: str) -> set[str]:
-    """The patients in subsets of the cases that a weights' card lists.
+    """Return the patients of the cases that a weights' card lists in some subsets.
 
-    By their names, and by the --patients file that the weights were trained with.
+    Taken both from the case names and from the --patients file that the weights were trained with.
     """
     cases, known = card.get("cases") or {}, card.get("patients") or {}
     names = {name for subset in subsets for name in cases.get(subset, ())}
@@ -133,7 +133,7 @@ def patients_of_card(card: Mapping, *subsets: str) -> set[str]:
 
 
 def count_patients(subsets: Mapping[str, Collection[str]]) -> str:
-    """One line with the cases and patients of each subset, given the names of its cases."""
+    """Return one line that counts cases and patients of each subset, given its cases' names."""
     parts = []
     for subset, names in subsets.items():
         patients = set(map(patient_of, names))
@@ -145,21 +145,21 @@ def count_patients(subsets: Mapping[str, Collection[str]]) -> str:
 
 
 def by_subset(names: Iterable[str]) -> dict[str, list[str]]:
-    """The names of cases by the subset that each is in."""
+    """Group the names of cases by subset."""
     placed = [(name, subset_of(name)) for name in names]
     return {subset: [name for name, at in placed if at == subset] for subset in SUBSETS}
 
 
 def is_lgg(case: str) -> bool:
-    """Whether a case is of a patient of the published LGG data set."""
+    """Tell whether a case is of a patient in the published LGG data set."""
     return patient_of(case) in _listed()
 
 
 def subset_of(case: str) -> str:
-    """`train`, `validation` or `test`: by the lists in splits/ for LGG, else by a stable hash.
+    """Return `train`, `validation` or `test`: from the lists in splits/ for LGG, else by a hash.
 
-    The hash is of the patient's name, so that adding a case moves no other and no patient is in
-    two subsets: of 20 patients about 14 train, 2 validate and 4 test.
+    The hash is stable and of the patient's name: adding a case moves no other, and no patient is
+    in two subsets. Of 20 patients, about 14 are for train, 2 for validation and 4 for test.
     """
     patient = patient_of(case)
     if patient in _listed():
@@ -169,7 +169,7 @@ def subset_of(case: str) -> str:
 
 
 def select_cases(cases: Sequence[Named], subset: str) -> list[Named]:
-    """The cases of a subset, chosen by name; ValueError if it is unknown or none falls into it."""
+    """Select the cases of a subset, by name; ValueError if it is unknown or no case is in it."""
     if subset not in (*SUBSETS, "all"):
         raise ValueError(f"no subset is called {subset!r}; known: all, {', '.join(SUBSETS)}")
     chosen = [case for case in cases if subset in ("all", subset_of(case.name))]
@@ -177,7 +177,7 @@ def select_cases(cases: Sequence[Named], subset: str) -> list[Named]:
         raise ValueError(
             f"none of the {len(cases)} cases ({len({patient_of(case.name) for case in cases})} "
             f"patients by their names) falls into the subset {subset!r}; "
-            "add cases, or divide these otherwise (--subset all; train.py: --folds 5 --fold 0)"
+            "add cases, or split them differently (--subset all; train.py: --folds 5 --fold 0)"
         )
     return chosen
 
@@ -189,18 +189,18 @@ def split_folds(
     workers: int | None = None,
     voxels: Callable[[Named], int] | None = None,
 ) -> tuple[list[Named], list[Named]]:
-    """For cross-validation, the cases to train on and those that a `fold` holds out.
+    """Split cases for cross-validation into those to train on and those that `fold` holds out.
 
-    Folds are by patient, balanced over hospitals (for LGG) and lesion volumes, the same on every
-    machine for the same cases and masks; the test cases are in none. `voxels` gives the lesion
-    volume of a case; left out, its mask is read. Raises ValueError as `check_folds` does.
+    Folds are by patient, balanced over hospitals (for LGG) and lesion volumes, and the same on
+    every machine for the same cases and masks; test cases are in none. `voxels` returns the lesion
+    volume of a case; by default its mask is read. Raises ValueError as `check_folds` does.
     """
     check_folds([case.name for case in cases], folds, fold)
     pool = [case for case in cases if subset_of(case.name) != "test"]
     lesion = Counter()  # voxels of each patient
     for case, count in zip(pool, in_order(voxels or _lesion_voxels, pool, workers), strict=True):
         lesion[patient_of(case.name)] += count
-    # Dealt out one after another, the patients of a site, and of a size, go to different folds.
+    # Dealt out in this order, the patients of a site, and of a size, go to different folds.
     patients = sorted(lesion, key=lambda patient: (site_of(patient), lesion[patient], patient))
     held_out = set(patients[fold::folds])
     train = [case for case in pool if patient_of(case.name) not in held_out]
@@ -208,7 +208,7 @@ def split_folds(
 
 
 def check_folds(names: Iterable[str], folds: int, fold: int | None) -> None:
-    """Raise ValueError for more folds than patients outside the test subset, or a fold too many."""
+    """Raise ValueError unless 0 <= fold < folds and 2 <= folds <= patients outside test."""
     patients = {patient_of(name) for name in names if subset_of(name) != "test"}
     if not 2 <= folds <= len(patients):
         raise ValueError(
@@ -224,13 +224,13 @@ def _lesion_voxels(case: Case) -> int:
 
 
 def site_of(case: str) -> str:
-    """The hospital in an LGG name (TCGA_<site>_<patient>); empty for all others."""
+    """Return the hospital in an LGG name (TCGA_<site>_<patient>); empty for all others."""
     patient = patient_of(case)
     return patient.split("_")[1] if patient.startswith("TCGA_") else ""
 
 
 @functools.cache
 def _listed() -> dict[str, str]:
-    """The patients of LGG, and the subset that each is in."""
+    """Read the LGG patients and the subset that each is in."""
     texts = {subset: (SPLITS / f"{subset}.txt").read_text() for subset in SUBSETS}
     return {patient_of(name): subset for subset, text in texts.items() for name in text.split()}

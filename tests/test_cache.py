@@ -228,7 +228,7 @@ def test_damaged_entry_is_rebuilt(two, reads, damage):
 def test_unusable_cache_folder_is_refused_by_name(two, below):
     (two.parent / "file").write_text("kept")
     cache = two.parent / "file" / below
-    with pytest.raises(ValueError, match=f"{cache}: cannot be made; .* --cache"):
+    with pytest.raises(ValueError, match=f"{cache}: cannot be created; .* --cache"):
         open_all(two, cache=cache)
     assert (two.parent / "file").read_text() == "kept"
 

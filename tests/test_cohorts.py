@@ -201,7 +201,7 @@ def test_flair_stands_in_for_missing_sequences(tmp_path):
 def test_two_files_of_one_sequence_are_refused(tmp_path):
     write_case(tmp_path, BRATS, "x", *VOLUMES[0])
     write(tmp_path / "x" / "y_flair.nii.gz", VOLUMES[1][0][..., 1])
-    with pytest.raises(ValueError, match=r"x_flair.nii.gz and y_flair.nii.gz both fit flair="):
+    with pytest.raises(ValueError, match=r"x_flair.nii.gz and y_flair.nii.gz both match flair="):
         find_cases(tmp_path)
 
 
@@ -215,17 +215,17 @@ def test_bids_subject_without_sessions(tmp_path):
         assert case.name == "sub-1" and case.masks == (), "a mask of the brain is none of a lesion"
         assert np.array_equal(case.read()[..., 2], volume[..., 2])
     (tmp_path / "sub-1/anat/sub-1_FLAIR.nii.gz").unlink()
-    with pytest.raises(ValueError, match="sub-1: no file fits flair=.*BIDS"):
+    with pytest.raises(ValueError, match="sub-1: no file matches flair=.*BIDS"):
         find_cases(tmp_path)
 
 
 @pytest.mark.parametrize(
     "words, reason",
     [
-        (["flair=*_x.nii.gz"], "no file in a folder of it fits flair=\\*_x.nii.gz"),
-        (["flair=*_flair.nii.gz", "pre=*_x.nii.gz"], "no file fits pre=\\*_x.nii.gz"),
-        (["flair=*_flair.nii.gz", "mask=*_x"], "no file fits mask=\\*_x"),
-        (["flair=*_t1*"], "_t1.nii.gz and .*_t1ce.nii.gz both fit flair=\\*_t1\\*"),
+        (["flair=*_x.nii.gz"], "no file in its folders matches flair=\\*_x.nii.gz"),
+        (["flair=*_flair.nii.gz", "pre=*_x.nii.gz"], "no file matches pre=\\*_x.nii.gz"),
+        (["flair=*_flair.nii.gz", "mask=*_x"], "no file matches mask=\\*_x"),
+        (["flair=*_t1*"], "_t1.nii.gz and .*_t1ce.nii.gz both match flair=\\*_t1\\*"),
         (["pre=*_t1.nii.gz"], "flair is missing"),
         (["flair=a", "flair=b"], "--sequences flair=b: give each"),
         (["t2=a"], "--sequences t2=a: give each"),
@@ -247,7 +247,7 @@ def test_a_case_that_lacks_flair_is_named_not_dropped(tmp_path):
     layout = parse_sequences(["flair=*_flair.nii.gz", "pre=*_t1.nii.gz"])
     first, second = list_cases(tmp_path, layout=layout)
     assert first.open().name == "x"
-    with pytest.raises(ValueError, match=f"{tmp_path}/y: no file fits flair="):
+    with pytest.raises(ValueError, match=f"{tmp_path}/y: no file matches flair="):
         second.open()
 
 

@@ -28,15 +28,15 @@ def test_an_available_device_is_picked():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is there")
 def test_cuda_without_cuda_is_an_error():
-    with pytest.raises(ValueError, match="'cuda' is not there"):
+    with pytest.raises(ValueError, match="'cuda' is not available"):
         pick_device("cuda")
-    with pytest.raises(ValueError, match="'cuda' is not there"):
+    with pytest.raises(ValueError, match="'cuda' is not available"):
         Segmenter(UNet(init_features=1), device="cuda")
 
 
 @pytest.mark.parametrize("name", ["nonsense", "cuda:999", ""])
 def test_a_nonsense_device_is_refused(name):
-    with pytest.raises(ValueError, match=f"{name!r} is not there"):
+    with pytest.raises(ValueError, match=f"{name!r} is not available"):
         pick_device(name)
 
 

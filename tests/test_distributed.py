@@ -113,7 +113,7 @@ def test_the_first_rank_of_a_machine_works_before_the_others(tmp_path):
 
 def test_one_device_cannot_be_named_for_all(capfd):
     in_processes(2, in_group(lambda: distributed.rank_device("cuda:1")))
-    assert capfd.readouterr().err.startswith("error: --device cuda:1 is one for all processes")
+    assert capfd.readouterr().err.startswith("error: --device cuda:1 names one device for all")
     assert distributed.rank_device("cuda:1") == "cuda:1", "one process may have any"
 
 

@@ -624,7 +624,7 @@ def test_image_size_and_device_are_checked(phantoms, weights, tmp_path):
     assert "40 is not a multiple of 16" in refused(phantoms, tmp_path, weights, "--image-size", 40)
     assert "'nowhere'" in refused(phantoms, tmp_path, weights, "--device", "nowhere")
     if not torch.cuda.is_available():
-        assert "'cuda' is not there" in refused(phantoms, tmp_path, weights, "--device", "cuda")
+        assert "'cuda' is not available" in refused(phantoms, tmp_path, weights, "--device", "cuda")
 
 
 def test_neighbours_are_read_from_the_card(phantoms, tmp_path, capsys):
@@ -718,7 +718,7 @@ def test_a_batch_too_large_for_the_memory_is_halved(
     only = "--cases", "phantom_003"
     assert infer(phantoms, tmp_path, weights, *only) == 0
     said = capsys.readouterr().err.strip().splitlines()
-    assert len(said) == 2 and said[1].endswith("--batch-size 2; going on with 1")
+    assert len(said) == 2 and said[1].endswith("--batch-size 2; continuing with 1")
     assert np.array_equal(read_masks(tmp_path, "phantom_003"), read_masks(done[0], "phantom_003"))
     most[0] = 0
     assert "not even one slice fits" in refused(phantoms, tmp_path, weights, *only)

@@ -57,7 +57,7 @@ def test_other_grids_are_resampled_to_flair(head, weights, tmp_path, capsys):
     np.testing.assert_allclose(got[1:-1:2, ..., 2], between, atol=1e-3)
     assert infer(tmp_path / "out", weights, "--flair", flair, "--pre", pre, "--post", post) == 0
     said = capsys.readouterr().err
-    assert "post-contrast is on another grid than FLAIR (64 x 64 x 12 voxels" in said
+    assert "post-contrast is on a different grid from FLAIR (64 x 64 x 12 voxels" in said
     mask, affine = read(tmp_path / "out" / f"{scan.name}_mask.nii.gz")
     assert mask.shape == read(flair)[0].shape and mask.any()
     np.testing.assert_allclose(affine, read(flair)[1], atol=1e-4)
@@ -244,7 +244,7 @@ def test_other_frames_of_reference_are_reported(head, tmp_path):
             edit(path, FrameOfReferenceUID=frame if path.parent.name == "s0" else "1.2.9")
         said.append([note for note in find_case(study).notes if "FrameOfReferenceUID" in note])
     ((note,), none) = said
-    assert note.startswith("anna: pre-contrast has another FrameOfReferenceUID than FLAIR")
+    assert note.startswith("anna: pre-contrast has a different FrameOfReferenceUID from FLAIR")
     assert not none
 
 

@@ -249,7 +249,7 @@ def test_gap_in_the_numbers(case):
 def test_two_files_for_one_slice(case, copy):
     source = "x_1_mask.tif" if "mask" in copy else "x_1.tif"
     shutil.copy(case / source, case / copy)
-    with pytest.raises(ValueError, match="slice 1 is already there as") as stop:
+    with pytest.raises(ValueError, match="slice 1 is also in") as stop:
         find_case(case)
     assert str(case) in str(stop.value) and copy in str(stop.value)
 

@@ -507,7 +507,7 @@ def test_unknown_names_and_odd_numbers_are_refused(phantoms, tmp_path, capsys, m
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_missing_device_is_refused_before_the_data_are_read(tmp_path):
     message = refused(tmp_path / "nowhere", tmp_path, "--device", "cuda")
-    assert "'cuda' is not there" in message
+    assert "'cuda' is not available" in message
 
 
 def test_missing_empty_or_unpaired_images_are_refused(phantoms, tmp_path):

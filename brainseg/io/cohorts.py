@@ -1,8 +1,8 @@
-"""How cohorts name the sequences of a case: a table of layouts, and the files that fit one.
+"""How cohorts name the sequences of a case: a table of layouts, and the files that match one.
 
 A pattern names a file, with or without its suffix, below the folder of its case; capitals do not
-matter in the name. `{root}` is the folder that holds the cases, `{case}` the case's folder
-below it and `{name}` the last part of that.
+matter in the name. `{root}` is the folder that holds the cases, `{case}` the path of the case's
+folder below it and `{name}` the last part of that path.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from pathlib import Path
 
 from .scans import is_scan, scan_name
 
-Patterns = tuple[str, ...]  # the first that fits any file counts
+Patterns = tuple[str, ...]  # the first that matches any file is used
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The patterns of each sequence and of the mask; those of a user must all fit."""
+    """The patterns of each sequence and of the mask; a user's must all match."""
 
     name: str
     flair: Patterns
@@ -31,9 +31,9 @@ class Layout:
     of_user: bool = False
 
     def files(self, folder: Path, root: Path) -> dict[str, list[Path]]:
-        """The files of a case that fit, by sequence; each file is counted once.
+        """Find the matching files of a case, by sequence; each file counts once.
 
-        The contrast-enhanced T1 and the mask have the narrower patterns and come first.
+        The mask and the contrast-enhanced T1 have narrower patterns, so they come first.
         """
         found: dict[str, list[Path]] = {}
         for role in ("mask", "post", "flair", "pre"):
@@ -47,7 +47,7 @@ class Layout:
 
 
 def _brain_lesion(*places: str) -> Patterns:
-    """Masks that a BIDS derivative calls lesion or tumour; not those of brain or tissues."""
+    """List patterns of lesion masks in BIDS derivatives; NO_LESION rules out brain and tissues."""
     names = ("*lesion*", "*tumo*r*", "*_roi", "*_mask")
     return tuple(f"{{root}}/derivatives/{place}/{name}" for name in names for place in places)
 
@@ -56,7 +56,7 @@ def _brain_lesion(*places: str) -> Patterns:
 BIDS = Layout("BIDS", ("anat/*_FLAIR",), ("anat/*_T1w",), ("anat/*_ce-*_T1w",),
               _brain_lesion("*/{case}/anat", "*/{case}", "{case}/anat", "{case}"))
 LAYOUTS = (
-    #      of                FLAIR          pre-contrast  post-contrast  mask
+    #      cohort            FLAIR          pre-contrast  post-contrast  mask
     Layout("BraTS 2023",     ("*-t2f",),    ("*-t1n",),   ("*-t1c",),    ("*-seg",)),
     Layout("BraTS to 2021",  ("*_flair",),  ("*_t1",),    ("*_t1ce",),   ("*_seg",)),
     Layout("UCSF-PDGM",      ("*_FLAIR",),  ("*_T1",),    ("*_T1c",),    ("*_tumor_segmentation",)),
@@ -69,9 +69,9 @@ ROLES = ("flair", "pre", "post", "mask")
 
 
 def parse_sequences(texts: Sequence[str] | None) -> Layout | None:
-    """The layout that `--sequences flair=PATTERN pre=... post=... mask=...` describes.
+    """Return the layout that `--sequences flair=PATTERN pre=... post=... mask=...` describes.
 
-    None for None. Raises ValueError if a word is no such pair, or FLAIR is missing.
+    None stays None. Raises ValueError if an item is not such a pair or FLAIR is missing.
     """
     if texts is None:
         return None
@@ -80,7 +80,7 @@ def parse_sequences(texts: Sequence[str] | None) -> Layout | None:
         role, _, pattern = text.partition("=")
         if role not in ROLES or not pattern or role in patterns:
             raise ValueError(
-                f"--sequences {text}: give each of {', '.join(ROLES)} once at most, as in "
+                f"--sequences {text}: give each of {', '.join(ROLES)} at most once, as in "
                 "flair='*_flair.nii.gz'"
             )
         patterns[role] = (pattern,)
@@ -92,10 +92,10 @@ def parse_sequences(texts: Sequence[str] | None) -> Layout | None:
 def sequences_in(
     folder: Path, root: Path, layout: Layout | None = None
 ) -> dict[str, Path | None] | None:
-    """The file of each sequence and of the mask of a case, None for those that are not there.
+    """Find the file of each sequence of a case and of its mask, None for those that are missing.
 
-    Without a `layout`, the one of LAYOUTS that fits most files; None if there is none. Raises
-    ValueError, naming the files, if two fit one sequence or FLAIR is missing from a given layout.
+    Without a `layout`, uses the one in LAYOUTS that finds the most; None if no FLAIR is found.
+    Raises ValueError, naming the files, if two match one sequence or a given layout finds no FLAIR.
     """
     tried = [(chosen, chosen.files(folder, root)) for chosen in ([layout] if layout else LAYOUTS)]
     chosen, files = max(tried, key=lambda item: sum(map(bool, item[1].values())))
@@ -106,18 +106,18 @@ def sequences_in(
         shown = f"{role}={patterns[0]}" if patterns else role
         if not files[role] and (role == "flair" or (chosen.of_user and patterns)):
             remedy = "change --sequences" if chosen.of_user else "name it with --sequences"
-            raise ValueError(f"{folder}: no file fits {shown} ({chosen.name}); {remedy}")
+            raise ValueError(f"{folder}: no file matches {shown} ({chosen.name}); {remedy}")
         if len(files[role]) > 1:
             first, second = (_below(path, folder) for path in files[role][:2])
             raise ValueError(
-                f"{folder}: {first} and {second} both fit {shown} ({chosen.name}); name the one "
-                "to take with --sequences"
+                f"{folder}: {first} and {second} both match {shown} ({chosen.name}); choose one "
+                "with --sequences"
             )
     return {role: paths[0] if paths else None for role, paths in files.items()}
 
 
 def _fitting(pattern: str, folder: Path, root: Path) -> list[Path]:
-    """The volume files and DICOM folders that fit a pattern, in order."""
+    """List the volume files and DICOM folders that match a pattern, in order."""
     places = {"root": root, "case": folder.relative_to(root), "name": folder.name}
     for name, place in places.items():
         pattern = pattern.replace(f"{{{name}}}", glob.escape(str(place)))

@@ -30,16 +30,16 @@ BEFORE = re.compile(
 AFTER = re.compile(
     rf"post|{AGENT}|[+&] ?c(?![a-z])|(?<![a-z])(c\+|ce(?![a-z]))|t1.?(ce?)(?![a-z])", re.I
 )
-LONG_ECHO, NULLS_CSF = 60.0, 1400.0  # ms of echo and inversion time, at least
+LONG_ECHO, NULLS_CSF = 60.0, 1400.0  # minimum echo and inversion time in ms
 OTHER_SUFFIXES = (".tif", ".tiff", ".png", ".gz", ".nii", ".nrrd", ".mha", ".mhd")
 NO_AGENT = {"", "none", "no", "n", "0", "no contrast", "without"}
 
 
 @dataclass(frozen=True)
 class Series:
-    """A DICOM series: where it lies and what the header of its first image says."""
+    """A DICOM series: its location and the header of its first image."""
 
-    path: Path  # its folder, or its first file where the folder holds other series as well
+    path: Path  # its folder, or its first file if the folder holds other series too
     field: dict[str, str]
     images: int
 
@@ -66,10 +66,10 @@ class Series:
 
     @cached_property
     def sequence(self) -> str:
-        """Which of SEQUENCES it is, "other", or "doubtful" where description and times disagree.
+        """Return which of SEQUENCES it is, "other", or "doubtful" if description and times differ.
 
-        A FLAIR nulls CSF by an inversion of some 2 s before a long echo; "T1 FLAIR" is a T1 with
-        an inversion of less than a second. What has no description goes by its times alone.
+        A FLAIR nulls CSF with an inversion time of about 2 s and a long echo; "T1 FLAIR" is a T1
+        with an inversion time under a second. Without a description, only the times count.
         """
         words = self.description
         echo, inversion = self.number("0018|0081"), self.number("0018|0082")  # NaN: not given
@@ -92,7 +92,7 @@ class Series:
 
 
 def is_dicom(path: Path) -> bool:
-    """Tell whether a file is a DICOM image; the table of contents of a CD is none."""
+    """Tell whether a file is a DICOM image; the index of a CD, DICOMDIR, is not."""
     if path.name[0] == "." or path.name.upper() == "DICOMDIR" or not path.is_file():
         return False
     if path.name.lower().endswith(OTHER_SUFFIXES):
@@ -107,7 +107,7 @@ def is_series(path: Path) -> bool:
 
 
 def series_in(folder: Path) -> list[Series]:
-    """Find the MR series whose files lie in a folder, in the order of their numbers."""
+    """Find the MR series in a folder, ordered by series number."""
     found = _files_by_series(folder)
     series = [
         Series(folder if len(found) == 1 else Path(files[0]), read_fields(files[0]), len(files))
@@ -118,9 +118,9 @@ def series_in(folder: Path) -> list[Series]:
 
 
 def study_in(folder: Path) -> list[Series]:
-    """List the series of the one study in a folder and the folders in it; none if not a study.
+    """List the series of the one study in a folder and its subfolders; empty if it is not a study.
 
-    A study has two series at least. Folders of several studies are cases.
+    A study has at least two series. Folders of several studies are separate cases.
     """
     inner = [path for path in sorted(folder.iterdir()) if path.is_dir() and path.name[0] != "."]
     firsts = [next(filter(is_dicom, sorted(path.iterdir())), None) for path in inner]
@@ -136,9 +136,9 @@ def study_in(folder: Path) -> list[Series]:
 
 
 def sort_study(folder: Path, found: Sequence[Series]) -> tuple[dict[str, Series], str]:
-    """Choose FLAIR, pre- and post-contrast T1 of a study, and say what was chosen.
+    """Choose FLAIR and the pre- and post-contrast T1 of a study; also return a text naming them.
 
-    Raises ValueError, listing the series, for two of a kind, none of FLAIR, or any doubt.
+    Raises ValueError, listing the series, if there are two of a kind, no FLAIR or a doubtful one.
     """
     kinds = {name: [one for one in found if one.sequence == name] for name in SEQUENCES}
     wrong = [f"{len(kinds[name])} {name} series" for name in SEQUENCES if len(kinds[name]) > 1]
@@ -159,7 +159,7 @@ def sort_study(folder: Path, found: Sequence[Series]) -> tuple[dict[str, Series]
 
 
 def check_patient(path: Path, flair: Path) -> None:
-    """Raise ValueError if two DICOM series name two patients."""
+    """Raise ValueError if two DICOM series name different patients."""
     one, other = (series_field(series, "0010|0020") for series in (path, flair))
     if one != other and None not in (one, other):
         raise ValueError(
@@ -169,12 +169,12 @@ def check_patient(path: Path, flair: Path) -> None:
 
 
 def other_frame(path: Path, flair: Path) -> bool:
-    """Tell whether two DICOM series name two frames of reference: the patient may have moved."""
+    """Tell whether two DICOM series differ in frame of reference: the patient may have moved."""
     return len({series_field(series, "0020|0052") for series in (path, flair)} - {None, ""}) == 2
 
 
 def series_field(path: Path, tag: str) -> str | None:
-    """Read what the first image of a DICOM series says; None if the path is not a series."""
+    """Read a field of the first image of a DICOM series; None if the path is not a series."""
     if not is_series(path):
         return None
     return read_fields(series_files(path)[0]).get(tag, "")
@@ -194,14 +194,14 @@ def series_grid(path: Path) -> Grid:
             raise ValueError(f"{path}: {name} is a mosaic of slices; convert it with dcm2niix")
         same = np.allclose(info.GetDirection(), first.GetDirection(), atol=1e-3)
         if not same or info.GetSize() != first.GetSize():
-            raise ValueError(f"{path}: {name} lies in another plane than the other slices")
+            raise ValueError(f"{path}: {name} differs in orientation or size from other slices")
         if k and abs(steps[k - 1] - usual) > 0.01 * abs(usual) + 1e-3:
             raise ValueError(
                 f"{path}: {name} is {steps[k - 1]:.2f} mm from its neighbour, others "
-                f"{usual:.2f}; a slice is missing, or there twice: export it again"
+                f"{usual:.2f} mm; a slice is missing or duplicated: export it again"
             )
     if usual <= 0:
-        raise ValueError(f"{path}: its slices lie at one place; give each image a folder")
+        raise ValueError(f"{path}: its slices are all at one position; give each its own folder")
     shape, spacing = (*first.GetSize()[:2], len(files)), (*first.GetSpacing()[:2], usual)
     return Grid(shape, spacing, first.GetOrigin(), direction)
 
@@ -209,21 +209,21 @@ def series_grid(path: Path) -> Grid:
 def series_files(path: Path) -> Sequence[str]:
     """List the files of a DICOM series in the order of their positions.
 
-    `path` is the folder of the one series, or a file of it. Raises ValueError.
+    `path` is the folder of a single series, or one of its files; otherwise raises ValueError.
     """
     folder = path if path.is_dir() else path.parent
     found = _files_by_series(folder)
     if not found:
-        raise ValueError(f"{folder}: holds no DICOM series; give the folder of one")
+        raise ValueError(f"{folder}: holds no DICOM series; give the folder of a series")
     if path.is_dir() and len(found) > 1:
         raise ValueError(
             f"{folder}: holds {len(found)} DICOM series; name a file of the right one, or give "
-            "each a folder"
+            "each its own folder"
         )
     for files in found:
         if path.is_dir() or str(path) in files:
             return files
-    raise ValueError(f"{path}: belongs to no DICOM series; give the folder of one")
+    raise ValueError(f"{path}: is not part of a DICOM series; give the folder of a series")
 
 
 def _files_by_series(folder: Path) -> list[Sequence[str]]:

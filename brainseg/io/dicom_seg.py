@@ -1,7 +1,7 @@
 """A mask as a DICOM Segmentation object, which hospital archives, OHIF and 3D Slicer read.
 
-Codes are of SNOMED CT: a lesion (52988006), which is a morphologically abnormal structure
-(49755003), in the brain (12738006). highdicom writes it; requirements-dicom.txt brings it.
+Its SNOMED CT codes are lesion (52988006), a morphologically abnormal structure (49755003), in the
+brain (12738006). It is written by highdicom, which requirements-dicom.txt installs.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 LABEL = "FLAIR abnormality"
 MAKER = "brainseg"
 LOST = "; export it again from the archive, or leave --dicom-seg out"
-# What a Segmentation object copies from its source, and may be empty in it.
+# Attributes that a Segmentation object copies from its source and that may be empty.
 MAY_BE_EMPTY = (
     "PatientID", "PatientName", "PatientBirthDate", "PatientSex", "AccessionNumber", "StudyID",
     "StudyDate", "StudyTime", "ReferringPhysicianName",
@@ -40,28 +40,28 @@ def check_dicom_packages() -> None:
 
 
 def holds_dicom(path: Path) -> bool:
-    """Tell whether a case's folder or file has any DICOM image in it."""
+    """Tell whether a case's folder or file contains a DICOM image."""
     return any(map(is_dicom, path.rglob("*") if path.is_dir() else [path]))
 
 
 def series_of(case: Case) -> Path | None:
-    """Name the DICOM series (its folder, or a file of it) that FLAIR was read from, if it was."""
+    """Return the DICOM series (its folder or a file of it) that FLAIR is read from, or None."""
     return case.flair if isinstance(case, Scan) and is_series(case.flair) else None
 
 
 def write_dicom_seg(path: Path, case: Scan, mask: np.ndarray, algorithm: str, version: str) -> bool:
     """Write a mask (S, H, W), bool, as a Segmentation of the case's series, atomically.
 
-    `algorithm` and `version` say what made it. Raises ValueError, naming the series, if its
-    instances cannot be referenced, OSError if the file cannot be written. Says whether each frame
-    starts at a whole byte: where it does not, OHIF 3.13 reads them wrongly.
+    `algorithm` and `version` say what made it. Returns whether every frame starts on a whole byte;
+    if not, OHIF 3.13 reads them wrongly. Raises ValueError, naming the series, if its instances
+    cannot be referenced, OSError if the file cannot be written.
     """
     series = series_of(case)
     sources = read_references(series)
     frames = case.grid.from_axial(mask).transpose(2, 1, 0)  # as in the series: (S, rows, columns)
     try:
         segmentation = _segmentation(sources, frames, algorithm[:64], version[:64])
-    except (ValueError, TypeError, LookupError, AttributeError) as error:  # of a missing attribute
+    except (ValueError, TypeError, LookupError, AttributeError) as error:  # missing attributes
         raise ValueError(f"{series}: no Segmentation can refer to it ({error}){LOST}") from error
     with atomic_write(path) as temporary:
         segmentation.save_as(temporary)
@@ -71,7 +71,7 @@ def write_dicom_seg(path: Path, case: Scan, mask: np.ndarray, algorithm: str, ve
 def _segmentation(
     sources: list[Dataset], frames: np.ndarray, algorithm: str, version: str
 ) -> Dataset:
-    """Make the Segmentation of frames (S, rows, columns), bool, one for each source."""
+    """Make the Segmentation of frames (S, rows, columns), bool, one per source."""
     import highdicom
     from pydicom.sr.codedict import codes
 
@@ -104,14 +104,14 @@ def _segmentation(
         series_description=f"{LABEL} ({MAKER})",
         content_description=LABEL,
         content_creator_name=f"{MAKER}^",
-        omit_empty_frames=False,  # they take a bit a voxel, and readers get the grid of the source
+        omit_empty_frames=False,  # they take one bit per voxel, and readers get the source's grid
     )
 
 
 def read_references(series: Path) -> list[Dataset]:
-    """Read the headers of a series, in the order of its positions.
+    """Read the headers of a series, in order of position.
 
-    Raises ValueError, naming it, if a Segmentation could not refer to each of its instances.
+    Raises ValueError, naming it, if a Segmentation could not refer to all of its instances.
     """
     import pydicom
 
@@ -123,7 +123,7 @@ def read_references(series: Path) -> list[Dataset]:
         if without:
             raise ValueError(f"{series}: {without} of its files have no {name}{LOST}")
     if len({header.SOPInstanceUID for header in headers}) < len(headers):
-        raise ValueError(f"{series}: two of its files have one SOPInstanceUID{LOST}")
+        raise ValueError(f"{series}: two of its files share one SOPInstanceUID{LOST}")
     for name in ("FrameOfReferenceUID", "StudyInstanceUID"):
         found = {str(getattr(header, name, None) or "") for header in headers}
         if len(found) > 1 or "" in found:

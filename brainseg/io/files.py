@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, where caches lie, and errors that name their file."""
+"""Files written whole or not at all, the folder of the cache, and errors that name their file."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from pathlib import Path
 
 @contextmanager
 def atomic_write(path: Path | str) -> Iterator[Path]:
-    """Give a temporary name beside `path`; rename it to `path` once the block is through.
+    """Yield a temporary file beside `path`; rename it to `path` when the block has succeeded.
 
-    If the block fails, or the disk is full, what was at `path` is still there, untouched.
+    If the block fails or the disk is full, a file that was at `path` is left untouched.
     """
     path = Path(path)
     with name_in_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         stem, *_ = path.name.partition(".")
-        # With the suffix, .nii.gz say, as writers go by it; with the umask, unlike mkstemp.
+        # Keep the suffix, such as .nii.gz, which writers need; respect the umask, unlike mkstemp.
         temporary = path.with_name(f".{stem}-{secrets.token_hex(8)}{path.name[len(stem) :]}")
         os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
         try:
@@ -33,9 +33,9 @@ def atomic_write(path: Path | str) -> Iterator[Path]:
 
 
 def write_table(path: Path, rows: Sequence[dict]) -> None:
-    """Dicts as the lines of a CSV file, written whole; a key that one lacks is left empty.
+    """Write dicts as the rows of a CSV file, atomically; a key that a row lacks is left empty.
 
-    Lists stand in a field as their items, with a space between.
+    A list is written as its items, separated by spaces.
     """
 
     def text(value: object) -> object:
@@ -51,7 +51,7 @@ def write_table(path: Path, rows: Sequence[dict]) -> None:
 
 
 def read_table(path: Path) -> dict[str, dict[str, str]]:
-    """Read the rows of a CSV file by their case; none if it is not there, or no such table."""
+    """Read the rows of a CSV file by case; empty if it is missing or not such a table."""
     try:
         with open(path, newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file, restval=""))
@@ -61,9 +61,9 @@ def read_table(path: Path) -> dict[str, dict[str, str]]:
 
 
 def update_table(path: Path, rows: dict[str, dict | None], keep: bool) -> None:
-    """Write rows by case as a CSV file; with `keep`, beside those of other cases in it.
+    """Write rows by case as a CSV file; with `keep`, its rows of other cases stay.
 
-    A case whose row is None has none any more. Without any row, nothing is written.
+    A case whose row is None loses its row. If no row is left, nothing is written.
     """
     rows = (read_table(path) if keep else {}) | rows
     if lines := [row for row in rows.values() if row]:
@@ -71,7 +71,7 @@ def update_table(path: Path, rows: dict[str, dict | None], keep: bool) -> None:
 
 
 def write_json(path: Path, content: dict) -> None:
-    """Indented JSON, written whole; NaN, which JSON does not know, becomes null."""
+    """Write indented JSON, atomically; NaN, which JSON does not have, becomes null."""
     strict = json.loads(json.dumps(content), parse_constant=lambda _: None)
     with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(strict, indent=2) + "\n")
@@ -79,7 +79,7 @@ def write_json(path: Path, content: dict) -> None:
 
 @contextmanager
 def name_in_errors(path: Path) -> Iterator[None]:
-    """Have every OSError of the block name `path`, not a temporary file or none."""
+    """Make every OSError in the block name `path`, not a temporary file or no file."""
     try:
         yield
     except OSError as error:
@@ -87,14 +87,14 @@ def name_in_errors(path: Path) -> Iterator[None]:
 
 
 def check_writable(folder: Path) -> None:
-    """Make `folder` if need be; OSError, naming it, if no file can be written there."""
+    """Create `folder` if needed; raises OSError, naming it, if no file can be written in it."""
     with name_in_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
 
 
 def default_cache() -> Path:
-    """Where preprocessed volumes are kept unless the caller names another folder."""
+    """Return the folder for preprocessed volumes unless the caller names another."""
     if os.environ.get("XDG_CACHE_HOME"):
         return Path(os.environ["XDG_CACHE_HOME"]) / "brainseg"
     try:
@@ -104,7 +104,7 @@ def default_cache() -> Path:
 
 
 def sentence(error: BaseException | str) -> str:
-    """What an error says, as one sentence that names its file."""
+    """Return an error's message as one sentence that names its file."""
     if isinstance(error, OSError) and error.strerror and error.filename:
         return f"{error.filename}: {error.strerror.lower()}"
     return str(error)

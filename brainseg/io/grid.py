@@ -1,4 +1,4 @@
-"""Where the voxels of a volume file lie, by its header, if it can be trusted."""
+"""Where the voxels of a volume file lie, according to its header, which is checked."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ import SimpleITK as sitk
 
 from .files import by
 
-sitk.ProcessObject.SetGlobalWarningDisplay(False)  # what is wrong is raised, in one sentence
+sitk.ProcessObject.SetGlobalWarningDisplay(False)  # errors are raised instead, in one sentence
 
-TO_LPS = np.array([[-1.0], [-1.0], [1.0]])  # NIfTI counts to the right and to the front
-UNITS = {1: 1000.0, 3: 0.001}  # millimetres in a metre and a micron: codes of NIfTI's xyzt_units
+TO_LPS = np.array([[-1.0], [-1.0], [1.0]])  # NIfTI's coordinates run to the right and to the front
+UNITS = {1: 1000.0, 3: 0.001}  # millimetres per metre and per micron, by NIfTI's xyzt_units
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Where the voxels of a file lie, and how its axes go to (left, posterior, up)."""
+    """Where the voxels of a file lie, and how its axes map to (left, posterior, up)."""
 
     shape: tuple[int, int, int]  # voxels along the axes of the file
     spacing: tuple[float, float, float]  # millimetres along them
     offset: tuple[float, float, float]  # of the first voxel, in mm to the left, posterior and up
     direction: np.ndarray  # (3, 3): the file's axes as columns, in the same coordinates
-    notes: tuple[str, ...] = ()  # what is odd about the header, a sentence each
+    notes: tuple[str, ...] = ()  # oddities of the header, one sentence each
 
     @cached_property
     def _turn(self) -> tuple[tuple[int, ...], list[int]]:
-        """The file's axes in the order left, posterior, up, and which of these run backward."""
+        """Return the file's axes in the order left, posterior, up, and those that run backward."""
         turn = sitk.DICOMOrientImageFilter()
         turn.SetDesiredCoordinateOrientation("LPS")
         voxel = sitk.Image(1, 1, 1, sitk.sitkUInt8)
@@ -42,7 +42,7 @@ class Grid:
 
     @property
     def axes(self) -> tuple[int, ...]:
-        """The file's axes that run most nearly left or right, front or back, up or down."""
+        """Return the file's axes that are closest to left-right, front-back and up-down."""
         return self._turn[0]
 
     @classmethod
@@ -52,7 +52,7 @@ class Grid:
 
     @property
     def axial(self) -> Grid:
-        """The grid of the axial volume: X runs to the left, Y to the back, Z up."""
+        """Return the grid of the axial volume: X runs to the left, Y to the back, Z up."""
         return Grid.of(sitk.DICOMOrient(self.image(np.zeros(self.shape, np.uint8)), "LPS"))
 
     def to_axial(self, voxels: np.ndarray) -> np.ndarray:
@@ -82,9 +82,9 @@ class Grid:
         return next((name for name, a, b in pairs if not np.allclose(a, b, atol=1e-3)), "")
 
     def check_same(self, path: Path, other: Grid, other_path: Path) -> None:
-        """Raise ValueError, naming both files, unless both are the same to a thousandth."""
+        """Raise ValueError, naming both files, unless the grids agree to a thousandth."""
         different = self.difference(other)
-        said = f"its {different} is not that of {other_path.name}"
+        said = f"its {different} differs from that of {other_path.name}"
         if different == "shape":
             said = f"{by(self.shape)} voxels, but {other_path.name} has {by(other.shape)}"
         if different:
@@ -100,11 +100,11 @@ class Grid:
 
 
 def file_grid(path: Path) -> tuple[Grid, int]:
-    """Read grid and number of channels of a volume file, but no voxel; ValueError if unusable."""
+    """Read the grid and channel count of a volume file, but no voxels; ValueError if unusable."""
     info = read_information(path)
     dimension = info.GetDimension()
     if dimension not in (3, 4):
-        raise ValueError(f"{path}: {dimension} axes; a volume has 3, and channels at most")
+        raise ValueError(f"{path}: has {dimension} axes; give a volume of 3, or of 4 with channels")
     size = info.GetSize()
     channels = size[3] if dimension == 4 else info.GetNumberOfComponents()
     direction = np.reshape(info.GetDirection(), (dimension, dimension))[:3, :3]
@@ -117,7 +117,7 @@ def is_nifti(path: Path) -> bool:
 
 
 def read_information(path: Path | str) -> sitk.ImageFileReader:
-    """Return SimpleITK's reader of a file, its header read; raises ValueError."""
+    """Return SimpleITK's reader of a file, with the header read; ValueError if it is damaged."""
     reader = sitk.ImageFileReader()
     reader.SetFileName(str(path))
     try:
@@ -134,7 +134,7 @@ def damaged(path: Path | str) -> str:
 
 
 def read_fields(path: Path | str) -> dict[str, str]:
-    """Read what the header of a file says, by name; raises ValueError."""
+    """Read the header of a file as values by name; raises ValueError if it is damaged."""
     return fields(read_information(path))
 
 
@@ -145,8 +145,8 @@ def fields(info: sitk.ImageFileReader) -> dict[str, str]:
 def _nifti_grid(path: Path, field: dict[str, str], grid: Grid) -> Grid:
     """Return the grid of the sform if there is one, as nibabel does, else that of the qform.
 
-    ITK takes the one or the other by their codes. Raises ValueError if there is none, or the
-    axes of the sform are not at right angles.
+    ITK chooses between them by their codes. Raises ValueError if there is neither, or the sform
+    is damaged or its axes are not at right angles.
     """
     codes = {name: field.get(f"{name}_code", "0") for name in ("sform", "qform")}
     if set(codes.values()) == {"0"}:
@@ -166,7 +166,7 @@ def _nifti_grid(path: Path, field: dict[str, str], grid: Grid) -> Grid:
             raise ValueError(f"{path}: its axes are not at right angles; resample it")
         grid = Grid(grid.shape, tuple(spacing.tolist()), tuple(sform[:, 3].tolist()), direction)
     if codes["qform"] != "0" and not np.allclose(sform, _qform(path, field) * to_lps, atol=1e-2):
-        grid = replace(grid, notes=("its sform and qform disagree; the sform was taken",))
+        grid = replace(grid, notes=("its sform and qform disagree; the sform is used",))
     return grid
 
 
@@ -185,7 +185,7 @@ def _qform(path: Path, field: dict[str, str]) -> np.ndarray:
 
 
 def _handedness(path: Path) -> float:
-    """Read pixdim[0] of a NIfTI file, which the reader of its other fields leaves out."""
+    """Read pixdim[0] of a NIfTI file, which the reader of the other fields leaves out."""
     with open_nifti(path) as file:
         head = file.read(112)
     order = byte_order(head)
@@ -198,5 +198,5 @@ def open_nifti(path: Path) -> BinaryIO:
 
 
 def byte_order(head: bytes) -> str:
-    """Tell the byte order of a NIfTI file, as NumPy writes it, from its length of header."""
+    """Return the byte order of a NIfTI file, in NumPy's notation, from its header's length."""
     return "<" if head[:2] in (b"\x5c\x01", b"\x1c\x02") else ">"  # 348 or 540: NIfTI-1 or -2

@@ -1,4 +1,4 @@
-"""Which cases a folder holds: slices as images, medical volume files, DICOM series, cohorts."""
+"""The cases in a folder: slices as images, medical volume files, DICOM series, cohorts."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from .slices import Case
 
 SLICE_NAME = re.compile(r"^(?P<stem>.+)_(?P<number>\d+)(?P<mask>_mask)?\.(?:tiff?|png)$", re.I)
 IMAGE_SUFFIXES = {".tif", ".tiff", ".png"}
-# Last words of the names of volume files that are not FLAIR.
+# How the names of volume files that are not FLAIR end.
 OTHER_SEQUENCE = re.compile(r"(?:^|[-_. ])(t1\w*|t2w?|pre|post|gd|dwi|adc|seg\w*|label\w*)$", re.I)
 
 
 @dataclass(frozen=True)
 class Source:
-    """A case that nothing has been read of: its name and where it lies.
+    """A case that has not been read yet: its name and location.
 
     `folder` is its folder or its volume file; `root` holds it and the other cases.
     """
@@ -32,17 +32,17 @@ class Source:
     name: str
     folder: Path
     root: Path
-    layout: Layout | None = None  # None: by what lies in the folder
+    layout: Layout | None = None  # None: found from the files in the folder
     labels: Labels = field(default_factory=Labels, compare=False, repr=False)
 
     def open(self) -> Case:
-        """The case; ValueError, naming the file, if it is not sound. No voxel is read."""
+        """Open the case without reading voxels; ValueError, naming the file, if it is unusable."""
         case = find_case(self.folder, self.root, self.layout)
         return replace(case, name=self.name, labels=self.labels)
 
 
 def find_cases(root: Path | str, names: Sequence[str] | None = None) -> list[Case]:
-    """Every case of `list_cases`; ValueError, naming the file, for one that is not sound."""
+    """Open every case of `list_cases`; ValueError, naming the file, if one is unusable."""
     return [source.open() for source in list_cases(root, names)]
 
 
@@ -53,11 +53,11 @@ def list_cases(
     layout: Layout | None = None,
     labels: Labels | None = None,
 ) -> list[Source]:
-    """The cases in `root`, which holds folders and volume files or is itself a case; by name.
+    """List the cases in `root`, which holds folders and volume files or is itself a case, by name.
 
-    With `names`, only these; never the folder `other_than`, nor one of predictions. Where their
-    sequences and masks lie is told by `layout`, or found out. Raises FileNotFoundError or
-    ValueError if there is nothing to read, or two cases have one name.
+    With `names`, only these; never the folder `other_than`, nor one of predictions. `layout` says
+    where sequences and masks are; without it, they are looked for. Raises FileNotFoundError or
+    ValueError if there is nothing to read, or two cases have the same name.
     """
     root = Path(root)
     if not root.exists():
@@ -77,7 +77,7 @@ def list_cases(
     for source in sources:
         if (first := found.setdefault(source.name, source)) != source:
             raise ValueError(
-                f"{first.folder} and {source.folder.name} are cases of one name; rename one of them"
+                f"{first.folder} and {source.folder.name} have the same case name; rename one"
             )
     if missing := sorted(set(names or ()) - found.keys()):
         raise ValueError(f"{root}: holds no case {missing[0]!r}; check the name")
@@ -92,13 +92,13 @@ def _sources_in(root: Path, other_than: Path | None, layout: Layout | None) -> l
         return _by_patterns(whole, other_than, layout)
     if sessions := _bids_sessions(whole):
         return sessions
-    if (root / "images_structural").is_dir():  # of UPENN-GBM, beside other folders
+    if (root / "images_structural").is_dir():  # UPENN-GBM: it has other folders beside this one
         root = root / "images_structural"
     return [Source(scan_name(path), path, path.parent) for path in _cases_in(root, other_than)]
 
 
 def _bids_sessions(root: Path) -> list[Source]:
-    """The sessions of a BIDS data set, or of the one subject that `root` is."""
+    """List the sessions of a BIDS data set, or of one subject if `root` is its folder."""
     top, subjects = root, root.glob("sub-*")
     if root.name.startswith("sub-"):
         top, subjects = root.parent, [root]
@@ -108,16 +108,17 @@ def _bids_sessions(root: Path) -> list[Source]:
 
 
 def _by_patterns(root: Path, other_than: Path | None, layout: Layout) -> list[Source]:
-    """The folders, in `root` or one level deeper, that files of a user's layout lie in.
+    """List the folders, in `root` or one level deeper, with files that match a user's layout.
 
-    Raises ValueError if none is there, or naming a folder of volume files that fit no pattern.
+    Folders of volume files that match no pattern are listed too: opening them raises ValueError.
+    Raises ValueError if nothing matches.
     """
 
     def fits(folder: Path) -> bool:
         files = layout.files(folder, root if folder != root else root.parent)
         return any(files[role] for role in ("flair", "pre", "post"))
 
-    found, lacking = [], []  # what a case lacks is said when it is opened
+    found, lacking = [], []  # opening a case reports what it lacks
     for folder in _folders_in(root, other_than):
         if fits(folder):
             found.append(folder)
@@ -129,7 +130,7 @@ def _by_patterns(root: Path, other_than: Path | None, layout: Layout) -> list[So
         return [Source(root.name, root, root.parent, layout)]
     if not found:
         raise ValueError(
-            f"{root}: no file in a folder of it fits flair={layout.flair[0]}; change --sequences"
+            f"{root}: no file in its folders matches flair={layout.flair[0]}; change --sequences"
         )
     return [
         Source("_".join(folder.relative_to(root).parts), folder, root, layout)
@@ -138,12 +139,12 @@ def _by_patterns(root: Path, other_than: Path | None, layout: Layout) -> list[So
 
 
 def _belongs_to_mask(folder: Path, root: Path, layout: Layout) -> bool:
-    """Whether a layout's masks lie in this folder, apart from the cases."""
+    """Tell whether a layout's masks are in this folder, apart from the cases."""
     return any(f"{{root}}/{folder.relative_to(root)}/" in pattern for pattern in layout.mask)
 
 
 def _is_output(folder: Path) -> bool:
-    """Whether inference.py has written here: its masks and pictures are neither truth nor scan."""
+    """Tell whether inference.py wrote here: its masks and pictures are neither truth nor scan."""
     try:
         return {"args", "weights", "since"} <= json.loads((folder / "args.json").read_text()).keys()
     except (OSError, ValueError, AttributeError):
@@ -168,7 +169,7 @@ def _cases_in(root: Path, other_than: Path | None) -> list[Path]:
 
 
 def _is_one_case(folder: Path) -> bool:
-    """Whether the volume files of a folder are one FLAIR and other sequences of it."""
+    """Tell whether the volume files of a folder are one FLAIR and its other sequences."""
     try:
         files = sequences_in(folder, folder.parent)
     except ValueError:  # two of a kind: the files of several cases
@@ -185,13 +186,13 @@ def _holds_slices(folder: Path) -> bool:
 
 
 def _volumes_in(folder: Path, masks: bool = False) -> list[Path]:
-    """The volume files of a folder, with or without those that are named as masks."""
+    """List the volume files of a folder, with or without those that are named as masks."""
     files = [path for path in sorted(folder.iterdir()) if path.is_file() and is_scan(path)]
     return [path for path in files if masks or not scan_name(path).lower().endswith("_mask")]
 
 
 def find_case(path: Path, root: Path | None = None, layout: Layout | None = None) -> Case:
-    """The case in a folder or volume file; ValueError, naming the file, if it is not sound."""
+    """Open the case in a folder or volume file; ValueError, naming the file, if it is unusable."""
     root = root or path.parent
     if layout:
         return _in_layout(path, sequences_in(path, root, layout))
@@ -218,13 +219,13 @@ def find_case(path: Path, root: Path | None = None, layout: Layout | None = None
 
 
 def _in_layout(folder: Path, files: dict[str, Path | None]) -> Scan:
-    """The scan whose sequences a layout has found."""
+    """Open the scan whose sequences a layout has found."""
     mask = files["mask"] or _mask_of(files["flair"])
     return Scan.open(folder.name, [files["pre"], files["flair"], files["post"]], mask)
 
 
 def find_sequences(flair: Path, pre: Path | None, post: Path | None) -> Scan:
-    """The scan with one file per sequence, named after FLAIR and its folder."""
+    """Open the scan with one file per sequence, named after FLAIR and its folder."""
     name = f"{flair.resolve().parent.name}_{scan_name(flair)}"
     return Scan.open(name, [pre, flair, post], _mask_of(flair))
 
@@ -234,21 +235,21 @@ def _find_scan(path: Path) -> Scan:
     odd = OTHER_SEQUENCE.search(scan.name)
     if scan.channels == 1 and odd:
         raise ValueError(
-            f"{path}: one channel is taken for FLAIR, but its name says {odd[1]!r}; name the "
-            "sequences with --flair, --pre and --post"
+            f"{path}: its one channel would be used as FLAIR, but its name says {odd[1]!r}; name "
+            "the sequences with --flair, --pre and --post"
         )
     return scan
 
 
 def _mask_of(scan: Path) -> Path | None:
-    """The file <scan>_mask beside it, in any format."""
+    """Find the file <scan>_mask beside a scan, in any format."""
     wanted = f"{scan_name(scan)}_mask".lower()
     beside = _volumes_in(scan.parent, masks=True)
     return next((path for path in beside if scan_name(path).lower() == wanted), None)
 
 
 def _find_slices(folder: Path) -> Case:
-    """The case in a folder of images; raises ValueError for gaps, duplicates or unpaired masks."""
+    """Open the case in a folder of images; ValueError for gaps, duplicates or unpaired masks."""
     slices: dict[int, Path] = {}
     masks: dict[int, Path] = {}
     for path in sorted(folder.iterdir()):
@@ -260,7 +261,7 @@ def _find_slices(folder: Path) -> Case:
         found = masks if match["mask"] else slices
         number = int(match["number"])
         if number in found:
-            raise ValueError(f"{path}: slice {number} is already there as {found[number].name}")
+            raise ValueError(f"{path}: slice {number} is also in {found[number].name}; remove one")
         found[number] = path
     if not slices:
         raise ValueError(f"{folder}: holds no slice named <anything>_<number>.tif or .png")
@@ -274,8 +275,8 @@ def _find_slices(folder: Path) -> Case:
     if masks and (odd := sorted(set(masks) ^ set(numbers))):
         lacks = "slice" if odd[0] in masks else "mask"
         raise ValueError(
-            f"{folder}: {lacks} {odd[0]} is missing though others are there; "
-            "add it (all zero where there is no lesion) or take all the masks away"
+            f"{folder}: {lacks} {odd[0]} is missing, but others exist; "
+            "add it (all zero if there is no lesion) or remove all the masks"
         )
     paths = tuple(slices[n] for n in numbers), tuple(masks[n] for n in sorted(masks))
     return Case(folder.name, tuple(numbers), *paths)

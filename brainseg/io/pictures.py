@@ -18,14 +18,14 @@ GREEN, RED = (0, 255, 0), (255, 0, 0)
 
 
 def to_grey(volume: np.ndarray) -> np.ndarray:
-    """FLAIR (channel 1 of 3, or the only one) of a volume (S, H, W, C) as (S, H, W) uint8."""
+    """Return FLAIR (channel 1, or the only one) of a volume (S, H, W, C) as (S, H, W) uint8."""
     flair = volume[..., 1 if volume.shape[-1] >= 2 else 0].astype(np.float32)
     low, high = flair.min(), np.percentile(flair, 99.8)
     return (255 * np.clip((flair - low) / max(high - low, 1e-6), 0, 1)).astype(np.uint8)
 
 
 def edge(mask: np.ndarray) -> np.ndarray:
-    """The voxels of each slice of a bool mask (S, H, W) that touch its outside (4 neighbours)."""
+    """Return the edge of a bool mask (S, H, W): the voxels with one of 4 neighbours outside it."""
     padded = np.pad(mask, ((0, 0), (1, 1), (1, 1)))
     inner = padded[:, :-2, 1:-1] & padded[:, 2:, 1:-1] & padded[:, 1:-1, :-2] & padded[:, 1:-1, 2:]
     return mask & ~inner
@@ -34,9 +34,9 @@ def edge(mask: np.ndarray) -> np.ndarray:
 def outline(
     grey: np.ndarray, prediction: np.ndarray, truth: np.ndarray | None = None, side: int = 1
 ) -> np.ndarray:
-    """Slices (S, H, W) uint8 as RGB (S, H, W, 3): green truth, red prediction on top.
+    """Draw slices (S, H, W) uint8 as RGB (S, H, W, 3): green truth, red prediction on top.
 
-    Small slices are enlarged by the whole number that brings their longer side nearest to `side`.
+    Small slices are enlarged by the integer that brings their longer side closest to `side`.
     """
     times = max(1, round(side / max(grey.shape[1:])))
     grey, prediction, truth = (
@@ -51,9 +51,9 @@ def outline(
 
 
 def thumbnail(volume: np.ndarray, mask: np.ndarray, side: int = 240) -> bytes:
-    """Draw FLAIR, outlined, at the slice with most of the mask, as a JPEG of `side` pixels at most.
+    """Draw the FLAIR slice with the largest mask, outlined, as a JPEG of at most `side` pixels.
 
-    `volume` is (S, H, W, C), `mask` (S, H, W) bool; of an empty mask, the slice in the middle.
+    `volume` is (S, H, W, C), `mask` (S, H, W) bool; if it is empty, the middle slice is drawn.
     """
     areas = mask.sum(axis=(1, 2))
     k = int(areas.argmax()) if areas.any() else len(areas) // 2
@@ -67,7 +67,7 @@ def thumbnail(volume: np.ndarray, mask: np.ndarray, side: int = 240) -> bytes:
 
 
 def montage(pictures: np.ndarray) -> np.ndarray:
-    """Pictures (S, H, W, 3) as one, side by side on a grid that is about square."""
+    """Tile pictures (S, H, W, 3) into one that is about square."""
     count, height, width, _ = pictures.shape
     columns = max(1, round(math.sqrt(count * height / width)))
     shape = math.ceil(count / columns), columns
@@ -75,9 +75,9 @@ def montage(pictures: np.ndarray) -> np.ndarray:
 
 
 def save_gif(path: Path | str, pictures: np.ndarray) -> None:
-    """Write an endless GIF of outlined slices (S, H, W, 3), 0.12 s each.
+    """Write a looping GIF of outlined slices (S, H, W, 3), 0.12 s each.
 
-    Grey and the two colours of outlines are one palette, which need not be looked for.
+    Grey and the two outline colours make up a fixed palette, so none has to be computed.
     """
     shown = np.minimum(pictures[..., 2], 253)  # grey
     for k, colour in ((254, GREEN), (255, RED)):
@@ -93,10 +93,9 @@ def save_gif(path: Path | str, pictures: np.ndarray) -> None:
 
 
 def save_dsc_figure(path: Path | str, scores: dict[str, float], marked: Sequence[str] = ()) -> None:
-    """Horizontal bars of each case's DSC, sorted, with mean and median; `marked` cases are pale.
+    """Draw sorted horizontal bars of the cases' DSC, with mean and median; `marked` ones are pale.
 
-    The marked ones, cases of patients that the weights were trained on, do not count in mean and
-    median.
+    Marked cases, of patients that the weights were trained on, do not count in mean and median.
     """
     from matplotlib.figure import Figure
 

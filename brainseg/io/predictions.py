@@ -1,4 +1,4 @@
-"""What is written of a segmented case, and found again: masks, pictures, a line of scores."""
+"""The output of a segmented case, written and found again: masks, pictures, a row of scores."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from .pictures import outline, save_gif, to_grey
 from .scans import Scan
 from .slices import Case, read_slice
 
-# Settings that masks depend on, and what the younger ones are where an args.json lacks them.
+# Settings that masks depend on, and the values of newer ones that an older args.json lacks.
 YOUNGER = {"register": False, "min_volume": 0, "sequences": None, "pre": None, "post": None}
 SETTINGS = ("image_size", "threshold", "largest_component", "tta", *YOUNGER)
 
 
 def map_files(case: Case, kind: str) -> list[Path]:
-    """List where the maps of a kind lie: mask, probability or disagreement."""
+    """List the files of a kind of map: mask, probability or disagreement."""
     if isinstance(case, Scan):
         return [Path(f"{case.name}_{kind}.nii.gz")]
     return [Path(case.name, f"{case.name}_{number}_{kind}.tif") for number in case.numbers]
@@ -40,10 +40,10 @@ def seg_file(case: Case) -> Path:
 
 
 def since(folder: Path, about: dict, keep: bool) -> float:
-    """Since when, in seconds of the epoch, masks in a folder are of the weights and settings
-    that `about` (of args.json) names.
+    """Return since when, in seconds since the epoch, the masks in a folder match `about`.
 
-    Raises ValueError if masks of others are to be kept; else the table of those is removed.
+    `about` holds weights and settings, as args.json does. If the masks there are from others,
+    raises ValueError with `keep`, otherwise removes their tables.
     """
     now, path = time.time(), folder / "args.json"
     try:
@@ -58,12 +58,12 @@ def since(folder: Path, about: dict, keep: bool) -> float:
             changed.insert(0, f"weights {', '.join(before['weights'])}")
         begun = float(before["since"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return now  # nothing is known of what is there
+        return now  # nothing is known about masks in the folder
     if not changed:
         return begun
     if keep:
         raise ValueError(
-            f"{folder}: masks there were made with {', '.join(changed)}; leave "
+            f"{folder}: its masks were made with {', '.join(changed)}; leave "
             "--skip-existing out, or name another folder with --predictions"
         )
     for table in ("metrics.csv", "volumes.csv"):
@@ -74,10 +74,10 @@ def since(folder: Path, about: dict, keep: bool) -> float:
 def find_masks(
     folder: Path, case: Case, since: float, others: Sequence[Path] = ()
 ) -> np.ndarray | None:
-    """The mask (S, H, W) of a case that was written `since` then, if it is there whole.
+    """Read the mask (S, H, W) of a case if it is complete and not older than `since`, else None.
 
-    A mask is written after its source files: where one of these is newer, it is of another image.
-    None as well if one of the `others`, files in `folder` that are wanted beside it, is missing.
+    A mask is newer than its source files: if one of them is newer, the mask is of another image.
+    Also None if one of the `others`, files in `folder` that are wanted beside it, is missing.
     """
     paths = [folder / file for file in map_files(case, "mask")]
     wanted = [*paths, *(folder / file for file in others)]
@@ -90,7 +90,7 @@ def find_masks(
         if isinstance(case, Scan):
             return replace(case, masks=tuple(paths), labels=Labels()).read_mask()
         return np.concatenate([read_slice(path)[None, ..., 0] for path in paths]) > 0
-    except (ValueError, FileNotFoundError):  # damaged, or of several sizes: made anew
+    except (ValueError, FileNotFoundError):  # damaged, or of several sizes: make it again
         return None
 
 
@@ -102,10 +102,10 @@ def write_case(
     truth: np.ndarray | None,
     maps: Mapping[str, np.ndarray] | None = None,
 ) -> None:
-    """Write masks, outlined slices, the GIF and maps, each whole; other files of the folder stay.
+    """Write masks, outlined slices, the GIF and maps, each atomically; other files stay.
 
     `volume` is (S, H, W, C), `mask` and `truth` are (S, H, W), bool. `maps`, (S, H, W) float32 by
-    their kind (see `map_files`), become float32 files on the grid of the source.
+    kind (see `map_files`), become float32 files on the source's grid.
     """
     maps = maps or {}
     pictures = outline(to_grey(volume), mask, truth, side=256)
@@ -120,7 +120,7 @@ def write_case(
         tempfile.TemporaryDirectory(dir=folder, prefix=f".{case.name}-") as scratch,
     ):
         for name, picture in files.items():
-            # Level 1 of zlib takes a third of the time here, and the files are as large.
+            # Level 1 of zlib takes a third of the time here, and the files are no larger.
             options = {"compress_level": 1} if name.endswith(".png") else {}
             iio.imwrite(Path(scratch, name), picture, **options)
         own.mkdir(exist_ok=True)
@@ -132,7 +132,7 @@ def write_case(
 
 
 def table_row(case: Case, mask: np.ndarray, truth: np.ndarray) -> dict:
-    """The line of the table: sizes in voxels, and in millilitres where the spacing is known."""
+    """Make the row of the table: sizes in voxels, and in millilitres if the spacing is known."""
     sizes = {"lesion": int(truth.sum()), "predicted": int(mask.sum())}
     row = {"case": case.name, "slices": len(truth)}
     row |= {f"{name}_voxels": voxels for name, voxels in sizes.items()}
@@ -143,7 +143,7 @@ def table_row(case: Case, mask: np.ndarray, truth: np.ndarray) -> dict:
 
 
 def scores_text(rows: Sequence[dict]) -> str:
-    """Lay out the rows of metrics.csv as a table, and sum up those of patients not trained on."""
+    """Format the rows of metrics.csv as a table, with a summary of patients not trained on."""
     width = max(len(row["case"]) for row in rows) + 2
     hd95 = "hd95_mm" if all("hd95_mm" in row for row in rows) else "hd95_px"
     lines = [
@@ -159,7 +159,7 @@ def scores_text(rows: Sequence[dict]) -> str:
     ]
     unseen = [row for row in rows if not row["trained_on"]]
     if len(unseen) < len(rows):
-        lines.append("* of a patient whom the weights were trained on: not counted below")
+        lines.append("* of a patient that the weights were trained on: not counted below")
     if unseen:
         patients = [patient_of(row["case"]) for row in unseen]
         lines.append(describe([row["dsc"] for row in unseen], patients))
@@ -168,9 +168,9 @@ def scores_text(rows: Sequence[dict]) -> str:
 
 
 def read_scores(path: Path, names: Iterable[str]) -> dict[str, dict]:
-    """By case, `trained_on` (bool) and `names` (float) of a metrics.csv that inference.py wrote.
+    """Read `trained_on` (bool) and `names` (float) by case from a metrics.csv of inference.py.
 
-    Raises OSError, or ValueError, naming the file, if it is none or lacks a column.
+    Raises OSError or ValueError, naming the file, if it is not such a file or lacks a column.
     """
     wrong = f"{path}: is not a metrics.csv that inference.py wrote"
     try:
@@ -185,7 +185,7 @@ def read_scores(path: Path, names: Iterable[str]) -> dict[str, dict]:
     scores = {}
     for line in lines:
         if line["case"] in scores:
-            raise ValueError(f"{path}: scores {line['case']} twice; give one line a case")
+            raise ValueError(f"{path}: scores {line['case']} twice; give one line per case")
         try:
             seen = {"0": False, "1": True}[line["trained_on"]]
             row = {"trained_on": seen, **{name: float(line[name]) for name in names}}

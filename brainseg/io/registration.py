@@ -11,19 +11,19 @@ import SimpleITK as sitk
 from .grid import Grid
 
 PIXEL = 1.5  # millimetres: finer pixels are binned before registration
-SAMPLES = 20_000  # voxels of FLAIR that the metric looks at
+SAMPLES = 20_000  # voxels of FLAIR that the metric samples
 ITERATIONS = 100
 LEAST = 0.15  # nats; two sequences of one head share 0.4 to 1, noise and a head under 0.1
-WORSE = 0.95  # of the start's mutual information: less is a failure, more is the start's equal
-FARTHEST = 80.0  # millimetres; a head coil holds no head that has moved farther
+WORSE = 0.95  # of the start's mutual information: less is a failure, from here to 1 a tie
+FARTHEST = 80.0  # millimetres; a head cannot move farther in a head coil
 
 
 @dataclass(frozen=True)
 class Movement:
-    """Where a sequence was moved to fit FLAIR."""
+    """How a sequence was moved to fit FLAIR."""
 
     transform: sitk.Transform  # from FLAIR's space to the sequence's
-    before: float  # mutual information in nats, where the header puts it
+    before: float  # mutual information in nats, at the header's position
     after: float
     distance: float  # millimetres that the head's voxels moved, on average
     angle: float  # degrees
@@ -36,11 +36,11 @@ class Movement:
 
 
 def register(moving: sitk.Image, fixed: sitk.Image, path: Path) -> Movement:
-    """Find the rigid movement that brings `moving`, read from `path`, to fit `fixed`.
+    """Find the rigid movement that makes `moving`, read from `path`, fit `fixed`.
 
-    Mattes mutual information (https://doi.org/10.1109/TMI.2003.809072) of seeded samples, from
-    coarse to fine. Raises ValueError if it does not converge, or what it finds is no better than
-    the start or too little alike. Where the start fits as well, the sequence stays there.
+    Maximises Mattes mutual information (https://doi.org/10.1109/TMI.2003.809072) of seeded
+    samples, from coarse to fine. Raises ValueError if it does not converge, or the result is too
+    far away, too dissimilar or worse than the start. If the start fits as well, it is kept.
     """
     moving, fixed = _prepare(moving), _prepare(fixed)
     head = foreground_points(fixed)
@@ -57,15 +57,15 @@ def register(moving: sitk.Image, fixed: sitk.Image, path: Path) -> Movement:
         )
         method.SetInitialTransform(found, inPlace=False)
         after = -method.MetricEvaluate(fixed, moving)
-    except RuntimeError as error:  # of too few samples inside, or one value everywhere
+    except RuntimeError as error:  # too few samples inside, or one value everywhere
         raise ValueError(_failed(path, "the two have nothing in common")) from error
     movement = _movement(found, before, after, head)
     if method.GetOptimizerIteration() >= ITERATIONS:
         raise ValueError(_failed(path, f"it did not converge in {ITERATIONS} steps"))
     if not max(before, after) >= LEAST or movement.distance > FARTHEST:
-        raise ValueError(_failed(path, f"what it found is no fit ({movement})"))
+        raise ValueError(_failed(path, f"the result does not fit ({movement})"))
     if after < WORSE * before:
-        raise ValueError(_failed(path, f"it fits worse than before ({movement})"))
+        raise ValueError(_failed(path, f"the result fits worse than the start ({movement})"))
     if after <= before:  # registered already
         return _movement(start, before, before, head)
     return movement
@@ -104,13 +104,13 @@ def _method(fixed: sitk.Image) -> sitk.ImageRegistrationMethod:
 
 
 def _prepare(image: sitk.Image) -> sitk.Image:
-    """Return the image in float32, its pixels binned to PIXEL at least."""
+    """Return the image in float32, with finer pixels binned to about PIXEL."""
     factors = [max(1, round(PIXEL / length)) for length in image.GetSpacing()]
     return sitk.BinShrink(sitk.Cast(image, sitk.sitkFloat32), factors)
 
 
 def foreground_points(image: sitk.Image) -> np.ndarray:
-    """Return the places (N, 3), in mm, of some voxels of the foreground."""
+    """Return the positions (N, 3), in mm, of a sample of foreground voxels."""
     voxels = sitk.GetArrayViewFromImage(image)
     index = np.argwhere(voxels > voxels.mean())
     index = index[:: max(1, len(index) // 500)] if len(index) else np.array(voxels.shape)[None] // 2
@@ -118,9 +118,9 @@ def foreground_points(image: sitk.Image) -> np.ndarray:
 
 
 def move(moving: sitk.Image, grid: Grid, transform: sitk.Transform | None = None) -> np.ndarray:
-    """Resample an image to a grid, linearly: voxels (X, Y, Z), float32; outside is its minimum.
+    """Resample an image linearly to a grid: voxels (X, Y, Z), float32, its minimum outside it.
 
-    `transform` goes from the grid's space to the image's; None: they are one.
+    `transform` maps the grid's space to the image's; None: they are the same.
     """
     moved = sitk.Resample(
         sitk.Cast(moving, sitk.sitkFloat32),

@@ -1,8 +1,8 @@
 """Scans as hospitals keep them: NIfTI, MetaImage, NRRD and DICOM, read and written by SimpleITK.
 
-The network has learned axial slices whose columns run to the patient's left, whose rows run to
-the posterior, and whose numbers run upward. A scan of any other orientation is turned that way by
-its header. Sequences on other grids are resampled to FLAIR's, and the mask is on FLAIR's own.
+The network was trained on axial slices whose columns run to the patient's left, whose rows run to
+the posterior, and whose numbers run upward. The header tells how to turn a scan of any other
+orientation that way. Sequences on other grids are resampled to FLAIR's; the mask is on FLAIR's.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from .registration import Movement, move, register
 from .slices import Case, check_finite
 
 SUFFIXES = (".nii.gz", ".nii", ".mha", ".mhd", ".nrrd")
-FLOATS = {"16": "f4", "64": "f8"}  # of the data types of NIfTI
+FLOATS = {"16": "f4", "64": "f8"}  # by NIfTI data type
 MOST_ASPECT = 10.0  # of pixels: more is a damaged header
 LEAST_COVERED = 0.5  # of FLAIR's field of view; less is another head, or another space
 
@@ -45,25 +45,25 @@ LEAST_COVERED = 0.5  # of FLAIR's field of view; less is another head, or anothe
 class Scan(Case):
     """A case of volume files: `slices` is one, or pre-contrast, FLAIR and post-contrast.
 
-    A file of one channel is taken for FLAIR, which also stands in for the sequences that are not
-    there. `masks` is empty or one file on FLAIR's grid. A DICOM series is its folder, or one of its
-    files. With `register`, the other sequences are moved to where they fit FLAIR best.
+    A single-channel file is FLAIR, which also stands in for missing sequences. `masks` is empty or
+    one file on FLAIR's grid. A DICOM series is given as its folder or one of its files. With
+    `register`, the other sequences are moved to where they fit FLAIR best.
     """
 
     mask_name: ClassVar[str] = "<scan>_mask.nii.gz"
     grid: Grid  # FLAIR's
     channels: int  # of the file of FLAIR
     register: bool = False
-    chosen: str = ""  # which series of a study were taken
+    chosen: str = ""  # which series of a study are used
 
     @classmethod
     def open(
         cls, name: str, files: Sequence[Path | None], mask: Path | None = None, chosen: str = ""
     ) -> Scan:
-        """Open the scan in one file, or in pre-contrast, FLAIR, post-contrast; no voxel is read.
+        """Open the scan in one file, or in pre-contrast, FLAIR, post-contrast; reads no voxels.
 
-        FLAIR stands in for None. Raises ValueError, naming the file, for a header that cannot be
-        trusted or another patient.
+        FLAIR stands in for None. Raises ValueError, naming the file, for an implausible header or
+        a different patient.
         """
         flair = files[len(files) // 2]
         grid, channels = read_grid(flair)
@@ -103,7 +103,7 @@ class Scan(Case):
 
     @property
     def _others(self) -> dict[str, Path]:
-        """The files of the sequences that have one and are not FLAIR, by the sequence's name."""
+        """Return the files of the sequences other than FLAIR, by sequence name."""
         if len(self.slices) == 1:
             return {}
         pairs = zip(SEQUENCES, self.slices, strict=True)
@@ -129,20 +129,20 @@ class Scan(Case):
                 continue
             if other_frame(path, self.flair):
                 notes.append(
-                    f"{name} has another FrameOfReferenceUID than FLAIR: if the head moved between "
-                    "them, use --register"
+                    f"{name} has a different FrameOfReferenceUID from FLAIR: if the head moved "
+                    "between them, use --register"
                 )
             if grid.difference(self.grid):
                 spacing = " x ".join(f"{length:.2g}" for length in grid.spacing)
                 notes.append(
-                    f"{name} is on another grid than FLAIR ({by(grid.shape)} voxels of {spacing} "
-                    "mm); it is resampled to FLAIR's"
+                    f"{name} is on a different grid from FLAIR ({by(grid.shape)} voxels of "
+                    f"{spacing} mm); it is resampled to FLAIR's"
                 )
         return [f"{self.name}: {note}" for note in notes]
 
     @cached_property
     def movements(self) -> dict[Path, Movement]:
-        """How each other sequence is moved to fit FLAIR; raises ValueError if one does not fit."""
+        """Register each other sequence to FLAIR; raises ValueError if one does not fit."""
         fixed = self.grid.image(self._channel(self.flair))
         return {
             path: register(read_grid(path)[0].image(self._channel(path)), fixed, path)
@@ -150,7 +150,7 @@ class Scan(Case):
         }
 
     def read(self) -> np.ndarray:
-        """The volume (S, H, W, C); raises ValueError, naming the file, if one cannot be used."""
+        """Read the volume (S, H, W, C); raises ValueError, naming the file, if one is unusable."""
         if len(self.slices) == 1:
             voxels = read_voxels(self.flair)
             voxels = np.repeat(voxels, 3, axis=3) if voxels.shape[3] == 1 else voxels
@@ -171,8 +171,8 @@ class Scan(Case):
             return voxels
         if (covered := self.grid.coverage(grid)) < LEAST_COVERED:
             raise ValueError(
-                f"{path}: covers {covered:.0%} of {self.flair.name} by its header; are both of one "
-                "session? Else use --register"
+                f"{path}: covers {covered:.0%} of {self.flair.name} by its header; if it is of "
+                "another session, use --register"
             )
         return move(grid.image(voxels), self.grid)
 
@@ -181,11 +181,11 @@ class Scan(Case):
         """Read voxels (X, Y, Z) of a file of one channel; raises ValueError for more."""
         voxels = read_voxels(path)
         if voxels.shape[3] > 1:
-            raise ValueError(f"{path}: {voxels.shape[3]} channels; give it with --images alone")
+            raise ValueError(f"{path}: {voxels.shape[3]} channels; give it alone, with --images")
         return voxels[..., 0]
 
     def read_mask(self) -> np.ndarray:
-        """The mask (S, H, W), bool: true wherever the mask file holds a label of lesion."""
+        """Read the mask (S, H, W), bool: true wherever the mask file holds a lesion label."""
         (path,) = self.masks
         read_grid(path)[0].check_same(path, self.grid, self.flair)
         voxels = read_voxels(path)
@@ -195,7 +195,7 @@ class Scan(Case):
         return np.ascontiguousarray(self.labels.lesion(mask, self.name))
 
     def write_map(self, path: Path, values: np.ndarray) -> None:
-        """Write values (S, H, W) on the grid of the scan, whole or not at all; bool as 0 and 1."""
+        """Write values (S, H, W) on the scan's grid, whole or not at all; bool as 0 and 1."""
         values = values.view(np.uint8) if values.dtype == bool else values
         voxels = np.ascontiguousarray(self.grid.from_axial(values))
         image = self.grid.image(voxels)
@@ -205,28 +205,28 @@ class Scan(Case):
                 whole = np.array_equal(read_voxels(temporary)[..., 0], voxels)
             except (RuntimeError, ValueError):
                 whole = False
-            if not whole:  # the writer of NIfTI says nothing of a full disk
+            if not whole:  # the NIfTI writer does not report a full disk
                 raise OSError(f"{path}: not written; is the disk full? What was there is kept")
 
 
 def scan_name(path: Path) -> str:
-    """The name of a folder, or of a volume file without its suffix, of which .nii.gz is one."""
+    """Return the name of a folder, or of a volume file without its suffix (.nii.gz is one)."""
     suffixes = () if path.is_dir() else SUFFIXES
     suffix = next((s for s in suffixes if path.name.lower().endswith(s)), "")
     return path.name[: len(path.name) - len(suffix)]
 
 
 def is_scan(path: Path) -> bool:
-    """Whether a path is a volume file that can be read, or the folder of a DICOM series."""
+    """Tell whether a path is a volume file, by its suffix, or the folder of a DICOM series."""
     if path.is_dir():
         return any(map(is_dicom, sorted(path.iterdir())))
     return path.name.lower().endswith(SUFFIXES) and path.name[0] != "."
 
 
 def read_grid(path: Path) -> tuple[Grid, int]:
-    """Read grid and number of channels of a file, but no voxel; ValueError if unusable.
+    """Read the grid and channel count of a file, but no voxels; ValueError if unusable.
 
-    A folder, or a DICOM file without a suffix of a volume, stands for a DICOM series.
+    A folder, or a DICOM file without a volume suffix, stands for a DICOM series.
     """
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file")
@@ -234,7 +234,7 @@ def read_grid(path: Path) -> tuple[Grid, int]:
 
 
 def read_voxels(path: Path) -> np.ndarray:
-    """The voxels (X, Y, Z, C) of a file; ValueError, naming it, if it cannot be read."""
+    """Read the voxels (X, Y, Z, C) of a file; ValueError, naming it, if they cannot be read."""
     if is_nifti(path):
         _check_nifti(path, read_fields(path))
     if path.name.lower().endswith((".mha", ".mhd")):
@@ -253,7 +253,7 @@ def read_voxels(path: Path) -> np.ndarray:
 
 
 def _check_nifti(path: Path, field: dict[str, str]) -> None:
-    """Raise ValueError if voxels are cut short, NaN or infinite: their reader makes them 0."""
+    """Raise ValueError if voxels are cut short, NaN or infinite: the reader would make them 0."""
     offset, kind = int(float(field["vox_offset"])), FLOATS.get(field["datatype"])
     sizes = [int(field[f"dim[{k}]"]) for k in range(1, 1 + int(field["dim[0]"]))]
     left = math.prod(sizes) * int(field["bitpix"]) // 8  # bytes of voxels to come
@@ -261,7 +261,7 @@ def _check_nifti(path: Path, field: dict[str, str]) -> None:
         with open_nifti(path) as file:
             order = byte_order(file.read(offset))
             while part := file.read(1 << 20):  # to the end, where the checksum of a .gz is
-                part = part[:left]  # what follows the voxels is free
+                part = part[:left]  # anything may follow the voxels
                 left -= len(part)
                 if kind:
                     count = len(part) // int(kind[1])
@@ -273,7 +273,7 @@ def _check_nifti(path: Path, field: dict[str, str]) -> None:
 
 
 def _check_metaimage(path: Path) -> None:
-    """Raise ValueError if the voxels are cut short: their reader says so in lines of its own."""
+    """Raise ValueError if voxels are cut short, before the reader prints lines of its own."""
     info = read_information(path)
     with open(path, "rb") as file:
         header = file.read(1 << 16)

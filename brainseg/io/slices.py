@@ -1,4 +1,4 @@
-"""A case: its files in slice order, and how the image of a slice is read."""
+"""A case, its files in slice order, and reading the image of a slice."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import tifffile
 from .files import by
 from .labels import Labels
 
-# What the readers log of a damaged file: `read_slice` says it in one line.
+# Silence the readers on a damaged file: `read_slice` reports it in one line.
 logging.getLogger("tifffile").setLevel(logging.CRITICAL)
 warnings.filterwarnings("ignore", module="PIL")
 
@@ -26,7 +26,7 @@ class Case:
     """The files of one case, in slice order. `masks` is empty if the case has none."""
 
     mask_name: ClassVar[str] = "<slice>_mask.tif"
-    notes: ClassVar[Sequence[str]] = ()  # what the user should know of the way it is read
+    notes: ClassVar[Sequence[str]] = ()  # what the user should know about how it is read
     # Millimetres from slice to slice, row to row, column to column; None: not recorded.
     spacing: ClassVar[tuple[float, float, float] | None] = None
     name: str
@@ -37,40 +37,40 @@ class Case:
 
     @property
     def folder(self) -> Path:
-        """What to call the case in a message: where its files are."""
+        """Return where the case's files are, to name it in a message."""
         return self.slices[0].parent
 
     @property
     def files(self) -> list[Path]:
-        """Everything that is read; what changes if the case changes."""
+        """List every file that is read; if the case changes, one of these does."""
         return [*self.slices, *self.masks]
 
     @property
     def aspect(self) -> float:
-        """Height of a pixel over its width; 1 where they differ by 1 % at most, or are unknown."""
+        """Return pixel height over width; 1 if they differ by at most 1 % or are unknown."""
         if not self.spacing:
             return 1.0
         ratio = self.spacing[1] / self.spacing[2]
         return ratio if abs(ratio - 1) > 0.01 else 1.0
 
     def read(self) -> np.ndarray:
-        """The volume (S, H, W, C), in the data type of its files.
+        """Read the volume (S, H, W, C), in the data type of its files.
 
-        Raises ValueError, naming the file, for slices that are damaged or do not fit together.
+        Raises ValueError, naming the file, if a slice is damaged or differs in shape.
         """
         return _stack([read_slice(path) for path in self.slices], self.slices)
 
     def read_mask(self) -> np.ndarray:
-        """The mask (S, H, W), bool: true wherever a mask file holds a label of lesion."""
+        """Read the mask (S, H, W), bool: true wherever a mask file holds a lesion label."""
         masks = _stack([read_slice(path) for path in self.masks], self.masks)
         if masks.shape[-1] in (2, 4):  # the last channel is opacity
             masks = masks[..., :-1]
         return self.labels.lesion(masks.max(axis=-1), self.name)
 
     def read_pair(self) -> tuple[np.ndarray, np.ndarray]:
-        """The volume and its mask; raises ValueError if there is none or it has another shape."""
+        """Read the volume and its mask; ValueError if the mask is missing or of another shape."""
         if not self.masks:
-            raise ValueError(f"{self.folder}: has no mask; put it beside, as {self.mask_name}")
+            raise ValueError(f"{self.folder}: has no mask; put one beside it, as {self.mask_name}")
         volume, mask = self.read(), self.read_mask()
         if volume.shape[:3] != mask.shape:
             raise ValueError(
@@ -81,12 +81,12 @@ class Case:
 
 
 def read_slice(path: Path) -> np.ndarray:
-    """One image (H, W, C) of 8 or 16 bits or of floats; ValueError, naming the file, if damaged."""
+    """Read one image (H, W, C), 8 or 16 bits or float; ValueError, naming the file, if damaged."""
     try:
         image = _read_png(path) if path.suffix.lower() == ".png" else _read_tiff(path)
     except (FileNotFoundError, PermissionError, MemoryError):
         raise
-    except Exception as error:  # each library has its own, some of them bare
+    except Exception as error:  # each library raises its own, some a bare Exception
         raise ValueError(f"{path}: not a readable image, or cut short; export it again") from error
     if image.ndim == 2:
         image = image[..., None]
@@ -110,7 +110,7 @@ def _read_png(path: Path) -> np.ndarray:
 
 
 def _read_tiff(path: Path) -> np.ndarray:
-    """The one page of a TIFF; of several, an array of 4 axes, which no slice has."""
+    """Read the one page of a TIFF; several give an array of 4 axes, which `read_slice` rejects."""
     try:
         with tifffile.TiffFile(path) as tiff:
             if not tiff.pages:
