@@ -1,12 +1,12 @@
-"""A web page and an HTTP API that segment the scans they are sent.
+"""Serve a web page and an HTTP API that segment uploaded scans.
 
     python3 app.py                                     http://127.0.0.1:7860, for this machine only
     BRAINSEG_AUTH=me:secret python3 app.py --host 0.0.0.0          for a network, with a password
     curl --fail-with-body -F images=@scan.nii.gz http://127.0.0.1:7860/api/segment -o result.zip
 
-The page takes one case, as inference.py does: a volume file (no .mhd), slices, a zip archive of
-slices or of a DICOM series. An upload is deleted once it is segmented, and so is everything made of
-it once it is sent; nothing is fetched from other hosts. Needs: pip install -r requirements-app.txt
+The page takes one case, as inference.py does: a volume file (not .mhd), slices, or a zip archive of
+slices or of a DICOM series. An upload is deleted once it is segmented, and its results once they
+are sent. Nothing is fetched from other hosts. Needs: pip install -r requirements-app.txt
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ from utils import (
 def get_parser() -> argparse.ArgumentParser:
     parser = make_parser(__doc__)
     parser.add_argument(
-        "--weights", type=Path, nargs="+", help="as for inference.py (those of the project)"
+        "--weights", type=Path, nargs="+", help="as for inference.py (the shipped weights)"
     )
     add_segmenter_options(parser, workers=False)
     add = parser.add_argument_group("server").add_argument
     add("--host", type=str, default="127.0.0.1", help="address to listen on (%(default)s)")
-    add("--port", type=int, default=7860, help="(%(default)s)")
-    add("--auth", type=str, help="user:password that is asked for (BRAINSEG_AUTH; none)")
-    add("--max-upload", type=int, default=256, help="MiB of one upload (%(default)s)")
-    add("--time-limit", type=float, default=300, help="seconds to read, or segment, one (300)")
-    add("--queue", type=int, default=64, help="uploads at once; one is segmented, others wait (64)")
+    add("--port", type=int, default=7860, help="port to listen on (%(default)s)")
+    add("--auth", type=str, help="user:password to ask for (BRAINSEG_AUTH; none)")
+    add("--max-upload", type=int, default=256, help="largest upload in MiB (%(default)s)")
+    add("--time-limit", type=float, default=300, help="seconds to read or segment an upload (300)")
+    add("--queue", type=int, default=64, help="uploads at once: one is segmented, others wait (64)")
     return parser
 
 
@@ -51,11 +51,11 @@ def main(argv: list[str] | None = None) -> None:
     options = segmenter_options(parser, args)
     args.auth = args.auth or os.environ.get("BRAINSEG_AUTH")
     if args.auth and not all(args.auth.partition(":")):
-        parser.error("--auth is user:password")
+        parser.error("--auth must be user:password")
     if min(args.max_upload, args.queue) < 1 or not 0 < args.time_limit < 1e6:
         parser.error("--max-upload, --time-limit and --queue must be above 0")
     if not 0 <= args.port < 2**16:
-        parser.error("--port goes from 0 to 65535")
+        parser.error("--port must be from 0 to 65535")
     try:
         with errors_in_one_sentence("stopped"):
             run(args, options)
@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def run(args: argparse.Namespace, options: dict) -> None:
-    """Serve until a signal comes; raises OSError for an address that cannot be listened on."""
+    """Serve until a signal comes. Raises OSError if the address cannot be listened on."""
     import uvicorn
 
     from server.api import make_app
@@ -72,7 +72,7 @@ def run(args: argparse.Namespace, options: dict) -> None:
     from server.security import is_loopback
     from server.uploads import MIB, Limits
 
-    logging.getLogger("python_multipart").setLevel(logging.CRITICAL)  # the answer says it all
+    logging.getLogger("python_multipart").setLevel(logging.CRITICAL)  # the response says it all
     segmenter = Segmenter.from_weights(args.weights or shipped_weights("unet"), **options)
     limits = Limits(upload=args.max_upload * MIB, seconds=args.time_limit)
     app = make_app(Service(segmenter, limits), args.host, args.auth, args.queue)
@@ -80,12 +80,12 @@ def run(args: argparse.Namespace, options: dict) -> None:
     try:
         listener = socket.create_server((args.host, args.port), family=family)
     except OSError as error:
-        known = error.errno and error.errno > 0  # not so of a host that has no address
+        known = error.errno and error.errno > 0  # not so if the host has no address
         reason = (os.strerror(error.errno) if known else error.strerror or str(error)).lower()
-        raise OSError(f"{args.host}:{args.port}: {reason}; choose --host and --port") from error
+        raise OSError(f"{args.host}:{args.port}: {reason}; change --host or --port") from error
     config = uvicorn.Config(app, ws="none", log_level="warning", timeout_graceful_shutdown=2)
     if not args.auth and not is_loopback(args.host):
-        print("no --auth: everybody who reaches this machine can use it", file=sys.stderr)
+        print("no --auth: anyone who can reach this machine can use it", file=sys.stderr)
     host = f"[{args.host}]" if ":" in args.host else args.host
     print(f"http://{host}:{args.port}", flush=True)
     uvicorn.Server(config).run(sockets=[listener])

@@ -17,11 +17,11 @@ from brainseg.io.slices import Case
 from brainseg.preprocess import neighbourhoods
 from brainseg.splits import check_folds, select_cases, split_folds, subset_of
 
-MOST = 0.5  # of the free memory of a device; a training step needs the rest
+MOST = 0.5  # share of a device's free memory; a training step needs the rest
 
 
 def check_channels(volumes: Sequence[Prepared]) -> int:
-    """Return the number of channels; ValueError, naming cases, if it differs between them."""
+    """Return the number of channels. Raises ValueError, naming cases, if they differ in it."""
     channels = {volume.images.shape[1]: volume.case.folder for volume in volumes}
     if len(channels) > 1:
         listed = ", ".join(f"{count} in {folder}" for count, folder in sorted(channels.items()))
@@ -36,10 +36,10 @@ def open_cases(sources: Sequence[Source], skip_bad: bool = False) -> list[Case]:
 
 
 class BrainSegmentationDataset(Dataset):
-    """The slices of a subset: index to (image (C, N, N), mask (1, N, N)), float32, always the same.
+    """Slices of a subset: item i is (image (C, N, N), mask (1, N, N)), float32, not augmented.
 
-    `images_dir` holds one folder a case, with masks. Raises FileNotFoundError or ValueError,
-    naming the file or folder, for anything that cannot be used. `how` are options of `prepare`.
+    `images_dir` has one folder per case, with masks. Raises FileNotFoundError or ValueError,
+    naming the file or folder, if anything cannot be used. `how` are options of `prepare`.
     """
 
     def __init__(self, images_dir: Path | str, subset="train", image_size=256, cache=None, **how):
@@ -54,7 +54,7 @@ class BrainSegmentationDataset(Dataset):
 
     @classmethod
     def of(cls, volumes: list[Prepared]) -> BrainSegmentationDataset:
-        """Make a data set of volumes that are prepared already."""
+        """Make a data set from prepared volumes."""
         return cls.__new__(cls)._hold(volumes)
 
     @classmethod
@@ -66,7 +66,7 @@ class BrainSegmentationDataset(Dataset):
         skip_bad: bool = False,
         **how,
     ) -> tuple[BrainSegmentationDataset, BrainSegmentationDataset]:
-        """Open the two subsets that a training needs, of a folder or of cases already listed.
+        """Open the two subsets for training, from a folder or from listed cases.
 
         Test cases are never opened. With `folds`, the subsets are those of a cross-validation
         (`split_folds`). With `skip_bad`, cases that cannot be read are named on stderr and left
@@ -75,7 +75,7 @@ class BrainSegmentationDataset(Dataset):
         sources = list_cases(images) if isinstance(images, (str, Path)) else images
         if folds is None:
             train, validation = (select_cases(sources, part) for part in ("train", "validation"))
-        else:  # any fold needs all cases but those of the test
+        else:  # every fold needs all cases except the test cases
             check_folds([source.name for source in sources], folds, fold)
             train, validation = [s for s in sources if subset_of(s.name) != "test"], []
         cases = open_cases([*train, *validation], skip_bad)
@@ -89,7 +89,7 @@ class BrainSegmentationDataset(Dataset):
         }
         for verb, part in parts.items():
             if not part:
-                raise ValueError(f"no case to {verb} on is left that can be read")
+                raise ValueError(f"no readable case is left to {verb} on")
         check_channels(volumes)
         cases[0].labels.check()
         return tuple(map(cls.of, parts.values()))
@@ -104,7 +104,7 @@ class BrainSegmentationDataset(Dataset):
     def batch(self, indices: Sequence[int], neighbours: int = 0) -> tuple[Tensor, Tensor]:
         """Return several slices as stored: (B, C, N, N) float16 and (B, 1, N, N) bool.
 
-        With K `neighbours` on either side, their channels come too: (B, (2 K + 1) C, N, N).
+        K `neighbours` on either side add their channels: (B, (2 K + 1) C, N, N).
         """
         images, masks = [], []
         for v, s in (self._place[index] for index in indices):
@@ -120,11 +120,11 @@ class BrainSegmentationDataset(Dataset):
         return self.volumes[v].name, self.volumes[v].case.numbers[s]
 
     def sampling_weights(self, background: float = 0.1) -> Tensor:
-        """Compute the probability (len(self),) of each slice in training.
+        """Compute the probability (len(self),) of drawing each slice in training.
 
-        A case is drawn uniformly, then a slice by its mask area plus `background` times the case's
-        mean area, so that background / (1 + background) of the draws are even over its slices; a
-        case without lesion draws its slices evenly.
+        A case is drawn uniformly, then a slice in proportion to its mask area plus `background`
+        times the case's mean area: background / (1 + background) of the draws are uniform over its
+        slices, and all of them in a case without lesion.
         """
         weights = []
         for volume in self.volumes:
@@ -137,9 +137,9 @@ class BrainSegmentationDataset(Dataset):
 class Feed:
     """Batches (images (B, C, N, N) float16, masks (B, 1, N, N) bool) of a data set, as stored.
 
-    A GPU holds the whole data set if that takes at most half of its free memory; otherwise threads
-    gather batches ahead, in memory that the GPU can fetch them from while it computes. With K
-    `neighbours` on either side of each slice, there are 2 K + 1 times the channels.
+    The device holds the whole data set if that takes at most half of its free memory; otherwise
+    threads gather batches ahead, in memory that a GPU can fetch them from while it computes. K
+    `neighbours` on either side of each slice make 2 K + 1 times the channels.
     """
 
     def __init__(
@@ -163,8 +163,8 @@ class Feed:
             self.place = f"{size / 2**30:.1f} GiB of slices in host memory"
 
     def batches(self, drawn: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the batches of these slices; each of `drawn` holds indices (B,)."""
-        if self.on_device:  # the indices go there in one piece, so that no step waits for them
+        """Yield a batch for each item of `drawn`, a tensor of slice indices (B,)."""
+        if self.on_device:  # indices are copied all at once, so no step waits for them
             indices = to_device(torch.cat(list(drawn)), self.device)
             for part in indices.split([len(batch) for batch in drawn]):
                 yield self.images[self.seen[part]].flatten(1, 2), self.masks[part]

@@ -5,20 +5,19 @@
     python3 evaluate.py --images ./kaggle_3m --weights cv/ --subset train validation   folds, pooled
     python3 evaluate.py --images ./kaggle_3m --weights a/unet.pt predictions/metrics.csv
 
-Each of --weights is a model: a weights file, or an .onnx file of export.py; a folder of weights
-files, an ensemble, whose cases are scored by those networks that were not trained on the patient
-(of a cross-validation, one for its own cases, all of them for others); or the metrics.csv that
-inference.py wrote. NAME=PATH gives it a name. The others are compared with the first one, case by
-case. A case that one of the models was trained on counts for none; one on which train.py --keep
-best has chosen an epoch counts, and is named as such. --threshold, --tta and the like do not
-change a metrics.csv.
+Each of --weights is a model: a weights file, an .onnx file from export.py, a folder of weights
+files (an ensemble), or a metrics.csv that inference.py wrote. NAME=PATH names it. An ensemble
+scores each case with the networks that were not trained on its patient: after cross-validation, one
+network for its own cases, all of them for others. Models are compared with the first one, case by
+case. A case that any model was trained on is left out for all; a case on which train.py --keep best
+chose the epoch counts, but is marked. --threshold, --tta and the like do not change a metrics.csv.
 
---fit-expected-dsc learns from these scores what DSC to expect of a mask without a truth, and writes
-it into the cards of the weights (see brainseg/ensemble.py), with expected_dsc.png in OUT. The
---min-volume that it is given becomes the default of these weights.
+--fit-expected-dsc learns from these scores to predict the DSC of a mask without a truth, and writes
+the fit into the cards of the weights (see brainseg/ensemble.py) and expected_dsc.png to OUT. The
+--min-volume given with it becomes the default of these weights.
 
-Writes scores.csv (a line a model and case), summary.json, scores.png and gallery.png to OUT, and
-with --report one page that holds all of it and needs no network.
+Writes scores.csv (a row per model and case), summary.json, scores.png and gallery.png to OUT and,
+with --report, one self-contained page with all of it.
 """
 
 from __future__ import annotations
@@ -46,8 +45,8 @@ def get_parser() -> argparse.ArgumentParser:
         help="all, train, validation, test, or several (validation)")
     add("--cases", type=str, nargs="+", help="only these cases")
     utils.add_cohort_options(add)
-    add("--weights", type=str, nargs="+", help="the models, as above (the one of the project)")
-    add("--fit-expected-dsc", action="store_true", help="learn what DSC to expect of a mask")
+    add("--weights", type=str, nargs="+", help="the models, as above (the shipped weights)")
+    add("--fit-expected-dsc", action="store_true", help="learn to predict the DSC of a mask")
     utils.add_segmenter_options(parser)
     add, _ = parser.group("where to")
     add("--out", type=Path, default="./evaluation", help="folder to write to")

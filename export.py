@@ -1,4 +1,4 @@
-"""Turn weights that were trained into weights to hand on, or into a file that runs by itself.
+"""Turn trained weights into weights to share, or into a file that runs without this project.
 
     python3 export.py --weights weights/unet.pt                      weights/unet-<hash>.pt, card
     python3 inference.py --weights weights/unet-<hash>.pt --subset validation
@@ -8,17 +8,17 @@
     python3 inference.py --weights weights/unet-<hash>.onnx --images ./scans
     python3 export.py --weights weights/unet.pt --format torch-export   weights/unet-<hash>.pt2
 
-The name carries the first eight digits of the file's SHA-256, which is checked whenever the file is
-opened. Weights: convolution kernels are stored in half precision; of several files or a folder,
-each. The third command adds scores to the card; it counts only cases that the weights were not
-trained on.
+The name contains the first eight digits of the file's SHA-256, which is checked whenever the file
+is opened. Weights are stored with their convolution kernels in half precision; several files, or a
+folder, are exported one by one. The third command adds scores to the card, counting only cases that
+the weights were not trained on.
 
-The other formats hold the network, batch norm folded, from preprocessed slices (N, C, H, W) to
-probabilities (N, K, H, W), both float32, of any number and of any height and width that 16
-divides; and the card, which says how to preprocess. Of several weights files, or a folder, they
-average the probabilities; a last channel holds the standard deviation over the networks. They are
-compared with the network in PyTorch before they are written. A .pt2 is for programs of your own
-(torch.export.load): nothing here opens one, as opening it could run code that it holds.
+The other formats contain the card, which says how to preprocess, and the network, batch norm
+folded: preprocessed slices (N, C, H, W) in, probabilities (N, K, H, W) out, both float32, for any N
+and any H and W divisible by 16. Several weights files, or a folder, become one ensemble: it
+averages the probabilities and adds a channel with their standard deviation. The results are
+compared with PyTorch's before the file is written. A .pt2 is for your own programs
+(torch.export.load): nothing here opens one, because that could run code in it.
 """
 
 from __future__ import annotations
@@ -65,18 +65,18 @@ def get_parser() -> argparse.ArgumentParser:
     parser = make_parser(__doc__)
     add, _ = parser.group("what")
     add("--weights", type=Path, nargs="+", required=True,
-        help="file that train.py wrote, several, or a folder of them")
+        help="file written by train.py, several, or a folder of them")
     add("--format", type=str, choices=("weights", *FORMATS), default="weights",
         help="weights, onnx or torch-export")
-    add("--metrics", type=Path, help="metrics.csv of inference.py with the weights")
+    add("--metrics", type=Path, help="metrics.csv that inference.py wrote with these weights")
     add("--subset", type=str, choices=(*SUBSETS, "all"), default="validation",
-        help="which cases it scores")
-    add("--out", type=Path, help="folder (that of --weights)")
+        help="which of its cases to count")
+    add("--out", type=Path, help="folder to write to (that of --weights)")
     add, _ = parser.group("onnx and torch-export")
     add("--precision", type=str, choices=TOLERANCES,
-        help="float32 or float16, of the network inside (float32)")
+        help="precision of the network: float32 or float16 (float32)")
     add("--images", type=Path,
-        help="cases, to compare on the first (./kaggle_3m, or a synthetic one if it is missing)")
+        help="cases, the first is compared (./kaggle_3m, or a synthetic case if it is missing)")
     return parser
 
 
@@ -86,7 +86,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.format == "weights" and (args.precision or args.images):
         parser.error("--precision and --images go with --format onnx or torch-export")
-    with errors_in_one_sentence("stopped; files are complete, or not there"):
+    with errors_in_one_sentence("stopped; no incomplete file was left"):
         files = weights_files(args.weights)
         if args.format != "weights":
             write_network(files, args.weights, args.format, args.precision, args.images, args.out)
@@ -104,7 +104,7 @@ def write_weights(weights: Path, out: Path, metrics: Path | None, subset: str) -
     card = with_licence(read_card(weights) | {"model": name, "settings": model.settings})
     if metrics:
         card.setdefault("scores", {})[subset] = scores_of_unseen(metrics, weights, subset)
-    buffer = io.BytesIO()  # in a file, torch.save would write the file's name too
+    buffer = io.BytesIO()  # given a path, torch.save would store its name too
     torch.save(halve(state), buffer)
     content = buffer.getvalue()
     path = named_by_hash(out, name, ".pt", content)
@@ -115,7 +115,7 @@ def write_weights(weights: Path, out: Path, metrics: Path | None, subset: str) -
 
 
 def with_licence(card: dict) -> dict:
-    """Add the licence of the LGG data to the card of what was trained on it."""
+    """Add the licence of the LGG data to a card if the weights were trained on it."""
     of_lgg = any(map(is_lgg, card.get("cases", {}).get("train", ())))
     return card | {"licence": LICENCE} if of_lgg else card
 
@@ -126,7 +126,7 @@ def named_by_hash(out: Path, stem: str, suffix: str, content: bytes) -> Path:
 
 
 def halve(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Put kernels in half precision; keep batch norm and biases, small and sensitive."""
+    """Convert kernels to half precision; keep batch norm and biases, small but sensitive."""
     halved = {k: v.half() if v.is_floating_point() and v.ndim > 1 else v for k, v in state.items()}
     programs.check_finite(halved)
     return halved
@@ -135,7 +135,7 @@ def halve(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def scores_of_unseen(path: Path, weights: Path, subset: str) -> dict:
     """Summarise the DSC of the cases of a subset that the weights were not trained on.
 
-    Raises ValueError if the metrics.csv at `path` is not of these weights, by args.json beside it.
+    Raises ValueError if the args.json beside the metrics.csv at `path` names other weights.
     """
     scores, about = read_scores(path, ["dsc"]), path.with_name("args.json")
     try:
@@ -144,7 +144,8 @@ def scores_of_unseen(path: Path, weights: Path, subset: str) -> dict:
         made_with = ()
     if file_hash(weights) not in made_with:
         raise ValueError(
-            f"{path}: is not of {weights}, by the {about.name} beside it; run inference.py with it"
+            f"{path}: was not made with {weights}, according to {about.name} beside it; "
+            "run inference.py with these weights"
         )
     cases = {
         case: round(row["dsc"], 4)
@@ -153,7 +154,8 @@ def scores_of_unseen(path: Path, weights: Path, subset: str) -> dict:
     }
     if not cases:
         raise ValueError(
-            f"{path}: scores no case of subset {subset} that the weights were not trained on"
+            f"{path}: has no case of subset {subset} that the weights were not trained on; "
+            "choose another --subset"
         )
     summary = summarise(list(cases.values()), [patient_of(case) for case in cases])
     return {"metric": "DSC per volume", **summary, "cases": cases}
@@ -167,10 +169,10 @@ def write_network(
     images: Path | None,
     out: Path | None,
 ) -> None:
-    """Write an ONNX file or an exported program of weights, one network or an ensemble.
+    """Write one network or an ensemble as an ONNX file or an exported program.
 
-    It is named after the path that was `given`, or "ensemble" if several were. Raises ValueError,
-    and writes nothing, if its probabilities are not those of PyTorch.
+    The file is named after the `given` path, or "ensemble" if several were given. Raises ValueError
+    and writes nothing if its probabilities differ from PyTorch's.
     """
     if form == "onnx":
         for package in ("onnxscript", "onnxruntime"):
@@ -196,8 +198,8 @@ def write_network(
         difference = programs.largest_difference(network, model, slices)
         if not difference <= TOLERANCES[precision]:
             raise ValueError(
-                f"{path}: not written, as its probabilities are up to {difference:.2g} off those "
-                f"of {given[0]} on {case}; export it in float32, or with another PyTorch"
+                f"{path}: not written, as its probabilities differ by up to {difference:.2g} from "
+                f"those of {given[0]} on {case}; export it in float32, or with another PyTorch"
             )
     networks = f", {len(files)} networks" * (len(files) > 1)
     print(

@@ -1,29 +1,29 @@
 """Segment cases, with or without masks, and score those that have masks.
 
-    python3 inference.py --images ./kaggle_3m                    every case, the shipped weights
+    python3 inference.py --images ./kaggle_3m                    every case; shipped weights
     python3 inference.py --images ./scans/patient_7              one case: a folder of slices
     python3 inference.py --images ./scans/patient_7.nii.gz       NIfTI, NRRD, MetaImage, DICOM
     python3 inference.py --flair f.nii.gz --post t1ce.nii.gz     one file per sequence
     python3 inference.py --images ./kaggle_3m --subset validation
     python3 inference.py --images ./kaggle_3m --weights weights/unet.pt --skip-existing
     torchrun --nproc-per-node=4 inference.py --images ./cohort   cases shared by four GPUs
-    python3 inference.py --images ./kaggle_3m --weights weights/unet-<hash>.onnx   of export.py
-    python3 inference.py --images ./kaggle_3m --weights folds/   an ensemble: all weights in it
-    python3 inference.py --images ./cohort --report report.html  one page to look through
-    python3 inference.py --images ./dicom --dicom-seg            a Segmentation for the archive
-    python3 inference.py --config settings.yaml                  the names of the flags; flags win
+    python3 inference.py --images ./kaggle_3m --weights weights/unet-<hash>.onnx   from export.py
+    python3 inference.py --images ./kaggle_3m --weights folds/   all weights in it, averaged
+    python3 inference.py --images ./cohort --report report.html  one page to browse
+    python3 inference.py --images ./dicom --dicom-seg            also a DICOM Segmentation
+    python3 inference.py --config settings.yaml                  flag names as keys; flags win
 
-For every source slice, PREDICTIONS/<case>/ gets <case>_<k>_mask.tif (0 or 255, the source's
-height and width) and <case>_<k>.png with the outline drawn (green truth, red prediction);
-PREDICTIONS/<case>.gif shows them one after another. A volume file gets one mask on its own grid,
-PREDICTIONS/<case>_mask.nii.gz, in place of the TIFFs. volumes.csv has a line per case: what was
-found, how large, the DSC to expect, and a warning where a mask needs a look or the case could not
-be read. Where cases have masks, metrics.csv and the figure of sorted DSCs are written too, and
-cases that the weights were trained on are marked. With --skip-existing, both tables keep the lines
-of other cases. args.json says how it was done.
+For each source slice, PREDICTIONS/<case>/ gets <case>_<k>_mask.tif (0 or 255, height and width
+of the source) and <case>_<k>.png with outlines (truth green, prediction red);
+PREDICTIONS/<case>.gif animates them. A volume file gets one mask on its own grid instead of the
+TIFFs, PREDICTIONS/<case>_mask.nii.gz. volumes.csv has a row per case: what was found, its volume,
+the expected DSC, and a warning if the mask needs checking or the case could not be read. If cases
+have masks, metrics.csv and a figure of sorted DSCs are written too, with the cases that the weights
+were trained on marked. With --skip-existing, both tables keep the rows of other cases. args.json
+records how the run was made.
 
---probabilities adds <case>_probability.nii.gz (float32), or <case>_<k>_probability.tif, and for an
-ensemble the standard deviation of its networks, _disagreement. --dicom-seg adds <case>_seg.dcm.
+--probabilities adds <case>_probability.nii.gz (float32) or <case>_<k>_probability.tif and, for an
+ensemble, the standard deviation over its networks, _disagreement. --dicom-seg adds <case>_seg.dcm.
 """
 
 from __future__ import annotations
@@ -61,24 +61,24 @@ from brainseg.weights import file_hash, read_card, shipped_weights, weights_file
 def get_parser() -> argparse.ArgumentParser:
     parser = utils.make_parser(__doc__)
     add, _ = parser.group("what")
-    add("--images", type=Path, help="cases, or one case (./kaggle_3m)")
-    add("--flair", type=Path, help="in place of --images: the FLAIR sequence of one scan")
+    add("--images", type=Path, help="folder of cases, or one case (./kaggle_3m)")
+    add("--flair", type=Path, help="instead of --images: the FLAIR sequence of one scan")
     add("--pre", type=Path, help="with --flair: pre-contrast, on any grid (FLAIR)")
     add("--post", type=Path, help="with --flair: post-contrast, on any grid (FLAIR)")
-    add("--register", action="store_true", help="move the other sequences to fit FLAIR")
+    add("--register", action="store_true", help="register the other sequences to FLAIR")
     add("--subset", type=str, default="all", help=f"all, {', '.join(SUBSETS)}")
     add("--cases", type=str, nargs="+", help="only these cases")
     utils.add_cohort_options(add)
     add("--skip-existing", action="store_true", help="keep the masks of an earlier run")
     add("--weights", type=Path, nargs="+",
-        help="weights or .onnx file; several, or a folder: averaged (those of the project)")
+        help="weights or .onnx file; several, or a folder, are averaged (the shipped weights)")
     utils.add_segmenter_options(parser)
     add, _ = parser.group("where to")
     add("--predictions", type=Path, default="./predictions", help="folder to write to")
-    add("--figure", type=Path, default="./dsc.png", help="bars of each case's DSC")
-    add("--probabilities", action="store_true", help="write maps of the lesion probability too")
-    add("--dicom-seg", action="store_true", help="of a DICOM series, write a Segmentation too")
-    add("--report", type=Path, help="HTML page to write: every case at its largest lesion slice")
+    add("--figure", type=Path, default="./dsc.png", help="bar chart of each case's DSC")
+    add("--probabilities", action="store_true", help="also write maps of the lesion probability")
+    add("--dicom-seg", action="store_true", help="also write a Segmentation of each DICOM series")
+    add("--report", type=Path, help="HTML page to write: each case at its slice with most lesion")
     return parser
 
 
@@ -91,27 +91,27 @@ def main(argv: list[str] | None = None) -> None:
         if (args.pre or args.post) and not args.flair:
             parser.error("--pre and --post go with --flair")
         if args.flair and (args.images or args.cases or args.sequences or args.subset != "all"):
-            parser.error("--flair is one scan; --images, --cases and the like choose others")
-    stopped = "stopped; finished cases are kept, go on with --skip-existing"
+            parser.error("--flair is one scan; leave out --images, --cases, --sequences, --subset")
+    stopped = "stopped; finished cases are kept: continue with --skip-existing"
     with utils.errors_in_one_sentence(stopped):
         try:
             with distributed.process_group():
                 failed = run(args, options)
         except torch.OutOfMemoryError as error:
             reason = str(error).splitlines()[0]
-            utils.fail(f"out of memory beside the network: {reason}; use --device cpu")
+            utils.fail(f"out of memory outside the network: {reason}; use --device cpu")
     if failed:
         sys.exit(1)
 
 
 def run(args: argparse.Namespace, options: dict) -> int:
-    """Segment the chosen cases, write and report; the number of cases with an error.
+    """Segment the chosen cases, write and report; return the number of cases with an error.
 
     Several processes share the cases; the main one writes the tables and reports on all.
     """
     weights = args.weights or [shipped_weights("unet")]
     about = utils.provenance(args)  # before this process takes its part of the machine
-    # The first rank of a machine keeps what TensorRT builds, and the others find it.
+    # The first rank of a machine caches what TensorRT builds, for the others.
     with distributed.local_rank_zero_first():
         device = distributed.rank_device(options["device"])
         segmenter = Segmenter.from_weights(weights, **options | {"device": device})
@@ -126,7 +126,7 @@ def run(args: argparse.Namespace, options: dict) -> int:
     cards = {file: read_card(file) for file in files}
     say_without_card([file for file in files if not cards[file]], segmenter)
     about["weights"] = {str(file): file_hash(file) for file in files}
-    about["args"]["min_volume"] = segmenter.min_volume  # that of the card where none was asked for
+    about["args"]["min_volume"] = segmenter.min_volume  # the card's, unless given
     about["since"] = since(args.predictions, about, args.skip_existing)
     algorithm = f"brainseg {' '.join(file.stem for file in files)}", about["commit"] or "unknown"
     outputs = Outputs(
@@ -153,25 +153,25 @@ def run(args: argparse.Namespace, options: dict) -> int:
 def list_sequences(
     flair: Path, pre: Path | None, post: Path | None, labels: list[int] | None, patients: str | None
 ) -> list[Scan]:
-    """List the one scan with one file per sequence."""
+    """Return a list of the one scan that has one file per sequence."""
     scan = find_sequences(flair, pre, post)
     use_patients(patients, [scan.name])
     return [replace(scan, labels=Labels(labels))]
 
 
 def say_without_card(files: Sequence[Path], segmenter: Segmenter) -> None:
-    """Say on stderr what weights without a card are taken for."""
+    """Say on stderr what is assumed about weights without a card."""
     size, version = segmenter.image_size, segmenter.version
     for file in files if distributed.is_main_process() else ():
         print(
-            f"{file}: has no card (.json); taken for weights of preprocessing {version} and "
-            f"slices of {size} x {size}: put its card beside it",
+            f"{file}: has no card (.json); assuming preprocessing {version} and slices of "
+            f"{size} x {size}: put its card beside it",
             file=sys.stderr,
         )
 
 
 def check_labels(labels: Labels) -> None:
-    """Raise ValueError if a label that was asked for is in no mask that any rank has read."""
+    """Raise ValueError if a requested label is in none of the masks that the ranks have read."""
     for found in distributed.gather([labels.found]):
         labels.found.update(found)
     labels.check()
@@ -184,7 +184,7 @@ def segment(
     workers: int | None,
     register: bool,
 ) -> list[Result]:
-    """Segment this process's share of the cases, and write the tables of all; their results."""
+    """Segment this process's share of the cases, write the tables; return the results of all."""
     done, own = [], distributed.shard(sources)
     results = segment_all(own, segmenter, outputs, workers, register)
     hidden = None if distributed.is_main_process() else True
@@ -205,7 +205,7 @@ def segment(
 def check_outputs(
     sources: Sequence[Source | Case], predictions: Path, figure: Path, page: Path | None, seg: bool
 ) -> None:
-    """Raise ValueError or OSError if results could not be written, or would overwrite sources."""
+    """Raise ValueError or OSError if results cannot be written or would overwrite sources."""
     check_writable(predictions)
     check_writable(figure.parent)
     if page:
@@ -214,10 +214,10 @@ def check_outputs(
     if seg:
         check_dicom_packages()
         if not any(map(holds_dicom, paths)):
-            raise ValueError(f"{paths[0]}: is no DICOM series; leave --dicom-seg out")
+            raise ValueError(f"{paths[0]}: is not a DICOM series; leave out --dicom-seg")
     for source in sources:
         path, target = source.folder.resolve(), predictions.resolve()
-        # Also of a volume file, as true masks lie beside it, and through links.
+        # Volume files too, as true masks are beside them; links are followed.
         if path in (target, *((target / n).resolve() for n in (path.name, source.name))):
             raise ValueError(f"{path}: is a source; name another folder with --predictions")
 
@@ -225,7 +225,7 @@ def check_outputs(
 def report(
     done: list[Result], network: str, folder: Path, figure: Path, page: Path | None, about: dict
 ) -> None:
-    """Print the tables and what was done by which `network`, draw the figure and the page."""
+    """Print the tables and a summary that names the `network`; draw the figure and the page."""
     rows = [result.volumes for result in done]
     print(volumes_table(rows, folder / "volumes.csv").as_text(), end="\n\n")
     if scores := [result.scores for result in done if result.scores]:

@@ -1,8 +1,8 @@
 """Losses on logits (N, K, H, W) against masks of the same shape, 0 or 1.
 
-Each is computed in float32 whatever the network's precision, and is finite for empty masks. Each
-is a function of sums over the batch; where ranks share the batch, `total` adds those up
-(`distributed.all_reduce_sum`), and the loss is that of the whole batch on every rank.
+Each is computed in float32, whatever the network's precision, and is finite for empty masks. Each
+is a function of sums over the batch; if ranks share the batch, `total` adds those up
+(`distributed.all_reduce_sum`), and every rank gets the loss of the whole batch.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ def dice_loss(logits: Tensor, target: Tensor, smooth: float = 1.0, total: Total 
     """Compute 1 - soft Dice of the whole batch, averaged over output channels.
 
     Milletari, Navab and Ahmadi 2016 (https://arxiv.org/abs/1606.04797), without the squares and
-    with a `smooth` voxel in both terms, so that an empty batch predicted empty has loss 0.
+    with a `smooth` voxel in both terms: an empty batch predicted empty has loss 0.
     """
     probabilities, target = torch.sigmoid(logits.float()), target.float()
     overlap = (probabilities * target).sum(dim=(0, 2, 3))  # (K,)
@@ -30,7 +30,7 @@ def dice_loss(logits: Tensor, target: Tensor, smooth: float = 1.0, total: Total 
 
 
 def bce_dice_loss(logits: Tensor, target: Tensor, total: Total = alone) -> Tensor:
-    """Add binary cross-entropy, even gradients early on, to the Dice loss, the score itself."""
+    """Add binary cross-entropy, for even gradients early on, to the Dice loss, the score itself."""
     entropy = F.binary_cross_entropy_with_logits(logits.float(), target.float(), reduction="sum")
     entropy, pixels = total(torch.stack((entropy, torch.full_like(entropy, target.numel()))))
     return entropy / pixels + dice_loss(logits, target, total=total)
@@ -47,11 +47,10 @@ def tversky_loss(
     """Average (1 - soft Tversky index) ** (1 / gamma) of the whole batch over output channels.
 
     Salehi, Erdogmus and Gholipour 2017 (https://arxiv.org/abs/1706.05721): `alpha` weighs false
-    positives, `beta` false negatives, so that the defaults trade precision for recall. With both
-    at 0.5 it is the Dice loss of two smooth voxels. A `gamma` above 1 makes it focal, steeper near
-    the goal: Abraham and Khan 2018 (https://arxiv.org/abs/1810.07842), whose code has the exponent
-    0.75, that is gamma = 4/3; others call the exponent itself gamma, and they swap `alpha` and
-    `beta`.
+    positives, `beta` false negatives: the defaults trade precision for recall. With both at 0.5 it
+    is the Dice loss with two smooth voxels. A `gamma` above 1 makes it focal, steeper near the
+    goal: Abraham and Khan 2018 (https://arxiv.org/abs/1810.07842), whose code has the exponent
+    0.75, that is gamma = 4/3. Others call the exponent itself gamma and swap `alpha` and `beta`.
     """
     probabilities, target = torch.sigmoid(logits.float()), target.float()
     overlap = (probabilities * target).sum(dim=(0, 2, 3))  # (K,)
@@ -62,7 +61,7 @@ def tversky_loss(
     errors = alpha * false_positives + beta * false_negatives
     distance = errors / (overlap + errors + 1)  # 1 - index, as one fraction never below 0
     # A power below 1 has an infinite slope at 0, and infinity times the 0 of a saturated sigmoid
-    # is NaN; so below 1e-6 the curve is replaced by a straight line from 0.
+    # is NaN; below 1e-6, a straight line from 0 replaces the curve.
     return (distance * distance.clamp(min=1e-6) ** (1 / gamma - 1)).mean()
 
 

@@ -2,16 +2,16 @@
 
     python3 train.py --images ./kaggle_3m                 100 epochs; best weights: weights/unet.pt
     python3 train.py --recipe classic                     as published: 256 px, 32 features, Dice
-    python3 train.py --resume                             go on after an interruption
-    python3 train.py --resume --epochs 150                train on for longer
-    python3 train.py --config settings.yaml               the names of the flags; flags win
+    python3 train.py --resume                             continue after an interruption
+    python3 train.py --resume --epochs 150                train for longer
+    python3 train.py --config settings.yaml               flag names as keys; flags win
     python3 train.py --folds 5 --fold 0                   cross-validation by patient
     python3 train.py --init-weights weights/unet-folds/unet-0064ae3b.pt ...            fine-tune
     torchrun --nproc-per-node=4 train.py ...              on four GPUs of this machine
     tensorboard --logdir logs                             curves and outlined slices
 
 Writes WEIGHTS/<model>.pt (with its card, <model>.json) and WEIGHTS/<model>.ckpt, and never
-touches the weights that came with the project.
+touches the shipped weights.
 """
 
 from __future__ import annotations
@@ -40,84 +40,85 @@ from dataset import BrainSegmentationDataset, Feed
 from loss import LOSSES
 from transform import augment_all
 
-SYNC = 20  # steps of a GPU between two looks at the loss, for which host and GPU wait
+SYNC = 20  # GPU steps between reads of the loss, for which host and GPU wait
 
 
 # fmt: off
 def get_args_parser() -> utils.Parser:
-    """Every setting, once: what `recipe` adds stands in the card, and --resume keeps it."""
+    """Define every setting. Those added with `recipe` are in the card and kept by --resume."""
     parser, switch = utils.make_parser(__doc__), argparse.BooleanOptionalAction
     parser.presets = {"classic": training.CLASSIC}
     add, recipe = parser.group("data")
     add("--images", type=Path, default="./kaggle_3m", help="folder of cases")
     utils.add_cohort_options(recipe)
-    add("--skip-bad", action="store_true", help="leave out cases that cannot be read, naming them")
+    add("--skip-bad", action="store_true", help="skip cases that cannot be read, and name them")
     recipe("--image-size", type=int, least=32,
            help="side of a resized slice (192, or that of --init-weights; classic: 256)")
     recipe("--preprocessing", type=int, choices=(1, 2),
-           help="1: all sequences on one scale; 2: each by itself (2, or that of --init-weights; "
+           help="1: scale all sequences together; 2: separately (2, or that of --init-weights; "
            "classic: 1)")
-    recipe("--folds", type=int, least=2, help="cross-validation: number of folds by patient")
+    recipe("--folds", type=int, least=2, help="cross-validation: number of folds, split by patient")
     recipe("--fold", type=int, least=0, help="cross-validation: the fold to validate on, from 0")
-    add("--cache", type=Path, help="preprocessed volumes (~/.cache/brainseg)")
-    add("--prune-cache", action="store_true", help="first delete volumes whose sources are gone")
+    add("--cache", type=Path, help="folder of preprocessed volumes (~/.cache/brainseg)")
+    add("--prune-cache", action="store_true", help="first delete cached volumes without a source")
     add("--workers", type=int, least=1, help="threads that read and preprocess (all cores)")
 
     add, recipe = parser.group("network")
     recipe("--model", choices=MODELS, default="unet", help="the network")
     recipe("--features", type=int, least=1,
-           help="unet: channels of its first level (16, or those of --init-weights; classic: 32)")
+           help="unet: channels of the first level (16, or as in --init-weights; classic: 32)")
     recipe("--pretrained", nargs="?", const=True,
-           help="resnext_unet: ImageNet weights for its encoder, downloaded or from a file")
+           help="resnext_unet: ImageNet weights for the encoder, downloaded or from a file")
     recipe("--neighbours", type=int, least=0,
-           help="slices seen on either side of each (0, or those of --init-weights)")
-    add("--init-weights", type=Path, help="weights to start from, as far as they fit")
+           help="adjacent slices seen on either side of each (0, or as in --init-weights)")
+    add("--init-weights", type=Path, help="weights to start from; used where name and shape fit")
     add("--allow-seen", action="store_true",
-        help="validate on patients that --init-weights was trained on too; the card says so")
+        help="allow validation on patients that --init-weights was trained on; the card says so")
 
     add_recipe_options(parser)
 
     add, recipe = parser.group("machine and files")
-    add("--device", help="cuda, cuda:1, mps, cpu (an accelerator if there is one)")
+    add("--device", help="cuda, cuda:1, mps, cpu (an accelerator if available)")
     recipe("--amp", action=switch,
-           help="compute in bfloat16 (where it is faster); on CUDA cards without it, in float16")
-    recipe("--sync-bn", action="store_true", help="batch norm over the whole batch of several GPUs")
-    add("--compile", action=switch, default=False, help="compile first: minutes, faster steps (no)")
+           help="compute in bfloat16, or in float16 on GPUs without it (if bfloat16 is faster)")
+    recipe("--sync-bn", action="store_true", help="batch norm over the whole batch across GPUs")
+    add("--compile", action=switch, default=False,
+        help="compile the network first: takes minutes, speeds up every step (no)")
     add("--deterministic", action=switch, default=True, help="same seed and GPU, same result (yes)")
     add("--weights", type=Path, default="./weights", help="folder to write to")
-    add("--logs", "--log-dir", type=Path, default="./logs", help="curves (torchrun: --log-dir)")
+    add("--logs", "--log-dir", type=Path, default="./logs", help="curves (for torchrun: --log-dir)")
     add("--validate-every", default=1, least=1, help="epochs between validations")
     add("--vis-images", default=200, help="validation slices to draw")
     add("--vis-freq", default=10, least=0, help="epochs between drawings; 0: never")
-    add("--resume", action="store_true", help="go on from WEIGHTS/<model>.ckpt, with its settings")
+    add("--resume", action="store_true", help="resume from WEIGHTS/<model>.ckpt, with its settings")
     return parser
 
 
 def add_recipe_options(parser: utils.Parser) -> None:
-    """What is drawn, how it is augmented, and how the network learns from it."""
+    """Add the options for sampling, augmentation and optimisation."""
     share = {"type": float, "least": 0, "below": 1}
     add, recipe = parser.group("recipe")
     recipe("--recipe", choices=("classic",),
-        help="the published values, where nothing else is given (those of the shipped weights)")
-    add("--epochs", default=100, least=1, help="each draws as many slices as there are")
+        help="take the published values as defaults (those of the shipped weights)")
+    add("--epochs", default=100, least=1, help="each draws as many slices as the training set has")
     recipe("--batch-size", default=16, least=1, help="slices per step")
     recipe("--lr", default=2e-3, help="peak learning rate of Adam")
     recipe("--schedule", choices=("constant", "cosine"), default="cosine",
-           help="of the learning rate; cosine falls to 0 at the last epoch")
+           help="learning-rate schedule; cosine falls to 0 at the last epoch")
     recipe("--warmup", default=100, least=0, help="steps of linear warm-up")
-    recipe("--ema", **share, default=0.998, help="decay of averaged weights; 0: off")
-    recipe("--weight-decay", type=float, default=0, least=0, help="of AdamW; 0: plain Adam")
-    recipe("--loss", choices=LOSSES, default="bce-dice", help="of a batch")
+    recipe("--ema", **share, default=0.998, help="decay of the averaged weights; 0: off")
+    recipe("--weight-decay", type=float, default=0, least=0, help="for AdamW; 0: plain Adam")
+    recipe("--loss", choices=LOSSES, default="bce-dice", help="loss of a batch")
     recipe("--background", default=0.5, least=0,
-           help="slices are drawn by lesion area plus this times the mean area")
+           help="draw slices in proportion to lesion area plus this times the case's mean area")
     recipe("--aug-scale", **share, default=0.2, help="random scale, 1 ± this")
     recipe("--aug-angle", type=float, default=15, least=0, help="random rotation, ± degrees")
     recipe("--aug-intensity", default=0.2, least=0, help="random gain and shift, ± this")
     recipe("--drop-sequences", **share, default=0.4,
-           help="share of slices without post-contrast, of cases with 3 sequences")
-    recipe("--seed", default=42, least=0, help="of every random draw")
+           help="with 3 sequences: share of slices whose post-contrast is replaced by FLAIR")
+    recipe("--seed", default=42, least=0, help="seed of every random draw")
     recipe("--keep", choices=("best", "last"), default="best",
-           help="weights of the epoch with the best validation DSC, or of the last")
+           help="keep the weights of the epoch with the best validation DSC, or of the last")
 # fmt: on
 
 
@@ -134,7 +135,7 @@ def main(argv: list[str] | None = None) -> None:
             writer = runs.start_run(state, *cases, asked, recipe, checkpoint, utils.git_commit())
             print(f"{runs.headline(writer.card, *cases, state.slices)}; {feed.place}", flush=True)
             if state.epoch >= args.epochs:
-                print(f"all {args.epochs} epochs are done; raise --epochs to go on")
+                print(f"all {args.epochs} epochs are done; raise --epochs to continue")
                 return
             stop = fit(args, state, feed, validation_set, writer)
         if stop:
@@ -146,7 +147,7 @@ def main(argv: list[str] | None = None) -> None:
 def set_up(
     args: argparse.Namespace, checkpoint: dict | None
 ) -> tuple[TrainState, Feed, BrainSegmentationDataset]:
-    """Read the data and build the network: what to train, and what to train and validate it on."""
+    """Read the data and build the network; return the state and what to train and validate on."""
     device, workers = pick_device(dist.rank_device(args.device)), dist.rank_workers(args.workers)
     first = None if checkpoint else args.init_weights
     sources = list_cohort(args.images, args.sequences, args.labels, args.patients)
@@ -188,7 +189,7 @@ def fit(
     validation_set: BrainSegmentationDataset,
     writer: runs.RunWriter,
 ) -> int:
-    """Train, validate and save to the last epoch or a signal; the number of the signal, or 0."""
+    """Train, validate and save until the last epoch or a signal; return its number, or 0."""
     if args.compile:  # before the ranks wait for each other's gradients
         training.compile_ahead(state, args.image_size)
     training.parallel(state)
@@ -230,10 +231,10 @@ def fit(
 def train_one_epoch(
     state: TrainState, feed: Feed, weights: Tensor, interruption: utils.Interruption
 ) -> float | None:
-    """Train on slices drawn by `weights` to the epoch's end: slices per second, None if stopped.
+    """Train to the epoch's end on slices drawn by `weights`; return slices per second.
 
-    Ranks share each batch: an epoch has the same slices and steps whatever their number. Raises
-    ValueError once the loss is NaN or infinite.
+    None if stopped by a signal. Ranks share each batch: an epoch has the same slices and steps for
+    any number of ranks. Raises ValueError once the loss is NaN or infinite.
     """
     generator = utils.make_generator(state.seed, 0, state.epoch)
     drawn = torch.multinomial(weights, state.slices, replacement=True, generator=generator)
@@ -261,9 +262,9 @@ def train_one_epoch(
 
 
 def train_step(state: TrainState, images: Tensor, masks: Tensor, global_batch_size: int) -> Tensor:
-    """Take one optimiser step on this rank's part of a batch; the loss of all, on the device.
+    """Take one optimiser step on this rank's part of a batch; return the loss of the whole batch.
 
-    `images` (B, C, N, N) and `masks` (B, 1, N, N) are as stored.
+    `images` (B, C, N, N) and `masks` (B, 1, N, N) are as stored. The loss stays on the device.
     """
     device, rate = state.device, state.learning_rate()
     images, masks = (to_device(part, device).float() for part in (images, masks))
@@ -289,9 +290,9 @@ def train_step(state: TrainState, images: Tensor, masks: Tensor, global_batch_si
 def evaluate(
     state: TrainState, dataset: BrainSegmentationDataset
 ) -> tuple[float, dict[str, float], list[np.ndarray]]:
-    """Loss over the slices, DSC of each case, and masks (S, H, W) in the source geometry.
+    """Return the loss over the slices, each case's DSC, and masks in the source geometry.
 
-    Loss and DSC cover all ranks; masks only this rank's cases.
+    Loss and DSC cover all ranks; masks (S, H, W) only this rank's cases.
     """
     how = {"device": state.device, "amp": state.amp, "neighbours": state.neighbours}
     segmenter = Segmenter(state.trained, batch_size=state.batch_size, **how)
@@ -312,9 +313,9 @@ def evaluate(
 
 
 def get_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict | None]:
-    """Read the settings and, with --resume, the checkpoint whose settings they take over.
+    """Read the settings and, with --resume, the checkpoint that supplies their defaults.
 
-    Ends with a usage error for settings that do not go together.
+    Ends with a usage error if settings conflict.
     """
     parser = get_args_parser()
     args, checkpoint = parser.parse_args(argv), None

@@ -1,8 +1,8 @@
-"""Augmentation of a batch, on whatever device the batch is on.
+"""Augmentation of a batch, on the device that holds it.
 
-Draws come from a generator on the CPU, so that they are the same on every device. They are for
-the whole batch (`global_batch_size`), of which each rank may hold a part, so that they are the
-same for any number of ranks. No function modifies what it is given.
+Draws come from a generator on the CPU and are for the whole batch (`global_batch_size`), of which
+each rank may hold a part: they are the same on every device and for any number of ranks. No
+function modifies its arguments.
 """
 
 import torch
@@ -24,10 +24,10 @@ def augment(
 ) -> tuple[Tensor, Tensor]:
     """Scale, rotate and flip each slice of a batch at random, in one interpolation.
 
-    `images` (N, C, H, W) and `masks` (N, 1, H, W), float; the factor is uniform in 1 ± `scale`,
-    the rotation in ± `angle` degrees, a horizontal flip has probability `flip`. What comes in
-    from outside is background: the least value of each slice and channel, not 0, which after
-    normalisation is tissue.
+    `images` (N, C, H, W) and `masks` (N, 1, H, W) are float. The factor is uniform in 1 ± `scale`,
+    the rotation in ± `angle` degrees; a horizontal flip has probability `flip`. Pixels from outside
+    the slice are background: the minimum of each slice and channel, not 0, which is tissue after
+    normalisation.
     """
     n, _, height, width = images.shape
     draws = _own(torch.rand(global_batch_size or n, 3, generator=generator), global_batch_size)
@@ -35,7 +35,7 @@ def augment(
     theta = torch.deg2rad(angle * (2 * draws[:, 1] - 1))
     mirror = torch.where(draws[:, 2] < flip, -1.0, 1.0)
 
-    # Output to input coordinates, both in -1..1: columns first, as affine_grid has them.
+    # Output to input coordinates, both in -1..1: columns first, as in affine_grid.
     cos, sin, aspect = theta.cos() / zoom, theta.sin() / zoom, height / width
     affine = torch.zeros(n, 2, 3)
     affine[:, 0, 0], affine[:, 0, 1] = mirror * cos, -sin * aspect
@@ -80,7 +80,7 @@ def vary_intensity(
     """Scale and shift each of the `sequences` of each slice (N, C, H, W), as other scanners would.
 
     The factor is uniform in 1 ± `strength`, the shift in ± `strength` standard deviations. Channels
-    are slices of so many sequences each, and vary alike.
+    are one or more slices of `sequences` each, which vary alike.
     """
     draws = torch.rand(2, global_batch_size or len(images), sequences, 1, 1, generator=generator)
     draws = strength * (2 * draws - 1).repeat(1, 1, images.shape[1] // sequences, 1, 1)
@@ -94,10 +94,10 @@ def drop_sequences(
     probability: float,
     global_batch_size: int | None = None,
 ) -> Tensor:
-    """Put FLAIR (channel 1) in the place of post-contrast (2), half the time of pre-contrast too.
+    """Replace post-contrast (channel 2) by FLAIR (1), and half the time pre-contrast (0) too.
 
-    That is how the LGG data set fills in for a missing sequence. Of slices (N, C, H, W), a share
-    of `probability` is changed; channels are slices of three sequences each.
+    This is how the LGG data set fills in a missing sequence. Each slice of (N, C, H, W) is changed
+    with `probability`; channels are one or more slices of three sequences each.
     """
     draws = torch.rand(global_batch_size or len(images), 2, generator=generator)
     draws = to_device(_own(draws, global_batch_size), images.device)

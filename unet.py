@@ -3,7 +3,7 @@
 Architecture: Ronneberger, Fischer and Brox 2015 (https://arxiv.org/abs/1505.04597), with batch
 normalisation and padded convolutions as in Buda, Saha and Mazurowski 2019
 (https://doi.org/10.1016/j.compbiomed.2019.05.002). Parameter names are those of the published
-checkpoint, so that it loads with ``strict=True``.
+checkpoint, which loads with ``strict=True``.
 """
 
 from collections import OrderedDict
@@ -41,7 +41,7 @@ class UNet(nn.Module):
         self.settings = self.settings_of(self.state_dict())
 
     def forward(self, x: Tensor, logits: bool = False) -> Tensor:
-        """Probabilities (or `logits`) of shape (N, out, H, W) for slices of shape (N, in, H, W).
+        """Compute probabilities (or `logits`) (N, out, H, W) of slices (N, in, H, W).
 
         Raises ValueError for a channel count or an image size that does not fit the network.
         """
@@ -60,7 +60,7 @@ class UNet(nn.Module):
 
     @staticmethod
     def settings_of(state: dict[str, Tensor]) -> dict[str, int] | None:
-        """The arguments that build the network of a state dict; None if it is of another one."""
+        """Return the arguments that build the network of a state dict; None if of another one."""
         first, last = state.get("encoder1.enc1conv1.weight"), state.get("conv.weight")
         if first is None or last is None or first.ndim != 4 or last.ndim != 4:
             return None
@@ -69,7 +69,7 @@ class UNet(nn.Module):
 
 
 def _block(in_channels: int, features: int, name: str) -> nn.Sequential:
-    """Convolution 3x3, batch norm, ReLU, twice; layers named as in the published checkpoint."""
+    """Stack 3x3 convolution, batch norm, ReLU, twice; names as in the published checkpoint."""
     layers = OrderedDict()
     for i, channels in ((1, in_channels), (2, features)):
         layers[f"{name}conv{i}"] = nn.Conv2d(channels, features, 3, padding=1, bias=False)

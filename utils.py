@@ -1,4 +1,4 @@
-"""Options that the commands share, settings from a file, seeds and signals."""
+"""Options shared by the commands, settings from a file, seeds and signals."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ from brainseg.io.files import sentence
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that takes defaults from --config FILE and knows what a recipe is.
+    """An ArgumentParser that takes defaults from --config FILE and supports recipes.
 
     FILE is YAML (so JSON too): `batch-size: 8` or `batch_size: 8` is --batch-size 8, true and
     false switch a flag on and off, null leaves it at its default. Flags on the command line win.
-    The args.json of an earlier run is such a file. An unknown key or an unusable value ends with
-    a usage error that names the file.
+    The args.json of an earlier run works too. An unknown key or an unusable value is a usage error
+    that names the file.
     """
 
     def __init__(self, **options: object):
         super().__init__(allow_abbrev=False, **options)
-        self.recipe: list[str] = []  # the settings that change the numbers of a training
+        self.recipe: list[str] = []  # settings that change the result of a training
         self.presets: dict[str, dict] = {}  # defaults that --recipe NAME sets
 
     def group(self, title: str) -> tuple[Callable, Callable]:
-        """Add a group to the help: two versions of `add_argument`, `add` and `recipe`.
+        """Add a group to the help; return two versions of `add_argument`: `add` and `recipe`.
 
-        What `recipe` adds stands in the card, and a resumed run must keep it. Both take `least`
-        and `below` for numbers; a default is named in the help, and gives the type if none is.
+        What `recipe` adds is in the card, and a resumed run must keep it. Both take bounds, `least`
+        and `below`, for numbers; the help names the default, which sets the type if none is given.
         """
         group = self.add_argument_group(title)
 
@@ -83,21 +83,21 @@ class Parser(argparse.ArgumentParser):
     ) -> argparse.Namespace:
         """Parse with the settings of an earlier run, from the checkpoint `path`, as defaults.
 
-        A setting that is younger than the checkpoint had its default then; the folder and the
-        machine may have changed since. Raises ValueError if the recipe would be another.
+        A setting newer than the checkpoint has its default; folder and machine may have changed.
+        Raises ValueError if the recipe would change.
         """
         earlier = {name: self.get_default(name) for name in self.recipe} | earlier
         here = {"weights", "device", "workers", "resume", "config", "prune_cache"}
         names = {action.dest for action in self._actions} & earlier.keys() - here
         self.set_defaults(**{name: earlier[name] for name in names})
-        self.presets = {}  # what they set stands in `earlier`
+        self.presets = {}  # `earlier` includes what they set
         args = self.parse_args(argv)
         for name in self.recipe:
             before, now = earlier[name], plain(args)[name]
             if now != before:
                 raise ValueError(
                     f"{path}: was started with --{name.replace('_', '-')} {before}, not {now}; "
-                    "leave that out, or start anew in another --weights"
+                    "leave that out, or start a new run in another --weights"
                 )
         return args
 
@@ -116,7 +116,7 @@ class Parser(argparse.ArgumentParser):
                 known[name].required = False
 
     def _checked(self, action: argparse.Action, value: object) -> object:
-        """Convert a value of the file as the command line would."""
+        """Convert a value from the file as the command line would."""
         if value is True and action.nargs == "?":
             return action.const
         if action.nargs == 0:
@@ -142,12 +142,12 @@ def _number(kind: type, least: float | None, below: float | None) -> Callable[[s
             raise argparse.ArgumentTypeError(f"must be less than {below}")
         return value
 
-    convert.__name__ = kind.__name__  # in the help, and where `kind` refuses a text
+    convert.__name__ = kind.__name__  # for the help, and if `kind` rejects a text
     return convert
 
 
 def _read_config(path: Path) -> dict:
-    """Read the settings in a file; ValueError, without its name, if there are none."""
+    """Read the settings in a file. Raises ValueError, without its name, if it has none."""
     import yaml  # slow, and only for --config
 
     try:
@@ -156,10 +156,10 @@ def _read_config(path: Path) -> dict:
         raise ValueError(f"cannot be read ({error.strerror})") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError("is not YAML; write one `name: value` per line") from error
-    if isinstance(content, dict):  # args.json says more of its run than its settings
+    if isinstance(content, dict):  # args.json has more than the settings of its run
         content = content.get("args", content)
     if not isinstance(content, dict):
-        raise ValueError("holds no settings; write one `name: value` per line")
+        raise ValueError("contains no settings; write one `name: value` per line")
     return content
 
 
@@ -177,43 +177,43 @@ def make_parser(doc: str) -> Parser:
 
 # fmt: off
 def add_cohort_options(add: Callable[..., object]) -> None:
-    """Add the options of every script that reads a cohort, with the `add` of a parser's group."""
+    """Add the options of scripts that read a cohort, with the `add` of a parser's group."""
     add("--sequences", type=str, nargs="+",
-        help="names of files in the folder of a case: flair='*_f.nii.gz' pre=... post=... mask=...")
-    add("--labels", type=int, nargs="+", help="labels of the masks that are lesion (all above 0)")
+        help="file names in the folder of a case: flair='*_f.nii.gz' pre=... post=... mask=...")
+    add("--labels", type=int, nargs="+", help="mask labels that count as lesion (all above 0)")
     add("--patients", type=str, help="CSV with the columns case and patient (from the names)")
 
 
 def add_segmenter_options(parser: Parser, workers: bool = True) -> None:
-    """Add the options of every script that segments; `segmenter_options` reads them."""
+    """Add the options of scripts that segment; `segmenter_options` reads them."""
     add, switch = parser.group("how")[0], argparse.BooleanOptionalAction
-    add("--image-size", type=int, help="side of a resized slice (as the weights were trained)")
-    add("--threshold", type=float, default=0.5, help="least lesion probability")
+    add("--image-size", type=int, help="side of a resized slice (as in training)")
+    add("--threshold", type=float, default=0.5, help="lowest probability that counts as lesion")
     add("--largest-component", action=switch, default=True,
         help="keep only the largest connected component (yes)")
     add("--min-volume", type=int, least=0,
-        help="drop components of fewer voxels (as the card says; 200 with the shipped weights)")
+        help="drop components of fewer voxels (as in the card; 200 for the shipped weights)")
     add("--tta", action="store_true", help="average over each slice and its mirror image")
-    add("--batch-size", type=int, default=16, least=1, help="slices at once")
-    add("--device", type=str, help="cuda, cuda:1, mps, cpu (an accelerator if there is one)")
-    add("--amp", action=switch, help="compute in half precision (where the device is faster so)")
+    add("--batch-size", type=int, default=16, least=1, help="slices computed at once")
+    add("--device", type=str, help="cuda, cuda:1, mps, cpu (an accelerator if available)")
+    add("--amp", action=switch, help="compute in half precision (if the device is faster that way)")
     if workers:
         add("--workers", type=int, least=1, help="threads that read and write (all cores)")
     add("--providers", type=str, nargs="+", choices=("tensorrt", "cuda", "cpu"),
-        help="tensorrt, cuda, cpu: those of ONNX Runtime to run an .onnx file (all there are)")
+        help="ONNX Runtime providers for an .onnx file: tensorrt, cuda, cpu (all available)")
 
 
 # fmt: on
 def segmenter_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> dict:
-    """Collect the options of a Segmenter; a usage error for a value that cannot work."""
+    """Collect the options of a Segmenter; end with a usage error if a value cannot work."""
     if not 0 < args.threshold < 1:
-        parser.error("--threshold is a probability between 0 and 1")
+        parser.error("--threshold must be a probability between 0 and 1")
     names = "image_size threshold largest_component min_volume tta batch_size device amp providers"
     return {name: getattr(args, name) for name in names.split()}
 
 
 def plain(args: argparse.Namespace) -> dict:
-    """Turn the arguments into what JSON and a checkpoint can hold."""
+    """Convert the arguments to types that JSON and a checkpoint can hold."""
     return json.loads(json.dumps(vars(args), default=str))
 
 
@@ -227,7 +227,7 @@ def provenance(args: argparse.Namespace) -> dict:
 
 
 def git_commit() -> str | None:
-    """Return the commit of this repository, marked if files differ; None outside of git."""
+    """Return the commit of this repository, marked if files differ; None outside git."""
     root = Path(__file__).resolve().parent
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]
     try:
@@ -239,36 +239,36 @@ def git_commit() -> str | None:
 def make_generator(seed: int, *stream: int) -> torch.Generator:
     """Make a CPU generator for one stream of draws, e.g. `make_generator(seed, epoch)`.
 
-    Every stream is independent of the others and can be made again at any time, which is what
-    lets an interrupted training go on with the draws that it would have made.
+    Streams are independent and can be remade at any time, so an interrupted training continues
+    with the draws that it would have made.
     """
     (state,) = np.random.SeedSequence(seed, spawn_key=stream).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(state >> np.uint64(1)))
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep what this process frees for its next allocations, where glibc is used.
+    """Make glibc, if in use, keep freed memory for this process's next allocations.
 
-    Otherwise each large tensor is mapped anew, and its pages are cleared as they are touched.
+    Otherwise each large tensor is mapped afresh, and its pages are cleared when first touched.
     """
     with suppress(AttributeError, OSError, TypeError):  # another C library
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-4, 0)  # M_MMAP_MAX: nothing is mapped by itself
+        mallopt(-4, 0)  # M_MMAP_MAX: nothing is mapped separately
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: nothing is given back
 
 
 @contextmanager
 def sigterm_interrupts() -> Iterator[None]:
-    """Have SIGTERM raise KeyboardInterrupt, as Ctrl-C does, until the block is left.
+    """Make SIGTERM raise KeyboardInterrupt within the block, as Ctrl-C does.
 
-    Signals can be caught in the main thread only; in another one nothing is changed.
+    Signals can be caught only in the main thread; in another thread nothing changes.
     """
     with _handlers({signal.SIGTERM: signal.default_int_handler}):
         yield
 
 
 class Interruption(ExitStack):
-    """Within the block, note the first SIGINT or SIGTERM, so that a step can be finished first."""
+    """Note the first SIGINT or SIGTERM within the block, so that a step can finish first."""
 
     signal: int | None = None
 
@@ -277,7 +277,7 @@ class Interruption(ExitStack):
         return self
 
     def _note(self, number: int, _frame: object) -> None:
-        if self.signal is not None:  # asked twice: wait for nothing
+        if self.signal is not None:  # asked twice: do not wait
             raise KeyboardInterrupt
         self.signal = number
 
@@ -297,7 +297,7 @@ def _handlers(handlers: dict[int, Callable]) -> Iterator[None]:
 
 @contextmanager
 def cudnn(deterministic: bool) -> Iterator[None]:
-    """Have cuDNN give the same result each time, or try out which algorithm is the fastest."""
+    """Make cuDNN deterministic, or let it try which algorithm is the fastest."""
     flags = torch.backends.cudnn
     before = flags.deterministic, flags.benchmark
     flags.deterministic, flags.benchmark = deterministic, not deterministic
@@ -309,7 +309,7 @@ def cudnn(deterministic: bool) -> Iterator[None]:
 
 @contextmanager
 def errors_in_one_sentence(stopped: str) -> Iterator[None]:
-    """Run a command; end with one sentence for bad input, with `stopped` for Ctrl-C or SIGTERM."""
+    """Run a command; end with one sentence on bad input, with `stopped` on Ctrl-C or SIGTERM."""
     try:
         with sigterm_interrupts():
             yield

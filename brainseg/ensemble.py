@@ -1,9 +1,9 @@
-"""Several networks as one, and how good a mask probably is.
+"""Several networks as one, and an estimate of how good a mask is.
 
-An ensemble averages the probabilities of networks that were trained on different patients. Where
-they have to be sure of themselves and of each other, the mask is usually right: `quality` measures
-that on one mask, `fit_expected_dsc` learns from scored cases what DSC to expect of it, and
-`expected_dsc` says it. The fit stands in the weights' card under "expected_dsc".
+An ensemble averages the probabilities of networks that were trained on different patients. If they
+are confident and agree, the mask is usually right: `quality` measures that on one mask,
+`fit_expected_dsc` learns from scored cases how it predicts the DSC, and `expected_dsc` makes the
+prediction. The fit is in the weights' card under "expected_dsc".
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from .weights import CARD_DEFAULTS, load_state, model_from_state, read_card
 
-WARN_BELOW = 0.7  # expected DSC under which a mask is to be looked at with care
-# What `quality` measures, and whether a higher value goes with a better mask.
+WARN_BELOW = 0.7  # a mask with a lower expected DSC needs checking
+# What `quality` measures: 1 if a higher value means a better mask, -1 if a worse one.
 FEATURES = {"soft_dice": 1, "certainty": 1, "log_share": 1, "kept": 1, "disagreement": -1}
-LEAST_CASES = 20  # of a fit
-RIDGE, HUBER = 1.0, 0.1  # the ridge weighs as one case does; residuals above HUBER count linearly
+LEAST_CASES = 20  # for a fit
+RIDGE, HUBER = 1.0, 0.1  # the ridge weighs as one case; residuals above HUBER count linearly
 
 
 class Ensemble(nn.Module):
     """Networks that are called as one: slices (N, in, H, W) in, probabilities out.
 
-    Gives the average (N, out, H, W); of several networks one channel more, `average`'s deviation.
+    The output is the average (N, out, H, W); several networks add a channel (see `average`).
     """
 
     def __init__(self, networks: Sequence[nn.Module]):
@@ -51,7 +51,7 @@ def networks_of(model: nn.Module) -> list[nn.Module]:
 def fold_batch_norm(model: nn.Module) -> nn.Module:
     """Copy a network for inference, its batch norms folded into the convolutions before them.
 
-    Its outputs are the same to rounding: W x + b, then g (. - m) / s + h, is one convolution with
+    Outputs are equal up to rounding: W x + b, then g (. - m) / s + h, is one convolution with
     W g / s and (b - m) g / s + h.
     """
     model = copy.deepcopy(model).eval()
@@ -64,11 +64,11 @@ def fold_batch_norm(model: nn.Module) -> nn.Module:
 
 
 def load_ensemble(paths: Sequence[Path]) -> tuple[nn.Module, dict]:
-    """Load one network, or several as an `Ensemble`, and the card that they have together.
+    """Load one network, or several as an `Ensemble`, and their common card.
 
-    Its training cases and patients are those of any member; of what is said of one training alone,
-    such as its epoch, nothing is kept. Raises ValueError, naming the file, for one that cannot be
-    used, has no card, or was trained for another input than the first.
+    The card has the training cases and patients of all members, and drops what differs between
+    them, such as the epoch. Raises ValueError, naming the file, if one cannot be used, has no card,
+    or was trained for a different input from the first.
     """
     cards = [read_card(path) for path in paths]
     named = [model_from_state(load_state(path), path) for path in paths]
@@ -88,13 +88,13 @@ def load_ensemble(paths: Sequence[Path]) -> tuple[nn.Module, dict]:
 def check_members(
     paths: Sequence[Path], cards: Sequence[dict], networks: Sequence[nn.Module]
 ) -> None:
-    """Raise ValueError, naming the file, unless each takes and gives what the first one does."""
+    """Raise ValueError, naming the file, unless inputs and outputs match those of the first."""
     wanted: dict[str, object] = {}
     for path, card, network in zip(paths, cards, networks, strict=True):
         if not card:
             raise ValueError(
-                f"{path}: has no card (.json), so nothing says that it belongs with "
-                f"{paths[0].name}; give it by itself, or take it out of the folder"
+                f"{path}: has no card (.json) to show that it belongs with {paths[0].name}; "
+                "give it by itself, or take it out of the folder"
             )
         has = {k.replace("_", " "): card.get(k, default) for k, default in CARD_DEFAULTS.items()}
         has |= {k: network.settings[k] for k in ("in_channels", "out_channels")}
@@ -110,7 +110,7 @@ def check_members(
 def average(outputs: Sequence[Tensor]) -> Tensor:
     """Average probabilities (N, K, H, W) of several networks.
 
-    Of more than one, a last channel holds the standard deviation over them of the first channel.
+    With more than one, a last channel holds their standard deviation in the first channel.
     """
     if len(outputs) == 1:
         return outputs[0]
@@ -121,10 +121,10 @@ def average(outputs: Sequence[Tensor]) -> Tensor:
 
 
 def disagreement(probabilities: Tensor, settings: dict) -> float | None:
-    """Measure how far the networks are apart in `average`'s output (S, K + 1, N, N).
+    """Measure how much the networks disagree in `average`'s output (S, K + 1, N, N).
 
-    The sum of the deviations over the sum of the probabilities, 0 if all agree; None for the
-    output (S, K, N, N) of one network. `settings` of the network say what K is.
+    This is the sum of the deviations over the sum of the probabilities, 0 if all agree; None for
+    the output (S, K, N, N) of one network. K is in the `settings` of the network.
     """
     if probabilities.shape[1] == settings["out_channels"]:
         return None
@@ -134,12 +134,12 @@ def disagreement(probabilities: Tensor, settings: dict) -> float | None:
 def quality(
     probabilities: np.ndarray, mask: np.ndarray, disagreement: float | None = None
 ) -> dict[str, float | None]:
-    """Measure, without the truth, what goes with a good mask.
+    """Measure, without the truth, what indicates a good mask.
 
-    `probabilities` and `mask` are (S, H, W), the map and what was made of it; `disagreement` is
-    that of the function above. soft_dice: Dice of map and mask. certainty: mean probability in
-    the mask. log_share: decimal logarithm of its share of the volume. kept: its share of the
-    voxels at 0.5 or more. All are 0 for an empty mask.
+    `probabilities` and the `mask` made from them are (S, H, W); `disagreement` is that of the
+    function above. soft_dice: Dice of probabilities and mask. certainty: mean probability in the
+    mask. log_share: decimal logarithm of its share of the volume. kept: its share of the voxels at
+    0.5 or more. All are 0 for an empty mask.
     """
     probabilities, mask = np.asarray(probabilities), np.asarray(mask, dtype=bool)
     voxels, inside = int(mask.sum()), float(probabilities[mask].sum(dtype=np.float64))
@@ -154,10 +154,10 @@ def quality(
 
 
 def expected_dsc(features: dict, fit: dict | None) -> tuple[float, float, float] | None:
-    """Predict the DSC of a mask from its `quality`: expected value, and its 80 % interval.
+    """Predict the DSC of a mask from its `quality`: expected value and 80 % interval.
 
-    None without a fit, for an empty mask (right if there is no lesion, which cannot be told), and
-    if the fit needs a feature that is None.
+    None without a fit, for an empty mask (right only if the scan has no lesion, which is unknown),
+    and if the fit needs a feature that is None.
     """
     if not fit or not features["voxels"]:
         return None
@@ -172,16 +172,16 @@ def expected_dsc(features: dict, fit: dict | None) -> tuple[float, float, float]
 def fit_expected_dsc(features: Sequence[dict], dsc: Sequence[float]) -> dict:
     """Fit a linear regression of the DSC on `quality`, for cases that no network has seen.
 
-    Weights are at least 0 towards better (non-negative least squares with a ridge), so that no
-    small sample can turn a warning into praise. The loss is Huber's, so that one lesion that was
-    missed altogether does not bend the rest. The interval, 80 %, holds quantiles of the
-    leave-one-out residuals over `_width`. Empty masks are left out. ValueError under 20 cases.
+    No weight may have the wrong sign (non-negative least squares with a ridge): a small sample
+    cannot turn a warning into praise. The Huber loss keeps one completely missed lesion from
+    bending the rest. The 80 % interval holds quantiles of the leave-one-out residuals over
+    `_width`. Empty masks are left out. Raises ValueError for fewer than 20 cases.
     """
     pairs = [(f, d) for f, d in zip(features, dsc, strict=True) if f["voxels"]]
     if len(pairs) < LEAST_CASES:
         raise ValueError(
-            f"{len(pairs)} case(s) with a mask, and {LEAST_CASES} are needed to learn what DSC to "
-            "expect; choose more with --subset or --images"
+            f"{len(pairs)} case(s) with a mask, but {LEAST_CASES} are needed to learn to predict "
+            "the DSC; choose more with --subset or --images"
         )
     names = [n for n in FEATURES if all(f.get(n) is not None for f, _ in pairs)]
     x = np.array([[f[name] for name in names] for f, _ in pairs], dtype=np.float64)
@@ -228,12 +228,12 @@ def _predict(fit: dict, values: Sequence[float]) -> float:
 
 
 def _width(value: np.ndarray | float) -> np.ndarray | float:
-    """Scale residuals: the DSC of a mask that is probably good varies less."""
+    """Compute the scale of residuals: the DSC of a probably good mask varies less."""
     return 1.05 - value
 
 
 def _agreement(predicted: np.ndarray, dsc: np.ndarray) -> dict:
-    """Say how well DSCs that were predicted leaving each case out agree with the true ones."""
+    """Measure how well DSCs predicted with each case left out agree with the true ones."""
     from scipy.stats import spearmanr  # slow to import
 
     constant = np.ptp(predicted) == 0 or np.ptp(dsc) == 0
@@ -252,7 +252,7 @@ def _agreement(predicted: np.ndarray, dsc: np.ndarray) -> dict:
 def quality_warnings(
     features: dict, expected: tuple[float, float, float] | None, notes: Sequence[str] = ()
 ) -> list[str]:
-    """Say in words what calls for a second look; `notes` are those of the `Frame`."""
+    """List in words what calls for a second look; `notes` are those of the `Frame`."""
     warnings = [f"unusual input: {note}" for note in notes]
     if not features["voxels"]:
         warnings.append("the mask is empty: there is no lesion, or it was missed; look at the scan")
@@ -268,7 +268,7 @@ def quality_warnings(
 def assess(
     probabilities: np.ndarray, mask: np.ndarray, apart: float | None, fit: dict | None, notes=()
 ) -> tuple[dict, tuple[float, float, float] | None, list[str]]:
-    """Measure the `quality` of a mask; say what DSC to expect, and what calls for a second look.
+    """Measure the `quality` of a mask; return it, the expected DSC, and any warnings.
 
     `apart` is the `disagreement`, `fit` that of the card, `notes` those of the `Frame`.
     """

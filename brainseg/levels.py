@@ -1,6 +1,6 @@
-"""The grey levels of one sequence, which version 2 of the preprocessing goes by.
+"""The grey levels of one sequence, used by version 2 of the preprocessing.
 
-They are part of what trained weights mean, as the steps of `preprocess` are.
+Trained weights depend on them, as on the steps of `preprocess`.
 """
 
 from __future__ import annotations
@@ -13,40 +13,41 @@ import numpy as np
 
 from .metrics import dsc
 
-BRIGHTEST = 4.0  # brighter than so many times the median tissue is clipped
-SATURATED = 0.1  # a share of the foreground at one greatest value that no scanner writes
-FLAT = 0.25  # a share of the foreground at its median that no tissue has
-AROUND = 0.95  # a share of the edge of the slices that is air where the skull is gone
-OVERLAP = 0.8  # Dice coefficient of two foregrounds; in 87 of 88 LGG cases it is 0.88 to 0.97
+BRIGHTEST = 4.0  # values above this many times the median tissue are clipped
+SATURATED = 0.1  # no scanner writes a larger share of the foreground at its maximum
+FLAT = 0.25  # no tissue has a larger share of the foreground at its median
+AROUND = 0.95  # least share of air along the edges of the slices after stripping
+OVERLAP = 0.8  # least Dice of two foregrounds; 0.88 to 0.97 in 87 of 88 LGG cases
 
 
 @dataclass(frozen=True)
 class MeasuredSequence:
-    """One sequence (S, H, W), and the grey levels from which everything in it is measured."""
+    """One sequence (S, H, W), and the grey levels that it is scaled by."""
 
     voxels: np.ndarray
     background: float
-    threshold: float  # above it lies the foreground
+    threshold: float  # the foreground is above it
     median: float  # of the foreground
     saturated: float  # share of the foreground that has the greatest value
     flat: float  # share of the foreground that has the median's value
-    air: float | None = None  # amid the tissue: the background of the file
+    air: float | None = None  # the file's background, if between values of tissue
 
     @cached_property
     def foreground(self) -> np.ndarray:
         return self.voxels > self.threshold
 
     def scaled(self) -> np.ndarray:
-        """The voxels, float32, with the background at 0 and the median tissue at 1, clipped."""
+        """Return the voxels, float32, with background at 0 and median tissue at 1, clipped."""
         scaled = self.voxels.astype(np.float32) - np.float32(self.background)
         scaled /= np.float32(self.median - self.background)
         return np.clip(scaled, 0, BRIGHTEST, out=scaled)
 
 
 def measure(voxels: np.ndarray) -> MeasuredSequence | None:
-    """Measure a sequence (S, H, W); where air lies amid tissue, it is made the darkest.
+    """Measure a sequence (S, H, W); make air the darkest if its value is between those of tissue.
 
-    Normalised after stripping, a scan has one value all around it, darker tissue and brighter.
+    A scan normalised after skull stripping has one value all around it, with tissue darker and
+    brighter than that. None if the sequence is constant.
     """
     found = _find_levels(voxels)
     if found is None or found.flat <= FLAT:
@@ -60,17 +61,17 @@ def measure(voxels: np.ndarray) -> MeasuredSequence | None:
 
 
 def _find_levels(voxels: np.ndarray) -> MeasuredSequence | None:
-    """Find the levels of one sequence (S, H, W); None if it is constant but for single voxels.
+    """Find the levels of one sequence (S, H, W); None if it is constant except for single voxels.
 
-    The foreground is what lies a tenth of the way up from the background, the 1st percentile, to
-    the 99th percentile of all that is brighter than the background.
+    The background is the 1st percentile. The foreground begins a tenth of the way up from there to
+    the 99th percentile of all voxels brighter than the background.
     """
     background = float(np.percentile(voxels, 1))
     bright = voxels[voxels > background]
     if len(bright) <= 1e-3 * voxels.size:
         return None
     high = float(np.percentile(bright, 99))
-    # A little under a tenth, so that no rounding moves a grey level that lies just on it.
+    # A little under a tenth, so that rounding cannot move a grey level that is just on it.
     threshold = background + 0.0999 * (high - background)
     foreground = bright[bright > threshold]
     median = float(np.median(foreground))
@@ -82,14 +83,14 @@ def _find_levels(voxels: np.ndarray) -> MeasuredSequence | None:
 def oddities(
     name: str, sequence: MeasuredSequence | None, flair: MeasuredSequence, lead: str
 ) -> Iterator[str]:
-    """Say what is odd about a sequence (None: constant), beside FLAIR, which is called `lead`."""
+    """Say what is odd about a sequence (None: constant) compared with FLAIR, called `lead`."""
     if sequence is None:
         yield f"FLAIR stands in for {name}, which is constant"
         return
     if sequence.air is not None:
         yield (
-            f"{name} was normalised after stripping: {sequence.air:.3g}, amid its tissue, is taken "
-            "for background"
+            f"{name} was normalised after stripping: {sequence.air:.3g}, a value between those of "
+            "its tissue, is taken as background"
         )
     if sequence.saturated > SATURATED:
         yield f"{name} is saturated: {sequence.saturated:.0%} of it has one value"
@@ -99,11 +100,14 @@ def oddities(
             "after stripping, give the file from before"
         )
     if (overlap := dsc(sequence.foreground, flair.foreground)) < OVERLAP:
-        yield f"{name} covers another part than {lead} (Dice {overlap:.2f}); are they registered?"
+        yield (
+            f"{name} covers a different region from {lead} (Dice {overlap:.2f}); "
+            "are they registered?"
+        )
 
 
 def missing_sequences(volume: np.ndarray) -> str:
-    """Which sequences of a volume (S, H, W, 3) are a copy of FLAIR, put there for a missing one."""
+    """Name the sequences of a volume (S, H, W, 3) that are FLAIR, put in for missing ones."""
     if volume.shape[-1] != 3:
         return "unknown"
     names = {0: "pre-contrast", 2: "post-contrast"}

@@ -1,8 +1,8 @@
 """Networks in ONNX files that export.py wrote, run by ONNX Runtime.
 
-Such a file holds its card, so that nothing else is needed to use it, and its name carries the first
-eight digits of its SHA-256, which is checked whenever it is opened. Other ONNX files are refused:
-how to prepare images for them is not known.
+Such a file contains its card and needs nothing else. Its name contains the first eight digits of
+its SHA-256, which is checked whenever it is opened. Other ONNX files are refused: how to prepare
+images for them is not known.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ CARD = "brainseg.card"  # key of the metadata that holds the card, JSON
 
 
 class OnnxNetwork:
-    """A network that is called as those of PyTorch are, and gives probabilities.
+    """A network that is called like one of PyTorch and returns probabilities.
 
     `providers` are names of `PROVIDERS` in order of preference (None: all that are installed).
     `device` (cpu, cuda, cuda:1) says which of them may be used, and which GPU. TensorRT prepares
@@ -75,7 +75,7 @@ class OnnxNetwork:
             if PROVIDERS[name] not in started:
                 raise ValueError(
                     f"{path}: provider {name!r} does not start; install the libraries it needs, "
-                    "or leave --providers out for the best that does"
+                    "or leave out --providers to use the best one that does"
                 )
         self.provider = next(name for name in PROVIDERS if PROVIDERS[name] in started)
         on_gpu = self.provider != "cpu" and torch.cuda.is_available()
@@ -84,14 +84,14 @@ class OnnxNetwork:
     def __call__(self, x: Tensor) -> Tensor:
         """Run the network: slices (N, in, H, W) in, probabilities (N, out, H, W), float32, out.
 
-        Of an ensemble, one channel more (see `brainseg.ensemble.average`).
+        An ensemble adds a channel (see `brainseg.ensemble.average`).
         Raises ValueError for a channel count or an image size that does not fit the network.
         """
         check_input(x, self.settings["in_channels"], self.stride)
         images, session = to_device(x.float(), self.device).contiguous(), self._session()
         shape = len(images), session.get_outputs()[0].shape[1], *images.shape[2:]
         probabilities = torch.empty(shape, device=self.device)
-        binding = session.io_binding()  # reads and writes the tensors where they are
+        binding = session.io_binding()  # reads and writes the tensors in place
         how = self.device.type, self.device.index or 0, np.float32
         binding.bind_input(INPUT, *how, images.shape, images.data_ptr())
         binding.bind_output(OUTPUT, *how, shape, probabilities.data_ptr())
@@ -99,16 +99,16 @@ class OnnxNetwork:
             if images.is_cuda:
                 torch.cuda.current_stream(self.device).synchronize()
             session.run_with_iobinding(binding)
-        except Exception as error:  # ONNX Runtime's exceptions have no base of their own
+        except Exception as error:  # ONNX Runtime's exceptions have no common base class
             reason = str(error).splitlines()[0]
             raise ValueError(
-                f"{self.path}: ONNX Runtime fails on {len(images)} slices ({reason}); try a "
+                f"{self.path}: ONNX Runtime failed on {len(images)} slices ({reason}); try a "
                 "smaller --batch-size"
             ) from error
         return probabilities.to(x.device)
 
     def _session(self) -> Any:
-        """Open a session with as many threads as PyTorch would use where this is called."""
+        """Return a session with as many threads as PyTorch would use in the calling thread."""
         threads = torch.get_num_threads()
         with self._lock:
             if threads not in self._sessions:
@@ -116,7 +116,7 @@ class OnnxNetwork:
             return self._sessions[threads]
 
     def _tensorrt_options(self, batch_size: int, size: int) -> dict[str, str]:
-        """Ask for one engine for all batches, kept on disk, as it takes minutes to build."""
+        """Ask for one engine for all batches, kept on disk because it takes minutes to build."""
         # Engines are named after the layers, not the weights: each file needs a separate folder.
         engines = default_cache() / "tensorrt" / hashlib.sha256(self._content).hexdigest()[:16]
         engines.mkdir(parents=True, exist_ok=True)
@@ -137,8 +137,8 @@ def read_onnx_card(path: Path | str) -> dict:
 
 
 def needed(package: str, purpose: Path | str) -> ModuleType:
-    """Import an optional package; ValueError, saying how to install it, if it is not there."""
-    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # ONNX Runtime is to tell nobody of its use
+    """Import an optional package. Raises ValueError, saying how to install it, if missing."""
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # ONNX Runtime must not report its use
     try:
         return importlib.import_module(package)
     except ImportError as error:
@@ -151,26 +151,24 @@ def needed(package: str, purpose: Path | str) -> ModuleType:
 def pick_providers(
     names: Sequence[str] | None, kind: str, available: Sequence[str]
 ) -> Sequence[str]:
-    """Choose of `PROVIDERS` those `available`, on a kind of device (cpu, cuda, "": any).
+    """Choose the `available` ones of `PROVIDERS` for a kind of device (cpu, cuda, "": any).
 
-    Raises ValueError, saying what there is, if one of `names` cannot be used or none is left.
+    Raises ValueError, saying what is available, if one of `names` cannot be used or none is left.
     """
     here = [name for name in PROVIDERS if PROVIDERS[name] in available]
     fitting = [name for name in here if not kind or kind == ("cpu" if name == "cpu" else "cuda")]
-    there = f"there is {', '.join(here)}"
-    remedy = "for a GPU install onnxruntime-gpu in place of onnxruntime, or leave"
+    there = f"available: {', '.join(here)}"
+    remedy = "for a GPU, install onnxruntime-gpu in place of onnxruntime, or leave out"
     for name in names or ():
         if name not in here:
-            raise ValueError(
-                f"provider {name!r} is not installed ({there}); {remedy} --providers out"
-            )
+            raise ValueError(f"provider {name!r} is not installed ({there}); {remedy} --providers")
         if name not in fitting:
             raise ValueError(
-                f"provider {name!r} does not run on the device {kind!r}; leave --device out"
+                f"provider {name!r} does not run on the device {kind!r}; leave out --device"
             )
     if not fitting:
         raise ValueError(
-            f"device {kind!r}: ONNX Runtime has no provider for it ({there}); {remedy} --device out"
+            f"device {kind!r}: ONNX Runtime has no provider for it ({there}); {remedy} --device"
         )
     return names or fitting
 
@@ -182,7 +180,7 @@ def _read(path: Path | str) -> bytes:
 
 
 def _card(content: bytes, path: Path | str) -> dict:
-    """Read the card in an ONNX file; ValueError if it has none, or is not what its name says."""
+    """Read the card in an ONNX file. Raises ValueError without one or if the hash is wrong."""
     named = re.search(r"-([0-9a-f]{8})\.onnx$", Path(path).name)
     sound = not named or hashlib.sha256(content).hexdigest().startswith(named[1])
     try:
@@ -209,18 +207,18 @@ def _open(
     """Open a session; ValueError, naming the file, if ONNX Runtime refuses it."""
     runtime = needed("onnxruntime", path)
     options = runtime.SessionOptions()
-    options.log_severity_level = 4  # what is wrong is said here, in a sentence
+    options.log_severity_level = 4  # errors are reported below, in a sentence
     options.intra_op_num_threads = threads
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if not optimise:
         options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
     try:
         return runtime.InferenceSession(content, options, providers=providers)
-    except Exception as error:  # ONNX Runtime's exceptions have no base of their own
+    except Exception as error:  # ONNX Runtime's exceptions have no common base class
         if type(error).__name__ in ("InvalidProtobuf", "InvalidArgument"):
             raise ValueError(f"{path}: is damaged, or not an ONNX file; {REMEDY}") from error
         reason = str(error).splitlines()[0]
         raise ValueError(
             f"{path}: ONNX Runtime {runtime.__version__} cannot run it ({reason}); "
-            "try another version, or leave --providers out"
+            "try another version, or leave out --providers"
         ) from error

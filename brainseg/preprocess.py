@@ -1,7 +1,7 @@
-"""The way from the voxels of a case to the network's input and back.
+"""From the voxels of a case to the network's input, and back.
 
-The steps of `preprocess` are part of what trained weights mean: change one and every checkpoint
-must be trained again. So each version stays as it is, and the card of the weights names theirs.
+Trained weights depend on the steps of `preprocess`: change one, and every checkpoint must be
+trained again. So each version stays as it is, and the card of the weights names theirs.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ class Frame:
     shape: tuple[int, int, int]  # of the source: slices, rows, columns
     box: tuple[int, int, int, int]  # top, bottom, left, right of the crop, in source voxels
     size: int  # side of the preprocessed slice
-    blank: bool = False  # the source is all zero: there is nothing to segment
+    blank: bool = False  # the source is all zero: nothing to segment
     notes: tuple[str, ...] = ()  # what is odd about the sequences, a sentence each
     aspect: float = 1.0  # height of a source pixel over its width, in mm
 
     @cached_property
     def axes(self) -> tuple[tuple[int, int, int, int], tuple[int, int, int, int]]:
-        """Of rows and columns: side of the padded square, start and end of the crop, padding.
+        """Compute, for rows and columns: side of the padded square, start and end of crop, padding.
 
-        In source pixels; the square is one in mm, and the padding that before the crop.
+        All in source pixels; the square is square in mm, and the padding is that before the crop.
         """
         top, bottom, left, right = self.box
         side = max((bottom - top) * self.aspect, right - left)
@@ -56,11 +56,11 @@ def preprocess(
 ) -> tuple[Tensor, Frame]:
     """Turn a volume (S, H, W, C) into the network's input (S, C, N, N), float32, and its frame.
 
-    `version` is that of the weights' card: 2 (`_preprocess_2`) is for all new weights, 1
-    (`_preprocess_1`) for the published checkpoint and weights whose card names none. The volume
-    is not modified. Slices are resized on `device`, where the input stays. Where pixels are not
-    square, `aspect` is their height over their width, and the input's are square. Raises ValueError
-    for another version or number of axes, NaN, or one value everywhere but 0.
+    `version` is in the weights' card: 2 (`_preprocess_2`) for all new weights, 1 (`_preprocess_1`)
+    for the published checkpoint and weights whose card names none. The volume is not modified.
+    Slices are resized on `device`, where the input stays. `aspect` is the height of a pixel over
+    its width; the input's pixels are square. Raises ValueError for another version or number of
+    axes, NaN, or a constant volume that is not 0.
     """
     if version not in (steps := {1: _preprocess_1, 2: _preprocess_2}):
         raise ValueError(f"preprocessing version {version} is not known; update the program")
@@ -77,16 +77,16 @@ def preprocess(
 def _preprocess_2(
     volume: np.ndarray, image_size: int, device: torch.device | str, aspect: float
 ) -> tuple[Tensor, Frame]:
-    """Bring each sequence by itself to a scale on which its median tissue is 0 and air is -2.
+    """Scale each sequence separately so that its median tissue is 0 and air is -2.
 
-    1. of each sequence, subtract the background and divide by the median of the foreground, clip
-    to 0..4; 2. crop rows and columns to where most sequences have foreground, pad to a square;
-    3. resize each slice by a quadratic spline; 4. map air, 0, to -2 and the median, 1, to 0.
+    1. in each sequence, subtract the background, divide by the median of the foreground, clip to
+    0..4; 2. crop rows and columns to where most sequences have foreground, pad to a square;
+    3. resize each slice with a quadratic spline; 4. map air, 0, to -2 and the median, 1, to 0.
 
-    The median hardly moves with a few hot voxels, the scale, the offset, a lesion, or the fat of
-    the scalp. (With a mean and deviation over the volume in its place, as in version 1, taking the
-    skull away moves the brain by 0.7 of its own standard deviation; so by 0.03.) A sequence that
-    is constant is replaced by FLAIR, as the LGG data set replaces a missing one.
+    The result hardly depends on scale, offset, a few hot voxels, a lesion, or the fat of the scalp.
+    (With the mean and deviation over the volume instead, as in version 1, removing the skull moves
+    the brain by 0.7 of its standard deviation; here by 0.03.) A constant sequence is replaced by
+    FLAIR, as the LGG data set replaces a missing one.
     """
     slices, *_, channels = volume.shape
     names = CHANNELS.get(channels, [f"channel {k + 1}" for k in range(channels)])
@@ -106,7 +106,7 @@ def _preprocess_2(
 
 
 def _bounding_box(present: np.ndarray) -> tuple[int, int, int, int]:
-    """Top, bottom, left, right of a map (H, W); specks of one or two pixels do not count."""
+    """Find top, bottom, left, right of a map (H, W), ignoring specks of one or two pixels."""
     from skimage.morphology import opening
 
     for wanted in (opening(present, np.ones((3, 3), np.uint8)), present):
@@ -121,7 +121,7 @@ def _preprocess_1(
     """Scale all sequences together, as https://doi.org/10.1016/j.compbiomed.2019.05.002 does.
 
     1. voxels under 10 % of the maximum become 0; 2. crop rows and columns to what is left, pad
-    to a square; 3. resize each slice by a quadratic spline; 4. clip to the 10th and 99th
+    to a square; 3. resize each slice with a quadratic spline; 4. clip to the 10th and 99th
     percentile and scale to 0..1; 5. per channel, subtract the mean, divide by the deviation.
     """
     largest = volume.max()
@@ -191,10 +191,10 @@ def restore(output: Tensor, frame: Frame) -> Tensor:
 
 
 def neighbourhoods(lengths: Sequence[int], neighbours: int) -> Tensor:
-    """For each slice, which slices (S, 2 K + 1) the network sees: itself amid K on either side.
+    """Return the slices (S, 2 K + 1) that the network sees for each: itself and K on either side.
 
-    Volumes of these `lengths` lie one after the other. Beyond the first and the last slice of one,
-    that one is seen again.
+    `lengths` are those of consecutive volumes. Beyond the ends of a volume, its first or last slice
+    is repeated.
     """
     around, first, each = torch.arange(-neighbours, neighbours + 1), 0, []
     for slices in lengths:
@@ -210,27 +210,27 @@ def check_volume(volume: np.ndarray) -> None:
     if volume.dtype.kind not in "uif":
         raise ValueError(f"a volume holds numbers, not {volume.dtype}")
     if volume.dtype.kind == "f" and not (np.abs(volume) <= np.finfo(np.float32).max).all():
-        raise ValueError("the volume holds NaN or infinite voxels, or such above 3e38")
+        raise ValueError("the volume holds NaN or infinite voxels, or values above 3e38")
 
 
 @lru_cache(maxsize=64)
 def spline_operator(source: int, target: int, order: int = 2, mode: str = "constant") -> Tensor:
-    """The matrix (target, source), float32, that resizes a line of voxels as scikit-image does.
+    """Return the matrix (target, source), float32, that resizes a line like scikit-image.
 
-    A spline resize is linear and separable, so that resizing the columns of an identity matrix
-    gives an operator that replaces it exactly: ``A @ slice @ A.T``.
+    A spline resize is linear and separable: resizing the columns of an identity matrix makes an
+    exact replacement, ``A @ slice @ A.T``.
     """
     from skimage.transform import resize
 
     identity, shape = np.eye(source), (target, source)
     operator = resize(identity, shape, order, mode, clip=False, anti_aliasing=False)
-    # A spline's reach fades without end; entries too small to matter would be subnormal numbers,
-    # on which processors are ten times slower.
+    # A spline fades but never ends; entries too small to matter would be subnormal numbers, on
+    # which processors are ten times slower.
     operator[np.abs(operator) < 1e-12] = 0
     return torch.from_numpy(operator.astype(np.float32))
 
 
 def _extent(present: np.ndarray) -> tuple[int, int]:
-    """First and one past the last true entry of a line."""
+    """Find the first and one past the last true entry of a line."""
     (where,) = np.nonzero(present)
     return int(where[0]), int(where[-1]) + 1

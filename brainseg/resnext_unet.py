@@ -1,9 +1,9 @@
 """U-Net on a ResNeXt-50 32x4d encoder, for weights that were first trained on ImageNet.
 
 Encoder: Xie et al. 2017 (https://arxiv.org/abs/1611.05431), stride 2 on the 3x3 convolution, with
-torchvision's parameter names, so that its published weights load; but without the max-pool, so
-that layer 1 still sees half the resolution. Decoder: three convolutions a level that squeeze,
-upsample and widen, and skips that are added, as in LinkNet (https://arxiv.org/abs/1707.03718).
+torchvision's parameter names to load its published weights, but without the max-pool: layer 1
+still sees half the resolution. Decoder: three convolutions per level that squeeze, upsample and
+widen, and added skips, as in LinkNet (https://arxiv.org/abs/1707.03718).
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ URL = "https://download.pytorch.org/models/resnext50_32x4d-1a0047aa.pth"
 class ResNeXtUNet(nn.Module):
     """Four levels down to 2048 channels at 1/16 of the size, four up; skips are added.
 
-    Height and width must be multiples of 16. `pretrained`: True fetches torchvision's ImageNet
-    encoder, a path takes it from a file; see `load_imagenet` for what it raises.
+    Height and width must be multiples of 16. `pretrained`: True downloads torchvision's
+    ImageNet encoder, a path reads it from a file; see `load_imagenet` for errors.
     """
 
     stride = 16  # the stem and layers 2, 3 and 4 halve the size
@@ -64,7 +64,7 @@ class ResNeXtUNet(nn.Module):
 
     @staticmethod
     def settings_of(state: dict[str, Tensor]) -> dict[str, int] | None:
-        """Read the arguments of the network off its state dict; None for another network's."""
+        """Read the network's arguments from its state dict; None for another network's."""
         first, last = state.get("encoder.conv1.weight"), state.get("conv.weight")
         if first is None or last is None:
             return None
@@ -97,7 +97,7 @@ class ResNeXtEncoder(nn.Module):
 class Bottleneck(nn.Module):
     """1x1, grouped 3x3 and 1x1 convolution, each with batch norm, beside a shortcut.
 
-    Half of `out_channels` in between, in 32 groups: 4 channels a group in layer 1, 32 in layer 4.
+    The middle has half of `out_channels` in 32 groups: 4 per group in layer 1, 32 in layer 4.
     """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int):
@@ -151,8 +151,8 @@ def _initialise(model: ResNeXtUNet) -> None:
     """Draw the weights of convolutions before a ReLU with variance 2 / fan-in; biases are 0.
 
     He et al. 2015 (https://arxiv.org/abs/1502.01852). The transposed convolutions and the last
-    one, which no ReLU follows, keep PyTorch's smaller ones: the decoder has no batch norm, and at
-    full scale its sums grow from level to level (logits of 1.6 in place of 0.2 at the start).
+    one, which no ReLU follows, keep PyTorch's smaller weights: the decoder has no batch norm, and
+    at full scale its sums grow from level to level (initial logits of 1.6 instead of 0.2).
     """
     for module in model.modules():
         if isinstance(module, nn.Conv2d) and module is not model.conv:
@@ -170,7 +170,7 @@ def load_imagenet(encoder: ResNeXtEncoder, source: bool | str | Path = True) -> 
     name = URL if source is True else source
     state = _open_imagenet(name)
     if not isinstance(state, dict) or getattr(state.get("conv1.weight"), "ndim", 0) != 4:
-        raise ValueError(f"{name}: holds no state dict of torchvision's resnext50_32x4d")
+        raise ValueError(f"{name}: does not contain a state dict of torchvision's resnext50_32x4d")
     state = {key: value for key, value in state.items() if not key.startswith("fc.")}
     state["conv1.weight"] = adapt_stem(state["conv1.weight"], encoder.conv1.in_channels)
     try:
@@ -195,16 +195,16 @@ def _open_imagenet(name: str | Path) -> object:
     except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError) as error:
         again = f"remove it from {torch.hub.get_dir()}/checkpoints and try again"
         raise ValueError(
-            f"{name}: is damaged, not bare weights, or not what its hash says; "
+            f"{name}: is damaged, is not bare weights, or does not match its hash; "
             f"{again if fetched else 'fetch it again'}"
         ) from error
 
 
 def adapt_stem(weight: Tensor, in_channels: int) -> Tensor:
-    """Adapt the stem's weight (64, 3, 7, 7) to n `in_channels`: n times the RGB mean times 3 / n.
+    """Adapt the stem's weight (64, 3, 7, 7) to n `in_channels`: repeat the RGB mean, times 3 / n.
 
-    The weights of each output still sum to what they did, so that n equal images get the response
-    that the network was trained to give three of them. Three channels are left as they are.
+    The weights of each output keep their sum: n equal images get the response that three of them
+    had in training. Three channels are left as they are.
     """
     if in_channels == weight.shape[1]:
         return weight

@@ -1,4 +1,4 @@
-"""Checks before a training run; its card, weights, checkpoint and log."""
+"""Checks before a training run, and its card, weights, checkpoint and log."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from .weights import read_card, save_weights
 
 
 def check_inputs(folders: Sequence[Path], batch_size: int) -> None:
-    """Check folders to write to and the batch size before the long work."""
+    """Check the output folders and the batch size before the long work."""
     for folder in folders:
         check_writable(folder)
     if batch_size < world_size():
         raise ValueError(
-            f"--batch-size {batch_size} is less than a slice for each of {world_size()} "
-            "processes; raise it, or start fewer"
+            f"--batch-size {batch_size} is less than one slice for each of {world_size()} "
+            "processes; raise it, or start fewer processes"
         )
 
 
@@ -38,13 +38,13 @@ def prune_cache(cache: Path | None) -> None:
     """Delete preprocessed volumes whose sources are gone, and say how many."""
     if is_main_process():
         count, freed = prune(cache)
-        print(f"cache: {count} volumes without a source deleted ({freed / 2**30:.1f} GiB)")
+        print(f"cache: deleted {count} volumes without a source ({freed / 2**30:.1f} GiB)")
 
 
 def report_cases(
     train: Sequence[Prepared], validation: Sequence[Prepared], sources: Sequence[Source]
 ) -> None:
-    """Say on stderr what is odd about the sequences of a case; print the size of each subset."""
+    """Say on stderr what is odd about the cases' sequences; print the size of each subset."""
     for volume in (*train, *validation):
         for note in volume.frame.notes:
             print(f"{volume.case.folder}: {note}", file=sys.stderr)
@@ -65,9 +65,9 @@ def start_run(
     checkpoint: dict | None,
     commit: str | None,
 ) -> RunWriter:
-    """Load the checkpoint, if there is one, and make the card of the run and what writes it.
+    """Load the checkpoint, if there is one, and make the card of the run and its writer.
 
-    `settings` are those of the command line, of which `recipe` names what the card shall hold.
+    `settings` are those of the command line; `recipe` names those that go into the card.
     """
     if checkpoint:
         state.load(checkpoint, train, settings["images"])
@@ -77,7 +77,7 @@ def start_run(
         start = read_start(settings["init_weights"]) if settings["init_weights"] else None
         if (path := Path(settings["weights"]) / f"{settings['model']}.ckpt").exists():
             after = "it and its weights are overwritten after the first epoch"
-            print(f"{path}: an earlier run; {after}")
+            print(f"{path}: is from an earlier run; {after}")
     chosen = {name: settings[name] for name in (*recipe, "epochs")} | {"amp": state.amp}
     card = describe_run(state, chosen, train, validation, start) | {"commit": commit}
     check_seen(card, settings["allow_seen"] or checkpoint is not None)
@@ -87,20 +87,20 @@ def start_run(
 
 
 def read_start(path: Path | str) -> dict:
-    """Read where the weights to start from came from off their card."""
+    """Read from their card where the start weights come from."""
     card = read_card(path)
     kept = ("recipe", "commit", "cases", "patients", "initialised_from")
     return {key: card.get(key) for key in kept if key in card or key != "patients"}
 
 
 def check_seen(card: dict, allowed: bool) -> None:
-    """Raise ValueError, or say so, if the start weights have seen validation patients."""
+    """Raise ValueError, or warn if `allowed`, if the start weights saw validation patients."""
     if seen := card.get("validation_seen"):
         text = f"--init-weights was trained on patients of {len(seen)} validation cases ({seen[0]})"
         if not allowed:
             raise ValueError(
                 f"{text}, whose DSC would be too high; validate on others (--folds, --fold), or "
-                "add --allow-seen, which the card will say"
+                "add --allow-seen, which is noted in the card"
             )
         print(f"{text}: the validation DSC is too high")
 
@@ -151,12 +151,12 @@ def report_changes(checkpoint: dict, state: TrainState, validation: list[str]) -
         changes = f"new: {', '.join(new) or 'none'}; gone: {', '.join(gone) or 'none'}"
         print(
             f"the validation cases have changed ({changes}); the best DSC so far, "
-            f"{state.best:.3f}, was of the earlier ones"
+            f"{state.best:.3f}, is that of the earlier ones"
         )
     schedule, epochs = checkpoint["args"]["schedule"], checkpoint["args"]["epochs"]
     if schedule == "cosine" and epochs != state.epochs and state.epoch < state.epochs:
         print(
-            f"the cosine is now of {state.epochs} epochs, not {epochs}: the learning rate jumps "
+            f"the cosine now spans {state.epochs} epochs, not {epochs}: the learning rate jumps "
             f"from {state.learning_rate(epochs):.3g} to {state.learning_rate():.3g}, then falls "
             f"to 0 at epoch {state.epochs}"
         )
@@ -175,7 +175,7 @@ def how_to_resume(state: TrainState, weights: Path, model: str) -> str:
     """Say where a run was stopped, and the command that resumes it."""
     python = "python3" if world_size() == 1 else "torchrun, as before, with:"
     return (
-        f"stopped at epoch {state.epoch + 1}, step {state.step}; go on with: "
+        f"stopped at epoch {state.epoch + 1}, step {state.step}; continue with: "
         f"{python} train.py --resume --weights {weights} --model {model}"
     )
 

@@ -25,17 +25,17 @@ class Segmentation:
     mask: np.ndarray  # (S, H, W) bool
     probabilities: np.ndarray  # (S, H, W) float32
     features: dict  # of `quality`
-    expected: tuple[float, float, float] | None  # DSC and its 80 % interval, if it can be told
+    expected: tuple[float, float, float] | None  # DSC and its 80 % interval, if known
     warnings: list[str]  # a sentence each; empty if nothing calls for a second look
 
 
 class Segmenter:
     """A network, or an `Ensemble`, with its preprocessing: a raw volume in, its mask out.
 
-    `image_size` is the side of a resized slice, `threshold` the least probability of a lesion.
-    `largest_component` keeps only the largest, `min_volume` drops components of fewer voxels.
-    `tta` averages over the slice and its mirror image; `amp` computes in bfloat16 (None: where the
-    device does so natively); `batch_size` is the most slices at once. `neighbours` (slices seen on
+    `image_size` is the side of a resized slice, `threshold` the lowest probability that
+    counts as lesion. `largest_component` keeps only the largest, `min_volume` drops smaller ones.
+    `tta` averages over the slice and its mirror image; `amp` computes in bfloat16 (None: if the
+    device does so natively); `batch_size` limits the slices at once. `neighbours` (slices seen on
     either side), preprocessing `version` and `expected_dsc_fit` are those of the card. The network
     is copied. An ONNX network has its own device and precision. Raises ValueError.
     """
@@ -63,12 +63,12 @@ class Segmenter:
                 f"try {below} or {below + stride}"
             )
         if not 0 < threshold < 1:
-            raise ValueError(f"threshold {threshold}: it is a probability between 0 and 1")
-        if isinstance(model, OnnxNetwork):  # it takes and gives what is in main memory
+            raise ValueError(f"threshold {threshold}: must be a probability between 0 and 1")
+        if isinstance(model, OnnxNetwork):  # its input and output are in main memory
             if amp:
                 raise ValueError(
-                    f"{model.path}: computes in the precision it was exported in; leave --amp "
-                    "out, or export it again with --precision float16"
+                    f"{model.path}: computes in the precision it was exported in; leave out "
+                    "--amp, or export it again with --precision float16"
                 )
             self.model, self.device, self.amp = model, torch.device("cpu"), False
             self.on_cpu, self.runtime = model.provider == "cpu", f"ONNX Runtime ({model.provider})"
@@ -81,7 +81,7 @@ class Segmenter:
         self.image_size, self.neighbours, self.version = image_size, neighbours, version
         self.threshold, self.min_volume, self.tta = threshold, min_volume, tta
         self.largest_component, self.expected_dsc_fit = largest_component, expected_dsc_fit
-        # A few slices at once stay in the cache of a processor, and are done a fifth sooner.
+        # Small batches stay in the cache of a processor and take a fifth less time.
         self.batch_size = min(batch_size, 4) if self.on_cpu else batch_size
 
     @classmethod
@@ -93,9 +93,9 @@ class Segmenter:
     ) -> Segmenter:
         """Open a weights file, an ONNX file, or several weights files or a folder as an ensemble.
 
-        Image size and least volume are those of the card unless given. `providers` of ONNX Runtime:
-        see `OnnxNetwork`. Raises FileNotFoundError or ValueError, naming the file, if one cannot
-        be used.
+        Image size and minimum volume are those of the card unless given. For `providers`, see
+        `OnnxNetwork`. Raises FileNotFoundError or ValueError, naming the file, if one cannot be
+        used.
         """
         files = weights_files(weights)
         if files[0].suffix == ".onnx":
@@ -103,7 +103,7 @@ class Segmenter:
             model = OnnxNetwork(files[0], providers, **{name: options[name] for name in names})
             card = model.card
         elif providers:
-            raise ValueError(f"{files[0]}: is not an ONNX file; leave --providers out, or give one")
+            raise ValueError(f"{files[0]}: is not an ONNX file; leave out --providers, or give one")
         else:
             model, card = load_ensemble(files)
         card, fit = CARD_DEFAULTS | card, card.get("expected_dsc")
@@ -119,38 +119,38 @@ class Segmenter:
         )
 
     def __call__(self, volume: np.ndarray, aspect: float = 1.0) -> np.ndarray:
-        """Segment a raw volume (S, H, W, C): its mask (S, H, W), bool.
+        """Segment a raw volume (S, H, W, C); return its mask (S, H, W), bool.
 
         Channels are pre-contrast, FLAIR, post-contrast, of any numeric type. `aspect` is the height
         of a pixel over its width. Raises ValueError, also for slices more than four times as long
-        as wide: the axes are in another order then.
+        as wide, a sign that the axes are in another order.
         """
         volume = np.asarray(volume)
         sides = volume.shape[1:3]
         if volume.ndim == 4 and max(sides) > 4 * min(sides):
             raise ValueError(
-                f"slices of {by(sides)} pixels? A volume is (slices, rows, columns, channels): "
-                "move the axis of the slices to the front"
+                f"slices of {by(sides)} pixels are too narrow for a volume (slices, rows, "
+                "columns, channels); move the axis of the slices to the front"
             )
         images, frame = self.preprocess(volume, aspect)
         return self.finish(self.probabilities(images), frame)
 
     def preprocess(self, volume: np.ndarray, aspect: float = 1.0) -> tuple[Tensor, Frame]:
-        """Make the network's input (S, C, N, N), on its device if there is room, and the frame.
+        """Make the network's input (S, C, N, N), on its device if it fits, and the frame.
 
-        Raises ValueError for another channel count.
+        Raises ValueError for a wrong channel count.
         """
         if volume.ndim == 4:
             self.check_channels(volume.shape[3])
         return preprocess_near(volume, self.image_size, self.version, self.device, aspect)
 
     def check_channels(self, channels: int) -> None:
-        """Raise ValueError if the network takes another number."""
+        """Raise ValueError unless the network takes this number of channels."""
         wanted = self.model.settings["in_channels"] // (2 * self.neighbours + 1)
         if channels != wanted:
             raise ValueError(
                 f"{channels} channel(s), but the model was trained on {wanted}; "
-                "give the sequences it was trained on, FLAIR in place of a missing one"
+                "give the sequences it was trained on, with FLAIR in place of a missing one"
             )
 
     def finish(self, probabilities: Tensor, frame: Frame) -> np.ndarray:
@@ -168,7 +168,7 @@ class Segmenter:
     def disagreement_map(self, probabilities: Tensor, frame: Frame) -> np.ndarray | None:
         """Map where the networks of an ensemble disagree: (S, H, W), in the source geometry.
 
-        The standard deviation of their probabilities (S, K + 1, N, N); None of one network.
+        This is the standard deviation in `probabilities` (S, K + 1, N, N); None for one network.
         """
         if probabilities.shape[1] == self.model.settings["out_channels"]:
             return None
@@ -186,9 +186,9 @@ class Segmenter:
     ) -> Tensor:
         """Run the network: slices (S, C, N, N) in, probabilities (S, K, N, N), float32, out.
 
-        Of an ensemble, one channel more holds the standard deviation (see `average`).
-        `progress` is told after each batch how many slices are done, of how many. Of several
-        volumes one after the other, `lengths` says how many slices each has.
+        An ensemble adds a channel with the standard deviation (see `average`). `progress` is called
+        after each batch with the numbers of slices done and in all. `lengths` are the numbers
+        of slices of consecutive volumes, if there are several.
         """
         parts, done = [], 0
         seen = neighbourhoods(lengths or [len(images)], self.neighbours)
@@ -209,7 +209,7 @@ class Segmenter:
 
 
 def _restored(probabilities: Tensor, frame: Frame) -> Tensor:
-    """Bring the output (S, K, N, N) back to the source geometry: (S, H, W), the first channel."""
+    """Bring the first channel of the output (S, K, N, N) to the source geometry (S, H, W)."""
     try:
         return restore(probabilities[:, 0], frame)
     except torch.OutOfMemoryError:
@@ -219,24 +219,24 @@ def _restored(probabilities: Tensor, frame: Frame) -> Tensor:
 def preprocess_near(
     volume: np.ndarray, image_size: int, version: int, device: torch.device, aspect: float = 1.0
 ) -> tuple[Tensor, Frame]:
-    """Call `preprocess` on a GPU that has room for it, else on the processor."""
+    """Call `preprocess` on the GPU if it fits there, else on the processor."""
     if device.type == "cuda":
         try:
             return preprocess(volume, image_size, version, device, aspect)
         except torch.OutOfMemoryError:
-            pass  # what it had taken is free only once this block is left
+            pass  # its memory is free only once this block is left
     return preprocess(volume, image_size, version, aspect=aspect)
 
 
 def to_mask(probabilities: Tensor, threshold: float, largest: bool, min_volume=0) -> np.ndarray:
-    """Threshold lesion probabilities (S, H, W) to a bool mask; then as `keep_components`."""
+    """Threshold lesion probabilities (S, H, W) to a bool mask, then `keep_components`."""
     return keep_components((probabilities >= threshold).cpu().numpy(), largest, min_volume)
 
 
 def keep_components(mask: np.ndarray, largest: bool = True, min_volume: int = 0) -> np.ndarray:
     """Keep the largest connected component (26 neighbours) of a bool mask (S, H, W), or all.
 
-    Those of fewer than `min_volume` voxels are dropped.
+    Components of fewer than `min_volume` voxels are dropped.
     """
     if not largest and min_volume <= 1:
         return mask

@@ -1,4 +1,4 @@
-"""What a training carries from step to step: its network, state, schedule and average."""
+"""What a training keeps from step to step: its network, state, schedule and average."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from .weights import (
 PROGRESS = ("epoch", "step", "loss_sum", "best")
 CHECKPOINT = {"args", "model", "ema", "optimizer", "cases", *PROGRESS}
 
-# The values of 2019, under --recipe classic; the defaults are those of the shipped weights.
+# The values published in 2019, for --recipe classic; the defaults are for the shipped weights.
 CLASSIC = {
     "lr": 1e-4, "schedule": "constant", "warmup": 0, "ema": 0.0, "loss": "dice", "background": 0.1,
     "aug_scale": 0.05, "aug_intensity": 0, "drop_sequences": 0,
@@ -47,9 +47,9 @@ class TrainState:
     slices: int  # per epoch
     batch_size: int
     epochs: int
-    rate: Callable[[int, int], float]  # the learning rate of a step, of so many steps in all
+    rate: Callable[[int, int], float]  # the learning rate, by step and number of all steps
     weight_decay: float = 0.0
-    decay: float = 0.0  # of the moving average of the weights; 0: there is none
+    decay: float = 0.0  # of the moving average of the weights; 0: no average
     amp: bool = False
     seed: int = 0
     neighbours: int = 0  # slices seen on either side of each
@@ -58,10 +58,10 @@ class TrainState:
     epoch: int = 0  # finished epochs
     step: int = 0  # finished steps of the current epoch
     loss_sum: float = 0.0  # over the slices of these steps
-    best: float = -1.0  # mean DSC; any first epoch is better, so that something is always kept
+    best: float = -1.0  # mean DSC; the first epoch is always better, and so kept
 
     def __post_init__(self) -> None:
-        self.network = self.model  # as a step calls it: compiled, and shared by the ranks
+        self.network = self.model  # as called by a step: compiled, and shared by the ranks
         self.ema = copy.deepcopy(self.model) if self.decay else None
         parameters = list(self.model.parameters())
         self.device = parameters[0].device
@@ -83,11 +83,11 @@ class TrainState:
         return self.epoch * self.steps_per_epoch + self.step
 
     def learning_rate(self, epochs: int | None = None) -> float:
-        """Compute the learning rate of the next step, of a training of so many epochs."""
+        """Compute the learning rate of the next step in a training of `epochs` (None: its own)."""
         return self.rate(self.global_step, (epochs or self.epochs) * self.steps_per_epoch)
 
     def save(self, path: Path, **about: object) -> None:
-        """Write a checkpoint, with what else `load_checkpoint` shall give; raises OSError."""
+        """Write a checkpoint, with `about` for `load_checkpoint` to return; raises OSError."""
         content = {
             "model": self.model.state_dict(),
             "ema": self.ema.state_dict() if self.ema else None,
@@ -98,13 +98,15 @@ class TrainState:
         save_tensors(path, content | about)
 
     def load(self, checkpoint: dict, cases: list[str], images: Path) -> None:
-        """Go on from a checkpoint; ValueError if it is of other training cases or channels."""
+        """Continue from a checkpoint; ValueError if its training cases or channels differ."""
         if checkpoint["cases"] != cases:
-            raise ValueError(f"{images}: not the training cases of the checkpoint")
+            raise ValueError(
+                f"{images}: does not have the training cases of the checkpoint; give its --images"
+            )
         try:
             self.model.load_state_dict(checkpoint["model"])
         except RuntimeError as error:
-            raise ValueError(f"{images}: slices of other channels than before") from error
+            raise ValueError(f"{images}: has other channels than the checkpoint") from error
         if self.ema:
             self.ema.load_state_dict(checkpoint["ema"])
         self.optimizer.load_state_dict(checkpoint["optimizer"])
@@ -115,7 +117,7 @@ class TrainState:
 
 
 def load_checkpoint(path: Path) -> dict:
-    """The content of a checkpoint; FileNotFoundError or ValueError, naming it, if it is none."""
+    """Load a checkpoint. Raises FileNotFoundError or ValueError, naming it, if it is not one."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: nothing to resume from; start without --resume")
     checkpoint = load_tensors(path)
@@ -126,7 +128,7 @@ def load_checkpoint(path: Path) -> dict:
 
 
 def learning_rate(peak: float, schedule: str, warmup: int, step: int, steps: int) -> float:
-    """Linear warm-up, then constant or half a cosine down to 0 at the last of all `steps`."""
+    """Warm up linearly, then stay at `peak` or follow half a cosine to 0 at the last of `steps`."""
     warm = min(1.0, (step + 1) / max(warmup, 1))
     if schedule == "constant":
         return peak * warm
@@ -138,7 +140,7 @@ def update_average(state: TrainState) -> None:
     """Move the exponential moving average of weights and statistics towards the model's.
 
     The decay rises to `state.decay` as (1 + step) / (10 + step), as in TensorFlow's
-    ExponentialMovingAverage, so that the random weights of the start are soon forgotten.
+    ExponentialMovingAverage, so the initial random weights are soon forgotten.
     """
     step = state.global_step
     decay = min(state.decay, (1 + step) / (10 + step))
@@ -180,7 +182,7 @@ def compile_ahead(state: TrainState, image_size: int) -> None:
 
 
 def parallel(state: TrainState) -> None:
-    """Have the ranks, if there are several, end each step with the same gradients."""
+    """Make the ranks, if there are several, end each step with the same gradients."""
     if world_size() == 1:
         return
     known = inspect.signature(DistributedDataParallel).parameters
@@ -194,7 +196,7 @@ def parallel(state: TrainState) -> None:
 
 
 def build_network(name: str, seed: int, init_weights: Path | None, **settings) -> nn.Module:
-    """A network with random weights by `seed`, or those from a file as far as they fit.
+    """Build a network with random weights from `seed`, or those of a file where they fit.
 
     Settings that are None are left at the network's default.
     """
@@ -209,10 +211,10 @@ def build_network(name: str, seed: int, init_weights: Path | None, **settings) -
 
 
 def unset(name: str, classic: bool, init_weights: Path | None) -> dict[str, int | None]:
-    """Settings of the network `name` and its input where none are given.
+    """Return the defaults of settings of the network `name` and its input.
 
-    Those of the weights to start from, by their card; otherwise those of the shipped weights, or
-    of the published ones.
+    They are those of the weights to start from, by their card; otherwise those of the shipped
+    weights, or of the published ones if `classic`.
     """
     if classic:
         values = {"features": 32, **CARD_DEFAULTS}
@@ -226,10 +228,10 @@ def unset(name: str, classic: bool, init_weights: Path | None) -> dict[str, int 
 
 
 def on_device(model: nn.Module, device: torch.device, sync_bn: bool = False) -> nn.Module:
-    """The network on its device; with `sync_bn`, batch norm over the batch of all ranks."""
+    """Move the network to its device; with `sync_bn`, batch norm over the batch of all ranks."""
     if sync_bn:
         if device.type != "cuda":
-            raise ValueError(f"--sync-bn is for CUDA devices, and this is {device}")
+            raise ValueError(f"--sync-bn is for CUDA devices, not for {device}; leave it out")
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     return model.to(device, memory_format=torch.channels_last)
 
@@ -239,7 +241,7 @@ def check_finite(loss: float, state: TrainState) -> None:
     if not math.isfinite(loss):
         raise ValueError(
             f"the loss is no longer finite at epoch {state.epoch + 1}, step {state.step}; nothing "
-            "of this epoch was written: start anew with a lower --lr, or with --no-amp"
+            "of this epoch was written: start again with a lower --lr, or with --no-amp"
         )
 
 
@@ -250,6 +252,6 @@ def memory_advice(batch_size: int) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         raise ValueError(
-            f"out of memory at --batch-size {batch_size}; start anew with a smaller one, or with "
+            f"out of memory at --batch-size {batch_size}; start again with a smaller one, or with "
             f"a smaller --image-size or --features ({str(error).splitlines()[0]})"
         ) from error

@@ -1,8 +1,8 @@
 """Weights on disk: which network they belong to, whether they are safe, and what they mean.
 
 Weights are a bare state dict, opened with ``weights_only=True``. Their card, a JSON file of the
-same name, says what they were trained on and how. Shipped weights carry the first eight digits
-of their SHA-256 in their name, which is checked whenever they are opened.
+same name, says what they were trained on and how. The names of shipped weights contain the first
+eight digits of their SHA-256, which is checked whenever they are opened.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ from .resnext_unet import ResNeXtUNet
 from .unet import UNet
 
 MODELS = {"unet": UNet, "resnext_unet": ResNeXtUNet}
-OTHERS = {  # made of weights, but no weights
-    ".onnx": "is an ONNX file, for inference.py and evaluate.py; give the weights it was made of",
-    ".pt2": "is an exported program, refused, as opening it could run code; give the weights it "
-    "was made of, or an ONNX file (export.py --format onnx)",
+OTHERS = {  # made from weights, but not weights
+    ".onnx": "is an ONNX file, for inference.py and evaluate.py; give the weights it was made from",
+    ".pt2": "is an exported program, refused because opening it could run code; give the weights "
+    "it was made from, or an ONNX file (export.py --format onnx)",
 }
 DATE = re.compile(r"(19|20)\d\d(0[1-9]|1[0-2])(0[1-9]|[12]\d|3[01])")
 CARD_DEFAULTS = {"preprocessing": 1, "image_size": 256, "neighbours": 0}  # without a card
 ROOT = Path(__file__).resolve().parents[1]
-# What comes with the project: the network of the published shape, for torch.hub's `unet`; and the
-# ensemble that segments unless told otherwise, a network a fold.
+# What comes with the project: the network of the published shape, for torch.hub's `unet`, and the
+# default ensemble, one network per fold.
 PUBLISHED = {"unet": ROOT / "weights" / "unet-12f2ec04.pt"}
 SHIPPED = {"unet": ROOT / "weights" / "unet-folds"}
 
 
 def build_model(name: str, **settings) -> nn.Module:
-    """Build a network by its name; ValueError, listing the known, for another name or setting."""
+    """Build a network by name. Raises ValueError, listing what is known, if it is unknown."""
     if name not in MODELS:
         raise ValueError(f"no model is called {name!r}; known: {', '.join(MODELS)}")
     known = inspect.signature(MODELS[name]).parameters
@@ -53,7 +53,7 @@ def load_state(path: Path | str) -> dict[str, Tensor]:
     """Load the state dict in a file to the CPU.
 
     Raises FileNotFoundError or ValueError, naming the file, if it is missing, damaged, not bare
-    weights (such a file could run code: it is never opened), or not what its name's hash says.
+    weights (which could run code and are never opened), or does not match the hash in its name.
     """
     path = Path(path)
     state = load_tensors(path)
@@ -62,19 +62,19 @@ def load_state(path: Path | str) -> dict[str, Tensor]:
             f"{path}: is a training checkpoint, for --resume; give the weights beside it (.pt)"
         )
     if not state or not all(map(_is_plain, state.values())):
-        raise ValueError(f"{path}: holds no bare state dict; save model.state_dict()")
+        raise ValueError(f"{path}: does not contain a bare state dict; save model.state_dict()")
     if not all_finite(state):
-        raise ValueError(f"{path}: holds weights that are NaN or infinite; train it again")
+        raise ValueError(f"{path}: contains weights that are NaN or infinite; train it again")
     return state
 
 
 def all_finite(state: dict[str, Tensor]) -> bool:
-    """Say whether no weight is NaN or infinite."""
+    """Return whether no weight is NaN or infinite."""
     return all(torch.isfinite(value).all() for value in state.values())
 
 
 def _is_plain(value: object) -> bool:
-    """Say whether it is a dense tensor of ordinary numbers."""
+    """Return whether `value` is a dense tensor of ordinary numbers."""
     dense = isinstance(value, Tensor) and value.layout == torch.strided
     return dense and value.device.type == "cpu" and not value.is_quantized
 
@@ -83,29 +83,29 @@ def load_tensors(path: Path | str) -> dict:
     """Load what `torch.save` wrote to a file, if it is a dict of tensors and plain values."""
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file of weights")
+        raise FileNotFoundError(f"{path}: no such file; name a weights file (.pt)")
     if path.suffix in OTHERS:
         raise ValueError(f"{path}: {OTHERS[path.suffix]}")
     named = hash_in_name(path.name)
     if named and not file_hash(path).startswith(named):
         raise ValueError(f"{path}: its SHA-256 is not the one in its name; fetch it again")
     try:
-        with warnings.catch_warnings():  # of a pickle that is refused just below
+        with warnings.catch_warnings():  # about a pickle that is refused just below
             warnings.simplefilter("ignore")
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"{path}: is not a file of weights, or is damaged; refused, as opening it could run "
-            "code: fetch it again, or leave --weights out to use those that came with the project"
+            f"{path}: is not a weights file, or is damaged; refused because opening it could run "
+            "code: fetch it again, or leave out --weights to use the shipped ones"
         ) from error
     except PermissionError:
         raise
-    except Exception as error:  # of a damaged file, torch.load may raise nearly anything
+    except Exception as error:  # torch.load may raise nearly anything on a damaged file
         raise ValueError(
-            f"{path}: is not a file of weights, or is damaged or cut short; fetch it again"
+            f"{path}: is not a weights file, or is damaged or cut short; fetch it again"
         ) from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: holds no state dict; save model.state_dict()")
+        raise ValueError(f"{path}: does not contain a state dict; save model.state_dict()")
     return content
 
 
@@ -118,7 +118,7 @@ def hash_in_name(name: str) -> str | None:
 
 
 def model_from_state(state: dict[str, Tensor], path: Path | str) -> tuple[str, nn.Module]:
-    """Build the network of a state dict, in evaluation mode, and name it, by its keys.
+    """Build the network that a state dict belongs to, in evaluation mode; return name and network.
 
     Raises ValueError, naming `path`, if it fits no known network.
     """
@@ -142,8 +142,8 @@ def model_from_state(state: dict[str, Tensor], path: Path | str) -> tuple[str, n
 def initialise(model: nn.Module, path: Path | str) -> tuple[list[str], list[str]]:
     """Copy into `model` all weights of a file that fit by name and shape.
 
-    Gives the names that were in the file but not used, and those of the model left as they were.
-    Raises ValueError, naming the file, if not one fits.
+    Returns the names in the file that were not used, and those of the model left as they were.
+    Raises ValueError, naming the file, if none fits.
     """
     state, own = load_state(path), model.state_dict()
     fitting = {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}
@@ -163,19 +163,19 @@ def save_weights(path: Path, state: dict[str, Tensor], card: dict) -> None:
 
 
 def save_tensors(path: Path, content: dict) -> None:
-    """`torch.save`, whole or not at all; OSError, naming the file, if it cannot be written."""
+    """Write with `torch.save`, whole or not at all; raises OSError, naming the file."""
     try:
         with atomic_write(path) as temporary:
             torch.save(content, temporary)
-    except (OSError, RuntimeError) as error:  # RuntimeError: how torch.save says "disk full"
+    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError if the disk is full
         reason = getattr(error, "strerror", None) or "is the disk full?"
-        raise OSError(f"{path}: not written ({reason}); what was there before is kept") from error
+        raise OSError(f"{path}: not written ({reason}); any earlier file is kept") from error
 
 
 def read_card(path: Path | str) -> dict:
-    """Read the card beside a weights file, or inside an ONNX one; empty if there is none.
+    """Read the card beside a weights file or inside an ONNX file; empty if it is missing.
 
-    ValueError if it is not a card.
+    Raises ValueError if it is not a card.
     """
     if Path(path).suffix == ".onnx":
         return read_onnx_card(path)
@@ -198,8 +198,8 @@ def read_card(path: Path | str) -> dict:
 def weights_files(weights: Path | str | Sequence[Path | str]) -> list[Path]:
     """List the files that --weights means: a file, several, or all .pt files under a folder.
 
-    Raises FileNotFoundError for a folder without any, ValueError for a file given twice, a stranger
-    among the files of a folder, or an ONNX file beside others.
+    Raises FileNotFoundError for a folder without any, ValueError for a file given twice, a folder
+    with weights of another format, or an ONNX file with others.
     """
     files = []
     for path in map(Path, [weights] if isinstance(weights, (str, Path)) else weights):
@@ -220,7 +220,7 @@ def _files_in(folder: Path) -> list[Path]:
     for file in inside:
         if file.suffix in (".pth", ".safetensors", ".h5"):
             raise ValueError(
-                f"{file}: is not weights of this project (.pt); take it out of {folder}"
+                f"{file}: is not a weights file of this project (.pt); take it out of {folder}"
             )
     if not (files := [file for file in inside if file.suffix == ".pt"]):
         raise FileNotFoundError(f"{folder}: no weights (.pt) in this folder; name a file")
@@ -228,7 +228,7 @@ def _files_in(folder: Path) -> list[Path]:
 
 
 def shipped_weights(name: str) -> Path:
-    """Find the folder of networks that came with the project; FileNotFoundError if none did."""
+    """Find the shipped folder of networks. Raises FileNotFoundError if it does not exist."""
     return _find(name, SHIPPED)
 
 
@@ -257,7 +257,7 @@ def load_pretrained(name: str, **settings: int) -> nn.Module:
     if odd:
         raise ValueError(
             f"the pretrained {name} has {odd[0]}={trained.get(odd[0])}, not {settings[odd[0]]}; "
-            "leave it at that, or ask for pretrained=False"
+            "keep that, or ask for pretrained=False"
         )
     return model_from_state(load_state(path), path)[1]
 

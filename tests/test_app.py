@@ -83,7 +83,7 @@ def test_a_port_that_is_taken_is_one_sentence(files):
         port = str(taken.getsockname()[1])
         app.main(["--port", port, "--weights", str(files / "unet.pt")])
     assert stop.value.code == (
-        f"error: 127.0.0.1:{port}: address already in use; choose --host and --port"
+        f"error: 127.0.0.1:{port}: address already in use; change --host or --port"
     )
 
 
@@ -462,10 +462,10 @@ def test_a_page_may_load_nothing_from_outside():
 @pytest.mark.parametrize(
     "options, says",
     [
-        (["--auth", "nobody"], "--auth is user:password"),
+        (["--auth", "nobody"], "--auth must be user:password"),
         (["--queue", "0"], "must be above 0"),
         (["--time-limit", "nan"], "must be above 0"),
-        (["--port", "70000"], "--port goes from 0"),
+        (["--port", "70000"], "--port must be from 0"),
         (["--weights", "none.pt"], "none.pt: no such file"),
     ],
 )

@@ -156,4 +156,4 @@ def test_a_signal_stops_the_trainings_which_save(phantoms, tmp_path):
     err = process.communicate(timeout=900)[1]
     assert process.returncode == 1
     assert err.strip().endswith("run the same command to resume")
-    assert "go on with" in (folder / "log.txt").read_text().splitlines()[-1]
+    assert "continue with" in (folder / "log.txt").read_text().splitlines()[-1]

@@ -292,7 +292,7 @@ def test_bad_input_is_reported_once(phantoms, tmp_path, capfd):
     line = said_once(capfd, trained(tmp_path / "nowhere", tmp_path))
     assert line.startswith(f"error: {tmp_path / 'nowhere'}: no such folder")
     line = said_once(capfd, trained(phantoms, tmp_path, "--batch-size", 1))
-    assert "--batch-size 1 is less than a slice for each of 2 processes" in line
+    assert "--batch-size 1 is less than one slice for each of 2 processes" in line
     assert sentences(trained(phantoms, tmp_path, "--epochs", 0)) == [2, 2]
     assert capfd.readouterr().err.count("--epochs: must be at least 1") == 1
 

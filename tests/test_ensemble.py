@@ -126,8 +126,8 @@ def test_members_that_disagree_are_refused(folder, tmp_path, card, said):
 def test_a_foreign_file_in_the_folder_is_refused(phantoms, folder, tmp_path):
     copy = shutil.copytree(folder, tmp_path / "folds")
     for name, content, said in [
-        ("x.pt", b"<html>", "is not a file of weights|is not a file of weights"),
-        ("x.pth", b"PK", "is not weights of this project"),
+        ("x.pt", b"<html>", "is not a weights file, or is damaged"),
+        ("x.pth", b"PK", "is not a weights file of this project"),
     ]:
         (copy / name).write_bytes(content)
         with pytest.raises(ValueError, match=said) as error:
@@ -254,7 +254,7 @@ def test_no_fit_an_empty_mask_or_too_few_cases():
     empty = quality(np.zeros((2, 4, 4)), np.zeros((2, 4, 4), dtype=bool))
     assert expected_dsc(features[0], None) is None and expected_dsc(empty, fit) is None
     assert fit_expected_dsc([*features, empty], [*dsc, 0.0])["empty"] == 1
-    with pytest.raises(ValueError, match=r"^19 case\(s\) with a mask, and 20 are needed"):
+    with pytest.raises(ValueError, match=r"^19 case\(s\) with a mask, but 20 are needed"):
         fit_expected_dsc([*features[:19], empty], [*dsc[:19], 0.0])
     same = fit_expected_dsc([features[0]] * 20, dsc)  # identical features
     assert expected_dsc(features[0], same)[0] == pytest.approx(np.mean(dsc), abs=0.05)
@@ -304,7 +304,7 @@ def test_fitting_is_refused_when_it_is_meaningless(phantoms, folder, tmp_path):
     for models, said in [
         (["a=" + str(folder), "b=" + str(folder)], "is for one model"),
         ([bare], "bare.pt: no card says what it was trained on"),
-        ([folder / "fold0.pt", "--cases", *NAMES[4:9]], "case.s. with a mask, and 20 are needed"),
+        ([folder / "fold0.pt", "--cases", *NAMES[4:9]], "case.s. with a mask, but 20 are needed"),
     ]:
         with pytest.raises(SystemExit, match=said):
             evaluate.main([str(word) for word in (*words, "--weights", *models)])

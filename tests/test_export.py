@@ -68,7 +68,7 @@ def test_scores_are_of_the_subset_that_is_named(trained, tmp_path, subset, n):
     metrics = written(tmp_path, f"{ROWS}TCGA_CS_4941_19960909,0.5,0\n", trained)
     options = "--weights", trained, "--metrics", metrics, "--subset", subset
     if n == 0:
-        with pytest.raises(SystemExit, match="scores no case of subset train"):
+        with pytest.raises(SystemExit, match="has no case of subset train"):
             exported(tmp_path, *options)
         return
     card = json.loads(exported(tmp_path, *options).with_suffix(".json").read_text())
@@ -79,10 +79,10 @@ def test_scores_of_other_weights_are_refused(trained, tmp_path):
     other = tmp_path / "other.pt"
     other.write_bytes(trained.read_bytes() + b"\0")
     metrics = written(tmp_path, ROWS, other)
-    with pytest.raises(SystemExit, match="metrics.csv: is not of .*unet.pt"):
+    with pytest.raises(SystemExit, match="metrics.csv: was not made with .*unet.pt"):
         exported(tmp_path, "--weights", trained, "--metrics", metrics)
     (tmp_path / "args.json").unlink()
-    with pytest.raises(SystemExit, match="metrics.csv: is not of .*unet.pt"):
+    with pytest.raises(SystemExit, match="metrics.csv: was not made with .*unet.pt"):
         exported(tmp_path, "--weights", trained, "--metrics", metrics)
 
 

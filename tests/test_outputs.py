@@ -261,7 +261,7 @@ def test_series_that_lacks_an_attribute_is_named(series, weights, tmp_path, caps
 
 def test_a_source_without_a_series_is_one_sentence(phantoms, weights, tmp_path, monkeypatch):
     said = infer(phantoms, tmp_path, weights, "--dicom-seg")
-    assert "is no DICOM series; leave --dicom-seg out" in said
+    assert "is not a DICOM series; leave out --dicom-seg" in said
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     said = infer(phantoms, tmp_path, weights, "--dicom-seg")
     assert "needs highdicom" in said and "requirements-dicom.txt" in said
@@ -361,4 +361,4 @@ def test_weights_without_a_card_are_reported(phantoms, weights, tmp_path, capsys
     bare = tmp_path / "bare.pt"
     bare.write_bytes(weights.read_bytes())
     infer(phantoms, tmp_path, bare, "--cases", "phantom_003", "--image-size", 32)
-    assert "bare.pt: has no card (.json); taken for weights" in capsys.readouterr().err
+    assert "bare.pt: has no card (.json); assuming preprocessing 1" in capsys.readouterr().err

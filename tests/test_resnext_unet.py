@@ -167,7 +167,7 @@ def test_published_address_is_fetched_once_and_its_hash_checked(published, hub, 
     wrong = published.with_name("resnext50_32x4d-00000000.pth")
     wrong.symlink_to(published)
     monkeypatch.setattr(resnext_unet, "URL", wrong.as_uri())
-    with pytest.raises(ValueError, match=f"{wrong.as_uri()}: .*not what its hash says"):
+    with pytest.raises(ValueError, match=f"{wrong.as_uri()}: .*does not match its hash"):
         load_imagenet(encoder)
     assert [path.name for path in hub.iterdir()] == [published.name]
 
@@ -215,9 +215,9 @@ def test_file_that_is_missing_or_damaged_is_refused(published, tmp_path):
 @pytest.mark.parametrize(
     "spoil, reason",
     [
-        (lambda state: [1], "holds no state dict"),
-        (lambda state: {"state_dict": state}, "holds no state dict"),
-        (lambda state: UNet(init_features=2).state_dict(), "holds no state dict"),
+        (lambda state: [1], "does not contain a state dict"),
+        (lambda state: {"state_dict": state}, "does not contain a state dict"),
+        (lambda state: UNet(init_features=2).state_dict(), "does not contain a state dict"),
         (lambda state: state | {"layer5.0.conv1.weight": torch.zeros(1)}, "layer5.0.conv1"),
         (lambda state: {k: v for k, v in state.items() if "layer3" not in k}, "layer3.0.conv1"),
         (lambda state: state | {"layer1.0.conv2.weight": torch.zeros(64, 64, 3, 3)}, "size"),

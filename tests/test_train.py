@@ -229,7 +229,7 @@ def test_a_real_process_stops_saves_and_goes_on(phantoms, tmp_path):
         rest, errors = process.communicate(timeout=60)
     assert said[2].startswith("epoch   1/10000"), errors
     assert process.returncode == 128 + signal.SIGTERM and "Traceback" not in errors
-    assert "go on with: python3 train.py --resume" in rest
+    assert "continue with: python3 train.py --resume" in rest
     epochs = load_tensors(tmp_path / "a/weights/unet.ckpt")["epoch"] + 1
     resumed = run(phantoms, tmp_path / "a", "--resume", "--epochs", epochs)
     assert same_run(run(phantoms, tmp_path / "b", "--epochs", epochs), resumed)
@@ -257,7 +257,7 @@ def test_resuming_with_other_cases_is_refused(phantoms, straight, tmp_path):
     images = shutil.copytree(phantoms, tmp_path / "images")
     shutil.rmtree(images / TRAIN)
     message = refused(images, straight, "--resume", "--epochs", 4)
-    assert f"{images}: not the training cases" in message
+    assert f"{images}: does not have the training cases" in message
 
 
 def test_resuming_a_finished_run_changes_nothing(phantoms, straight, capsys):
@@ -273,7 +273,7 @@ def test_resuming_without_a_sound_checkpoint_is_one_sentence(phantoms, straight,
     place.parent.mkdir()
     whole = (straight / "weights" / "unet.ckpt").read_bytes()
     place.write_bytes(whole[: len(whole) // 2])
-    assert f"{place}: is not a file of weights, or is damaged" in refused(
+    assert f"{place}: is not a weights file, or is damaged" in refused(
         phantoms, tmp_path, "--resume"
     )
     shutil.copy(straight / "weights" / "unet.pt", place)

@@ -94,9 +94,9 @@ def test_other_architectures_are_refused():
     "content, reason",
     [
         ({"model": {}, "optimizer": {}}, "is a training checkpoint, for --resume"),
-        ({"state_dict": {"a": torch.zeros(1)}}, "holds no bare state dict"),
-        ({}, "holds no bare state dict"),
-        ([torch.zeros(1)], "holds no state dict"),
+        ({"state_dict": {"a": torch.zeros(1)}}, "does not contain a bare state dict"),
+        ({}, "does not contain a bare state dict"),
+        ([torch.zeros(1)], "does not contain a state dict"),
         ({"a": torch.tensor([1.0, float("nan")])}, "NaN or infinite"),
         ({"a": torch.tensor([float("inf")])}, "NaN or infinite"),
         (nn.Linear(2, 2), "refused"),
