@@ -552,6 +552,17 @@ def slice_shown(page) -> str:
     return page.locator("output").inner_text().partition(",")[0]
 
 
+def slice_after(page, act) -> str:
+    """Wait up to 5 s for `act` to show another slice; return the slice shown."""
+    before = slice_shown(page)
+    act()
+    for _ in range(50):
+        if slice_shown(page) != before:
+            break
+        page.wait_for_timeout(100)
+    return slice_shown(page)
+
+
 def downloaded(page, name: str) -> bytes:
     with page.expect_download() as download:
         page.get_by_role("link", name=name).click()
@@ -597,14 +608,11 @@ def test_what_the_viewer_can_do(page, files):
 
     page.get_by_role("button", name="Reset").click()
     page.wait_for_timeout(300)  # Reset is drawn in software
-    page.locator("canvas").press("ArrowUp")
-    up = slice_shown(page)
-    page.locator("canvas").press("ArrowDown")
-    assert slice_shown(page) == first != up
-    page.locator("canvas").hover()
-    page.mouse.wheel(0, 100)
-    page.wait_for_timeout(300)
-    assert slice_shown(page) != first, "the wheel goes to the next slice"
+    canvas = page.locator("canvas")
+    assert slice_after(page, lambda: canvas.press("ArrowUp")) != first
+    assert slice_after(page, lambda: canvas.press("ArrowDown")) == first
+    canvas.hover()
+    assert slice_after(page, lambda: page.mouse.wheel(0, 100)) != first, "the wheel turns slices"
 
 
 def test_the_phantom_on_a_phone(browser, server):
