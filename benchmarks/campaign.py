@@ -37,8 +37,8 @@ from .trainings import Pool, Training, call, script
 FOLDS, SEARCH_FOLDS = 5, 3
 COMMON = f"--keep last --vis-freq 0 --validate-every 5 --folds {FOLDS}".split()
 SEARCH = "--image-size 128 --epochs 4".split()
-SMALL = "--image-size 128 --epochs 24".split()
-NATIVE = "--image-size 192 --epochs 9 --lr 1e-3 --seed 43".split()
+SMALL = "--image-size 128 --epochs 45".split()
+NATIVE = "--image-size 192 --epochs 15 --lr 1e-3 --seed 43".split()
 BASE = "defaults"
 CHANGES = {
     "preprocessing-1": "--preprocessing 1",

@@ -182,7 +182,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--only", nargs="+", help="parts whose names start with these, e.g. speed profile (all)")
     add("--out", type=Path, default="logs/gpu", help="folder for gpu.json and gpu.md (%(default)s)")
     add("--cache", type=Path, help="preprocessed volumes (~/.cache/brainseg)")
-    add("--device", help="cuda, cpu ... (an accelerator if there is one)")
+    add("--device", help="cuda, cpu ... (an accelerator if available)")
     shapes = ["16x128", "16x192", "32x256"]
     add("--shapes", nargs="+", type=shape, default=shapes, help="features x pixels")
     add("--steps", type=int, default=100, help="timed in each training (%(default)s)")

@@ -145,7 +145,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--image-size", type=int, default=192, help="side of a resized slice (%(default)s)")
     add("--features", type=int, default=16, help="width of the U-Nets (%(default)s)")
     add("--batch-size", type=int, default=16, help="(%(default)s)")
-    add("--device", help="cuda, cpu ... (an accelerator if there is one)")
+    add("--device", help="cuda, cpu ... (an accelerator if available)")
     add("--json", type=Path, help="file to keep figures and conditions in")
     args = parser.parse_args(argv)
     try:

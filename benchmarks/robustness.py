@@ -114,7 +114,7 @@ def main() -> None:
     parser.add_argument("--images", type=Path, required=True, help="cases with masks")
     parser.add_argument("--subset", nargs="+", default=["validation"], help="(validation)")
     parser.add_argument("--weights", type=Path, default=shipped_weights("unet"))
-    parser.add_argument("--device", help="(an accelerator if there is one)")
+    parser.add_argument("--device", help="(an accelerator if available)")
     parser.add_argument("--only", help="only changes whose names contain this (all)")
     args = parser.parse_args()
 

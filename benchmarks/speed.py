@@ -289,7 +289,7 @@ def get_args_of_benchmark() -> argparse.Namespace:
     add("--images", type=Path, required=True, help="the real cases")
     add("--weights", type=Path, help="weights for inference.py (the shipped ones)")
     add("--only", nargs="+", choices=BENCHES, help="these rows (all but ensemble, cases, pixels)")
-    add("--device", help="cuda, cpu ... (an accelerator if there is one)")
+    add("--device", help="cuda, cpu ... (an accelerator if available)")
     add("--image-size", type=int, default=256, help="side of a resized slice (%(default)s)")
     add("--cache", type=Path, help="preprocessed volumes (~/.cache/brainseg)")
     add("--volumes", type=int, default=3, help="volumes to preprocess (%(default)s)")
