@@ -22,7 +22,7 @@ from .weights import CARD_DEFAULTS, load_state, model_from_state, read_card
 
 WARN_BELOW = 0.7  # a mask with a lower expected DSC needs checking
 # What `quality` measures: 1 if a higher value means a better mask, -1 if a worse one.
-FEATURES = {"soft_dice": 1, "certainty": 1, "log_share": 1, "kept": 1, "disagreement": -1}
+FEATURES = {"overlap": 1, "confidence": 1, "log_share": 1, "kept": 1, "disagreement": -1}
 LEAST_CASES = 20  # for a fit
 RIDGE, HUBER = 1.0, 0.1  # the ridge weighs as one case; residuals above HUBER count linearly
 
@@ -120,35 +120,31 @@ def average(outputs: Sequence[Tensor]) -> Tensor:
     return torch.cat((mean, deviation), dim=1)
 
 
-def disagreement(probabilities: Tensor, settings: dict) -> float | None:
-    """Measure how much the networks disagree in `average`'s output (S, K + 1, N, N).
-
-    This is the sum of the deviations over the sum of the probabilities, 0 if all agree; None for
-    the output (S, K, N, N) of one network. K is in the `settings` of the network.
-    """
-    if probabilities.shape[1] == settings["out_channels"]:
-        return None
-    return float(probabilities[:, -1].sum() / probabilities[:, 0].sum().clamp(min=1e-6))
-
-
 def quality(
-    probabilities: np.ndarray, mask: np.ndarray, disagreement: float | None = None
+    probabilities: np.ndarray, mask: np.ndarray, deviation: np.ndarray | None = None
 ) -> dict[str, float | None]:
-    """Measure, without the truth, what indicates a good mask.
+    """Measure, without the truth, what indicates a good mask; 0 for an empty one.
 
-    `probabilities` and the `mask` made from them are (S, H, W); `disagreement` is that of the
-    function above. soft_dice: Dice of probabilities and mask. certainty: mean probability in the
-    mask. log_share: decimal logarithm of its share of the volume. kept: its share of the voxels at
-    0.5 or more. All are 0 for an empty mask.
+    The `probabilities` p, the `mask` made from them and, for an ensemble, the `deviation` of its
+    networks (see `average`) are (S, H, W); q = p² + deviation² is the networks' mean square.
+    overlap: 2 sum(q in mask) / (sum(q) + sum(p in mask)). confidence: sum(q in mask) / sum(p in
+    mask). For one network, these are the Dice of map and mask and the mean probability in the mask,
+    both weighted by p; for an ensemble, their values over its networks, however much these differ,
+    so a fit to single networks holds for their average. log_share: decimal logarithm of the mask's
+    share of the volume. kept: its share of the voxels at 0.5 or more. disagreement:
+    sum(deviation) / sum(p), None for one network.
     """
-    probabilities, mask = np.asarray(probabilities), np.asarray(mask, dtype=bool)
-    voxels, inside = int(mask.sum()), float(probabilities[mask].sum(dtype=np.float64))
+    square = np.square(probabilities, dtype=np.float64)
+    if deviation is not None:
+        square += np.square(deviation, dtype=np.float64)
+    total, inside = float(probabilities.sum(dtype=np.float64)), float(square[mask].sum())
+    weight, voxels = float(probabilities[mask].sum(dtype=np.float64)), int(mask.sum())
     return {
-        "soft_dice": 2 * inside / max(float(probabilities.sum(dtype=np.float64)) + voxels, 1e-6),
-        "certainty": inside / max(voxels, 1),
+        "overlap": 2 * inside / max(float(square.sum()) + weight, 1e-6),
+        "confidence": inside / max(weight, 1e-6),
         "log_share": float(np.log10(voxels / mask.size)) if voxels else 0.0,
         "kept": min(voxels / max(int((probabilities >= 0.5).sum()), 1), 1.0),
-        "disagreement": disagreement,
+        "disagreement": None if deviation is None else float(deviation.sum()) / max(total, 1e-6),
         "voxels": voxels,
     }
 
@@ -266,12 +262,16 @@ def quality_warnings(
 
 
 def assess(
-    probabilities: np.ndarray, mask: np.ndarray, apart: float | None, fit: dict | None, notes=()
+    probabilities: np.ndarray,
+    mask: np.ndarray,
+    deviation: np.ndarray | None,
+    fit: dict | None,
+    notes: Sequence[str] = (),
 ) -> tuple[dict, tuple[float, float, float] | None, list[str]]:
     """Measure the `quality` of a mask; return it, the expected DSC, and any warnings.
 
-    `apart` is the `disagreement`, `fit` that of the card, `notes` those of the `Frame`.
+    `fit` is that of the card, `notes` are those of the `Frame`.
     """
-    features = quality(probabilities, mask, apart)
+    features = quality(probabilities, mask, deviation)
     expected = expected_dsc(features, fit)
     return features, expected, quality_warnings(features, expected, notes)

@@ -194,8 +194,7 @@ def finish(work: Work | Result, segmenter: Segmenter, outputs: Outputs) -> Resul
         maps = {}
         if outputs.probabilities:
             maps["probability"] = found.probabilities
-            apart = segmenter.disagreement_map(work.probabilities, work.frame)
-            maps |= {} if apart is None else {"disagreement": apart}
+            maps |= {} if found.deviation is None else {"disagreement": found.deviation}
         work.probabilities = None
         write_case(outputs.folder, case, volume, mask, work.truth, maps)
         if outputs.algorithm and series_of(case):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .devices import half_precision, has_bfloat16, pick_device
-from .ensemble import Ensemble, assess, disagreement, fold_batch_norm, load_ensemble, networks_of
+from .ensemble import Ensemble, assess, fold_batch_norm, load_ensemble, networks_of
 from .io.files import by
 from .onnx import OnnxNetwork
 from .preprocess import VERSION, Frame, neighbourhoods, preprocess, restore
@@ -24,6 +24,7 @@ class Segmentation:
 
     mask: np.ndarray  # (S, H, W) bool
     probabilities: np.ndarray  # (S, H, W) float32
+    deviation: np.ndarray | None  # of them over the networks of an ensemble, (S, H, W) float32
     features: dict  # of `quality`
     expected: tuple[float, float, float] | None  # DSC and its 80 % interval, if known
     warnings: list[str]  # a sentence each; empty if nothing calls for a second look
@@ -160,19 +161,11 @@ class Segmenter:
     def assess(self, probabilities: Tensor, frame: Frame) -> Segmentation:
         """Turn probabilities (S, K, N, N) into a mask, and estimate how good it is."""
         restored = _restored(probabilities, frame).cpu()
-        mask, source = self._to_mask(restored), restored.numpy()
-        apart = disagreement(probabilities, self.model.settings)
-        found = assess(source, mask, apart, self.expected_dsc_fit, frame.notes)
-        return Segmentation(mask, source, *found)
-
-    def disagreement_map(self, probabilities: Tensor, frame: Frame) -> np.ndarray | None:
-        """Map where the networks of an ensemble disagree: (S, H, W), in the source geometry.
-
-        This is the standard deviation in `probabilities` (S, K + 1, N, N); None for one network.
-        """
-        if probabilities.shape[1] == self.model.settings["out_channels"]:
-            return None
-        return _restored(probabilities[:, -1:], frame).cpu().numpy()
+        mask, maps = self._to_mask(restored), (restored.numpy(), None)
+        if probabilities.shape[1] > self.model.settings["out_channels"]:  # see `average`
+            maps = maps[0], _restored(probabilities[:, -1:], frame).cpu().numpy()
+        found = assess(maps[0], mask, maps[1], self.expected_dsc_fit, frame.notes)
+        return Segmentation(mask, *maps, *found)
 
     def _to_mask(self, restored: Tensor) -> np.ndarray:
         return to_mask(restored, self.threshold, self.largest_component, self.min_volume)

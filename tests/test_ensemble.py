@@ -18,7 +18,6 @@ from brainseg import weights as weights_module
 from brainseg.ensemble import (
     Ensemble,
     average,
-    disagreement,
     expected_dsc,
     fit_expected_dsc,
     load_ensemble,
@@ -91,14 +90,6 @@ def test_a_folder_of_one_is_that_network(folder, volume, tmp_path):
     assert torch.equal(
         alone.probabilities(images), opened(folder / "fold0.pt").probabilities(images)
     )
-
-
-def test_disagreement_by_hand():
-    half, one = torch.full((2, 1, 4, 4), 0.5), torch.ones(2, 1, 4, 4)
-    settings = {"out_channels": 1}
-    assert disagreement(average([half]), settings) is None
-    assert disagreement(average([half, half]), settings) == 0
-    assert disagreement(average([half, one]), settings) == pytest.approx(0.25 / 0.75)
 
 
 def test_the_card_of_an_ensemble_names_every_patient(folder):
@@ -208,7 +199,7 @@ def test_every_member_is_exported_with_its_card(folder, tmp_path):
 
 
 def masks_of(cases: int, seed: int = 0) -> tuple[list[dict], list[float]]:
-    """Return features and DSC of masks whose DSC follows the certainty of the map within 0.03."""
+    """Return features and DSC of masks whose DSC follows their confidence within 0.03."""
     rng, features, dsc = np.random.default_rng(seed), [], []
     for _ in range(cases):
         certain = rng.uniform(0.5, 1)
@@ -222,11 +213,20 @@ def masks_of(cases: int, seed: int = 0) -> tuple[list[dict], list[float]]:
 def test_quality_by_hand():
     probabilities = np.zeros((2, 4, 5), dtype=np.float32)
     probabilities[0, 0, :4] = 1, 1, 0.5, 0.5
-    mask = probabilities > 0.5
-    made = quality(probabilities, mask, 0.25)
-    assert made["soft_dice"] == pytest.approx(2 * 2 / (3 + 2)) and made["certainty"] == 1
+    made = quality(probabilities, probabilities > 0.5)
+    assert made["overlap"] == pytest.approx(2 * 2 / (2.5 + 2)) and made["confidence"] == 1
     assert made["log_share"] == pytest.approx(np.log10(2 / 40)) and made["kept"] == 0.5
-    assert made["voxels"] == 2 and made["disagreement"] == 0.25
+    assert made["voxels"] == 2 and made["disagreement"] is None
+
+
+def test_networks_that_differ_are_no_less_sure():
+    network, other = np.zeros((2, 1, 4, 5), dtype=np.float32)
+    network[0, 0, :4], other[0, 1, :4] = 1, 1  # each marks four voxels elsewhere
+    made = average([torch.from_numpy(each)[:, None] for each in (network, other)]).numpy()
+    found = quality(made[:, 0], made[:, 0] >= 0.5, made[:, 1])
+    assert found["overlap"] == found["confidence"] == found["disagreement"] == 1
+    alone = quality(network, network >= 0.5)
+    assert found["overlap"] == alone["overlap"] and found["confidence"] == alone["confidence"]
 
 
 def test_a_fit_predicts_cases_it_has_not_seen():
