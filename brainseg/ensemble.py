@@ -67,8 +67,8 @@ def load_ensemble(paths: Sequence[Path]) -> tuple[nn.Module, dict]:
     """Load one network, or several as an `Ensemble`, and their common card.
 
     The card has the training cases and patients of all members, and drops what differs between
-    them, such as the epoch. Raises ValueError, naming the file, if one cannot be used, has no card,
-    or was trained for a different input from the first.
+    them, such as the epoch. Raises ValueError, naming the file, if one cannot be used or, of
+    several, has no card or was trained for a different input from the first.
     """
     cards = [read_card(path) for path in paths]
     named = [model_from_state(load_state(path), path) for path in paths]
@@ -110,7 +110,7 @@ def check_members(
 def average(outputs: Sequence[Tensor]) -> Tensor:
     """Average probabilities (N, K, H, W) of several networks.
 
-    With more than one, a last channel holds their standard deviation in the first channel.
+    With more than one, a last channel holds the standard deviation of their first channels.
     """
     if len(outputs) == 1:
         return outputs[0]
@@ -138,8 +138,8 @@ def quality(
 
     `probabilities` and the `mask` made from them are (S, H, W); `disagreement` is that of the
     function above. soft_dice: Dice of probabilities and mask. certainty: mean probability in the
-    mask. log_share: decimal logarithm of its share of the volume. kept: its share of the voxels at
-    0.5 or more. All are 0 for an empty mask.
+    mask. log_share: decimal logarithm of its share of the volume. kept: its size over the number of
+    voxels at 0.5 or more, at most 1. All are 0 for an empty mask.
     """
     probabilities, mask = np.asarray(probabilities), np.asarray(mask, dtype=bool)
     voxels, inside = int(mask.sum()), float(probabilities[mask].sum(dtype=np.float64))
