@@ -21,11 +21,11 @@ MOST = 0.5  # share of a device's free memory; a training step needs the rest
 
 
 def check_channels(volumes: Sequence[Prepared]) -> int:
-    """Return the number of channels. Raises ValueError, naming cases, if they differ in it."""
+    """Return the cases' number of channels. Raises ValueError, naming cases, if it differs."""
     channels = {volume.images.shape[1]: volume.case.folder for volume in volumes}
     if len(channels) > 1:
         listed = ", ".join(f"{count} in {folder}" for count, folder in sorted(channels.items()))
-        raise ValueError(f"cases with different numbers of channels: {listed}")
+        raise ValueError(f"cases differ in number of channels: {listed}; keep those of one kind")
     return next(iter(channels))
 
 
@@ -137,9 +137,10 @@ class BrainSegmentationDataset(Dataset):
 class Feed:
     """Batches (images (B, C, N, N) float16, masks (B, 1, N, N) bool) of a data set, as stored.
 
-    The device holds the whole data set if that takes at most half of its free memory; otherwise
-    threads gather batches ahead, in memory that a GPU can fetch them from while it computes. K
-    `neighbours` on either side of each slice make 2 K + 1 times the channels.
+    A CUDA GPU holds the whole data set if that takes at most half of its free memory; otherwise
+    threads gather batches ahead, in memory that it can fetch them from while it computes. On a CPU,
+    each batch is gathered when it is needed. K `neighbours` on either side of each slice make
+    2 K + 1 times the channels.
     """
 
     def __init__(

@@ -8,9 +8,9 @@
 Each of --weights is a model: a weights file, an .onnx file from export.py, a folder of weights
 files (an ensemble), or a metrics.csv that inference.py wrote. NAME=PATH names it. An ensemble
 scores each case with the networks that were not trained on its patient: after cross-validation, one
-network for its own cases, all of them for others. Models are compared with the first one, case by
-case. A case that any model was trained on is left out for all; a case on which train.py --keep best
-chose the epoch counts, but is marked. --threshold, --tta and the like do not change a metrics.csv.
+for the cross-validated cases, all for others. Models are compared with the first one, case by case.
+A case that any model was trained on is left out for all; a case on which train.py --keep best chose
+the epoch counts, but is marked. --threshold, --tta and the like do not change a metrics.csv.
 
 --fit-expected-dsc learns from these scores to predict the DSC of a mask without a truth, and writes
 the fit into the cards of the weights (see brainseg/ensemble.py) and expected_dsc.png to OUT. The

@@ -16,7 +16,7 @@ the weights were not trained on.
 The other formats contain the card, which says how to preprocess, and the network, batch norm
 folded: preprocessed slices (N, C, H, W) in, probabilities (N, K, H, W) out, both float32, for any N
 and any H and W divisible by 16. Several weights files, or a folder, become one ensemble: it
-averages the probabilities and adds a channel with their standard deviation. The results are
+averages the probabilities and adds a last channel, their standard deviation. The results are
 compared with PyTorch's before the file is written. A .pt2 is for your own programs
 (torch.export.load): nothing here opens one, because that could run code in it.
 """
@@ -76,7 +76,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("--precision", type=str, choices=TOLERANCES,
         help="precision of the network: float32 or float16 (float32)")
     add("--images", type=Path,
-        help="cases, the first is compared (./kaggle_3m, or a synthetic case if it is missing)")
+        help="cases; the first is used to compare (./kaggle_3m, or a synthetic case if missing)")
     return parser
 
 
@@ -126,7 +126,7 @@ def named_by_hash(out: Path, stem: str, suffix: str, content: bytes) -> Path:
 
 
 def halve(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Convert kernels to half precision; keep batch norm and biases, small but sensitive."""
+    """Convert kernels to half precision; keep batch norm and biases: small but sensitive."""
     halved = {k: v.half() if v.is_floating_point() and v.ndim > 1 else v for k, v in state.items()}
     programs.check_finite(halved)
     return halved
@@ -135,7 +135,8 @@ def halve(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def scores_of_unseen(path: Path, weights: Path, subset: str) -> dict:
     """Summarise the DSC of the cases of a subset that the weights were not trained on.
 
-    Raises ValueError if the args.json beside the metrics.csv at `path` names other weights.
+    Raises ValueError if the args.json beside the metrics.csv at `path` does not list these weights,
+    or if no such case is left.
     """
     scores, about = read_scores(path, ["dsc"]), path.with_name("args.json")
     try:
@@ -144,7 +145,7 @@ def scores_of_unseen(path: Path, weights: Path, subset: str) -> dict:
         made_with = ()
     if file_hash(weights) not in made_with:
         raise ValueError(
-            f"{path}: was not made with {weights}, according to {about.name} beside it; "
+            f"{path}: was not made with {weights}: no such hash in {about.name} beside it; "
             "run inference.py with these weights"
         )
     cases = {
@@ -199,7 +200,8 @@ def write_network(
         if not difference <= TOLERANCES[precision]:
             raise ValueError(
                 f"{path}: not written, as its probabilities differ by up to {difference:.2g} from "
-                f"those of {given[0]} on {case}; export it in float32, or with another PyTorch"
+                f"those of {given[0]} on {case}; export it in float32, or with another version of "
+                "PyTorch"
             )
     networks = f", {len(files)} networks" * (len(files) > 1)
     print(

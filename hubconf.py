@@ -11,7 +11,7 @@ def unet(in_channels=3, out_channels=1, init_features=32, pretrained=False):
     Takes slices (N, in_channels, H, W) that were preprocessed as a volume, returns probabilities
     (N, out_channels, H, W). For raw volumes use the entry `segmenter`, which preprocesses them.
     in_channels, out_channels, init_features: the pretrained network has 3, 1 and 32.
-    pretrained: load the weights that come with the repository; their hash is checked.
+    pretrained: load the weights shipped with the repository; their hash is checked.
     """
     build = weights.load_pretrained if pretrained else weights.build_model
     return build(
@@ -34,8 +34,7 @@ def segmenter(network="unet", device=None, **options):
 
     Channels are pre-contrast, FLAIR, post-contrast, of any numeric type; needs numpy and
     scikit-image.
-    network: which of the weights that come with the repository to use; those of several networks
-    (weights/unet-folds) are averaged.
+    network: which of the shipped weights to use; several (weights/unet-folds) are averaged.
     device: by default an accelerator if available.
     options: threshold=0.5, largest_component=True, min_volume=None, tta=False, batch_size=16,
     amp=None.

@@ -23,7 +23,7 @@ were trained on marked. With --skip-existing, both tables keep the rows of other
 records how the run was made.
 
 --probabilities adds <case>_probability.nii.gz (float32) or <case>_<k>_probability.tif and, for an
-ensemble, the standard deviation over its networks, _disagreement. --dicom-seg adds <case>_seg.dcm.
+ensemble, _disagreement: the standard deviation over its networks. --dicom-seg adds <case>_seg.dcm.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def run(args: argparse.Namespace, options: dict) -> int:
     Several processes share the cases; the main one writes the tables and reports on all.
     """
     weights = args.weights or [shipped_weights("unet")]
-    about = utils.provenance(args)  # before this process takes its part of the machine
+    about = utils.provenance(args)
     # The first rank of a machine caches what TensorRT builds, for the others.
     with distributed.local_rank_zero_first():
         device = distributed.rank_device(options["device"])
@@ -153,7 +153,7 @@ def run(args: argparse.Namespace, options: dict) -> int:
 def list_sequences(
     flair: Path, pre: Path | None, post: Path | None, labels: list[int] | None, patients: str | None
 ) -> list[Scan]:
-    """Return a list of the one scan that has one file per sequence."""
+    """List the one scan, which has one file per sequence."""
     scan = find_sequences(flair, pre, post)
     use_patients(patients, [scan.name])
     return [replace(scan, labels=Labels(labels))]

@@ -60,7 +60,7 @@ def get_args_parser() -> utils.Parser:
     recipe("--folds", type=int, least=2, help="cross-validation: number of folds, split by patient")
     recipe("--fold", type=int, least=0, help="cross-validation: the fold to validate on, from 0")
     add("--cache", type=Path, help="folder of preprocessed volumes (~/.cache/brainseg)")
-    add("--prune-cache", action="store_true", help="first delete cached volumes without a source")
+    add("--prune-cache", action="store_true", help="first delete cached volumes of missing sources")
     add("--workers", type=int, least=1, help="threads that read and preprocess (all cores)")
 
     add, recipe = parser.group("network")
@@ -99,7 +99,7 @@ def add_recipe_options(parser: utils.Parser) -> None:
     share = {"type": float, "least": 0, "below": 1}
     add, recipe = parser.group("recipe")
     recipe("--recipe", choices=("classic",),
-        help="take the published values as defaults (those of the shipped weights)")
+        help="published values as defaults, in place of those of the shipped weights")
     add("--epochs", default=100, least=1, help="each draws as many slices as the training set has")
     recipe("--batch-size", default=16, least=1, help="slices per step")
     recipe("--lr", default=2e-3, help="peak learning rate of Adam")
@@ -108,7 +108,7 @@ def add_recipe_options(parser: utils.Parser) -> None:
     recipe("--warmup", default=100, least=0, help="steps of linear warm-up")
     recipe("--ema", **share, default=0.998, help="decay of the averaged weights; 0: off")
     recipe("--weight-decay", type=float, default=0, least=0, help="for AdamW; 0: plain Adam")
-    recipe("--loss", choices=LOSSES, default="bce-dice", help="loss of a batch")
+    recipe("--loss", choices=LOSSES, default="bce-dice", help="loss function")
     recipe("--background", default=0.5, least=0,
            help="draw slices in proportion to lesion area plus this times the case's mean area")
     recipe("--aug-scale", **share, default=0.2, help="random scale, 1 ± this")
@@ -189,7 +189,7 @@ def fit(
     validation_set: BrainSegmentationDataset,
     writer: runs.RunWriter,
 ) -> int:
-    """Train, validate and save until the last epoch or a signal; return its number, or 0."""
+    """Train, validate and save until the last epoch or a signal; return the signal, or 0."""
     if args.compile:  # before the ranks wait for each other's gradients
         training.compile_ahead(state, args.image_size)
     training.parallel(state)
@@ -233,8 +233,8 @@ def train_one_epoch(
 ) -> float | None:
     """Train to the epoch's end on slices drawn by `weights`; return slices per second.
 
-    None if stopped by a signal. Ranks share each batch: an epoch has the same slices and steps for
-    any number of ranks. Raises ValueError once the loss is NaN or infinite.
+    Returns None if a signal stopped it. Ranks share each batch: an epoch has the same slices and
+    steps for any number of ranks. Raises ValueError once the loss is NaN or infinite.
     """
     generator = utils.make_generator(state.seed, 0, state.epoch)
     drawn = torch.multinomial(weights, state.slices, replacement=True, generator=generator)
@@ -327,7 +327,7 @@ def get_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict | 
             argv, training.CLASSIC | CARD_DEFAULTS | checkpoint["args"], path
         )
     made_with = checkpoint["args"] if checkpoint else vars(args)
-    classic = made_with.get("recipe", "classic") == "classic"  # older checkpoints name none
+    classic = made_with.get("recipe", "classic") == "classic"  # older checkpoints lack it
     first = None if checkpoint else args.init_weights
     unset = training.unset(args.model, classic, first).items()
     vars(args).update({name: value for name, value in unset if getattr(args, name) is None})

@@ -79,8 +79,8 @@ def vary_intensity(
 ) -> Tensor:
     """Scale and shift each of the `sequences` of each slice (N, C, H, W), as other scanners would.
 
-    The factor is uniform in 1 ± `strength`, the shift in ± `strength` standard deviations. Channels
-    are one or more slices of `sequences` each, which vary alike.
+    The factor is uniform in 1 ± `strength`, the shift in ± `strength` standard deviations. C is
+    `sequences` times the number of adjacent slices, which vary alike.
     """
     draws = torch.rand(2, global_batch_size or len(images), sequences, 1, 1, generator=generator)
     draws = strength * (2 * draws - 1).repeat(1, 1, images.shape[1] // sequences, 1, 1)
@@ -97,7 +97,7 @@ def drop_sequences(
     """Replace post-contrast (channel 2) by FLAIR (1), and half the time pre-contrast (0) too.
 
     This is how the LGG data set fills in a missing sequence. Each slice of (N, C, H, W) is changed
-    with `probability`; channels are one or more slices of three sequences each.
+    with `probability`; C is 3 times the number of adjacent slices, which change alike.
     """
     draws = torch.rand(global_batch_size or len(images), 2, generator=generator)
     draws = to_device(_own(draws, global_batch_size), images.device)

@@ -60,7 +60,7 @@ class UNet(nn.Module):
 
     @staticmethod
     def settings_of(state: dict[str, Tensor]) -> dict[str, int] | None:
-        """Return the arguments that build the network of a state dict; None if of another one."""
+        """Read the network's arguments from its state dict; None for another network's."""
         first, last = state.get("encoder1.enc1conv1.weight"), state.get("conv.weight")
         if first is None or last is None or first.ndim != 4 or last.ndim != 4:
             return None

@@ -97,7 +97,7 @@ class Parser(argparse.ArgumentParser):
             if now != before:
                 raise ValueError(
                     f"{path}: was started with --{name.replace('_', '-')} {before}, not {now}; "
-                    "leave that out, or start a new run in another --weights"
+                    "leave that out, or start a new run in another --weights folder"
                 )
         return args
 

@@ -38,7 +38,7 @@ from .preprocess import VERSION, Frame, preprocess, preprocess_mask
 
 C, R = TypeVar("C"), TypeVar("R")
 ARRAYS = ("images", "mask", "truth")
-# numpy parses a file's header with ast, which threads must not use at once in Python 3.11
+# numpy parses a file's header with ast, which no two threads may use at once in Python 3.11
 # (https://github.com/python/cpython/issues/106905).
 ONE_AT_A_TIME = threading.Lock()
 ENDS = 1 << 12  # bytes at either end of a file that are read at every start
@@ -167,7 +167,7 @@ def _stat(path: Path) -> list[int]:
 
 
 def prune(cache: Path | str | None = None) -> tuple[int, int]:
-    """Delete entries whose sources are gone, and leftovers of interrupted runs after a day.
+    """Delete entries whose sources are gone, and day-old leftovers of interrupted runs.
 
     Returns how many were deleted, and their bytes. A folder that does not name a source is kept.
     """

@@ -28,7 +28,7 @@ def pick_device(name: torch.device | str | None = None) -> torch.device:
         torch.zeros(1, device=device).item()  # "meta" exists but computes nothing
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(
-            f"device {name!r} is not available; leave --device out to use the best one"
+            f"device {name!r} is not available; leave out --device to use the best one"
         ) from error
     return device
 
@@ -37,7 +37,7 @@ def has_bfloat16(device: torch.device) -> bool:
     """Tell whether the device multiplies matrices in bfloat16 faster than in float32."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    # With the bfloat16 products of AVX-512, or AMX tiles; other processors emulate it.
+    # Fast with AVX-512's bfloat16 products or AMX tiles; other CPUs emulate it.
     fast = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return device.type == "cpu" and any(getattr(torch.cpu, name, bool)() for name in fast)
 
@@ -110,7 +110,7 @@ def in_order(
 
 
 def in_groups(items: Iterable[T], size: Callable[[T], int], least: int) -> Iterator[list[T]]:
-    """Group the items, in order, so that the sizes in each but the last add up to `least`."""
+    """Group the items, in order; the sizes in each group but the last add up to `least` or more."""
     group, total = [], 0
     for item in items:
         group.append(item)

@@ -1,6 +1,6 @@
 """Several ranks that work on one task, started by torchrun: one per GPU, or several on a CPU.
 
-Usually there is only one process: then every function here returns its input. Hosts communicate
+Usually there is only one process: then the functions here change nothing. Hosts communicate
 through gloo, GPUs through NCCL. Rank 0, the main process, prints and writes.
 
 Every rank runs the same program on its shard and meets the others only to exchange data. A rank
@@ -74,7 +74,9 @@ def process_group() -> Iterator[None]:
         dist.init_process_group(backend, timeout=TIMEOUT)
         all_reduce_max(0)  # none leaves, say for bad arguments, while another is still joining
     except RuntimeError as error:
-        raise ValueError(f"the {count} processes did not all start, or cannot connect") from error
+        raise ValueError(
+            f"the {count} processes did not all start, or cannot connect; check torchrun's options"
+        ) from error
     main = is_main_process()
     try:
         yield
@@ -181,7 +183,7 @@ def rank_workers(workers: int | None) -> int | None:
 
 
 def shard(items: Sequence[T]) -> Sequence[T]:
-    """Return this rank's part of `items`: every n-th, starting at its rank."""
+    """Return this rank's part of `items`: of n ranks, each takes every n-th."""
     return items[rank() :: world_size()]
 
 

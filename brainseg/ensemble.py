@@ -67,8 +67,8 @@ def load_ensemble(paths: Sequence[Path]) -> tuple[nn.Module, dict]:
     """Load one network, or several as an `Ensemble`, and their common card.
 
     The card has the training cases and patients of all members, and drops what differs between
-    them, such as the epoch. Raises ValueError, naming the file, if one cannot be used, has no card,
-    or was trained for a different input from the first.
+    them, such as the epoch. Raises ValueError, naming the file, if one cannot be used or, of
+    several, has no card or was trained for a different input from the first.
     """
     cards = [read_card(path) for path in paths]
     named = [model_from_state(load_state(path), path) for path in paths]
@@ -110,7 +110,7 @@ def check_members(
 def average(outputs: Sequence[Tensor]) -> Tensor:
     """Average probabilities (N, K, H, W) of several networks.
 
-    With more than one, a last channel holds their standard deviation in the first channel.
+    With more than one, a last channel holds the standard deviation of their first channels.
     """
     if len(outputs) == 1:
         return outputs[0]
@@ -131,8 +131,8 @@ def quality(
     mask). For one network, these are the Dice of map and mask and the mean probability in the mask,
     both weighted by p; for an ensemble, their values over its networks, however much these differ,
     so a fit to single networks holds for their average. log_share: decimal logarithm of the mask's
-    share of the volume. kept: its share of the voxels at 0.5 or more. disagreement:
-    sum(deviation) / sum(p), None for one network.
+    share of the volume. kept: its size over the number of voxels at 0.5 or more, at most 1.
+    disagreement: sum(deviation) / sum(p), None for one network.
     """
     square = np.square(probabilities, dtype=np.float64)
     if deviation is not None:

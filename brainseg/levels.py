@@ -16,7 +16,7 @@ from .metrics import dsc
 BRIGHTEST = 4.0  # values above this many times the median tissue are clipped
 SATURATED = 0.1  # no scanner writes a larger share of the foreground at its maximum
 FLAT = 0.25  # no tissue has a larger share of the foreground at its median
-AROUND = 0.95  # least share of air along the edges of the slices after stripping
+AROUND = 0.95  # least share of air along the edges of the slices after skull stripping
 OVERLAP = 0.8  # least Dice of two foregrounds; 0.88 to 0.97 in 87 of 88 LGG cases
 
 
@@ -89,15 +89,15 @@ def oddities(
         return
     if sequence.air is not None:
         yield (
-            f"{name} was normalised after stripping: {sequence.air:.3g}, a value between those of "
-            "its tissue, is taken as background"
+            f"{name} was normalised after skull stripping: {sequence.air:.3g}, a value between "
+            "those of its tissue, is taken as background"
         )
     if sequence.saturated > SATURATED:
-        yield f"{name} is saturated: {sequence.saturated:.0%} of it has one value"
+        yield f"{name} is saturated: {sequence.saturated:.0%} of it is at the maximum"
     if sequence.flat > FLAT:
         yield (
             f"{name} has one value in {sequence.flat:.0%} of its foreground; if it was normalised "
-            "after stripping, give the file from before"
+            "after skull stripping, give the file from before that"
         )
     if (overlap := dsc(sequence.foreground, flair.foreground)) < OVERLAP:
         yield (

@@ -102,7 +102,7 @@ def score(
     Raises ValueError if the two shapes differ.
     """
     if prediction.shape != truth.shape:
-        raise ValueError(f"prediction of shape {prediction.shape}, mask of shape {truth.shape}")
+        raise ValueError(f"prediction of shape {prediction.shape}, but mask of shape {truth.shape}")
     scores = {name: metric(prediction, truth) for name, metric in METRICS.items()}
     for unit, sides in {"px": None, "mm": spacing}.items():
         if unit == "px" or sides:

@@ -175,7 +175,7 @@ def pick_providers(
 
 def _read(path: Path | str) -> bytes:
     if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: no such ONNX file")
+        raise FileNotFoundError(f"{path}: no such ONNX file; check its name")
     return Path(path).read_bytes()
 
 

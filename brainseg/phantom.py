@@ -130,7 +130,7 @@ def _layers(rng: np.random.Generator, head: Array) -> Iterator[tuple[Signal, Arr
 
 
 def _lesion_share(rng: np.random.Generator, head: Array, brain: Array) -> Array:
-    """Place a lesion of 1 to 4 % of the brain: its share of each voxel (S, H, W)."""
+    """Place a lesion of 1 to 4 % of the brain; return its share of each voxel (S, H, W)."""
     reach = np.full(brain.shape, np.inf)
     inner = (np.linalg.norm(head, axis=0) < 0.72) & (np.abs(head[2]) > 0.15)
     deep = np.argwhere(inner & (brain > 0.9))

@@ -82,7 +82,7 @@ def segment_all(
     """Segment cases and write their masks and pictures; yield the result of each, in order.
 
     Threads read ahead and write behind while the network runs on batches that continue from one
-    case to the next; or, on a CPU, each thread does all of a case.
+    case to the next; or, on a CPU, each thread processes whole cases.
     """
 
     loaded = functools.partial(load, segmenter=segmenter, outputs=outputs, register=register)
@@ -118,7 +118,9 @@ def probabilities_in_memory(segmenter: Segmenter, items: list[Work]) -> Sequence
             return segmenter.probabilities(images, lengths=lengths).split(lengths)
         except torch.OutOfMemoryError as error:
             if segmenter.batch_size == 1:
-                raise ValueError(f"{segmenter.device}: not even one slice fits into it") from error
+                raise ValueError(
+                    f"{segmenter.device}: not even one slice fits into it; use --device cpu"
+                ) from error
         size = segmenter.batch_size
         segmenter.batch_size = size // 2
         say(

@@ -59,8 +59,8 @@ def preprocess(
     `version` is in the weights' card: 2 (`_preprocess_2`) for all new weights, 1 (`_preprocess_1`)
     for the published checkpoint and weights whose card names none. The volume is not modified.
     Slices are resized on `device`, where the input stays. `aspect` is the height of a pixel over
-    its width; the input's pixels are square. Raises ValueError for another version or number of
-    axes, NaN, or a constant volume that is not 0.
+    its width; the input's pixels are square. Raises ValueError for an unknown version, a wrong
+    number of axes, NaN or infinity, or a constant volume that is not 0.
     """
     if version not in (steps := {1: _preprocess_1, 2: _preprocess_2}):
         raise ValueError(f"preprocessing version {version} is not known; update the program")
@@ -225,12 +225,12 @@ def spline_operator(source: int, target: int, order: int = 2, mode: str = "const
     identity, shape = np.eye(source), (target, source)
     operator = resize(identity, shape, order, mode, clip=False, anti_aliasing=False)
     # A spline fades but never ends; entries too small to matter would be subnormal numbers, on
-    # which processors are ten times slower.
+    # which CPUs are ten times slower.
     operator[np.abs(operator) < 1e-12] = 0
     return torch.from_numpy(operator.astype(np.float32))
 
 
 def _extent(present: np.ndarray) -> tuple[int, int]:
-    """Find the first and one past the last true entry of a line."""
+    """Find the first true entry of a line, and one past the last."""
     (where,) = np.nonzero(present)
     return int(where[0]), int(where[-1]) + 1

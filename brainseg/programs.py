@@ -60,7 +60,7 @@ def trace(model: nn.Module, precision: str) -> ExportedProgram:
 def check_finite(state: dict[str, Tensor]) -> None:
     """Raise ValueError if a weight has overflowed."""
     if not all_finite(state):
-        raise ValueError("a weight is too large for half precision")
+        raise ValueError("a weight is too large for half precision; export to ONNX in float32")
 
 
 def to_onnx(program: ExportedProgram, card: dict) -> bytes:

@@ -165,12 +165,15 @@ def load_imagenet(encoder: ResNeXtEncoder, source: bool | str | Path = True) -> 
     """Load torchvision's resnext50_32x4d into `encoder`: fetched (True) or from a local file.
 
     Its classifier `fc` is left out, its stem adapted to the encoder's channels. Raises OSError if
-    the file cannot be fetched or read, ValueError if it is damaged or holds another network.
+    the file cannot be fetched or read, ValueError if it is damaged or contains another network.
     """
     name = URL if source is True else source
     state = _open_imagenet(name)
     if not isinstance(state, dict) or getattr(state.get("conv1.weight"), "ndim", 0) != 4:
-        raise ValueError(f"{name}: does not contain a state dict of torchvision's resnext50_32x4d")
+        raise ValueError(
+            f"{name}: does not contain a state dict of torchvision's resnext50_32x4d; give its "
+            ".pth file"
+        )
     state = {key: value for key, value in state.items() if not key.startswith("fc.")}
     state["conv1.weight"] = adapt_stem(state["conv1.weight"], encoder.conv1.in_channels)
     try:

@@ -38,7 +38,7 @@ def prune_cache(cache: Path | None) -> None:
     """Delete preprocessed volumes whose sources are gone, and say how many."""
     if is_main_process():
         count, freed = prune(cache)
-        print(f"cache: deleted {count} volumes without a source ({freed / 2**30:.1f} GiB)")
+        print(f"cache: deleted {count} volumes whose sources are gone ({freed / 2**30:.1f} GiB)")
 
 
 def report_cases(
@@ -183,7 +183,7 @@ def how_to_resume(state: TrainState, weights: Path, model: str) -> str:
 class RunWriter:
     """Writes WEIGHTS/<model>.pt with its card, <model>.ckpt, and TensorBoard events in LOGS.
 
-    Only the main rank writes.
+    Only the main process writes.
     """
 
     def __init__(self, card: dict, settings: dict, kept: dict, epochs_done: int = 0):
@@ -193,7 +193,7 @@ class RunWriter:
 
     def __enter__(self) -> RunWriter:
         if is_main_process():
-            from torch.utils.tensorboard import SummaryWriter  # slow: nobody waits for --help
+            from torch.utils.tensorboard import SummaryWriter  # slow to import
 
             write_json(self.logs / "args.json", self.card | {"args": self.settings})
             self.log = SummaryWriter(self.logs, purge_step=self.epochs_done + 1)

@@ -33,12 +33,13 @@ class Segmentation:
 class Segmenter:
     """A network, or an `Ensemble`, with its preprocessing: a raw volume in, its mask out.
 
-    `image_size` is the side of a resized slice, `threshold` the lowest probability that
-    counts as lesion. `largest_component` keeps only the largest, `min_volume` drops smaller ones.
-    `tta` averages over the slice and its mirror image; `amp` computes in bfloat16 (None: if the
-    device does so natively); `batch_size` limits the slices at once. `neighbours` (slices seen on
-    either side), preprocessing `version` and `expected_dsc_fit` are those of the card. The network
-    is copied. An ONNX network has its own device and precision. Raises ValueError.
+    `image_size` is the side of a resized slice, `threshold` the lowest probability that counts as
+    lesion. `largest_component` keeps only the largest one, `min_volume` drops those of fewer
+    voxels. `tta` averages over the slice and its mirror image; `amp` computes in half precision
+    (None: if bfloat16 is faster); `batch_size` limits the slices at once. `neighbours` (slices
+    seen on either side), preprocessing `version` and `expected_dsc_fit` are those of the card. The
+    network is copied. An ONNX network has its own device and precision. Raises ValueError for a
+    wrong option.
     """
 
     def __init__(
@@ -65,7 +66,7 @@ class Segmenter:
             )
         if not 0 < threshold < 1:
             raise ValueError(f"threshold {threshold}: must be a probability between 0 and 1")
-        if isinstance(model, OnnxNetwork):  # its input and output are in main memory
+        if isinstance(model, OnnxNetwork):  # its input and output are in host memory
             if amp:
                 raise ValueError(
                     f"{model.path}: computes in the precision it was exported in; leave out "
@@ -82,7 +83,7 @@ class Segmenter:
         self.image_size, self.neighbours, self.version = image_size, neighbours, version
         self.threshold, self.min_volume, self.tta = threshold, min_volume, tta
         self.largest_component, self.expected_dsc_fit = largest_component, expected_dsc_fit
-        # Small batches stay in the cache of a processor and take a fifth less time.
+        # Small batches stay in the cache of a CPU and take a fifth less time.
         self.batch_size = min(batch_size, 4) if self.on_cpu else batch_size
 
     @classmethod
@@ -212,7 +213,7 @@ def _restored(probabilities: Tensor, frame: Frame) -> Tensor:
 def preprocess_near(
     volume: np.ndarray, image_size: int, version: int, device: torch.device, aspect: float = 1.0
 ) -> tuple[Tensor, Frame]:
-    """Call `preprocess` on the GPU if it fits there, else on the processor."""
+    """Call `preprocess` on the GPU if it fits there, else on the CPU."""
     if device.type == "cuda":
         try:
             return preprocess(volume, image_size, version, device, aspect)

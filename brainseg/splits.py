@@ -177,7 +177,7 @@ def select_cases(cases: Sequence[Named], subset: str) -> list[Named]:
         raise ValueError(
             f"none of the {len(cases)} cases ({len({patient_of(case.name) for case in cases})} "
             f"patients by their names) falls into the subset {subset!r}; "
-            "add cases, or split them differently (--subset all; train.py: --folds 5 --fold 0)"
+            "add cases, or use --subset all (train.py: --folds 5 --fold 0)"
         )
     return chosen
 

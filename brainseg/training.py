@@ -32,7 +32,7 @@ from .weights import (
 PROGRESS = ("epoch", "step", "loss_sum", "best")
 CHECKPOINT = {"args", "model", "ema", "optimizer", "cases", *PROGRESS}
 
-# The values published in 2019, for --recipe classic; the defaults are for the shipped weights.
+# The values published in 2019, for --recipe classic; the defaults are those of the shipped weights.
 CLASSIC = {
     "lr": 1e-4, "schedule": "constant", "warmup": 0, "ema": 0.0, "loss": "dice", "background": 0.1,
     "aug_scale": 0.05, "aug_intensity": 0, "drop_sequences": 0,
@@ -106,7 +106,9 @@ class TrainState:
         try:
             self.model.load_state_dict(checkpoint["model"])
         except RuntimeError as error:
-            raise ValueError(f"{images}: has other channels than the checkpoint") from error
+            raise ValueError(
+                f"{images}: has other channels than the checkpoint; give its --images"
+            ) from error
         if self.ema:
             self.ema.load_state_dict(checkpoint["ema"])
         self.optimizer.load_state_dict(checkpoint["optimizer"])
@@ -123,7 +125,9 @@ def load_checkpoint(path: Path) -> dict:
     checkpoint = load_tensors(path)
     before_version_2 = "n_averaged" in (checkpoint.get("ema") or ())  # of the preprocessing
     if before_version_2 or not CHECKPOINT <= checkpoint.keys():
-        raise ValueError(f"{path}: is not a training checkpoint of this version")
+        raise ValueError(
+            f"{path}: is not a training checkpoint of this version; start without --resume"
+        )
     return checkpoint
 
 
@@ -211,7 +215,7 @@ def build_network(name: str, seed: int, init_weights: Path | None, **settings) -
 
 
 def unset(name: str, classic: bool, init_weights: Path | None) -> dict[str, int | None]:
-    """Return the defaults of settings of the network `name` and its input.
+    """Return the defaults for settings of the network `name` and of its input.
 
     They are those of the weights to start from, by their card; otherwise those of the shipped
     weights, or of the published ones if `classic`.

@@ -242,7 +242,7 @@ def _find(name: str, shipped: dict[str, Path]) -> Path:
 
 
 def shipped_files() -> list[Path]:
-    """List the files of weights that come with the project, each a single network."""
+    """List the shipped weights files, each of a single network."""
     return [*PUBLISHED.values(), *sorted(f for d in SHIPPED.values() for f in d.glob("*.pt"))]
 
 

@@ -314,7 +314,7 @@ def test_masks_of_other_weights_or_settings_are_not_kept(phantoms, weights, tmp_
     other.write_bytes(weights.read_bytes() + b"\0")
     again = *only, "--skip-existing"
     said = refused(phantoms, tmp_path, weights, *again, "--threshold", 0.9, "--tta")
-    assert "made with threshold 0.5, tta False; leave --skip-existing out" in said
+    assert "made with threshold 0.5, tta False; leave out --skip-existing" in said
     assert f"made with weights {weights}; leave" in refused(phantoms, tmp_path, other, *again)
     assert contents(tmp_path / "predictions") == before
 

@@ -66,7 +66,7 @@ class Series:
 
     @cached_property
     def sequence(self) -> str:
-        """Return which of SEQUENCES it is, "other", or "doubtful" if description and times differ.
+        """Return one of SEQUENCES, "other", or "doubtful" if description and times disagree.
 
         A FLAIR nulls CSF with an inversion time of about 2 s and a long echo; "T1 FLAIR" is a T1
         with an inversion time under a second. Without a description, only the times count.
@@ -201,7 +201,7 @@ def series_grid(path: Path) -> Grid:
                 f"{usual:.2f} mm; a slice is missing or duplicated: export it again"
             )
     if usual <= 0:
-        raise ValueError(f"{path}: its slices are all at one position; give each its own folder")
+        raise ValueError(f"{path}: its slices are all at one position; give each image a folder")
     shape, spacing = (*first.GetSize()[:2], len(files)), (*first.GetSpacing()[:2], usual)
     return Grid(shape, spacing, first.GetOrigin(), direction)
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 LABEL = "FLAIR abnormality"
 MAKER = "brainseg"
-LOST = "; export it again from the archive, or leave --dicom-seg out"
+LOST = "; export it again from the archive, or leave out --dicom-seg"
 # Attributes that a Segmentation object copies from its source and that may be empty.
 MAY_BE_EMPTY = (
     "PatientID", "PatientName", "PatientBirthDate", "PatientSex", "AccessionNumber", "StudyID",

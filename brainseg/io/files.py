@@ -94,7 +94,7 @@ def check_writable(folder: Path) -> None:
 
 
 def default_cache() -> Path:
-    """Return the folder for preprocessed volumes unless the caller names another."""
+    """Return the default folder for preprocessed volumes."""
     if os.environ.get("XDG_CACHE_HOME"):
         return Path(os.environ["XDG_CACHE_HOME"]) / "brainseg"
     try:

@@ -25,7 +25,7 @@ def to_grey(volume: np.ndarray) -> np.ndarray:
 
 
 def edge(mask: np.ndarray) -> np.ndarray:
-    """Return the edge of a bool mask (S, H, W): the voxels with one of 4 neighbours outside it."""
+    """Return the edge of a bool mask (S, H, W): the voxels with any of 4 neighbours outside."""
     padded = np.pad(mask, ((0, 0), (1, 1), (1, 1)))
     inner = padded[:, :-2, 1:-1] & padded[:, 2:, 1:-1] & padded[:, 1:-1, :-2] & padded[:, 1:-1, 2:]
     return mask & ~inner

@@ -63,8 +63,8 @@ def since(folder: Path, about: dict, keep: bool) -> float:
         return begun
     if keep:
         raise ValueError(
-            f"{folder}: its masks were made with {', '.join(changed)}; leave "
-            "--skip-existing out, or name another folder with --predictions"
+            f"{folder}: its masks were made with {', '.join(changed)}; leave out "
+            "--skip-existing, or name another folder with --predictions"
         )
     for table in ("metrics.csv", "volumes.csv"):
         path.with_name(table).unlink(missing_ok=True)
@@ -172,7 +172,7 @@ def read_scores(path: Path, names: Iterable[str]) -> dict[str, dict]:
 
     Raises OSError or ValueError, naming the file, if it is not such a file or lacks a column.
     """
-    wrong = f"{path}: is not a metrics.csv that inference.py wrote"
+    wrong = f"{path}: is not a metrics.csv that inference.py wrote; run it to make one"
     try:
         with name_in_errors(path), open(path, newline="", encoding="utf-8") as file:
             lines = list(csv.DictReader(file))
@@ -185,11 +185,13 @@ def read_scores(path: Path, names: Iterable[str]) -> dict[str, dict]:
     scores = {}
     for line in lines:
         if line["case"] in scores:
-            raise ValueError(f"{path}: scores {line['case']} twice; give one line per case")
+            raise ValueError(f"{path}: scores {line['case']} twice; keep one row per case")
         try:
             seen = {"0": False, "1": True}[line["trained_on"]]
             row = {"trained_on": seen, **{name: float(line[name]) for name in names}}
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path}: its line of {line['case']} is damaged") from error
+            raise ValueError(
+                f"{path}: its line of {line['case']} is damaged; run inference.py again"
+            ) from error
         scores[line["case"]] = row
     return scores

@@ -82,7 +82,7 @@ def _movement(
 
 
 def _failed(path: Path, reason: str) -> str:
-    return f"{path}: cannot be registered to FLAIR: {reason}; check it, or leave --register out"
+    return f"{path}: cannot be registered to FLAIR: {reason}; check it, or leave out --register"
 
 
 def _method(fixed: sitk.Image) -> sitk.ImageRegistrationMethod:

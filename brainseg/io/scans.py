@@ -52,7 +52,7 @@ class Scan(Case):
 
     mask_name: ClassVar[str] = "<scan>_mask.nii.gz"
     grid: Grid  # FLAIR's
-    channels: int  # of the file of FLAIR
+    channels: int  # of FLAIR's file
     register: bool = False
     chosen: str = ""  # which series of a study are used
 
@@ -190,7 +190,7 @@ class Scan(Case):
         read_grid(path)[0].check_same(path, self.grid, self.flair)
         voxels = read_voxels(path)
         if voxels.shape[3] > 1 or voxels.min() < 0:
-            raise ValueError(f"{path}: is not a mask of 0 and 1; give one channel, 0 outside")
+            raise ValueError(f"{path}: is not a mask; give one channel, 0 outside the lesion")
         mask = self.grid.to_axial(voxels)[..., 0]
         return np.ascontiguousarray(self.labels.lesion(mask, self.name))
 
@@ -206,7 +206,7 @@ class Scan(Case):
             except (RuntimeError, ValueError):
                 whole = False
             if not whole:  # the NIfTI writer does not report a full disk
-                raise OSError(f"{path}: not written; is the disk full? What was there is kept")
+                raise OSError(f"{path}: not written (is the disk full?); any earlier file is kept")
 
 
 def scan_name(path: Path) -> str:

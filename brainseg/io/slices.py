@@ -37,7 +37,7 @@ class Case:
 
     @property
     def folder(self) -> Path:
-        """Return where the case's files are, to name it in a message."""
+        """Return where the case's files are, for messages."""
         return self.slices[0].parent
 
     @property
@@ -91,7 +91,9 @@ def read_slice(path: Path) -> np.ndarray:
     if image.ndim == 2:
         image = image[..., None]
     if image.ndim != 3 or image.size == 0:
-        raise ValueError(f"{path}: holds an array of shape {image.shape}, not one 2-D slice")
+        raise ValueError(
+            f"{path}: holds an array of shape {image.shape}, not one 2-D slice; save one per file"
+        )
     check_finite(path, image)
     return image
 
