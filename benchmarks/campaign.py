@@ -13,10 +13,10 @@ ship    The defaults, one network per fold, first on small slices, then on slice
         has not seen it, and the expected DSC is fitted to these scores and saved in the cards.
 
 Every training keeps its last epoch: nothing is chosen on the patients held out. With --start, each
-training continues from the network of an ensemble that has not seen them either, without the small
-slices. Trainings run at low priority, --jobs at once, each on its share of the cores. Words after
--- are passed to train.py in all of them. The tables are in OUT/campaign.md. Ctrl-C or SIGTERM saves
-the running trainings, and the same command resumes them. Test cases are never opened.
+training continues from the network of that folder that has not seen them either, and ship skips the
+small slices. Trainings run at low priority, --jobs at once, each on its share of the cores. Options
+after -- are passed to each call of train.py. The tables are in OUT/campaign.md. Ctrl-C or SIGTERM
+saves the running trainings, and the same command resumes them. Test cases are never opened.
 """
 
 from __future__ import annotations
@@ -166,8 +166,8 @@ def main(argv: list[str] | None = None) -> None:
     )
     add = parser.add_argument
     add("--images", type=Path, required=True, help="the real cases")
-    add("--out", type=Path, default="campaign", help="folder (%(default)s)")
-    add("--stage", nargs="+", choices=STAGES, default=list(STAGES), help="(both)")
+    add("--out", type=Path, default="campaign", help="folder to write to (%(default)s)")
+    add("--stage", nargs="+", choices=STAGES, default=list(STAGES), help="what to run (both)")
     add("--only", nargs="+", choices=CHANGES, help="only these changes in the search (all)")
     add("--start", type=Path, help="folder of networks to continue from, one per fold")
     add("--jobs", type=int, default=1, help="trainings at a time (%(default)s)")

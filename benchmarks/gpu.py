@@ -185,8 +185,8 @@ def main(argv: list[str] | None = None) -> None:
     add("--device", help="cuda, cpu ... (an accelerator if available)")
     shapes = ["16x128", "16x192", "32x256"]
     add("--shapes", nargs="+", type=shape, default=shapes, help="features x pixels")
-    add("--steps", type=int, default=100, help="timed in each training (%(default)s)")
-    add("--epochs", type=int, default=30, help="of the training to the target (%(default)s)")
+    add("--steps", type=int, default=100, help="steps timed in each training (%(default)s)")
+    add("--epochs", type=int, default=30, help="epochs to reach the target in (%(default)s)")
     add("--target", type=float, default=0.9, help="mean validation DSC (%(default)s)")
     args = parser.parse_args(argv)
     try:

@@ -3,8 +3,8 @@
     python3 -m benchmarks.leak --images ./kaggle_3m
 
 Trains a small U-Net twice, with the same recipe, number of steps and share of held-out slices: once
-holding out whole patients (fold 0 of 5), once slices drawn at random from all patients, whose
-neighbours, a few millimetres away, are trained on. Each network is scored on its held-out
+holding out whole patients (fold 0 of 5), once slices drawn at random from all patients, so that
+neighbouring slices, a few millimetres away, are trained on. Each network is scored on its held-out
 slices, in the geometry of the source:
 
 - by patient: DSC over the held-out slices of a patient, averaged over patients;
@@ -39,7 +39,7 @@ def main() -> None:
     )
     parser.add_argument("--images", type=Path, required=True, help="the real cases")
     parser.add_argument("--image-size", type=int, default=64, help="side of a slice (%(default)s)")
-    parser.add_argument("--features", type=int, default=8, help="of the U-Net (%(default)s)")
+    parser.add_argument("--features", type=int, default=8, help="width of the U-Net (%(default)s)")
     parser.add_argument("--epochs", type=int, default=20, help="(%(default)s)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="(%(default)s)")
     args = parser.parse_args()
@@ -84,7 +84,7 @@ def by_patient(dataset: BrainSegmentationDataset) -> Tensor:
 
 
 def by_slice(dataset: BrainSegmentationDataset, seed: int) -> Tensor:
-    """Mark the same number of slices (len(dataset),), drawn at random from all patients."""
+    """Mark as many slices (len(dataset),) as `by_patient`, drawn at random from all patients."""
     order = torch.randperm(len(dataset), generator=make_generator(seed, 9))
     held_out = torch.zeros(len(dataset), dtype=torch.bool)
     held_out[order[: int(by_patient(dataset).sum())]] = True

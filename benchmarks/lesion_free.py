@@ -66,8 +66,13 @@ def main() -> None:
     parser.add_argument("--images", type=Path, required=True, help="cases with masks")
     parser.add_argument("--subset", nargs="+", default=["train", "validation"])
     parser.add_argument("--weights", type=Path, default=shipped_weights("unet"))
-    parser.add_argument("--voxel-ml", type=float, default=0.005, help="(%(default)s: 1 x 1 x 5 mm)")
-    parser.add_argument("--device", help="(an accelerator if available)")
+    parser.add_argument(
+        "--voxel-ml",
+        type=float,
+        default=0.005,
+        help="millilitres per voxel (%(default)s, 1 x 1 x 5 mm)",
+    )
+    parser.add_argument("--device", help="cuda, cpu ... (an accelerator if available)")
     args = parser.parse_args()
 
     model = open_model(args.weights.name, args.weights, {"device": args.device})

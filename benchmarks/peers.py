@@ -1,7 +1,7 @@
 """Time brainseg against MONAI and segmentation_models_pytorch, on the same cases in one run.
 
     pip install -r requirements-peers.txt -c constraints.txt      in a separate environment
-    python3 -m benchmarks.peers --images ./kaggle_3m --json peers.json         hours on a processor
+    python3 -m benchmarks.peers --images ./kaggle_3m --json peers.json         hours on a CPU
     python3 -m benchmarks.peers --images ./kaggle_3m --only prepare segment --cases 12 --epochs 1
 
 Each row runs one process per tool and measures its wall time, including its start, and the peak
@@ -141,7 +141,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--cases", type=int, help="use at most this many, a quarter of them for validation (all)")
     add("--epochs", type=int, default=30, help="epochs of a training (%(default)s)")
     add("--target", type=float, default=0.8, help="mean validation DSC (%(default)s)")
-    add("--minutes", type=float, default=120, help="of a training to the target (%(default)s)")
+    add("--minutes", type=float, default=120, help="time limit of the target row (%(default)s)")
     add("--image-size", type=int, default=192, help="side of a resized slice (%(default)s)")
     add("--features", type=int, default=16, help="width of the U-Nets (%(default)s)")
     add("--batch-size", type=int, default=16, help="(%(default)s)")

@@ -5,11 +5,11 @@
     python3 -m benchmarks.robustness --images ./kaggle_3m --subset train validation --only FLAIR
 
 Prints, for each change of the input, the mean DSC per patient volume and its difference from the
-untouched files, case by case, with a 95 % interval by bootstrap over patients. In an ensemble of
-folds, only the networks that have not seen the patient segment a case. The skull is removed
-crudely: everything within 14 pixels of the edge of the head. "By inference.py": each sequence
-is written as a separate NIfTI file and given with --pre, --flair and --post, and the mask is read
-back.
+untouched files, case by case, with a 95 % interval by bootstrap over patients. With an ensemble
+of folds, each case is segmented only by the networks that have not seen its patient. The skull is
+removed crudely, with everything within 14 pixels of the edge of the head. "By inference.py": each
+sequence is written as a separate NIfTI file and given with --pre, --flair and --post, and the mask
+is read back.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def main() -> None:
     parser.add_argument("--images", type=Path, required=True, help="cases with masks")
     parser.add_argument("--subset", nargs="+", default=["validation"], help="(validation)")
     parser.add_argument("--weights", type=Path, default=shipped_weights("unet"))
-    parser.add_argument("--device", help="(an accelerator if available)")
+    parser.add_argument("--device", help="cuda, cpu ... (an accelerator if available)")
     parser.add_argument("--only", help="only changes whose names contain this (all)")
     args = parser.parse_args()
 

@@ -52,8 +52,8 @@ def measure(
 ) -> Measured:
     """Run a command to its end, until a line of its stdout is `enough`, or for `limit` seconds.
 
-    The last of `lines` is empty unless it was enough. Memory is measured on Linux only, and is 0
-    elsewhere. Raises ValueError if the command fails.
+    The text of the last of `lines` is empty unless it was `enough`. Memory is measured on Linux
+    only, and is 0 elsewhere. Raises ValueError if the command fails.
     """
     start, lines, peak, done = time.perf_counter(), [], [0], threading.Event()
     with subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE, text=True) as child:

@@ -111,7 +111,7 @@ class Pool:
                     return
                 process = subprocess.Popen(
                     ["nice", *training.command()], stdout=log, stderr=log, env=self.environment,
-                    start_new_session=True,  # Ctrl-C must reach it once, through _stop
+                    start_new_session=True,  # Ctrl-C must reach it only through _stop
                 )  # fmt: skip
                 self.running.add(process)
             process.wait()

@@ -75,10 +75,10 @@ class Segment:
         except HTTPException as error:
             await as_json(error)(scope, receive, send)
         except (ClientDisconnect, asyncio.TimeoutError):
-            pass  # the client is gone
+            pass  # the client is gone or too slow
         except asyncio.CancelledError:
             if response is None:
-                stopping = HTTPException(503, "the server is stopping")
+                stopping = HTTPException(503, "the server is stopping; try again later")
                 await as_json(stopping)(scope, receive, send)
 
 

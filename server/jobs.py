@@ -135,7 +135,9 @@ class Service:
             except (MemoryError, RuntimeError) as error:  # RuntimeError: from PyTorch
                 if isinstance(error, RuntimeError) and "memory" not in str(error):
                     raise
-                raise ValueError("it needs more memory than the server has; crop it") from None
+                raise ValueError(
+                    "the scan needs more memory than the server has; crop it"
+                ) from None
 
     def _segment(self, parts: Parts | None, folder: Path, job: Job) -> Answer:
         if parts is None:
@@ -148,7 +150,7 @@ class Service:
         def progress(done: int, of: int) -> None:
             job.done = done / of
             if self.reader.closed:
-                raise ValueError("the server is stopping")
+                raise ValueError("the server is stopping; try again later")
             if time.monotonic() - start > self.limits.seconds:
                 raise ValueError(
                     f"{loaded.case.name}: segmenting it took more than "
@@ -234,7 +236,7 @@ class Reader:
     def _ask(self, order: dict) -> dict:
         with self._lock:
             if self.closed:
-                raise ValueError("the server is stopping")
+                raise ValueError("the server is stopping; try again later")
             if self._process.poll() is not None:
                 self._process = self._start()
         try:
@@ -243,7 +245,7 @@ class Reader:
         except (OSError, ValueError):
             with self._lock:
                 self._kill()
-            return {"error": "the server is stopping" if self.closed else BROKEN}
+            return {"error": "the server is stopping; try again later" if self.closed else BROKEN}
 
     def close(self) -> None:
         """Kill the process, even while it is reading."""

@@ -76,7 +76,9 @@ class Guard:
             raise HTTPException(401, "wrong user or password", asked)
         site = headers.get("sec-fetch-site", "none")
         if method == "POST" and site not in ("same-origin", "none"):
-            raise HTTPException(403, "sent by a page of another host or port")
+            raise HTTPException(
+                403, "sent by a page of another host or port; use the page of this server"
+            )
         length = headers.get("content-length", "0")
         self._check_size(int(length) if length.isdecimal() else self.most + 1)
 

@@ -30,7 +30,7 @@ from brainseg.io.slices import Case
 MIB = 2**20
 HDF5 = b"\x89HDF\r\n\x1a\n"  # at byte 0, 512, 1024, 2048 ...; its data may be in other files
 DAMAGED = "is damaged, encrypted or compressed in an unsupported way; zip it again"
-BROKEN = "reading it failed because it is damaged or too large; export it again"
+BROKEN = "the upload cannot be read, as it is damaged or too large; export it again, or crop it"
 
 
 @dataclass(frozen=True)
@@ -102,8 +102,10 @@ def work(order: dict) -> None:
     except (ValueError, OSError) as error:
         answer = {"error": sentence(error)}
     except MemoryError:
-        answer = {"error": f"reading it needs more than {limits.memory // MIB} MiB; crop it"}
-    except Exception:  # of a library
+        answer = {
+            "error": f"reading the upload needs more than {limits.memory // MIB} MiB; crop it"
+        }
+    except Exception:  # raised by a library
         answer = {"error": BROKEN}
     (folder / "answer.json").write_text(json.dumps(answer, default=np.ndarray.tolist))
 
@@ -168,7 +170,7 @@ def unpack(parts: dict[str, list[Sent]], folder: Path, limits: Limits) -> Case:
     sequences = {name: parts[name] for name in ("flair", "pre", "post") if name in parts}
     placed: dict[str, Path] = {}
     if sequences and images:
-        raise ValueError("both images and flair, pre or post were sent; send one or the other")
+        raise ValueError("images was sent along with flair, pre or post; send one or the other")
     if sequences:
         placed = _place_sequences(sequences, folder)
         place = placed["flair"]

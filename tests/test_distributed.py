@@ -121,7 +121,7 @@ def test_one_device_cannot_be_named_for_all(capfd):
 
 
 def gradients(phantoms, indices, loss="dice"):
-    """Compute those of one training step on a batch, in this process or shared among all."""
+    """Return a function for the gradients of a training step, here or shared among processes."""
 
     def work():
         dataset = BrainSegmentationDataset(phantoms, "all", 32, workers=1)

@@ -1,4 +1,4 @@
-"""Test evaluate.py: equal cases for all models, inference.py's scores, folds, the report."""
+"""Test evaluate.py: the same cases for all models, inference.py's scores, folds, the report."""
 
 import csv
 import json

@@ -119,7 +119,7 @@ def test_focal_tversky_joins_its_straight_line_without_a_step():
 
 @pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
 def test_every_output_channel_is_trained(loss):
-    """Check this for each loss, with one channel without any lesion."""
+    """One channel has no lesion."""
     logits = torch.randn(2, 3, 8, 8, requires_grad=True)
     target = (torch.rand(2, 3, 8, 8) > 0.7).float()
     target[:, 1] = 0

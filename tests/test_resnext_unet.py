@@ -14,7 +14,7 @@ BLOCKS = {1: 3, 2: 4, 3: 6, 4: 3}
 
 
 def torchvision_names(in_channels: int = 3) -> dict[str, tuple[int, ...]]:
-    """List every key of torchvision's resnext50_32x4d with its shape, independently."""
+    """List every key of torchvision's resnext50_32x4d with its shape, written out by hand."""
     names = {"conv1.weight": (64, in_channels, 7, 7), "fc.weight": (1000, 2048), "fc.bias": (1000,)}
 
     def norm(name, features):

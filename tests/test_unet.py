@@ -9,7 +9,7 @@ from brainseg.resnext_unet import ResNeXtUNet
 
 
 def published_names(in_channels=3, out_channels=1, f=32) -> dict[str, tuple[int, ...]]:
-    """List every key of the published checkpoint with its shape, independently."""
+    """List every key of the published checkpoint with its shape, written out by hand."""
     names = {}
 
     def block(module, prefix, channels, features):

@@ -1,4 +1,4 @@
-"""A cohort without true masks on one page: what was found, and where to look first."""
+"""Show a cohort on one page: what was found, and where to look first, without true masks."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ def check_can_fit(models: Sequence[Model]) -> None:
     (model,) = models
     if model.scores or any(file.suffix != ".pt" for file in model.seen):
         raise ValueError(
-            f"{model.path}: --fit-expected-dsc needs weights (.pt); fit them, then export them"
+            f"{model.path}: --fit-expected-dsc needs .pt weights; fit those, then export them"
         )
     for file, patients in model.seen.items():
         if not patients:

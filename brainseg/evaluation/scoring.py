@@ -148,7 +148,7 @@ def choose_cases(
 def score_all(
     cases: Sequence[Case], models: Sequence[Model], workers: int | None = None
 ) -> tuple[dict[str, list[dict]], dict[tuple[str, str], np.ndarray], str]:
-    """Score cases; return rows by model, pictures by (model, case), the SHA-256 of all data read.
+    """Score cases; return rows by model, pictures by (model, case), and the SHA-256 of the data.
 
     Threads read the next cases and score the previous ones while the networks run.
     """
