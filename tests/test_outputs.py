@@ -34,7 +34,7 @@ from brainseg.io.slices import Case
 from brainseg.phantom import make_volume
 
 EXPECTED = {
-    "features": ["certainty"], "mean": [0.8], "deviation": [0.1], "weights": [0.05],
+    "features": ["confidence"], "mean": [0.8], "deviation": [0.1], "weights": [0.05],
     "intercept": 0.8, "interval": [-0.4, 0.3],
 }  # fmt: skip
 
