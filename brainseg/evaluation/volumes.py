@@ -141,7 +141,7 @@ def volumes_table(rows: Sequence[dict], path: Path) -> Table:
         "case": lambda row: row["case"],
         "slices": lambda row: shown_count(row["slices"]),
         "lesion": shown_size,
-        "parts": lambda row: shown_count(row["components"]),
+        "components": lambda row: shown_count(row["components"]),
         "expected DSC": shown_expected,
         "needs a look because": lambda row: row["warning"],
     }
