@@ -155,13 +155,13 @@ class Feed:
         size = sum(volume.images.nbytes + volume.mask.nbytes for volume in dataset.volumes)
         self.on_device = size <= MOST * free_memory(device)
         if self.on_device:
-            self.place = f"{size / 2**30:.1f} GiB of slices on {device}"
+            self.place = f"{size / 2**20:,.0f} MiB of slices on {device}"
             self.images = concatenate([volume.images for volume in dataset.volumes], device)
             self.masks = concatenate([volume.mask for volume in dataset.volumes], device)[:, None]
             lengths = [len(volume.mask) for volume in dataset.volumes]
             self.seen = to_device(neighbourhoods(lengths, neighbours), device)
         else:
-            self.place = f"{size / 2**30:.1f} GiB of slices in host memory"
+            self.place = f"{size / 2**20:,.0f} MiB of slices in host memory"
 
     def batches(self, drawn: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield a batch for each item of `drawn`, a tensor of slice indices (B,)."""

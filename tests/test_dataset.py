@@ -233,5 +233,5 @@ def test_training_from_the_device_is_the_same_and_says_so(phantoms, tmp_path, mo
     assert "slices in host memory" in capsys.readouterr().out
     monkeypatch.setattr(dataset, "free_memory", lambda device: 1 << 40)
     device = run(phantoms, tmp_path / "device", *more)
-    assert "GiB of slices on cpu" in capsys.readouterr().out
+    assert "MiB of slices on cpu" in capsys.readouterr().out
     assert same_run(host, device)
