@@ -132,8 +132,8 @@ def test_normalising_after_stripping_changes_nothing(volume, sequences):
     expected, before = preprocess(stripped, SIZE)
     torch.testing.assert_close(images, expected, atol=0.1, rtol=0)
     assert frame.box == before.box and not before.notes
-    assert [note.split()[1:5] for note in frame.notes] == [
-        ["was", "normalised", "after", "stripping:"] for _ in sequences
+    assert [note.split()[1:6] for note in frame.notes] == [
+        ["was", "normalised", "after", "skull", "stripping:"] for _ in sequences
     ]
 
 

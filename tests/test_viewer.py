@@ -17,7 +17,7 @@ def phantom():
 
 
 def shown_of(case, volume, probabilities, mask, truth) -> dict:
-    return viewer_files(case, volume, Segmentation(mask, probabilities, {}, None, []), truth)
+    return viewer_files(case, volume, Segmentation(mask, probabilities, None, {}, None, []), truth)
 
 
 def opened(folder, content: bytes) -> SimpleITK.Image:
