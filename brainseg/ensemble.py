@@ -251,7 +251,7 @@ def quality_warnings(
     """List in words what calls for a second look; `notes` are those of the `Frame`."""
     warnings = [f"unusual input: {note}" for note in notes]
     if not features["voxels"]:
-        warnings.append("the mask is empty: there is no lesion, or it was missed; look at the scan")
+        warnings.append("the mask is empty: the scan has no lesion, or it was missed; look at it")
     elif expected and expected[0] < WARN_BELOW:
         value, low, high = expected
         warnings.append(

@@ -45,7 +45,7 @@ class Work:
 
 @dataclass
 class Result:
-    """What became of a case."""
+    """The result of a case."""
 
     state: str  # segmented, kept or unread
     volumes: dict  # its row of volumes.csv
@@ -56,7 +56,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Outputs:
-    """What to write of each case beside its mask and pictures, and what to keep."""
+    """The files to write for each case beside its mask and pictures, and the masks to keep."""
 
     folder: Path
     since: float | None  # keep masks written after this, in seconds of the epoch; None: none

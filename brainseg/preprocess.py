@@ -25,7 +25,7 @@ CHANNELS = {1: ("FLAIR",), 3: SEQUENCES}
 
 @dataclass(frozen=True)
 class Frame:
-    """Where a preprocessed volume lies in its source: what `restore` needs to go back."""
+    """The place of a preprocessed volume in its source, from which `restore` goes back."""
 
     shape: tuple[int, int, int]  # of the source: slices, rows, columns
     box: tuple[int, int, int, int]  # top, bottom, left, right of the crop, in source voxels

@@ -29,7 +29,7 @@ OPSET = 18  # the exporter's native one; ONNX Runtime reads it from 1.14 on
 
 
 class Probabilities(nn.Module):
-    """What is exported: a network or ensemble that computes in `dtype`, with float32 in and out."""
+    """The exported network or ensemble: computes in `dtype`, takes and returns float32."""
 
     def __init__(self, network: nn.Module, dtype: torch.dtype):
         super().__init__()

@@ -1,4 +1,4 @@
-"""How cohorts name the sequences of a case: a table of layouts, and the files that match one.
+"""Find the files of a case by the names that known cohorts use: a table of layouts.
 
 A pattern names a file, with or without its suffix, below the folder of its case; capitals do not
 matter in the name. `{root}` is the folder that holds the cases, `{case}` the path of the case's

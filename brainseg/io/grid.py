@@ -1,4 +1,4 @@
-"""Where the voxels of a volume file lie, according to its header, which is checked."""
+"""Read the grid of a volume file, that is the position of its voxels, and check its header."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ UNITS = {1: 1000.0, 3: 0.001}  # millimetres per metre and per micron, by NIfTI'
 
 @dataclass(frozen=True)
 class Grid:
-    """Where the voxels of a file lie, and how its axes map to (left, posterior, up)."""
+    """The position of the voxels of a file, and the map of its axes to (left, posterior, up)."""
 
     shape: tuple[int, int, int]  # voxels along the axes of the file
     spacing: tuple[float, float, float]  # millimetres along them

@@ -20,7 +20,7 @@ FARTHEST = 80.0  # millimetres; a head cannot move farther in a head coil
 
 @dataclass(frozen=True)
 class Movement:
-    """How a sequence was moved to fit FLAIR."""
+    """The movement that fits a sequence to FLAIR."""
 
     transform: sitk.Transform  # from FLAIR's space to the sequence's
     before: float  # mutual information in nats, at the header's position

@@ -273,7 +273,7 @@ def _check_nifti(path: Path, field: dict[str, str]) -> None:
 
 
 def _check_metaimage(path: Path) -> None:
-    """Raise ValueError if voxels are cut short, before the reader prints lines of its own."""
+    """Raise ValueError if voxels are cut short, before the reader prints its own lines."""
     info = read_information(path)
     with open(path, "rb") as file:
         header = file.read(1 << 16)
