@@ -33,11 +33,11 @@ from brainseg.preprocess import preprocess, preprocess_mask
 from brainseg.segmenter import Segmenter
 from brainseg.splits import select_cases
 from brainseg.weights import (
+    PUBLISHED,
     load_pretrained,
     load_state,
     model_from_state,
     save_weights,
-    shipped_weights,
 )
 from dataset import BrainSegmentationDataset, Feed
 from transform import augment
@@ -176,7 +176,7 @@ def bench_onnx(cases: list, args: argparse.Namespace) -> None:
         return
     import onnxruntime
 
-    weights = args.weights or shipped_weights("unet")
+    weights = args.weights
     segmenter = Segmenter.from_weights(weights, device="cpu", amp=False)
     model = model_from_state(load_state(weights), weights)[1].eval()
     prepared = []
@@ -217,7 +217,7 @@ def bench_inference(cases: list, args: argparse.Namespace) -> None:
     """Time the whole process on the validation cases: start, reading, network, pictures, figure."""
     names = [case.name for case in select_cases(cases, "validation")]
     with tempfile.TemporaryDirectory() as out:
-        weights = str(args.weights or shipped_weights("unet"))
+        weights = str(args.weights)
         program = PLAIN_INFERENCE.format(
             paths=[str(ROOT)],
             weights=weights,
@@ -287,7 +287,8 @@ def get_args_of_benchmark() -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--images", type=Path, required=True, help="the real cases")
-    add("--weights", type=Path, help="weights for inference.py (the shipped ones)")
+    published = PUBLISHED["unet"]
+    add("--weights", type=Path, default=published, help=f"of one network ({published.name})")
     add("--only", nargs="+", choices=BENCHES, help="these rows (all but ensemble, cases, pixels)")
     add("--device", help="cuda, cpu ... (an accelerator if available)")
     add("--image-size", type=int, default=256, help="side of a resized slice (%(default)s)")
