@@ -11,7 +11,8 @@ def unet(in_channels=3, out_channels=1, init_features=32, pretrained=False):
     Takes slices (N, in_channels, H, W) that were preprocessed as a volume, returns probabilities
     (N, out_channels, H, W). For raw volumes use the entry `segmenter`, which preprocesses them.
     in_channels, out_channels, init_features: the pretrained network has 3, 1 and 32.
-    pretrained: load the weights shipped with the repository; their hash is checked.
+    pretrained: load the weights shipped with the repository, trained on slices of 192 x 192; their
+    hash is checked.
     """
     build = weights.load_pretrained if pretrained else weights.build_model
     return build(

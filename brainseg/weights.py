@@ -35,7 +35,7 @@ CARD_DEFAULTS = {"preprocessing": 1, "image_size": 256, "neighbours": 0}  # with
 ROOT = Path(__file__).resolve().parents[1]
 # What comes with the project: the network of the published shape, for torch.hub's `unet`, and the
 # default ensemble, one network per fold.
-PUBLISHED = {"unet": ROOT / "weights" / "unet-12f2ec04.pt"}
+PUBLISHED = {"unet": ROOT / "weights" / "unet-9485c275.pt"}
 SHIPPED = {"unet": ROOT / "weights" / "unet-folds"}
 
 
