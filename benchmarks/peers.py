@@ -1,6 +1,6 @@
 """Time brainseg against MONAI and segmentation_models_pytorch, on the same cases in one run.
 
-    pip install -r requirements-peers.txt -c constraints.txt      in a separate environment
+    pip install -r requirements-peers.txt                  in a separate environment
     python3 -m benchmarks.peers --images ./kaggle_3m --json peers.json         hours on a CPU
     python3 -m benchmarks.peers --images ./kaggle_3m --only prepare segment --cases 12 --epochs 1
 
