@@ -193,7 +193,8 @@ def add_segmenter_options(parser: Parser, workers: bool = True) -> None:
         help="keep only the largest connected component (yes)")
     add("--min-volume", type=int, least=0,
         help="drop components of fewer voxels (as in the card; 200 for the shipped weights)")
-    add("--tta", action="store_true", help="average over each slice and its mirror image")
+    add("--tta", action=switch,
+        help="average over a slice and its mirror image where there may be lesion (as in the card)")
     add("--batch-size", type=int, default=16, least=1, help="slices computed at once")
     add("--device", type=str, help="cuda, cuda:1, mps, cpu (an accelerator if available)")
     add("--amp", action=switch, help="compute in half precision (if the device is faster that way)")

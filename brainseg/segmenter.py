@@ -17,6 +17,8 @@ from .onnx import OnnxNetwork
 from .preprocess import VERSION, Frame, neighbourhoods, preprocess, restore
 from .weights import CARD_DEFAULTS, weights_files
 
+MIRROR_ABOVE = 0.05  # probability; a slice without any as high is not mirrored
+
 
 @dataclass
 class Segmentation:
@@ -35,11 +37,11 @@ class Segmenter:
 
     `image_size` is the side of a resized slice, `threshold` the lowest probability that counts as
     lesion. `largest_component` keeps only the largest one, `min_volume` drops those of fewer
-    voxels. `tta` averages over the slice and its mirror image; `amp` computes in half precision
-    (None: if bfloat16 is faster); `batch_size` limits the slices at once. `neighbours` (slices
-    seen on either side), preprocessing `version` and `expected_dsc_fit` are those of the card. The
-    network is copied. An ONNX network has its own device and precision. Raises ValueError for a
-    wrong option.
+    voxels. `tta` averages over a slice and its mirror image where the slice may have lesion; `amp`
+    computes in half precision (None: if bfloat16 is faster); `batch_size` limits the slices at
+    once. `neighbours` (slices seen on either side), preprocessing `version` and `expected_dsc_fit`
+    are those of the card. The network is copied. An ONNX network has its own device and precision.
+    Raises ValueError for a wrong option.
     """
 
     def __init__(
@@ -95,8 +97,8 @@ class Segmenter:
     ) -> Segmenter:
         """Open a weights file, an ONNX file, or several weights files or a folder as an ensemble.
 
-        Image size and minimum volume are those of the card unless given. For `providers`, see
-        `OnnxNetwork`. Raises FileNotFoundError or ValueError, naming the file, if one cannot be
+        Image size, minimum volume and `tta` are those of the card unless given. For `providers`,
+        see `OnnxNetwork`. Raises FileNotFoundError or ValueError, naming the file, if one cannot be
         used.
         """
         files = weights_files(weights)
@@ -109,8 +111,9 @@ class Segmenter:
         else:
             model, card = load_ensemble(files)
         card, fit = CARD_DEFAULTS | card, card.get("expected_dsc")
-        if options.get("min_volume") is None:
-            options["min_volume"] = (fit or {}).get("min_volume", 0)
+        for name, default in (("min_volume", 0), ("tta", False)):
+            if options.get(name) is None:
+                options[name] = (fit or {}).get(name, default)
         return cls(
             model,
             image_size=options.pop("image_size", None) or card["image_size"],
@@ -190,8 +193,9 @@ class Segmenter:
         for slices in seen.split(self.batch_size):
             batch = images[slices].flatten(1, 2).to(self.device, torch.float32)
             parts.append(self._network(batch))
-            if self.tta:
-                parts[-1] = (parts[-1] + self._network(batch.flip(-1)).flip(-1)) / 2
+            if self.tta and len(some := _may_have_lesion(parts[-1])):
+                mirrored = self._network(batch[some].flip(-1)).flip(-1)
+                parts[-1][some] = (parts[-1][some] + mirrored) / 2
             done += len(slices)
             progress(done, len(images))
         return torch.cat(parts)
@@ -200,6 +204,11 @@ class Segmenter:
         batch = batch.contiguous(memory_format=torch.channels_last)
         with torch.autocast(self.device.type, half_precision(self.device), enabled=self.amp):
             return self.model(batch)
+
+
+def _may_have_lesion(probabilities: Tensor) -> Tensor:
+    """Return the indices of the slices (N, K, H, W) in which lesion is not all but excluded."""
+    return (probabilities[:, 0].amax((1, 2)) >= MIRROR_ABOVE).nonzero()[:, 0]
 
 
 def _restored(probabilities: Tensor, frame: Frame) -> Tensor:

@@ -21,7 +21,7 @@ WEIGHTS = shipped_files()
 
 def outputs(weights: Path, volume: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Compute probabilities (S, H, W) and mask (S, H, W), in float32 on the CPU."""
-    segmenter = Segmenter.from_weights(weights, device="cpu", amp=False, min_volume=0)
+    segmenter = Segmenter.from_weights(weights, device="cpu", amp=False, min_volume=0, tta=False)
     images, frame = segmenter.preprocess(volume)
     probabilities = segmenter.assess(segmenter.probabilities(images), frame).probabilities
     return probabilities, segmenter(volume)

@@ -155,6 +155,12 @@ def test_the_minimum_volume_of_the_fit_is_the_default(tmp_path, volume):
     assert opened(file, min_volume=0).min_volume == 0
 
 
+def test_mirror_averaging_is_that_of_the_fit(tmp_path):
+    file = write_member(tmp_path / "a.pt", 0, expected_dsc={"tta": True})
+    assert opened(file).tta and opened(file, tta=None).tta and not opened(file, tta=False).tta
+    assert not opened(write_member(tmp_path / "b.pt", 1)).tta
+
+
 # What comes with the project
 
 

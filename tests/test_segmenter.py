@@ -192,6 +192,18 @@ def test_tta_answers_a_mirrored_slice_with_the_mirrored_mask(model, volume):
     torch.testing.assert_close(with_tta.probabilities(images), average, atol=1e-5, rtol=0)
 
 
+def test_tta_mirrors_only_slices_that_may_have_lesion(model, volume):
+    images, _ = preprocess(volume, 48)
+    highest = segmenter(model).probabilities(images).amax((1, 2, 3))
+    with torch.no_grad():  # the highest of half of the slices is under 0.05
+        model.conv.bias -= highest.logit().median() + 0.01 - torch.tensor(0.05).logit()
+    plain, average = (segmenter(model, tta=tta).probabilities(images) for tta in (False, True))
+    low = plain.amax((1, 2, 3)) < 0.05
+    assert low.sum() == 3
+    assert torch.equal(average[low], plain[low])
+    assert (average != plain)[~low].flatten(1).any(1).all()
+
+
 # Refusals
 
 
