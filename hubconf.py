@@ -37,7 +37,7 @@ def segmenter(network="unet", device=None, **options):
     scikit-image.
     network: which of the shipped weights to use; several (weights/unet-folds) are averaged.
     device: by default an accelerator if available.
-    options: threshold=0.5, largest_component=True, min_volume=None, tta=None, batch_size=16,
+    options: threshold=None, largest_component=True, min_volume=None, tta=None, batch_size=16,
     amp=None.
     """
     from brainseg.segmenter import Segmenter  # needs more than torch

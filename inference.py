@@ -52,7 +52,7 @@ from brainseg.io.predictions import scores_text, since
 from brainseg.io.scans import Scan
 from brainseg.io.slices import Case
 from brainseg.pipeline import Outputs, Result, segment_all
-from brainseg.segmenter import Segmenter
+from brainseg.segmenter import FITTED_WITH, Segmenter
 from brainseg.splits import SUBSETS, list_cohort, patients_of_card, select_cases, use_patients
 from brainseg.weights import file_hash, read_card, shipped_weights, weights_files
 
@@ -126,7 +126,7 @@ def run(args: argparse.Namespace, options: dict) -> int:
     cards = {file: read_card(file) for file in files}
     say_without_card([file for file in files if not cards[file]], segmenter)
     about["weights"] = {str(file): file_hash(file) for file in files}
-    for name in ("min_volume", "tta"):  # the card's, unless given
+    for name in FITTED_WITH:  # those of the card, unless given
         about["args"][name] = getattr(segmenter, name)
     about["since"] = since(args.predictions, about, args.skip_existing)
     algorithm = f"brainseg {' '.join(file.stem for file in files)}", about["commit"] or "unknown"

@@ -188,7 +188,8 @@ def add_segmenter_options(parser: Parser, workers: bool = True) -> None:
     """Add the options of scripts that segment; `segmenter_options` reads them."""
     add, switch = parser.group("how")[0], argparse.BooleanOptionalAction
     add("--image-size", type=int, help="side of a resized slice (as in training)")
-    add("--threshold", type=float, default=0.5, help="lowest probability that counts as lesion")
+    add("--threshold", type=float,
+        help="lowest probability that counts as lesion (as in the card; 0.5 if it has no fit)")
     add("--largest-component", action=switch, default=True,
         help="keep only the largest connected component (yes)")
     add("--min-volume", type=int, least=0,
@@ -207,7 +208,7 @@ def add_segmenter_options(parser: Parser, workers: bool = True) -> None:
 # fmt: on
 def segmenter_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> dict:
     """Collect the options of a Segmenter; end with a usage error if a value cannot work."""
-    if not 0 < args.threshold < 1:
+    if args.threshold is not None and not 0 < args.threshold < 1:
         parser.error("--threshold must be a probability between 0 and 1")
     names = "image_size threshold largest_component min_volume tta batch_size device amp providers"
     return {name: getattr(args, name) for name in names.split()}

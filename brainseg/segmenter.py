@@ -17,6 +17,7 @@ from .onnx import OnnxNetwork
 from .preprocess import VERSION, Frame, neighbourhoods, preprocess, restore
 from .weights import CARD_DEFAULTS, weights_files
 
+FITTED_WITH = ("threshold", "min_volume", "tta")  # options that the fit in a card is for
 MIRROR_ABOVE = 0.05  # probability; a slice without any as high is not mirrored
 
 
@@ -97,9 +98,9 @@ class Segmenter:
     ) -> Segmenter:
         """Open a weights file, an ONNX file, or several weights files or a folder as an ensemble.
 
-        Image size, minimum volume and `tta` are those of the card unless given. For `providers`,
-        see `OnnxNetwork`. Raises FileNotFoundError or ValueError, naming the file, if one cannot be
-        used.
+        Image size, threshold, minimum volume and `tta` are those of the card unless given. For
+        `providers`, see `OnnxNetwork`. Raises FileNotFoundError or ValueError, naming the file, if
+        one cannot be used.
         """
         files = weights_files(weights)
         if files[0].suffix == ".onnx":
@@ -110,17 +111,14 @@ class Segmenter:
             raise ValueError(f"{files[0]}: is not an ONNX file; leave out --providers, or give one")
         else:
             model, card = load_ensemble(files)
-        card, fit = CARD_DEFAULTS | card, card.get("expected_dsc")
-        for name, default in (("min_volume", 0), ("tta", False)):
-            if options.get(name) is None:
-                options[name] = (fit or {}).get(name, default)
+        card, fit = CARD_DEFAULTS | card, card.get("expected_dsc") or {}
+        own = {"image_size": card["image_size"]} | {k: fit[k] for k in FITTED_WITH if k in fit}
         return cls(
             model,
-            image_size=options.pop("image_size", None) or card["image_size"],
             neighbours=card["neighbours"],
             version=card["preprocessing"],
             expected_dsc_fit=fit,
-            **options,
+            **own | {name: value for name, value in options.items() if value is not None},
         )
 
     def __call__(self, volume: np.ndarray, aspect: float = 1.0) -> np.ndarray:

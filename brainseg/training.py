@@ -1,4 +1,4 @@
-"""What a training keeps from step to step: its network, state, schedule and average."""
+"""The state of a training: network, optimiser, learning-rate schedule, averaged weights."""
 
 from __future__ import annotations
 
@@ -244,7 +244,7 @@ def check_finite(loss: float, state: TrainState) -> None:
     """Raise ValueError if a loss is NaN or infinite, before anything of the epoch is saved."""
     if not math.isfinite(loss):
         raise ValueError(
-            f"the loss is no longer finite at epoch {state.epoch + 1}, step {state.step}; nothing "
+            f"the loss is not finite at epoch {state.epoch + 1}, step {state.step}; nothing "
             "of this epoch was written: start again with a lower --lr, or with --no-amp"
         )
 

@@ -148,17 +148,13 @@ def test_small_components_are_dropped(folder, volume):
     assert not opened(folder, threshold=0.3, min_volume=10**6)(volume).any()
 
 
-def test_the_minimum_volume_of_the_fit_is_the_default(tmp_path, volume):
-    file = write_member(tmp_path / "a.pt", 0, expected_dsc={"min_volume": 10**6})
-    assert opened(file).min_volume == 10**6
-    assert opened(file, min_volume=None, threshold=0.3).min_volume == 10**6
-    assert opened(file, min_volume=0).min_volume == 0
-
-
-def test_mirror_averaging_is_that_of_the_fit(tmp_path):
-    file = write_member(tmp_path / "a.pt", 0, expected_dsc={"tta": True})
-    assert opened(file).tta and opened(file, tta=None).tta and not opened(file, tta=False).tta
-    assert not opened(write_member(tmp_path / "b.pt", 1)).tta
+@pytest.mark.parametrize(
+    "name, fitted, given", [("threshold", 0.4, 0.3), ("min_volume", 9, 0), ("tta", True, False)]
+)
+def test_masks_are_made_like_those_of_the_fit_by_default(tmp_path, name, fitted, given):
+    file = write_member(tmp_path / "a.pt", 0, expected_dsc={name: fitted})
+    assert getattr(opened(file), name) == getattr(opened(file, **{name: None}), name) == fitted
+    assert getattr(opened(file, **{name: given}), name) == given
 
 
 # What comes with the project

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ..ensemble import FEATURES, WARN_BELOW, fit_expected_dsc
 from ..io.files import atomic_write, write_json
+from ..segmenter import FITTED_WITH
 from ..weights import read_card
 from .scoring import Model
 
@@ -41,7 +42,7 @@ def fit_and_save(model: Model, rows: Sequence[dict], figure: Path) -> str:
     scores = fit["leave_one_out"]
     predicted, true = scores.pop("predicted"), scores.pop("dsc")
     save_scatter(figure, predicted, true)
-    fit |= {name: getattr(model.segmenter, name) for name in ("threshold", "min_volume", "tta")}
+    fit |= {name: getattr(model.segmenter, name) for name in FITTED_WITH}
     for file in model.seen:
         write_json(file.with_suffix(".json"), read_card(file) | {"expected_dsc": fit})
     rank = "undefined" if scores["spearman"] is None else f"{scores['spearman']:.2f}"
