@@ -276,7 +276,7 @@ def _find_slices(folder: Path) -> Case:
         lacks = "slice" if odd[0] in masks else "mask"
         raise ValueError(
             f"{folder}: {lacks} {odd[0]} is missing, but others exist; "
-            "add it (all zero if there is no lesion) or remove all the masks"
+            "add it (all 0 for no lesion) or remove all the masks"
         )
     paths = tuple(slices[n] for n in numbers), tuple(masks[n] for n in sorted(masks))
     return Case(folder.name, tuple(numbers), *paths)
