@@ -7,11 +7,13 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:  # torch.hub's bare networks need no NumPy
+    import numpy as np
 
 T, R = TypeVar("T"), TypeVar("R")
 

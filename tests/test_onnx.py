@@ -210,14 +210,6 @@ def test_one_flipped_bit_is_noticed(phantoms, onnx, tmp_path):
     assert f"{file}: is damaged: its SHA-256" in refused(phantoms, tmp_path, file)
 
 
-def test_files_of_earlier_versions_open(onnx, tmp_path):
-    """These are named by the hash of the weights inside and end with a seal."""
-    source = read_card(onnx)["weights"]["sha256"]
-    file = tmp_path / f"narrow-{source[:8]}.onnx"
-    file.write_bytes(onnx.read_bytes() + b"\x72\x4a\x0a\x06sha256\x12\x40" + b"0" * 64)
-    assert segmenter(file).image_size == 32
-
-
 @pytest.mark.parametrize("content", [b"", b"<html>not found</html>", b"\x08\x0a\x12\x07pytorch"])
 def test_a_file_that_export_did_not_write_is_refused(phantoms, tmp_path, content):
     file = tmp_path / "x.onnx"
