@@ -194,7 +194,7 @@ def segment(
             if result.error:
                 tqdm.write(f"error: {result.error}", file=sys.stderr)
             done.append(result)
-        done = distributed.gather(done)
+        done = distributed.gather(done, patient=True)
     finally:
         if distributed.is_main_process():
             for table, name in (("volumes", "volumes.csv"), ("scores", "metrics.csv")):

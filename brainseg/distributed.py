@@ -11,6 +11,7 @@ too, when they lose their connection or after TIMEOUT.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import signal
 import sys
@@ -30,7 +31,7 @@ from .io.files import sentence
 
 T = TypeVar("T")
 TIMEOUT = timedelta(minutes=30)  # for a rank that no longer answers
-PATIENCE = timedelta(days=1)  # for the rank that prepares data for the others
+PATIENCE = timedelta(days=1)  # for a rank that prepares data, or has larger cases
 GRACE = 3.0  # seconds that a rank leaves to the one that failed first
 
 
@@ -136,13 +137,18 @@ def only_main_process_prints() -> Iterator[None]:
         yield
 
 
+@functools.cache
+def _patient_group() -> dist.ProcessGroup:
+    return dist.new_group(backend="gloo", timeout=PATIENCE)
+
+
 @contextlib.contextmanager
 def local_rank_zero_first() -> Iterator[None]:
     """Run the block on the first rank of each machine, then on the others, which use its cache."""
     if world_size() == 1:
         yield
         return
-    group = dist.new_group(backend="gloo", timeout=PATIENCE)
+    group = _patient_group()  # made by all ranks at the same time
     if local_rank() != 0:
         dist.barrier(group)
     yield
@@ -195,12 +201,15 @@ def shard_of_batch(batch: Sequence[T]) -> Sequence[T]:
     return shard(batch) if len(batch) > rank() else batch[:1]
 
 
-def gather(own: Sequence[T]) -> list[T]:
-    """Collect the items of every rank, in their order before `shard`."""
+def gather(own: Sequence[T], patient: bool = False) -> list[T]:
+    """Collect the items of every rank, in their order before `shard`.
+
+    With `patient`, wait up to PATIENCE for the slowest.
+    """
     if world_size() == 1:
         return list(own)
     parts: list[Any] = [None] * world_size()
-    dist.all_gather_object(parts, list(own))
+    dist.all_gather_object(parts, list(own), _patient_group() if patient else None)
     count = sum(map(len, parts))
     return [parts[i % len(parts)][i // len(parts)] for i in range(count)]
 
