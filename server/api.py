@@ -20,7 +20,7 @@ from starlette.responses import FileResponse, Response, StreamingResponse
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
-from .jobs import Job, Service
+from .jobs import STOPPING, Job, Service, Unavailable
 from .security import Guard, as_json, is_loopback
 
 WEB = Path(__file__).resolve().parents[1] / "web"
@@ -78,8 +78,7 @@ class Segment:
             pass  # the client is gone or too slow
         except asyncio.CancelledError:
             if response is None:
-                stopping = HTTPException(503, "the server is stopping; try again later")
-                await as_json(stopping)(scope, receive, send)
+                await as_json(HTTPException(503, STOPPING))(scope, receive, send)
 
 
 async def respond(service: Service, request: Request) -> Response:
@@ -117,6 +116,8 @@ def refusal(error: Exception) -> HTTPException:
         return error
     if isinstance(error, ValueError):
         return HTTPException(400, str(error))
+    if isinstance(error, Unavailable):
+        return HTTPException(503, str(error))
     logging.error("an upload could not be segmented", exc_info=error)
     return HTTPException(500, "segmentation failed; see the server log")
 
@@ -139,7 +140,7 @@ def parts_of(form: FormData) -> dict[str, list[UploadFile]] | None:
 
 
 async def progress(service: Service, job: Job) -> AsyncIterator[dict]:
-    """Yield the progress of a job twice a second until it is done; cancel it if iteration stops.
+    """Yield the progress of a job twice a second until it is done; abandon it if iteration stops.
 
     Raises the error of the job, if any.
     """
@@ -153,7 +154,8 @@ async def progress(service: Service, job: Job) -> AsyncIterator[dict]:
             await asyncio.wait([answer], timeout=0.5)
         answer.result()
     finally:
-        answer.cancel()
+        answer.cancel()  # if it still waits
+        job.abandoned = True
 
 
 async def lines(service: Service, job: Job) -> AsyncIterator[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import errno
 import io
 import json
 import math
@@ -16,7 +17,7 @@ import threading
 import time
 import zipfile
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -25,7 +26,6 @@ import numpy as np
 from starlette.datastructures import UploadFile
 
 from brainseg.evaluation.volumes import volume_row
-from brainseg.io.files import sentence
 from brainseg.io.grid import Grid
 from brainseg.io.pictures import montage, outline, to_grey
 from brainseg.io.predictions import map_files, write_case
@@ -35,11 +35,16 @@ from brainseg.metrics import score
 from brainseg.phantom import make_volume
 from brainseg.segmenter import Segmentation, Segmenter
 
-from .uploads import BROKEN, Limits
+from .uploads import BROKEN, Limits, disk_is_full
 from .viewer import viewer_files
 
 ROOT = Path(__file__).resolve().parents[1]
+STOPPING = "the server is stopping; try again later"
 Parts = dict[str, Sequence[UploadFile]]  # by field, as uploads.unpack takes them
+
+
+class Unavailable(Exception):
+    """The server cannot segment an upload now, but may later."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +92,7 @@ class Job:
     """An upload in progress."""
 
     done: float = 0.0  # fraction of its slices that are segmented
+    abandoned: bool = False  # nobody waits for the answer
     future: Future[Answer] = field(default_factory=Future)
 
 
@@ -105,7 +111,7 @@ class Service:
     def submit(self, parts: Parts | None) -> Job:
         """Queue an upload (see uploads.unpack) to be segmented, or the phantom if it is None.
 
-        The job's future raises ValueError for an upload that cannot be used.
+        The job's future raises ValueError for an upload that cannot be used, and Unavailable.
         """
         job = Job()
         self.pending.append(job)
@@ -130,8 +136,12 @@ class Service:
             folder = Path(name).resolve()
             try:
                 return self._segment(parts, folder, job)
-            except (ValueError, OSError) as error:
-                raise ValueError(_without(folder, sentence(error))) from None
+            except ValueError as error:
+                raise ValueError(_without(folder, str(error))) from None
+            except OSError as error:
+                if disk_is_full(error):
+                    raise Unavailable("the server's disk is full; try again later") from None
+                raise
             except (MemoryError, RuntimeError) as error:  # RuntimeError: from PyTorch
                 if isinstance(error, RuntimeError) and "memory" not in str(error):
                     raise
@@ -150,7 +160,9 @@ class Service:
         def progress(done: int, of: int) -> None:
             job.done = done / of
             if self.reader.closed:
-                raise ValueError("the server is stopping; try again later")
+                raise Unavailable(STOPPING)
+            if job.abandoned:
+                raise CancelledError
             if time.monotonic() - start > self.limits.seconds:
                 raise ValueError(
                     f"{loaded.case.name}: segmenting it took more than "
@@ -212,7 +224,7 @@ class Reader:
     def read(self, parts: Parts, folder: Path) -> Loaded:
         """Read the case that files make (see uploads.unpack), unpacking them into an empty folder.
 
-        Raises ValueError, naming the file, if it cannot be used.
+        Raises ValueError, naming the file, if it cannot be used, OSError if the disk is full.
         """
         sent: dict[str, list[tuple[str, str]]] = {name: [] for name in parts}
         for name, files in parts.items():
@@ -223,6 +235,8 @@ class Reader:
                 sent[name].append((file.filename, str(path)))
         limits = asdict(self.limits)
         answer = self._ask({"folder": str(folder), "parts": sent, "limits": limits})
+        if answer.get("full"):
+            raise OSError(errno.ENOSPC, answer["error"])
         if "error" in answer:
             raise ValueError(answer["error"])
         case = Case(answer["name"], tuple(answer["numbers"]), (), ())
@@ -236,7 +250,7 @@ class Reader:
     def _ask(self, order: dict) -> dict:
         with self._lock:
             if self.closed:
-                raise ValueError("the server is stopping; try again later")
+                raise Unavailable(STOPPING)
             if self._process.poll() is not None:
                 self._process = self._start()
         try:
@@ -245,7 +259,9 @@ class Reader:
         except (OSError, ValueError):
             with self._lock:
                 self._kill()
-            return {"error": "the server is stopping; try again later" if self.closed else BROKEN}
+                if self.closed:
+                    raise Unavailable(STOPPING) from None
+            return {"error": BROKEN}
 
     def close(self) -> None:
         """Kill the process, even while it is reading."""

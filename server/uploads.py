@@ -7,6 +7,7 @@ of JSON on its input (see `attend`) it forks, and answers with a line when the u
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -29,6 +30,7 @@ from brainseg.io.slices import Case
 
 MIB = 2**20
 HDF5 = b"\x89HDF\r\n\x1a\n"  # at byte 0, 512, 1024, 2048 ...; its data may be in other files
+FULL_DISK = errno.ENOSPC, errno.EDQUOT
 DAMAGED = "is damaged, encrypted or compressed in an unsupported way; zip it again"
 BROKEN = "the upload cannot be read, as it is damaged or too large; export it again, or crop it"
 
@@ -100,7 +102,7 @@ def work(order: dict) -> None:
         }
         answer = read(parts, folder, limits)
     except (ValueError, OSError) as error:
-        answer = {"error": sentence(error)}
+        answer = {"error": sentence(error), "full": disk_is_full(error)}
     except MemoryError:
         answer = {
             "error": f"reading the upload needs more than {limits.memory // MIB} MiB; crop it"
@@ -108,6 +110,10 @@ def work(order: dict) -> None:
     except Exception:  # raised by a library
         answer = {"error": BROKEN}
     (folder / "answer.json").write_text(json.dumps(answer, default=np.ndarray.tolist))
+
+
+def disk_is_full(error: BaseException) -> bool:
+    return isinstance(error, OSError) and error.errno in FULL_DISK
 
 
 def bound(limits: Limits) -> None:
@@ -251,6 +257,8 @@ def _write_all(files: Sequence[Sent], folder: Path, limits: Limits) -> list[str]
         except ValueError:
             raise
         except Exception as error:  # damaged archives raise nearly anything
+            if disk_is_full(error):
+                raise
             raise ValueError(f"{file.name}: {DAMAGED}") from error
     if not names:
         raise ValueError(f"{files[0].name}: contains no file; send a volume file or slices")

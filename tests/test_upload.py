@@ -1,24 +1,30 @@
 """Test untrusted uploads: unpacked safely, read in a separate process, or refused."""
 
+import errno
 import io
 import os
+import threading
 import time
 import zipfile
 import zlib
+from concurrent.futures import CancelledError
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tifffile
+from brainseg.unet import UNet
 
 from brainseg.phantom import make_volume
+from brainseg.segmenter import Segmenter
 
 pytest.importorskip("starlette", reason="pip install -r requirements-app.txt")
 
 from starlette.datastructures import UploadFile
 
 from server import uploads
-from server.jobs import Loaded, Reader
+from server.jobs import Loaded, Reader, Service, Unavailable
 from server.uploads import MIB, Limits, attend
 
 LIMITS = Limits()
@@ -390,8 +396,53 @@ def test_a_reader_that_died_is_started_again(phantom, receive, process):
 def test_a_closed_reader_reads_no_more(tmp_path):
     closed = Reader(LIMITS)
     closed.close()
-    with pytest.raises(ValueError, match="is stopping"):
+    with pytest.raises(Unavailable, match="is stopping"):
         closed.read({"images": named(a=b"x")}, tmp_path)
+
+
+def full(*_) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_full_disk_is_not_called_a_damaged_upload(order, monkeypatch):
+    sent = Path(order["folder"], "images-0.sent")
+    sent.write_bytes(zipped({"a.nii": b"x"}))
+    order["parts"]["images"] = [("a.zip", str(sent))]
+    order["limits"] = asdict(Limits())
+    monkeypatch.setattr(uploads, "_write", full)
+    assert attend(order) == {"error": "[Errno 28] No space left on device", "full": True}
+
+
+@pytest.mark.parametrize("where", ["server.jobs.shutil.copyfileobj", "server.jobs.Reader._ask"])
+def test_a_full_disk_is_the_servers_fault(monkeypatch, where):
+    answer = {"error": "no space", "full": True}
+    monkeypatch.setattr(where, full if "shutil" in where else lambda *_: answer)
+    service = Service(Segmenter(UNet(init_features=2), image_size=32, device="cpu"), LIMITS)
+    job = service.submit({"images": named(a=b"x")})
+    with pytest.raises(Unavailable, match="the server's disk is full"):
+        job.future.result()
+    service.close()
+
+
+def test_an_abandoned_job_is_stopped(monkeypatch):
+    segmenter = Segmenter(UNet(init_features=2), image_size=32, batch_size=1, device="cpu")
+    service, begun, left = Service(segmenter, LIMITS), threading.Event(), threading.Event()
+    network = segmenter._network
+
+    def wait(batch):
+        begun.set()
+        left.wait()
+        return network(batch)
+
+    monkeypatch.setattr(segmenter, "_network", wait)
+    job = service.submit(None)
+    begun.wait()
+    job.abandoned = True
+    left.set()
+    with pytest.raises(CancelledError):
+        job.future.result()
+    assert 0 < job.done < 1
+    service.close()
 
 
 def test_a_reader_has_bounded_memory(receive):
