@@ -4,9 +4,10 @@
     BRAINSEG_AUTH=me:secret python3 app.py --host 0.0.0.0          for a network, with a password
     curl --fail-with-body -F images=@scan.nii.gz http://127.0.0.1:7860/api/segment -o result.zip
 
-The page takes one case, as inference.py does: a volume file (not .mhd), slices, or a zip archive of
-slices or of a DICOM series. An upload is deleted once it is segmented, and its results once they
-are sent. Nothing is fetched from other hosts. Needs: pip install -r requirements-app.txt
+The page takes one case, as inference.py does: a volume file (not .mhd), slices, the files of a
+DICOM series or study, or a zip archive of one of these. An upload is deleted once it is segmented,
+and its results once they are sent. Nothing is fetched from other hosts. Needs: pip install -r
+requirements-app.txt
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("--port", type=int, default=7860, help="port to listen on (%(default)s)")
     add("--auth", type=str, help="user:password to ask for (BRAINSEG_AUTH; none)")
     add("--max-upload", type=int, default=256, help="largest upload in MiB (%(default)s)")
-    add("--time-limit", type=float, default=300, help="seconds to read or segment an upload (300)")
+    add("--time-limit", type=float, default=300, help="seconds to send, read or segment one (300)")
     add("--queue", type=int, default=64, help="uploads at once: one is segmented, others wait (64)")
     return parser
 

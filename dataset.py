@@ -119,7 +119,7 @@ class BrainSegmentationDataset(Dataset):
         v, s = self._place[index]
         return self.volumes[v].name, self.volumes[v].case.numbers[s]
 
-    def sampling_weights(self, background: float = 0.1) -> Tensor:
+    def sampling_weights(self, background: float) -> Tensor:
         """Compute the probability (len(self),) of drawing each slice in training.
 
         A case is drawn uniformly, then a slice in proportion to its mask area plus `background`

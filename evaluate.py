@@ -14,7 +14,7 @@ the epoch counts, but is marked. --threshold, --tta and the like do not change a
 
 --fit-expected-dsc learns from these scores to predict the DSC of a mask without a truth, and writes
 the fit into the cards of the weights (see brainseg/ensemble.py) and expected_dsc.png to OUT. The
---min-volume given with it becomes the default of these weights.
+--threshold, --min-volume and --tta that it was run with become the defaults of these weights.
 
 Writes scores.csv (a row per model and case), summary.json, scores.png and gallery.png to OUT and,
 with --report, one self-contained page with all of it.

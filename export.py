@@ -86,6 +86,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.format == "weights" and (args.precision or args.images):
         parser.error("--precision and --images go with --format onnx or torch-export")
+    if args.format != "weights" and args.metrics:
+        parser.error("--metrics goes with --format weights; export those, then their ONNX file")
     with errors_in_one_sentence("stopped; no incomplete file was left"):
         files = weights_files(args.weights)
         if args.format != "weights":

@@ -35,7 +35,7 @@ def segmenter(network="unet", device=None, **options):
 
     Channels are pre-contrast, FLAIR, post-contrast, of any numeric type; needs numpy and
     scikit-image.
-    network: which of the shipped weights to use; several (weights/unet-folds) are averaged.
+    network: "unet", the five networks of weights/unet-folds, which are averaged.
     device: by default an accelerator if available.
     options: threshold=None, largest_component=True, min_volume=None, tta=None, batch_size=16,
     amp=None.

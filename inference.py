@@ -126,7 +126,7 @@ def run(args: argparse.Namespace, options: dict) -> int:
     cards = {file: read_card(file) for file in files}
     say_without_card([file for file in files if not cards[file]], segmenter)
     about["weights"] = {str(file): file_hash(file) for file in files}
-    for name in FITTED_WITH:  # those of the card, unless given
+    for name in ("image_size", *FITTED_WITH):  # those of the card, unless given
         about["args"][name] = getattr(segmenter, name)
     about["since"] = since(args.predictions, about, args.skip_existing)
     algorithm = f"brainseg {' '.join(file.stem for file in files)}", about["commit"] or "unknown"

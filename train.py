@@ -89,7 +89,7 @@ def get_args_parser() -> utils.Parser:
     add("--logs", "--log-dir", type=Path, default="./logs", help="curves (for torchrun: --log-dir)")
     add("--validate-every", default=1, least=1, help="epochs between validations")
     add("--vis-images", default=200, help="validation slices to draw")
-    add("--vis-freq", default=10, least=0, help="epochs between drawings; 0: never")
+    add("--vis-freq", default=10, least=0, help="epochs between drawings, if validated; 0: never")
     add("--resume", action="store_true", help="resume from WEIGHTS/<model>.ckpt, with its settings")
     return parser
 

@@ -164,12 +164,13 @@ def _read_config(path: Path) -> dict:
 
 
 def make_parser(doc: str) -> Parser:
-    """Make a parser whose --help is the script's docstring, then one line per option."""
+    """Make a parser whose --help is the script's docstring, then the options and their defaults."""
 
     class Formatter(argparse.MetavarTypeHelpFormatter, argparse.RawDescriptionHelpFormatter):
         def __init__(self, prog: str, **_: object):
             super().__init__(prog, max_help_position=32, width=100)
 
+    doc = f"{doc}\nDefaults are in parentheses."
     parser = Parser(usage="%(prog)s [options]", description=doc, formatter_class=Formatter)
     parser.add_argument("--config", type=Path, help="YAML or args.json with any of these settings")
     return parser
@@ -193,7 +194,7 @@ def add_segmenter_options(parser: Parser, workers: bool = True) -> None:
     add("--largest-component", action=switch, default=True,
         help="keep only the largest connected component (yes)")
     add("--min-volume", type=int, least=0,
-        help="drop components of fewer voxels (as in the card; 200 for the shipped weights)")
+        help="drop components of fewer voxels (as in the card; 200 for weights/unet-folds)")
     add("--tta", action=switch,
         help="average over a slice and its mirror image where there may be lesion (as in the card)")
     add("--batch-size", type=int, default=16, least=1, help="slices computed at once")

@@ -58,7 +58,7 @@ def steps(args: argparse.Namespace, shape: str, precision: str, compiled: bool) 
     options = ["--device", args.device, "--features", features, "--image-size", size]
     options += ["--no-amp" if precision == "float32" else "--amp", *["--compile"] * compiled]
     ours = set_up(options, dataset)
-    feed, weights = Feed(dataset, args.device), dataset.sampling_weights()
+    feed, weights = Feed(dataset, args.device), dataset.sampling_weights(0.5)
 
     def some(count: int = args.steps) -> None:
         drawn = torch.multinomial(weights, count * BATCH, replacement=True).split(BATCH)

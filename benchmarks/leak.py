@@ -98,7 +98,7 @@ def train(
     options = ["--image-size", args.image_size, "--features", args.features, "--seed", seed]
     options += ["--epochs", args.epochs, *RECIPE]
     training = set_up(options, dataset)
-    weights = dataset.sampling_weights() * allowed
+    weights = dataset.sampling_weights(0.1) * allowed
     for training.state.epoch in range(args.epochs):
         training.epoch(weights)
     return training.state.trained

@@ -30,7 +30,7 @@ def scale_cases(cases: list, args: argparse.Namespace) -> None:
             start = seconds(lambda c=chosen: prepare(c, args.image_size, cache), warm=False)
             again = seconds(lambda c=chosen: prepare(c, args.image_size, cache), warm=False)
             dataset = BrainSegmentationDataset.of(prepare(chosen, args.image_size, cache))
-            feed, weights = Feed(dataset, args.device), dataset.sampling_weights()
+            feed, weights = Feed(dataset, args.device), dataset.sampling_weights(0.5)
             drawn = torch.multinomial(weights, 20 * BATCH, replacement=True).split(BATCH)
             batch = seconds(lambda f=feed, d=drawn: list(f.batches(d))) / 20
 

@@ -177,7 +177,8 @@ def bench_onnx(cases: list, args: argparse.Namespace) -> None:
     import onnxruntime
 
     weights = args.weights
-    segmenter = Segmenter.from_weights(weights, device="cpu", amp=False)
+    how = {"device": "cpu", "amp": False, "image_size": args.image_size}
+    segmenter = Segmenter.from_weights(weights, **how)
     model = model_from_state(load_state(weights), weights)[1].eval()
     prepared = []
     for case in select_cases(cases, "validation"):
@@ -204,7 +205,7 @@ def bench_onnx(cases: list, args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as out:
         for precision in ("float32", "float16"):
             path = export_onnx([weights], args.images, f"{out}/{precision}", precision)
-            onnx = Segmenter.from_weights(path, providers=["cpu"])
+            onnx = Segmenter.from_weights(path, ["cpu"], image_size=args.image_size)
             networks[f"ONNX Runtime {onnxruntime.__version__}, {precision}"] = onnx.probabilities
     theirs, reference = measured(eager)
     for name, network in networks.items():

@@ -1,4 +1,4 @@
-"""The inference core, shared by the commands, torch.hub and the server."""
+"""What the commands, torch.hub and the server share."""
 
 import importlib.util
 import sys

@@ -100,7 +100,7 @@ def worker_threads(workers: int | None = None) -> Iterator[ThreadPoolExecutor]:
 def in_order(
     function: Callable[[T], R], items: Iterable[T], workers: int | None = None
 ) -> Iterator[R]:
-    """Work like `map`, in threads; each may be only one item ahead, to save memory."""
+    """Work like `map`, in threads; only `workers` results may wait to be taken, to save memory."""
     with worker_threads(workers) as pool:
         ahead: deque[Future[R]] = deque()
         for item in items:

@@ -90,7 +90,7 @@ def read_start(path: Path | str) -> dict:
     """Read from their card where the start weights come from."""
     card = read_card(path)
     kept = ("recipe", "commit", "cases", "patients", "initialised_from")
-    return {key: card.get(key) for key in kept if key in card or key != "patients"}
+    return {key: card.get(key) for key in kept}
 
 
 def check_seen(card: dict, allowed: bool) -> None:

@@ -99,7 +99,7 @@ def test_dataset_of_a_fold(phantoms, tmp_path):
 
 def test_sampling_weights_by_hand(data):
     """Cases are drawn uniformly, then slices by area plus a tenth of the case's mean area."""
-    weights = data.sampling_weights()
+    weights = data.sampling_weights(0.1)
     areas = np.array([data[index][1].sum().item() for index in range(len(data))]).reshape(12, 8)
     for case in range(12):
         total = sum(area + areas[case].mean() / 10 for area in areas[case])
@@ -125,7 +125,7 @@ def test_case_without_lesion_draws_its_slices_evenly(tmp_path):
         (tmp_path / f"images/phantom_001/phantom_001_{k}.tif").unlink()
         (tmp_path / f"images/phantom_001/phantom_001_{k}_mask.tif").unlink()
     data = BrainSegmentationDataset(tmp_path / "images", "all", SIZE)
-    weights = data.sampling_weights()
+    weights = data.sampling_weights(0.1)
     assert len(weights) == len(data) == 6 + 4
     torch.testing.assert_close(weights[6:], torch.full((4,), 0.5 / 4).double())
     assert weights[:6].sum().item() == pytest.approx(0.5)
@@ -133,7 +133,7 @@ def test_case_without_lesion_draws_its_slices_evenly(tmp_path):
 
 def test_epochs_draw_differently_and_reach_nearly_every_slice(data):
     """Once, worker seeds were reset every epoch: 100 epochs saw only 31 % of the slices."""
-    weights = data.sampling_weights()
+    weights = data.sampling_weights(0.1)
 
     def epoch(number: int) -> list[int]:
         generator = make_generator(7, 0, number)
@@ -167,7 +167,7 @@ def test_blank_case_is_used(two):
         iio.imwrite(path, np.zeros((64, 64, 3), dtype=np.uint8))
     data = BrainSegmentationDataset(two, "all", SIZE, cache=two.parent / "cache")
     assert not data[0][0].any() and data[8][0].any()
-    assert data.volumes[0].frame.blank and torch.isfinite(data.sampling_weights()).all()
+    assert data.volumes[0].frame.blank and torch.isfinite(data.sampling_weights(0.1)).all()
 
 
 def test_cases_of_different_channels_are_refused(two):

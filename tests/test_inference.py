@@ -306,6 +306,22 @@ def test_masks_of_changed_sources_are_made_again(phantoms, weights, tmp_path, ca
     assert "2 kept from an earlier run" in capsys.readouterr().out
 
 
+def test_a_given_image_size_equal_to_the_cards_is_no_change(phantoms, weights, tmp_path, capsys):
+    again = phantoms, tmp_path, weights, "--cases", "phantom_003", "--skip-existing"
+    assert infer(*again) == infer(*again, "--image-size", 32) == 0
+    assert "1 kept from an earlier run" in capsys.readouterr().out
+
+
+def test_scores_of_an_earlier_run_do_not_stay_beside_cases_without_truth(
+    phantoms, weights, tmp_path
+):
+    assert infer(phantoms, tmp_path, weights, "--cases", "phantom_003") == 0
+    assert (tmp_path / "predictions" / "metrics.csv").exists()
+    write_case(tmp_path / "x" / "case", make_volume(1, slices=4, size=64)[0])
+    assert infer(tmp_path / "x", tmp_path, weights) == 0
+    assert not (tmp_path / "predictions" / "metrics.csv").exists()
+
+
 def test_masks_of_other_weights_or_settings_are_not_kept(phantoms, weights, tmp_path):
     only = "--cases", "phantom_003"
     assert infer(phantoms, tmp_path, weights, *only) == 0

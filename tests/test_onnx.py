@@ -187,7 +187,7 @@ def test_evaluate_compares_both(phantoms, onnx, weights, tmp_path):
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["models"]["onnx"]["difference"]["mean"] == 0
     (about,) = summary["weights"]["onnx"].values()
-    assert about["runtime"] == "ONNX Runtime (cpu)" and about["bfloat16"] is False
+    assert about["runtime"] == "ONNX Runtime (cpu)" and about["half_precision"] is False
 
 
 # What is refused

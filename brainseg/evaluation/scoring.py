@@ -21,10 +21,11 @@ from ..io.predictions import read_scores
 from ..io.slices import Case
 from ..levels import missing_sequences
 from ..metrics import dsc, score
-from ..segmenter import Segmentation, Segmenter, preprocess_near, to_mask
+from ..segmenter import FITTED_WITH, Segmentation, Segmenter, preprocess_near, to_mask
 from ..splits import patient_of, patients_of_card, site_of, subset_of
 from ..weights import file_hash, read_card, weights_files
 from .statistics import SCORES, SETTINGS
+from .volumes import EXPECTED
 
 
 @dataclass
@@ -106,8 +107,8 @@ def describe(model: Model) -> dict | str:
     if model.scores:
         return str(model.path)
     segmenter = model.segmenter
-    same = {"image_size": segmenter.image_size, "runtime": segmenter.runtime}
-    same["bfloat16"] = segmenter.amp
+    same = {name: getattr(segmenter, name) for name in ("image_size", "runtime", *FITTED_WITH)}
+    same["half_precision"] = segmenter.amp
     return {str(file): {"sha256": file_hash(file), **same} for file in model.seen}
 
 
@@ -225,8 +226,7 @@ def score_case(
         row |= score(mask, truth, case.spacing)
         row |= {key: dsc(to_mask(probabilities, *s), truth) for key, s in SETTINGS.items()}
         row |= {name: made.features[name] for name in FEATURES}
-        names = "expected_dsc", "expected_low", "expected_high"
-        rows.append(row | dict(zip(names, made.expected or [None] * 3, strict=True)))
+        rows.append(row | dict(zip(EXPECTED, made.expected or [None] * 3, strict=True)))
         k = int((truth if truth.any() else mask).sum(axis=(1, 2)).argmax())
         slices = (array[k : k + 1] for array in (grey, mask, truth))
         pictures[model.name, case.name] = outline(*slices, side=256)[0]

@@ -63,11 +63,13 @@ def read_table(path: Path) -> dict[str, dict[str, str]]:
 def update_table(path: Path, rows: dict[str, dict | None], keep: bool) -> None:
     """Write rows by case as a CSV file; with `keep`, its rows of other cases stay.
 
-    A case whose row is None loses its row. If no row is left, nothing is written.
+    A case whose row is None loses its row. If no row is left, no file is.
     """
     rows = (read_table(path) if keep else {}) | rows
     if lines := [row for row in rows.values() if row]:
         write_table(path, lines)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def write_json(path: Path, content: dict) -> None:
