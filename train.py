@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 import utils
@@ -166,9 +166,26 @@ def set_up(
     runs.report_cases(train_set.volumes, validation_set.volumes, sources)
     if device.type == "cpu":
         utils.keep_freed_memory()
-    state = TrainState(
-        training.on_device(model, device, args.sync_bn),
-        slices=len(train_set),
+    state = make_state(args, training.on_device(model, device, args.sync_bn), train_set)
+    return state, Feed(train_set, device, args.neighbours, workers), validation_set
+
+
+def make_state(
+    args: argparse.Namespace, model: nn.Module, dataset: BrainSegmentationDataset
+) -> TrainState:
+    """Make the state before the first step, for a network that is on its device."""
+    device, sequences = next(model.parameters()).device, dataset.in_channels
+    augment = partial(
+        augment_all,
+        scale=args.aug_scale,
+        angle=args.aug_angle,
+        intensity=args.aug_intensity,
+        drop=args.drop_sequences if sequences == 3 else 0,
+        sequences=sequences,
+    )
+    return TrainState(
+        model,
+        slices=len(dataset),
         batch_size=args.batch_size,
         epochs=args.epochs,
         rate=partial(training.learning_rate, args.lr, args.schedule, args.warmup),
@@ -178,8 +195,8 @@ def set_up(
         seed=args.seed,
         neighbours=args.neighbours,
         loss=LOSSES[args.loss],
+        augment=augment,
     )
-    return state, Feed(train_set, device, args.neighbours, workers), validation_set
 
 
 def fit(
@@ -193,10 +210,7 @@ def fit(
     if args.compile:  # before the ranks wait for each other's gradients
         training.compile_ahead(state, args.image_size)
     training.parallel(state)
-    weights, sequences = feed.dataset.sampling_weights(args.background), feed.dataset.in_channels
-    drop = args.drop_sequences if sequences == 3 else 0
-    how = {"scale": args.aug_scale, "angle": args.aug_angle, "intensity": args.aug_intensity}
-    state.augment = partial(augment_all, drop=drop, sequences=sequences, **how)
+    weights = feed.dataset.sampling_weights(args.background)
     bar = tqdm(total=args.epochs, initial=state.epoch, desc="training", unit="epoch", disable=None)
     with writer, utils.Interruption() as interruption, bar:
         while state.epoch < args.epochs:

@@ -13,11 +13,9 @@ from torch import Tensor
 
 import export
 from brainseg import training
-from brainseg.devices import has_bfloat16, pick_device
+from brainseg.devices import pick_device
 from dataset import BrainSegmentationDataset, Feed
-from loss import LOSSES
-from train import get_args, train_one_epoch, train_step
-from transform import augment_all
+from train import get_args, make_state, train_one_epoch, train_step
 from utils import Interruption
 
 
@@ -38,26 +36,7 @@ def set_up(options: Sequence[object], dataset: BrainSegmentationDataset) -> Trai
     model = training.build_network(
         args.model, args.seed, None, in_channels=channels, init_features=args.features
     )
-    state = training.TrainState(
-        training.on_device(model, device),
-        slices=len(dataset),
-        batch_size=args.batch_size,
-        epochs=args.epochs,
-        rate=partial(training.learning_rate, args.lr, args.schedule, args.warmup),
-        weight_decay=args.weight_decay,
-        decay=args.ema,
-        amp=has_bfloat16(device) if args.amp is None else args.amp,
-        seed=args.seed,
-        loss=LOSSES[args.loss],
-        augment=partial(
-            augment_all,
-            scale=args.aug_scale,
-            angle=args.aug_angle,
-            drop=args.drop_sequences,
-            intensity=args.aug_intensity,
-            sequences=dataset.in_channels,
-        ),
-    )
+    state = make_state(args, training.on_device(model, device), dataset)
     if args.compile:
         training.compile_ahead(state, args.image_size)
     feed = Feed(dataset, device, args.neighbours, args.workers)

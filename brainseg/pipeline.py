@@ -157,7 +157,7 @@ def read(source: Source | Case, outputs: Outputs, register: bool) -> Work:
         if register and isinstance(case, Scan):
             case = replace(case, register=True)
         for note in case.notes:
-            say(note)
+            say(f"{case.name}: {note}")
         work = Work(case, *(case.read_pair() if case.masks else (case.read(), None)))
         if outputs.since is not None:
             mask = find_masks(outputs.folder, case, outputs.since, outputs.extra_files(case))
@@ -188,7 +188,7 @@ def finish(work: Work | Result, segmenter: Segmenter, outputs: Outputs) -> Resul
         return work
     case, volume, mask = work.case, work.volume, work.mask
     kept, expected, error = mask is not None, None, ""
-    warnings = [note.removeprefix(f"{case.name}: ") for note in case.notes]
+    warnings = list(case.notes)
     if not kept:
         found = segmenter.assess(work.probabilities, work.frame)
         mask, expected = found.mask, found.expected

@@ -187,8 +187,8 @@ def make_answer(loaded: Loaded, found: Segmentation, out: Path) -> Answer:
         "montage.png": iio.imwrite("<bytes>", picture, extension=".png"),
         f"{case.name}.gif": (out / f"{case.name}.gif").read_bytes(),
     }
-    notes = [note.removeprefix(f"{case.name}: ") for note in loaded.notes]
-    summary = volume_row(case, volume, mask, found.expected, notes + found.warnings) | {
+    warnings = loaded.notes + found.warnings
+    summary = volume_row(case, volume, mask, found.expected, warnings) | {
         "shape": list(mask.shape),
         "notes": loaded.notes,
         "scores": None,

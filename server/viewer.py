@@ -13,6 +13,7 @@ from brainseg.io.grid import Grid
 from brainseg.io.pictures import to_grey
 from brainseg.io.scans import Scan
 from brainseg.io.slices import Case
+from brainseg.levels import copies_of_flair
 from brainseg.segmenter import Segmentation
 
 SIDE = 384  # voxels: longer axes are thinned out for the viewer
@@ -72,10 +73,8 @@ def _sequences(volume: np.ndarray) -> dict[str, int]:
     """Find the channel of each sequence of a volume (S, H, W, C), without copies of FLAIR."""
     if volume.shape[3] != 3:
         return {"flair": min(1, volume.shape[3] - 1)}
-    flair = volume[..., 1]
-    others = {"pre": 0, "post": 2}
-    copies = [name for name, k in others.items() if np.array_equal(volume[..., k], flair)]
-    return {"flair": 1} | {name: k for name, k in others.items() if name not in copies}
+    copies = copies_of_flair(volume)
+    return {n: k for n, k in {"flair": 1, "pre": 0, "post": 2}.items() if k not in copies}
 
 
 def _middle(mask: np.ndarray) -> np.ndarray:

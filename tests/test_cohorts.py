@@ -195,7 +195,7 @@ def test_flair_stands_in_for_missing_sequences(tmp_path):
     write_case(tmp_path, BRATS, "BraTS2021_00001", *VOLUMES[0])
     (tmp_path / "BraTS2021_00001" / "BraTS2021_00001_t1ce.nii.gz").unlink()
     (case,) = find_cases(tmp_path)
-    assert case.notes == ["BraTS2021_00001: FLAIR stands in for post-contrast"]
+    assert case.notes == ["FLAIR stands in for post-contrast"]
 
 
 def test_two_files_of_one_sequence_are_refused(tmp_path):

@@ -267,7 +267,7 @@ def test_sform_is_taken_where_qform_disagrees(pair, tmp_path, codes, orientation
     image.set_sform(moved, codes[1])
     nibabel.save(image, tmp_path / "b.nii.gz")
     scan = find_case(tmp_path / "b.nii.gz")
-    assert scan.notes == ["b: its sform and qform disagree; the sform is used"]
+    assert scan.notes == ["its sform and qform disagree; the sform is used"]
     assert np.array_equal(scan.read(), pair[0])
     scan.write_map(tmp_path / "mask.nii.gz", pair[1])
     np.testing.assert_allclose(read(tmp_path / "mask.nii.gz")[1], moved, atol=1e-4)

@@ -244,7 +244,7 @@ def test_other_frames_of_reference_are_reported(head, tmp_path):
             edit(path, FrameOfReferenceUID=frame if path.parent.name == "s0" else "1.2.9")
         said.append([note for note in find_case(study).notes if "FrameOfReferenceUID" in note])
     ((note,), none) = said
-    assert note.startswith("anna: pre-contrast has a different FrameOfReferenceUID from FLAIR")
+    assert note.startswith("pre-contrast has a different FrameOfReferenceUID from FLAIR")
     assert not none
 
 

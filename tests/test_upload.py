@@ -172,7 +172,7 @@ def test_flair_alone(phantom, receive, tmp_path):
     flair = volume_file(phantom[0][..., 1], tmp_path / "flair.nii.gz")
     loaded = receive({"flair": named(**{"f.nii.gz": flair})})
     assert np.array_equal(loaded.volume, phantom[0][..., [1, 1, 1]])
-    assert loaded.notes == ["f: FLAIR stands in for pre-contrast and post-contrast"]
+    assert loaded.notes == ["FLAIR stands in for pre-contrast and post-contrast"]
 
 
 def test_a_name_cannot_leave_the_folder(phantom, receive, tmp_path):

@@ -109,7 +109,7 @@ class Scan(Case):
         pairs = zip(SEQUENCES, self.slices, strict=True)
         return {name: path for name, path in pairs if path != self.flair}
 
-    @property
+    @cached_property
     def notes(self) -> list[str]:
         notes = [self.chosen] if self.chosen else []
         missing = [name for name in SEQUENCES if name not in ("FLAIR", *self._others)]
@@ -138,7 +138,7 @@ class Scan(Case):
                     f"{name} is on a different grid from FLAIR ({by(grid.shape)} voxels of "
                     f"{spacing} mm); it is resampled to FLAIR's"
                 )
-        return [f"{self.name}: {note}" for note in notes]
+        return notes
 
     @cached_property
     def movements(self) -> dict[Path, Movement]:
