@@ -134,7 +134,7 @@ class BrainSegmentationDataset(Dataset):
         return torch.cat(weights)
 
 
-class Feed:
+class BatchLoader:
     """Batches (images (B, C, N, N) float16, masks (B, 1, N, N) bool) of a data set, as stored.
 
     A CUDA GPU holds the whole data set if that takes at most half of its free memory; otherwise

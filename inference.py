@@ -48,7 +48,7 @@ from brainseg.io.files import check_writable, update_table, write_json
 from brainseg.io.labels import Labels
 from brainseg.io.layouts import Source, find_sequences
 from brainseg.io.pictures import save_dsc_figure
-from brainseg.io.predictions import scores_text, since
+from brainseg.io.predictions import masks_valid_from, scores_text
 from brainseg.io.scans import Scan
 from brainseg.io.slices import Case
 from brainseg.pipeline import Outputs, Result, segment_all
@@ -128,11 +128,11 @@ def run(args: argparse.Namespace, options: dict) -> int:
     about["weights"] = {str(file): file_hash(file) for file in files}
     for name in ("image_size", *FITTED_WITH):  # those of the card, unless given
         about["args"][name] = getattr(segmenter, name)
-    about["since"] = since(args.predictions, about, args.skip_existing)
+    about["since"] = masks_valid_from(args.predictions, about, args.skip_existing)
     algorithm = f"brainseg {' '.join(file.stem for file in files)}", about["commit"] or "unknown"
     outputs = Outputs(
         args.predictions,
-        since=about["since"] if args.skip_existing else None,
+        valid_from=about["since"] if args.skip_existing else None,
         earlier=read_volumes(args.predictions / "volumes.csv"),
         trained_on=set().union(*(patients_of_card(card, "train") for card in cards.values())),
         probabilities=args.probabilities,
@@ -199,7 +199,7 @@ def segment(
         if distributed.is_main_process():
             for table, name in (("volumes", "volumes.csv"), ("scores", "metrics.csv")):
                 rows = {result.volumes["case"]: getattr(result, table) for result in done}
-                update_table(outputs.folder / name, rows, keep=outputs.since is not None)
+                update_table(outputs.folder / name, rows, keep=outputs.valid_from is not None)
     return done
 
 

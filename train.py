@@ -36,7 +36,7 @@ from brainseg.segmenter import Segmenter
 from brainseg.splits import list_cohort
 from brainseg.training import TrainState
 from brainseg.weights import CARD_DEFAULTS, MODELS
-from dataset import BrainSegmentationDataset, Feed
+from dataset import BatchLoader, BrainSegmentationDataset
 from loss import LOSSES
 from transform import augment_all
 
@@ -129,15 +129,15 @@ def main(argv: list[str] | None = None) -> None:
     with utils.errors_in_one_sentence(stopped), quiet, group:
         args, checkpoint = get_args(argv)
         with utils.cudnn(args.deterministic), training.memory_advice(args.batch_size):
-            state, feed, validation_set = set_up(args, checkpoint)
+            state, loader, validation_set = set_up(args, checkpoint)
             asked = utils.plain(args) | {"resume": False}
-            cases, recipe = (feed.dataset.names, validation_set.names), get_args_parser().recipe
+            cases, recipe = (loader.dataset.names, validation_set.names), get_args_parser().recipe
             writer = runs.start_run(state, *cases, asked, recipe, checkpoint, utils.git_commit())
-            print(f"{runs.headline(writer.card, *cases, state.slices)}; {feed.place}", flush=True)
+            print(f"{runs.headline(writer.card, *cases, state.slices)}; {loader.place}", flush=True)
             if state.epoch >= args.epochs:
                 print(f"all {args.epochs} epochs are done; raise --epochs to continue")
                 return
-            stop = fit(args, state, feed, validation_set, writer)
+            stop = fit(args, state, loader, validation_set, writer)
         if stop:
             print(runs.how_to_resume(state, args.weights, args.model))
             sys.exit(128 + stop)
@@ -146,7 +146,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def set_up(
     args: argparse.Namespace, checkpoint: dict | None
-) -> tuple[TrainState, Feed, BrainSegmentationDataset]:
+) -> tuple[TrainState, BatchLoader, BrainSegmentationDataset]:
     """Read the data and build the network; return the state and what to train and validate on."""
     device, workers = pick_device(dist.rank_device(args.device)), dist.rank_workers(args.workers)
     first = None if checkpoint else args.init_weights
@@ -167,7 +167,7 @@ def set_up(
     if device.type == "cpu":
         utils.keep_freed_memory()
     state = make_state(args, training.on_device(model, device, args.sync_bn), train_set)
-    return state, Feed(train_set, device, args.neighbours, workers), validation_set
+    return state, BatchLoader(train_set, device, args.neighbours, workers), validation_set
 
 
 def make_state(
@@ -202,7 +202,7 @@ def make_state(
 def fit(
     args: argparse.Namespace,
     state: TrainState,
-    feed: Feed,
+    loader: BatchLoader,
     validation_set: BrainSegmentationDataset,
     writer: runs.RunWriter,
 ) -> int:
@@ -210,13 +210,13 @@ def fit(
     if args.compile:  # before the ranks wait for each other's gradients
         training.compile_ahead(state, args.image_size)
     training.parallel(state)
-    weights = feed.dataset.sampling_weights(args.background)
+    weights = loader.dataset.sampling_weights(args.background)
     bar = tqdm(total=args.epochs, initial=state.epoch, desc="training", unit="epoch", disable=None)
     with writer, utils.Interruption() as interruption, bar:
         while state.epoch < args.epochs:
             if stop := dist.all_reduce_max(interruption.signal or 0):
                 return stop
-            speed = train_one_epoch(state, feed, weights, interruption)
+            speed = train_one_epoch(state, loader, weights, interruption)
             if speed is None:
                 writer.checkpoint(state)
                 continue
@@ -243,7 +243,7 @@ def fit(
 
 
 def train_one_epoch(
-    state: TrainState, feed: Feed, weights: Tensor, interruption: utils.Interruption
+    state: TrainState, loader: BatchLoader, weights: Tensor, interruption: utils.Interruption
 ) -> float | None:
     """Train to the epoch's end on slices drawn by `weights`; return slices per second.
 
@@ -253,7 +253,7 @@ def train_one_epoch(
     generator = utils.make_generator(state.seed, 0, state.epoch)
     drawn = torch.multinomial(weights, state.slices, replacement=True, generator=generator)
     batches = drawn.split(state.batch_size)[state.step :]
-    ahead = feed.batches([dist.shard_of_batch(batch) for batch in batches])
+    ahead = loader.batches([dist.shard_of_batch(batch) for batch in batches])
     start, done, losses = time.perf_counter(), state.step * state.batch_size, []
     name, every = f"epoch {state.epoch + 1}", 1 if state.device.type == "cpu" else SYNC
     bar = tqdm(None, name, state.slices, leave=False, initial=done, unit="image", disable=None)
@@ -343,8 +343,8 @@ def get_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict | 
     made_with = checkpoint["args"] if checkpoint else vars(args)
     classic = made_with.get("recipe", "classic") == "classic"  # older checkpoints lack it
     first = None if checkpoint else args.init_weights
-    unset = training.unset(args.model, classic, first).items()
-    vars(args).update({name: value for name, value in unset if getattr(args, name) is None})
+    defaults = training.network_defaults(args.model, classic, first)
+    vars(args).update({k: value for k, value in defaults.items() if getattr(args, k) is None})
     weights, stride = args.weights / f"{args.model}.pt", MODELS[args.model].stride
     if (args.folds is None) != (args.fold is None):
         parser.error("--folds and --fold go together, as in --folds 5 --fold 0")

@@ -34,7 +34,7 @@ from brainseg.io.layouts import find_cases
 from brainseg.onnx import PROVIDERS
 from brainseg.segmenter import Segmenter
 from brainseg.weights import shipped_weights
-from dataset import BrainSegmentationDataset, Feed
+from dataset import BatchLoader, BrainSegmentationDataset
 from utils import cudnn, fail
 
 from .ours import export_onnx, set_up
@@ -58,11 +58,11 @@ def steps(args: argparse.Namespace, shape: str, precision: str, compiled: bool) 
     options = ["--device", args.device, "--features", features, "--image-size", size]
     options += ["--no-amp" if precision == "float32" else "--amp", *["--compile"] * compiled]
     ours = set_up(options, dataset)
-    feed, weights = Feed(dataset, args.device), dataset.sampling_weights(0.5)
+    loader, weights = BatchLoader(dataset, args.device), dataset.sampling_weights(0.5)
 
     def some(count: int = args.steps) -> None:
         drawn = torch.multinomial(weights, count * BATCH, replacement=True).split(BATCH)
-        for images, masks in feed.batches(drawn):
+        for images, masks in loader.batches(drawn):
             loss = ours.step(images, masks, len(images))
         training.check_finite(loss.item(), ours.state)
 

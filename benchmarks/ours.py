@@ -14,7 +14,7 @@ from torch import Tensor
 import export
 from brainseg import training
 from brainseg.devices import pick_device
-from dataset import BrainSegmentationDataset, Feed
+from dataset import BatchLoader, BrainSegmentationDataset
 from train import get_args, make_state, train_one_epoch, train_step
 from utils import Interruption
 
@@ -39,11 +39,11 @@ def set_up(options: Sequence[object], dataset: BrainSegmentationDataset) -> Trai
     state = make_state(args, training.on_device(model, device), dataset)
     if args.compile:
         training.compile_ahead(state, args.image_size)
-    feed = Feed(dataset, device, args.neighbours, args.workers)
+    loader = BatchLoader(dataset, device, args.neighbours, args.workers)
 
     def epoch(weights: Tensor) -> float | None:
         state.step, state.loss_sum = 0, 0.0
-        return train_one_epoch(state, feed, weights, Interruption())
+        return train_one_epoch(state, loader, weights, Interruption())
 
     return Trainer(state, partial(train_step, state), epoch)
 

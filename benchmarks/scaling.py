@@ -13,7 +13,7 @@ from brainseg.cache import prepare
 from brainseg.preprocess import preprocess
 from brainseg.segmenter import Segmenter
 from brainseg.weights import load_pretrained
-from dataset import BrainSegmentationDataset, Feed
+from dataset import BatchLoader, BrainSegmentationDataset
 
 from .ours import set_up
 from .timing import BATCH, one_thread, resident, row, seconds
@@ -30,9 +30,9 @@ def scale_cases(cases: list, args: argparse.Namespace) -> None:
             start = seconds(lambda c=chosen: prepare(c, args.image_size, cache), warm=False)
             again = seconds(lambda c=chosen: prepare(c, args.image_size, cache), warm=False)
             dataset = BrainSegmentationDataset.of(prepare(chosen, args.image_size, cache))
-            feed, weights = Feed(dataset, args.device), dataset.sampling_weights(0.5)
+            loader, weights = BatchLoader(dataset, args.device), dataset.sampling_weights(0.5)
             drawn = torch.multinomial(weights, 20 * BATCH, replacement=True).split(BATCH)
-            batch = seconds(lambda f=feed, d=drawn: list(f.batches(d))) / 20
+            batch = seconds(lambda f=loader, d=drawn: list(f.batches(d))) / 20
 
             def segment(dataset: BrainSegmentationDataset = dataset) -> None:
                 for volume in dataset.volumes:

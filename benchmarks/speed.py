@@ -39,7 +39,7 @@ from brainseg.weights import (
     model_from_state,
     save_weights,
 )
-from dataset import BrainSegmentationDataset, Feed
+from dataset import BatchLoader, BrainSegmentationDataset
 from transform import augment
 from utils import fail, make_generator
 
@@ -108,10 +108,10 @@ def bench_augment(cases: list, args: argparse.Namespace) -> None:
     images = np.stack([image.numpy().transpose(1, 2, 0) for image, _ in items])
     masks = np.stack([mask.numpy().transpose(1, 2, 0) for _, mask in items])
 
-    feed = Feed(dataset, args.device)
+    loader = BatchLoader(dataset, args.device)
 
     def ours() -> None:
-        for batch, mask in feed.batches([torch.tensor(indices)]):
+        for batch, mask in loader.batches([torch.tensor(indices)]):
             batch, mask = (to_device(part, args.device).float() for part in (batch, mask))
             augment(batch, mask, make_generator(0))
 

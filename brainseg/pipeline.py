@@ -59,7 +59,7 @@ class Outputs:
     """The files to write for each case beside its mask and pictures, and the masks to keep."""
 
     folder: Path
-    since: float | None  # keep masks written after this, in seconds of the epoch; None: none
+    valid_from: float | None  # keep masks written after this, in seconds of the epoch; None: none
     earlier: dict[str, dict]  # rows of volumes.csv of an earlier run, by case
     trained_on: set[str]  # patients
     probabilities: bool
@@ -159,8 +159,8 @@ def read(source: Source | Case, outputs: Outputs, register: bool) -> Work:
         for note in case.notes:
             say(f"{case.name}: {note}")
         work = Work(case, *(case.read_pair() if case.masks else (case.read(), None)))
-        if outputs.since is not None:
-            mask = find_masks(outputs.folder, case, outputs.since, outputs.extra_files(case))
+        if outputs.valid_from is not None:
+            mask = find_masks(outputs.folder, case, outputs.valid_from, outputs.extra_files(case))
             work.mask = mask if np.shape(mask) == work.volume.shape[:3] else None
         return work
     except (RuntimeError, MemoryError) as error:  # from SimpleITK, which does not name the file

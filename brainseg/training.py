@@ -214,7 +214,7 @@ def build_network(name: str, seed: int, init_weights: Path | None, **settings) -
     return model
 
 
-def unset(name: str, classic: bool, init_weights: Path | None) -> dict[str, int | None]:
+def network_defaults(name: str, classic: bool, init_weights: Path | None) -> dict[str, int | None]:
     """Return the defaults for settings of the network `name` and of its input.
 
     They are those of the weights to start from, by their card; otherwise those of the shipped

@@ -11,7 +11,7 @@ import dataset
 from brainseg.io.layouts import find_cases
 from brainseg.phantom import write_data_set
 from brainseg.preprocess import preprocess, preprocess_mask
-from dataset import BrainSegmentationDataset, Feed
+from dataset import BatchLoader, BrainSegmentationDataset
 from utils import make_generator
 
 
@@ -190,18 +190,18 @@ def test_damaged_slice_is_refused_by_name(two):
 DRAWN = [torch.tensor(batch) for batch in ([3, 0, 95], [7, 7], [8, 15, 16, 40])]
 
 
-def batches(feed: Feed) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    return list(feed.batches(DRAWN))
+def batches(loader: BatchLoader) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    return list(loader.batches(DRAWN))
 
 
 @pytest.mark.parametrize("neighbours", [0, 2])
 def test_every_place_gives_the_batches_of_the_data_set(data, monkeypatch, neighbours):
     expected = [data.batch(batch.tolist(), neighbours) for batch in DRAWN]
-    places = {"host": Feed(data, torch.device("cpu"), neighbours)}
-    places["ahead"] = Feed(data, torch.device("cpu"), neighbours, workers=2)
+    places = {"host": BatchLoader(data, torch.device("cpu"), neighbours)}
+    places["ahead"] = BatchLoader(data, torch.device("cpu"), neighbours, workers=2)
     places["ahead"].device = torch.device("meta")  # neither a CPU nor CUDA: threads gather
     monkeypatch.setattr(dataset, "free_memory", lambda device: 1 << 40)
-    places["device"] = Feed(data, torch.device("cpu"), neighbours)
+    places["device"] = BatchLoader(data, torch.device("cpu"), neighbours)
     assert [place.on_device for place in places.values()] == [False, False, True]
     for name, place in places.items():
         for found, wanted in zip(batches(place), expected, strict=True):
@@ -213,11 +213,11 @@ def test_the_device_holds_data_up_to_half_of_its_memory(data, monkeypatch):
     size = len(data) * SIZE * SIZE * (3 * 2 + 1)
     for free, fits in ((2 * size, True), (2 * size - 1, False), (0, False)):
         monkeypatch.setattr(dataset, "free_memory", lambda device, free=free: free)
-        assert Feed(data, torch.device("cpu")).on_device == fits
+        assert BatchLoader(data, torch.device("cpu")).on_device == fits
 
 
 def test_threads_stop_when_reading_stops(data):
-    place = Feed(data, torch.device("cpu"), workers=1)
+    place = BatchLoader(data, torch.device("cpu"), workers=1)
     place.device = torch.device("meta")
     gathered, batch = [], data.batch
     place.dataset = type("", (), {"batch": lambda _, i, k: gathered.append(i) or batch(i, k)})()

@@ -23,8 +23,8 @@ from .scans import Scan
 from .slices import Case, read_slice
 
 # Settings that masks depend on, and the values of newer ones that an older args.json lacks.
-YOUNGER = {"register": False, "min_volume": 0, "sequences": None, "pre": None, "post": None}
-SETTINGS = ("image_size", "threshold", "largest_component", "tta", *YOUNGER)
+ADDED_LATER = {"register": False, "min_volume": 0, "sequences": None, "pre": None, "post": None}
+SETTINGS = ("image_size", "threshold", "largest_component", "tta", *ADDED_LATER)
 
 
 def map_files(case: Case, kind: str) -> list[Path]:
@@ -39,8 +39,8 @@ def seg_file(case: Case) -> Path:
     return Path(f"{case.name}_seg.dcm")
 
 
-def since(folder: Path, about: dict, keep: bool) -> float:
-    """Return since when, in seconds since the epoch, the masks in a folder match `about`.
+def masks_valid_from(folder: Path, about: dict, keep: bool) -> float:
+    """Return from when on, in seconds since the epoch, the masks in a folder match `about`.
 
     `about` holds weights and settings, as args.json does. If the masks there are from others,
     raises ValueError with `keep`, otherwise removes their tables.
@@ -48,11 +48,11 @@ def since(folder: Path, about: dict, keep: bool) -> float:
     now, path = time.time(), folder / "args.json"
     try:
         before = json.loads(path.read_text())
-        args = YOUNGER | before["args"]
+        args = ADDED_LATER | before["args"]
         changed = [
             f"{name.replace('_', ' ')} {args[name]}"
             for name in SETTINGS
-            if args[name] != (YOUNGER | about["args"])[name]
+            if args[name] != (ADDED_LATER | about["args"])[name]
         ]
         if list(before["weights"].values()) != list(about["weights"].values()):
             changed.insert(0, f"weights {', '.join(before['weights'])}")
@@ -72,9 +72,9 @@ def since(folder: Path, about: dict, keep: bool) -> float:
 
 
 def find_masks(
-    folder: Path, case: Case, since: float, others: Sequence[Path] = ()
+    folder: Path, case: Case, valid_from: float, others: Sequence[Path] = ()
 ) -> np.ndarray | None:
-    """Read the mask (S, H, W) of a case if it is complete and not older than `since`, else None.
+    """Read the mask (S, H, W) of a case, or None if it is incomplete or from before `valid_from`.
 
     A mask is newer than its source files: if one of them is newer, the mask is of another image.
     Also None if one of the `others`, files in `folder` that are wanted beside it, is missing.
@@ -84,7 +84,7 @@ def find_masks(
     if not all(path.is_file() for path in wanted):
         return None
     written = min(path.stat().st_mtime for path in wanted)
-    if written < since or any(path.stat().st_mtime >= written for path in case.files):
+    if written < valid_from or any(path.stat().st_mtime >= written for path in case.files):
         return None
     try:
         if isinstance(case, Scan):
