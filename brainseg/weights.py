@@ -33,8 +33,8 @@ OTHERS = {  # made from weights, but not weights
 DATE = re.compile(r"(19|20)\d\d(0[1-9]|1[0-2])(0[1-9]|[12]\d|3[01])")
 CARD_DEFAULTS = {"preprocessing": 1, "image_size": 256, "neighbours": 0}  # without a card
 ROOT = Path(__file__).resolve().parents[1]
-# What comes with the project: the network of the published shape, for torch.hub's `unet`, and the
-# default ensemble, one network per fold.
+# What comes with the project: the network of the 2019 paper's shape, for `unet` of torch.hub, and
+# the default ensemble, one network per fold.
 PUBLISHED = {"unet": ROOT / "weights" / "unet-9485c275.pt"}
 SHIPPED = {"unet": ROOT / "weights" / "unet-folds"}
 
@@ -247,7 +247,7 @@ def shipped_files() -> list[Path]:
 
 
 def load_pretrained(name: str, **settings: int) -> nn.Module:
-    """Build the network `name`, of the published shape, with its weights, in evaluation mode.
+    """Build the network `name`, of the 2019 paper's shape, with its weights, in evaluation mode.
 
     Raises ValueError, before anything is loaded, if they were trained for other `settings`.
     """
