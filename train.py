@@ -102,14 +102,14 @@ def add_recipe_options(parser: utils.Parser) -> None:
         help="published values as defaults, in place of those of the shipped weights")
     add("--epochs", default=100, least=1, help="each draws as many slices as the training set has")
     recipe("--batch-size", default=16, least=1, help="slices per step")
-    recipe("--lr", default=2e-3, help="peak learning rate of Adam")
+    recipe("--lr", default=2e-3, least=0, help="peak learning rate of Adam")
     recipe("--schedule", choices=("constant", "cosine"), default="cosine",
            help="learning-rate schedule; cosine falls to 0 at the last epoch")
     recipe("--warmup", default=100, least=0, help="steps of linear warm-up")
     recipe("--ema", **share, default=0.998, help="decay of the averaged weights; 0: off")
     recipe("--weight-decay", type=float, default=0, least=0, help="for AdamW; 0: plain Adam")
     recipe("--loss", choices=LOSSES, default="bce-dice", help="loss function")
-    recipe("--background", default=0.5, least=0,
+    recipe("--background", default=0.5, least=0, below=1e6,
            help="draw slices in proportion to lesion area plus this times the case's mean area")
     recipe("--aug-scale", **share, default=0.2, help="random scale, 1 ± this")
     recipe("--aug-angle", type=float, default=15, least=0, help="random rotation, ± degrees")

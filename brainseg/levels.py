@@ -38,9 +38,11 @@ class MeasuredSequence:
 
     def scaled(self) -> np.ndarray:
         """Return the voxels, float32, with background at 0 and median tissue at 1, clipped."""
-        scaled = self.voxels.astype(np.float32) - np.float32(self.background)
-        scaled /= np.float32(self.median - self.background)
-        return np.clip(scaled, 0, BRIGHTEST, out=scaled)
+        largest = max(-float(self.voxels.min()), float(self.voxels.max()))
+        exact = np.float32 if 1e-30 < largest < 2**24 else np.float64
+        scaled = self.voxels.astype(exact) - exact(self.background)
+        scaled /= exact(self.median - self.background)
+        return np.clip(scaled, 0, BRIGHTEST, out=scaled).astype(np.float32, copy=False)
 
 
 def measure(voxels: np.ndarray) -> MeasuredSequence | None:

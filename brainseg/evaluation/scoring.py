@@ -107,7 +107,8 @@ def describe(model: Model) -> dict | str:
     if model.scores:
         return str(model.path)
     segmenter = model.segmenter
-    same = {name: getattr(segmenter, name) for name in ("image_size", "runtime", *FITTED_WITH)}
+    names = ("image_size", "runtime", "largest_component", *FITTED_WITH)
+    same = {name: getattr(segmenter, name) for name in names}
     same["half_precision"] = segmenter.amp
     return {str(file): {"sha256": file_hash(file), **same} for file in model.seen}
 
@@ -224,7 +225,8 @@ def score_case(
             "predicted_voxels": int(mask.sum()),
         }
         row |= score(mask, truth, case.spacing)
-        row |= {key: dsc(to_mask(probabilities, *s), truth) for key, s in SETTINGS.items()}
+        least = model.segmenter.min_volume
+        row |= {key: dsc(to_mask(probabilities, *s, least), truth) for key, s in SETTINGS.items()}
         row |= {name: made.features[name] for name in FEATURES}
         rows.append(row | dict(zip(EXPECTED, made.expected or [None] * 3, strict=True)))
         k = int((truth if truth.any() else mask).sum(axis=(1, 2)).argmax())

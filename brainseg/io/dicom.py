@@ -30,6 +30,7 @@ BEFORE = re.compile(
 AFTER = re.compile(
     rf"post|{AGENT}|[+&] ?c(?![a-z])|(?<![a-z])(c\+|ce(?![a-z]))|t1.?(ce?)(?![a-z])", re.I
 )
+IMAGE = re.compile(rb"DICM.*1\.2\.840\.10008\.5\.1\.4\.1\.1\.[24](\.[13])?[^.\d]", re.S)  # CT, MR
 LONG_ECHO, NULLS_CSF = 60.0, 1400.0  # minimum echo and inversion time in ms
 OTHER_SUFFIXES = (".tif", ".tiff", ".png", ".gz", ".nii", ".nrrd", ".mha", ".mhd")
 NO_AGENT = {"", "none", "no", "n", "0", "no contrast", "without"}
@@ -192,6 +193,8 @@ def series_grid(path: Path) -> Grid:
         name = Path(files[k]).name
         if "MOSAIC" in fields(info).get("0008|0008", ""):
             raise ValueError(f"{path}: {name} is a mosaic of slices; convert it with dcm2niix")
+        if info.GetDimension() > 2 and info.GetSize()[2] > 1:
+            raise ValueError(f"{path}: {name} holds several frames; convert it with dcm2niix")
         same = np.allclose(info.GetDirection(), first.GetDirection(), atol=1e-3)
         if not same or info.GetSize() != first.GetSize():
             raise ValueError(f"{path}: {name} differs in orientation or size from other slices")
@@ -227,7 +230,19 @@ def series_files(path: Path) -> Sequence[str]:
 
 
 def _files_by_series(folder: Path) -> list[Sequence[str]]:
-    """List the files of each DICOM series in a folder, in the order of their positions."""
+    """List the files of each DICOM series in a folder, in the order of their positions.
+
+    Raises ValueError for a damaged file: the reader would leave it out.
+    """
     reader, name = sitk.ImageSeriesReader, str(folder)
     found = [reader.GetGDCMSeriesFileNames(name, key) for key in reader.GetGDCMSeriesIDs(name)]
+    read = {Path(file).name for files in found for file in files}
+    suffixes = {Path(name).suffix for name in read}
+    for path in folder.iterdir() if read else ():
+        if path.name in read or path.name[0] == "." or not path.is_file():
+            continue
+        with open(path, "rb") as file:
+            head = file.read(1024)
+        if IMAGE.search(head) if head else path.suffix in suffixes:
+            raise ValueError(f"{path}: not a readable DICOM image, or cut short; export it again")
     return [files for files in found if files]

@@ -252,6 +252,7 @@ def _find_slices(folder: Path) -> Case:
     """Open the case in a folder of images; ValueError for gaps, duplicates or unpaired masks."""
     slices: dict[int, Path] = {}
     masks: dict[int, Path] = {}
+    stems: dict[str, Path] = {}
     for path in sorted(folder.iterdir()):
         if path.suffix.lower() not in IMAGE_SUFFIXES or path.name.startswith("."):
             continue
@@ -260,11 +261,17 @@ def _find_slices(folder: Path) -> Case:
             raise ValueError(f"{path}: a slice is named <anything>_<number>.tif; rename or move it")
         found = masks if match["mask"] else slices
         number = int(match["number"])
+        stems.setdefault(match["stem"], path)
         if number in found:
             raise ValueError(f"{path}: slice {number} is also in {found[number].name}; remove one")
         found[number] = path
     if not slices:
         raise ValueError(f"{folder}: holds no slice named <anything>_<number>.tif or .png")
+    if len(stems) > 1:
+        one, other, *_ = stems.values()
+        raise ValueError(
+            f"{other}: is of another case than {one.name}, by its name; give each case a folder"
+        )
     numbers = sorted(slices)
     gap = next(k for k in count(numbers[0]) if k not in slices)
     if gap < numbers[-1]:
