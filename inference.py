@@ -209,6 +209,8 @@ def check_outputs(
     """Raise ValueError or OSError if results cannot be written or would overwrite sources."""
     check_writable(predictions)
     check_writable(figure.parent)
+    if figure.suffix.lower() not in (".png", ".pdf", ".svg", ".jpg") or figure.is_dir():
+        raise ValueError(f"{figure}: --figure must be a .png, .pdf, .svg or .jpg file")
     if page:
         check_page(page)
     paths = [source.folder for source in sources]

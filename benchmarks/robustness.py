@@ -77,7 +77,14 @@ def by_inference(volume: np.ndarray, weights: list[Path], device: str | None) ->
     """Segment a volume (S, H, W, 3) from three NIfTI files; return the mask (S, H, W), bool."""
     with TemporaryDirectory() as name:
         folder = Path(name)
-        words = ["--weights", *weights, "--predictions", folder / "out", "--figure", folder / "f"]
+        words = [
+            "--weights",
+            *weights,
+            "--predictions",
+            folder / "out",
+            "--figure",
+            folder / "f.png",
+        ]
         words += ["--device", device] if device else []
         for k, flag in enumerate(("--pre", "--flair", "--post")):
             words += [flag, folder / f"{flag[2:]}.nii.gz"]

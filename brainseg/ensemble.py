@@ -155,7 +155,7 @@ def expected_dsc(features: dict, fit: dict | None) -> tuple[float, float, float]
     None without a fit, for an empty mask (right only if the scan has no lesion, which is unknown),
     and if the fit needs a feature that is None.
     """
-    if not fit or not features["voxels"]:
+    if not (fit or {}).get("features") or not features["voxels"]:
         return None
     values = [features.get(name) for name in fit["features"]]
     if any(value is None for value in values):

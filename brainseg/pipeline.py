@@ -154,6 +154,7 @@ def read(source: Source | Case, outputs: Outputs, register: bool) -> Work:
     """Read a case, and its mask if it is kept; raises OSError or ValueError, naming the file."""
     try:
         case = source.open() if isinstance(source, Source) else source
+        check_not_overwritten(case, outputs)
         if register and isinstance(case, Scan):
             case = replace(case, register=True)
         for note in case.notes:
@@ -167,6 +168,15 @@ def read(source: Source | Case, outputs: Outputs, register: bool) -> Work:
         reason = " ".join(str(error).strip().splitlines()[-1:])
         fault = f"cannot be read ({reason}); export it again, or crop it"
         raise ValueError(f"{source.folder}: {fault}") from error
+
+
+def check_not_overwritten(case: Case, outputs: Outputs) -> None:
+    """Raise ValueError if a file of the case, such as its true mask, would be written."""
+    written = [*map_files(case, "mask"), *outputs.extra_files(case)]
+    written = {(outputs.folder / file).resolve() for file in written}
+    for path in case.files:
+        if path.resolve() in written:
+            raise ValueError(f"{path}: is a source; name another folder with --predictions")
 
 
 def prepare(work: Work, segmenter: Segmenter) -> None:

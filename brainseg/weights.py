@@ -32,6 +32,10 @@ OTHERS = {  # made from weights, but not weights
 }
 DATE = re.compile(r"(19|20)\d\d(0[1-9]|1[0-2])(0[1-9]|[12]\d|3[01])")
 CARD_DEFAULTS = {"preprocessing": 1, "image_size": 256, "neighbours": 0}  # without a card
+FIT_TYPES = {  # of what is used of the fit of the expected DSC in a card
+    **dict.fromkeys(("features", "mean", "deviation", "weights", "interval"), list),
+    **{"intercept": float, "threshold": float, "min_volume": int, "tta": bool},
+}
 ROOT = Path(__file__).resolve().parents[1]
 # What comes with the project: the network of the 2019 paper's shape, for `unet` of torch.hub, and
 # the default ensemble, one network per fold.
@@ -189,6 +193,9 @@ def read_card(path: Path | str) -> dict:
                 raise TypeError("cases")
         for name in CARD_DEFAULTS:
             if not isinstance(content.get(name, 0), int):
+                raise TypeError(name)
+        for name, value in (content.get("expected_dsc") or {}).items():
+            if not isinstance(value, FIT_TYPES.get(name, object)):
                 raise TypeError(name)
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{card}: is not the JSON card of {Path(path).name}; remove it") from error

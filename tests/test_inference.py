@@ -575,7 +575,11 @@ def test_output_that_cannot_be_written_is_one_sentence(phantoms, weights, tmp_pa
     assert (tmp_path / "predictions").read_text() == "kept"
     (tmp_path / "b" / "dsc.png").mkdir(parents=True)
     assert str(tmp_path / "b" / "dsc.png") in refused(phantoms, tmp_path / "b", *only)
-    assert len(table(tmp_path / "b")) == 1, "masks and table are not lost"
+    assert not any((tmp_path / "b" / "predictions").iterdir()), "refused before the work"
+    for name in ("dsc", "dsc.xyz"):
+        assert f"{name}: --figure must be" in refused(
+            phantoms, tmp_path / "b", *only, "--figure", name
+        )
 
 
 def test_full_disk_leaves_no_half_written_case(phantoms, weights, tmp_path, monkeypatch):

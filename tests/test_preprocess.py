@@ -153,3 +153,18 @@ def test_one_value_inside_the_head_is_not_background(volume):
     assert torch.equal(images[:, 1:], prepared(volume)[:, 1:])
     (note,) = frame.notes
     assert "pre-contrast has one value in" in note
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda v: v.astype(np.uint32) + 2**31,
+        lambda v: v.astype(np.int64) + 10**9,
+        lambda v: v.astype(np.float64) + 1e9,
+        lambda v: v.astype(np.float64) * 1e-40,
+    ],
+)
+def test_offsets_and_scales_beyond_float32_change_nothing(change):
+    volume = make_volume(1, 6, 64)[0]
+    wanted, _ = preprocess(volume, 48)
+    torch.testing.assert_close(preprocess(change(volume), 48)[0], wanted, atol=1e-4, rtol=0)

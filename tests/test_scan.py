@@ -15,7 +15,7 @@ import torch
 from conftest import make_weights
 from medpy.io import load, save
 from pydicom.dataset import FileMetaDataset
-from pydicom.uid import ExplicitVRLittleEndian, MRImageStorage
+from pydicom.uid import EnhancedMRImageStorage, ExplicitVRLittleEndian, MRImageStorage
 
 import inference
 from brainseg.io.grid import Grid
@@ -550,3 +550,159 @@ def test_missing_flair_is_refused(tmp_path, weights):
 
 def test_pre_and_post_need_flair(tmp_path, weights):
     assert infer(tmp_path / "out", weights, "--post", tmp_path / "none.nii.gz") == 2
+
+
+# What is not what it seems
+
+
+def edit_series(folder: Path, **tags: object) -> Path:
+    for path in folder.iterdir():
+        data = pydicom.dcmread(path)
+        for name, value in tags.items():
+            setattr(data, name, value)
+        data.save_as(path)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "tags, said",
+    [
+        ({"Modality": "CT"}, "of modality CT"),
+        ({"SeriesDescription": "AX T1 POST GD", "EchoTime": 9}, "'AX T1 POST GD'"),
+        ({"SeriesDescription": "AX T2 TSE", "EchoTime": 90}, "'AX T2 TSE'"),
+        ({"SeriesDescription": "ADC"}, "'ADC'"),
+        ({"EchoTime": 9}, "TE 9"),
+    ],
+    ids=str,
+)
+def test_a_lone_series_of_another_kind_is_not_taken_for_flair(pair, tmp_path, tags, said):
+    folder = edit_series(write_series(tmp_path / "p1", pair[0][..., 1]), **tags)
+    with pytest.raises(ValueError, match=said) as error:
+        find_case(folder)
+    assert str(folder) in str(error.value)
+    assert find_sequences(folder, None, None).channels == 1, "unless it is given as FLAIR"
+
+
+def test_a_lone_series_is_named(pair, tmp_path):
+    tags = {"SeriesDescription": "AX T2 FLAIR", "EchoTime": 120, "InversionTime": 2500}
+    folder = edit_series(write_series(tmp_path / "p1", pair[0][..., 1]), **tags)
+    assert "FLAIR is 'AX T2 FLAIR'" in find_case(folder).notes
+
+
+@pytest.mark.parametrize("left", [0, 1000])
+def test_a_damaged_file_at_the_end_of_a_series_is_not_left_out(pair, tmp_path, left):
+    folder = write_series(tmp_path / "p1", pair[0][..., 1])
+    last = max(folder.iterdir(), key=lambda f: pydicom.dcmread(f).ImagePositionPatient[2])
+    last.write_bytes(last.read_bytes()[:left])
+    with pytest.raises(ValueError, match=f"{last}: not a readable DICOM image"):
+        find_case(folder)
+
+
+def test_several_frames_in_a_dicom_file_are_refused(pair, tmp_path):
+    volume = pair[0][..., 1]
+    folder = write_series(tmp_path / "p1", volume[:1])
+    (path,) = folder.iterdir()
+    data = pydicom.dcmread(path)
+    for name in ("PixelSpacing", "SliceThickness", "ImageOrientationPatient"):
+        delattr(data, name)
+    del data.ImagePositionPatient
+    data.SOPClassUID = data.file_meta.MediaStorageSOPClassUID = EnhancedMRImageStorage
+    data.NumberOfFrames, data.PixelData = len(volume), volume.astype("<u2").tobytes()
+    plane = pydicom.Dataset(), pydicom.Dataset()
+    plane[0].PixelSpacing, plane[0].SliceThickness = [0.9, 0.9], 5
+    plane[1].ImageOrientationPatient = [1, 0, 0, 0, 1, 0]
+    shared = pydicom.Dataset()
+    shared.PixelMeasuresSequence, shared.PlaneOrientationSequence = [plane[0]], [plane[1]]
+    data.SharedFunctionalGroupsSequence, frames = [shared], []
+    for k in range(len(volume)):
+        frame, place = pydicom.Dataset(), pydicom.Dataset()
+        place.ImagePositionPatient = [0, 0, 5 * k]
+        frame.PlanePositionSequence = [place]
+        frames.append(frame)
+    data.PerFrameFunctionalGroupsSequence = frames
+    data.save_as(path)
+    with pytest.raises(ValueError, match=f"{folder}: {path.name} holds several frames"):
+        find_case(folder)
+
+
+def test_dicom_beside_other_cases_hides_none(pair, tmp_path):
+    flair = pair[0][..., 1]
+    write_series(tmp_path / "a", flair)
+    write(tmp_path / "a" / "flair.nii.gz", flair)
+    with pytest.raises(ValueError, match="a: holds DICOM files and flair.nii.gz"):
+        find_case(tmp_path / "a")
+    write_series(tmp_path / "b", flair)
+    (tmp_path / "b" / "p1").mkdir()
+    write(tmp_path / "b" / "p1" / "flair.nii.gz", flair)
+    with pytest.raises(ValueError, match="b: holds DICOM files beside the case p1"):
+        list_cases(tmp_path / "b")
+
+
+def test_a_study_beside_volume_files_is_listed(pair, tmp_path):
+    write(tmp_path / "a.nii.gz", pair[0][..., 1])
+    for k in (1, 2):
+        write_series(tmp_path / "b" / f"s{k}", pair[0][..., 1], f"1.2.{k}")
+    assert [source.name for source in list_cases(tmp_path)] == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    "name", ["p3_T2_axial", "DWI_b1000", "p5_ADC_map", "p8 T1 MPRAGE", "x_seg"]
+)
+def test_files_named_as_other_sequences_are_refused(pair, tmp_path, name):
+    with pytest.raises(ValueError, match="would be used as FLAIR"):
+        find_case(write(tmp_path / f"{name}.nii.gz", pair[0][..., 1]))
+
+
+@pytest.mark.parametrize("name", ["p3_T2_FLAIR", "anna-t2f", "scan1", "pre_op_scan"])
+def test_files_that_may_be_flair_are_not(pair, tmp_path, name):
+    assert find_case(write(tmp_path / f"{name}.nii.gz", pair[0][..., 1])).name == name
+
+
+@pytest.mark.parametrize("name", ["flair_brain", "p1_bet"])
+def test_the_mask_of_a_brain_extraction_is_no_truth(pair, tmp_path, name):
+    write(tmp_path / f"{name}_mask.nii.gz", (pair[0][..., 1] > 40).astype(np.uint8))
+    assert not find_case(write(tmp_path / f"{name}.nii.gz", pair[0][..., 1])).masks
+
+
+def test_a_spacing_of_zero_is_refused(pair, tmp_path):
+    path, voxels = tmp_path / "a.mha", np.ascontiguousarray(pair[0][..., 1])
+    path.write_bytes(
+        b"ObjectType = Image\nNDims = 3\nDimSize = 52 60 7\nElementSpacing = 0 0.9 5\n"
+        b"ElementType = MET_UCHAR\nElementDataFile = LOCAL\n" + voxels.tobytes()
+    )
+    with pytest.raises(ValueError, match=f"{path}: its spacing is 0"):
+        find_case(path)
+
+
+def test_a_gz_that_is_not_compressed_is_read(pair, tmp_path):
+    path = write(tmp_path / "a.nii", pair[0][..., 1]).rename(tmp_path / "a.nii.gz")
+    assert np.array_equal(find_case(path).read()[..., 1], pair[0][..., 1])
+
+
+def test_a_name_that_is_not_utf8_is_refused(pair, tmp_path):
+    path = write(tmp_path / "a.nii.gz", pair[0][..., 1])
+    path.rename(tmp_path / "a\udcff.nii.gz")
+    with pytest.raises(ValueError, match="its name is not UTF-8"):
+        list_cases(tmp_path)
+
+
+def test_the_sform_counts_to_the_far_corner(tmp_path):
+    affine, sform = np.diag([-0.5, -0.5, 1, 1.0]), np.diag([-0.509, -0.509, 1, 1.0])
+    image = nibabel.Nifti1Image(np.zeros((512, 512, 3), np.uint8), affine)
+    image.set_qform(affine, 1)
+    image.set_sform(sform, 2)
+    nibabel.save(image, tmp_path / "a.nii.gz")
+    scan = find_case(tmp_path / "a.nii.gz")
+    assert scan.grid.spacing[:2] == pytest.approx((0.509, 0.509))
+    assert scan.notes[-1] == "its sform and qform disagree; the sform is used"
+
+
+def test_true_masks_are_not_overwritten(pair, weights, tmp_path):
+    write(tmp_path / "a.nii.gz", pair[0][..., 1])
+    mask = write(tmp_path / "a_mask.nii.gz", pair[1].astype(np.uint8))
+    before = mask.read_bytes()
+    words = ["--images", tmp_path, "--predictions", tmp_path, "--weights", weights]
+    words += ["--figure", tmp_path / "d.png", "--device", "cpu"]
+    with pytest.raises(SystemExit):
+        inference.main([str(word) for word in words])
+    assert mask.read_bytes() == before

@@ -373,3 +373,10 @@ def test_png_of_16_bit_colour_keeps_its_16_bits(tmp_path):
             file.write(struct.pack(">I", len(data)) + name + data + check)
     volume = find_case(tmp_path).read()
     assert volume.dtype == np.uint16 and np.array_equal(volume[0], image)
+
+
+def test_slices_of_two_cases_in_one_folder_are_refused(tmp_path):
+    for k, name in enumerate(["a_1", "a_2", "b_3"]):
+        iio.imwrite(tmp_path / f"{name}.tif", np.full((8, 8, 3), k, np.uint8))
+    with pytest.raises(ValueError, match="b_3.tif: is of another case than a_1.tif"):
+        find_case(tmp_path)

@@ -64,7 +64,9 @@ LAYOUTS = (
            ("*_segm", "{root}/../images_segm/{name}_segm")),
 )
 # fmt: on
-NO_LESION = re.compile(r"(?:desc|label)-(?:brain|head|skull|gm|wm|csf)", re.I)
+NO_LESION = re.compile(  # the masks of brain extraction tools, and of tissues
+    r"(?:desc|label)-(?:brain|head|skull|gm|wm|csf)|(?:^|_)(?:brain|bet|head|skull\w*)_?mask", re.I
+)
 ROLES = ("flair", "pre", "post", "mask")
 
 

@@ -18,6 +18,7 @@ from .grid import Grid, fields, read_fields, read_information
 # Words of a SeriesDescription.
 FLAIR = re.compile(r"flair|dark.?fluid", re.I)
 T1 = re.compile(r"(?<![a-z0-9])t1|mprage|(?<![a-z])(bravo|f?spgr|vibe)", re.I)
+T2 = re.compile(r"(?<![a-z0-9])(t2|pd)(?!.*(flair|dark.?fluid))", re.I)
 OTHER = re.compile(
     r"(?<![a-z])(loc|scout|survey|dwi|diff|adc|trace|swi|swan|tof|mr[av](?![a-z])|angio|perf|dsc|dce"
     r"|asl|cb[fv]|sub|mip|map|stir|dti|fmri|bold|spectro|report|screen)",
@@ -157,6 +158,24 @@ def sort_study(folder: Path, found: Sequence[Series]) -> tuple[dict[str, Series]
     if left := [repr(one.description) for one in found if one.sequence == "other"]:
         said += f"; left out: {', '.join(left)}"
     return chosen, said
+
+
+def check_flair(path: Path) -> str:
+    """Return a text on the one series that is used as FLAIR.
+
+    Raises ValueError if its header says that it is something else.
+    """
+    files = series_files(path)
+    series = Series(path, read_fields(files[0]), len(files))
+    if (kind := series.field.get("0008|0060", "")) not in ("MR", ""):
+        raise ValueError(f"{path}: is a DICOM series of modality {kind}; give FLAIR, an MR series")
+    words = series.description
+    if series.sequence not in ("FLAIR", "other") or OTHER.search(words) or T2.search(words):
+        raise ValueError(
+            f"{path}: would be used as FLAIR, but its header says otherwise: {series}; if it is "
+            "FLAIR, give it as --flair"
+        )
+    return "" if words == "no description" else f"FLAIR is {words!r}"
 
 
 def check_patient(path: Path, flair: Path) -> None:

@@ -19,6 +19,8 @@ def atomic_write(path: Path | str) -> Iterator[Path]:
     If the block fails or the disk is full, a file that was at `path` is left untouched.
     """
     path = Path(path)
+    if path.exists() and not path.is_file():
+        raise OSError(f"{path}: is not a file that can be replaced; name another")
     with name_in_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         stem, *_ = path.name.partition(".")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -10,16 +11,21 @@ from itertools import count
 from pathlib import Path
 
 from ..preprocess import SEQUENCES
-from .cohorts import BIDS, Layout, sequences_in
-from .dicom import sort_study, study_in
+from .cohorts import BIDS, NO_LESION, Layout, sequences_in
+from .dicom import check_flair, is_series, sort_study, study_in
 from .labels import Labels
 from .scans import Scan, is_scan, scan_name
 from .slices import Case
 
 SLICE_NAME = re.compile(r"^(?P<stem>.+)_(?P<number>\d+)(?P<mask>_mask)?\.(?:tiff?|png)$", re.I)
 IMAGE_SUFFIXES = {".tif", ".tiff", ".png"}
-# How the names of volume files that are not FLAIR end.
-OTHER_SEQUENCE = re.compile(r"(?:^|[-_. ])(t1\w*|t2w?|pre|post|gd|dwi|adc|seg\w*|label\w*)$", re.I)
+# The names of volume files that are FLAIR, or another sequence or image.
+IS_FLAIR = re.compile(r"flair|t2f|fluid", re.I)
+OTHER_SEQUENCE = re.compile(
+    r"(?<![a-z0-9])(t1[a-z0-9]*|t2w?|mprage|dwi|adc|swi|asl)(?![a-z0-9])"
+    r"|(?<![a-z0-9])(pre|post|gd|seg[a-z]*|label[a-z]*)$",
+    re.I,
+)
 
 
 @dataclass(frozen=True)
@@ -74,6 +80,9 @@ def list_cases(
         )
     sources = [replace(source, labels=labels or Labels()) for source in sources]
     found = {}
+    for path in (source.folder for source in sources):
+        if not os.fsencode(path).isascii() and "\udc80" <= max(str(path)) <= "\udcff":
+            raise ValueError(f"{ascii(str(path))}: its name is not UTF-8; rename it")
     for source in sources:
         if (first := found.setdefault(source.name, source)) != source:
             raise ValueError(
@@ -86,6 +95,13 @@ def list_cases(
 
 def _sources_in(root: Path, other_than: Path | None, layout: Layout | None) -> list[Source]:
     whole = root.resolve()
+    if root.is_dir() and is_scan(root):
+        for folder in _folders_in(root, other_than):
+            if _holds_case(folder):
+                raise ValueError(
+                    f"{root}: holds DICOM files beside the case {folder.name}; give each case a "
+                    "folder"
+                )
     if is_scan(root) or (not layout and study_in(root)):
         return [Source(scan_name(whole), whole, whole.parent)]
     if layout:
@@ -162,7 +178,7 @@ def _cases_in(root: Path, other_than: Path | None) -> list[Path]:
     if volumes := _volumes_in(root):
         if len(volumes) > 1 and _is_one_case(root.resolve()):
             return [root.resolve()]
-        return sorted(volumes + [folder for folder in folders if _holds_case(folder)])
+        return sorted(volumes + [each for each in folders if _holds_case(each) or study_in(each)])
     if not any(map(_holds_case, folders)) and _holds_case(root):
         return [root.resolve()]
     return folders
@@ -196,6 +212,8 @@ def find_case(path: Path, root: Path | None = None, layout: Layout | None = None
     root = root or path.parent
     if layout:
         return _in_layout(path, sequences_in(path, root, layout))
+    if path.is_dir() and is_scan(path) and (volumes := _volumes_in(path)):
+        raise ValueError(f"{path}: holds DICOM files and {volumes[0].name}; move one of them away")
     if path.is_dir() and (study := study_in(path)):
         series, said = sort_study(path, study)
         files = [series[name].path if name in series else None for name in SEQUENCES]
@@ -231,21 +249,23 @@ def find_sequences(flair: Path, pre: Path | None, post: Path | None) -> Scan:
 
 
 def _find_scan(path: Path) -> Scan:
-    scan = Scan.open(scan_name(path), [path], _mask_of(path))
-    odd = OTHER_SEQUENCE.search(scan.name)
+    chosen = check_flair(path) if is_series(path) else ""
+    scan = Scan.open(scan_name(path), [path], _mask_of(path), chosen)
+    odd = not IS_FLAIR.search(scan.name) and OTHER_SEQUENCE.search(scan.name)
     if scan.channels == 1 and odd:
         raise ValueError(
-            f"{path}: its one channel would be used as FLAIR, but its name says {odd[1]!r}; name "
+            f"{path}: its one channel would be used as FLAIR, but its name says {odd[0]!r}; name "
             "the sequences with --flair, --pre and --post"
         )
     return scan
 
 
 def _mask_of(scan: Path) -> Path | None:
-    """Find the file <scan>_mask beside a scan, in any format."""
+    """Find the file <scan>_mask beside a scan, in any format, unless its name says brain mask."""
     wanted = f"{scan_name(scan)}_mask".lower()
     beside = _volumes_in(scan.parent, masks=True)
-    return next((path for path in beside if scan_name(path).lower() == wanted), None)
+    named = (path for path in beside if scan_name(path).lower() == wanted)
+    return next((path for path in named if not NO_LESION.search(wanted)), None)
 
 
 def _find_slices(folder: Path) -> Case:
