@@ -30,6 +30,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -48,13 +49,15 @@ from brainseg.io.files import check_writable, update_table, write_json
 from brainseg.io.labels import Labels
 from brainseg.io.layouts import Source, find_sequences
 from brainseg.io.pictures import save_dsc_figure
-from brainseg.io.predictions import masks_valid_from, scores_text
+from brainseg.io.predictions import check_settings, scores_text
 from brainseg.io.scans import Scan
 from brainseg.io.slices import Case
 from brainseg.pipeline import Outputs, Result, segment_all
 from brainseg.segmenter import FITTED_WITH, Segmenter
 from brainseg.splits import SUBSETS, list_cohort, patients_of_card, select_cases, use_patients
 from brainseg.weights import file_hash, read_card, shipped_weights, weights_files
+
+SAVE_EVERY = 5.0  # seconds between writings of the tables
 
 
 # fmt: off
@@ -126,13 +129,14 @@ def run(args: argparse.Namespace, options: dict) -> int:
     cards = {file: read_card(file) for file in files}
     say_without_card([file for file in files if not cards[file]], segmenter)
     about["weights"] = {str(file): file_hash(file) for file in files}
-    for name in ("image_size", *FITTED_WITH):  # those of the card, unless given
-        about["args"][name] = getattr(segmenter, name)
-    about["since"] = masks_valid_from(args.predictions, about, args.skip_existing)
+    used = ("image_size", "largest_component", *FITTED_WITH)  # the card's, unless given
+    about["settings"] = {name: getattr(segmenter, name) for name in used}
+    about["settings"] |= {k: about["args"][k] for k in ("register", "sequences", "pre", "post")}
+    check_settings(args.predictions, about, args.skip_existing)
     algorithm = f"brainseg {' '.join(file.stem for file in files)}", about["commit"] or "unknown"
     outputs = Outputs(
         args.predictions,
-        valid_from=about["since"] if args.skip_existing else None,
+        keep=args.skip_existing,
         earlier=read_volumes(args.predictions / "volumes.csv"),
         trained_on=set().union(*(patients_of_card(card, "train") for card in cards.values())),
         probabilities=args.probabilities,
@@ -188,19 +192,27 @@ def segment(
     """Segment this process's share of the cases, write the tables; return the results of all."""
     done, own = [], distributed.shard(sources)
     results = segment_all(own, segmenter, outputs, workers, register)
-    hidden = None if distributed.is_main_process() else True
+    hidden, saved = None if distributed.is_main_process() else True, time.monotonic()
     try:
         for result in tqdm(results, "segmenting", len(own), unit="case", disable=hidden):
             if result.error:
                 tqdm.write(f"error: {result.error}", file=sys.stderr)
             done.append(result)
+            if time.monotonic() - saved > SAVE_EVERY:
+                write_tables(done, outputs)
+                saved = time.monotonic()
         done = distributed.gather(done, patient=True)
     finally:
-        if distributed.is_main_process():
-            for table, name in (("volumes", "volumes.csv"), ("scores", "metrics.csv")):
-                rows = {result.volumes["case"]: getattr(result, table) for result in done}
-                update_table(outputs.folder / name, rows, keep=outputs.valid_from is not None)
+        write_tables(done, outputs)
     return done
+
+
+def write_tables(done: list[Result], outputs: Outputs) -> None:
+    """Write volumes.csv and metrics.csv, if this is the main process."""
+    if distributed.is_main_process():
+        for table, name in (("volumes", "volumes.csv"), ("scores", "metrics.csv")):
+            rows = {result.volumes["case"]: getattr(result, table) for result in done}
+            update_table(outputs.folder / name, rows, keep=outputs.keep)
 
 
 def check_outputs(

@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .devices import in_groups, in_order
-from .evaluation.volumes import unread_row, volume_row
+from .evaluation.volumes import scan_hash, unread_row, volume_row
 from .io.dicom_seg import series_of, write_dicom_seg
 from .io.files import sentence
 from .io.layouts import Source
@@ -59,8 +59,8 @@ class Outputs:
     """The files to write for each case beside its mask and pictures, and the masks to keep."""
 
     folder: Path
-    valid_from: float | None  # keep masks written after this, in seconds of the epoch; None: none
-    earlier: dict[str, dict]  # rows of volumes.csv of an earlier run, by case
+    keep: bool  # masks of an earlier run with the same settings
+    earlier: dict[str, dict]  # its rows of volumes.csv, by case
     trained_on: set[str]  # patients
     probabilities: bool
     thumbnails: bool
@@ -160,8 +160,9 @@ def read(source: Source | Case, outputs: Outputs, register: bool) -> Work:
         for note in case.notes:
             say(f"{case.name}: {note}")
         work = Work(case, *(case.read_pair() if case.masks else (case.read(), None)))
-        if outputs.valid_from is not None:
-            mask = find_masks(outputs.folder, case, outputs.valid_from, outputs.extra_files(case))
+        earlier = outputs.earlier.get(case.name, {})
+        if outputs.keep and earlier.get("scan_hash") == scan_hash(work.volume):
+            mask = find_masks(outputs.folder, case, outputs.extra_files(case))
             work.mask = mask if np.shape(mask) == work.volume.shape[:3] else None
         return work
     except (RuntimeError, MemoryError) as error:  # from SimpleITK, which does not name the file
@@ -214,7 +215,7 @@ def finish(work: Work | Result, segmenter: Segmenter, outputs: Outputs) -> Resul
     row = volume_row(case, volume, mask, expected, warnings)
     earlier = outputs.earlier.get(case.name)
     if kept and earlier and earlier["lesion_voxels"] == row["lesion_voxels"]:
-        row = earlier  # it includes values from the probabilities
+        row = earlier | {"patient": row["patient"]}  # with values from the probabilities
     result = Result("kept" if kept else "segmented", row, error=error)
     if work.truth is not None:
         seen = {"trained_on": int(patient_of(case.name) in outputs.trained_on)}

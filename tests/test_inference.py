@@ -292,7 +292,6 @@ def test_finished_cases_are_skipped_and_still_scored(phantoms, weights, tmp_path
 
 
 def test_masks_of_changed_sources_are_made_again(phantoms, weights, tmp_path, capsys):
-    """Once, the mask of an image that had changed since was kept."""
     names = "phantom_003", "phantom_004"
     images = subset_copy(phantoms, tmp_path / "in", *names)
     again = images, tmp_path, weights, "--skip-existing"
@@ -304,6 +303,36 @@ def test_masks_of_changed_sources_are_made_again(phantoms, weights, tmp_path, ca
     assert "1 kept from an earlier run" in capsys.readouterr().out
     assert infer(*again) == 0
     assert "2 kept from an earlier run" in capsys.readouterr().out
+
+
+def test_the_mask_of_another_scan_of_that_name_is_not_kept(weights, tmp_path, capsys):
+    for k in (1, 2):  # the second one is older
+        case = write_case(tmp_path / f"v{k}" / "case", make_volume(k, slices=4, size=64)[0])
+        for path in case.iterdir():
+            os.utime(path, (0, 0))
+    for visit, kept in ("v1", 0), ("v2", 0), ("v2", 1):
+        assert infer(tmp_path / visit, tmp_path, weights, "--skip-existing") == 0
+        assert ("1 kept" in capsys.readouterr().out) == kept
+
+
+def test_a_killed_run_loses_no_row_of_a_mask_that_is_kept(
+    phantoms, weights, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(inference, "SAVE_EVERY", 0)
+    monkeypatch.setattr(inference.distributed, "gather", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(inference, "write_tables", once(inference.write_tables))
+    names = "--cases", "phantom_003", "phantom_004"
+    with pytest.raises(ZeroDivisionError):
+        infer(phantoms, tmp_path, weights, *names)
+    monkeypatch.undo()
+    assert infer(phantoms, tmp_path, weights, "--skip-existing", *names) == 0
+    assert "1 kept from an earlier run" in capsys.readouterr().out, "the one with a row"
+
+
+def once(function):
+    """Make a function that does nothing from its second call on."""
+    calls = iter([function])
+    return lambda *arguments: next(calls, lambda *_: None)(*arguments)
 
 
 def test_a_given_image_size_equal_to_the_cards_is_no_change(phantoms, weights, tmp_path, capsys):

@@ -130,8 +130,10 @@ def test_a_list_where_a_flag_takes_several(tmp_path):
     assert args.cases == ["a", "b"] and not args.largest_component
 
 
-def test_negative_numbers_and_names_that_start_with_a_hyphen(settings):
-    assert settings("lr: -1").lr == -1
+def test_negative_numbers_and_names_that_start_with_a_hyphen(settings, capsys):
+    with pytest.raises(SystemExit):
+        settings("lr: -1")
+    assert "argument --lr: must be at least 0" in capsys.readouterr().err
     assert str(settings("images: -odd").images) == "-odd"
 
 

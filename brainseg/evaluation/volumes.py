@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Sequence
@@ -24,9 +25,10 @@ COLUMNS = (
     *("case", "patient", "slices", "sequences", "replaced", "lesion_voxels", "lesion_ml"),
     "components",
     *(f"component_{k + 1}_{unit}" for k in range(LARGEST) for unit in ("voxels", "ml")),
-    *("slices_touched", *EXPECTED, "warning"),
+    *("slices_touched", *EXPECTED, "warning", "scan_hash"),
 )
-TEXTS = ("case", "patient", "sequences", "replaced", "warning")  # columns; others are numbers
+# Columns of text; the others are numbers.
+TEXTS = ("case", "patient", "sequences", "replaced", "warning", "scan_hash")
 
 
 def volume_row(
@@ -69,7 +71,13 @@ def volume_row(
         row |= {f"component_{k}_voxels": size, f"component_{k}_ml": ml(size)}
     row["slices_touched"] = [case.numbers[k] for k in np.flatnonzero(mask.any(axis=(1, 2)))]
     row |= zip(EXPECTED, expected or [None] * 3, strict=True)
-    return row | {"warning": "; ".join(warnings)}
+    return row | {"warning": "; ".join(warnings), "scan_hash": scan_hash(volume)}
+
+
+def scan_hash(volume: np.ndarray) -> str:
+    """Return 16 digits of the SHA-256 of a volume's voxels, to know it again."""
+    about = f"{volume.dtype.str} {volume.shape}".encode()
+    return hashlib.sha256(about + np.ascontiguousarray(volume).data).hexdigest()[:16]
 
 
 def unread_row(case: str, error: Exception) -> dict:
@@ -81,6 +89,7 @@ def unread_row(case: str, error: Exception) -> dict:
         "replaced": "",
         "slices_touched": [],
         "warning": sentence(error),
+        "scan_hash": "",
     }
 
 

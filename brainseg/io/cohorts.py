@@ -65,7 +65,7 @@ LAYOUTS = (
 )
 # fmt: on
 NO_LESION = re.compile(  # the masks of brain extraction tools, and of tissues
-    r"(?:desc|label)-(?:brain|head|skull|gm|wm|csf)|(?:^|_)(?:brain|bet|head|skull\w*)_?mask", re.I
+    r"(?:desc|label)-(?:brain|head|skull|gm|wm|csf)|(?:^|_)(?:brain|bet|skull\w*)_?mask", re.I
 )
 ROLES = ("flair", "pre", "post", "mask")
 

@@ -162,7 +162,7 @@ def _belongs_to_mask(folder: Path, root: Path, layout: Layout) -> bool:
 def _is_output(folder: Path) -> bool:
     """Tell whether inference.py wrote here: its masks and pictures are neither truth nor scan."""
     try:
-        return {"args", "weights", "since"} <= json.loads((folder / "args.json").read_text()).keys()
+        return {"args", "weights"} <= json.loads((folder / "args.json").read_text()).keys()
     except (OSError, ValueError, AttributeError):
         return False
 

@@ -6,7 +6,6 @@ import csv
 import json
 import math
 import tempfile
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,10 +21,6 @@ from .pictures import outline, save_gif, to_grey
 from .scans import Scan
 from .slices import Case, read_slice
 
-# Settings that masks depend on, and the values of newer ones that an older args.json lacks.
-ADDED_LATER = {"register": False, "min_volume": 0, "sequences": None, "pre": None, "post": None}
-SETTINGS = ("image_size", "threshold", "largest_component", "tta", *ADDED_LATER)
-
 
 def map_files(case: Case, kind: str) -> list[Path]:
     """List the files of a kind of map: mask, probability or disagreement."""
@@ -39,52 +34,40 @@ def seg_file(case: Case) -> Path:
     return Path(f"{case.name}_seg.dcm")
 
 
-def masks_valid_from(folder: Path, about: dict, keep: bool) -> float:
-    """Return from when on, in seconds since the epoch, the masks in a folder match `about`.
+def check_settings(folder: Path, about: dict, keep: bool) -> None:
+    """Compare `about`, the weights and settings of a run, with those of the masks in a folder.
 
-    `about` holds weights and settings, as args.json does. If the masks there are from others,
-    raises ValueError with `keep`, otherwise removes their tables.
+    They are in args.json. If they differ, raises ValueError with `keep`. Otherwise, and if nothing
+    is known of the masks, removes their tables, so that none is kept.
     """
-    now, path = time.time(), folder / "args.json"
+    path = folder / "args.json"
     try:
         before = json.loads(path.read_text())
-        args = ADDED_LATER | before["args"]
         changed = [
-            f"{name.replace('_', ' ')} {args[name]}"
-            for name in SETTINGS
-            if args[name] != (ADDED_LATER | about["args"])[name]
+            f"{name.replace('_', ' ')} {before['settings'][name]}"
+            for name, value in about["settings"].items()
+            if before["settings"][name] != value
         ]
         if list(before["weights"].values()) != list(about["weights"].values()):
             changed.insert(0, f"weights {', '.join(before['weights'])}")
-        begun = float(before["since"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return now  # nothing is known about masks in the folder
-    if not changed:
-        return begun
-    if keep:
+        changed, keep = ["unknown settings"], False
+    if changed and keep:
         raise ValueError(
             f"{folder}: its masks were made with {', '.join(changed)}; leave out "
             "--skip-existing, or name another folder with --predictions"
         )
-    for table in ("metrics.csv", "volumes.csv"):
+    for table in ("metrics.csv", "volumes.csv") if changed else ():
         path.with_name(table).unlink(missing_ok=True)
-    return now
 
 
-def find_masks(
-    folder: Path, case: Case, valid_from: float, others: Sequence[Path] = ()
-) -> np.ndarray | None:
-    """Read the mask (S, H, W) of a case, or None if it is incomplete or from before `valid_from`.
+def find_masks(folder: Path, case: Case, others: Sequence[Path] = ()) -> np.ndarray | None:
+    """Read the mask (S, H, W) of a case, or None if it is not whole.
 
-    A mask is newer than its source files: if one of them is newer, the mask is of another image.
     Also None if one of the `others`, files in `folder` that are wanted beside it, is missing.
     """
     paths = [folder / file for file in map_files(case, "mask")]
-    wanted = [*paths, *(folder / file for file in others)]
-    if not all(path.is_file() for path in wanted):
-        return None
-    written = min(path.stat().st_mtime for path in wanted)
-    if written < valid_from or any(path.stat().st_mtime >= written for path in case.files):
+    if not all(path.is_file() for path in [*paths, *(folder / file for file in others)]):
         return None
     try:
         if isinstance(case, Scan):
