@@ -201,7 +201,7 @@ def segment(
             if time.monotonic() - saved > SAVE_EVERY:
                 write_tables(done, outputs)
                 saved = time.monotonic()
-        done = distributed.gather(done, patient=True)
+        done = distributed.gather(done)
     finally:
         write_tables(done, outputs)
     return done

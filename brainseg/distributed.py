@@ -11,7 +11,6 @@ too, when they lose their connection or after TIMEOUT.
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import signal
 import sys
@@ -31,7 +30,7 @@ from .io.files import sentence
 
 T = TypeVar("T")
 TIMEOUT = timedelta(minutes=30)  # for a rank that no longer answers
-PATIENCE = timedelta(days=1)  # for a rank that prepares data, or has larger cases
+PATIENCE = timedelta(days=1)  # for the rank that prepares data for the others
 GRACE = 3.0  # seconds that a rank leaves to the one that failed first
 
 
@@ -137,18 +136,13 @@ def only_main_process_prints() -> Iterator[None]:
         yield
 
 
-@functools.cache
-def _patient_group() -> dist.ProcessGroup:
-    return dist.new_group(backend="gloo", timeout=PATIENCE)
-
-
 @contextlib.contextmanager
 def local_rank_zero_first() -> Iterator[None]:
     """Run the block on the first rank of each machine, then on the others, which use its cache."""
     if world_size() == 1:
         yield
         return
-    group = _patient_group()  # made by all ranks at the same time
+    group = dist.new_group(backend="gloo", timeout=PATIENCE)
     if local_rank() != 0:
         dist.barrier(group)
     yield
@@ -201,15 +195,12 @@ def shard_of_batch(batch: Sequence[T]) -> Sequence[T]:
     return shard(batch) if len(batch) > rank() else batch[:1]
 
 
-def gather(own: Sequence[T], patient: bool = False) -> list[T]:
-    """Collect the items of every rank, in their order before `shard`.
-
-    With `patient`, wait up to PATIENCE for the slowest.
-    """
+def gather(own: Sequence[T]) -> list[T]:
+    """Collect the items of every rank, in their order before `shard`."""
     if world_size() == 1:
         return list(own)
     parts: list[Any] = [None] * world_size()
-    dist.all_gather_object(parts, list(own), _patient_group() if patient else None)
+    dist.all_gather_object(parts, list(own))
     count = sum(map(len, parts))
     return [parts[i % len(parts)][i // len(parts)] for i in range(count)]
 

@@ -66,7 +66,7 @@ def no_batch_norm(monkeypatch):
 def test_gathering_shards_restores_the_order():
     def work():
         return [shard(list(range(n))) for n in range(6)], [
-            gather(shard(list(range(n))), patient=n % 2 == 1) for n in range(6)
+            gather(shard(list(range(n)))) for n in range(6)
         ]
 
     (own, whole), (others, also) = in_processes(2, in_group(work))
