@@ -88,7 +88,7 @@ def run(args: argparse.Namespace, options: dict) -> None:
     if not args.auth and not is_loopback(args.host):
         print("no --auth: anyone who can reach this machine can use it", file=sys.stderr)
     host = f"[{args.host}]" if ":" in args.host else args.host
-    print(f"http://{host}:{args.port}", flush=True)
+    print(f"http://{host}:{listener.getsockname()[1]}", flush=True)
     uvicorn.Server(config).run(sockets=[listener])
 
 

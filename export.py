@@ -69,8 +69,8 @@ def get_parser() -> argparse.ArgumentParser:
     add("--format", type=str, choices=("weights", *FORMATS), default="weights",
         help="weights, onnx or torch-export")
     add("--metrics", type=Path, help="metrics.csv that inference.py wrote with these weights")
-    add("--subset", type=str, choices=(*SUBSETS, "all"), default="validation",
-        help="which of its cases to count")
+    add("--subset", type=str, choices=(*SUBSETS, "all"),
+        help="with --metrics: which of its cases to count (validation)")
     add("--out", type=Path, help="folder to write to (that of --weights)")
     add, _ = parser.group("onnx and torch-export")
     add("--precision", type=str, choices=TOLERANCES,
@@ -86,6 +86,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.format == "weights" and (args.precision or args.images):
         parser.error("--precision and --images go with --format onnx or torch-export")
+    if args.subset and not args.metrics:
+        parser.error("--subset goes with --metrics")
     if args.format != "weights" and args.metrics:
         parser.error("--metrics goes with --format weights; export those, then their ONNX file")
     with errors_in_one_sentence("stopped; no incomplete file was left"):
@@ -96,7 +98,8 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError(f"{args.metrics}: --metrics goes with one weights file; name one")
         else:
             for path in files:
-                write_weights(path, args.out or path.parent, args.metrics, args.subset)
+                out, subset = args.out or path.parent, args.subset or "validation"
+                write_weights(path, out, args.metrics, subset)
 
 
 def write_weights(weights: Path, out: Path, metrics: Path | None, subset: str) -> None:

@@ -175,14 +175,8 @@ def make_state(
 ) -> TrainState:
     """Make the state before the first step, for a network that is on its device."""
     device, sequences = next(model.parameters()).device, dataset.in_channels
-    augment = partial(
-        augment_all,
-        scale=args.aug_scale,
-        angle=args.aug_angle,
-        intensity=args.aug_intensity,
-        drop=args.drop_sequences if sequences == 3 else 0,
-        sequences=sequences,
-    )
+    how = {"scale": args.aug_scale, "angle": args.aug_angle, "intensity": args.aug_intensity}
+    how |= {"drop": args.drop_sequences if sequences == 3 else 0, "sequences": sequences}
     return TrainState(
         model,
         slices=len(dataset),
@@ -195,7 +189,7 @@ def make_state(
         seed=args.seed,
         neighbours=args.neighbours,
         loss=LOSSES[args.loss],
-        augment=augment,
+        augment=partial(augment_all, **how),
     )
 
 

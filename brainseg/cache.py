@@ -10,7 +10,6 @@ rest. One with a different time, such as a copy, is checked against its checksum
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
@@ -32,7 +31,7 @@ import torch
 from tqdm import tqdm
 
 from .devices import worker_threads
-from .io.files import atomic_write, default_cache, sentence
+from .io.files import atomic_write, default_cache, disk_is_full, sentence
 from .io.slices import Case
 from .preprocess import VERSION, Frame, preprocess, preprocess_mask
 
@@ -228,10 +227,9 @@ def _make_entry(
                 if not entry.exists():  # else another process made it meanwhile
                     raise
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         raise CacheError(
             f"{entry.parent}: cannot keep preprocessed volumes ({error.strerror}); "
-            f"{'free space or ' * full}name another folder with --cache"
+            f"{'free space or ' * disk_is_full(error)}name another folder with --cache"
         ) from error
     return _open_entry(entry, case, fingerprint) or Prepared(case, frame, **arrays)
 

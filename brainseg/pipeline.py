@@ -155,8 +155,8 @@ def read(source: Source | Case, outputs: Outputs, register: bool) -> Work:
     try:
         case = source.open() if isinstance(source, Source) else source
         check_not_overwritten(case, outputs)
-        if register and isinstance(case, Scan):
-            case = replace(case, register=True)
+        if register:
+            case = registered(case)
         for note in case.notes:
             say(f"{case.name}: {note}")
         work = Work(case, *(case.read_pair() if case.masks else (case.read(), None)))
@@ -169,6 +169,16 @@ def read(source: Source | Case, outputs: Outputs, register: bool) -> Work:
         reason = " ".join(str(error).strip().splitlines()[-1:])
         fault = f"cannot be read ({reason}); export it again, or crop it"
         raise ValueError(f"{source.folder}: {fault}") from error
+
+
+def registered(case: Case) -> Scan:
+    """Return the case with its sequences registered to FLAIR; ValueError if it has none apart."""
+    if not isinstance(case, Scan):
+        raise ValueError(
+            f"{case.folder}: slices hold every sequence and cannot be registered; give one volume "
+            "file per sequence, or leave out --register"
+        )
+    return replace(case, register=True)
 
 
 def check_not_overwritten(case: Case, outputs: Outputs) -> None:

@@ -26,6 +26,7 @@ import numpy as np
 from starlette.datastructures import UploadFile
 
 from brainseg.evaluation.volumes import volume_row
+from brainseg.io.files import disk_is_full
 from brainseg.io.grid import Grid
 from brainseg.io.pictures import montage, outline, to_grey
 from brainseg.io.predictions import map_files, write_case
@@ -35,7 +36,7 @@ from brainseg.metrics import score
 from brainseg.phantom import make_volume
 from brainseg.segmenter import Segmentation, Segmenter
 
-from .uploads import BROKEN, Limits, disk_is_full
+from .uploads import BROKEN, Limits
 from .viewer import viewer_files
 
 ROOT = Path(__file__).resolve().parents[1]

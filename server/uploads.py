@@ -7,7 +7,6 @@ of JSON on its input (see `attend`) it forks, and answers with a line when the u
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import re
@@ -23,14 +22,13 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from brainseg.io.files import sentence
+from brainseg.io.files import disk_is_full, sentence
 from brainseg.io.layouts import SLICE_NAME, find_case, find_sequences
 from brainseg.io.scans import SUFFIXES, Scan, is_scan, read_grid, scan_name
 from brainseg.io.slices import Case
 
 MIB = 2**20
 HDF5 = b"\x89HDF\r\n\x1a\n"  # at byte 0, 512, 1024, 2048 ...; its data may be in other files
-FULL_DISK = errno.ENOSPC, errno.EDQUOT
 DAMAGED = "is damaged, encrypted or compressed in an unsupported way; zip it again"
 BROKEN = "the upload cannot be read, as it is damaged or too large; export it again, or crop it"
 
@@ -110,10 +108,6 @@ def work(order: dict) -> None:
     except Exception:  # raised by a library
         answer = {"error": BROKEN}
     (folder / "answer.json").write_text(json.dumps(answer, default=np.ndarray.tolist))
-
-
-def disk_is_full(error: BaseException) -> bool:
-    return isinstance(error, OSError) and error.errno in FULL_DISK
 
 
 def bound(limits: Limits) -> None:

@@ -273,9 +273,8 @@ def test_resuming_without_a_sound_checkpoint_is_one_sentence(phantoms, straight,
     place.parent.mkdir()
     whole = (straight / "weights" / "unet.ckpt").read_bytes()
     place.write_bytes(whole[: len(whole) // 2])
-    assert f"{place}: is not a weights file, or is damaged" in refused(
-        phantoms, tmp_path, "--resume"
-    )
+    message = f"{place}: is not a training checkpoint, or is damaged; start without --resume"
+    assert message in refused(phantoms, tmp_path, "--resume")
     shutil.copy(straight / "weights" / "unet.pt", place)
     assert f"{place}: is not a training checkpoint" in refused(phantoms, tmp_path, "--resume")
     earlier = load_tensors(straight / "weights" / "unet.ckpt") | {"ema": {"n_averaged": 3}}
