@@ -57,6 +57,8 @@ def main(argv: list[str] | None = None) -> None:
         parser.error("--max-upload, --time-limit and --queue must be above 0")
     if not 0 <= args.port < 2**16:
         parser.error("--port must be from 0 to 65535")
+    if not hasattr(os, "fork"):
+        fail("app.py needs Linux or macOS; on Windows, start it in WSL or Docker")
     try:
         with errors_in_one_sentence("stopped"):
             run(args, options)

@@ -133,7 +133,7 @@ def main(argv: list[str] | None = None) -> None:
             asked = utils.plain(args) | {"resume": False}
             cases, recipe = (loader.dataset.names, validation_set.names), get_args_parser().recipe
             writer = runs.start_run(state, *cases, asked, recipe, checkpoint, utils.git_commit())
-            print(f"{runs.headline(writer.card, *cases, state.slices)}; {loader.place}", flush=True)
+            print(f"{runs.headline(writer.card, state.slices)}; {loader.place}", flush=True)
             if state.epoch >= args.epochs:
                 print(f"all {args.epochs} epochs are done; raise --epochs to continue")
                 return

@@ -20,13 +20,12 @@ import torch
 from tqdm import tqdm
 
 from brainseg.evaluation.scoring import open_model
-from brainseg.io.layouts import list_cases
 from brainseg.metrics import dsc, summarise
 from brainseg.segmenter import to_mask
-from brainseg.splits import select_cases
 from brainseg.weights import shipped_weights
+from utils import errors_in_one_sentence
 
-from .unseen import segment_unseen
+from .unseen import cases_of, segment_unseen
 
 ONE_SIDE = 0.98  # of the lesion's pixels in a slice, for the other half to be healthy
 LEAST_SLICES = 8
@@ -76,7 +75,7 @@ def main() -> None:
     args = parser.parse_args()
 
     model = open_model(args.weights.name, args.weights, {"device": args.device})
-    sources = [s for subset in args.subset for s in select_cases(list_cases(args.images), subset)]
+    sources = cases_of(args.images, args.subset)
     scores, marked = ({setting: [] for setting in SETTINGS} for _ in range(2))
     for source in tqdm(sources, unit="case", disable=None):
         volume, truth = source.open().read_pair()
@@ -107,4 +106,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with errors_in_one_sentence("stopped"):
+        main()

@@ -2,7 +2,7 @@
 
     python3 -m benchmarks.robustness --images ./kaggle_3m
     python3 -m benchmarks.robustness --images ./kaggle_3m --weights weights/unet.pt --subset test
-    python3 -m benchmarks.robustness --images ./kaggle_3m --subset train validation \
+    python3 -m benchmarks.robustness --images ./kaggle_3m --subset train validation \\
         --only "FLAIR alone" "skull taken away"
 
 Prints, for each change of the input, mean and median DSC per patient volume and the difference from
@@ -28,13 +28,12 @@ from tqdm import tqdm
 
 import inference
 from brainseg.evaluation.scoring import open_model
-from brainseg.io.layouts import list_cases
 from brainseg.io.scans import read_voxels
 from brainseg.metrics import dsc, summarise
-from brainseg.splits import select_cases
 from brainseg.weights import shipped_weights
+from utils import errors_in_one_sentence
 
-from .unseen import segment_unseen
+from .unseen import cases_of, segment_unseen
 
 PRE, FLAIR, POST = range(3)
 
@@ -127,7 +126,7 @@ def main() -> None:
     args = parser.parse_args()
 
     model = open_model(args.weights.name, args.weights, {"device": args.device})
-    sources = [s for subset in args.subset for s in select_cases(list_cases(args.images), subset)]
+    sources = cases_of(args.images, args.subset)
     names = [name for name in CHANGES if not args.only or name in (UNTOUCHED, *args.only)]
     by_file = {f"{name}, by inference.py": name for name in FILES if not args.only}
     scores = {name: [] for name in (*names, *by_file)}
@@ -151,4 +150,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with errors_in_one_sentence("stopped"):
+        main()

@@ -1,9 +1,19 @@
 """Segment a volume with the networks of an ensemble that have not seen its patient."""
 
+from collections.abc import Sequence
+from pathlib import Path
+
 import numpy as np
 
 from brainseg.evaluation.scoring import Model
+from brainseg.io.layouts import Source, list_cases
 from brainseg.segmenter import Segmentation
+from brainseg.splits import select_cases
+
+
+def cases_of(images: Path, subsets: Sequence[str]) -> list[Source]:
+    """List the cases of several subsets, one subset after the other."""
+    return [s for subset in subsets for s in select_cases(list_cases(images), subset)]
 
 
 def segment_unseen(model: Model, case: str, volume: np.ndarray) -> Segmentation:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from .io.files import sentence
 from .io.layouts import Source
 from .io.pictures import thumbnail
 from .io.predictions import find_masks, map_files, seg_file, table_row, write_case
-from .io.scans import Scan
+from .io.scans import registered
 from .io.slices import Case
 from .preprocess import Frame
 from .segmenter import Segmenter
@@ -169,16 +169,6 @@ def read(source: Source | Case, outputs: Outputs, register: bool) -> Work:
         reason = " ".join(str(error).strip().splitlines()[-1:])
         fault = f"cannot be read ({reason}); export it again, or crop it"
         raise ValueError(f"{source.folder}: {fault}") from error
-
-
-def registered(case: Case) -> Scan:
-    """Return the case with its sequences registered to FLAIR; ValueError if it has none apart."""
-    if not isinstance(case, Scan):
-        raise ValueError(
-            f"{case.folder}: slices hold every sequence and cannot be registered; give one volume "
-            "file per sequence, or leave out --register"
-        )
-    return replace(case, register=True)
 
 
 def check_not_overwritten(case: Case, outputs: Outputs) -> None:

@@ -162,12 +162,12 @@ def report_changes(checkpoint: dict, state: TrainState, validation: list[str]) -
         )
 
 
-def headline(card: dict, train: Sequence[str], validation: Sequence[str], slices: int) -> str:
+def headline(card: dict, slices: int) -> str:
     """Describe network, device and data: the first line of a run."""
     ranks = f"{card['processes']} x " if card["processes"] > 1 else ""
     return (
         f"{card['model']} on {ranks}{card['device']}{', half precision' * card['recipe']['amp']}: "
-        f"{slices} slices of {len(train)} cases to train on, {len(validation)} cases to validate on"
+        f"{slices} slices to train on"
     )
 
 

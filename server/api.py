@@ -70,7 +70,8 @@ class Segment:
                 raise HTTPException(503, error)
             async with self.places:
                 response = await respond(self.service, Request(scope, receive))
-                whole = self.service.limits.seconds * (self.queue + 2)  # with waiting and sending
+                # Each upload may take `seconds` to be read and again to be segmented.
+                whole = 2 * self.service.limits.seconds * (self.queue + 1)
                 await asyncio.wait_for(response(scope, receive, send), whole)
         except HTTPException as error:
             await as_json(error)(scope, receive, send)
@@ -152,6 +153,8 @@ async def progress(service: Service, job: Job) -> AsyncIterator[dict]:
             waiting = f"segmenting, {job.done:.0%}" if job.done else waiting
             yield {"waiting": waiting, "done": job.done}
             await asyncio.wait([answer], timeout=0.5)
+        if answer.cancelled():
+            raise Unavailable(STOPPING)
         answer.result()
     finally:
         answer.cancel()  # if it still waits

@@ -24,7 +24,7 @@ import numpy as np
 
 from brainseg.io.files import disk_is_full, sentence
 from brainseg.io.layouts import SLICE_NAME, find_case, find_sequences
-from brainseg.io.scans import SUFFIXES, Scan, is_scan, read_grid, scan_name
+from brainseg.io.scans import SUFFIXES, Scan, is_scan, read_grid, registered, scan_name
 from brainseg.io.slices import Case
 
 MIB = 2**20
@@ -128,8 +128,9 @@ def read(parts: dict[str, list[Sent]], folder: Path, limits: Limits) -> dict:
     received = folder / "received"
     received.mkdir()
     case = unpack(parts, received, limits)
+    if "register" in parts:
+        case = registered(case)
     if isinstance(case, Scan):
-        case = replace(case, register="register" in parts)
         for path in dict.fromkeys(case.slices):
             check_size(path, read_grid(path)[0].shape, limits)
     volume, truth = case.read_pair() if case.masks else (case.read(), None)
@@ -198,7 +199,7 @@ def _place_sequences(sequences: dict[str, list[Sent]], folder: Path) -> dict[str
     placed = {}
     for name, files in sequences.items():
         if len(files) > 1 or not _is_volume(files[0].name):
-            raise ValueError(f"{name}: send one volume file ({', '.join(SUFFIXES)})")
+            raise ValueError(f"{name}: send one volume file (.nii, .nii.gz, .nrrd or .mha)")
         (folder / name).mkdir()
         placed[name] = files[0].path.rename(folder / name / _plain(files[0].name))
     return placed

@@ -171,13 +171,12 @@ def test_register_moves_a_sequence_to_flair(server, tmp_path):
     assert float(distance) == pytest.approx(3 * 3, abs=1) and "registered" not in str(left)
 
 
-def test_the_example_of_the_readme(server, files, tmp_path, monkeypatch):
+def test_the_example_of_the_documentation(server, files, tmp_path, monkeypatch):
     (example,) = re.findall(
         r"<!-- run by tests/test_app.py -->\n```python\n(.*?)```",
         (ROOT / "docs/server.md").read_text(),
         re.S,
     )
-    assert len(example.strip().splitlines()) <= 10
     shutil.copy(files / "head.nii.gz", tmp_path / "scan.nii.gz")
     monkeypatch.chdir(tmp_path)
     exec(example.replace("http://127.0.0.1:7860", server[0]), {})

@@ -348,31 +348,6 @@ def test_a_full_cache_is_not_a_bad_case(tmp_path, monkeypatch):
 # Patients
 
 
-@pytest.mark.parametrize(
-    "case, patient",
-    [
-        ("BraTS-GLI-00020-000", "BraTS-GLI-00020"),
-        ("BraTS-GLI-00020-001_BraTS-GLI-00020-001-t2f", "BraTS-GLI-00020"),
-        ("BraTS-MEN-RT-0001-1", "BraTS-MEN-RT-0001"),
-        ("BraTS2021_00001", "BraTS2021_00001"),
-        ("BraTS20_Training_001", "BraTS20_Training_001"),
-        ("UPENN-GBM-00001_11", "UPENN-GBM-00001"),
-        ("UPENN-GBM-00001_21", "UPENN-GBM-00001"),
-        ("UCSF-PDGM-0433_FU001d_nifti", "UCSF-PDGM-0433"),
-        ("UCSF-PDGM-0433_nifti", "UCSF-PDGM-0433"),
-        ("Patient-001_week-044-1", "Patient-001"),
-        ("anna_week12_flair", "anna"),
-        ("midweek_3", "midweek_3"),
-        ("anna_2024-01-31", "anna"),
-        ("anna-2024-01-31T1030_flair", "anna"),
-        ("anna_2024-13-31", "anna_2024-13-31"),
-        ("anna_20240131test", "anna_20240131test"),
-    ],
-)
-def test_timepoints_are_one_patient(case, patient):
-    assert patient_of(case) == patient
-
-
 def table(folder: Path, text: str) -> Path:
     (folder / "patients.csv").write_text(text, encoding="utf-8-sig")
     return folder / "patients.csv"

@@ -4,7 +4,6 @@ import re
 
 import numpy as np
 import pytest
-import torch
 from conftest import ROOT
 
 import app
@@ -60,12 +59,6 @@ def test_files_that_the_readme_links_to_exist():
         assert (ROOT / target).exists(), target
 
 
-def test_no_document_has_an_unfilled_placeholder():
-    for path in (*ROOT.glob("*.md"), *ROOT.glob("[a-z]*/*.md")):
-        assert not re.search(r"@[A-Z]+@|<!-- table", path.read_text()), path
-
-
 def test_torch_of_constraints_is_that_of_the_image():
     (pin,) = re.findall(r"^torch==(\S+)$", (ROOT / "constraints.txt").read_text(), re.M)
     assert f"pytorch/pytorch:{pin}-cuda" in (ROOT / "Dockerfile").read_text()
-    assert torch.__version__  # whatever is installed imports

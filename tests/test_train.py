@@ -190,7 +190,7 @@ def test_command_line_takes_the_original_flags(phantoms, tmp_path, monkeypatch, 
     old += " --weights ./w --logs ./l --image-size 32 --aug-scale 0.05 --aug-angle 15"
     train.main([*old.split(), "--images", str(phantoms), "--features", "4"])
     assert {path.name for path in Path("w").iterdir()} == {"unet.pt", "unet.json", "unet.ckpt"}
-    assert "64 slices of 8 cases to train on" in capsys.readouterr().out
+    assert "64 slices to train on" in capsys.readouterr().out
 
 
 # Resuming

@@ -1,5 +1,6 @@
 """Test untrusted uploads: unpacked safely, read in a separate process, or refused."""
 
+import asyncio
 import errno
 import io
 import os
@@ -7,9 +8,10 @@ import threading
 import time
 import zipfile
 import zlib
-from concurrent.futures import CancelledError
+from concurrent.futures import CancelledError, Future
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,7 +26,8 @@ pytest.importorskip("starlette", reason="pip install -r requirements-app.txt")
 from starlette.datastructures import UploadFile
 
 from server import uploads
-from server.jobs import Loaded, Reader, Service, Unavailable
+from server.api import lines
+from server.jobs import Job, Loaded, Reader, Service, Unavailable
 from server.uploads import MIB, Limits, attend
 
 LIMITS = Limits()
@@ -422,6 +425,17 @@ def test_a_full_disk_is_the_servers_fault(monkeypatch, where):
     with pytest.raises(Unavailable, match="the server's disk is full"):
         job.future.result()
     service.close()
+
+
+def test_a_waiting_upload_is_told_that_the_server_stops():
+    job, service = Job(), SimpleNamespace(ahead=lambda _: 1)
+    job.future = Future()
+    job.future.cancel()  # as Service.close does
+
+    async def told() -> list[str]:
+        return [line async for line in lines(service, job)]
+
+    assert asyncio.run(told())[-1] == '{"error": "the server is stopping; try again later"}'
 
 
 def test_an_abandoned_job_is_stopped(monkeypatch):

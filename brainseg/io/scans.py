@@ -11,7 +11,7 @@ import math
 import re
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import ClassVar
@@ -207,6 +207,16 @@ class Scan(Case):
                 whole = False
             if not whole:  # the NIfTI writer does not report a full disk
                 raise OSError(f"{path}: not written (is the disk full?); any earlier file is kept")
+
+
+def registered(case: Case) -> Scan:
+    """Return the case with its sequences registered to FLAIR; ValueError if it is of slices."""
+    if not isinstance(case, Scan):
+        raise ValueError(
+            f"{case.folder}: slices hold every sequence and cannot be registered; give one volume "
+            "file per sequence, or leave out --register"
+        )
+    return replace(case, register=True)
 
 
 def scan_name(path: Path) -> str:
