@@ -11,12 +11,13 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from brainseg.unet import UNet
 from skimage.exposure import rescale_intensity
 from skimage.io import imread, imsave
 from skimage.measure import label
 from skimage.transform import rescale, resize, rotate
 from torch import Tensor, nn
+
+from brainseg.unet import UNet
 
 GREEN, RED = (0, 255, 0), (255, 0, 0)
 

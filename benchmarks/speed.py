@@ -22,7 +22,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from brainseg.unet import UNet
 
 from brainseg.cache import prepare
 from brainseg.devices import pick_device, to_device
@@ -32,6 +31,7 @@ from brainseg.metrics import dsc
 from brainseg.preprocess import preprocess, preprocess_mask
 from brainseg.segmenter import Segmenter
 from brainseg.splits import select_cases
+from brainseg.unet import UNet
 from brainseg.weights import (
     PUBLISHED,
     load_pretrained,

@@ -98,10 +98,9 @@ def same(one: Items, other: Items) -> bool:
 
 def make_weights(path: Path, in_channels: int = 3, trained_on=TRAINED_ON) -> Path:
     """Write a network that calls the brightest tenth of FLAIR lesion, plus noise, and its card."""
-    from brainseg.unet import UNet
-
     from brainseg.phantom import make_volume
     from brainseg.preprocess import preprocess
+    from brainseg.unet import UNet
 
     torch.manual_seed(0)
     model = UNet(in_channels, init_features=4).eval()

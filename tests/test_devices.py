@@ -5,7 +5,6 @@ import threading
 
 import pytest
 import torch
-from brainseg.unet import UNet
 
 import train
 from brainseg import devices, training
@@ -17,6 +16,7 @@ from brainseg.devices import (
     worker_threads,
 )
 from brainseg.segmenter import Segmenter
+from brainseg.unet import UNet
 from brainseg.weights import load_tensors
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from brainseg.unet import UNet
 from conftest import make_weights
 from test_onnx import infer, needs_onnx
 
@@ -27,6 +26,7 @@ from brainseg.ensemble import (
 from brainseg.io.layouts import find_case
 from brainseg.phantom import make_volume
 from brainseg.segmenter import Segmenter, keep_components
+from brainseg.unet import UNet
 from brainseg.weights import load_pretrained, read_card, shipped_weights, weights_files
 
 NAMES = [f"phantom_{k:03d}" for k in range(12)]

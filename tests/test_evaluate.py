@@ -13,7 +13,6 @@ import nibabel
 import numpy as np
 import pytest
 import torch
-from brainseg.unet import UNet
 from conftest import TRAINED_ON, make_weights
 
 import evaluate
@@ -25,6 +24,7 @@ from brainseg.io.layouts import find_case
 from brainseg.metrics import dsc, summarise
 from brainseg.phantom import make_volume
 from brainseg.segmenter import Segmenter, keep_components
+from brainseg.unet import UNet
 
 NAMES = [f"phantom_{k:03d}" for k in range(12)]
 

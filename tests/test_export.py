@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from brainseg.unet import UNet
 
 import export
+from brainseg.unet import UNet
 from brainseg.weights import file_hash, load_state, model_from_state, save_weights
 
 SEEN = "TCGA_CS_4942_19970222"

@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from brainseg.unet import UNet
 
 from brainseg import weights
 from brainseg.phantom import make_volume
+from brainseg.unet import UNet
 
 ROOT = Path(weights.__file__).resolve().parents[1]
 

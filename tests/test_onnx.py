@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from brainseg.unet import UNet
 from conftest import ROOT, TRAINED_ON, make_weights
 from test_inference import infer, refused, table
 from torch import nn
@@ -22,6 +21,7 @@ from brainseg.onnx import PROVIDERS, OnnxNetwork, needed, pick_providers
 from brainseg.phantom import make_volume
 from brainseg.resnext_unet import ResNeXtUNet
 from brainseg.segmenter import Segmenter
+from brainseg.unet import UNet
 from brainseg.weights import file_hash, load_state, model_from_state, read_card
 
 MISSING = [p for p in ("onnxruntime", "onnxscript") if importlib.util.find_spec(p) is None]

@@ -4,10 +4,10 @@ import urllib.error
 
 import pytest
 import torch
-from brainseg.unet import UNet
 
 from brainseg import resnext_unet
 from brainseg.resnext_unet import ResNeXtEncoder, ResNeXtUNet, adapt_stem, load_imagenet
+from brainseg.unet import UNet
 from brainseg.weights import file_hash
 
 BLOCKS = {1: 3, 2: 4, 3: 6, 4: 3}

@@ -5,7 +5,6 @@ import json
 import numpy as np
 import pytest
 import torch
-from brainseg.unet import UNet
 from torch import nn
 
 from brainseg import phantom
@@ -13,6 +12,7 @@ from brainseg.ensemble import fold_batch_norm
 from brainseg.preprocess import preprocess
 from brainseg.resnext_unet import ResNeXtUNet
 from brainseg.segmenter import Segmenter, keep_components
+from brainseg.unet import UNet
 
 
 @pytest.fixture(scope="module")

@@ -21,10 +21,10 @@ import numpy as np
 import pytest
 import tifffile
 import torch
-from brainseg.unet import UNet
 
 import train
 from brainseg import training
+from brainseg.unet import UNet
 from brainseg.weights import load_state, load_tensors, model_from_state, read_card
 from dataset import BrainSegmentationDataset
 

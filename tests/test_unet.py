@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from brainseg.unet import UNet
 from torch import nn
 
 from brainseg.resnext_unet import ResNeXtUNet
+from brainseg.unet import UNet
 
 
 def published_names(in_channels=3, out_channels=1, f=32) -> dict[str, tuple[int, ...]]:

@@ -16,10 +16,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import tifffile
-from brainseg.unet import UNet
 
 from brainseg.phantom import make_volume
 from brainseg.segmenter import Segmenter
+from brainseg.unet import UNet
 
 pytest.importorskip("starlette", reason="pip install -r requirements-app.txt")
 

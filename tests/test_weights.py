@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from brainseg.unet import UNet
 from torch import nn
 
 from brainseg import weights
+from brainseg.unet import UNet
 from brainseg.weights import (
     build_model,
     file_hash,
