@@ -1,6 +1,6 @@
 # docker build -t brainseg .
 # mkdir -p out
-# docker run --rm --gpus all --shm-size 8G --user "$(id -u):$(id -g)" \
+# docker run --rm --gpus all --user "$(id -u):$(id -g)" \
 #     -v /path/to/kaggle_3m:/data:ro -v "$PWD/out:/out" brainseg \
 #     inference.py --images /data --predictions /out/predictions --figure /out/dsc.png
 # docker run --rm -p 127.0.0.1:7860:7860 brainseg app.py --host 0.0.0.0
@@ -19,8 +19,8 @@ ENV PYTHONUNBUFFERED=1 \
 
 # Dependencies before code, so a change to the code does not reinstall them. The PyTorch of the
 # base image, built for its CUDA, is kept.
-COPY requirements.txt requirements-app.txt /tmp/
-RUN python3 -m pip install -r /tmp/requirements-app.txt
+COPY requirements.txt requirements-app.txt requirements-dicom.txt /tmp/
+RUN python3 -m pip install -r /tmp/requirements-app.txt -r /tmp/requirements-dicom.txt
 
 WORKDIR /app
 COPY . .
