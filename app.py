@@ -30,22 +30,25 @@ from utils import (
 )
 
 
+# fmt: off
 def get_parser() -> argparse.ArgumentParser:
     parser = make_parser(__doc__)
     parser.add_argument(
         "--weights", type=Path, nargs="+", help="as for inference.py (the shipped weights)"
     )
     add_segmenter_options(parser, workers=False)
-    add = parser.add_argument_group("server").add_argument
-    add("--host", type=str, default="127.0.0.1", help="address to listen on (%(default)s)")
-    add("--port", type=int, default=7860, help="port to listen on (%(default)s)")
+    add, _ = parser.group("server")
+    add("--host", default="127.0.0.1", help="address to listen on")
+    add("--port", default=7860, least=0, below=2**16, help="port to listen on")
     add("--auth", type=str, help="user:password to ask for (BRAINSEG_AUTH; none)")
-    add("--max-upload", type=int, default=256, help="largest upload in MiB (%(default)s)")
-    add("--time-limit", type=float, default=300, help="seconds to send, read or segment one (300)")
-    add("--queue", type=int, default=64, help="uploads at once: one is segmented, others wait (64)")
+    add("--max-upload", default=256, least=1, help="largest upload in MiB")
+    add("--time-limit", default=300.0, least=1, below=1e6,
+        help="seconds to send, to read or to segment one")
+    add("--queue", default=64, least=1, help="uploads at once: one is segmented, others wait")
     return parser
 
 
+# fmt: on
 def main(argv: list[str] | None = None) -> None:
     parser = get_parser()
     args = parser.parse_args(argv)
@@ -53,10 +56,6 @@ def main(argv: list[str] | None = None) -> None:
     args.auth = args.auth or os.environ.get("BRAINSEG_AUTH")
     if args.auth and not all(args.auth.partition(":")):
         parser.error("--auth must be user:password")
-    if min(args.max_upload, args.queue) < 1 or not 0 < args.time_limit < 1e6:
-        parser.error("--max-upload, --time-limit and --queue must be above 0")
-    if not 0 <= args.port < 2**16:
-        parser.error("--port must be from 0 to 65535")
     if not hasattr(os, "fork"):
         fail("app.py needs Linux or macOS; on Windows, start it in WSL or Docker")
     try:
@@ -77,6 +76,8 @@ def run(args: argparse.Namespace, options: dict) -> None:
 
     logging.getLogger("python_multipart").setLevel(logging.CRITICAL)  # the response says it all
     segmenter = Segmenter.from_weights(args.weights or shipped_weights("unet"), **options)
+    for note in segmenter.notes:
+        print(note, file=sys.stderr)
     limits = Limits(upload=args.max_upload * MIB, seconds=args.time_limit)
     app = make_app(Service(segmenter, limits), args.host, args.auth, args.queue)
     family = socket.AF_INET6 if ":" in args.host else socket.AF_INET

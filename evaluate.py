@@ -29,7 +29,7 @@ import utils
 from brainseg.evaluation.expected import check_can_fit, fit_and_save
 from brainseg.evaluation.page import check_page
 from brainseg.evaluation.report import case_table, save_gallery, save_page, save_scores, tables
-from brainseg.evaluation.scoring import choose_cases, describe, open_models, score_all
+from brainseg.evaluation.scoring import choose_cases, open_models, score_all, settings_of
 from brainseg.evaluation.statistics import compare
 from brainseg.io.files import check_writable, write_json, write_table
 from brainseg.splits import SUBSETS, by_subset, count_patients, list_cohort
@@ -39,8 +39,8 @@ from brainseg.weights import shipped_weights
 # fmt: off
 def get_parser() -> argparse.ArgumentParser:
     parser = utils.make_parser(__doc__)
-    add = parser.add_argument_group("what").add_argument
-    add("--images", type=Path, default="./kaggle_3m", help="cases with masks (%(default)s)")
+    add, _ = parser.group("what")
+    add("--images", type=Path, default="./kaggle_3m", help="cases with masks")
     add("--subset", type=str, nargs="+", choices=("all", *SUBSETS), default=["validation"],
         help="all, train, validation, test, or several (validation)")
     add("--cases", type=str, nargs="+", help="only these cases")
@@ -91,7 +91,7 @@ def run(args: argparse.Namespace, options: dict) -> None:
         print(f"\n{fit_and_save(model, rows, args.out / 'expected_dsc.png')}")
 
     about = utils.provenance(args) | {
-        "weights": {model.name: describe(model) for model in models},
+        "weights": {model.name: settings_of(model) for model in models},
         "cases": [case.name for case in cases],
         "left out": left_out,
         "SHA-256 of the voxels and masks": digest,

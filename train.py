@@ -86,7 +86,7 @@ def get_args_parser() -> utils.Parser:
         help="compile the network first: takes minutes, speeds up every step (no)")
     add("--deterministic", action=switch, default=True, help="same seed and GPU, same result (yes)")
     add("--weights", type=Path, default="./weights", help="folder to write to")
-    add("--logs", "--log-dir", type=Path, default="./logs", help="curves (for torchrun: --log-dir)")
+    add("--logs", "--log-dir", type=Path, default="./logs", help="curves; torchrun wants --log-dir")
     add("--validate-every", default=1, least=1, help="epochs between validations")
     add("--vis-images", default=200, help="validation slices to draw")
     add("--vis-freq", default=10, least=0, help="epochs between drawings, if validated; 0: never")

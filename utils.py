@@ -50,7 +50,7 @@ class Parser(argparse.ArgumentParser):
             if least is not None or below is not None:
                 options["type"] = _number(options["type"], least, below)
             default = options.get("default")
-            if default is not None and not isinstance(default, bool):
+            if default is not None and not isinstance(default, (bool, list)):
                 key = flags[0][2:].replace("-", "_")
                 others = [f"; {k}: {v[key]}" for k, v in self.presets.items() if key in v]
                 options["help"] += f" (%(default)s{''.join(others)})"
@@ -181,8 +181,9 @@ def add_cohort_options(add: Callable[..., object]) -> None:
     """Add the options of scripts that read a cohort, with the `add` of a parser's group."""
     add("--sequences", type=str, nargs="+",
         help="file names in the folder of a case: flair='*_f.nii.gz' pre=... post=... mask=...")
-    add("--labels", type=int, nargs="+", help="mask labels that count as lesion (all above 0)")
-    add("--patients", type=str, help="CSV with the columns case and patient (from the names)")
+    add("--labels", type=int, nargs="+", least=1,
+        help="mask labels that count as lesion (all above 0)")
+    add("--patients", type=Path, help="CSV with the columns case and patient (from the names)")
 
 
 def add_segmenter_options(parser: Parser, workers: bool = True) -> None:
@@ -191,8 +192,8 @@ def add_segmenter_options(parser: Parser, workers: bool = True) -> None:
     add("--image-size", type=int, help="side of a resized slice (as in training)")
     add("--threshold", type=float,
         help="lowest probability that counts as lesion (as in the card; 0.5 if it has no fit)")
-    add("--largest-component", action=switch, default=True,
-        help="keep only the largest connected component (yes)")
+    add("--largest-component", action=switch,
+        help="keep only the largest connected component (as in the card, or yes)")
     add("--min-volume", type=int, least=0,
         help="drop components of fewer voxels (as in the card; 200 for weights/unet-folds)")
     add("--tta", action=switch,
@@ -318,6 +319,8 @@ def errors_in_one_sentence(stopped: str) -> Iterator[None]:
             yield
     except (ValueError, OSError) as error:
         fail(error)
+    except torch.OutOfMemoryError as error:
+        fail(f"out of memory: {str(error).splitlines()[0]}; use --device cpu")
     except KeyboardInterrupt:
         sys.exit(stopped)
 

@@ -74,7 +74,10 @@ def start_run(
         report_changes(checkpoint, state, validation)
         start = checkpoint["initialised_from"]
     else:
-        start = read_start(settings["init_weights"]) if settings["init_weights"] else None
+        start = read_start(first) if (first := settings["init_weights"]) else None
+        if start and not start["cases"]:
+            unknown = "no card says what it was trained on"
+            print(f"{first}: {unknown}; if on these patients, the validation DSC is too high")
         if (path := Path(settings["weights"]) / f"{settings['model']}.ckpt").exists():
             after = "it and its weights are overwritten after the first epoch"
             print(f"{path}: is from an earlier run; {after}")

@@ -210,6 +210,8 @@ def split_folds(
 def check_folds(names: Iterable[str], folds: int, fold: int | None) -> None:
     """Raise ValueError unless 0 <= fold < folds and 2 <= folds <= patients outside test."""
     patients = {patient_of(name) for name in names if subset_of(name) != "test"}
+    if len(patients) < 2:
+        raise ValueError("cross-validation needs two patients outside the test subset; add cases")
     if not 2 <= folds <= len(patients):
         raise ValueError(
             f"{folds} folds of {len(patients)} patients outside the test subset; "

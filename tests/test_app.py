@@ -462,9 +462,9 @@ def test_a_page_may_load_nothing_from_outside():
     "options, says",
     [
         (["--auth", "nobody"], "--auth must be user:password"),
-        (["--queue", "0"], "must be above 0"),
-        (["--time-limit", "nan"], "must be above 0"),
-        (["--port", "70000"], "--port must be from 0"),
+        (["--queue", "0"], "--queue: must be at least 1"),
+        (["--time-limit", "nan"], "--time-limit: must be at least 1"),
+        (["--port", "70000"], "--port: must be less than 65536"),
         (["--weights", "none.pt"], "none.pt: no such file"),
     ],
 )

@@ -102,12 +102,12 @@ def open_model(name: str, path: Path, options: dict) -> Model:
     return model
 
 
-def describe(model: Model) -> dict | str:
+def settings_of(model: Model) -> dict | str:
     """Describe a model as summary.json does, to reproduce its scores."""
     if model.scores:
         return str(model.path)
     segmenter = model.segmenter
-    names = ("image_size", "runtime", "largest_component", *FITTED_WITH)
+    names = ("image_size", "runtime", *FITTED_WITH)
     same = {name: getattr(segmenter, name) for name in names}
     same["half_precision"] = segmenter.amp
     return {str(file): {"sha256": file_hash(file), **same} for file in model.seen}

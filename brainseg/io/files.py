@@ -88,6 +88,8 @@ def name_in_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if error.errno is None:  # a sentence of ours, which names its file
+            raise
         raise OSError(error.errno, error.strerror or str(error), str(path)) from error
 
 
