@@ -37,8 +37,8 @@ def segmenter(network="unet", device=None, **options):
     scikit-image.
     network: "unet", the five networks of weights/unet-folds, which are averaged.
     device: by default an accelerator if available.
-    options: threshold=None, largest_component=True, min_volume=None, tta=None, batch_size=16,
-    amp=None.
+    options: threshold=None, largest_component=None, min_volume=None, tta=None (None: as in the
+    cards), batch_size=16, amp=None.
     """
     from brainseg.segmenter import Segmenter  # needs more than torch
 

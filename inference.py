@@ -36,7 +36,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 import utils
@@ -97,12 +96,8 @@ def main(argv: list[str] | None = None) -> None:
             parser.error("--flair is one scan; leave out --images, --cases, --sequences, --subset")
     stopped = "stopped; finished cases are kept: continue with --skip-existing"
     with utils.errors_in_one_sentence(stopped):
-        try:
-            with distributed.process_group():
-                failed = run(args, options)
-        except torch.OutOfMemoryError as error:
-            reason = str(error).splitlines()[0]
-            utils.fail(f"out of memory outside the network: {reason}; use --device cpu")
+        with distributed.process_group():
+            failed = run(args, options)
     if failed:
         sys.exit(1)
 
@@ -127,11 +122,12 @@ def run(args: argparse.Namespace, options: dict) -> int:
         check_outputs(sources, args.predictions, args.figure, args.report, args.dicom_seg)
     files = weights_files(weights)
     cards = {file: read_card(file) for file in files}
-    say_without_card([file for file in files if not cards[file]], segmenter)
+    say_once([file for file in files if not cards[file]], segmenter)
     about["weights"] = {str(file): file_hash(file) for file in files}
-    used = ("image_size", "largest_component", *FITTED_WITH)  # the card's, unless given
+    used = ("image_size", *FITTED_WITH)  # the card's, unless given
     about["settings"] = {name: getattr(segmenter, name) for name in used}
-    about["settings"] |= {k: about["args"][k] for k in ("register", "sequences", "pre", "post")}
+    given = ("register", "sequences", "pre", "post", "labels")
+    about["settings"] |= {name: about["args"][name] for name in given}
     check_settings(args.predictions, about, args.skip_existing)
     algorithm = f"brainseg {' '.join(file.stem for file in files)}", about["commit"] or "unknown"
     outputs = Outputs(
@@ -164,15 +160,16 @@ def list_sequences(
     return [replace(scan, labels=Labels(labels))]
 
 
-def say_without_card(files: Sequence[Path], segmenter: Segmenter) -> None:
-    """Say on stderr what is assumed about weights without a card."""
+def say_once(without_card: Sequence[Path], segmenter: Segmenter) -> None:
+    """Say on stderr what is assumed about weights without a card, and the segmenter's notes."""
     size, version = segmenter.image_size, segmenter.version
-    for file in files if distributed.is_main_process() else ():
-        print(
-            f"{file}: has no card (.json); assuming preprocessing {version} and slices of "
-            f"{size} x {size}: put its card beside it",
-            file=sys.stderr,
-        )
+    assumed = f"preprocessing {version} and slices of {size} x {size}"
+    lines = [
+        f"{file}: has no card (.json); assuming {assumed}: put its card beside it"
+        for file in without_card
+    ]
+    for line in [*lines, *segmenter.notes] if distributed.is_main_process() else ():
+        print(line, file=sys.stderr)
 
 
 def check_labels(labels: Labels) -> None:
@@ -220,7 +217,11 @@ def check_outputs(
 ) -> None:
     """Raise ValueError or OSError if results cannot be written or would overwrite sources."""
     check_writable(predictions)
-    check_writable(figure.parent)
+    try:
+        check_writable(figure.parent)
+    except OSError as error:
+        fault = "its folder cannot be written; name another file with --figure"
+        raise OSError(f"{figure}: {fault}") from error
     if figure.suffix.lower() not in (".png", ".pdf", ".svg", ".jpg") or figure.is_dir():
         raise ValueError(f"{figure}: --figure must be a .png, .pdf, .svg or .jpg file")
     if page:

@@ -17,7 +17,8 @@ from .onnx import OnnxNetwork
 from .preprocess import VERSION, Frame, neighbourhoods, preprocess, restore
 from .weights import CARD_DEFAULTS, weights_files
 
-FITTED_WITH = ("threshold", "min_volume", "tta")  # options that the fit in a card is for
+# Options that the fit in a card is for, beside the image size.
+FITTED_WITH = ("threshold", "largest_component", "min_volume", "tta")
 MIRROR_ABOVE = 0.05  # probability; a slice without any as high is not mirrored
 
 
@@ -86,6 +87,7 @@ class Segmenter:
         self.image_size, self.neighbours, self.version = image_size, neighbours, version
         self.threshold, self.min_volume, self.tta = threshold, min_volume, tta
         self.largest_component, self.expected_dsc_fit = largest_component, expected_dsc_fit
+        self.notes: list[str] = []  # to be said once
         # Small batches stay in the cache of a CPU and take a fifth less time.
         self.batch_size = min(batch_size, 4) if self.on_cpu else batch_size
 
@@ -98,9 +100,10 @@ class Segmenter:
     ) -> Segmenter:
         """Open a weights file, an ONNX file, or several weights files or a folder as an ensemble.
 
-        Image size, threshold, minimum volume and `tta` are those of the card unless given. For
-        `providers`, see `OnnxNetwork`. Raises FileNotFoundError or ValueError, naming the file, if
-        one cannot be used.
+        Image size, threshold, components and `tta` are those of the card unless given; if others
+        are, its fit of the expected DSC is not used, and `notes` says so. For `providers`, see
+        `OnnxNetwork`. Raises FileNotFoundError or ValueError, naming the file, if one cannot be
+        used.
         """
         files = weights_files(weights)
         if files[0].suffix == ".onnx":
@@ -113,13 +116,19 @@ class Segmenter:
             model, card = load_ensemble(files)
         card, fit = CARD_DEFAULTS | card, card.get("expected_dsc") or {}
         own = {"image_size": card["image_size"]} | {k: fit[k] for k in FITTED_WITH if k in fit}
-        return cls(
+        segmenter = cls(
             model,
             neighbours=card["neighbours"],
             version=card["preprocessing"],
             expected_dsc_fit=fit,
             **own | {name: value for name, value in options.items() if value is not None},
         )
+        changed = [f"{k} {own[k]}" for k in own if getattr(segmenter, k) != own[k]]
+        if changed and fit.get("features"):
+            segmenter.expected_dsc_fit = None
+            fitted = ", ".join(changed).replace("_", " ")
+            segmenter.notes.append(f"no expected DSC: the card's fit is for {fitted}")
+        return segmenter
 
     def __call__(self, volume: np.ndarray, aspect: float = 1.0) -> np.ndarray:
         """Segment a raw volume (S, H, W, C); return its mask (S, H, W), bool.

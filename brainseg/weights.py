@@ -34,7 +34,8 @@ DATE = re.compile(r"(19|20)\d\d(0[1-9]|1[0-2])(0[1-9]|[12]\d|3[01])")
 CARD_DEFAULTS = {"preprocessing": 1, "image_size": 256, "neighbours": 0}  # without a card
 FIT_TYPES = {  # of what is used of the fit of the expected DSC in a card
     **dict.fromkeys(("features", "mean", "deviation", "weights", "interval"), list),
-    **{"intercept": float, "threshold": float, "min_volume": int, "tta": bool},
+    **{"intercept": float, "threshold": float, "min_volume": int},
+    **dict.fromkeys(("largest_component", "tta"), bool),
 }
 ROOT = Path(__file__).resolve().parents[1]
 # What comes with the project: the network of the 2019 paper's shape, for `unet` of torch.hub, and

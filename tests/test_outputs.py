@@ -2,6 +2,7 @@
 
 import csv
 import html
+import json
 import os
 import shutil
 import subprocess
@@ -42,8 +43,6 @@ EXPECTED = {
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory) -> Path:
     """Write weights whose card has a fit of the expected DSC."""
-    import json
-
     path = make_weights(tmp_path_factory.mktemp("weights") / "narrow.pt")
     card = json.loads(path.with_suffix(".json").read_text())
     path.with_suffix(".json").write_text(json.dumps(card | {"expected_dsc": EXPECTED}))
@@ -87,6 +86,23 @@ def test_volumes_are_those_of_the_mask(pair, weights, tmp_path, capsys):
     low, value, high = (float(row[f"expected_dsc{end}"]) for end in ("_low", "", "_high"))
     assert 0 <= low < value < high <= 1
     assert f"{value:.2f} ({low:.2f} to {high:.2f})" in capsys.readouterr().out
+
+
+def test_other_options_than_those_of_the_fit_give_no_expected_dsc(pair, weights, tmp_path, capsys):
+    write(tmp_path / "a.nii.gz", pair[0])
+    card = json.loads(weights.with_suffix(".json").read_text())
+    fit = {"threshold": 0.5, "largest_component": False, "min_volume": 2, "tta": False}
+    other = shutil.copy(weights, tmp_path / "fitted.pt")
+    card["expected_dsc"] |= fit
+    Path(other).with_suffix(".json").write_text(json.dumps(card))
+    for options, said in [
+        ((), ""),
+        (("--min-volume", 0, "--tta"), "no expected DSC: the card's fit is for min volume 2, tta"),
+        (("--largest-component",), "no expected DSC: the card's fit is for largest component Fal"),
+    ]:
+        assert infer(tmp_path / "a.nii.gz", tmp_path, other, *options) == 0
+        assert (table(tmp_path)[0]["expected_dsc"] == "") == bool(said)
+        assert said in capsys.readouterr().err
 
 
 def test_without_masks_spacing_or_fit_there_is_a_table(pair, tmp_path, capsys):
@@ -169,6 +185,15 @@ def test_probabilities_lie_on_the_grid_of_the_source(pair, weights, tmp_path):
     np.testing.assert_allclose(image.affine, nibabel.load(source).affine, atol=1e-4)
     assert image.get_data_dtype() == np.float32
     assert np.array_equal(np.asarray(image.dataobj) >= 0.5, mask > 0)
+
+
+def test_maps_and_segmentations_of_an_earlier_mask_are_removed(series, weights, tmp_path):
+    other = make_weights(tmp_path / "other.pt")
+    out, more = tmp_path / "predictions", ("--probabilities", "--dicom-seg")
+    assert infer(series, tmp_path, weights, *more) == 0
+    assert {"series_probability.nii.gz", "series_seg.dcm"} <= contents(out).keys()
+    assert infer(series, tmp_path, other) == 0
+    assert not {"series_probability.nii.gz", "series_seg.dcm"} & contents(out).keys()
 
 
 def test_ensemble_writes_a_tiff_per_slice_and_map(phantoms, weights, tmp_path):

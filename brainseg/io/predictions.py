@@ -85,12 +85,16 @@ def write_case(
     truth: np.ndarray | None,
     maps: Mapping[str, np.ndarray] | None = None,
 ) -> None:
-    """Write masks, outlined slices, the GIF and maps, each atomically; other files stay.
+    """Write masks, outlined slices, the GIF and maps, each atomically.
 
-    `volume` is (S, H, W, C), `mask` and `truth` are (S, H, W), bool. `maps`, (S, H, W) float32 by
-    kind (see `map_files`), become float32 files on the source's grid.
+    Maps and a DICOM Segmentation of an earlier mask are removed; other files stay. `volume` is
+    (S, H, W, C), `mask` and `truth` are (S, H, W), bool. `maps`, (S, H, W) float32 by kind (see
+    `map_files`), become float32 files on the source's grid.
     """
     maps = maps or {}
+    earlier = [*map_files(case, "probability"), *map_files(case, "disagreement"), seg_file(case)]
+    for file in earlier:
+        (folder / file).unlink(missing_ok=True)
     pictures = outline(to_grey(volume), mask, truth, side=256)
     save_gif(folder / f"{case.name}.gif", pictures)
     own = folder / case.name
