@@ -140,17 +140,17 @@ def halve(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def scores_of_unseen(path: Path, weights: Path, subset: str) -> dict:
     """Summarise the DSC of the cases of a subset that the weights were not trained on.
 
-    Raises ValueError if the args.json beside the metrics.csv at `path` does not list these weights,
-    or if no such case is left.
+    Raises ValueError if the args.json beside the metrics.csv at `path` does not list just these
+    weights, or if no such case is left.
     """
     scores, about = read_scores(path, ["dsc"]), path.with_name("args.json")
     try:
-        made_with = json.loads(about.read_text())["weights"].values()
+        made_with = list(json.loads(about.read_text())["weights"].values())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        made_with = ()
-    if file_hash(weights) not in made_with:
+        made_with = []
+    if made_with != [file_hash(weights)]:
         raise ValueError(
-            f"{path}: was not made with {weights}: no such hash in {about.name} beside it; "
+            f"{path}: was not made with {weights} alone, by the hashes in {about.name} beside it; "
             "run inference.py with these weights"
         )
     cases = {

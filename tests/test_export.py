@@ -86,6 +86,15 @@ def test_scores_of_other_weights_are_refused(trained, tmp_path):
         exported(tmp_path, "--weights", trained, "--metrics", metrics)
 
 
+def test_scores_of_an_ensemble_are_not_those_of_a_member(trained, tmp_path):
+    metrics = written(tmp_path, ROWS, trained)
+    about = json.loads((tmp_path / "args.json").read_text())
+    about["weights"]["other.pt"] = "0" * 64
+    (tmp_path / "args.json").write_text(json.dumps(about))
+    with pytest.raises(SystemExit, match="metrics.csv: was not made with .*unet.pt alone"):
+        exported(tmp_path, "--weights", trained, "--metrics", metrics)
+
+
 def test_written_beside_the_weights_by_default(trained):
     export.main(["--weights", str(trained)])
     (path,) = trained.parent.glob("unet-*.pt")
