@@ -184,6 +184,18 @@ def sources_of(root: Path, names: Names):
 BRATS = LAYOUTS["BraTS 2021"]
 
 
+@pytest.mark.parametrize("names", LAYOUTS.values(), ids=LAYOUTS)
+def test_a_relative_path_finds_the_same_files(tmp_path, monkeypatch, names):
+    write_cohort(tmp_path, names)
+    whole = sources_of(tmp_path, names)
+    monkeypatch.chdir(tmp_path)
+    for one, other in zip(whole, sources_of(Path(), names), strict=True):
+        assert one.name == other.name and one.open().masks
+        assert [path.resolve() for path in one.open().files] == [
+            path.resolve() for path in other.open().files
+        ]
+
+
 def test_one_case_folder_is_one_case(tmp_path):
     write_case(tmp_path, BRATS, "BraTS2021_00001", *VOLUMES[0])
     (case,) = find_cases(tmp_path / "BraTS2021_00001")
@@ -209,7 +221,8 @@ def test_bids_subject_without_sessions(tmp_path):
     volume, mask = VOLUMES[0]
     write(tmp_path / "sub-1/anat/sub-1_FLAIR.nii.gz", volume[..., 1])
     write(tmp_path / "sub-1/anat/sub-1_ce-gd_T1w.nii.gz", volume[..., 2])
-    write(tmp_path / "derivatives/sub-1/anat/sub-1_desc-brain_mask.nii.gz", mask.astype("u1"))
+    for other in ("desc-brain_mask", "desc-ribbon_mask"):
+        write(tmp_path / f"derivatives/sub-1/anat/sub-1_{other}.nii.gz", mask.astype("u1"))
     for root in (tmp_path, tmp_path / "sub-1"):
         (case,) = find_cases(root)
         assert case.name == "sub-1" and case.masks == (), "a mask of the brain is none of a lesion"

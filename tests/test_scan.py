@@ -149,6 +149,45 @@ def test_a_metaimage_that_is_cut_short_is_one_sentence(tmp_path, name, compresse
     assert capfd.readouterr().err == "", "nothing of the reader's own"
 
 
+@pytest.mark.parametrize("suffix", [".mhd", ".nrrd"])
+def test_the_file_with_the_voxels_is_one_of_the_case(pair, tmp_path, suffix):
+    """The cache of preprocessed volumes must notice that it changed."""
+    header, volume = tmp_path / f"b{suffix}", pair[0][..., 1]
+    header.write_text(
+        "NDims = 3\nDimSize = 4 4 2\nElementType = MET_UCHAR\nElementDataFile = other.bin\n"
+        if suffix == ".mhd"
+        else "NRRD0004\ntype: uchar\ndimension: 3\nsizes: 4 4 2\nencoding: raw\n"
+        "space: left-posterior-superior\nspace directions: (1,0,0) (0,1,0) (0,0,1)\n"
+        "space origin: (0,0,0)\ndata file: other.bin\n"
+    )
+    (tmp_path / "other.bin").write_bytes(volume.tobytes()[:32])
+    (case,) = find_cases(header)
+    assert case.read().shape == (2, 4, 4, 3)
+    assert case.files == [header, tmp_path / "other.bin"]
+
+
+def test_a_volume_of_vectors_in_time_is_refused(tmp_path):
+    image = SimpleITK.GetImageFromArray(np.ones((2, 3, 4, 5, 3), np.uint8), isVector=True)
+    SimpleITK.WriteImage(image, str(tmp_path / "a.nii.gz"))
+    with pytest.raises(ValueError, match="a.nii.gz: has 4 axes of vectors"):
+        find_cases(tmp_path)
+
+
+def test_a_link_keeps_its_name(pair, tmp_path):
+    """In a data set under git-annex, each file is a link to one that is named by its hash."""
+    for name in ("annex", "in"):
+        (tmp_path / name).mkdir()
+    target = write(tmp_path / "annex" / "MD5E-s123--0a1b.nii.gz", pair[0][..., 1])
+    link = tmp_path / "in" / "TCGA_CS_4941_19960909_flair.nii.gz"
+    link.symlink_to(target)
+    write(tmp_path / "in" / "TCGA_CS_4941_19960909_flair_mask.nii.gz", pair[1].astype("u1"))
+    for case in (*find_cases(link), *find_cases(link.parent)):
+        assert case.name == "TCGA_CS_4941_19960909_flair" and case.masks
+    link.rename(link.with_name("x_t1.nii.gz"))
+    with pytest.raises(ValueError, match="its name says 't1'"):
+        find_cases(link.with_name("x_t1.nii.gz"))
+
+
 def test_a_metaimage_without_its_voxels_names_their_file(tmp_path):
     image = SimpleITK.GetImageFromArray(np.ones((2, 8, 8), np.uint8))
     SimpleITK.WriteImage(image, str(tmp_path / "b.mhd"))
@@ -471,6 +510,8 @@ def test_dicom_series_goes_the_whole_way(pair, weights, tmp_path):
 def test_dicom_folder_by_a_relative_path(pair, tmp_path, monkeypatch):
     monkeypatch.chdir(write_series(tmp_path / "series", pair[0][..., 1]))
     assert [case.name for case in find_cases(".")] == ["series"]
+    for given in (Path("IM010"), Path(".")):
+        assert len(find_sequences(given, None, None).numbers) == 7
 
 
 def edit(path: Path, **tags: object) -> None:

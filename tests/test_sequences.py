@@ -116,7 +116,7 @@ def test_a_sequence_that_does_not_fit_is_not_registered(head, weights, tmp_path,
 
 def test_slices_cannot_be_registered(phantoms, weights, tmp_path, capsys):
     assert infer(tmp_path / "out", weights, "--images", phantoms, "--register") == 1
-    assert "slices hold every sequence and cannot be registered" in capsys.readouterr().err
+    assert "holds every sequence and cannot be registered" in capsys.readouterr().err
 
 
 # Oblong pixels

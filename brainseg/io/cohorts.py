@@ -8,6 +8,7 @@ folder below it and `{name}` the last part of that path.
 from __future__ import annotations
 
 import glob
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -48,7 +49,7 @@ class Layout:
 
 def _brain_lesion(*places: str) -> Patterns:
     """List patterns of lesion masks in BIDS derivatives; NO_LESION rules out brain and tissues."""
-    names = ("*lesion*", "*tumo*r*", "*_roi", "*_mask")
+    names = ("*lesion*", "*tumo*r*", "*_roi")  # *_mask may be of anything
     return tuple(f"{{root}}/derivatives/{place}/{name}" for name in names for place in places)
 
 
@@ -118,9 +119,14 @@ def sequences_in(
     return {role: paths[0] if paths else None for role, paths in files.items()}
 
 
+def absolute(path: Path) -> Path:
+    """Return the absolute path; links, whose names may say more than their targets', stay."""
+    return Path(os.path.abspath(path))
+
+
 def _fitting(pattern: str, folder: Path, root: Path) -> list[Path]:
     """List the volume files and DICOM folders that match a pattern, in order."""
-    places = {"root": root, "case": folder.relative_to(root), "name": folder.name}
+    places = {"root": absolute(root), "case": folder.relative_to(root), "name": folder.name}
     for name, place in places.items():
         pattern = pattern.replace(f"{{{name}}}", glob.escape(str(place)))
     where, _, wanted = pattern.rpartition("/")

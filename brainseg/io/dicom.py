@@ -243,7 +243,7 @@ def series_files(path: Path) -> Sequence[str]:
             "each its own folder"
         )
     for files in found:
-        if path.is_dir() or str(path) in files:
+        if path.is_dir() or path in map(Path, files):
             return files
     raise ValueError(f"{path}: is not part of a DICOM series; give the folder of a series")
 

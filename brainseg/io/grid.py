@@ -106,6 +106,8 @@ def file_grid(path: Path) -> tuple[Grid, int]:
     if dimension not in (3, 4):
         raise ValueError(f"{path}: has {dimension} axes; give a volume of 3, or of 4 with channels")
     size = info.GetSize()
+    if dimension == 4 and info.GetNumberOfComponents() > 1:
+        raise ValueError(f"{path}: has 4 axes of vectors; give a volume of 3, with channels")
     channels = size[3] if dimension == 4 else info.GetNumberOfComponents()
     if not min(info.GetSpacing()[:3]) > 0:
         spacing = by(info.GetSpacing()[:3])

@@ -11,7 +11,7 @@ from itertools import count
 from pathlib import Path
 
 from ..preprocess import SEQUENCES
-from .cohorts import BIDS, NO_LESION, Layout, sequences_in
+from .cohorts import BIDS, NO_LESION, Layout, absolute, sequences_in
 from .dicom import check_flair, is_series, sort_study, study_in
 from .labels import Labels
 from .scans import Scan, is_scan, scan_name
@@ -94,7 +94,7 @@ def list_cases(
 
 
 def _sources_in(root: Path, other_than: Path | None, layout: Layout | None) -> list[Source]:
-    whole = root.resolve()
+    whole = absolute(root)
     if root.is_dir() and is_scan(root):
         for folder in _folders_in(root, other_than):
             if _holds_case(folder):
@@ -176,11 +176,11 @@ def _folders_in(root: Path, other_than: Path | None) -> list[Path]:
 def _cases_in(root: Path, other_than: Path | None) -> list[Path]:
     folders = _folders_in(root, other_than)
     if volumes := _volumes_in(root):
-        if len(volumes) > 1 and _is_one_case(root.resolve()):
-            return [root.resolve()]
+        if len(volumes) > 1 and _is_one_case(absolute(root)):
+            return [absolute(root)]
         return sorted(volumes + [each for each in folders if _holds_case(each) or study_in(each)])
     if not any(map(_holds_case, folders)) and _holds_case(root):
-        return [root.resolve()]
+        return [absolute(root)]
     return folders
 
 
@@ -244,7 +244,8 @@ def _in_layout(folder: Path, files: dict[str, Path | None]) -> Scan:
 
 def find_sequences(flair: Path, pre: Path | None, post: Path | None) -> Scan:
     """Open the scan with one file per sequence, named after FLAIR and its folder."""
-    name = f"{flair.resolve().parent.name}_{scan_name(flair)}"
+    whole = absolute(flair)
+    name = f"{whole.parent.name}_{scan_name(whole)}"
     return Scan.open(name, [pre, flair, post], _mask_of(flair))
 
 

@@ -8,6 +8,7 @@ orientation that way. Sequences on other grids are resampled to FLAIR's; the mas
 from __future__ import annotations
 
 import math
+import os
 import re
 import zlib
 from collections.abc import Sequence
@@ -89,8 +90,8 @@ class Scan(Case):
         found = []
         for path in self.slices + self.masks:
             found += map(Path, series_files(path)) if is_series(path) else [path]
-            if path.suffix.lower() == ".mhd":  # its voxels are in another file
-                found += [p for s in (".raw", ".zraw") if (p := path.with_suffix(s)).exists()]
+            if file := voxel_file(path):
+                found.append(file)
         return found
 
     @property
@@ -210,11 +211,11 @@ class Scan(Case):
 
 
 def registered(case: Case) -> Scan:
-    """Return the case with its sequences registered to FLAIR; ValueError if it is of slices."""
-    if not isinstance(case, Scan):
+    """Return the case with its sequences registered to FLAIR; ValueError if they share files."""
+    if not isinstance(case, Scan) or case.channels > 1:
         raise ValueError(
-            f"{case.folder}: slices hold every sequence and cannot be registered; give one volume "
-            "file per sequence, or leave out --register"
+            f"{case.folder}: holds every sequence and cannot be registered; give one volume file "
+            "per sequence, or leave out --register"
         )
     return replace(case, register=True)
 
@@ -231,6 +232,18 @@ def is_scan(path: Path) -> bool:
     if path.is_dir():
         return any(map(is_dicom, sorted(path.iterdir())))
     return path.name.lower().endswith(SUFFIXES) and path.name[0] != "."
+
+
+def voxel_file(path: Path) -> Path | None:
+    """Find the file with the voxels of a MetaImage or NRRD header, if it is a separate one."""
+    keys = {".mhd": rb"ElementDataFile *=", ".nrrd": rb"data ?file:"}
+    if not (key := keys.get(path.suffix.lower())):
+        return None
+    with open(path, "rb") as file:
+        header, *_ = re.split(rb"\r?\n\r?\n", file.read(1 << 16))
+    named = re.search(rb"^" + key + rb" *(.+?) *\r?$", header, re.M | re.I)
+    file = path.parent / os.fsdecode(named[1]) if named else path
+    return file if file != path and file.is_file() else None
 
 
 def read_grid(path: Path) -> tuple[Grid, int]:
