@@ -6,7 +6,7 @@
     python3 train.py --resume --epochs 150                train for longer
     python3 train.py --config settings.yaml               flag names as keys; flags win
     python3 train.py --folds 5 --fold 0                   cross-validation by patient
-    python3 train.py --init-weights weights/unet-folds/unet-27064ae7.pt ...            fine-tune
+    python3 train.py --init-weights weights/unet-folds/unet-a5f30600.pt ...            fine-tune
     torchrun --nproc-per-node=4 train.py ...              on four GPUs of this machine
     tensorboard --logdir logs                             curves and outlined slices
 

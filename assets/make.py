@@ -4,8 +4,8 @@ make demo && .venv/bin/python -m assets.make
 python3 app.py & python3 -m assets.make http://127.0.0.1:7860       # those of the page (playwright)
 
 folds_dsc.png and folds_expected.png are scores.png and expected_dsc.png of evaluate.py, with
---weights unet-folds=weights/unet-folds --subset train validation --fit-expected-dsc (and, as in the
-card, --tta and --min-volume).
+--subset train validation --fit-expected-dsc and a copy of weights/unet-folds, as the fit is written
+into its cards.
 """
 
 import shutil

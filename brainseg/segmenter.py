@@ -127,7 +127,9 @@ class Segmenter:
         if changed and fit.get("features"):
             segmenter.expected_dsc_fit = None
             fitted = ", ".join(changed).replace("_", " ")
-            segmenter.notes.append(f"no expected DSC: the card's fit is for {fitted}")
+            segmenter.notes.append(
+                f"no expected DSC, as the card's fit is for {fitted}: leave out what changes it"
+            )
         return segmenter
 
     def __call__(self, volume: np.ndarray, aspect: float = 1.0) -> np.ndarray:
