@@ -23,6 +23,7 @@ with --report, one self-contained page with all of it.
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 import utils
@@ -72,6 +73,10 @@ def run(args: argparse.Namespace, options: dict) -> None:
     models = open_models(args.weights, options)
     if args.fit_expected_dsc:
         check_can_fit(models)
+    else:
+        for model in models:
+            for note in model.segmenter.notes if model.segmenter else ():
+                print(f"{model.name}: {note}", file=sys.stderr)
     cases, left_out = choose_cases(sources, args.subset, models, args.images)
     print(count_patients(by_subset(case.name for case in cases)), flush=True)
     check_writable(args.out)

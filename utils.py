@@ -183,7 +183,7 @@ def add_cohort_options(add: Callable[..., object]) -> None:
         help="file names in the folder of a case: flair='*_f.nii.gz' pre=... post=... mask=...")
     add("--labels", type=int, nargs="+", least=1,
         help="mask labels that count as lesion (all above 0)")
-    add("--patients", type=Path, help="CSV with the columns case and patient (from the names)")
+    add("--patients", type=str, help="CSV with the columns case and patient (from the names)")
 
 
 def add_segmenter_options(parser: Parser, workers: bool = True) -> None:

@@ -122,7 +122,11 @@ def load_checkpoint(path: Path) -> dict:
     """Load a checkpoint. Raises FileNotFoundError or ValueError, naming it, if it is not one."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: nothing to resume from; start without --resume")
-    checkpoint = load_tensors(path)
+    try:
+        checkpoint = load_tensors(path)
+    except ValueError as error:
+        fault = "is not a training checkpoint, or is damaged; start without --resume"
+        raise ValueError(f"{path}: {fault}") from error
     before_version_2 = "n_averaged" in (checkpoint.get("ema") or ())  # of the preprocessing
     if before_version_2 or not CHECKPOINT <= checkpoint.keys():
         raise ValueError(

@@ -106,10 +106,7 @@ def load_tensors(path: Path | str) -> dict:
     except PermissionError:
         raise
     except Exception as error:  # torch.load may raise nearly anything on a damaged file
-        kind, remedy = "weights file", "fetch it again"
-        if path.suffix == ".ckpt":
-            kind, remedy = "training checkpoint", "start without --resume"
-        raise ValueError(f"{path}: is not a {kind}, or is damaged; {remedy}") from error
+        raise ValueError(f"{path}: is not a weights file, or is damaged; fetch it again") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: does not contain a state dict; save model.state_dict()")
     return content

@@ -210,6 +210,14 @@ def test_flair_stands_in_for_missing_sequences(tmp_path):
     assert case.notes == ["FLAIR stands in for post-contrast"]
 
 
+def test_a_linked_bids_subject_has_the_masks_of_its_data_set(tmp_path):
+    (name, *_) = write_cohort(tmp_path / "bids", LAYOUTS["BIDS"])
+    subject, _, _ = name.partition("_")
+    (tmp_path / subject).symlink_to(tmp_path / "bids" / subject)
+    (case,) = find_cases(tmp_path / subject)
+    assert case.name == name and case.masks
+
+
 def test_two_files_of_one_sequence_are_refused(tmp_path):
     write_case(tmp_path, BRATS, "x", *VOLUMES[0])
     write(tmp_path / "x" / "y_flair.nii.gz", VOLUMES[1][0][..., 1])

@@ -307,6 +307,7 @@ def test_fitting_is_refused_when_it_is_meaningless(phantoms, folder, tmp_path):
         (["a=" + str(folder), "b=" + str(folder)], "is for one model"),
         ([bare], "bare.pt: no card says what it was trained on"),
         ([folder / "fold0.pt", "--cases", *NAMES[4:9]], "case.s. with a mask, but 20 are needed"),
+        ([folder, "--image-size", 64], "was trained on slices of 32 x 32"),
     ]:
         with pytest.raises(SystemExit, match=said):
             evaluate.main([str(word) for word in (*words, "--weights", *models)])

@@ -154,7 +154,7 @@ def test_the_file_with_the_voxels_is_one_of_the_case(pair, tmp_path, suffix):
     """The cache of preprocessed volumes must notice that it changed."""
     header, volume = tmp_path / f"b{suffix}", pair[0][..., 1]
     header.write_text(
-        "NDims = 3\nDimSize = 4 4 2\nElementType = MET_UCHAR\nElementDataFile = other.bin\n"
+        "NDims = 3\nDimSize = 4 4 2\nElementType = MET_UCHAR\n\nElementDataFile\t= other.bin\n"
         if suffix == ".mhd"
         else "NRRD0004\ntype: uchar\ndimension: 3\nsizes: 4 4 2\nencoding: raw\n"
         "space: left-posterior-superior\nspace directions: (1,0,0) (0,1,0) (0,0,1)\n"

@@ -27,6 +27,12 @@ def check_can_fit(models: Sequence[Model]) -> None:
                 f"{file}: no card says what it was trained on, and the expected DSC can "
                 "only be learnt from other cases; put the card that train.py wrote next to it"
             )
+        size, trained = model.segmenter.image_size, read_card(file).get("image_size")
+        if size != trained:
+            raise ValueError(
+                f"{file}: was trained on slices of {trained} x {trained}, for which the fit must "
+                "be made; leave out --image-size"
+            )
 
 
 def fit_and_save(model: Model, rows: Sequence[dict], figure: Path) -> str:

@@ -145,7 +145,7 @@ def volumes_table(rows: Sequence[dict], path: Path) -> Table:
         notes.append(f"... and {len(ordered) - PRINTED} more in {path}")
     found = [row for row in rows if row["lesion_voxels"]]
     if found and all(row["expected_dsc"] is None for row in found):
-        notes.append("No expected DSC: the weights' card has no fit for it, or for other options.")
+        notes.append("No expected DSC: the card of the weights has no fit for these options.")
     cells = {
         "case": lambda row: row["case"],
         "slices": lambda row: shown_count(row["slices"]),

@@ -117,6 +117,7 @@ def _bids_sessions(root: Path) -> list[Source]:
     """List the sessions of a BIDS data set, or of one subject if `root` is its folder."""
     top, subjects = root, root.glob("sub-*")
     if root.name.startswith("sub-"):
+        root = root.resolve()  # if it is a link, its masks are beside its target
         top, subjects = root.parent, [root]
     anats = [anat for each in subjects for at in ("anat", "ses-*/anat") for anat in each.glob(at)]
     folders = sorted(anat.parent for anat in anats if anat.is_dir())
@@ -246,7 +247,7 @@ def find_sequences(flair: Path, pre: Path | None, post: Path | None) -> Scan:
     """Open the scan with one file per sequence, named after FLAIR and its folder."""
     whole = absolute(flair)
     name = f"{whole.parent.name}_{scan_name(whole)}"
-    return Scan.open(name, [pre, flair, post], _mask_of(flair))
+    return Scan.open(name, [pre, flair, post], _mask_of(whole))
 
 
 def _find_scan(path: Path) -> Scan:

@@ -89,9 +89,10 @@ class Scan(Case):
     def files(self) -> list[Path]:
         found = []
         for path in self.slices + self.masks:
-            found += map(Path, series_files(path)) if is_series(path) else [path]
-            if file := voxel_file(path):
-                found.append(file)
+            if is_series(path):
+                found += map(Path, series_files(path))
+            else:
+                found += filter(None, (path, voxel_file(path)))
         return found
 
     @property
@@ -215,7 +216,7 @@ def registered(case: Case) -> Scan:
     if not isinstance(case, Scan) or case.channels > 1:
         raise ValueError(
             f"{case.folder}: holds every sequence and cannot be registered; give one volume file "
-            "per sequence, or leave out --register"
+            "per sequence, or do not ask to register"
         )
     return replace(case, register=True)
 
@@ -236,12 +237,14 @@ def is_scan(path: Path) -> bool:
 
 def voxel_file(path: Path) -> Path | None:
     """Find the file with the voxels of a MetaImage or NRRD header, if it is a separate one."""
-    keys = {".mhd": rb"ElementDataFile *=", ".nrrd": rb"data ?file:"}
-    if not (key := keys.get(path.suffix.lower())):
+    keys = {".mhd": rb"ElementDataFile[ \t]*=", ".nrrd": rb"data ?file:"}
+    if not (key := keys.get(suffix := path.suffix.lower())):
         return None
     with open(path, "rb") as file:
-        header, *_ = re.split(rb"\r?\n\r?\n", file.read(1 << 16))
-    named = re.search(rb"^" + key + rb" *(.+?) *\r?$", header, re.M | re.I)
+        header = file.read(1 << 16)
+    if suffix == ".nrrd":  # the voxels may follow the first blank line
+        header, *_ = re.split(rb"\r?\n\r?\n", header)
+    named = re.search(rb"^" + key + rb"[ \t]*(.+?)[ \t]*\r?$", header, re.M | re.I)
     file = path.parent / os.fsdecode(named[1]) if named else path
     return file if file != path and file.is_file() else None
 
