@@ -246,11 +246,22 @@ def _agreement(predicted: np.ndarray, dsc: np.ndarray) -> dict:
 
 
 def quality_warnings(
-    features: dict, expected: tuple[float, float, float] | None, notes: Sequence[str] = ()
+    features: dict,
+    expected: tuple[float, float, float] | None,
+    notes: Sequence[str] = (),
+    dropped: int = 0,
 ) -> list[str]:
-    """List in words what calls for a second look; `notes` are those of the `Frame`."""
+    """List in words what calls for a second look; `notes` are those of the `Frame`.
+
+    `dropped` is the number of voxels at 0.5 or more that an empty mask does not have.
+    """
     warnings = [f"unusual input: {note}" for note in notes]
-    if not features["voxels"]:
+    if dropped:
+        warnings.append(
+            f"the mask is empty: components of {dropped} voxels in all are smaller than the "
+            "minimum volume (--min-volume); look at it"
+        )
+    elif not features["voxels"]:
         warnings.append("the mask is empty: the scan has no lesion, or it was missed; look at it")
     elif expected and expected[0] < WARN_BELOW:
         value, low, high = expected
@@ -274,4 +285,5 @@ def assess(
     """
     features = quality(probabilities, mask, deviation)
     expected = expected_dsc(features, fit)
-    return features, expected, quality_warnings(features, expected, notes)
+    dropped = 0 if mask.any() else int((probabilities >= 0.5).sum())
+    return features, expected, quality_warnings(features, expected, notes, dropped)

@@ -311,3 +311,12 @@ def test_fitting_is_refused_when_it_is_meaningless(phantoms, folder, tmp_path):
     ]:
         with pytest.raises(SystemExit, match=said):
             evaluate.main([str(word) for word in (*words, "--weights", *models)])
+
+
+def test_a_mask_emptied_by_the_minimum_volume_says_so():
+    probabilities = np.zeros((2, 8, 8), np.float32)
+    empty = np.zeros(probabilities.shape, bool)
+    assert "no lesion, or it was missed" in ensemble.assess(probabilities, empty, None, None)[2][0]
+    probabilities[0, :2, :3] = 0.9
+    (said,) = ensemble.assess(probabilities, empty, None, None)[2]
+    assert "components of 6 voxels in all are smaller than the minimum volume" in said
