@@ -1,4 +1,4 @@
-"""What the commands, torch.hub and the server share."""
+"""Code shared by the commands, torch.hub and the server."""
 
 import importlib.util
 import sys
