@@ -213,8 +213,9 @@ def build_network(name: str, seed: int, init_weights: Path | None, **settings) -
         torch.manual_seed(seed)
         model = build_model(name, **settings)
     if init_weights:
-        unused, random = (", ".join(part) or "nothing" for part in initialise(model, init_weights))
-        print(f"{init_weights}: not used: {unused}; left at random: {random}")
+        unused, random = (", ".join(part) for part in initialise(model, init_weights))
+        fault = f"not used: {unused or 'nothing'}; left at random: {random or 'nothing'}"
+        print(f"{init_weights}: {fault if unused or random else 'all weights were taken over'}")
     return model
 
 
