@@ -11,6 +11,9 @@ search  Short trainings on small slices that each differ in one thing from train
 ship    The defaults, one network per fold, first on small slices, then on slices as large as a
         cropped head. All are exported into OUT/weights, each patient is scored by the network that
         has not seen it, and the expected DSC is fitted to these scores and saved in the cards.
+nested  For some of the five folds (--outer): four networks, each trained without that fold and
+        without a quarter of the rest. No patient of the fold has been seen by any of them, so what
+        is made of these networks can be scored on it. All are exported into OUT/nested/fold<k>.
 
 Every training keeps its last epoch: nothing is chosen on the patients held out. With --start, each
 training continues from the network of that folder that has not seen them either, and ship skips the
@@ -29,6 +32,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from brainseg.io.files import atomic_write
+from brainseg.splits import list_cohort, split_folds
 from brainseg.weights import read_card
 from utils import fail
 
@@ -39,6 +43,9 @@ COMMON = f"--keep last --vis-freq 0 --validate-every 5 --folds {FOLDS}".split()
 SEARCH = "--image-size 128 --epochs 4".split()
 SMALL = "--image-size 128 --epochs 45".split()
 NATIVE = "--image-size 192 --epochs 15 --lr 1e-3 --seed 43".split()
+INNER_FOLDS = 4  # of the patients outside an outer fold; shorter trainings than those that ship
+INNER_SMALL = "--image-size 128 --epochs 24".split()
+INNER_NATIVE = "--image-size 192 --epochs 9 --lr 1e-3 --seed 43".split()
 BASE = "defaults"
 CHANGES = {
     "preprocessing-1": "--preprocessing 1",
@@ -106,7 +113,42 @@ def ship(args: argparse.Namespace, pool: Pool) -> str:
     return table(["weights", "DSC of every patient, unseen"], [[str(weights), dsc(about)]])
 
 
-STAGES = {"search": search, "ship": ship}
+def nested(args: argparse.Namespace, pool: Pool) -> str:
+    """Train and export the inner networks of each outer fold; return the table."""
+    rows = []
+    for outer in args.outer:
+        folder = args.out / "nested" / f"fold{outer}"
+        link_cases(args.images, outer, folder / "images")
+        inner = argparse.Namespace(images=folder / "images", options=args.options)
+        folds = ["--folds", str(INNER_FOLDS)]
+        small = []
+        native = []
+        for k in range(INNER_FOLDS):
+            small.append(training(inner, folder / f"small{k}", k, INNER_SMALL, change=folds))
+            start = small[k].weights
+            native.append(training(inner, folder / f"native{k}", k, INNER_NATIVE, start, folds))
+        for first in range(0, INNER_FOLDS, pool.jobs):  # so that some are finished early
+            some = slice(first, first + pool.jobs)
+            train_all(f"fold {outer}, small slices", small[some], pool)
+            train_all(f"fold {outer}", native[some], pool)
+        files = [each.weights for each in native]
+        call(script("export.py", "--weights", *files, "--out", folder / "weights"))
+        rows.append([str(outer), str(folder / "weights")])
+    return table(["fold that none has seen", "weights"], rows)
+
+
+def link_cases(images: Path, outer: int, folder: Path) -> None:
+    """Fill `folder` with links to the cases of `images` that are not in the fold `outer`."""
+    cases = [source.open() for source in list_cohort(images)]
+    train, _ = split_folds(cases, FOLDS, outer)
+    folder.mkdir(parents=True, exist_ok=True)
+    for case in train:
+        link = folder / case.name
+        if not link.is_symlink():
+            link.symlink_to(case.folder.resolve())
+
+
+STAGES = {"search": search, "ship": ship, "nested": nested}
 
 
 def training(
@@ -167,7 +209,10 @@ def main(argv: list[str] | None = None) -> None:
     add = parser.add_argument
     add("--images", type=Path, required=True, help="the real cases")
     add("--out", type=Path, default="campaign", help="folder to write to (%(default)s)")
-    add("--stage", nargs="+", choices=STAGES, default=list(STAGES), help="what to run (both)")
+    add("--stage", nargs="+", choices=STAGES, default=["search", "ship"],
+        help="what to run (search ship)")  # fmt: skip
+    add("--outer", type=int, nargs="+", choices=range(FOLDS), default=[0, 1],
+        help="nested: the folds to leave out (0 1)")  # fmt: skip
     add("--only", nargs="+", choices=CHANGES, help="only these changes in the search (all)")
     add("--start", type=Path, help="folder of networks to continue from, one per fold")
     add("--jobs", type=int, default=1, help="trainings at a time (%(default)s)")
