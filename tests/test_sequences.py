@@ -10,10 +10,10 @@ import SimpleITK
 from conftest import make_weights
 from test_scan import edit, infer, read, write, write_series
 
-from brainseg.io.dicom import Series
 from brainseg.io.grid import Grid
 from brainseg.io.layouts import find_case, find_cases, find_sequences, list_cases
 from brainseg.io.registration import foreground_points, move, register
+from brainseg.io.studies import Series
 from brainseg.metrics import dsc
 from brainseg.phantom import make_volume
 from brainseg.preprocess import preprocess

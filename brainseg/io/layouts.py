@@ -12,10 +12,11 @@ from pathlib import Path
 
 from ..preprocess import SEQUENCES
 from .cohorts import BIDS, NO_LESION, Layout, absolute, sequences_in
-from .dicom import check_flair, is_series, sort_study, study_in
+from .dicom import is_series
 from .labels import Labels
 from .scans import Scan, is_scan, scan_name
 from .slices import Case
+from .studies import check_flair, sort_study, study_in
 
 SLICE_NAME = re.compile(r"^(?P<stem>.+)_(?P<number>\d+)(?P<mask>_mask)?\.(?:tiff?|png)$", re.I)
 IMAGE_SUFFIXES = {".tif", ".tiff", ".png"}
