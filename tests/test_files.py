@@ -1,10 +1,29 @@
-"""Test that files are written whole or not at all."""
+"""Test that files are written whole or not at all, and that only our own are deleted."""
 
+import gzip
+import json
 import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
+from conftest import FORK, ROOT
 
-from brainseg.io.files import atomic_write
+from brainseg.io import files
+from brainseg.io.files import (
+    MARK,
+    OWNER,
+    RUN,
+    atomic_write,
+    clear_leftovers,
+    has_mark,
+    locked,
+    remove,
+    scratch,
+)
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
@@ -24,8 +43,8 @@ def test_whole_write_replaces_the_old_file_at_the_end_only(tmp_path):
     for text in ("first", "second"):
         before = path.read_text() if path.exists() else None
         with atomic_write(str(path)) as temporary:
-            assert temporary.parent == path.parent, "renaming is atomic on one file system only"
-            assert temporary.suffix == ".json", "imageio and matplotlib go by the suffix"
+            assert path.parent in temporary.parents, "renaming is atomic on one file system only"
+            assert temporary.name == path.name, "torch.save writes the name into the file"
             temporary.write_text(text)
             assert (path.read_text() if path.exists() else None) == before
         assert path.read_text() == text
@@ -41,3 +60,92 @@ def test_whole_write_obeys_the_umask(tmp_path):
     finally:
         os.umask(old)
     assert (tmp_path / "file").stat().st_mode & 0o777 == 0o640
+
+
+def leave_scratch(folder: Path) -> None:
+    """Kill a process while it writes."""
+    code = (
+        "import os, pathlib, signal; from brainseg.io.files import scratch\n"
+        f"with scratch(pathlib.Path({str(folder)!r})) as inner:\n"
+        "    (inner / 'half').write_text('x')\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT)
+    assert done.returncode == -signal.SIGKILL
+
+
+def test_leftovers_of_a_killed_process_are_cleared(tmp_path):
+    leave_scratch(tmp_path)
+    (left,) = tmp_path.iterdir()
+    clear_leftovers(tmp_path)
+    assert not left.exists()
+
+
+def test_scratch_of_a_live_process_or_of_another_machine_stays(tmp_path):
+    with scratch(tmp_path) as live, scratch(tmp_path) as elsewhere:
+        owner = json.loads((elsewhere / OWNER).read_text())
+        (elsewhere / OWNER).write_text(json.dumps(owner | {"machine": "another", "process": 1}))
+        clear_leftovers(tmp_path)
+        assert live.exists() and elsewhere.exists()
+        long_ago = time.time() - 2 * files.DAY
+        os.utime(elsewhere / OWNER, (long_ago, long_ago))
+        clear_leftovers(tmp_path)
+        assert live.exists() and not elsewhere.exists()
+    assert not any(tmp_path.iterdir())
+
+
+def test_folders_that_only_look_like_leftovers_stay(tmp_path):
+    for name, owner in ((".brainseg-1", None), (".brainseg-2", "{}"), (".brainseg-3", "[1]")):
+        (tmp_path / name).mkdir()
+        if owner:
+            (tmp_path / name / OWNER).write_text(owner)
+    clear_leftovers(tmp_path)
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("mask.nii.gz", "x" * 148 + MARK + "x" * 100),
+        ("page.html", f"<meta name=generator content='{MARK}'>"),
+        ("volumes.csv", f"case,{RUN}\na,1\n"),
+    ],
+)
+def test_only_what_has_our_mark_is_removed(tmp_path, name, content):
+    ours, foreign = tmp_path / name, tmp_path / f"other_{name}"
+    pack = gzip.compress if name.endswith(".gz") else bytes
+    ours.write_bytes(pack(content.encode()))
+    foreign.write_bytes(pack(content.replace(MARK, "x").replace(RUN, "x").encode()))
+    remove(ours)
+    assert not ours.exists()
+    with pytest.raises(ValueError, match=f"other_{name}: is in the way"):
+        remove(foreign)
+    assert foreign.exists()
+    remove(tmp_path / "missing")
+
+
+def test_words_of_others_in_a_table_are_no_mark(tmp_path):
+    path = tmp_path / "metrics.csv"
+    path.write_text(f"case,dsc\n{MARK},{RUN}\n")
+    assert not has_mark(path)
+
+
+def test_a_folder_is_locked_until_its_process_ends(tmp_path):
+    def hold() -> None:
+        with locked(tmp_path, "--predictions"):
+            (tmp_path / "held").touch()
+            time.sleep(60)
+
+    other = FORK.Process(target=hold)
+    other.start()
+    while not (tmp_path / "held").exists():
+        time.sleep(0.01)
+    with pytest.raises(ValueError, match="another run is writing there.*--predictions"):
+        with locked(tmp_path, "--predictions"):
+            pass
+    with locked(tmp_path, "--predictions", name="other"):
+        pass
+    other.kill()
+    other.join()
+    with locked(tmp_path, "--predictions"):
+        pass

@@ -1,21 +1,40 @@
-"""Files written whole or not at all, the folder of the cache, and errors that name their file."""
+"""Files written whole or not at all, deleted only if they are ours, and errors that name them.
+
+Two rules hold for every folder that a user names. What is written lies in a scratch folder until
+it is whole, so that a killed run leaves nothing but scratch folders, which say whose they are.
+And nothing is deleted or replaced unless its content says that this program wrote it.
+"""
 
 from __future__ import annotations
 
 import csv
 import errno
+import gzip
 import json
 import os
+import platform
 import secrets
+import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import time
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+PROGRAM = "brainseg"
+MARK = f"written by {PROGRAM}"  # in the text field that each format has for this
+OWNER = "owner.json"  # in a scratch folder: the process that it belongs to
+RUN = f"{PROGRAM}_run"  # the column of every table: the hash of the weights and settings
+ENDS = 1 << 16  # bytes at either end of a file in which the mark is looked for
+DAY = 86400  # seconds
 
 
 @contextmanager
 def atomic_write(path: Path | str) -> Iterator[Path]:
-    """Yield a temporary file beside `path`; rename it to `path` when the block has succeeded.
+    """Yield a temporary file with the name of `path`; move it to `path` if the block succeeds.
 
     If the block fails or the disk is full, a file that was at `path` is left untouched.
     """
@@ -24,15 +43,127 @@ def atomic_write(path: Path | str) -> Iterator[Path]:
         raise OSError(f"{path}: is not a file that can be replaced; name another")
     with name_in_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        stem, *_ = path.name.partition(".")
-        # Keep the suffix, such as .nii.gz, which writers need; respect the umask, unlike mkstemp.
-        temporary = path.with_name(f".{stem}-{secrets.token_hex(8)}{path.name[len(stem) :]}")
-        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
-        try:
+        with scratch(path.parent) as folder:
+            temporary = folder / path.name
             yield temporary
             temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def scratch(parent: Path) -> Iterator[Path]:
+    """Make a temporary folder in `parent`, deleted when the block ends; only its owner may enter.
+
+    A process that is killed leaves it behind; `clear_leftovers` deletes it then.
+    """
+    folder = parent / f".{PROGRAM}-{secrets.token_hex(8)}"
+    folder.mkdir(mode=0o700)
+    try:
+        owner = {"program": PROGRAM, "machine": _machine(), "process": os.getpid()}
+        (folder / OWNER).write_text(json.dumps(owner))
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def clear_leftovers(parent: Path) -> None:
+    """Delete the scratch folders in `parent` whose processes have died.
+
+    Those of other machines, whose processes cannot be seen, are deleted when they are a day old.
+    """
+    for folder in parent.glob(f".{PROGRAM}-*"):
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            owner = json.loads((folder / OWNER).read_text())
+            same_machine = owner["machine"] == _machine()
+            dead = same_machine and not _is_running(int(owner["process"]))
+            if dead or time.time() - (folder / OWNER).stat().st_mtime > DAY:
+                remove(folder)
+
+
+def _machine() -> str:
+    """Name this machine and, in a container, its space of process numbers."""
+    with suppress(OSError):
+        return f"{platform.node()} {os.readlink('/proc/self/ns/pid')}"
+    return platform.node()
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # it is another user's
+        return True
+    return True
+
+
+@contextmanager
+def locked(folder: Path, option: str, name: str = "run") -> Iterator[None]:
+    """Keep other runs out of `folder`, or out of the files called `name` in it, within the block.
+
+    The lock ends with the process, also if it is killed. Raises ValueError, naming the `option` to
+    change, if another run holds it. On a network file system it reaches other machines only if the
+    file system passes locks on, as NFS 4 does.
+    """
+    lock = FileLock(folder / f".{name}.lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise ValueError(
+            f"{folder}: another run is writing there; wait for it, or name another folder "
+            f"with {option}"
+        ) from error
+    except (OSError, NotImplementedError):  # a file system without locks
+        yield
+        return
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def remove(path: Path, is_ours: Callable[[Path], bool] | None = None) -> None:
+    """Delete a file or folder that this program wrote; nothing happens if there is none.
+
+    `is_ours` tells by its content whether it is (`has_mark`). Raises ValueError if it is not.
+    """
+    if not os.path.lexists(path):
+        return
+    check_ours(path, is_ours)
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+def check_ours(path: Path, is_ours: Callable[[Path], bool] | None = None) -> None:
+    """Raise ValueError if there is a file or folder that this program did not write."""
+    if os.path.lexists(path) and not (is_ours or has_mark)(path):
+        raise ValueError(
+            f"{path}: is in the way, and was not written by this version of {PROGRAM}; move it "
+            "elsewhere, or name another place to write to"
+        )
+
+
+def has_mark(path: Path) -> bool:
+    """Tell whether this program wrote a file, or a scratch folder, by the mark in its content."""
+    if path.is_dir():
+        try:
+            return json.loads((path / OWNER).read_text())["program"] == PROGRAM
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+    try:
+        with open(path, "rb") as file:
+            start = file.read(ENDS)
+            file.seek(max(0, path.stat().st_size - ENDS))
+            end = file.read()
+        if start[:2] == b"\x1f\x8b":
+            with gzip.open(path) as file:
+                start = file.read(ENDS)
+    except (OSError, EOFError, zlib.error):
+        return False
+    if path.suffix == ".csv":
+        return RUN.encode() in start.partition(b"\n")[0]
+    return MARK.encode() in start or MARK.encode() in end
 
 
 def write_table(path: Path, rows: Sequence[dict]) -> None:
@@ -69,7 +200,8 @@ def update_table(path: Path, rows: dict[str, dict | None], keep: bool) -> None:
     A case whose row is None loses its row. If no row is left, no file is.
     """
     rows = (read_table(path) if keep else {}) | rows
-    if lines := [row for row in rows.values() if row]:
+    lines = [row for row in rows.values() if row]
+    if lines:
         write_table(path, lines)
     else:
         path.unlink(missing_ok=True)
