@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import BinaryIO
 
 import numpy as np
 import SimpleITK as sitk
+from numpy.typing import ArrayLike
 
 from .files import by
 
@@ -18,6 +20,9 @@ sitk.ProcessObject.SetGlobalWarningDisplay(False)  # errors are raised instead, 
 
 TO_LPS = np.array([[-1.0], [-1.0], [1.0]])  # NIfTI's coordinates run to the right and to the front
 UNITS = {1: 1000.0, 3: 0.001}  # millimetres per metre and per micron, by NIfTI's xyzt_units
+SPACINGS = 0.02, 100.0  # millimetres: no scan of a head has finer or coarser voxels
+RIGHT_ANGLE = 1e-3  # cosine between two axes that are at right angles
+ROUNDED = 0.0175  # the same within a degree: directions that lost digits
 
 
 @dataclass(frozen=True)
@@ -99,6 +104,34 @@ class Grid:
         return float((np.abs(inside * 2 + 1 - other.shape) <= other.shape).all(axis=1).mean())
 
 
+def check_grid(
+    path: Path, shape: Sequence[int], spacing: ArrayLike, offset: ArrayLike, direction: ArrayLike
+) -> Grid:
+    """Return the grid that a header states; ValueError, naming the file, if it cannot be right.
+
+    The rule for every format: plausible spacings in mm, and axes (columns of `direction`) of
+    length 1 at right angles. Axes that are off by at most a degree were rounded: the nearest
+    right angles are taken, and noted.
+    """
+    spacing = np.asarray(spacing, float)
+    offset = np.asarray(offset, float)
+    direction = np.asarray(direction, float)
+    if not (np.all(spacing >= SPACINGS[0]) and np.all(spacing <= SPACINGS[1])):  # NaN is neither
+        lengths = by([f"{length:g}" for length in spacing])
+        raise ValueError(f"{path}: its spacing is {lengths} mm; correct its header")
+    if not (np.isfinite(offset).all() and np.isfinite(direction).all()):
+        raise ValueError(f"{path}: its position is not a number; correct its header")
+    error = np.abs(direction.T @ direction - np.eye(3)).max()
+    if error > ROUNDED:
+        raise ValueError(f"{path}: its axes are not at right angles; resample it")
+    notes = ()
+    if error > RIGHT_ANGLE:
+        left, _, right = np.linalg.svd(direction)
+        direction = left @ right  # the nearest orthonormal matrix
+        notes = ("its axes are up to a degree off right angles; the nearest ones are used",)
+    return Grid(tuple(shape), tuple(spacing.tolist()), tuple(offset.tolist()), direction, notes)
+
+
 def file_grid(path: Path) -> tuple[Grid, int]:
     """Read the grid and channel count of a volume file, but no voxels; ValueError if unusable."""
     info = read_information(path)
@@ -109,11 +142,8 @@ def file_grid(path: Path) -> tuple[Grid, int]:
     if dimension == 4 and info.GetNumberOfComponents() > 1:
         raise ValueError(f"{path}: has 4 axes of vectors; give a volume of 3, with channels")
     channels = size[3] if dimension == 4 else info.GetNumberOfComponents()
-    if not min(info.GetSpacing()[:3]) > 0:
-        spacing = by(info.GetSpacing()[:3])
-        raise ValueError(f"{path}: its spacing is {spacing} mm; correct its header")
     direction = np.reshape(info.GetDirection(), (dimension, dimension))[:3, :3]
-    grid = Grid(size[:3], info.GetSpacing()[:3], info.GetOrigin()[:3], direction)
+    grid = check_grid(path, size[:3], info.GetSpacing()[:3], info.GetOrigin()[:3], direction)
     return (_nifti_grid(path, fields(info), grid) if is_nifti(path) else grid), channels
 
 
@@ -171,12 +201,9 @@ def _nifti_grid(path: Path, field: dict[str, str], grid: Grid) -> Grid:
         spacing = np.linalg.norm(sform[:, :3], axis=0)
         if not (np.isfinite(sform).all() and (spacing > 0).all()):
             raise ValueError(f"{path}: its sform is damaged; copy its qform to it")
-        direction = sform[:, :3] / spacing
-        if not np.allclose(direction.T @ direction, np.eye(3), atol=1e-3):
-            raise ValueError(f"{path}: its axes are not at right angles; resample it")
-        grid = Grid(grid.shape, tuple(spacing.tolist()), tuple(sform[:, 3].tolist()), direction)
+        grid = check_grid(path, grid.shape, spacing, sform[:, 3], sform[:, :3] / spacing)
     if codes["qform"] != "0" and not agree(_qform(path, field) * to_lps, 0.5):
-        grid = replace(grid, notes=("its sform and qform disagree; the sform is used",))
+        grid = replace(grid, notes=(*grid.notes, "its sform and qform disagree; the sform is used"))
     return grid
 
 
