@@ -14,7 +14,9 @@ from typing import NamedTuple
 import nibabel
 import numpy as np
 import pytest
+import SimpleITK as sitk
 
+from brainseg.io.files import MARK
 from brainseg.io.layouts import find_cases
 
 # The phantom FLAIR: 16 axial slices of 96 x 96, 6 mm apart, of pixels of 2 x 2 mm.
@@ -72,6 +74,47 @@ def plain_nifti(folder: Path) -> Path:
     path = folder / "a.nii.gz"
     nibabel.save(nibabel.Nifti1Image(flair().T, affine()), path)
     return path
+
+
+@kind("NIfTI whose qform lies 40 mm off its sform", noted="sform and qform disagree")
+def two_forms(folder: Path) -> Path:
+    image = nibabel.Nifti1Image(flair().T, affine())
+    moved = affine()
+    moved[:3, 3] += 40
+    image.set_qform(moved, 1)
+    image.set_sform(affine(), 2)
+    nibabel.save(image, folder / "a.nii.gz")
+    return folder / "a.nii.gz"
+
+
+@pytest.mark.parametrize("codes", [(1, 2), (2, 1), (1, 1), (1, 4), (4, 0), (0, 3), (2, 5)])
+@pytest.mark.parametrize("handed", [1, -1])
+def test_a_mask_has_both_forms_of_its_scan(tmp_path, codes, handed):
+    """ITK takes the qform where the codes are (1, 2) or (1, 4); nibabel always takes the sform."""
+    turn = np.eye(4)
+    turn[:3, :3] = nibabel.eulerangles.euler2mat(0.1, 0.2, 0.3)
+    plain = affine() @ np.diag([handed, 1, 1, 1])
+    image = nibabel.Nifti1Image(flair().T, None)
+    image.set_qform(plain, codes[0])
+    image.set_sform(turn @ plain, codes[1])
+    nibabel.save(image, tmp_path / "a.nii")
+    if handed == 1:
+        with open(tmp_path / "a.nii", "r+b") as file:
+            file.seek(76)
+            file.write(bytes(4))  # pixdim[0] is 0, as in many files; it means 1
+    (case,) = find_cases(tmp_path / "a.nii")
+    volume = case.read()[..., 1]
+    for values, dtype in ((volume > BRAIN, np.uint8), (volume.astype("f4"), np.float32)):
+        case.write_map(tmp_path / "mask.nii.gz", values)
+        scan, written = (nibabel.load(tmp_path / name) for name in ("a.nii", "mask.nii.gz"))
+        for get in ("get_sform", "get_qform"):
+            matrix, code = getattr(scan.header, get)(coded=True)
+            same_matrix, same_code = getattr(written.header, get)(coded=True)
+            assert np.array_equal(matrix, same_matrix) and code == same_code, get
+        assert written.get_data_dtype() == dtype and written.header.get_xyzt_units()[0] == "mm"
+        assert written.header["descrip"].item() == MARK.encode()
+        scan, written = (sitk.ReadImage(tmp_path / name) for name in ("a.nii", "mask.nii.gz"))
+        assert scan.IsSameImageGeometryAs(written)
 
 
 # DICOM: pixels and geometry

@@ -22,7 +22,7 @@ import SimpleITK as sitk
 
 from ..preprocess import SEQUENCES
 from .dicom import check_patient, is_dicom, is_series, other_frame, series_files, series_grid
-from .files import atomic_write, by
+from .files import by
 from .grid import (
     Grid,
     byte_order,
@@ -33,6 +33,7 @@ from .grid import (
     read_fields,
     read_information,
 )
+from .nifti import write_nifti
 from .registration import Movement, move, register
 from .slices import Case, check_finite
 
@@ -200,15 +201,7 @@ class Scan(Case):
         """Write values (S, H, W) on the scan's grid, whole or not at all; bool as 0 and 1."""
         values = values.view(np.uint8) if values.dtype == bool else values
         voxels = np.ascontiguousarray(self.grid.from_axial(values))
-        image = self.grid.image(voxels)
-        with atomic_write(path) as temporary:
-            try:
-                sitk.WriteImage(image, str(temporary))
-                whole = np.array_equal(read_voxels(temporary)[..., 0], voxels)
-            except (RuntimeError, ValueError):
-                whole = False
-            if not whole:  # the NIfTI writer does not report a full disk
-                raise OSError(f"{path}: not written (is the disk full?); any earlier file is kept")
+        write_nifti(path, voxels, self.grid, self.flair)
 
 
 def registered(case: Case) -> Scan:
