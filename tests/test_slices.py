@@ -351,6 +351,48 @@ def test_anything_but_an_image_is_refused(case, name, content):
         find_case(case).read_pair()
 
 
+@pytest.mark.parametrize("kind", ["EPS", "JPEG", "BMP", "WEBP", "GIF", "PPM", "PNG", "TIFF"])
+@pytest.mark.parametrize("name", ["x_1.png", "x_1.tif"])
+def test_the_name_chooses_the_decoder(tmp_path, name, kind):
+    Image.fromarray(noise(20, 24, 3)).save(tmp_path / name, kind)
+    if name.endswith(kind.lower()[:3]):
+        assert find_case(tmp_path).read().shape == (1, 20, 24, 3)
+        return
+    with pytest.raises(ValueError, match=f"{tmp_path / name}: not a readable image"):
+        find_case(tmp_path).read()
+
+
+def test_a_second_page_that_only_pillow_can_unpack(tmp_path):
+    first, second = Image.fromarray(noise(20, 24, 3)), Image.fromarray(noise(20, 24, 3))
+    options = {"save_all": True, "append_images": [second], "compression": "tiff_lzw"}
+    first.save(tmp_path / "x_1.tif", **options)
+    with pytest.raises(ValueError, match="x_1.tif: holds an array of shape .*, not one 2-D slice"):
+        find_case(tmp_path).read()
+
+
+def test_an_ome_tiff_opens_no_other_file(tmp_path, monkeypatch):
+    tifffile.imwrite(tmp_path / "secret", noise(20, 24))
+    named = '<UUID FileName="../secret">urn:uuid:1</UUID>'
+    xml = (
+        '<OME xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06"><Image ID="Image:0">'
+        '<Pixels DimensionOrder="XYZCT" Type="uint8" SizeX="24" SizeY="20" SizeZ="2" SizeC="1" '
+        f'SizeT="1"><TiffData FirstZ="0" IFD="0">{named}</TiffData></Pixels></Image></OME>'
+    )
+    pages = np.stack([noise(20, 24)] * 2)
+    (tmp_path / "case").mkdir()
+    tifffile.imwrite(tmp_path / "case/x_1.tif", pages, description=xml, metadata=None)
+    opened, builtin = [], open
+
+    def spy(file, *args, **options):
+        opened.append(Path(str(file)).name)
+        return builtin(file, *args, **options)
+
+    monkeypatch.setattr("builtins.open", spy)
+    with pytest.raises(ValueError, match=r"\(2, 20, 24, 1\), not one 2-D slice"):
+        find_case(tmp_path / "case").read()
+    assert "secret" not in opened
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_nan_in_a_file(tmp_path, value):
     image = np.ones((10, 14), dtype=np.float32)

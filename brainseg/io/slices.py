@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
-import imageio.v3 as iio
 import numpy as np
+import SimpleITK as sitk
 import tifffile
+from PIL import Image, ImageSequence
 
 from .files import by
 from .labels import Labels
@@ -108,7 +109,10 @@ def _read_png(path: Path) -> np.ndarray:
     with open(path, "rb") as file:
         header = file.read(26)
     deep_colour = header[24:] in (b"\x10\x02", b"\x10\x06")  # 16 bits of RGB or RGBA
-    return iio.imread(path, plugin="ITK" if deep_colour else "pillow")  # Pillow keeps only 8 bits
+    if not deep_colour:
+        return _decode(path, "PNG")
+    image = sitk.ReadImage(str(path), imageIO="PNGImageIO")  # Pillow keeps only 8 bits
+    return sitk.GetArrayFromImage(image)
 
 
 def _read_tiff(path: Path) -> np.ndarray:
@@ -121,11 +125,27 @@ def _read_tiff(path: Path) -> np.ndarray:
             if "BitsPerSample" not in page.tags and page.samplesperpixel > 1:
                 raise ValueError("its directory is cut short")
             if len(tiff.pages) > 1:
-                return tiff.asarray().reshape(len(tiff.pages), *page.shape[:2], -1)
+                # Not tiff.asarray(): an OME-TIFF may name other files, and it would open them.
+                images = np.stack([page.asarray() for page in tiff.pages])
+                return images.reshape(len(images), *page.shape[:2], -1)
             image = page.asarray()
             return np.moveaxis(image, 0, -1) if page.axes == "SYX" else image
     except ValueError:  # e.g. LZW, which only Pillow can unpack
-        return iio.imread(path, plugin="pillow")
+        return _decode(path, "TIFF")
+
+
+def _decode(path: Path, kind: str) -> np.ndarray:
+    """Read a PNG or a TIFF by Pillow; without `kind`, the content would choose among 40 decoders.
+
+    Several frames give an array of 4 axes, which `read_slice` rejects.
+    """
+    frames = []
+    with Image.open(path, formats=[kind]) as image:
+        for frame in ImageSequence.Iterator(image):
+            if frame.mode == "P":
+                frame = frame.convert(frame.palette.mode)
+            frames.append(np.asarray(frame))
+    return frames[0] if len(frames) == 1 else np.stack(frames)
 
 
 def _stack(images: Sequence[np.ndarray], paths: Sequence[Path]) -> np.ndarray:
