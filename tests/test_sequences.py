@@ -284,5 +284,7 @@ def test_folders_of_several_studies_are_cases(head, tmp_path):
     ],
 )
 def test_which_sequence_a_series_is(description, echo, inversion, agent, sequence):
-    values = {"0008|103e": description, "0018|0081": echo, "0018|0082": inversion}
-    assert Series(Path("s"), values | {"0018|0010": agent}, 20).sequence == sequence
+    header = pydicom.Dataset()
+    header.SeriesDescription, header.ContrastBolusAgent = description, agent
+    header.EchoTime, header.InversionTime = echo, inversion
+    assert Series(Path("s"), header, 20).sequence == sequence

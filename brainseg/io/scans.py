@@ -91,7 +91,7 @@ class Scan(Case):
         found = []
         for path in self.slices + self.masks:
             if is_series(path):
-                found += map(Path, series_files(path))
+                found += series_files(path)
             else:
                 found += filter(None, (path, voxel_file(path)))
         return found
@@ -259,7 +259,7 @@ def read_voxels(path: Path) -> np.ndarray:
     if path.name.lower().endswith((".mha", ".mhd")):
         _check_metaimage(path)
     try:
-        source = series_files(path) if is_series(path) else str(path)
+        source = list(map(str, series_files(path))) if is_series(path) else str(path)
         image = sitk.ReadImage(source)
     except RuntimeError as error:
         raise ValueError(damaged(path)) from error

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from pydicom import Dataset
+
 from ..preprocess import SEQUENCES
-from .dicom import files_by_series, is_dicom, series_files
-from .grid import read_fields
+from .dicom import headers_by_series, is_dicom, number, read_header, series_headers, text
 
 # Words of a SeriesDescription.
 FLAIR = re.compile(r"flair|dark.?fluid", re.I)
@@ -38,29 +38,32 @@ class Series:
     """A DICOM series: its location and the header of its first image."""
 
     path: Path  # its folder, or its first file if the folder holds other series too
-    field: dict[str, str]
+    header: Dataset
     images: int
-
-    def number(self, tag: str, default: float = math.nan) -> float:
-        try:
-            return float(self.field.get(tag, "").split("\\")[0])
-        except ValueError:
-            return default
 
     @property
     def description(self) -> str:
-        return self.field.get("0008|103e") or self.field.get("0018|1030") or "no description"
+        words = text(self.header, "SeriesDescription") or text(self.header, "ProtocolName")
+        return words or "no description"
 
     def __str__(self) -> str:
-        times = {"TE": self.number("0018|0081"), "TI": self.number("0018|0082")}
+        times = {"TE": self.echo, "TI": self.inversion}
         known = [f"{name} {value:g}" for name, value in times.items() if value > 0]
-        agent = [f"agent {self.field['0018|0010']}"] if self.has_agent else []
+        agent = [f"agent {text(self.header, 'ContrastBolusAgent')}"] if self.has_agent else []
         about = ", ".join([f"{self.images} images", *known, *agent])
         return f"{self.path.name} = {self.description!r} ({about})"
 
     @property
+    def echo(self) -> float:
+        return number(self.header, "EchoTime")  # ms; NaN: not given
+
+    @property
+    def inversion(self) -> float:
+        return number(self.header, "InversionTime")
+
+    @property
     def has_agent(self) -> bool:
-        return self.field.get("0018|0010", "").lower() not in NO_AGENT
+        return text(self.header, "ContrastBolusAgent").lower() not in NO_AGENT
 
     @cached_property
     def sequence(self) -> str:
@@ -70,7 +73,7 @@ class Series:
         with an inversion time under a second. Without a description, only the times count.
         """
         words = self.description
-        echo, inversion = self.number("0018|0081"), self.number("0018|0082")  # NaN: not given
+        echo, inversion = self.echo, self.inversion
         is_t1 = bool(T1.search(words))
         if OTHER.search(words):
             return "other"
@@ -91,13 +94,14 @@ class Series:
 
 def series_in(folder: Path) -> list[Series]:
     """Find the MR series in a folder, ordered by series number."""
-    found = files_by_series(folder)
-    series = [
-        Series(folder if len(found) == 1 else Path(files[0]), read_fields(files[0]), len(files))
-        for files in found
-    ]
-    series = [one for one in series if one.field.get("0008|0060", "") in ("MR", "")]
-    return sorted(series, key=lambda one: (one.number("0020|0011", 0), str(one.path)))
+    found = headers_by_series(folder)
+    series = []
+    for headers in found:
+        first = headers[0]
+        if text(first, "Modality") in ("MR", ""):
+            path = folder if len(found) == 1 else Path(first.filename)
+            series.append(Series(path, first, len(headers)))
+    return sorted(series, key=lambda one: (number(one.header, "SeriesNumber", 0), str(one.path)))
 
 
 def study_in(folder: Path) -> list[Series]:
@@ -111,7 +115,7 @@ def study_in(folder: Path) -> list[Series]:
         inner, firsts = [folder], []
     elif sum(map(bool, firsts)) < 2:
         return []
-    studies = {read_fields(first).get("0020|000d", "") for first in firsts if first}
+    studies = {text(read_header(first), "StudyInstanceUID") for first in firsts if first}
     if len(studies) > 1:
         return []
     found = [series for path in inner for series in series_in(path)]
@@ -146,9 +150,9 @@ def check_flair(path: Path) -> str:
 
     Raises ValueError if its header says that it is something else.
     """
-    files = series_files(path)
-    series = Series(path, read_fields(files[0]), len(files))
-    if (kind := series.field.get("0008|0060", "")) not in ("MR", ""):
+    headers = series_headers(path)
+    series = Series(path, headers[0], len(headers))
+    if (kind := text(series.header, "Modality")) not in ("MR", ""):
         raise ValueError(f"{path}: is a DICOM series of modality {kind}; give FLAIR, an MR series")
     words = series.description
     if series.sequence not in ("FLAIR", "other") or OTHER.search(words) or T2.search(words):
