@@ -50,7 +50,7 @@ class Unavailable(Exception):
 
 @dataclass(frozen=True)
 class Loaded:
-    """A case in memory; its files are not kept."""
+    """A case in memory; its files last as long as its job."""
 
     case: Case
     notes: list[str]
@@ -244,7 +244,8 @@ class Reader:
         if grid := answer["grid"]:
             direction = np.array(grid.pop("direction"))
             grid = Grid(**{name: tuple(value) for name, value in grid.items()}, direction=direction)
-            case = Scan(case.name, case.numbers, (), (), grid, channels=3)
+            flair = Path(answer["flair"])  # the mask's file takes over what its header says
+            case = Scan(case.name, case.numbers, (flair,), (), grid, channels=3)
         truth = np.load(folder / "truth.npy") if answer["truth"] else None
         return Loaded(case, answer["notes"], np.load(folder / "volume.npy"), truth)
 

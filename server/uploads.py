@@ -147,6 +147,7 @@ def read(parts: dict[str, list[Sent]], folder: Path, limits: Limits) -> dict:
         "numbers": case.numbers,
         "notes": case.notes,
         "grid": asdict(case.grid) if isinstance(case, Scan) else None,
+        "flair": str(case.folder),
         "truth": truth is not None,
     }
 
