@@ -13,7 +13,6 @@ from test_scan import edit, infer, read, write, write_series
 from brainseg.io.grid import Grid
 from brainseg.io.layouts import find_case, find_cases, find_sequences, list_cases
 from brainseg.io.registration import foreground_points, move, register
-from brainseg.io.studies import Series
 from brainseg.metrics import dsc
 from brainseg.phantom import make_volume
 from brainseg.preprocess import preprocess
@@ -220,17 +219,41 @@ def check_grid_by_pydicom(series: Path, mask: Path) -> None:
     [
         ((FLAIR, FLAIR, BEFORE), "2 FLAIR series"),
         ((BEFORE, AFTER), "no FLAIR series"),
-        ((FLAIR, AFTER, AFTER), "2 post-contrast series"),
-        ((FLAIR, BEFORE | {"EchoTime": 100}), "s1 is doubtful"),
+        ((FLAIR | {"EchoTime": 12}, BEFORE), "no FLAIR series"),
     ],
 )
-def test_a_doubtful_study_is_refused(head, weights, tmp_path, series, said, capsys):
+def test_a_study_whose_flair_is_in_doubt_is_refused(head, weights, tmp_path, series, said, capsys):
     study = write_study(tmp_path / "anna", head[0][:4], *series)
     assert infer(tmp_path / "out", weights, "--images", study) == 1
     text = capsys.readouterr().err
-    assert f"{study}: {said}; name them with --flair" in text
+    assert f"{study}: {said}; name the right one with --flair SERIES" in text
     assert all(f"s{k} = {tags['SeriesDescription']!r} (4 images" in text
                for k, tags in enumerate(series))  # fmt: skip
+
+
+NAMELESS = {"SeriesDescription": "", "ProtocolName": ""}
+
+
+@pytest.mark.parametrize(
+    "series, used",
+    [
+        ((FLAIR, AFTER, AFTER), {}),
+        ((FLAIR, BEFORE | {"EchoTime": 100}), {}),
+        ((FLAIR, BEFORE, BEFORE, AFTER), {"post-contrast": "s3"}),
+        ((FLAIR, BEFORE, AFTER | {"SeriesDescription": "T1 pre"}), {"pre-contrast": "s1"}),
+        ((FLAIR | NAMELESS, BEFORE | NAMELESS, T2 | NAMELESS), {}),
+    ],
+)
+def test_doubt_about_t1_leaves_flair(head, tmp_path, series, used):
+    """FLAIR of a study without descriptions is certain by its times, T1 is not."""
+    study = write_study(tmp_path / "anna", head[0][:4], *series)
+    scan = find_case(study)
+    assert scan.flair.name == "s0"
+    assert {name: path.name for name, path in scan._others.items()} == used
+    said = " ".join(scan.notes)
+    assert "not certain which T1 each is: " in said
+    assert "name them with --flair, --pre and --post" in said
+    assert "FLAIR stands in for" in said
 
 
 def test_sequences_of_two_patients_are_refused(head, weights, tmp_path):
@@ -259,32 +282,3 @@ def test_folders_of_several_studies_are_cases(head, tmp_path):
         for path in series.iterdir():
             edit(path, StudyInstanceUID=f"1.{len(name)}.{ord(name[0])}")
     assert [source.name for source in list_cases(tmp_path)] == ["anna", "bert"]
-
-
-@pytest.mark.parametrize(
-    "description, echo, inversion, agent, sequence",
-    [
-        ("AX FLAIR", "120", "2500", "", "FLAIR"),
-        ("t2_tirm_tra_dark-fluid", "90", "2500", "Gadovist", "FLAIR"),
-        ("AX T1 FLAIR", "9", "780", "", "pre-contrast"),
-        ("AX T1 FLAIR +C", "9", "780", "", "post-contrast"),
-        ("FLAIR", "9", "780", "", "doubtful"),
-        ("", "120", "2500", "", "FLAIR"),
-        ("", "9", "", "", "doubtful"),
-        ("MPRAGE post", "3", "900", "", "post-contrast"),
-        ("T1 pre contrast", "12", "", "", "pre-contrast"),
-        ("T1 without contrast", "12", "", "none", "pre-contrast"),
-        ("T1 pre", "12", "", "Gadovist", "doubtful"),
-        ("SAG T1", "12", "", "", "pre-contrast"),
-        ("t1c", "12", "", "", "post-contrast"),
-        ("AX T2", "95", "", "", "other"),
-        ("ep2d_diff ADC", "95", "", "", "other"),
-        ("3-plane loc", "5", "", "", "other"),
-        ("T1 subtraction", "12", "", "", "other"),
-    ],
-)
-def test_which_sequence_a_series_is(description, echo, inversion, agent, sequence):
-    header = pydicom.Dataset()
-    header.SeriesDescription, header.ContrastBolusAgent = description, agent
-    header.EchoTime, header.InversionTime = echo, inversion
-    assert Series(Path("s"), header, 20).sequence == sequence

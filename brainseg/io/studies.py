@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,25 +11,7 @@ from pydicom import Dataset
 
 from ..preprocess import SEQUENCES
 from .dicom import headers_by_series, is_dicom, number, read_header, series_headers, text
-
-# Words of a SeriesDescription.
-FLAIR = re.compile(r"flair|dark.?fluid", re.I)
-T1 = re.compile(r"(?<![a-z0-9])t1|mprage|(?<![a-z])(bravo|f?spgr|vibe)", re.I)
-T2 = re.compile(r"(?<![a-z0-9])(t2|pd)(?!.*(flair|dark.?fluid))", re.I)
-OTHER = re.compile(
-    r"(?<![a-z])(loc|scout|survey|dwi|diff|adc|trace|swi|swan|tof|mr[av](?![a-z])|angio|perf|dsc|dce"
-    r"|asl|cb[fv]|sub|mip|map|stir|dti|fmri|bold|spectro|report|screen)",
-    re.I,
-)
-AGENT = r"(contrast|gad\w*|gd|km)"
-BEFORE = re.compile(
-    rf"(?<![a-z])((pre|nativ\w*|without|w/o)[-_ .]*{AGENT}?|non?[-_ .]*{AGENT})", re.I
-)
-AFTER = re.compile(
-    rf"post|{AGENT}|[+&] ?c(?![a-z])|(?<![a-z])(c\+|ce(?![a-z]))|t1.?(ce?)(?![a-z])", re.I
-)
-LONG_ECHO, NULLS_CSF = 60.0, 1400.0  # minimum echo and inversion time in ms
-NO_AGENT = {"", "none", "no", "n", "0", "no contrast", "without"}
+from .sequences import says_other, sequence_of
 
 
 @dataclass(frozen=True)
@@ -42,16 +23,12 @@ class Series:
     images: int
 
     @property
-    def description(self) -> str:
-        words = text(self.header, "SeriesDescription") or text(self.header, "ProtocolName")
-        return words or "no description"
+    def words(self) -> str:
+        return text(self.header, "SeriesDescription") or text(self.header, "ProtocolName")
 
-    def __str__(self) -> str:
-        times = {"TE": self.echo, "TI": self.inversion}
-        known = [f"{name} {value:g}" for name, value in times.items() if value > 0]
-        agent = [f"agent {text(self.header, 'ContrastBolusAgent')}"] if self.has_agent else []
-        about = ", ".join([f"{self.images} images", *known, *agent])
-        return f"{self.path.name} = {self.description!r} ({about})"
+    @property
+    def description(self) -> str:
+        return self.words or "no description"
 
     @property
     def echo(self) -> float:
@@ -62,34 +39,24 @@ class Series:
         return number(self.header, "InversionTime")
 
     @property
-    def has_agent(self) -> bool:
-        return text(self.header, "ContrastBolusAgent").lower() not in NO_AGENT
+    def agent(self) -> str:
+        return text(self.header, "ContrastBolusAgent")
+
+    @property
+    def about(self) -> str:
+        """Describe it in a few words: its description, times and agent."""
+        facts = [f"{self.images} images"]
+        for name, time in (("TE", self.echo), ("TI", self.inversion)):
+            if time > 0:
+                facts.append(f"{name} {time:g}")
+        if self.agent:
+            facts.append(f"agent {self.agent}")
+        return f"{self.path.name} = {self.description!r} ({', '.join(facts)})"
 
     @cached_property
     def sequence(self) -> str:
-        """Return one of SEQUENCES, "other", or "doubtful" if description and times disagree.
-
-        A FLAIR nulls CSF with an inversion time of about 2 s and a long echo; "T1 FLAIR" is a T1
-        with an inversion time under a second. Without a description, only the times count.
-        """
-        words = self.description
-        echo, inversion = self.echo, self.inversion
-        is_t1 = bool(T1.search(words))
-        if OTHER.search(words):
-            return "other"
-        if FLAIR.search(words) and not is_t1:
-            return "doubtful" if echo < LONG_ECHO or 0 < inversion < NULLS_CSF else "FLAIR"
-        if is_t1:
-            before = bool(BEFORE.search(words))
-            after = bool(AFTER.search(BEFORE.sub(" ", words))) or self.has_agent
-            if echo >= LONG_ECHO or inversion >= NULLS_CSF or (before and after):
-                return "doubtful"
-            return "post-contrast" if after else "pre-contrast"
-        if echo >= LONG_ECHO and inversion >= NULLS_CSF:
-            return "FLAIR"
-        if words == "no description" and 0 < echo < LONG_ECHO and not inversion >= NULLS_CSF:
-            return "doubtful"  # T1, proton density or susceptibility
-        return "other"
+        """Return one of SEQUENCES, "other" or "doubtful"; see `sequence_of`."""
+        return sequence_of(self.words, self.echo, self.inversion, self.agent)
 
 
 def series_in(folder: Path) -> list[Series]:
@@ -123,25 +90,29 @@ def study_in(folder: Path) -> list[Series]:
 
 
 def sort_study(folder: Path, found: Sequence[Series]) -> tuple[dict[str, Series], str]:
-    """Choose FLAIR and the pre- and post-contrast T1 of a study; also return a text naming them.
+    """Choose FLAIR and, if there is one of each, the pre- and post-contrast T1 of a study.
 
-    Raises ValueError, listing the series, if there are two of a kind, no FLAIR or a doubtful one.
+    Doubt about the T1s leaves them out. Also return a text that says what is used. Raises
+    ValueError, listing the series, unless there is one FLAIR.
     """
     kinds = {name: [one for one in found if one.sequence == name] for name in SEQUENCES}
-    wrong = [f"{len(kinds[name])} {name} series" for name in SEQUENCES if len(kinds[name]) > 1]
-    if not kinds["FLAIR"]:
-        wrong.append("no FLAIR series")
-    wrong += [f"{one.path.name} is doubtful" for one in found if one.sequence == "doubtful"]
-    if wrong:
-        listed = "; ".join(map(str, found))
+    if len(kinds["FLAIR"]) != 1:
+        listed = "; ".join(one.about for one in found)
+        count = len(kinds["FLAIR"]) or "no"
         raise ValueError(
-            f"{folder}: {' and '.join(wrong)}; name them with --flair, --pre and --post. "
-            f"It holds {listed}"
+            f"{folder}: {count} FLAIR series; name the right one with --flair SERIES, alone or "
+            f"with --pre and --post. It holds {listed}"
         )
-    chosen = {name: series[0] for name, series in kinds.items() if series}
+    chosen = {name: series[0] for name, series in kinds.items() if len(series) == 1}
     said = ", ".join(f"{name} is {series.description!r}" for name, series in chosen.items())
-    if left := [repr(one.description) for one in found if one.sequence == "other"]:
-        said += f"; left out: {', '.join(left)}"
+    left = [one for one in found if one not in chosen.values()]
+    if others := [repr(one.description) for one in left if one.sequence == "other"]:
+        said += f"; left out: {', '.join(others)}"
+    if unclear := [one.about for one in left if one.sequence != "other"]:
+        said += (
+            f"; left out, as it is not certain which T1 each is: {', '.join(unclear)}: name them "
+            "with --flair, --pre and --post"
+        )
     return chosen, said
 
 
@@ -154,10 +125,9 @@ def check_flair(path: Path) -> str:
     series = Series(path, headers[0], len(headers))
     if (kind := text(series.header, "Modality")) not in ("MR", ""):
         raise ValueError(f"{path}: is a DICOM series of modality {kind}; give FLAIR, an MR series")
-    words = series.description
-    if series.sequence not in ("FLAIR", "other") or OTHER.search(words) or T2.search(words):
+    if series.sequence != "FLAIR" and (series.sequence != "other" or says_other(series.words)):
         raise ValueError(
-            f"{path}: would be used as FLAIR, but its header says otherwise: {series}; if it is "
-            "FLAIR, give it as --flair"
+            f"{path}: would be used as FLAIR, but its header says otherwise: {series.about}; if it "
+            "is FLAIR, give it as --flair"
         )
-    return "" if words == "no description" else f"FLAIR is {words!r}"
+    return f"FLAIR is {series.words!r}" if series.words else ""

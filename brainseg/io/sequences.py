@@ -1,0 +1,179 @@
+"""Which sequence a DICOM series or a file is, by its words, its times and its contrast agent.
+
+Words that contradict each other or the times make a series doubtful: it is never guessed.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+
+LONG_ECHO, NULLS_CSF = 60.0, 1400.0  # minimum echo and inversion time of a FLAIR in ms
+
+# Each pattern is searched in plain text: small letters without accents.
+FLAIR = re.compile(r"flair|dark.?fl|(?<![a-z])da.?fl|t2f(?![a-z])|fluid.?att")
+PLANE = r"(?<![a-z0-9])(?:s|ax|sag|cor|tra|fs|[23]d)*"  # may be written together with T1 or T2
+T1 = re.compile(rf"{PLANE}t1(?!\d)|mp.?rage|(?<![a-z])(bravo|f?spgr|vibe)")
+T2 = re.compile(rf"{PLANE}(t2|pd)(?!\d)")
+OTHER = re.compile(
+    r"(?<![a-z])("
+    r"loc|lok|scout|survey|pilot|ubersicht|reperage|topogr|(3|three).?plane|phoenix|report|screen"
+    r"|dwi|diff|adc|eadc|trace|dti|tensor|b\d{3,4}|swi|e?swan|t2.?(\*|star)|hemo"
+    r"|tof|mr.?[av](?![a-z])|angio|phase.?contr|perf|dsc|dce|asl|cb[fv]|mtt|ttp|fmri|bold"
+    r"|spectro|svs|csi|mi?n?ip|map|fus|stir|psir|mp2rage|dir(?![a-z])|double.?inv"
+    r"|c.?spine|spine|[hbl]ws|wirbel|rachis|cervic|column|colonna"
+    r"|sub(tr\w*|s)?(?!-?\d|[a-z])|su[bs]tra|soustr|sottr|resta(?![a-z])|odejm"
+    r")"
+)
+
+# Words before the name of a contrast agent that say whether it was given.
+WITHOUT = {
+    "English": "without wo no non not pre before",
+    "German": "ohne kein keine vor",
+    "French": "sans avant non pas",
+    "Spanish": "sin antes previo",
+    "Italian": "senza prima",
+    "Portuguese": "sem antes",
+    "Dutch": "zonder geen voor",
+    "Polish": "bez przed",
+    "Czech": "pred",
+    "Scandinavian": "utan uden uten fore før",
+    "Romanian": "fara inainte",
+    "Russian": "без до не нет",
+}
+WITH = {
+    "English": "with w post after plus",
+    "German": "mit m nach n",
+    "French": "avec apres",
+    "Spanish": "con tras despues pos",
+    "Italian": "con dopo",
+    "Portuguese": "com apos pos",
+    "Dutch": "met na",
+    "Polish": "z po",
+    "Czech": "s po",
+    "Scandinavian": "med efter etter",
+    "Romanian": "cu dupa",
+    "Russian": "с после",
+}
+WITHOUT_WORDS = set(" ".join(WITHOUT.values()).split())
+WITH_WORDS = set(" ".join(WITH.values()).split())
+AFTER = set("post apres apos pos dopo nach efter etter".split())  # if no agent is named, too
+OPERATION = tuple("op surg chir rt rx rad chem treat ther resec biop proc bestr".split())
+# The beginnings of the names of agents; whole names; those that need a word above beside them.
+AGENTS = tuple(
+    "contr kontr gad gd magnevist dotarem multihance prohance omniscan clariscan vueway elucirem "
+    "inject injekt inyec iniez infus enhanc контраст".split()
+)
+ABBREVIATIONS = set("km mdc pdc civ cte kl inj ce ку".split())
+SHORT = set("c k ka iv ev".split())
+NATIVE = tuple("nativ natyw unenhanc blanco blanko plain kontrastsi kontrastlos nc".split())
+FILLERS = set(
+    "a al and d da de del di do e el en et i il l la o the un und v y mezzo medio agent".split()
+)
+# The beginnings of a ContrastBolusAgent that is none, and of one that is not known.
+NO_AGENT = tuple(
+    "n/ none nil null kein nein nessun nenhum ningun aucun brak nie nee nej ingen".split()
+)
+UNKNOWN = ("?", "unk", "unbek", "inconnu", "descon", "sconos", "onbek", "niezn")
+SIGNS = (  # what is written with signs or together, in words
+    (r"\+ ?/? ?-|±|\?", " with without "),
+    (r"\bw ?/ ?o\b|\bw\.o\b", " without "),
+    (r"\b[wc] ?/", " with "),
+    (r"\bs ?/|\bo\.? ?(?=km\b)", " without "),
+    (r"(?<!\w)c-(?!\w)|(?<=\s)-c\b|kontraszt\w* nelkul|\bnon? con\b", " without contrast "),
+    (r"(?<!\w)c\+|t1c\b", " with contrast "),
+    (r"\b[mn]\.? ?(?=km\b)|\+", " with "),
+    (r"\bi\.v\b", " iv "),
+    (r"\bm\.d\.c\b", " mdc "),
+    (rf"\b(pre|post|pos|non|nach|mit|ohne|vor)(?=({'|'.join((*AGENTS, *ABBREVIATIONS))}))", r"\1 "),
+)
+
+
+def sequence_of(words: str, echo: float, inversion: float, agent: str) -> str:
+    """Return pre-contrast, FLAIR, post-contrast, "other" or "doubtful" for an MR series.
+
+    `words` describe it, empty if unknown; echo and inversion times are in ms, NaN if unknown. A
+    FLAIR nulls CSF with an inversion time of about 2 s and a long echo; "T1 FLAIR" is a T1 with an
+    inversion time under a second. Without words, only the times count.
+    """
+    text = plain(words)
+    if OTHER.search(text):
+        return "other"
+    if T1.search(text):
+        if echo >= LONG_ECHO or inversion >= NULLS_CSF:
+            return "doubtful"
+        return _which_t1(text, agent)
+    if FLAIR.search(text):
+        return "doubtful" if echo < LONG_ECHO or 0 < inversion < NULLS_CSF else "FLAIR"
+    if echo >= LONG_ECHO and inversion >= NULLS_CSF:
+        return "FLAIR"
+    if not text and 0 < echo < LONG_ECHO and not inversion >= NULLS_CSF:
+        return "doubtful"  # T1, proton density or susceptibility
+    return "other"
+
+
+def says_other(words: str) -> bool:
+    """Tell whether words name a kind of image that is neither FLAIR nor T1."""
+    text = plain(words)
+    return bool(OTHER.search(text) or (T2.search(text) and not FLAIR.search(text)))
+
+
+def _which_t1(text: str, agent: str) -> str:
+    said = contrast_in(text)
+    if has_agent(agent):
+        said.add("after")
+    if not said and plain(agent).startswith(UNKNOWN):
+        return "doubtful"
+    if len(said) > 1:
+        return "doubtful"
+    return "post-contrast" if said == {"after"} else "pre-contrast"
+
+
+def has_agent(agent: str) -> bool:
+    """Tell whether a ContrastBolusAgent names an agent; "none", "N/A" and "unknown" do not."""
+    text = plain(agent)
+    words = _split(text)
+    if not words or words[0] in (*WITHOUT_WORDS, "n", "na"):
+        return False
+    return not (
+        text.startswith(NO_AGENT + UNKNOWN + NATIVE) or re.fullmatch(r"[0., ]+[a-z]*", text)
+    )
+
+
+def contrast_in(text: str) -> set[str]:
+    """Return what a plain text says of an agent: "before", "after", both if it is unclear."""
+    words = [word for word in _split(text) if word not in FILLERS]
+    said = set()
+    for k, word in enumerate(words):
+        last = words[k - 1] if k else ""
+        following = words[k + 1] if k + 1 < len(words) else ""
+        negative = last in WITHOUT_WORDS
+        if word.startswith(NATIVE):
+            said.add("before")
+        elif word.startswith(AGENTS) or word in ABBREVIATIONS:
+            said.add("before" if negative else "after")
+        elif word in SHORT and (negative or last in WITH_WORDS):
+            said.add("before" if negative else "after")
+        elif word in WITHOUT_WORDS and following in WITH_WORDS:
+            said |= {"before", "after"}
+        elif word in WITH_WORDS and following in WITHOUT_WORDS:
+            said |= {"before", "after"}
+        elif word in WITHOUT_WORDS and (word == "pre" or not following):
+            said |= set() if following.startswith(OPERATION) else {"before"}
+        elif word in AFTER:
+            said |= set() if following.startswith(OPERATION) else {"after"}
+        elif word == "c" or (word == "with" and not following):
+            said |= {"before", "after"}
+    return said
+
+
+def _split(text: str) -> list[str]:
+    for sign, word in SIGNS:
+        text = re.sub(sign, word, text)
+    return re.findall(r"[^\W\d_]+", T1.sub(" ", text))
+
+
+def plain(text: str) -> str:
+    """Return a text in small letters without accents and underscores."""
+    letters = unicodedata.normalize("NFKD", text.replace("_", " ").casefold())
+    return "".join(letter for letter in letters if not unicodedata.combining(letter)).strip()
