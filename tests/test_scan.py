@@ -533,7 +533,9 @@ def test_series_that_is_not_a_regular_stack_is_refused(pair, tmp_path, fault):
         edit(path, ImageOrientationPatient=[1, 0, 0, 0, 0, -1])
     else:
         edit(path, ImageType=["ORIGINAL", "PRIMARY", "M", "MOSAIC"])
-    with pytest.raises(ValueError, match=f"{series}: .*(missing|orientation or size|mosaic)"):
+    with pytest.raises(
+        ValueError, match=f"{series}: .*(missing|have one Image|ImageOrientationPatient|mosaic)"
+    ):
         find_case(series)
 
 

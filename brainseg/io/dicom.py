@@ -1,18 +1,17 @@
-"""DICOM: the headers of files, the files of a series, its grid and its voxels."""
+"""DICOM: headers of files, the files of a series, and the fields two series must agree on."""
 
 from __future__ import annotations
 
 import logging
 import math
 import warnings
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import pydicom
 from pydicom import Dataset, uid
 from pydicom.multival import MultiValue
-
-from .grid import Grid, fields, read_information
 
 # Silence the reader on odd fields: those that matter are checked here, and refused by name.
 logging.getLogger("pydicom").setLevel(logging.CRITICAL)
@@ -60,6 +59,12 @@ def read_header(path: Path | str) -> Dataset:
     Read fields with `text` and `numbers`, which do not fail on a field that is odd.
     """
     path = Path(path)
+    status = path.stat()
+    return _read_header(path, status.st_ino, status.st_mtime_ns, status.st_size)
+
+
+@lru_cache(maxsize=2048)  # the files of a few studies: some 50 kB each
+def _read_header(path: Path, inode: int, changed: int, size: int) -> Dataset:
     try:
         header = pydicom.dcmread(path, defer_size=1024, force=True)
     except (OSError, MemoryError):
@@ -74,7 +79,7 @@ def read_header(path: Path | str) -> Dataset:
         return header
     deflated = header.file_meta.get("TransferSyntaxUID") == uid.DeflatedExplicitVRLittleEndian
     if pixels.length != UNDEFINED and not deflated:
-        if pixels.value_tell + pixels.length > path.stat().st_size:
+        if pixels.value_tell + pixels.length > size:
             raise ValueError(_damaged(path))
     return header
 
@@ -194,34 +199,3 @@ def other_frame(path: Path, flair: Path) -> bool:
     """Tell whether two DICOM series differ in frame of reference: the patient may have moved."""
     frames = {series_field(series, "FrameOfReferenceUID") for series in (path, flair)}
     return len(frames - {None, ""}) == 2
-
-
-# Grid
-
-
-def series_grid(path: Path) -> Grid:
-    """Read the grid of a DICOM series; ValueError unless its slices are one regular stack."""
-    files = series_files(path)
-    stack = [read_information(file) for file in files]
-    first = stack[0]
-    direction = np.reshape(first.GetDirection(), (3, 3))
-    steps = np.diff([float(direction[:, 2] @ info.GetOrigin()) for info in stack])
-    usual = float(np.median(steps)) if len(steps) else first.GetSpacing()[2]
-    for k, info in enumerate(stack):
-        name = Path(files[k]).name
-        if "MOSAIC" in fields(info).get("0008|0008", ""):
-            raise ValueError(f"{path}: {name} is a mosaic of slices; convert it with dcm2niix")
-        if info.GetDimension() > 2 and info.GetSize()[2] > 1:
-            raise ValueError(f"{path}: {name} holds several frames; convert it with dcm2niix")
-        same = np.allclose(info.GetDirection(), first.GetDirection(), atol=1e-3)
-        if not same or info.GetSize() != first.GetSize():
-            raise ValueError(f"{path}: {name} differs in orientation or size from other slices")
-        if k and abs(steps[k - 1] - usual) > 0.01 * abs(usual) + 1e-3:
-            raise ValueError(
-                f"{path}: {name} is {steps[k - 1]:.2f} mm from its neighbour, others "
-                f"{usual:.2f} mm; a slice is missing or duplicated: export it again"
-            )
-    if usual <= 0:
-        raise ValueError(f"{path}: its slices are all at one position; give each image a folder")
-    shape, spacing = (*first.GetSize()[:2], len(files)), (*first.GetSpacing()[:2], usual)
-    return Grid(shape, spacing, first.GetOrigin(), direction)

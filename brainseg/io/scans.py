@@ -21,7 +21,7 @@ import numpy as np
 import SimpleITK as sitk
 
 from ..preprocess import SEQUENCES
-from .dicom import check_patient, is_dicom, is_series, other_frame, series_files, series_grid
+from .dicom import check_patient, is_dicom, is_series, other_frame, series_files
 from .files import by
 from .grid import (
     Grid,
@@ -35,6 +35,7 @@ from .grid import (
 )
 from .nifti import write_nifti
 from .registration import Movement, move, register
+from .series import read_series, series_grid
 from .slices import Case, check_finite
 
 SUFFIXES = (".nii.gz", ".nii", ".mha", ".mhd", ".nrrd")
@@ -254,13 +255,14 @@ def read_grid(path: Path) -> tuple[Grid, int]:
 
 def read_voxels(path: Path) -> np.ndarray:
     """Read the voxels (X, Y, Z, C) of a file; ValueError, naming it, if they cannot be read."""
+    if is_series(path):
+        return read_series(path)[..., None]
     if is_nifti(path):
         _check_nifti(path, read_fields(path))
     if path.name.lower().endswith((".mha", ".mhd")):
         _check_metaimage(path)
     try:
-        source = list(map(str, series_files(path))) if is_series(path) else str(path)
-        image = sitk.ReadImage(source)
+        image = sitk.ReadImage(str(path))
     except RuntimeError as error:
         raise ValueError(damaged(path)) from error
     array = sitk.GetArrayFromImage(image)  # (Z, Y, X), or (Z, Y, X, C), or (C, Z, Y, X)

@@ -1,0 +1,205 @@
+"""The files of a DICOM series as one volume: its grid and its voxels.
+
+No file speaks for the others: each must state its geometry, agree with the rest, and hold its
+pixels whole.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import SimpleITK as sitk
+from pydicom import Dataset
+
+from .dicom import UNDEFINED, number, numbers, series_headers, text
+from .files import by
+from .grid import ROUNDED, Grid, check_grid
+
+GEOMETRY = ("Rows", "Columns", "PixelSpacing", "ImageOrientationPatient")  # of every file
+SIZE = ("Rows", "Columns", "BitsAllocated")
+SPACINGS = ("PixelSpacing", "ImagerPixelSpacing", "NominalScannedPixelSpacing")  # best first
+OFF_LINE = 0.1  # mm: a slice further from the line of the others was moved
+SAME_PLACE = 1e-3  # mm
+CONVERT = "convert it with dcm2niix"
+EXPORT = "export it again with its geometry"
+
+Notes = tuple[str, ...]
+
+
+def series_grid(path: Path) -> Grid:
+    """Read the grid of a DICOM series.
+
+    Raises ValueError, naming file and tag, unless each file states its geometry and holds its
+    pixels, and the slices are one regular stack.
+    """
+    headers = series_headers(path)
+    first = headers[0]
+    for header in headers:
+        _check_image(path, header)
+        _check_alike(path, header, first)
+    spacing, notes = _pixel_spacing(path, first)
+    row, column = _stated(path, first, "ImageOrientationPatient", 6).reshape(2, 3)
+    normal = np.cross(row, column)
+    direction = np.column_stack((row, column, normal / (np.linalg.norm(normal) or 1)))
+    places = np.array([_stated(path, header, "ImagePositionPatient", 3) for header in headers])
+    if len(headers) == 1:
+        step, more = _thickness(path, first)
+    else:
+        step = _step(path, headers, places @ direction[:, 2])
+        direction, more = _straighten(path, headers, places, direction)
+    shape = int(first.Columns), int(first.Rows), len(headers)
+    grid = check_grid(path, shape, (spacing[1], spacing[0], step), places[0], direction)
+    return replace(grid, notes=notes + more + grid.notes)
+
+
+def read_series(path: Path) -> np.ndarray:
+    """Read the voxels (X, Y, Z) of a DICOM series; files of several types give one that fits all.
+
+    Raises ValueError, naming the file, if one cannot be read.
+    """
+    slices = []
+    reader = sitk.ImageFileReader()
+    reader.SetImageIO("GDCMImageIO")
+    for header in series_headers(path):
+        reader.SetFileName(header.filename)
+        try:
+            pixels = sitk.GetArrayFromImage(reader.Execute()).squeeze(axis=0)
+        except RuntimeError as error:
+            raise ValueError(f"{header.filename}: its pixels cannot be read; {CONVERT}") from error
+        if pixels.shape != (header.Rows, header.Columns):
+            raise ValueError(
+                f"{header.filename}: has {by(pixels.shape)} pixels, but Rows and Columns are "
+                f"{header.Rows} and {header.Columns}; export it again"
+            )
+        slices.append(pixels)
+    return np.stack(slices).T
+
+
+def _name(header: Dataset) -> str:
+    return Path(header.filename).name
+
+
+def _check_image(path: Path, header: Dataset) -> None:
+    """Raise ValueError unless a file holds one greyscale slice, whole, on a valid scale."""
+    name = _name(header)
+    if "MOSAIC" in text(header, "ImageType"):
+        raise ValueError(f"{path}: {name} is a mosaic of slices; {CONVERT}")
+    if number(header, "NumberOfFrames", 1) > 1:
+        raise ValueError(f"{path}: {name} holds several frames; {CONVERT}")
+    colours = text(header, "PhotometricInterpretation")
+    if not colours.startswith("MONOCHROME"):
+        raise ValueError(
+            f"{path}: {name} has PhotometricInterpretation {colours!r}; give a greyscale series"
+        )
+    for tag in ("RescaleSlope", "RescaleIntercept"):
+        value = number(header, tag, 1)
+        if not math.isfinite(value) or (value == 0 and tag == "RescaleSlope"):
+            raise ValueError(f"{path}: {name} has {tag} {text(header, tag)!r}; export it again")
+    rows, columns, bits = (_stated(path, header, tag, 1)[0] for tag in SIZE)
+    needed = rows * columns * bits / 8
+    length = header.get_item("PixelData", keep_deferred=True).length
+    if length != UNDEFINED and not 0 < needed <= length <= needed + 1:
+        raise ValueError(
+            f"{path}: {name} has {length} bytes of PixelData, but Rows, Columns and BitsAllocated "
+            f"make {needed:g}; export it again"
+        )
+
+
+def _check_alike(path: Path, header: Dataset, first: Dataset) -> None:
+    """Raise ValueError if two files differ in size, spacing or orientation."""
+    for tag in GEOMETRY:
+        here, there = numbers(header, tag), numbers(first, tag)
+        same = here.shape == there.shape and not np.any(np.abs(here - there) > 1e-3)
+        if not same:
+            raise ValueError(
+                f"{path}: {_name(header)} has {tag} {text(header, tag)!r}, but {_name(first)} "
+                f"{text(first, tag)!r}; give each image a folder"
+            )
+
+
+def _stated(path: Path, header: Dataset, tag: str, count: int) -> np.ndarray:
+    """Return the `count` numbers of a tag; ValueError, naming it, if a file does not state them."""
+    values = numbers(header, tag)
+    if len(values) != count or not np.isfinite(values).all():
+        raise ValueError(f"{path}: {_name(header)} has {tag} {text(header, tag)!r}; {EXPORT}")
+    return values
+
+
+def _pixel_spacing(path: Path, header: Dataset) -> tuple[np.ndarray, Notes]:
+    """Return the distance of rows and that of columns in mm, and a note if not by PixelSpacing."""
+    for tag in SPACINGS:
+        spacing = numbers(header, tag)
+        if len(spacing) == 2 and (spacing > 0).all():
+            note = f"it has no PixelSpacing; {tag} is used, {spacing[0]:g} x {spacing[1]:g} mm"
+            return spacing, () if tag == SPACINGS[0] else (note,)
+    given = text(header, SPACINGS[0])
+    raise ValueError(f"{path}: {_name(header)} has {SPACINGS[0]} {given!r}; {EXPORT}")
+
+
+def _thickness(path: Path, header: Dataset) -> tuple[float, Notes]:
+    """Return the thickness of a lone slice in mm, and a note if it may lack the gap."""
+    spacing = number(header, "SpacingBetweenSlices")
+    thickness = number(header, "SliceThickness")
+    if spacing > 0:
+        return spacing, ()
+    if thickness > 0:
+        return thickness, (f"it is one slice, taken to be SliceThickness, {thickness:g} mm, thick",)
+    raise ValueError(
+        f"{path}: {_name(header)} is one slice without SliceThickness and SpacingBetweenSlices; "
+        f"{EXPORT}"
+    )
+
+
+def _step(path: Path, headers: Sequence[Dataset], heights: np.ndarray) -> float:
+    """Return the distance of the slices in mm; ValueError, naming a file, if it is not one."""
+    steps = np.diff(heights)
+    usual = float(np.median(steps))
+    if steps.max() < SAME_PLACE:
+        raise ValueError(f"{path}: its slices are all at one position; give each image a folder")
+    for k, step in enumerate(steps):
+        one, other = _name(headers[k]), _name(headers[k + 1])
+        if step < SAME_PLACE:
+            raise ValueError(
+                f"{path}: {one} and {other} have one ImagePositionPatient; give each image a "
+                "folder, and leave out duplicates"
+            )
+        if abs(step - usual) > 0.01 * usual + SAME_PLACE:
+            raise ValueError(
+                f"{path}: {other} is {step:.2f} mm from its neighbour, others {usual:.2f} mm; a "
+                "slice is missing or duplicated: export it again"
+            )
+    return usual
+
+
+def _straighten(
+    path: Path, headers: Sequence[Dataset], places: np.ndarray, direction: np.ndarray
+) -> tuple[np.ndarray, Notes]:
+    """Return the direction of a stack, and a note if it was corrected.
+
+    Positions (N, 3) have more digits than a rounded orientation: within a degree, the line of the
+    slices is the normal. Raises ValueError, naming a file, if the slices are not on one line, or
+    are sheared.
+    """
+    steps = places - places[0]
+
+    def distance(along: np.ndarray) -> np.ndarray:
+        return np.linalg.norm(steps - np.outer(steps @ along, along), axis=1)
+
+    off, notes = distance(direction[:, 2]), ()
+    line = steps[-1] / np.linalg.norm(steps[-1])
+    row, column = direction[:, 0], direction[:, 1]
+    if off.max() > OFF_LINE and max(abs(row @ line), abs(column @ line)) <= ROUNDED:
+        direction = np.column_stack((np.cross(column, line), np.cross(line, row), line))
+        off = distance(line)
+        notes = ("its ImageOrientationPatient is inexact; the positions of its slices correct it",)
+    if off.max() > OFF_LINE:
+        worst = int(off.argmax())
+        raise ValueError(
+            f"{path}: {_name(headers[worst])} lies {off[worst]:.1f} mm off the line of the slices "
+            f"(ImagePositionPatient), as in a tilted or sheared stack; {CONVERT}"
+        )
+    return direction, notes
