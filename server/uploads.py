@@ -320,7 +320,7 @@ def check_alone(path: Path) -> None:
             file.seek(place)
             if file.read(len(HDF5)) == HDF5:
                 raise ValueError(f"{path}: is an HDF5 file; save it as NIfTI")
-    if suffix == ".mhd":
+    if suffix in (".mhd", ".nhdr"):
         raise ValueError(f"{path}: keeps its voxels in a separate file; save it as .mha or .nrrd")
     is_whole = {".mha": _is_whole_mha, ".nrrd": _is_whole_nrrd}.get(suffix)
     if is_whole and not is_whole(header):

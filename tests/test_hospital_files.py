@@ -6,8 +6,10 @@ the brightest part of FLAIR, so a threshold stands in for the network; what is c
 voxels are read, how large they are, and where they are. Masks are read by nibabel, not by us.
 """
 
+import gzip
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -115,6 +117,192 @@ def test_a_mask_has_both_forms_of_its_scan(tmp_path, codes, handed):
         assert written.header["descrip"].item() == MARK.encode()
         scan, written = (sitk.ReadImage(tmp_path / name) for name in ("a.nii", "mask.nii.gz"))
         assert scan.IsSameImageGeometryAs(written)
+
+
+def nifti(folder: Path, name: str = "a.nii.gz", image=nibabel.Nifti1Image, **fields) -> Path:
+    """Write the phantom as NIfTI with these values in its header, right or wrong."""
+    scan = image(flair().T, affine())
+    scan.set_qform(affine(), 1)
+    content = scan.to_bytes()
+    header = type(scan.header)(content[: scan.header.sizeof_hdr], check=False)
+    for field, value in fields.items():
+        header[field] = value
+    content = header.binaryblock + content[header.sizeof_hdr :]
+    (folder / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    return folder / name
+
+
+def renamed(folder: Path, written: str, name: str) -> Path:
+    return nifti(folder, written).rename(folder / name)
+
+
+@kind("NIfTI of three values in each voxel")
+def vectors(folder: Path) -> Path:
+    voxels = np.repeat(flair().T[..., None, None], 3, axis=4)  # axis 4 is time
+    nibabel.save(nibabel.Nifti1Image(voxels, affine()), folder / "a.nii.gz")
+    return folder / "a.nii.gz"
+
+
+def pixdim(*spacing: float) -> list[float]:
+    return [1, *spacing, 1, 1, 1, 1]
+
+
+kind("NIfTI-2")(partial(nifti, image=nibabel.Nifti2Image))
+kind("gzip named .nii")(partial(renamed, written="a.nii.gz", name="b.nii"))
+kind("NIfTI named .nii.gz, not compressed")(partial(renamed, written="a.nii", name="b.nii.gz"))
+for what, refused, noted, fields in [
+    ("pixdim 0 beside an sform", "", "disagree", {"pixdim": pixdim(0, 0, 0)}),
+    ("a quaternion of five digits", "", "", {"sform_code": 0, "quatern_d": 1.00001}),
+    ("pixdim 0", "is 2 x 0 x 6 mm", "", {"sform_code": 0, "pixdim": pixdim(2, 0, 6)}),
+    ("pixdim -2", "is -2 x 2 x 6 mm", "", {"sform_code": 0, "pixdim": pixdim(-2, 2, 6)}),
+    ("pixdim NaN", "is 2 x nan x 6 mm", "", {"sform_code": 0, "pixdim": pixdim(2, np.nan, 6)}),
+    ("millimetres called metres", "is 2000 x 2000 x 6000 mm", "", {"xyzt_units": 1}),
+    ("a quaternion of length 1.4", "is not a number", "", {"sform_code": 0, "quatern_b": 1}),
+    ("NaN in its sform", "its spacing is nan", "", {"srow_x": [np.nan, 0, 0, 95]}),
+    ("sform and qform of code 0", "no orientation", "", {"sform_code": 0, "qform_code": 0}),
+    ("voxels inside its header", "cut short", "", {"vox_offset": 100}),
+    ("complex voxels", "are complex", "", {"datatype": 32, "bitpix": 64}),
+]:
+    kind(f"NIfTI with {what}", refused, noted)(partial(nifti, **fields))
+
+
+def nrrd(folder: Path, fields: str, sizes: str = "96 96 16", name: str = "a.nrrd") -> Path:
+    """Write the phantom as NRRD; its voxels are in a.raw if the fields say so."""
+    header = f"NRRD0005\n# made by hand\ntype: ushort\ndimension: {len(sizes.split())}\n"
+    header += f"sizes: {sizes}\nencoding: raw\nendian: little\n{fields}\n\n"
+    voxels = flair().astype("<u2").tobytes()
+    (folder / "a.raw").write_bytes(voxels)
+    content = header.encode() if "a.raw" in fields else header.encode() + voxels
+    (folder / name).write_bytes(content)
+    return folder / name
+
+
+LPS = "space: left-posterior-superior\n"
+STEPS = "space directions: (2,0,0) (0,2,0) (0,0,6)\n"
+PLACE = "space origin: (-95,-95,-45)"
+RAS = "space: RAS\nspace directions: (-2,0,0) (0,-2,0) (0,0,6)\nspace origin: (95,95,-45)"
+LAS = "space: LAS\nspace directions: (2,0,0) (0,-2,0) (0,0,6)\nspace origin: (-95,95,-45)"
+CM = "space directions: (.2,0,0) (0,.2,0) (0,0,.6)\nspace origin: (-9.5,-9.5,-4.5)"
+UNIT = '\nspace units: "cm" "cm" "cm"'
+FRAME = "\nmeasurement frame: (0,1,0) (-1,0,0) (0,0,1)"
+SKEWED = "space directions: (2,0.2,0) (0,2,0) (0,0,6)\n"
+VECTOR = "space directions: none (2,0,0) (0,2,0) (0,0,6)\nkinds: vector space space space\n"
+LIST = "space directions: (2,0,0) (0,2,0) (0,0,6) none\nkinds: space space space list\n"
+FLAT = "space directions: (2,0,0) (0,2,0) none\n"
+for what, refused, noted, fields in [
+    ("in RAS", "", "", RAS),
+    ("in LAS", "", "", LAS),
+    ("in centimetres", "", "", LPS + CM + UNIT),
+    ("with a measurement frame", "", "", LPS + STEPS + PLACE + FRAME),
+    ("with a key named as a field", "", "", LPS + STEPS + PLACE + "\nspace:=RAS"),
+    ("of no geometry", "no orientation.*space directions", "", "content: FLAIR"),
+    ("of spacings alone", "no orientation", "", "spacings: 2 2 6"),
+    ("in scanner coordinates", "no orientation", "", "space: scanner-xyz\n" + STEPS + PLACE),
+    ("in a space without a name", "no orientation", "", "space dimension: 3\n" + STEPS + PLACE),
+    ("without a direction", "no orientation", "", LPS + FLAT + PLACE),
+    ("at skewed axes", "not at right angles", "", LPS + SKEWED + PLACE),
+    ("of spacing 0", "spacing is 0 x 2 x 6", "", LPS + STEPS.replace("(2,", "(0,") + PLACE),
+    (
+        "in feet",
+        "unit of length is feet",
+        "",
+        LPS + STEPS + PLACE + '\nspace units: "feet" "feet" "feet"',
+    ),
+    (
+        "without its voxels",
+        "b.raw, are not beside it",
+        "",
+        LPS + STEPS + PLACE + "\ndata file: b.raw",
+    ),
+]:
+    kind(f"NRRD {what}", refused, noted)(partial(nrrd, fields=fields))
+kind("NRRD with its vector axis first")(
+    partial(nrrd, fields=LPS + VECTOR + PLACE, sizes="1 96 96 16")
+)
+kind("NRRD with its list axis last")(partial(nrrd, fields=LPS + LIST + PLACE, sizes="96 96 16 1"))
+kind("a header .nhdr beside its voxels")(
+    partial(nrrd, fields=LPS + STEPS + PLACE + "\ndata file: a.raw", name="a.nhdr")
+)
+
+
+def metaimage(folder: Path, fields: str) -> Path:
+    """Write the phantom as MetaImage."""
+    header = f"ObjectType = Image\nNDims = 3\nDimSize = 96 96 16\n{fields}\n"
+    header += "ElementType = MET_USHORT\nElementDataFile = LOCAL\n"
+    (folder / "a.mha").write_bytes(header.encode() + flair().astype("<u2").tobytes())
+    return folder / "a.mha"
+
+
+SPACED = "ElementSpacing = 2 2 6\n"
+TURN = "TransformMatrix = 1 0 0 0 1 0 0 0 1\n"
+OFFSET = "Offset = -95 -95 -45"
+OLD = "Orientation = 1 0 0 0 1 0 0 0 1\nPosition = -95 -95 -45"
+IN_CM = "ElementSpacing = .2 .2 .6\nOffset = -9.5 -9.5 -4.5\nDistanceUnits = cm\n"
+for what, refused, fields in [
+    ("with the older names", "", SPACED + OLD),
+    ("in centimetres", "", IN_CM + TURN),
+    ("of no geometry", "no orientation.*TransformMatrix", "Comment = FLAIR"),
+    ("of spacings alone", "no orientation", SPACED + OFFSET),
+    ("without spacings", "no spacing", TURN + OFFSET),
+    ("at skewed axes", "not at right angles", SPACED + TURN.replace("= 1 0", "= 1 .1") + OFFSET),
+    ("of spacing -2", "spacing is -2 x 2 x 6 mm", SPACED.replace("= 2", "= -2") + TURN + OFFSET),
+    ("of spacing NaN", "its spacing is 0", SPACED.replace("= 2", "= nan") + TURN + OFFSET),
+]:
+    kind(f"MetaImage {what}", refused)(partial(metaimage, fields=fields))
+
+
+def other(folder: Path, suffix: str, alone: bool = True) -> Path:
+    path = folder / f"a{suffix}"
+    path.write_bytes(bytes(4000))
+    return path if alone else folder
+
+
+for suffix, program in [
+    (".mgz", "mri_convert"),
+    (".mnc", "mnc2nii"),
+    (".hdr", "fslchfiletype"),
+    (".img", "fslchfiletype"),
+]:
+    sentence = f"a{suffix}: {suffix} files are not read; convert it to .nii.gz with {program}"
+    kind(suffix, sentence)(partial(other, suffix=suffix))
+    kind(f"a folder of {suffix}", sentence)(
+        lambda folder, suffix=suffix: other(folder, suffix).parent
+    )
+
+
+@pytest.mark.parametrize("make", [nrrd, metaimage])
+def test_a_position_that_is_not_stated_is_said(tmp_path, make):
+    (case,) = find_cases(make(tmp_path, LPS + STEPS if make == nrrd else SPACED + TURN))
+    assert case.grid.offset == (0, 0, 0)
+    assert case.notes[-1] == "its header gives no position; its first voxel is put at 0, 0, 0"
+
+
+@pytest.mark.parametrize("make", [nrrd, metaimage, nifti])
+@pytest.mark.parametrize("degrees", [0.04, 0.8, 1.2])
+def test_axes_within_a_degree_of_right_angles(tmp_path, make, degrees):
+    skew = np.eye(3)
+    skew[0, 1] = np.tan(np.radians(degrees))
+    columns = (skew * [2, 2, 6]).T
+    if make == nrrd:
+        steps = " ".join(f"({x},{y},{z})" for x, y, z in columns)
+        path = nrrd(tmp_path, f"{LPS}space directions: {steps}\n{PLACE}")
+    elif make == metaimage:
+        unit = (columns.T / np.linalg.norm(columns, axis=1)).T
+        turn = " ".join(str(value) for value in unit.ravel())
+        path = metaimage(tmp_path, f"{SPACED}TransformMatrix = {turn}\n{OFFSET}")
+    else:
+        rows = (skew * [2, 2, 6]) * [[-1], [-1], [1]]
+        path = nifti(tmp_path, srow_x=[*rows[0], 95], srow_y=[*rows[1], 95], qform_code=0)
+    if degrees > 1:
+        with pytest.raises(ValueError, match="its axes are not at right angles"):
+            find_cases(path)
+        return
+    (case,) = find_cases(path)
+    said = "up to a degree off right angles" in " ".join(case.notes)
+    assert said == (degrees > 0.1)
+    error = np.abs(case.grid.direction.T @ case.grid.direction - np.eye(3)).max()
+    assert error < (1e-12 if said else 1e-3)
+    np.testing.assert_allclose(case.grid.direction, skew, atol=0.008)
 
 
 # DICOM: pixels and geometry

@@ -1,14 +1,11 @@
-"""Read the grid of a volume file, that is the position of its voxels, and check its header."""
+"""The grid of a volume: the position of its voxels, and the one rule for what headers state."""
 
 from __future__ import annotations
 
-import gzip
-import struct
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import SimpleITK as sitk
@@ -18,8 +15,7 @@ from .files import by
 
 sitk.ProcessObject.SetGlobalWarningDisplay(False)  # errors are raised instead, in one sentence
 
-TO_LPS = np.array([[-1.0], [-1.0], [1.0]])  # NIfTI's coordinates run to the right and to the front
-UNITS = {1: 1000.0, 3: 0.001}  # millimetres per metre and per micron, by NIfTI's xyzt_units
+AXES = "{}: has {} axes; give a volume of 3, or of 4 with channels"
 SPACINGS = 0.02, 100.0  # millimetres: no scan of a head has finer or coarser voxels
 RIGHT_ANGLE = 1e-3  # cosine between two axes that are at right angles
 ROUNDED = 0.0175  # the same within a degree: directions that lost digits
@@ -120,7 +116,7 @@ def check_grid(
         lengths = by([f"{length:g}" for length in spacing])
         raise ValueError(f"{path}: its spacing is {lengths} mm; correct its header")
     if not (np.isfinite(offset).all() and np.isfinite(direction).all()):
-        raise ValueError(f"{path}: its position is not a number; correct its header")
+        raise ValueError(f"{path}: its position or orientation is not a number; correct its header")
     error = np.abs(direction.T @ direction - np.eye(3)).max()
     if error > ROUNDED:
         raise ValueError(f"{path}: its axes are not at right angles; resample it")
@@ -132,110 +128,5 @@ def check_grid(
     return Grid(tuple(shape), tuple(spacing.tolist()), tuple(offset.tolist()), direction, notes)
 
 
-def file_grid(path: Path) -> tuple[Grid, int]:
-    """Read the grid and channel count of a volume file, but no voxels; ValueError if unusable."""
-    info = read_information(path)
-    dimension = info.GetDimension()
-    if dimension not in (3, 4):
-        raise ValueError(f"{path}: has {dimension} axes; give a volume of 3, or of 4 with channels")
-    size = info.GetSize()
-    if dimension == 4 and info.GetNumberOfComponents() > 1:
-        raise ValueError(f"{path}: has 4 axes of vectors; give a volume of 3, with channels")
-    channels = size[3] if dimension == 4 else info.GetNumberOfComponents()
-    direction = np.reshape(info.GetDirection(), (dimension, dimension))[:3, :3]
-    grid = check_grid(path, size[:3], info.GetSpacing()[:3], info.GetOrigin()[:3], direction)
-    return (_nifti_grid(path, fields(info), grid) if is_nifti(path) else grid), channels
-
-
-def is_nifti(path: Path) -> bool:
-    return path.name.lower().endswith((".nii", ".nii.gz"))
-
-
-def read_information(path: Path | str) -> sitk.ImageFileReader:
-    """Return SimpleITK's reader of a file, with the header read; ValueError if it is damaged."""
-    reader = sitk.ImageFileReader()
-    reader.SetFileName(str(path))
-    try:
-        reader.ReadImageInformation()
-    except RuntimeError as error:
-        if "orthonormal" in str(error):
-            raise ValueError(f"{path}: its axes are not at right angles; resample it") from error
-        raise ValueError(damaged(path)) from error
-    return reader
-
-
 def damaged(path: Path | str) -> str:
     return f"{path}: not a readable volume, or cut short; export it again"
-
-
-def read_fields(path: Path | str) -> dict[str, str]:
-    """Read the header of a file as values by name; raises ValueError if it is damaged."""
-    return fields(read_information(path))
-
-
-def fields(info: sitk.ImageFileReader) -> dict[str, str]:
-    return {key: info.GetMetaData(key).strip(" \0") for key in info.GetMetaDataKeys()}
-
-
-def _nifti_grid(path: Path, field: dict[str, str], grid: Grid) -> Grid:
-    """Return the grid of the sform if there is one, as nibabel does, else that of the qform.
-
-    ITK chooses between them by their codes. Raises ValueError if there is neither, or the sform
-    is damaged or its axes are not at right angles.
-    """
-    codes = {name: field.get(f"{name}_code", "0") for name in ("sform", "qform")}
-    if set(codes.values()) == {"0"}:
-        raise ValueError(f"{path}: its header gives no orientation; set its sform or qform")
-    if codes["sform"] == "0":
-        return grid
-    sform = np.array([field[f"srow_{row}"].split() for row in "xyz"], dtype=float)  # (3, 4)
-    to_lps = TO_LPS * UNITS.get(int(field.get("xyzt_units", 2)) & 7, 1.0)
-    sform *= to_lps
-    given = np.column_stack((grid.direction * grid.spacing, grid.offset))
-    far = [*grid.shape, 1]  # a small difference of a step is a large one at the far corner
-
-    def agree(other: np.ndarray, within: float) -> bool:
-        return np.allclose(sform * far, other * far, rtol=0, atol=within)
-
-    if not agree(given, 1e-2):
-        spacing = np.linalg.norm(sform[:, :3], axis=0)
-        if not (np.isfinite(sform).all() and (spacing > 0).all()):
-            raise ValueError(f"{path}: its sform is damaged; copy its qform to it")
-        grid = check_grid(path, grid.shape, spacing, sform[:, 3], sform[:, :3] / spacing)
-    if codes["qform"] != "0" and not agree(_qform(path, field) * to_lps, 0.5):
-        grid = replace(grid, notes=(*grid.notes, "its sform and qform disagree; the sform is used"))
-    return grid
-
-
-def _qform(path: Path, field: dict[str, str]) -> np.ndarray:
-    """Return the matrix (3, 4) of a NIfTI header's quaternion.
-
-    https://nifti.nimh.nih.gov/pub/dist/src/niftilib/nifti1.h, method 2.
-    """
-    b, c, d = (float(field[f"quatern_{name}"]) for name in "bcd")
-    a = max(0.0, 1 - b * b - c * c - d * d) ** 0.5
-    cross = np.array([[0, -d, c], [d, 0, -b], [-c, b, 0]])
-    turn = np.eye(3) + 2 * (a * cross + cross @ cross)  # Rodrigues' formula for a quaternion
-    turn *= [float(field[f"pixdim[{k}]"]) for k in (1, 2, 3)]
-    turn[:, 2] *= -1 if _handedness(path) < 0 else 1
-    return np.column_stack((turn, [float(field[f"qoffset_{name}"]) for name in "xyz"]))
-
-
-def _handedness(path: Path) -> float:
-    """Read pixdim[0] of a NIfTI file, which the reader of the other fields leaves out."""
-    with open_nifti(path) as file:
-        head = file.read(112)
-    order = byte_order(head)
-    kind, place = ("f", 76) if struct.unpack(order + "i", head[:4]) == (348,) else ("d", 104)
-    return struct.unpack_from(order + kind, head, place)[0]
-
-
-def open_nifti(path: Path) -> BinaryIO:
-    with open(path, "rb") as file:
-        compressed = file.read(2) == b"\x1f\x8b"  # ITK goes by the content too, not by the name
-    return gzip.open(path) if compressed else open(path, "rb")
-
-
-def byte_order(head: bytes) -> str:
-    """Return the byte order of a NIfTI file, in NumPy's notation, from its header's length."""
-    return "<" if head[:2] in (b"\x5c\x01", b"\x1c\x02") else ">"  # 348 or 540: NIfTI-1 or -2

@@ -13,6 +13,7 @@ from pathlib import Path
 from ..preprocess import SEQUENCES
 from .cohorts import BIDS, NO_LESION, Layout, absolute, sequences_in
 from .dicom import is_series
+from .formats import check_format
 from .labels import Labels
 from .scans import Scan, is_scan, scan_name
 from .slices import Case
@@ -70,11 +71,13 @@ def list_cases(
     if not root.exists():
         raise FileNotFoundError(f"{root}: no such folder; give the folder that holds the cases")
     if not root.is_dir() and not is_scan(root):
+        check_format(root)
         raise ValueError(f"{root}: is not a volume file; give one, or the folder of its case")
     if _is_output(root) or _is_output(root.resolve().parent):
         raise ValueError(f"{root}: holds predictions (args.json); give the folder of the scans")
     sources = _sources_in(root, other_than, layout)
     if not sources:
+        check_format(root)
         raise ValueError(
             f"{root}: holds no case folder, no volume file and no slice named "
             "<anything>_<number>.tif or .png; give the folder that holds the cases, or one case"
@@ -289,6 +292,7 @@ def _find_slices(folder: Path) -> Case:
             raise ValueError(f"{path}: slice {number} is also in {found[number].name}; remove one")
         found[number] = path
     if not slices:
+        check_format(folder)
         raise ValueError(f"{folder}: holds no slice named <anything>_<number>.tif or .png")
     if len(stems) > 1:
         one, other, *_ = stems.values()

@@ -1,23 +1,33 @@
-"""Write NIfTI files that lie on their scan in every program, and read them back."""
+"""Read NIfTI files by what their headers state, and write such as lie on their scan everywhere."""
 
 from __future__ import annotations
 
+import gzip
 import logging
+import math
 import zlib
+from dataclasses import replace
 from pathlib import Path
+from typing import BinaryIO
 
 import nibabel
 import numpy as np
 from nibabel.filebasedimages import ImageFileError
+from nibabel.quaternions import quat2mat
+from nibabel.spatialimages import HeaderDataError
 
 from .files import MARK, atomic_write
-from .grid import TO_LPS, UNITS, Grid, is_nifti, open_nifti
+from .grid import AXES, ROUNDED, Grid, check_grid, damaged
 
 CODES = ("qform_code", "sform_code")
 TURNS = ("quatern_b", "quatern_c", "quatern_d")
 LENGTHS = ("qoffset_x", "qoffset_y", "qoffset_z", "srow_x", "srow_y", "srow_z")
 QUIET = logging.Logger("brainseg.nifti")  # nibabel would report what it mends in a header
 QUIET.addHandler(logging.NullHandler())
+TO_LPS = np.array([[-1.0], [-1.0], [1.0]])  # NIfTI's coordinates run to the right and to the front
+UNITS = {1: 1000.0, 3: 0.001}  # millimetres per metre and per micron, by xyzt_units
+PART = 1 << 20  # bytes
+DEFLATE = 1032  # the most bytes that one of a .gz unpacks to
 
 
 def write_nifti(path: Path, voxels: np.ndarray, grid: Grid, source: Path) -> None:
@@ -32,7 +42,7 @@ def write_nifti(path: Path, voxels: np.ndarray, grid: Grid, source: Path) -> Non
     header.set_xyzt_units("mm", "sec")
     header["descrip"] = MARK
     if is_nifti(source):
-        _copy_forms(_read_header(source), header)
+        _copy_forms(nifti_header(source), header)
     else:
         affine = np.eye(4)
         affine[:3, :3] = TO_LPS * grid.direction * grid.spacing
@@ -58,8 +68,12 @@ def _holds(path: Path, image: nibabel.Nifti1Image) -> bool:
 
 def _copy_forms(source: nibabel.Nifti1Header, header: nibabel.Nifti1Header) -> None:
     """Copy qform, sform and their codes from one header to another, whose unit is a millimetre."""
+    source.check_fix(QUIET)
     unit = UNITS.get(int(source["xyzt_units"]) & 7, 1.0)
-    for name in CODES + TURNS:
+    length = max(1.0, np.linalg.norm([source[name] for name in TURNS]))  # above 1 if rounded
+    for name in TURNS:
+        header[name] = source[name] / length
+    for name in CODES:
         header[name] = source[name]
     for name in LENGTHS:
         header[name] = source[name] * unit
@@ -67,13 +81,129 @@ def _copy_forms(source: nibabel.Nifti1Header, header: nibabel.Nifti1Header) -> N
     header["pixdim"][1:4] = source["pixdim"][1:4] * unit
 
 
-def _read_header(path: Path) -> nibabel.Nifti1Header:
-    """Read the header of a NIfTI-1 or -2 file, mended as nibabel does when it opens the file."""
-    with open_nifti(path) as file:
-        content = file.read(nibabel.Nifti2Header.sizeof_hdr)
+def is_nifti(path: Path) -> bool:
+    return path.name.lower().endswith((".nii", ".nii.gz"))
+
+
+def nifti_header(path: Path) -> nibabel.Nifti1Header:
+    """Read the header of a NIfTI-1 or NIfTI-2 file as it is; ValueError if it is damaged.
+
+    Its methods `get_sform` and `get_qform`, with coded=True, give its matrices and their codes.
+    """
+    try:
+        with _open(path) as file:
+            head = file.read(nibabel.Nifti2Header.sizeof_hdr)
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(damaged(path)) from error
     for kind in (nibabel.Nifti1Header, nibabel.Nifti2Header):
-        if kind.may_contain_header(content):
-            header = kind(content[: kind.sizeof_hdr], check=False)
-            header.check_fix(QUIET)
-            return header
-    raise ValueError(f"{path}: not a NIfTI file; export it again")
+        block = head[: kind.sizeof_hdr]
+        if kind.may_contain_header(block):
+            return kind(block, check=False)  # a check would mend a header, and log it
+    raise ValueError(damaged(path))
+
+
+def _open(path: Path) -> BinaryIO:
+    with open(path, "rb") as file:
+        compressed = file.read(2) == b"\x1f\x8b"  # its name may say otherwise
+    return gzip.open(path) if compressed else open(path, "rb")
+
+
+def _shape_of(path: Path, header: nibabel.Nifti1Header) -> tuple[int, int, int, int]:
+    """Return the voxels along three axes and the channels, which are along axis 4 or 5."""
+    axes = int(header["dim"][0])
+    shape = [int(length) for length in header["dim"][1 : axes + 1]]
+    if not 1 <= axes <= 7 or min(shape) < 1:
+        raise ValueError(damaged(path))
+    if axes > 4 and shape[3] == 1:  # axis 4 is time, axis 5 the values of a voxel
+        del shape[3]
+    while len(shape) > 3 and shape[-1] == 1:
+        shape.pop()
+    if len(shape) not in (3, 4):
+        raise ValueError(AXES.format(path, len(shape)))
+    channels = shape[3] if len(shape) == 4 else 1
+    return *shape[:3], channels
+
+
+def _type_of(path: Path, header: nibabel.Nifti1Header) -> np.dtype:
+    """Return the data type of a voxel; one of red, green and blue has fields of these names."""
+    try:
+        kind = header.get_data_dtype()
+    except HeaderDataError:
+        kind = np.dtype("V")
+    if kind.itemsize > 8 or not (kind.names or kind.kind in "iuf"):
+        raise ValueError(f"{path}: its voxels are complex or of a rare type; save as float32")
+    return kind
+
+
+def nifti_grid(path: Path) -> tuple[Grid, int]:
+    """Return the grid of the sform if there is one, as nibabel does, else of the qform."""
+    header = nifti_header(path)
+    shape = _shape_of(path, header)
+    channels = shape[3] * len(_type_of(path, header).names or "1")
+    sform, has_sform = header.get_sform(coded=True)
+    if not has_sform and not header["qform_code"]:
+        raise ValueError(f"{path}: its header gives no orientation; set its sform or qform")
+    unit = UNITS.get(int(header["xyzt_units"]) & 7, 1.0)
+    qform = _qform(header) * unit * TO_LPS
+    matrix, spacing = qform, header["pixdim"][1:4] * unit
+    if has_sform:
+        matrix = sform[:3] * unit * TO_LPS
+        spacing = np.linalg.norm(matrix[:, :3], axis=0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        direction = matrix[:, :3] / spacing
+    grid = check_grid(path, shape[:3], spacing, matrix[:, 3], direction)
+    if has_sform and header["qform_code"]:
+        far = [*grid.shape, 1]  # a small difference of a step is a large one at the far corner
+        if not np.allclose(matrix * far, qform * far, rtol=0, atol=0.5):
+            note = "its sform and qform disagree; the sform is used"
+            grid = replace(grid, notes=(*grid.notes, note))
+    return grid, channels
+
+
+def _qform(header: nibabel.Nifti1Header) -> np.ndarray:
+    """Return the matrix (3, 4) of the quaternion; nibabel's refuses one that was rounded."""
+    vector = np.array([header[f"quatern_{name}"] for name in "bcd"], float)
+    square = 1 - vector @ vector
+    turn = quat2mat([max(0.0, square) ** 0.5, *vector])
+    if square < -ROUNDED:
+        turn[:] = np.nan
+    turn[:, 2] *= -1 if header["pixdim"][0] < 0 else 1
+    offset = [header[f"qoffset_{name}"] for name in "xyz"]
+    return np.column_stack((turn * header["pixdim"][1:4], offset)).astype(float)
+
+
+def nifti_voxels(path: Path) -> np.ndarray:
+    header = nifti_header(path)
+    shape, kind = _shape_of(path, header), _type_of(path, header)
+    start, length = header.get_data_offset(), math.prod(shape) * kind.itemsize
+    if start < header.sizeof_hdr or length > path.stat().st_size * DEFLATE:
+        raise ValueError(damaged(path))
+    try:
+        with _open(path) as file:
+            file.seek(start)
+            data = file.read(length)
+            while file.read(PART):  # to the end, where the checksum of a .gz is
+                pass
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(damaged(path)) from error
+    if len(data) < length:
+        raise ValueError(damaged(path))
+    voxels = np.frombuffer(data, kind).reshape(shape, order="F")
+    if kind.names:
+        return np.concatenate([voxels[name] for name in kind.names], axis=3)
+    return _scaled(voxels, float(header["scl_slope"]), float(header["scl_inter"]))
+
+
+def _scaled(voxels: np.ndarray, slope: float, inter: float) -> np.ndarray:
+    """Return slope * voxels + inter in float, or the voxels if the header asks for no scaling."""
+    native = voxels.dtype.newbyteorder("=")
+    if slope == 0 or not np.isfinite(slope):
+        slope, inter = 1.0, 0.0
+    if not np.isfinite(inter):
+        inter = 0.0
+    if slope == 1 and inter == 0:
+        return voxels.astype(native, copy=False)
+    scaled = np.empty_like(voxels, np.float64 if native == np.float64 else np.float32)
+    for k in range(voxels.shape[2]):  # in float64, of which a whole volume would be large
+        scaled[:, :, k] = np.multiply(voxels[:, :, k], slope, dtype=np.float64) + inter
+    return scaled

@@ -7,10 +7,6 @@ orientation that way. Sequences on other grids are resampled to FLAIR's; the mas
 
 from __future__ import annotations
 
-import math
-import os
-import re
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -18,28 +14,17 @@ from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
-import SimpleITK as sitk
 
 from ..preprocess import SEQUENCES
 from .dicom import check_patient, is_dicom, is_series, other_frame, series_files
 from .files import by
-from .grid import (
-    Grid,
-    byte_order,
-    damaged,
-    file_grid,
-    is_nifti,
-    open_nifti,
-    read_fields,
-    read_information,
-)
+from .formats import SUFFIXES, file_grid, file_voxels, voxel_file
+from .grid import Grid
 from .nifti import write_nifti
 from .registration import Movement, move, register
 from .series import read_series, series_grid
-from .slices import Case, check_finite
+from .slices import Case
 
-SUFFIXES = (".nii.gz", ".nii", ".mha", ".mhd", ".nrrd")
-FLOATS = {"16": "f4", "64": "f8"}  # by NIfTI data type
 MOST_ASPECT = 10.0  # of pixels: more is a damaged header
 LEAST_COVERED = 0.5  # of FLAIR's field of view; less is another head, or another space
 
@@ -229,20 +214,6 @@ def is_scan(path: Path) -> bool:
     return path.name.lower().endswith(SUFFIXES) and path.name[0] != "."
 
 
-def voxel_file(path: Path) -> Path | None:
-    """Find the file with the voxels of a MetaImage or NRRD header, if it is a separate one."""
-    keys = {".mhd": rb"ElementDataFile[ \t]*=", ".nrrd": rb"data ?file:"}
-    if not (key := keys.get(suffix := path.suffix.lower())):
-        return None
-    with open(path, "rb") as file:
-        header = file.read(1 << 16)
-    if suffix == ".nrrd":  # the voxels may follow the first blank line
-        header, *_ = re.split(rb"\r?\n\r?\n", header)
-    named = re.search(rb"^" + key + rb"[ \t]*(.+?)[ \t]*\r?$", header, re.M | re.I)
-    file = path.parent / os.fsdecode(named[1]) if named else path
-    return file if file != path and file.is_file() else None
-
-
 def read_grid(path: Path) -> tuple[Grid, int]:
     """Read the grid and channel count of a file, but no voxels; ValueError if unusable.
 
@@ -255,62 +226,4 @@ def read_grid(path: Path) -> tuple[Grid, int]:
 
 def read_voxels(path: Path) -> np.ndarray:
     """Read the voxels (X, Y, Z, C) of a file; ValueError, naming it, if they cannot be read."""
-    if is_series(path):
-        return read_series(path)[..., None]
-    if is_nifti(path):
-        _check_nifti(path, read_fields(path))
-    if path.name.lower().endswith((".mha", ".mhd")):
-        _check_metaimage(path)
-    try:
-        image = sitk.ReadImage(str(path))
-    except RuntimeError as error:
-        raise ValueError(damaged(path)) from error
-    array = sitk.GetArrayFromImage(image)  # (Z, Y, X), or (Z, Y, X, C), or (C, Z, Y, X)
-    several = image.GetNumberOfComponentsPerPixel() > 1
-    voxels = array.transpose(2, 1, 0, 3) if several and array.ndim == 4 else array.T
-    voxels = voxels[..., None] if voxels.ndim == 3 else voxels
-    check_finite(path, voxels)
-    return voxels
-
-
-def _check_nifti(path: Path, field: dict[str, str]) -> None:
-    """Raise ValueError if voxels are cut short, NaN or infinite: the reader would make them 0."""
-    offset, kind = int(float(field["vox_offset"])), FLOATS.get(field["datatype"])
-    sizes = [int(field[f"dim[{k}]"]) for k in range(1, 1 + int(field["dim[0]"]))]
-    left = math.prod(sizes) * int(field["bitpix"]) // 8  # bytes of voxels to come
-    try:
-        with open_nifti(path) as file:
-            order = byte_order(file.read(offset))
-            while part := file.read(1 << 20):  # to the end, where the checksum of a .gz is
-                part = part[:left]  # anything may follow the voxels
-                left -= len(part)
-                if kind:
-                    count = len(part) // int(kind[1])
-                    check_finite(path, np.frombuffer(part, order + kind, count))
-    except (OSError, EOFError, zlib.error) as error:
-        raise ValueError(damaged(path)) from error
-    if left:
-        raise ValueError(damaged(path))
-
-
-def _check_metaimage(path: Path) -> None:
-    """Raise ValueError if voxels are cut short, before the reader prints its own lines."""
-    info = read_information(path)
-    with open(path, "rb") as file:
-        header = file.read(1 << 16)
-    end = re.search(rb"^ElementDataFile *= *(.*?) *\r?\n", header, re.M)
-    header = header[: end.end()] if end else b""
-    field = dict(re.findall(r"^(\w+) *= *(.*?)\s*$", header.decode("latin-1"), re.M))
-    name = field.get("ElementDataFile", "LIST")
-    if field.get("BinaryData", "True").lower() == "false" or re.match(r"LIST\b|.*%", name):
-        return  # text, or many files
-    voxels, start = (path, len(header)) if name.upper() == "LOCAL" else (path.parent / name, 0)
-    if not voxels.is_file():
-        raise ValueError(f"{path}: its voxels, {voxels.name}, are not beside it; copy them there")
-    if field.get("CompressedData", "False").lower() == "true":
-        needed = int(field.get("CompressedDataSize", 0))  # 0: not known
-    else:
-        voxel = sitk.GetArrayViewFromImage(sitk.Image(1, 1, info.GetPixelID()))
-        needed = math.prod(info.GetSize()) * info.GetNumberOfComponents() * voxel.itemsize
-    if voxels.stat().st_size - start < needed:
-        raise ValueError(damaged(path))
+    return read_series(path)[..., None] if is_series(path) else file_voxels(path)
