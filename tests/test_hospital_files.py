@@ -15,8 +15,10 @@ from typing import NamedTuple
 
 import nibabel
 import numpy as np
+import pydicom
 import pytest
 import SimpleITK as sitk
+from pydicom import uid
 
 from brainseg.io.files import MARK
 from brainseg.io.layouts import find_cases
@@ -308,6 +310,252 @@ def test_axes_within_a_degree_of_right_angles(tmp_path, make, degrees):
 # DICOM: pixels and geometry
 
 
+def slices() -> list[pydicom.Dataset]:
+    """Make the phantom as a DICOM series: a data set per slice, upward."""
+    series = []
+    for k, image in enumerate(flair()):
+        data = pydicom.Dataset()
+        data.file_meta = pydicom.dataset.FileMetaDataset()
+        data.file_meta.TransferSyntaxUID = uid.ExplicitVRLittleEndian
+        data.file_meta.MediaStorageSOPClassUID = data.SOPClassUID = uid.MRImageStorage
+        data.file_meta.MediaStorageSOPInstanceUID = data.SOPInstanceUID = f"1.2.3.{k + 1}"
+        data.StudyInstanceUID, data.SeriesInstanceUID = "1.2", "1.2.3"
+        data.FrameOfReferenceUID = "1.2.9"
+        data.Modality, data.InstanceNumber, data.PatientID = "MR", k + 1, "anna"
+        data.SeriesDescription, data.EchoTime, data.InversionTime = "AX FLAIR", 120, 2500
+        data.Rows, data.Columns = image.shape
+        data.PixelSpacing, data.SliceThickness = list(SPACING[1:]), SPACING[0]
+        data.ImageOrientationPatient = [1, 0, 0, 0, 1, 0]  # columns to the left, rows to the back
+        data.ImagePositionPatient = [ORIGIN[0], ORIGIN[1], ORIGIN[2] + SPACING[0] * k]
+        data.SamplesPerPixel, data.PhotometricInterpretation = 1, "MONOCHROME2"
+        store(data, image)
+        series.append(data)
+    return series
+
+
+def store(data: pydicom.Dataset, pixels: np.ndarray, bits: int = 0) -> None:
+    """Put pixels (H, W) into a data set, with `bits` of those of their type in use."""
+    data.BitsAllocated = 8 * pixels.itemsize
+    data.BitsStored = bits or data.BitsAllocated
+    data.HighBit = data.BitsStored - 1
+    data.PixelRepresentation = int(pixels.dtype.kind == "i")
+    data["PixelData"] = pydicom.DataElement("PixelData", "OW", pixels.tobytes())
+
+
+def save(folder: Path, series: list[pydicom.Dataset]) -> Path:
+    """Write a series, its files in another order than its slices."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for k, data in enumerate(series):
+        data.save_as(folder / f"IM{(7 * k) % 17:03d}", enforce_file_format=True)
+    return folder
+
+
+def dicom_kind(what: str, refused: str = "", noted: str = "", one: bool = False, **tags: object):
+    """Add a series to the table whose tags differ, in all files or in `one`; None: left out."""
+
+    def make(folder: Path) -> Path:
+        series = slices()
+        for data in series[4:5] if one else series:
+            for tag, value in tags.items():
+                delattr(data, tag) if value is None else setattr(data, tag, value)
+        return save(folder / "anna", series)
+
+    kind(f"DICOM: {what}", refused, noted)(make)
+
+
+ONE = "IM011"  # the file of the fifth slice
+BESIDE = [ORIGIN[0] + 3, ORIGIN[1], ORIGIN[2] + 4 * SPACING[0]]
+for what, tags in {
+    "rightly written": {},
+    "SpacingBetweenSlices is 0": {"SpacingBetweenSlices": 0},
+    "SpacingBetweenSlices is wrong": {"SpacingBetweenSlices": 1},
+    "a vast number of no interest": {"RepetitionTime": "1e999"},
+}.items():
+    dicom_kind(what, **tags)
+for what, refused, tags in (
+    ("no PixelSpacing", "IM000 has PixelSpacing ''; export", {"PixelSpacing": None}),
+    ("empty PixelSpacing", "PixelSpacing ''", {"PixelSpacing": ""}),
+    ("PixelSpacing of 0", "PixelSpacing '0", {"PixelSpacing": [0, 0]}),
+    ("one PixelSpacing", "PixelSpacing '2.0'", {"PixelSpacing": 2}),
+    ("negative PixelSpacing", "PixelSpacing '2", {"PixelSpacing": [2, -2]}),
+    ("PixelSpacing of 1 km", "its spacing is", {"PixelSpacing": [1e6, 1e6]}),
+    ("no orientation", "ImageOrientationPatient ''", {"ImageOrientationPatient": None}),
+    ("axes not at right angles", "right angles", {"ImageOrientationPatient": [1, 0, 0, 0.1, 1, 0]}),
+    ("axes without length", "right angles", {"ImageOrientationPatient": [0] * 6}),
+    ("no position", "ImagePositionPatient ''", {"ImagePositionPatient": None}),
+    ("one position", "slices are all at one position", {"ImagePositionPatient": [0, 0, 0]}),
+    ("more rows than pixels", "18432 bytes of PixelData, but .* make 19200", {"Rows": 100}),
+    ("fewer rows than pixels", "18432 bytes of PixelData, but .* make 9216", {"Rows": 48}),
+    ("colour", "PhotometricInterpretation 'RGB'", {"PhotometricInterpretation": "RGB"}),
+    ("frames", "holds several frames; convert", {"NumberOfFrames": 2}),
+):
+    dicom_kind(what, refused, **tags)
+for what, refused, tags in (
+    ("no spacing in one", "IM011 has PixelSpacing '', but IM000", {"PixelSpacing": None}),
+    ("another spacing in one", "IM011 has PixelSpacing", {"PixelSpacing": [2.5, 2.5]}),
+    ("no orientation in one", "IM011 has ImageOrient", {"ImageOrientationPatient": ""}),
+    ("another plane in one", "IM011 has ImageOr", {"ImageOrientationPatient": [1, 0, 0, 0, 0, 1]}),
+    ("fewer rows in one", "IM011 has Rows '48', but", {"Rows": 48, "PixelData": bytes(48 * 192)}),
+    ("no position in one", "IM011 has ImagePositionPatient", {"ImagePositionPatient": ""}),
+    ("two at one position", "have one ImagePositionPatient", {"ImagePositionPatient": [*ORIGIN]}),
+    (
+        "one beside the others",
+        "IM011 lies 3.0 mm off",
+        {"ImagePositionPatient": BESIDE},
+    ),
+    ("slope 0 in one", "IM011 has RescaleSlope '0.0'", {"RescaleSlope": 0, "RescaleIntercept": 0}),
+    ("pixels cut in one", "IM011 has 9000 bytes of PixelData", {"PixelData": bytes(9000)}),
+    ("more pixels in one", "IM011 has 18434 bytes of Pixel", {"PixelData": bytes(96 * 192 + 2)}),
+    ("no pixels in one", "IM011: not a readable DICOM image", {"PixelData": None}),
+):
+    dicom_kind(what, refused, one=True, **tags)
+dicom_kind(
+    "spacing in another tag", noted="ImagerPixelSpacing is used, 2 x 2 mm",
+    PixelSpacing=None, ImagerPixelSpacing=[2, 2],
+)  # fmt: skip
+
+
+@kind("DICOM: each slice 3 mm further to the back", refused="mm off the line.* dcm2niix")
+def sheared(folder: Path) -> Path:
+    series = slices()
+    for k, data in enumerate(series):
+        data.ImagePositionPatient = [ORIGIN[0], ORIGIN[1] + 3 * k, ORIGIN[2] + SPACING[0] * k]
+    return save(folder, series)
+
+
+@kind("DICOM: a tilted head, its orientation rounded to two decimals", noted="is inexact")
+def rounded(folder: Path) -> Path:
+    """Turn the grid about the lesion, which stays where it is."""
+    cos, sin = np.cos(0.3), np.sin(0.3)
+    turn = np.array([[1, 0, 0], [0, cos, -sin], [0, sin, cos]])
+    series = slices()
+    for data in series:
+        place = turn @ (np.array(data.ImagePositionPatient, float) - CENTRE) + CENTRE
+        data.ImagePositionPatient = np.round(place, 4).tolist()
+        data.ImageOrientationPatient = [1, 0, 0, 0, round(cos, 2), round(sin, 2)]
+    return save(folder, series)
+
+
+@kind("DICOM: slopes 1, 100, 100")
+def slopes(folder: Path) -> Path:
+    series = slices()
+    for data in series[1:]:
+        store(data, np.frombuffer(data.PixelData, "<u2").reshape(SHAPE[1:]) // 100)
+        data.RescaleSlope, data.RescaleIntercept = 100, 0
+    return save(folder, series)
+
+
+@kind("DICOM: an empty first slice with slope 1, others 4/4095")
+def fractions(folder: Path) -> Path:
+    series = slices()
+    store(series[0], np.zeros(SHAPE[1:], np.uint16))
+    for data in series[1:]:
+        store(data, np.frombuffer(data.PixelData, "<u2").reshape(SHAPE[1:]) * 4)
+        data.RescaleSlope, data.RescaleIntercept = 0.25, 0
+    return save(folder, series)
+
+
+@kind("DICOM: 8 bits in the first, 12 and 16 in others, signed and unsigned")
+def bits(folder: Path) -> Path:
+    series = slices()
+    for k, data in enumerate(series):
+        pixels = np.frombuffer(data.PixelData, "<u2").reshape(SHAPE[1:])
+        if k == 0:
+            store(data, (pixels // 4).astype(np.uint8))
+            data.RescaleSlope, data.RescaleIntercept = 4, 0
+        elif k % 2:
+            store(data, pixels.astype(np.int16) - 1000, bits=12)
+            data.RescaleSlope, data.RescaleIntercept = 1, 1000
+    return save(folder, series)
+
+
+@kind("DICOM: white is zero in every second file")
+def white_is_zero(folder: Path) -> Path:
+    series = slices()
+    for data in series[::2]:
+        data.PhotometricInterpretation = "MONOCHROME1"
+        store(data, 4095 - np.frombuffer(data.PixelData, "<u2").reshape(SHAPE[1:]), bits=12)
+    return save(folder, series)
+
+
+def recoded(syntax: uid.UID, cut: int = 0) -> Callable[[Path], Path]:
+    """Make a maker of a series in another transfer syntax, its last file `cut` bytes short."""
+
+    def make(folder: Path) -> Path:
+        series = slices()
+        for data in series:
+            if syntax == uid.RLELossless:
+                data.compress(syntax)
+            elif syntax == uid.ExplicitVRBigEndian:
+                store(data, data.pixel_array.astype(">u2"))
+            data.file_meta.TransferSyntaxUID = syntax
+        save(folder, series)
+        last = folder / "IM003"
+        last.write_bytes(last.read_bytes()[: last.stat().st_size - cut])
+        return folder
+
+    return make
+
+
+for syntax in (
+    uid.ImplicitVRLittleEndian,
+    uid.ExplicitVRBigEndian,
+    uid.DeflatedExplicitVRLittleEndian,
+    uid.RLELossless,
+):
+    kind(f"DICOM: {syntax.name}")(recoded(syntax))
+    kind(f"DICOM: {syntax.name}, cut", refused="IM003: not a readable")(recoded(syntax, cut=50))
+
+
+@kind("DICOM: an RLE image whose bytes end early", refused="IM011: its pixels cannot be read")
+def short_rle(folder: Path) -> Path:
+    series = slices()
+    for data in series:
+        data.compress(uid.RLELossless)
+    (frame,) = pydicom.encaps.generate_frames(series[4].PixelData, number_of_frames=1)
+    series[4].PixelData = pydicom.encaps.encapsulate([frame[: len(frame) // 2]])
+    return save(folder, series)
+
+
+def headless(start: bytes) -> Callable[[Path], Path]:
+    """Make a maker of a series whose files begin at these bytes, without a preamble."""
+
+    def make(folder: Path) -> Path:
+        for path in save(folder, slices()).iterdir():
+            whole = path.read_bytes()
+            path.write_bytes(whole[whole.index(start) :])
+        return folder
+
+    return make
+
+
+kind("DICOM: no preamble")(headless(b"\2\0\0\0UL"))
+kind("DICOM: no preamble and no meta information")(headless(b"\x08\0\x16\0UI"))
+
+
+@kind("DICOM: text that its character set does not explain", noted="FLAIR is 'FLAIR Sch.del'")
+def foreign_text(folder: Path) -> Path:
+    for data in (series := slices()):
+        data.SpecificCharacterSet = "ISO_IR 192"
+        data["SeriesDescription"] = pydicom.DataElement(0x0008103E, "UN", b"FLAIR Sch\xe4del\n\0")
+        data["ContrastBolusAgent"] = pydicom.DataElement(0x00180010, "UN", b"Gadovist\xae\xff")
+    return save(folder, series)
+
+
+@pytest.mark.parametrize("spacing, thickness", [(6, 5), (0, 6), ("", 6), ("", ""), (-1, 0)])
+def test_a_lone_slice_is_as_thick_as_its_header_says(tmp_path, spacing, thickness):
+    data = slices()[8]
+    data.SpacingBetweenSlices, data.SliceThickness = spacing, thickness
+    save(tmp_path / "a", [data])
+    if thickness in ("", 0):
+        with pytest.raises(ValueError, match="IM000 is one slice without SliceThickness and"):
+            find_cases(tmp_path / "a")
+        return
+    (case,) = find_cases(tmp_path / "a")
+    assert case.spacing == SPACING
+    assert any("SliceThickness, 6 mm" in note for note in case.notes) == (spacing != 6)
+
+
 # DICOM: folders, series, patients and words
 
 
@@ -347,3 +595,4 @@ def test_is_refused_in_a_sentence(what, tmp_path):
         for case in find_cases(path):
             case.read_pair() if case.masks else case.read()
     assert "\n" not in str(caught.value)
+    str(caught.value).encode()  # a page, a table and a terminal can show it

@@ -7,11 +7,13 @@ pixels whole.
 from __future__ import annotations
 
 import math
+import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pydicom
 import SimpleITK as sitk
 from pydicom import Dataset
 
@@ -46,13 +48,15 @@ def series_grid(path: Path) -> Grid:
     normal = np.cross(row, column)
     direction = np.column_stack((row, column, normal / (np.linalg.norm(normal) or 1)))
     places = np.array([_stated(path, header, "ImagePositionPatient", 3) for header in headers])
+    shape = int(first.Columns), int(first.Rows), len(headers)
+    pixel = spacing[1], spacing[0]
+    check_grid(path, shape, (*pixel, 1.0), places[0], direction)  # first what each file states
     if len(headers) == 1:
         step, more = _thickness(path, first)
     else:
         step = _step(path, headers, places @ direction[:, 2])
         direction, more = _straighten(path, headers, places, direction)
-    shape = int(first.Columns), int(first.Rows), len(headers)
-    grid = check_grid(path, shape, (spacing[1], spacing[0], step), places[0], direction)
+    grid = check_grid(path, shape, (*pixel, step), places[0], direction)
     return replace(grid, notes=notes + more + grid.notes)
 
 
@@ -62,12 +66,9 @@ def read_series(path: Path) -> np.ndarray:
     Raises ValueError, naming the file, if one cannot be read.
     """
     slices = []
-    reader = sitk.ImageFileReader()
-    reader.SetImageIO("GDCMImageIO")
     for header in series_headers(path):
-        reader.SetFileName(header.filename)
         try:
-            pixels = sitk.GetArrayFromImage(reader.Execute()).squeeze(axis=0)
+            pixels = _pixels(header)
         except RuntimeError as error:
             raise ValueError(f"{header.filename}: its pixels cannot be read; {CONVERT}") from error
         if pixels.shape != (header.Rows, header.Columns):
@@ -77,6 +78,19 @@ def read_series(path: Path) -> np.ndarray:
             )
         slices.append(pixels)
     return np.stack(slices).T
+
+
+def _pixels(header: Dataset) -> np.ndarray:
+    """Read the pixels (rows, columns) of a file, on the scale that its header gives."""
+    if abs(number(header, "SpacingBetweenSlices", 1)) > 0:
+        image = sitk.ReadImage(header.filename, imageIO="GDCMImageIO")
+    else:  # ITK refuses a spacing of 0, but where the slices lie is known from their positions
+        with tempfile.TemporaryDirectory() as folder:
+            copy = pydicom.dcmread(header.filename, force=True)
+            del copy.SpacingBetweenSlices
+            copy.save_as(Path(folder, "copy"))
+            image = sitk.ReadImage(str(Path(folder, "copy")), imageIO="GDCMImageIO")
+    return sitk.GetArrayFromImage(image)[0]
 
 
 def _name(header: Dataset) -> str:
