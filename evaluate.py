@@ -24,17 +24,22 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import utils
+from brainseg import distributed
 from brainseg.evaluation.expected import check_can_fit, fit_and_save
 from brainseg.evaluation.page import check_page
 from brainseg.evaluation.report import case_table, save_gallery, save_page, save_scores, tables
-from brainseg.evaluation.scoring import choose_cases, open_models, score_all, settings_of
+from brainseg.evaluation.scoring import Model, choose_cases, open_models, score_all, settings_of
 from brainseg.evaluation.statistics import compare
-from brainseg.io.files import check_writable, write_json, write_table
+from brainseg.io.files import check_ours, remove, write_json, write_table
+from brainseg.io.slices import Case
 from brainseg.splits import SUBSETS, by_subset, count_patients, list_cohort
 from brainseg.weights import shipped_weights
+
+FILES = ("scores.csv", "summary.json", "scores.png", "gallery.png", "expected_dsc.png")
 
 
 # fmt: off
@@ -65,7 +70,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def run(args: argparse.Namespace, options: dict) -> None:
-    """Score every model on every case, print the tables, write the files."""
+    """Open models and cases, then score every model on every case."""
     sources = list_cohort(args.images, args.sequences, args.labels, args.patients, args.cases)
     if not args.weights:
         shipped = shipped_weights("unet")
@@ -79,12 +84,20 @@ def run(args: argparse.Namespace, options: dict) -> None:
                 print(f"{model.name}: {note}", file=sys.stderr)
     cases, left_out = choose_cases(sources, args.subset, models, args.images)
     print(count_patients(by_subset(case.name for case in cases)), flush=True)
-    check_writable(args.out)
+    for name in FILES:
+        check_ours(args.out / name)
     if args.report:
         check_page(args.report)
+    with distributed.main_process_locks((args.out, "--out")):
+        score(args, models, cases, left_out)
 
+
+def score(
+    args: argparse.Namespace, models: Sequence[Model], cases: Sequence[Case], left_out: list[str]
+) -> None:
+    """Score every model on every case, print the tables, write the files."""
     scored, pictures, digest = score_all(cases, models, args.workers)
-    sources[0].labels.check()
+    cases[0].labels.check()
     write_table(args.out / "scores.csv", [row for rows in scored.values() for row in rows])
     summary = compare(scored)
     shown = tables(summary)
@@ -104,7 +117,7 @@ def run(args: argparse.Namespace, options: dict) -> None:
     write_json(args.out / "summary.json", about | {"models": summary})
     figures = {"DSC of every case": args.out / "scores.png"}
     save_scores(args.out / "scores.png", scored)
-    (args.out / "gallery.png").unlink(missing_ok=True)  # of an earlier run
+    remove(args.out / "gallery.png")  # of an earlier run
     if pictures:
         figures["Worst, median and best case of each model"] = args.out / "gallery.png"
         save_gallery(args.out / "gallery.png", scored, pictures)

@@ -26,7 +26,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import io
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,10 +35,11 @@ from torch import Tensor
 
 from brainseg import programs
 from brainseg.ensemble import load_ensemble
-from brainseg.io.files import atomic_write, write_json
+from brainseg.io.files import RUN, atomic_write, write_json
 from brainseg.io.predictions import read_scores
 from brainseg.metrics import summarise
 from brainseg.onnx import OnnxNetwork, needed
+from brainseg.segmenter import weights_id
 from brainseg.splits import SUBSETS, is_lgg, patient_of, subset_of
 from brainseg.weights import (
     CARD_DEFAULTS,
@@ -140,29 +140,28 @@ def halve(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def scores_of_unseen(path: Path, weights: Path, subset: str) -> dict:
     """Summarise the DSC of the cases of a subset that the weights were not trained on.
 
-    Raises ValueError if the args.json beside the metrics.csv at `path` does not list just these
-    weights, or if no such case is left.
+    Raises ValueError if one of them in the metrics.csv at `path` was not made with these weights
+    alone, if they were made with several settings, or if no such case is left.
     """
-    scores, about = read_scores(path, ["dsc"]), path.with_name("args.json")
-    try:
-        made_with = list(json.loads(about.read_text())["weights"].values())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        made_with = []
-    if made_with != [file_hash(weights)]:
-        raise ValueError(
-            f"{path}: was not made with {weights} alone, by the hashes in {about.name} beside it; "
-            "run inference.py with these weights"
-        )
-    cases = {
-        case: round(row["dsc"], 4)
-        for case, row in scores.items()
+    scores = {
+        case: row
+        for case, row in read_scores(path, ["dsc"]).items()
         if not row["trained_on"] and subset in ("all", subset_of(case))
     }
-    if not cases:
+    if not scores:
         raise ValueError(
             f"{path}: has no case of subset {subset} that the weights were not trained on; "
             "choose another --subset"
         )
+    runs = {row[RUN] for row in scores.values()}
+    wrong = [run for run in runs if run.partition("-")[0] != weights_id([file_hash(weights)])]
+    if wrong or len(runs) > 1:
+        what = "by other weights" if wrong else "with several settings"
+        raise ValueError(
+            f"{path}: some of its cases were segmented {what}; run inference.py with "
+            f"--weights {weights} into an empty folder"
+        )
+    cases = {case: round(row["dsc"], 4) for case, row in scores.items()}
     summary = summarise(list(cases.values()), [patient_of(case) for case in cases])
     return {"metric": "DSC per volume", **summary, "cases": cases}
 

@@ -19,8 +19,9 @@ PREDICTIONS/<case>.gif animates them. A volume file gets one mask on its own gri
 TIFFs, PREDICTIONS/<case>_mask.nii.gz. volumes.csv has a row per case: what was found, its volume,
 the expected DSC, and a warning if the mask needs checking or the case could not be read. If cases
 have masks, metrics.csv and a figure of sorted DSCs are written too, with the cases that the weights
-were trained on marked. With --skip-existing, both tables keep the rows of other cases. args.json
-records how the run was made.
+were trained on marked. Both tables keep the rows of other cases; their last column names the
+weights and settings that made each mask. args.json records how the last run was made. Files that
+this program did not write are never replaced, and only one run at a time writes to a folder.
 
 --probabilities adds <case>_probability.nii.gz (float32) or <case>_<k>_probability.tif and, for an
 ensemble, _disagreement: the standard deviation over its networks. --dicom-seg adds <case>_seg.dcm.
@@ -44,18 +45,19 @@ from brainseg.evaluation.cohort import save_cohort
 from brainseg.evaluation.page import check_page
 from brainseg.evaluation.volumes import read_volumes, volumes_table
 from brainseg.io.dicom_seg import check_dicom_packages, holds_dicom
-from brainseg.io.files import check_writable, update_table, write_json
+from brainseg.io.files import PROGRAM, RUN, check_ours, check_writable, update_table, write_json
 from brainseg.io.labels import Labels
 from brainseg.io.layouts import Source, find_sequences
 from brainseg.io.pictures import save_dsc_figure
-from brainseg.io.predictions import check_settings, scores_text
+from brainseg.io.predictions import check_kept, scores_text
 from brainseg.io.scans import Scan
 from brainseg.io.slices import Case
 from brainseg.pipeline import Outputs, Result, segment_all
 from brainseg.segmenter import FITTED_WITH, Segmenter
 from brainseg.splits import SUBSETS, list_cohort, patients_of_card, select_cases, use_patients
-from brainseg.weights import file_hash, read_card, shipped_weights, weights_files
+from brainseg.weights import read_card, shipped_weights
 
+TABLES = ("args.json", "volumes.csv", "metrics.csv")
 SAVE_EVERY = 5.0  # seconds between writings of the tables
 
 
@@ -71,7 +73,8 @@ def get_parser() -> argparse.ArgumentParser:
     add("--subset", type=str, default="all", help=f"all, {', '.join(SUBSETS)}")
     add("--cases", type=str, nargs="+", help="only these cases")
     utils.add_cohort_options(add)
-    add("--skip-existing", action="store_true", help="keep the masks of an earlier run")
+    add("--skip-existing", action="store_true",
+        help="keep the masks that an earlier run made with these weights and settings")
     add("--weights", type=Path, nargs="+",
         help="weights or .onnx file; several, or a folder, are averaged (the shipped weights)")
     utils.add_segmenter_options(parser)
@@ -95,9 +98,8 @@ def main(argv: list[str] | None = None) -> None:
         if args.flair and (args.images or args.cases or args.sequences or args.subset != "all"):
             parser.error("--flair is one scan; leave out --images, --cases, --sequences, --subset")
     stopped = "stopped; finished cases are kept: continue with --skip-existing"
-    with utils.errors_in_one_sentence(stopped):
-        with distributed.process_group():
-            failed = run(args, options)
+    with utils.errors_in_one_sentence(stopped), distributed.process_group():
+        failed = run(args, options)
     if failed:
         sys.exit(1)
 
@@ -108,47 +110,71 @@ def run(args: argparse.Namespace, options: dict) -> int:
     Several processes share the cases; the main one writes the tables and reports on all.
     """
     weights = args.weights or [shipped_weights("unet")]
+    segmenter, sources = set_up(args, options, weights)
     about = utils.provenance(args)
+    about["weights"] = {str(file): digest for file, digest in segmenter.hashes.items()}
+    used = ("image_size", *FITTED_WITH)  # the card's, unless given
+    about["settings"] = {name: getattr(segmenter, name) for name in used}
+    about[RUN] = segmenter.run
+    with distributed.main_process_locks((args.predictions, "--predictions")):
+        outputs = plan_outputs(args, segmenter, sources, about["commit"])
+        distributed.barrier()  # every rank has read the earlier volumes.csv
+        if distributed.is_main_process():
+            write_json(args.predictions / "args.json", about)
+        workers = distributed.rank_workers(args.workers)
+        done = segment(sources, segmenter, outputs, workers, args.register)
+        check_labels(sources[0].labels)
+        if distributed.is_main_process():
+            network = f"{' '.join(map(str, weights))} by {segmenter.runtime}"
+            report(done, network, args.predictions, args.figure, args.report, about)
+    return sum(bool(result.error) for result in done)
+
+
+def set_up(
+    args: argparse.Namespace, options: dict, weights: Sequence[Path]
+) -> tuple[Segmenter, list[Source | Case]]:
+    """Open the weights, list the cases and check that the results can be written."""
     # The first rank of a machine caches what TensorRT builds, for the others.
     with distributed.local_rank_zero_first():
         device = distributed.rank_device(options["device"])
         segmenter = Segmenter.from_weights(weights, **options | {"device": device})
         if args.flair:
-            found = list_sequences(args.flair, args.pre, args.post, args.labels, args.patients)
+            listed = list_sequences(args.flair, args.pre, args.post, args.labels, args.patients)
         else:
             how = args.sequences, args.labels, args.patients, args.cases
-            found = list_cohort(args.images or Path("kaggle_3m"), *how, args.predictions)
-        sources = select_cases(found, args.subset)
+            listed = list_cohort(args.images or Path("kaggle_3m"), *how, args.predictions)
+        sources = select_cases(listed, args.subset)
         check_outputs(sources, args.predictions, args.figure, args.report, args.dicom_seg)
-    files = weights_files(weights)
+    return segmenter, sources
+
+
+def plan_outputs(
+    args: argparse.Namespace,
+    segmenter: Segmenter,
+    sources: Sequence[Source | Case],
+    commit: str | None,
+) -> Outputs:
+    """Decide what to write and which earlier masks to keep; say what is odd about the weights.
+
+    Raises ValueError if masks to keep were made with other weights or settings.
+    """
+    files = list(segmenter.hashes)
     cards = {file: read_card(file) for file in files}
     say_once([file for file in files if not cards[file]], segmenter)
-    about["weights"] = {str(file): file_hash(file) for file in files}
-    used = ("image_size", *FITTED_WITH)  # the card's, unless given
-    about["settings"] = {name: getattr(segmenter, name) for name in used}
-    given = ("register", "sequences", "pre", "post", "labels")
-    about["settings"] |= {name: about["args"][name] for name in given}
-    check_settings(args.predictions, about, args.skip_existing)
-    algorithm = f"brainseg {' '.join(file.stem for file in files)}", about["commit"] or "unknown"
-    outputs = Outputs(
+    earlier = read_volumes(args.predictions / "volumes.csv")
+    if args.skip_existing:
+        names = [source.name for source in sources]
+        check_kept(args.predictions, earlier, names, segmenter.run)
+    algorithm = f"{PROGRAM} {' '.join(file.stem for file in files)}", commit or "unknown"
+    return Outputs(
         args.predictions,
         keep=args.skip_existing,
-        earlier=read_volumes(args.predictions / "volumes.csv"),
+        earlier=earlier,
         trained_on=set().union(*(patients_of_card(card, "train") for card in cards.values())),
         probabilities=args.probabilities,
         thumbnails=bool(args.report),
         algorithm=algorithm if args.dicom_seg else None,
     )
-    distributed.barrier()  # every rank has read the earlier args.json and volumes.csv
-    if distributed.is_main_process():
-        write_json(args.predictions / "args.json", about)
-    workers = distributed.rank_workers(args.workers)
-    done = segment(sources, segmenter, outputs, workers, args.register)
-    check_labels(sources[0].labels)
-    if distributed.is_main_process():
-        network = f"{' '.join(map(str, weights))} by {segmenter.runtime}"
-        report(done, network, args.predictions, args.figure, args.report, about)
-    return sum(bool(result.error) for result in done)
 
 
 def list_sequences(
@@ -209,7 +235,7 @@ def write_tables(done: list[Result], outputs: Outputs) -> None:
     if distributed.is_main_process():
         for table, name in (("volumes", "volumes.csv"), ("scores", "metrics.csv")):
             rows = {result.volumes["case"]: getattr(result, table) for result in done}
-            update_table(outputs.folder / name, rows, keep=outputs.keep)
+            update_table(outputs.folder / name, rows)
 
 
 def check_outputs(
@@ -226,6 +252,8 @@ def check_outputs(
         raise ValueError(f"{figure}: --figure must be a .png, .pdf, .svg or .jpg file")
     if page:
         check_page(page)
+    for path in (figure, *(predictions / name for name in TABLES)):
+        check_ours(path)
     paths = [source.folder for source in sources]
     if seg:
         check_dicom_packages()

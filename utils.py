@@ -19,7 +19,7 @@ from typing import NoReturn
 import numpy as np
 import torch
 
-from brainseg.io.files import sentence
+from brainseg.io.files import MARK, sentence
 
 
 class Parser(argparse.ArgumentParser):
@@ -227,7 +227,8 @@ def provenance(args: argparse.Namespace) -> dict:
     for name in ("torch", "numpy", "scikit-image", "medpy"):
         with suppress(PackageNotFoundError):
             versions[name] = version(name)
-    return {"args": plain(args), "commit": git_commit(), "versions": versions}
+    commit = git_commit()
+    return {"program": MARK, "args": plain(args), "commit": commit, "versions": versions}
 
 
 def git_commit() -> str | None:

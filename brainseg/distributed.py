@@ -19,6 +19,7 @@ import time
 import traceback
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import torch
@@ -26,7 +27,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .devices import available_cores
-from .io.files import sentence
+from .io.files import check_writable, clear_leftovers, locked, sentence
 
 T = TypeVar("T")
 TIMEOUT = timedelta(minutes=30)  # for a rank that no longer answers
@@ -92,6 +93,20 @@ def process_group() -> Iterator[None]:
         raise
     except BaseException as error:
         _leave(error)
+
+
+@contextlib.contextmanager
+def main_process_locks(*places: tuple[Path, str], name: str = "run") -> Iterator[None]:
+    """Lock each (folder, option) for this run, and clear what killed runs have left there.
+
+    Raises ValueError if another run writes to one of them (`files.locked`).
+    """
+    with contextlib.ExitStack() as locks:
+        for folder, option in places if is_main_process() else ():
+            check_writable(folder)
+            locks.enter_context(locked(folder, option, name))
+            clear_leftovers(folder)
+        yield
 
 
 def _end_on_sigterm() -> None:

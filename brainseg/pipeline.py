@@ -17,12 +17,19 @@ from tqdm import tqdm
 from .devices import in_groups, in_order
 from .evaluation.volumes import scan_hash, unread_row, volume_row
 from .io.dicom_seg import series_of, write_dicom_seg
-from .io.files import sentence
+from .io.files import RUN, check_ours, sentence
 from .io.layouts import Source
 from .io.pictures import thumbnail
-from .io.predictions import find_masks, map_files, seg_file, table_row, write_case
+from .io.predictions import (
+    find_masks,
+    map_files,
+    outputs_of,
+    seg_file,
+    table_row,
+    write_case,
+)
 from .io.scans import registered
-from .io.slices import Case
+from .io.slices import Case, errors_name
 from .preprocess import Frame
 from .segmenter import Segmenter
 from .splits import patient_of
@@ -142,42 +149,45 @@ def load(
 ) -> Work | Result:
     """Read a case and prepare it for the network; if that fails, return a result that says why."""
     try:
-        work = read(source, outputs, register)
-        if work.mask is None:
-            prepare(work, segmenter)
+        with errors_name(source.folder):
+            work = read(source, segmenter, outputs, register)
+            if work.mask is None:
+                prepare(work, segmenter)
         return work
     except (ValueError, OSError) as error:
         return Result("unread", unread_row(source.name, error), error=sentence(error))
 
 
-def read(source: Source | Case, outputs: Outputs, register: bool) -> Work:
+def read(source: Source | Case, segmenter: Segmenter, outputs: Outputs, register: bool) -> Work:
     """Read a case, and its mask if it is kept; raises OSError or ValueError, naming the file."""
-    try:
-        case = source.open() if isinstance(source, Source) else source
-        check_not_overwritten(case, outputs)
-        if register:
-            case = registered(case)
-        for note in case.notes:
-            say(f"{case.name}: {note}")
-        work = Work(case, *(case.read_pair() if case.masks else (case.read(), None)))
-        earlier = outputs.earlier.get(case.name, {})
-        if outputs.keep and earlier.get("scan_hash") == scan_hash(work.volume):
-            mask = find_masks(outputs.folder, case, outputs.extra_files(case))
-            work.mask = mask if np.shape(mask) == work.volume.shape[:3] else None
-        return work
-    except (RuntimeError, MemoryError) as error:  # from SimpleITK, which does not name the file
-        reason = " ".join(str(error).strip().splitlines()[-1:])
-        fault = f"cannot be read ({reason}); export it again, or crop it"
-        raise ValueError(f"{source.folder}: {fault}") from error
+    case = source.open() if isinstance(source, Source) else source
+    check_not_overwritten(case, outputs)
+    if register:
+        case = registered(case)
+    for note in case.notes:
+        say(f"{case.name}: {note}")
+    if case.masks:
+        volume, truth = case.read_pair()
+    else:
+        volume, truth = case.read(), None
+    work = Work(case, volume, truth)
+    earlier = outputs.earlier.get(case.name, {})
+    same_scan = earlier.get("scan_hash") == scan_hash(volume)
+    if outputs.keep and same_scan and earlier.get(RUN) == segmenter.run:
+        mask = find_masks(outputs.folder, case, segmenter.run, outputs.extra_files(case))
+        if mask is not None and mask.shape == volume.shape[:3]:
+            work.mask = mask
+    return work
 
 
 def check_not_overwritten(case: Case, outputs: Outputs) -> None:
-    """Raise ValueError if a file of the case, such as its true mask, would be written."""
-    written = [*map_files(case, "mask"), *outputs.extra_files(case)]
-    written = {(outputs.folder / file).resolve() for file in written}
-    for path in case.files:
-        if path.resolve() in written:
+    """Raise ValueError if a file of the case or of somebody else would be replaced or removed."""
+    sources = {path.resolve() for path in case.files}
+    for file in outputs_of(case):
+        path = outputs.folder / file
+        if path.resolve() in sources:
             raise ValueError(f"{path}: is a source; name another folder with --predictions")
+        check_ours(path)
 
 
 def prepare(work: Work, segmenter: Segmenter) -> None:
@@ -197,6 +207,15 @@ def finish(work: Work | Result, segmenter: Segmenter, outputs: Outputs) -> Resul
     """Make the mask of a case unless it was kept or not read, and write what `outputs` asks for."""
     if isinstance(work, Result):
         return work
+    try:
+        with errors_name(work.case.folder):
+            return write(work, segmenter, outputs)
+    except ValueError as error:
+        return Result("unread", unread_row(work.case.name, error), error=sentence(error))
+
+
+def write(work: Work, segmenter: Segmenter, outputs: Outputs) -> Result:
+    """Make the mask of a case unless it was kept, and write what `outputs` asks for."""
     case, volume, mask = work.case, work.volume, work.mask
     kept, expected, error = mask is not None, None, ""
     warnings = list(case.notes)
@@ -209,16 +228,16 @@ def finish(work: Work | Result, segmenter: Segmenter, outputs: Outputs) -> Resul
             maps["probability"] = found.probabilities
             maps |= {} if found.deviation is None else {"disagreement": found.deviation}
         work.probabilities = None
-        write_case(outputs.folder, case, volume, mask, work.truth, maps)
+        write_case(outputs.folder, case, volume, mask, work.truth, maps, segmenter.run)
         if outputs.algorithm and series_of(case):
             error = write_seg(outputs.folder / seg_file(case), case, mask, outputs.algorithm)
-    row = volume_row(case, volume, mask, expected, warnings)
+    row = volume_row(case, volume, mask, expected, warnings, segmenter.run)
     earlier = outputs.earlier.get(case.name)
     if kept and earlier and earlier["lesion_voxels"] == row["lesion_voxels"]:
         row = earlier | {"patient": row["patient"]}  # with values from the probabilities
     result = Result("kept" if kept else "segmented", row, error=error)
     if work.truth is not None:
-        seen = {"trained_on": int(patient_of(case.name) in outputs.trained_on)}
+        seen = {"trained_on": int(patient_of(case.name) in outputs.trained_on), RUN: segmenter.run}
         result.scores = table_row(case, mask, work.truth) | seen
     if outputs.thumbnails:
         result.thumbnail = thumbnail(volume, mask)

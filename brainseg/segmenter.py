@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import hashlib
+import json
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from .ensemble import Ensemble, assess, fold_batch_norm, load_ensemble, networks
 from .io.files import by
 from .onnx import OnnxNetwork
 from .preprocess import VERSION, Frame, neighbourhoods, preprocess, restore
-from .weights import CARD_DEFAULTS, weights_files
+from .weights import CARD_DEFAULTS, file_hash, weights_files
 
 # Options that the fit in a card is for, beside the image size.
 FITTED_WITH = ("threshold", "largest_component", "min_volume", "tta")
@@ -88,6 +90,7 @@ class Segmenter:
         self.threshold, self.min_volume, self.tta = threshold, min_volume, tta
         self.largest_component, self.expected_dsc_fit = largest_component, expected_dsc_fit
         self.notes: list[str] = []  # to be said once
+        self.hashes: dict[Path, str] = {}  # the SHA-256 of each weights file
         # Small batches stay in the cache of a CPU and take a fifth less time.
         self.batch_size = min(batch_size, 4) if self.on_cpu else batch_size
 
@@ -123,6 +126,7 @@ class Segmenter:
             expected_dsc_fit=fit,
             **own | {name: value for name, value in options.items() if value is not None},
         )
+        segmenter.hashes = {file: file_hash(file) for file in files}
         changed = [f"{k} {own[k]}" for k in own if getattr(segmenter, k) != own[k]]
         if changed and fit.get("features"):
             segmenter.expected_dsc_fit = None
@@ -131,6 +135,18 @@ class Segmenter:
                 f"no expected DSC, as the card's fit is for {fitted}: leave out what changes it"
             )
         return segmenter
+
+    @property
+    def run(self) -> str:
+        """Name the weights and the settings that make a mask: eight digits of each one's SHA-256.
+
+        Those of a single weights file are its own. Empty if the network is not from files.
+        """
+        if not self.hashes:
+            return ""
+        names = ("image_size", "neighbours", "version", *FITTED_WITH)
+        settings = json.dumps([getattr(self, name) for name in names])
+        return f"{weights_id(self.hashes.values())}-{_sha256(settings)[:8]}"
 
     def __call__(self, volume: np.ndarray, aspect: float = 1.0) -> np.ndarray:
         """Segment a raw volume (S, H, W, C); return its mask (S, H, W), bool.
@@ -261,3 +277,14 @@ def keep_components(mask: np.ndarray, largest: bool = True, min_volume: int = 0)
     if largest:
         keep &= np.arange(len(sizes)) == sizes.argmax()
     return keep[labels]
+
+
+def weights_id(hashes: Collection[str]) -> str:
+    """Return the eight digits that name the weights files with these SHA-256 in `Segmenter.run`."""
+    if len(hashes) == 1:
+        return next(iter(hashes))[:8]
+    return _sha256(" ".join(hashes))[:8]
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

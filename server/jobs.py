@@ -175,13 +175,13 @@ class Service:
         except ValueError as error:
             raise ValueError(f"{loaded.case.name}: {error}") from error
         found = self.segmenter.assess(self.segmenter.probabilities(images, progress), frame)
-        return make_answer(loaded, found, folder / "out")
+        return make_answer(loaded, found, folder / "out", self.segmenter.run)
 
 
-def make_answer(loaded: Loaded, found: Segmentation, out: Path) -> Answer:
-    """Make the numbers, files and pictures of a case and of what was found in it."""
+def make_answer(loaded: Loaded, found: Segmentation, out: Path, run: str) -> Answer:
+    """Make the numbers, files and pictures of a case and of what `run` found in it."""
     case, volume, truth, mask = loaded.case, loaded.volume, loaded.truth, found.mask
-    write_case(out, case, volume, mask, truth)
+    write_case(out, case, volume, mask, truth, run=run)
     masks = {path.name: (out / path).read_bytes() for path in map_files(case, "mask")}
     picture = montage(outline(to_grey(volume), mask, truth))
     files = masks | {
@@ -189,7 +189,7 @@ def make_answer(loaded: Loaded, found: Segmentation, out: Path) -> Answer:
         f"{case.name}.gif": (out / f"{case.name}.gif").read_bytes(),
     }
     warnings = loaded.notes + found.warnings
-    summary = volume_row(case, volume, mask, found.expected, warnings) | {
+    summary = volume_row(case, volume, mask, found.expected, warnings, run) | {
         "shape": list(mask.shape),
         "notes": loaded.notes,
         "scores": None,

@@ -7,6 +7,8 @@ import pytest
 import torch
 
 import export
+from brainseg.io.files import RUN
+from brainseg.segmenter import weights_id
 from brainseg.unet import UNet
 from brainseg.weights import file_hash, load_state, model_from_state, save_weights
 
@@ -25,9 +27,10 @@ def trained(tmp_path):
 
 def written(folder: Path, rows: str, weights: Path) -> Path:
     """Write a table as inference.py does, with the record of how it was made."""
-    about = {"weights": {str(weights): file_hash(weights)}}
-    (folder / "args.json").write_text(json.dumps(about))
-    (folder / "metrics.csv").write_text(rows)
+    header, *lines = rows.splitlines()
+    run = f"{weights_id([file_hash(weights)])}-00000000"
+    lines = [f"{header},{RUN}", *(f"{line},{run}" for line in lines)]
+    (folder / "metrics.csv").write_text("\n".join(lines))
     return folder / "metrics.csv"
 
 
@@ -79,19 +82,22 @@ def test_scores_of_other_weights_are_refused(trained, tmp_path):
     other = tmp_path / "other.pt"
     other.write_bytes(trained.read_bytes() + b"\0")
     metrics = written(tmp_path, ROWS, other)
-    with pytest.raises(SystemExit, match="metrics.csv: was not made with .*unet.pt"):
-        exported(tmp_path, "--weights", trained, "--metrics", metrics)
-    (tmp_path / "args.json").unlink()
-    with pytest.raises(SystemExit, match="metrics.csv: was not made with .*unet.pt"):
+    with pytest.raises(SystemExit, match="metrics.csv: some of its cases were segmented by other"):
         exported(tmp_path, "--weights", trained, "--metrics", metrics)
 
 
 def test_scores_of_an_ensemble_are_not_those_of_a_member(trained, tmp_path):
     metrics = written(tmp_path, ROWS, trained)
-    about = json.loads((tmp_path / "args.json").read_text())
-    about["weights"]["other.pt"] = "0" * 64
-    (tmp_path / "args.json").write_text(json.dumps(about))
-    with pytest.raises(SystemExit, match="metrics.csv: was not made with .*unet.pt alone"):
+    one, other = file_hash(trained), "0" * 64
+    metrics.write_text(metrics.read_text().replace(weights_id([one]), weights_id([one, other])))
+    with pytest.raises(SystemExit, match="segmented by other weights; run inference.py"):
+        exported(tmp_path, "--weights", trained, "--metrics", metrics)
+
+
+def test_scores_made_with_several_settings_are_refused(trained, tmp_path):
+    metrics = written(tmp_path, ROWS, trained)
+    metrics.write_text(metrics.read_text().replace("-00000000", "-00000001", 2))
+    with pytest.raises(SystemExit, match="segmented with several settings"):
         exported(tmp_path, "--weights", trained, "--metrics", metrics)
 
 

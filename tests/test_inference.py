@@ -20,14 +20,17 @@ import pytest
 import tifffile
 import torch
 from conftest import TRAINED_ON, in_processes, make_weights
+from test_files import leave_scratch
 from test_weights import Evil
 
 import inference
 from brainseg import metrics, pipeline
+from brainseg.io.files import locked
 from brainseg.io.layouts import find_case, list_cases
 from brainseg.metrics import dsc
 from brainseg.phantom import make_volume
 from brainseg.segmenter import Segmenter
+from brainseg.weights import file_hash
 
 
 @pytest.fixture(scope="module")
@@ -63,16 +66,21 @@ def one_sentence(capsys) -> str:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    files = [path for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock"]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 def digest(folder: Path) -> str:
     return hashlib.sha256(repr(sorted(contents(folder).items())).encode()).hexdigest()
 
 
-def table(out: Path) -> list[dict]:
-    with open(out / "predictions" / "metrics.csv", newline="") as file:
+def table(out: Path, name: str = "metrics.csv") -> list[dict]:
+    with open(out / "predictions" / name, newline="") as file:
         return list(csv.DictReader(file))
+
+
+def volumes(out: Path) -> list[dict]:
+    return table(out, "volumes.csv")
 
 
 def read_masks(out: Path, name: str) -> np.ndarray:
@@ -123,7 +131,7 @@ def test_every_slice_gets_a_mask_and_a_picture(phantoms, done):
     out, _ = done
     predictions, found = out / "predictions", 0
     names = sorted(folder.name for folder in phantoms.iterdir())
-    assert sorted(p.name for p in predictions.iterdir()) == sorted(
+    assert sorted(p.name for p in predictions.iterdir() if p.suffix != ".lock") == sorted(
         [*names, *(f"{name}.gif" for name in names), "metrics.csv", "volumes.csv", "args.json"]
     )
     for name in names:
@@ -148,7 +156,7 @@ def test_table_is_what_the_written_masks_score(phantoms, done):
     assert list(rows[0]) == [
         *("case", "slices", "lesion_voxels", "predicted_voxels"),
         *metrics.score(np.ones((1, 1, 1), bool), np.ones((1, 1, 1), bool)),
-        "trained_on",
+        *("trained_on", "brainseg_run"),
     ]
     assert [row["case"] for row in rows] == [f"phantom_{i:03d}" for i in range(12)]
     for row in rows:
@@ -263,7 +271,9 @@ def test_command_line_from_another_folder(phantoms, weights, tmp_path):
 # Resuming
 
 
-def test_finished_cases_are_skipped_and_still_scored(phantoms, weights, tmp_path, monkeypatch):
+def test_finished_cases_are_skipped_and_still_scored(
+    phantoms, weights, tmp_path, monkeypatch, capsys
+):
     names = "phantom_003", "phantom_004", "phantom_005"
     again = phantoms, tmp_path, weights, "--skip-existing", "--cases", *names
     assert infer(*again) == 0
@@ -285,10 +295,14 @@ def test_finished_cases_are_skipped_and_still_scored(phantoms, weights, tmp_path
     assert infer(*again) == 0
     assert len(segmented) == 1, "a folder that is not whole is made anew"
     assert contents(folder) == first
-    for length in (0, 100, 200, 4000):  # each causes a different error in the image libraries
-        damage(folder / names[1] / f"{names[1]}_1_mask.tif", length)
+    mask = folder / names[1] / f"{names[1]}_1_mask.tif"
+    for length in (0, 4000):  # each causes a different error in the image libraries
+        damage(mask, length)
         assert infer(*again) == 0
         assert contents(folder) == first
+    damage(mask, 100)  # cut off before the mark, it could be anybody's
+    assert infer(*again) == 1
+    assert f"{mask}: is in the way" in capsys.readouterr().err
 
 
 def test_masks_of_changed_sources_are_made_again(phantoms, weights, tmp_path, capsys):
@@ -341,14 +355,19 @@ def test_a_given_image_size_equal_to_the_cards_is_no_change(phantoms, weights, t
     assert "1 kept from an earlier run" in capsys.readouterr().out
 
 
-def test_scores_of_an_earlier_run_do_not_stay_beside_cases_without_truth(
-    phantoms, weights, tmp_path
-):
+def test_rows_of_other_cases_stay(phantoms, weights, tmp_path):
     assert infer(phantoms, tmp_path, weights, "--cases", "phantom_003") == 0
-    assert (tmp_path / "predictions" / "metrics.csv").exists()
+    (before,) = table(tmp_path)
     write_case(tmp_path / "x" / "case", make_volume(1, slices=4, size=64)[0])
-    assert infer(tmp_path / "x", tmp_path, weights) == 0
-    assert not (tmp_path / "predictions" / "metrics.csv").exists()
+    other = make_weights(tmp_path / "other.pt", trained_on=["x"])
+    other.write_bytes(weights.read_bytes() + b"\0")
+    assert infer(tmp_path / "x", tmp_path, other) == 0
+    assert table(tmp_path) == [before], "its mask stays too; `case` has no truth"
+    rows = volumes(tmp_path)
+    assert [row["case"] for row in rows] == ["case", "phantom_003"]
+    first, second = (row["brainseg_run"] for row in rows)
+    assert first != second and second == before["brainseg_run"]
+    assert second[:8] == file_hash(weights)[:8]
 
 
 def test_masks_of_other_weights_or_settings_are_not_kept(phantoms, weights, tmp_path):
@@ -359,17 +378,105 @@ def test_masks_of_other_weights_or_settings_are_not_kept(phantoms, weights, tmp_
     other.write_bytes(weights.read_bytes() + b"\0")
     again = *only, "--skip-existing"
     said = refused(phantoms, tmp_path, weights, *again, "--threshold", 0.9, "--tta")
-    assert "made with threshold 0.5, tta False; leave out --skip-existing" in said
-    assert f"made with weights {weights}; leave" in refused(phantoms, tmp_path, other, *again)
+    assert "made with other settings (phantom_003); leave out --skip-existing" in said
+    said = refused(phantoms, tmp_path, other, *again)
+    assert "1 of the masks there were made with other weights (phantom_003); leave out" in said
     assert contents(tmp_path / "predictions") == before
 
-    # Nor masks of other weights that remain when a run with these was stopped before them.
+    # Nor if a run with these weights was in the folder since.
     assert infer(phantoms, tmp_path, other, "--cases", "phantom_004") == 0
+    both = "--skip-existing", "--cases", "phantom_003", "phantom_004"
+    assert "other weights (phantom_003)" in refused(phantoms, tmp_path, other, *both)
+    # Nor if the row is of these weights, but the mask itself says that it is not.
+    path = tmp_path / "predictions" / "volumes.csv"
+    rows = {row["case"]: row for row in volumes(tmp_path)}
+    run = rows["phantom_003"]["brainseg_run"]
+    path.write_text(path.read_text().replace(run, rows["phantom_004"]["brainseg_run"]))
     (place,) = (tmp_path / "predictions" / "phantom_003").glob("phantom_003_3_mask.tif")
     old = place.stat().st_mtime_ns
-    both = "--skip-existing", "--cases", "phantom_003", "phantom_004"
     assert infer(phantoms, tmp_path, other, *both) == 0
     assert place.stat().st_mtime_ns > old
+
+
+def test_a_folder_that_another_run_writes_to_is_refused(phantoms, weights, tmp_path):
+    only = "--cases", "phantom_003"
+    (tmp_path / "predictions").mkdir()
+    with locked(tmp_path / "predictions", "--predictions"):
+        said = refused(phantoms, tmp_path, weights, *only)
+    assert f"{tmp_path / 'predictions'}: another run is writing there" in said
+    assert not contents(tmp_path / "predictions")
+    assert infer(phantoms, tmp_path, weights, *only) == 0
+
+
+FOREIGN = {
+    "volumes.csv": "case,ml\na,1\n",
+    "metrics.csv": "case,dsc\na,1\n",
+    "args.json": "{}",
+    "phantom_003_seg.dcm": "a Segmentation by another tool",
+    "phantom_003/phantom_003_3_mask.tif": "a mask that somebody drew",
+    "phantom_003/phantom_003_3_probability.tif": "a map of another network",
+    "phantom_003.gif": "a picture",
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_files_of_others_are_neither_replaced_nor_removed(
+    phantoms, weights, tmp_path, name, capsys
+):
+    path = tmp_path / "predictions" / name
+    path.parent.mkdir(parents=True)
+    path.write_text(FOREIGN[name])
+    status = infer(phantoms, tmp_path, weights, "--cases", "phantom_003")
+    said = f"{status} {capsys.readouterr().err}"
+    assert status != 0 and f"error: {path}: is in the way, and was not written by this" in said
+    assert path.read_text() == FOREIGN[name]
+
+
+def test_a_figure_or_report_of_others_is_not_replaced(phantoms, weights, tmp_path):
+    for flag, name in (("--figure", "dsc.png"), ("--report", "report.html")):
+        (tmp_path / name).write_text("the user's own")
+        words = "--cases", "phantom_003", flag, tmp_path / name
+        assert f"{tmp_path / name}: is in the way" in refused(phantoms, tmp_path, weights, *words)
+        assert (tmp_path / name).read_text() == "the user's own"
+        (tmp_path / name).unlink()
+
+
+def test_what_was_written_may_be_written_again(phantoms, weights, tmp_path):
+    run = phantoms, tmp_path, weights, "--cases", "phantom_003", "--probabilities"
+    for suffix in ("png", "pdf", "svg", "jpg"):
+        more = "--figure", tmp_path / f"dsc.{suffix}", "--report", tmp_path / "report.html"
+        assert infer(*run, *more) == infer(*run, *more) == 0
+    assert infer(*run[:-1]) == 0
+    assert not list((tmp_path / "predictions").rglob("*probability*"))
+
+
+def test_leftovers_of_a_killed_run_are_cleared(phantoms, weights, tmp_path):
+    leave_scratch(tmp_path)
+    (left,) = tmp_path.glob(".brainseg-*")
+    (tmp_path / "predictions").mkdir()
+    left = left.rename(tmp_path / "predictions" / left.name)
+    assert infer(phantoms, tmp_path, weights, "--cases", "phantom_003") == 0
+    assert not left.exists()
+
+
+@pytest.mark.parametrize("step", ["preprocess", "assess"])
+def test_a_case_too_large_for_the_memory_does_not_stop_the_others(
+    phantoms, weights, tmp_path, monkeypatch, capsys, step
+):
+    work, calls = getattr(Segmenter, step), []
+
+    def first_fails(*arguments, **options):
+        calls.append(step)
+        if len(calls) == 1:
+            raise MemoryError
+        return work(*arguments, **options)
+
+    monkeypatch.setattr(Segmenter, step, first_fails)
+    names = "--cases", "phantom_003", "phantom_004", "--workers", 1
+    assert infer(phantoms, tmp_path, weights, *names) == 1
+    said = capsys.readouterr()
+    assert "phantom_003: does not fit into memory; crop it" in said.err
+    assert "1 of 2 cases segmented" in said.out
 
 
 def test_an_unwritable_figure_is_refused_at_once(phantoms, weights, tmp_path):
@@ -612,7 +719,7 @@ def test_output_that_cannot_be_written_is_one_sentence(phantoms, weights, tmp_pa
 
 
 def test_full_disk_leaves_no_half_written_case(phantoms, weights, tmp_path, monkeypatch):
-    write, written = iio.imwrite, []
+    write, written = tifffile.imwrite, []
 
     def full_disk(path, *arguments, **options):
         written.append(path)
@@ -620,10 +727,11 @@ def test_full_disk_leaves_no_half_written_case(phantoms, weights, tmp_path, monk
             raise OSError(28, "No space left on device")
         return write(path, *arguments, **options)
 
-    monkeypatch.setattr(iio, "imwrite", full_disk)
+    monkeypatch.setattr(tifffile, "imwrite", full_disk)
     message = refused(phantoms, tmp_path, weights, "--cases", "phantom_003")
     assert "phantom_003" in message and "space" in message.lower()
-    assert all(path.is_file() for path in (tmp_path / "predictions").iterdir())
+    names = sorted(path.name for path in (tmp_path / "predictions").iterdir())
+    assert names == [".brainseg-run.lock", "args.json", "phantom_003.gif"]
 
 
 # Bad weights and settings

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..ensemble import FEATURES, WARN_BELOW, fit_expected_dsc
-from ..io.files import atomic_write, write_json
+from ..io.files import write_json
+from ..io.pictures import save_figure
 from ..segmenter import FITTED_WITH
 from ..weights import read_card
 from .scoring import Model
@@ -73,5 +74,4 @@ def save_scatter(path: Path, expected: Sequence[float], true: Sequence[float]) -
     axes.scatter(expected, true, s=16)
     axes.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
     axes.set(xlabel="expected DSC, fitted on the other cases", ylabel="DSC")
-    with atomic_write(path) as temporary:
-        figure.savefig(temporary, dpi=120, metadata={"Software": None})
+    save_figure(path, figure, dpi=120)

@@ -7,7 +7,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..io.files import atomic_write, check_writable
+from ..io.files import MARK, atomic_write, check_ours, check_writable
 
 TEMPLATES = Path(__file__).resolve().parents[2] / "web" / "reports"
 
@@ -47,7 +47,7 @@ def write_page(path: Path, template: str, title: str, about: dict, **content: ob
     pages = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     pages.filters["base64"] = lambda content: base64.b64encode(content).decode()
     details = json.dumps(about, indent=2)
-    page = pages.get_template(template).render(content, title=title, details=details)
+    page = pages.get_template(template).render(content, title=title, details=details, mark=MARK)
     with atomic_write(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
 
@@ -57,3 +57,4 @@ def check_page(path: Path) -> None:
     check_writable(path.parent)
     if path.is_dir():
         raise ValueError(f"{path}: is a folder; give the file name of the page")
+    check_ours(path)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..io.files import atomic_write
+from ..io.pictures import save_figure
 from ..metrics import FEW
 from .page import Table, write_page
 from .statistics import SCORES, SETTINGS
@@ -149,8 +149,7 @@ def save_scores(path: Path, models: dict[str, list[dict]]) -> None:
     axes.set_xticks(range(1, len(models) + 1), names, rotation=15, fontsize=8)
     axes.grid(axis="y", alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    with atomic_write(path) as temporary:
-        figure.savefig(temporary, dpi=150)
+    save_figure(path, figure, dpi=150)
 
 
 def save_gallery(
@@ -168,8 +167,7 @@ def save_gallery(
             title = f"{name}, {which}\n{row['case']}: DSC {row['dsc']:.3f}"
             axes.set_title(title, fontsize=8, parse_math=False)
             axes.axis("off")
-    with atomic_write(path) as temporary:
-        figure.savefig(temporary, dpi=110)
+    save_figure(path, figure, dpi=110)
 
 
 def pick(rows: Sequence[dict]) -> dict[str, dict]:

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from ..devices import in_order
 from ..ensemble import FEATURES, Ensemble, networks_of
+from ..io.files import RUN
 from ..io.layouts import Source
 from ..io.pictures import outline, to_grey
 from ..io.predictions import read_scores
@@ -23,7 +24,7 @@ from ..levels import missing_sequences
 from ..metrics import dsc, score
 from ..segmenter import FITTED_WITH, Segmentation, Segmenter, preprocess_near, to_mask
 from ..splits import patient_of, patients_of_card, site_of, subset_of
-from ..weights import file_hash, read_card, weights_files
+from ..weights import read_card, weights_files
 from .statistics import SCORES, SETTINGS
 from .volumes import EXPECTED
 
@@ -56,6 +57,7 @@ class Model:
         part, networks = copy.copy(self.segmenter), networks_of(self.segmenter.model)
         pairs = zip(self.seen, networks, strict=True)
         part.model = Ensemble([network for file, network in pairs if file in files]).eval()
+        part.hashes = {file: self.segmenter.hashes[file] for file in files}
         return part
 
 
@@ -110,7 +112,7 @@ def settings_of(model: Model) -> dict | str:
     names = ("image_size", "runtime", *FITTED_WITH)
     same = {name: getattr(segmenter, name) for name in names}
     same["half_precision"] = segmenter.amp
-    return {str(file): {"sha256": file_hash(file), **same} for file in model.seen}
+    return {str(file): {"sha256": digest, **same} for file, digest in segmenter.hashes.items()}
 
 
 def choose_cases(
@@ -223,6 +225,7 @@ def score_case(
             "weights": str(files[0]) if len(files) == 1 else f"{len(files)} in {model.path}",
             "chose_epoch": int(any(about["patient"] in model.chose[file] for file in files)),
             "predicted_voxels": int(mask.sum()),
+            RUN: model.segmenter_for(case.name).run,
         }
         row |= score(mask, truth, case.spacing)
         least = model.segmenter.min_volume
@@ -244,4 +247,5 @@ def scores_of(model: Model, case: Case, row: dict) -> dict:
                 f"{model.path}: {case.name} has {name} {written[name]:.0f} there, but {row[name]} "
                 f"in {case.folder}; run inference.py on the same data"
             )
-    return {name: written[name] for name in SCORES if name in written}
+    names = [name for name in (*SCORES, RUN) if name in written]
+    return {name: written[name] for name in names}

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from ..ensemble import WARN_BELOW
-from ..io.files import read_table, sentence
+from ..io.files import RUN, read_table, sentence
 from ..io.slices import Case
 from ..levels import missing_sequences
 from ..preprocess import CHANNELS
@@ -25,10 +25,10 @@ COLUMNS = (
     *("case", "patient", "slices", "sequences", "replaced", "lesion_voxels", "lesion_ml"),
     "components",
     *(f"component_{k + 1}_{unit}" for k in range(LARGEST) for unit in ("voxels", "ml")),
-    *("slices_touched", *EXPECTED, "warning", "scan_hash"),
+    *("slices_touched", *EXPECTED, "warning", "scan_hash", RUN),
 )
 # Columns of text; the others are numbers.
-TEXTS = ("case", "patient", "sequences", "replaced", "warning", "scan_hash")
+TEXTS = ("case", "patient", "sequences", "replaced", "warning", "scan_hash", RUN)
 
 
 def volume_row(
@@ -37,8 +37,11 @@ def volume_row(
     mask: np.ndarray,
     expected: tuple[float, float, float] | None = None,
     warnings: Sequence[str] = (),
+    run: str = "",
 ) -> dict:
     """Make the row of volumes.csv for a case; the server's summary.json holds the same.
+
+    `run` names the weights and settings that made the mask (`Segmenter.run`).
 
     `volume` is (S, H, W, C), `mask` (S, H, W) bool, `expected` the expected DSC of the mask and
     its interval, `warnings` one sentence each. Unknown values are None: millilitres without a
@@ -71,7 +74,7 @@ def volume_row(
         row |= {f"component_{k}_voxels": size, f"component_{k}_ml": ml(size)}
     row["slices_touched"] = [case.numbers[k] for k in np.flatnonzero(mask.any(axis=(1, 2)))]
     row |= zip(EXPECTED, expected or [None] * 3, strict=True)
-    return row | {"warning": "; ".join(warnings), "scan_hash": scan_hash(volume)}
+    return row | {"warning": "; ".join(warnings), "scan_hash": scan_hash(volume), RUN: run}
 
 
 def scan_hash(volume: np.ndarray) -> str:
@@ -90,6 +93,7 @@ def unread_row(case: str, error: Exception) -> dict:
         "slices_touched": [],
         "warning": sentence(error),
         "scan_hash": "",
+        RUN: "",
     }
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .dicom import is_dicom, is_series, series_files
-from .files import atomic_write
+from .files import MARK, atomic_write
 from .scans import Scan
 from .slices import Case
 
@@ -101,7 +101,7 @@ def _segmentation(
         manufacturer_model_name=algorithm,
         software_versions=version,
         device_serial_number="none",
-        series_description=f"{LABEL} ({MAKER})",
+        series_description=f"{LABEL}, {MARK}",
         content_description=LABEL,
         content_creator_name=f"{MAKER}^",
         omit_empty_frames=False,  # they take one bit per voxel, and readers get the source's grid

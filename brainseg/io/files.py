@@ -104,7 +104,7 @@ def locked(folder: Path, option: str, name: str = "run") -> Iterator[None]:
     change, if another run holds it. On a network file system it reaches other machines only if the
     file system passes locks on, as NFS 4 does.
     """
-    lock = FileLock(folder / f".{name}.lock", timeout=0)
+    lock = FileLock(folder / f".{PROGRAM}-{name}.lock", timeout=0)  # an empty file, which stays
     try:
         lock.acquire()
     except Timeout as error:
@@ -144,8 +144,11 @@ def check_ours(path: Path, is_ours: Callable[[Path], bool] | None = None) -> Non
         )
 
 
-def has_mark(path: Path) -> bool:
-    """Tell whether this program wrote a file, or a scratch folder, by the mark in its content."""
+def has_mark(path: Path, mark: str = MARK) -> bool:
+    """Tell whether this program wrote a file, or a scratch folder, by the mark in its content.
+
+    An empty file counts too: nothing is lost with it.
+    """
     if path.is_dir():
         try:
             return json.loads((path / OWNER).read_text())["program"] == PROGRAM
@@ -161,9 +164,11 @@ def has_mark(path: Path) -> bool:
                 start = file.read(ENDS)
     except (OSError, EOFError, zlib.error):
         return False
+    if not start:
+        return True
     if path.suffix == ".csv":
         return RUN.encode() in start.partition(b"\n")[0]
-    return MARK.encode() in start or MARK.encode() in end
+    return mark.encode() in start or mark.encode() in end
 
 
 def write_table(path: Path, rows: Sequence[dict]) -> None:
@@ -194,17 +199,17 @@ def read_table(path: Path) -> dict[str, dict[str, str]]:
         return {}
 
 
-def update_table(path: Path, rows: dict[str, dict | None], keep: bool) -> None:
-    """Write rows by case as a CSV file; with `keep`, its rows of other cases stay.
+def update_table(path: Path, rows: dict[str, dict | None]) -> None:
+    """Write rows by case into a CSV file, whose rows of other cases stay, sorted by case.
 
     A case whose row is None loses its row. If no row is left, no file is.
     """
-    rows = (read_table(path) if keep else {}) | rows
-    lines = [row for row in rows.values() if row]
+    merged = read_table(path) | rows
+    lines = [merged[case] for case in sorted(merged) if merged[case]]
     if lines:
         write_table(path, lines)
     else:
-        path.unlink(missing_ok=True)
+        remove(path)
 
 
 def write_json(path: Path, content: dict) -> None:

@@ -16,7 +16,7 @@ from nibabel.filebasedimages import ImageFileError
 from nibabel.quaternions import quat2mat
 from nibabel.spatialimages import HeaderDataError
 
-from .files import MARK, atomic_write
+from .files import atomic_write
 from .grid import AXES, ROUNDED, Grid, check_grid, damaged
 
 CODES = ("qform_code", "sform_code")
@@ -30,17 +30,17 @@ PART = 1 << 20  # bytes
 DEFLATE = 1032  # the most bytes that one of a .gz unpacks to
 
 
-def write_nifti(path: Path, voxels: np.ndarray, grid: Grid, source: Path) -> None:
+def write_nifti(path: Path, voxels: np.ndarray, grid: Grid, source: Path, mark: str) -> None:
     """Write voxels (X, Y, Z) on the grid of `source`, in millimetres, whole or not at all.
 
     Of a NIfTI source, the file takes both forms and both codes, because programs differ in which
-    they use. Raises OSError unless voxels and header are read back as they were written.
+    they use. `mark` says what made it. Raises OSError unless voxels and header are read back as they were written.
     """
     header = nibabel.Nifti1Header()
     header.set_data_dtype(voxels.dtype)
     header.set_data_shape(voxels.shape)
     header.set_xyzt_units("mm", "sec")
-    header["descrip"] = MARK
+    header["descrip"] = mark
     if is_nifti(source):
         _copy_forms(nifti_header(source), header)
     else:

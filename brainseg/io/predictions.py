@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import csv
-import json
+import glob
 import math
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import imageio.v3 as iio
 import numpy as np
+import tifffile
 
 from ..metrics import describe, describe_distances, score
 from ..splits import patient_of
-from .files import name_in_errors
+from .files import MARK, RUN, has_mark, name_in_errors, remove, scratch
 from .labels import Labels
-from .pictures import outline, save_gif, to_grey
+from .pictures import outline, save_gif, save_png, to_grey
 from .scans import Scan
 from .slices import Case, read_slice
 
@@ -34,40 +33,41 @@ def seg_file(case: Case) -> Path:
     return Path(f"{case.name}_seg.dcm")
 
 
-def check_settings(folder: Path, about: dict, keep: bool) -> None:
-    """Compare `about`, the weights and settings of a run, with those of the masks in a folder.
+def outputs_of(case: Case) -> list[Path]:
+    """List every file that a run may write or replace for a case, in a folder of predictions."""
+    files = [seg_file(case), Path(f"{case.name}.gif")]
+    for kind in ("mask", "probability", "disagreement"):
+        files += map_files(case, kind)
+    files += [Path(case.name, f"{case.name}_{number}.png") for number in case.numbers]
+    return files
 
-    They are in args.json. If they differ, raises ValueError with `keep`. Otherwise, and if nothing
-    is known of the masks, removes their tables, so that none is kept.
+
+def check_kept(folder: Path, rows: Mapping[str, dict], names: Iterable[str], run: str) -> None:
+    """Raise ValueError if `rows` of volumes.csv say that another run made the masks of `names`.
+
+    `run` is that of the weights and settings in use (`Segmenter.run`).
     """
-    path = folder / "args.json"
-    try:
-        before = json.loads(path.read_text())
-        changed = [
-            f"{name.replace('_', ' ')} {before['settings'][name]}"
-            for name, value in about["settings"].items()
-            if before["settings"][name] != value
-        ]
-        if list(before["weights"].values()) != list(about["weights"].values()):
-            changed.insert(0, f"weights {', '.join(before['weights'])}")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        changed, keep = ["unknown settings"], False
-    if changed and keep:
+    others = [name for name in names if rows.get(name, {}).get(RUN) not in (None, "", run)]
+    if others:
+        same_weights = rows[others[0]][RUN].partition("-")[0] == run.partition("-")[0]
+        what = "other settings" if same_weights else "other weights"
         raise ValueError(
-            f"{folder}: its masks were made with {', '.join(changed)}; leave out "
-            "--skip-existing, or name another folder with --predictions"
+            f"{folder}: {len(others)} of the masks there were made with {what} ({others[0]}); "
+            "leave out --skip-existing, or name another folder with --predictions"
         )
-    for table in ("metrics.csv", "volumes.csv") if changed else ():
-        path.with_name(table).unlink(missing_ok=True)
 
 
-def find_masks(folder: Path, case: Case, others: Sequence[Path] = ()) -> np.ndarray | None:
-    """Read the mask (S, H, W) of a case, or None if it is not whole.
+def find_masks(
+    folder: Path, case: Case, run: str, others: Sequence[Path] = ()
+) -> np.ndarray | None:
+    """Read the mask (S, H, W) of a case, or None if it is not whole or not made by `run`.
 
     Also None if one of the `others`, files in `folder` that are wanted beside it, is missing.
     """
     paths = [folder / file for file in map_files(case, "mask")]
     if not all(path.is_file() for path in [*paths, *(folder / file for file in others)]):
+        return None
+    if not all(has_mark(path, mark_of(run)) for path in paths):
         return None
     try:
         if isinstance(case, Scan):
@@ -77,6 +77,11 @@ def find_masks(folder: Path, case: Case, others: Sequence[Path] = ()) -> np.ndar
         return None
 
 
+def mark_of(run: str) -> str:
+    """Return the text that says in a file which weights and settings made it."""
+    return f"{MARK} {run}".strip()
+
+
 def write_case(
     folder: Path,
     case: Case,
@@ -84,38 +89,34 @@ def write_case(
     mask: np.ndarray,
     truth: np.ndarray | None,
     maps: Mapping[str, np.ndarray] | None = None,
+    run: str = "",
 ) -> None:
     """Write masks, outlined slices, the GIF and maps, each atomically.
 
     Maps and a DICOM Segmentation of an earlier mask are removed; other files stay. `volume` is
     (S, H, W, C), `mask` and `truth` are (S, H, W), bool. `maps`, (S, H, W) float32 by kind (see
-    `map_files`), become float32 files on the source's grid.
+    `map_files`), become float32 files on the source's grid. `run` is noted in every mask.
     """
     maps = maps or {}
-    earlier = [*map_files(case, "probability"), *map_files(case, "disagreement"), seg_file(case)]
-    for file in earlier:
-        (folder / file).unlink(missing_ok=True)
+    mark = mark_of(run)
+    for file in [*map_files(case, "probability"), *map_files(case, "disagreement"), seg_file(case)]:
+        remove(folder / file)
     pictures = outline(to_grey(volume), mask, truth, side=256)
     save_gif(folder / f"{case.name}.gif", pictures)
-    own = folder / case.name
-    files = dict(zip((f"{case.name}_{k}.png" for k in case.numbers), pictures, strict=True))
-    if not isinstance(case, Scan):
-        for kind, values in {**maps, "mask": mask * np.uint8(255)}.items():
-            files |= dict(zip((file.name for file in map_files(case, kind)), values, strict=True))
-    with (
-        name_in_errors(own),
-        tempfile.TemporaryDirectory(dir=folder, prefix=f".{case.name}-") as scratch,
-    ):
-        for name, picture in files.items():
-            # Level 1 of zlib takes a third of the time here, and the files are no larger.
-            options = {"compress_level": 1} if name.endswith(".png") else {}
-            iio.imwrite(Path(scratch, name), picture, **options)
-        own.mkdir(exist_ok=True)
-        for path in Path(scratch).iterdir():
-            path.replace(own / path.name)
+    target = folder / case.name
+    with name_in_errors(target), scratch(folder) as temporary:
+        for number, picture in zip(case.numbers, pictures, strict=True):
+            save_png(temporary / f"{case.name}_{number}.png", picture)
+        if not isinstance(case, Scan):
+            for kind, values in {**maps, "mask": mask * np.uint8(255)}.items():
+                for file, slice_values in zip(map_files(case, kind), values, strict=True):
+                    tifffile.imwrite(temporary / file.name, slice_values, software=mark)
+        target.mkdir(exist_ok=True)
+        for path in sorted(temporary.glob(f"{glob.escape(case.name)}_*")):
+            path.replace(target / path.name)
     if isinstance(case, Scan):
         for kind, values in {**maps, "mask": mask}.items():
-            case.write_map(folder / map_files(case, kind)[0], values)
+            case.write_map(folder / map_files(case, kind)[0], values, mark)
 
 
 def table_row(case: Case, mask: np.ndarray, truth: np.ndarray) -> dict:
@@ -155,7 +156,7 @@ def scores_text(rows: Sequence[dict]) -> str:
 
 
 def read_scores(path: Path, names: Iterable[str]) -> dict[str, dict]:
-    """Read `trained_on` (bool) and `names` (float) by case from a metrics.csv of inference.py.
+    """Read `trained_on` (bool), RUN and `names` (float) by case from a metrics.csv of inference.py.
 
     Raises OSError or ValueError, naming the file, if it is not such a file or lacks a column.
     """
@@ -175,7 +176,8 @@ def read_scores(path: Path, names: Iterable[str]) -> dict[str, dict]:
             raise ValueError(f"{path}: scores {line['case']} twice; keep one row per case")
         try:
             seen = {"0": False, "1": True}[line["trained_on"]]
-            row = {"trained_on": seen, **{name: float(line[name]) for name in names}}
+            row = {"trained_on": seen, RUN: line.get(RUN, "")}
+            row |= {name: float(line[name]) for name in names}
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"{path}: its line of {line['case']} is damaged; run inference.py again"

@@ -17,7 +17,7 @@ import numpy as np
 
 from ..preprocess import SEQUENCES
 from .dicom import check_patient, is_dicom, is_series, other_frame, series_files
-from .files import by
+from .files import MARK, by
 from .formats import SUFFIXES, file_grid, file_voxels, voxel_file
 from .grid import Grid
 from .nifti import write_nifti
@@ -183,11 +183,14 @@ class Scan(Case):
         mask = self.grid.to_axial(voxels)[..., 0]
         return np.ascontiguousarray(self.labels.lesion(mask, self.name))
 
-    def write_map(self, path: Path, values: np.ndarray) -> None:
-        """Write values (S, H, W) on the scan's grid, whole or not at all; bool as 0 and 1."""
+    def write_map(self, path: Path, values: np.ndarray, mark: str = MARK) -> None:
+        """Write values (S, H, W) on the scan's grid, whole or not at all; bool as 0 and 1.
+
+        `mark` says in the header what made them.
+        """
         values = values.view(np.uint8) if values.dtype == bool else values
         voxels = np.ascontiguousarray(self.grid.from_axial(values))
-        write_nifti(path, voxels, self.grid, self.flair)
+        write_nifti(path, voxels, self.grid, self.flair, mark)
 
 
 def registered(case: Case) -> Scan:

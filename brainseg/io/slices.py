@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
@@ -79,6 +80,19 @@ class Case:
                 f"{by(volume.shape[1:3])}; export both from the same grid"
             )
         return volume, mask
+
+
+@contextmanager
+def errors_name(path: Path) -> Iterator[None]:
+    """Raise a library's RuntimeError, or a MemoryError, as a ValueError that names the case."""
+    try:
+        yield
+    except MemoryError as error:
+        fault = "does not fit into memory; crop it, or use a machine with more"
+        raise ValueError(f"{path}: {fault}") from error
+    except RuntimeError as error:
+        lines = str(error).strip().splitlines() or ["no reason given"]
+        raise ValueError(f"{path}: cannot be read ({lines[-1]}); export it again") from error
 
 
 def read_slice(path: Path) -> np.ndarray:
