@@ -96,7 +96,7 @@ def test_scores_of_an_ensemble_are_not_those_of_a_member(trained, tmp_path):
 
 def test_scores_made_with_several_settings_are_refused(trained, tmp_path):
     metrics = written(tmp_path, ROWS, trained)
-    metrics.write_text(metrics.read_text().replace("-00000000", "-00000001", 2))
+    metrics.write_text(metrics.read_text().replace("-00000000", "-00000001", 1))
     with pytest.raises(SystemExit, match="segmented with several settings"):
         exported(tmp_path, "--weights", trained, "--metrics", metrics)
 

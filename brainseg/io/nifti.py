@@ -34,7 +34,8 @@ def write_nifti(path: Path, voxels: np.ndarray, grid: Grid, source: Path, mark: 
     """Write voxels (X, Y, Z) on the grid of `source`, in millimetres, whole or not at all.
 
     Of a NIfTI source, the file takes both forms and both codes, because programs differ in which
-    they use. `mark` says what made it. Raises OSError unless voxels and header are read back as they were written.
+    they use. `mark` says what made it. Raises OSError unless voxels and header are read back as
+    they were written.
     """
     header = nibabel.Nifti1Header()
     header.set_data_dtype(voxels.dtype)
