@@ -559,9 +559,6 @@ def test_a_lone_slice_is_as_thick_as_its_header_says(tmp_path, spacing, thicknes
 # DICOM: folders, series, patients and words
 
 
-# DICOM Segmentations
-
-
 # Slices and masks
 
 

@@ -277,14 +277,21 @@ def test_series_that_cannot_be_referenced(series, weights, tmp_path, capsys, fau
         assert len(table(tmp_path)) == 1
 
 
-def test_series_that_lacks_an_attribute_is_named(series, weights, tmp_path, capsys):
-    for path in series.iterdir():
-        data = pydicom.dcmread(path)
-        del data.SliceThickness
-        data.save_as(path)
+def test_a_segmentation_that_is_not_read_back_is_not_kept(
+    series, weights, tmp_path, capsys, monkeypatch
+):
+    save = highdicom.seg.Segmentation.save_as
+
+    def closer_slices(self, path):
+        (measures,) = self.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence
+        measures.SpacingBetweenSlices = 1
+        save(self, path)
+
+    monkeypatch.setattr(highdicom.seg.Segmentation, "save_as", closer_slices)
     assert infer(series, tmp_path, weights, "--dicom-seg") == 1
-    assert f"error: {series}: no Segmentation can refer to it (" in capsys.readouterr().err
-    assert len(table(tmp_path)) == 1
+    said = capsys.readouterr().err
+    assert f"error: {series}: its Segmentation is not read back as it was written" in said
+    assert not (tmp_path / "predictions" / "series_seg.dcm").exists() and len(table(tmp_path)) == 1
 
 
 def test_a_source_without_a_series_is_one_sentence(phantoms, weights, tmp_path, monkeypatch):
