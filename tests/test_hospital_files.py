@@ -18,8 +18,10 @@ import numpy as np
 import pydicom
 import pytest
 import SimpleITK as sitk
+from conftest import make_weights
 from pydicom import uid
 
+import inference
 from brainseg.io.files import MARK
 from brainseg.io.layouts import find_cases
 
@@ -405,7 +407,7 @@ for what, refused, tags in (
     ),
     ("slope 0 in one", "IM011 has RescaleSlope '0.0'", {"RescaleSlope": 0, "RescaleIntercept": 0}),
     ("pixels cut in one", "IM011 has 9000 bytes of PixelData", {"PixelData": bytes(9000)}),
-    ("more pixels in one", "IM011 has 18434 bytes of Pixel", {"PixelData": bytes(96 * 192 + 2)}),
+    ("more pixels in one", "IM011 has 18434 bytes of Pixel", {"PixelData": b"\1" * (96 * 192 + 2)}),
     ("no pixels in one", "IM011: not a readable DICOM image", {"PixelData": None}),
 ):
     dicom_kind(what, refused, one=True, **tags)
@@ -436,36 +438,45 @@ def rounded(folder: Path) -> Path:
     return save(folder, series)
 
 
+def pixels_of(data: pydicom.Dataset) -> np.ndarray:
+    return np.frombuffer(data.PixelData, np.uint16).reshape(SHAPE[1:])
+
+
 @kind("DICOM: slopes 1, 100, 100")
 def slopes(folder: Path) -> Path:
+    """65600 does not fit into the 16 bits of the first file."""
     series = slices()
     for data in series[1:]:
-        store(data, np.frombuffer(data.PixelData, "<u2").reshape(SHAPE[1:]) // 100)
+        store(data, np.where(pixels_of(data) == BRIGHT, 656, 4).astype(np.uint16))
         data.RescaleSlope, data.RescaleIntercept = 100, 0
     return save(folder, series)
 
 
-@kind("DICOM: an empty first slice with slope 1, others 4/4095")
+@kind("DICOM: an empty first slice with slope 1, others with a tenth")
 def fractions(folder: Path) -> Path:
+    """The lesion is 700.4, the rest 699.6."""
     series = slices()
     store(series[0], np.zeros(SHAPE[1:], np.uint16))
     for data in series[1:]:
-        store(data, np.frombuffer(data.PixelData, "<u2").reshape(SHAPE[1:]) * 4)
-        data.RescaleSlope, data.RescaleIntercept = 0.25, 0
+        store(data, np.where(pixels_of(data) == BRIGHT, 7004, 6996).astype(np.uint16))
+        data.RescaleSlope, data.RescaleIntercept = 0.1, 0
     return save(folder, series)
 
 
-@kind("DICOM: 8 bits in the first, 12 and 16 in others, signed and unsigned")
+@kind("DICOM: 8 bits in the first file, 12 in the others")
 def bits(folder: Path) -> Path:
     series = slices()
-    for k, data in enumerate(series):
-        pixels = np.frombuffer(data.PixelData, "<u2").reshape(SHAPE[1:])
-        if k == 0:
-            store(data, (pixels // 4).astype(np.uint8))
-            data.RescaleSlope, data.RescaleIntercept = 4, 0
-        elif k % 2:
-            store(data, pixels.astype(np.int16) - 1000, bits=12)
-            data.RescaleSlope, data.RescaleIntercept = 1, 1000
+    store(series[0], np.zeros(SHAPE[1:], np.uint8))
+    for data in series[1:]:
+        store(data, pixels_of(data), bits=12)
+    return save(folder, series)
+
+
+@kind("DICOM: the first file is unsigned, others are signed")
+def signs(folder: Path) -> Path:
+    series = slices()
+    for data in series[1:]:
+        store(data, pixels_of(data).astype(np.int16) - 50, bits=12)
     return save(folder, series)
 
 
@@ -474,7 +485,7 @@ def white_is_zero(folder: Path) -> Path:
     series = slices()
     for data in series[::2]:
         data.PhotometricInterpretation = "MONOCHROME1"
-        store(data, 4095 - np.frombuffer(data.PixelData, "<u2").reshape(SHAPE[1:]), bits=12)
+        store(data, 4095 - pixels_of(data), bits=12)
     return save(folder, series)
 
 
@@ -517,6 +528,37 @@ def short_rle(folder: Path) -> Path:
     return save(folder, series)
 
 
+@kind("DICOM: zeros after the pixels")
+def padded(folder: Path) -> Path:
+    series = slices()
+    for data in series:
+        data.PixelData += bytes(128)
+    return save(folder, series)
+
+
+@kind("DICOM: enhanced images of one frame")
+def enhanced(folder: Path) -> Path:
+    series = slices()
+    for data in series:
+        data.SOPClassUID = data.file_meta.MediaStorageSOPClassUID = uid.EnhancedMRImageStorage
+        data.NumberOfFrames = 1
+        shared, frame = pydicom.Dataset(), pydicom.Dataset()
+        shared.PixelMeasuresSequence = [move(data, "PixelSpacing", "SliceThickness")]
+        shared.PlaneOrientationSequence = [move(data, "ImageOrientationPatient")]
+        frame.PlanePositionSequence = [move(data, "ImagePositionPatient")]
+        data.SharedFunctionalGroupsSequence = [shared]
+        data.PerFrameFunctionalGroupsSequence = [frame]
+    return save(folder, series)
+
+
+def move(data: pydicom.Dataset, *tags: str) -> pydicom.Dataset:
+    """Take tags out of a data set, into another one."""
+    other = pydicom.Dataset()
+    for tag in tags:
+        other[tag] = data.pop(tag)
+    return other
+
+
 def headless(start: bytes) -> Callable[[Path], Path]:
     """Make a maker of a series whose files begin at these bytes, without a preamble."""
 
@@ -540,6 +582,25 @@ def foreign_text(folder: Path) -> Path:
         data["SeriesDescription"] = pydicom.DataElement(0x0008103E, "UN", b"FLAIR Sch\xe4del\n\0")
         data["ContrastBolusAgent"] = pydicom.DataElement(0x00180010, "UN", b"Gadovist\xae\xff")
     return save(folder, series)
+
+
+def test_foreign_text_stops_no_cohort(tmp_path):
+    """A study that is refused is named with its text; the others are in the table."""
+    weights = make_weights(tmp_path / "narrow.pt")
+    plain_nifti(tmp_path)
+    (tmp_path / "in").mkdir()
+    (tmp_path / "a.nii.gz").rename(tmp_path / "in" / "a.nii.gz")
+    for k in (1, 2):
+        series = slices()
+        for data in series:
+            data.SeriesInstanceUID = f"1.2.{k}"
+            data["ContrastBolusAgent"] = pydicom.DataElement(0x00180010, "UN", b"Gadovist\xae\xff")
+        save(tmp_path / "in" / "study" / f"s{k}", series)
+    words = ["--images", tmp_path / "in", "--weights", weights, "--predictions", tmp_path / "out"]
+    words += ["--figure", tmp_path / "out" / "dsc.png", "--device", "cpu"]
+    with pytest.raises(SystemExit):
+        inference.main([str(word) for word in words])
+    assert "\na," in (tmp_path / "out" / "volumes.csv").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("spacing, thickness", [(6, 5), (0, 6), ("", 6), ("", ""), (-1, 0)])

@@ -44,12 +44,13 @@ def is_dicom(path: Path) -> bool:
 
 
 def _has_no_preamble(path: Path, head: bytes) -> bool:
-    """Tell whether a file begins with its first fields, of group 2 or 8, and is an image."""
+    """Tell whether a file begins with its first fields, of group 2 or 8."""
     if head[:2] not in (b"\2\0", b"\x08\0", b"\0\x08"):
         return False
     try:
-        return "PixelData" in read_header(path)
-    except ValueError:
+        start = pydicom.dcmread(path, stop_before_pixels=True, force=True)
+        return str(start.get("SOPClassUID")).startswith("1.2.840.10008.")
+    except Exception:  # of many kinds: it is another binary file
         return False
 
 
@@ -67,6 +68,7 @@ def read_header(path: Path | str) -> Dataset:
 def _read_header(path: Path, inode: int, changed: int, size: int) -> Dataset:
     try:
         header = pydicom.dcmread(path, defer_size=1024, force=True)
+        _flatten(header)
     except (OSError, MemoryError):
         raise
     except Exception as error:  # of many kinds
@@ -82,6 +84,15 @@ def _read_header(path: Path, inode: int, changed: int, size: int) -> Dataset:
         if pixels.value_tell + pixels.length > size:
             raise ValueError(_damaged(path))
     return header
+
+
+def _flatten(header: Dataset) -> None:
+    """Bring the fields of an enhanced image of one frame to the top, as in a classic image."""
+    for groups in ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"):
+        for group in header.get(groups, [])[:1]:
+            for sequence in group:
+                if sequence.VR == "SQ" and sequence.value:
+                    header.update(sequence.value[0])
 
 
 def _damaged(path: Path) -> str:

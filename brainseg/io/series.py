@@ -16,6 +16,7 @@ import numpy as np
 import pydicom
 import SimpleITK as sitk
 from pydicom import Dataset
+from pydicom.dataelem import RawDataElement
 
 from .dicom import UNDEFINED, number, numbers, series_headers, text
 from .files import by
@@ -51,13 +52,15 @@ def series_grid(path: Path) -> Grid:
     shape = int(first.Columns), int(first.Rows), len(headers)
     pixel = spacing[1], spacing[0]
     check_grid(path, shape, (*pixel, 1.0), places[0], direction)  # first what each file states
+    corrected = ()
     if len(headers) == 1:
         step, more = _thickness(path, first)
+        notes += more
     else:
         step = _step(path, headers, places @ direction[:, 2])
-        direction, more = _straighten(path, headers, places, direction)
+        direction, corrected = _straighten(path, headers, places, direction)
     grid = check_grid(path, shape, (*pixel, step), places[0], direction)
-    return replace(grid, notes=notes + more + grid.notes)
+    return replace(grid, notes=notes + (corrected or grid.notes))
 
 
 def read_series(path: Path) -> np.ndarray:
@@ -114,13 +117,24 @@ def _check_image(path: Path, header: Dataset) -> None:
         if not math.isfinite(value) or (value == 0 and tag == "RescaleSlope"):
             raise ValueError(f"{path}: {name} has {tag} {text(header, tag)!r}; export it again")
     rows, columns, bits = (_stated(path, header, tag, 1)[0] for tag in SIZE)
-    needed = rows * columns * bits / 8
-    length = header.get_item("PixelData", keep_deferred=True).length
-    if length != UNDEFINED and not 0 < needed <= length <= needed + 1:
+    needed = math.ceil(rows * columns * bits / 8)
+    pixels = header.get_item("PixelData", keep_deferred=True)
+    if pixels.length == UNDEFINED:  # compressed: the decoder checks it
+        return
+    if not 0 < needed <= pixels.length or not _is_padding(header, pixels, needed):
         raise ValueError(
-            f"{path}: {name} has {length} bytes of PixelData, but Rows, Columns and BitsAllocated "
-            f"make {needed:g}; export it again"
+            f"{path}: {name} has {pixels.length} bytes of PixelData, but Rows, Columns and "
+            f"BitsAllocated make {needed}; export it again"
         )
+
+
+def _is_padding(header: Dataset, pixels: RawDataElement, needed: int) -> bool:
+    """Tell whether all that follows the bytes needed for an image is one byte or zeros."""
+    if pixels.length <= needed + 1:
+        return True
+    with open(header.filename, "rb") as file:
+        file.seek(pixels.value_tell + needed)
+        return not any(file.read(pixels.length - needed))
 
 
 def _check_alike(path: Path, header: Dataset, first: Dataset) -> None:
