@@ -274,9 +274,17 @@ for suffix, program in [
     )
 
 
-@pytest.mark.parametrize("make", [nrrd, metaimage])
-def test_a_position_that_is_not_stated_is_said(tmp_path, make):
-    (case,) = find_cases(make(tmp_path, LPS + STEPS if make == nrrd else SPACED + TURN))
+@pytest.mark.parametrize(
+    "make, fields",
+    [
+        (nrrd, LPS + STEPS),
+        (nrrd, LPS + STEPS + "space origin: (nan,nan,nan)"),
+        (metaimage, SPACED + TURN),
+        (metaimage, SPACED + TURN + "Offset = nan nan nan"),
+    ],
+)
+def test_a_position_that_is_not_stated_is_said(tmp_path, make, fields):
+    (case,) = find_cases(make(tmp_path, fields))
     assert case.grid.offset == (0, 0, 0)
     assert case.notes[-1] == "its header gives no position; its first voxel is put at 0, 0, 0"
 

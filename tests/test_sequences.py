@@ -13,6 +13,7 @@ from test_scan import edit, infer, read, write, write_series
 from brainseg.io.grid import Grid
 from brainseg.io.layouts import find_case, find_cases, find_sequences, list_cases
 from brainseg.io.registration import foreground_points, move, register
+from brainseg.io.scans import registered
 from brainseg.metrics import dsc
 from brainseg.phantom import make_volume
 from brainseg.preprocess import preprocess
@@ -111,6 +112,18 @@ def test_a_sequence_that_does_not_fit_is_not_registered(head, weights, tmp_path,
     assert infer(tmp_path / "out", weights, *options) == 1
     assert f"error: {post}: cannot be registered to FLAIR" in capsys.readouterr().err
     assert not list((tmp_path / "out").glob("*.nii.gz"))
+
+
+@pytest.mark.parametrize("off", [90, 133, 300])
+def test_a_header_far_off_is_registered(head, tmp_path, off):
+    """Millimetres to where the header says that the head is are no movement of the head."""
+    flair = write(tmp_path / "f.nii.gz", head[0][..., 1], affine=SPACED)
+    far = SPACED.copy()
+    far[0, 3] += off
+    post = write(tmp_path / "c.nii.gz", head[0][..., 2], affine=far)
+    scan = registered(find_sequences(flair, None, post))
+    assert scan.movements[post].distance == pytest.approx(off, abs=1)
+    assert np.abs(scan.read()[..., 2] - head[0][..., 2].astype(float)).mean() < 1
 
 
 def test_slices_cannot_be_registered(phantoms, weights, tmp_path, capsys):

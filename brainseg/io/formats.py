@@ -26,7 +26,7 @@ CONVERTERS = {  # to .nii.gz, of files that are not read
     ".hdr": "fslchfiletype NIFTI_GZ",
     ".img": "fslchfiletype NIFTI_GZ",
 }
-UNITS = {"um": 0.001, "mm": 1.0, "cm": 10.0, "m": 1000.0}  # millimetres, in NRRD and MetaImage
+UNITS = {"um": 0.001, "mm": 1.0, "?": 1.0, "cm": 10.0, "m": 1000.0}  # mm, by NRRD and MetaImage
 HEADER = 1 << 20  # bytes: no header is longer
 
 
@@ -69,7 +69,7 @@ def text_header(path: Path) -> tuple[dict[str, str], int]:
     last = rb"\r?\n\r?\n" if is_nrrd else rb"^ElementDataFile[ \t]*=.*\n"
     end = re.search(last, head, re.M)
     length = end.end() if end else len(head)
-    line = r"^([\w ]+):(?!=)[ \t]*(.*?)\s*$" if is_nrrd else r"^(\w+)[ \t]*=[ \t]*(.*?)\s*$"
+    line = r"^([\w ]+):(?!=)[ \t]*(.*?)\s*$" if is_nrrd else r"^\s*(\w+)[ \t]*=[ \t]*(.*?)\s*$"
     field = dict(re.findall(line, os.fsdecode(head[:length]), re.M))
     if is_nrrd:
         field = {name.lower().replace(" ", ""): value for name, value in field.items()}
@@ -132,24 +132,26 @@ def _check_stated(path: Path, info: sitk.ImageFileReader) -> tuple[float, list[s
         space = info.GetMetaData("NRRD_space") if info.HasMetaDataKey("NRRD_space") else ""
         vectors = re.findall(r"\(.*?\)", field.get("spacedirections", ""))
         is_stated = space.startswith("left-posterior") and len(vectors) == info.GetDimension()
-        is_placed = "spaceorigin" in field
+        places = [field.get("spaceorigin", "")]
         units = re.findall(r'"(.*?)"', field.get("spaceunits", ""))[:3]
     else:
         wanted = "ElementSpacing and TransformMatrix"
         is_turned = not field.keys().isdisjoint(("TransformMatrix", "Rotation", "Orientation"))
         is_stated = "ElementSpacing" in field and is_turned
-        is_placed = not field.keys().isdisjoint(("Offset", "Position", "Origin"))
+        places = [field.get(name, "") for name in ("Offset", "Position", "Origin")]
         units = [field.get("DistanceUnits", "mm")]
     if not is_stated:
         raise ValueError(
             f"{path}: its header gives no orientation, or no spacing; add its {wanted}, or export "
             "it as .nii.gz"
         )
-    units = {unit for unit in units if unit not in ("", "?")} or {"mm"}
-    if len(units) > 1 or not units <= UNITS.keys():
-        raise ValueError(f"{path}: its unit of length is {' and '.join(units)}; save it in mm")
-    note = "its header gives no position; its first voxel is put at 0, 0, 0"
-    return UNITS[units.pop()], [] if is_placed else [note]
+    unit = " and ".join(sorted(set(units) - {""})).lower() or "mm"
+    if unit not in UNITS:
+        raise ValueError(f"{path}: its unit of length is {unit}; save it in mm")
+    notes = []
+    if not any(re.fullmatch(r"[-+.,()\de\s]+", place, re.I) for place in places):  # or NaN
+        notes.append("its header gives no position; its first voxel is put at 0, 0, 0")
+    return UNITS[unit], notes
 
 
 def _itk_voxels(path: Path) -> np.ndarray:
@@ -168,7 +170,7 @@ def _check_whole(path: Path) -> None:
     file, start = voxel_file(path), 0
     field, length = text_header(path)
     binary = field.get("BinaryData", "True").lower() != "false"
-    if "sizes" in field or not binary or not (file or field.get("ElementDataFile") == "LOCAL"):
+    if "sizes" in field or not binary or not (file or field["ElementDataFile"].upper() == "LOCAL"):
         return  # NRRD, whose reader notices; text; many files
     if not file:
         file, start = path, length

@@ -15,7 +15,7 @@ SAMPLES = 20_000  # voxels of FLAIR that the metric samples
 ITERATIONS = 100
 LEAST = 0.15  # nats; two sequences of one head share 0.4 to 1, noise and a head under 0.1
 WORSE = 0.95  # of the start's mutual information: less is a failure, from here to 1 a tie
-FARTHEST = 80.0  # millimetres; a head cannot move farther in a head coil
+FARTHEST = 80.0  # millimetres from the start; a head cannot move farther in a head coil
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Movement:
     """The movement that fits a sequence to FLAIR."""
 
     transform: sitk.Transform  # from FLAIR's space to the sequence's
-    before: float  # mutual information in nats, at the header's position
+    before: float  # mutual information in nats, at the start
     after: float
     distance: float  # millimetres that the head's voxels moved, on average
     angle: float  # degrees
@@ -39,30 +39,34 @@ def register(moving: sitk.Image, fixed: sitk.Image, path: Path) -> Movement:
     """Find the rigid movement that makes `moving`, read from `path`, fit `fixed`.
 
     Maximises Mattes mutual information (https://doi.org/10.1109/TMI.2003.809072) of seeded
-    samples, from coarse to fine. Raises ValueError if it does not converge, or the result is too
-    far away, too dissimilar or worse than the start. If the start fits as well, it is kept.
+    samples, from coarse to fine. It starts where the header puts `moving`, or from aligned centres
+    if that is elsewhere. Raises ValueError if it does not converge, or the result is too far from
+    the start, too dissimilar or worse than the start. If the start fits as well, it is kept.
     """
     moving, fixed = _prepare(moving), _prepare(fixed)
     head = foreground_points(fixed)
     start = sitk.Euler3DTransform()
     start.SetCenter(head.mean(axis=0).tolist())
-    if Grid.of(fixed).coverage(Grid.of(moving)) < 0.5:
-        start = sitk.Euler3DTransform(sitk.CenteredTransformInitializer(fixed, moving, start))
     method = _method(fixed)
+
+    def fit(transform: sitk.Transform) -> float:
+        method.SetInitialTransform(transform, inPlace=False)
+        return -method.MetricEvaluate(fixed, moving)
+
     try:
-        method.SetInitialTransform(start, inPlace=False)
-        before = -method.MetricEvaluate(fixed, moving)
+        if Grid.of(fixed).coverage(Grid.of(moving)) < 0.5 or fit(start) < LEAST:
+            start = sitk.Euler3DTransform(sitk.CenteredTransformInitializer(fixed, moving, start))
+        before = fit(start)
         found = sitk.Euler3DTransform(
             sitk.CompositeTransform(method.Execute(fixed, moving)).GetBackTransform()
         )
-        method.SetInitialTransform(found, inPlace=False)
-        after = -method.MetricEvaluate(fixed, moving)
+        after = fit(found)
     except RuntimeError as error:  # too few samples inside, or one value everywhere
         raise ValueError(_failed(path, "the two have nothing in common")) from error
     movement = _movement(found, before, after, head)
     if method.GetOptimizerIteration() >= ITERATIONS:
         raise ValueError(_failed(path, f"it did not converge in {ITERATIONS} steps"))
-    if not max(before, after) >= LEAST or movement.distance > FARTHEST:
+    if not max(before, after) >= LEAST or _distance(start, found, head) > FARTHEST:
         raise ValueError(_failed(path, f"the result does not fit ({movement})"))
     if after < WORSE * before:
         raise ValueError(_failed(path, f"the result fits worse than the start ({movement})"))
@@ -71,11 +75,16 @@ def register(moving: sitk.Image, fixed: sitk.Image, path: Path) -> Movement:
     return movement
 
 
+def _distance(one: sitk.Transform, other: sitk.Transform, head: np.ndarray) -> float:
+    """Return how far apart two transforms put the head, in mm, on average."""
+    pairs = [(one.TransformPoint(place), other.TransformPoint(place)) for place in head.tolist()]
+    return float(np.linalg.norm(np.diff(pairs, axis=1), axis=2).mean())
+
+
 def _movement(
     transform: sitk.Euler3DTransform, before: float, after: float, head: np.ndarray
 ) -> Movement:
-    moved = np.array([transform.TransformPoint(place) for place in head.tolist()])
-    distance = float(np.linalg.norm(moved - head, axis=1).mean())
+    distance = _distance(sitk.Transform(), transform, head)
     turn = np.reshape(transform.GetMatrix(), (3, 3))
     angle = float(np.degrees(np.arccos(np.clip((np.trace(turn) - 1) / 2, -1, 1))))
     return Movement(transform, before, after, distance, angle)
