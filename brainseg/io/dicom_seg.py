@@ -88,6 +88,7 @@ def write_dicom_seg(path: Path, case: Scan, mask: np.ndarray, algorithm: str, ve
         raise ValueError(
             f"{series}: no Segmentation can refer to it ({error}); leave out --dicom-seg"
         ) from error
+    segmentation.SpecificCharacterSet = "ISO_IR 192"  # UTF-8, whatever the source has
     with atomic_write(path) as temporary:
         segmentation.save_as(temporary)
         if not _holds(temporary, frames, case.grid):
@@ -188,7 +189,6 @@ def _segmentation(
         content_label="SEGMENTATION",
         content_description=LABEL,
         content_creator_name=f"{PROGRAM}^",
-        specific_character_set="ISO_IR 192",  # UTF-8, whatever the source has
         omit_empty_frames=False,  # they take one bit per voxel, and readers get the source's grid
     )
 
