@@ -19,7 +19,20 @@ from nibabel.orientations import axcodes2ornt, ornt_transform
 from pydicom.datadict import dictionary_VR
 from pydicom.dataelem import RawDataElement
 from pydicom.tag import Tag
-from test_hospital_files import BRAIN, BRIGHT, SPACING, affine, flair, slices, store
+from pydicom.uid import EnhancedMRImageStorage, MRImageStorage
+from test_hospital_files import (
+    BRAIN,
+    BRIGHT,
+    CENTRE,
+    KINDS,
+    ML,
+    SPACING,
+    VOXELS,
+    affine,
+    flair,
+    slices,
+    store,
+)
 
 from brainseg.io.dicom_seg import write_dicom_seg
 from brainseg.io.files import has_mark
@@ -116,6 +129,22 @@ def test_a_segmentation_lies_on_its_series(tmp_path, orientation):
     assert np.array_equal(planes.T, np.asarray(image.dataobj) == BRIGHT)
     if ORIENTATIONS.index(orientation) % 7 == 0:  # each of the six orders of axes
         assert np.array_equal(places_by_dcmqi(path), expected)
+
+
+OTHER_KINDS = [name for name, row in KINDS.items() if name.startswith("DICOM") and not row.refused]
+
+
+@pytest.mark.parametrize("what", OTHER_KINDS)
+def test_a_segmentation_of_each_kind_of_series(tmp_path, what):
+    path = write_segmentation(KINDS[what].make(tmp_path))
+    found = places_by_highdicom(path)
+    assert len(found) == VOXELS and found.mean(axis=0) == pytest.approx(CENTRE, abs=0.1)
+    volume = highdicom.seg.segread(path).get_volume()
+    assert volume.voxel_volume * len(found) / 1000 == pytest.approx(ML, 1e-3)
+    source = pydicom.dcmread(path).SourceImageSequence[0]
+    assert source.ReferencedSOPClassUID == (
+        EnhancedMRImageStorage if "enhanced" in what else MRImageStorage
+    )
 
 
 # Fields of a header that are missing or wrong, and what the Segmentation must hold in their place.

@@ -164,6 +164,7 @@ for what, refused, noted, fields in [
     ("a quaternion of length 1.4", "is not a number", "", {"sform_code": 0, "quatern_b": 1}),
     ("NaN in its sform", "its spacing is nan", "", {"srow_x": [np.nan, 0, 0, 95]}),
     ("sform and qform of code 0", "no orientation", "", {"sform_code": 0, "qform_code": 0}),
+    ("sform of code 9", "sform_code is 9", "", {"sform_code": 9}),
     ("voxels inside its header", "cut short", "", {"vox_offset": 100}),
     ("complex voxels", "are complex", "", {"datatype": 32, "bitpix": 64}),
 ]:

@@ -13,9 +13,10 @@ import warnings
 from pathlib import Path
 
 import numpy as np
-from pydicom import Dataset
+from pydicom import DataElement, Dataset
 from pydicom.config import RAISE
 from pydicom.datadict import dictionary_VR
+from pydicom.uid import MRImageStorage
 from pydicom.valuerep import DA, TM, validate_value
 
 from .dicom import is_dicom, is_series, series_headers, text
@@ -82,12 +83,21 @@ def write_dicom_seg(path: Path, case: Scan, mask: np.ndarray, algorithm: str, ve
         _place(source, case.grid, k)
     frames = case.grid.from_axial(mask).transpose(2, 1, 0)  # as in the series: (S, rows, columns)
     frames = np.ascontiguousarray(frames, dtype=np.uint8)
+    classes = {source.SOPInstanceUID: source.SOPClassUID for source in sources}
+    for source in sources:  # of an enhanced image, highdicom expects several frames
+        source.SOPClassUID = MRImageStorage
+
+    def restore_class(item: Dataset, element: DataElement) -> None:
+        if element.keyword == "ReferencedSOPInstanceUID":
+            item.ReferencedSOPClassUID = classes[element.value]
+
     try:
         segmentation = _segmentation(sources, frames, _clean(algorithm), _clean(version))
     except (ValueError, TypeError, LookupError, AttributeError) as error:
         raise ValueError(
             f"{series}: no Segmentation can refer to it ({error}); leave out --dicom-seg"
         ) from error
+    segmentation.walk(restore_class)
     segmentation.SpecificCharacterSet = "ISO_IR 192"  # UTF-8, whatever the source has
     with atomic_write(path) as temporary:
         segmentation.save_as(temporary)

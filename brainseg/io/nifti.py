@@ -142,6 +142,9 @@ def nifti_grid(path: Path) -> tuple[Grid, int]:
     shape = _shape_of(path, header)
     channels = shape[3] * len(_type_of(path, header).names or "1")
     sform, has_sform = header.get_sform(coded=True)
+    for name in CODES:
+        if not 0 <= header[name] <= 5:
+            raise ValueError(f"{path}: its {name} is {header[name]}, which has no meaning; set it")
     if not has_sform and not header["qform_code"]:
         raise ValueError(f"{path}: its header gives no orientation; set its sform or qform")
     unit = UNITS.get(int(header["xyzt_units"]) & 7, 1.0)
