@@ -416,6 +416,7 @@ for what, refused, tags in (
     ),
     ("slope 0 in one", "IM011 has RescaleSlope '0.0'", {"RescaleSlope": 0, "RescaleIntercept": 0}),
     ("pixels cut in one", "IM011 has 9000 bytes of PixelData", {"PixelData": bytes(9000)}),
+    ("high bits in one", "IM011 has HighBit '15'", {"BitsStored": 12}),
     ("more pixels in one", "IM011 has 18434 bytes of Pixel", {"PixelData": b"\1" * (96 * 192 + 2)}),
     ("no pixels in one", "IM011: not a readable DICOM image", {"PixelData": None}),
 ):
@@ -434,7 +435,15 @@ def sheared(folder: Path) -> Path:
     return save(folder, series)
 
 
-@kind("DICOM: a tilted head, its orientation rounded to two decimals", noted="is inexact")
+@kind("DICOM: each slice 0.05 mm further to the left", refused="0.8 mm off the line")
+def drifting(folder: Path) -> Path:
+    series = slices()
+    for k, data in enumerate(series):
+        data.ImagePositionPatient = [ORIGIN[0] + 0.05 * k, ORIGIN[1], ORIGIN[2] + SPACING[0] * k]
+    return save(folder, series)
+
+
+@kind("DICOM: a tilted head, its orientation rounded to two decimals", noted="is rounded")
 def rounded(folder: Path) -> Path:
     """Turn the grid about the lesion, which stays where it is."""
     cos, sin = np.cos(0.3), np.sin(0.3)

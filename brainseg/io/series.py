@@ -118,6 +118,8 @@ def _check_image(path: Path, header: Dataset) -> None:
             raise ValueError(f"{path}: {name} has {tag} {text(header, tag)!r}; export it again")
     rows, columns, bits = (_stated(path, header, tag, 1)[0] for tag in SIZE)
     needed = math.ceil(rows * columns * bits / 8)
+    if abs(number(header, "HighBit") + 1 - number(header, "BitsStored")) > 0:
+        raise ValueError(f"{path}: {name} has HighBit {text(header, 'HighBit')!r}; {CONVERT}")
     pixels = header.get_item("PixelData", keep_deferred=True)
     if pixels.length == UNDEFINED:  # compressed: the decoder checks it
         return
@@ -208,9 +210,9 @@ def _straighten(
 ) -> tuple[np.ndarray, Notes]:
     """Return the direction of a stack, and a note if it was corrected.
 
-    Positions (N, 3) have more digits than a rounded orientation: within a degree, the line of the
-    slices is the normal. Raises ValueError, naming a file, if the slices are not on one line, or
-    are sheared.
+    Positions (N, 3) keep more digits than an orientation of two or three decimals: then the line
+    of the slices, within a degree, is their normal. Raises ValueError, naming a file, if the
+    slices are sheared or not on one line.
     """
     steps = places - places[0]
 
@@ -219,11 +221,15 @@ def _straighten(
 
     off, notes = distance(direction[:, 2]), ()
     line = steps[-1] / np.linalg.norm(steps[-1])
-    row, column = direction[:, 0], direction[:, 1]
-    if off.max() > OFF_LINE and max(abs(row @ line), abs(column @ line)) <= ROUNDED:
+    axes = direction[:, :2]
+    few_decimals = np.allclose(axes, axes.round(3), rtol=0, atol=1e-9)
+    whole_numbers = np.allclose(axes, axes.round(), rtol=0, atol=1e-9)  # along the patient's axes
+    rounded = few_decimals and not whole_numbers and np.abs(line @ axes).max() <= ROUNDED
+    if off.max() > OFF_LINE and rounded:
+        row, column = axes.T
         direction = np.column_stack((np.cross(column, line), np.cross(line, row), line))
         off = distance(line)
-        notes = ("its ImageOrientationPatient is inexact; the positions of its slices correct it",)
+        notes = ("its ImageOrientationPatient is rounded; the positions of its slices correct it",)
     if off.max() > OFF_LINE:
         worst = int(off.argmax())
         raise ValueError(
