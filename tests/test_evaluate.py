@@ -20,6 +20,7 @@ import inference
 from brainseg.evaluation.page import Table
 from brainseg.evaluation.report import case_table, pick, tables
 from brainseg.evaluation.statistics import SETTINGS, compare
+from brainseg.io.files import locked
 from brainseg.io.layouts import find_case
 from brainseg.metrics import dsc, summarise
 from brainseg.phantom import make_volume
@@ -47,6 +48,22 @@ def refused(*arguments: object) -> str:
 def scores(out: Path) -> list[dict]:
     with open(out / "scores.csv", newline="") as file:
         return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize("name", ["scores.csv", "summary.json", "scores.png"])
+def test_files_of_others_are_not_replaced(phantoms, weights, tmp_path, name):
+    (tmp_path / name).write_text("of another tool")
+    said = refused(phantoms, tmp_path, "--weights", weights, "--cases", "phantom_003")
+    assert f"{tmp_path / name}: is in the way" in said
+    assert (tmp_path / name).read_text() == "of another tool"
+
+
+def test_an_evaluation_keeps_others_out_of_its_folder(phantoms, weights, tmp_path):
+    with locked(tmp_path, "--out"):
+        said = refused(phantoms, tmp_path, "--weights", weights, "--cases", "phantom_003")
+    assert said.endswith(
+        "another run is writing there; wait for it, or name another folder with --out"
+    )
 
 
 def blank_weights(path: Path, trained_on: list[str]) -> Path:
