@@ -53,14 +53,18 @@ def scores(out: Path) -> list[dict]:
 @pytest.mark.parametrize("name", ["scores.csv", "summary.json", "scores.png"])
 def test_files_of_others_are_not_replaced(phantoms, weights, tmp_path, name):
     (tmp_path / name).write_text("of another tool")
-    said = refused(phantoms, tmp_path, "--weights", weights, "--cases", "phantom_003")
+    said = refused(
+        phantoms, tmp_path, "--weights", weights, "--subset", "all", "--cases", "phantom_003"
+    )
     assert f"{tmp_path / name}: is in the way" in said
     assert (tmp_path / name).read_text() == "of another tool"
 
 
 def test_an_evaluation_keeps_others_out_of_its_folder(phantoms, weights, tmp_path):
     with locked(tmp_path, "--out"):
-        said = refused(phantoms, tmp_path, "--weights", weights, "--cases", "phantom_003")
+        said = refused(
+            phantoms, tmp_path, "--weights", weights, "--subset", "all", "--cases", "phantom_003"
+        )
     assert said.endswith(
         "another run is writing there; wait for it, or name another folder with --out"
     )
