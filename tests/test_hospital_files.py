@@ -151,10 +151,18 @@ def pixdim(*spacing: float) -> list[float]:
     return [1, *spacing, 1, 1, 1, 1]
 
 
+def scaled(unit: float) -> dict:
+    """Return the fields of the phantom's qform in another unit, without an sform."""
+    fields = {"sform_code": 0, "pixdim": pixdim(2 * unit, 2 * unit, 6 * unit)}
+    return fields | {"qoffset_x": 95 * unit, "qoffset_y": 95 * unit, "qoffset_z": -45 * unit}
+
+
 kind("NIfTI-2")(partial(nifti, image=nibabel.Nifti2Image))
 kind("gzip named .nii")(partial(renamed, written="a.nii.gz", name="b.nii"))
 kind("NIfTI named .nii.gz, not compressed")(partial(renamed, written="a.nii", name="b.nii.gz"))
 for what, refused, noted, fields in [
+    ("metres", "", "", {"xyzt_units": 1, **scaled(1e-3)}),
+    ("microns", "", "", {"xyzt_units": 3, **scaled(1e3)}),
     ("pixdim 0 beside an sform", "", "disagree", {"pixdim": pixdim(0, 0, 0)}),
     ("a quaternion of five digits", "", "", {"sform_code": 0, "quatern_d": 1.00001}),
     ("pixdim 0", "is 2 x 0 x 6 mm", "", {"sform_code": 0, "pixdim": pixdim(2, 0, 6)}),
@@ -648,7 +656,7 @@ def test_a_lone_slice_is_as_thick_as_its_header_says(tmp_path, spacing, thicknes
 
 
 @pytest.mark.parametrize("what", [name for name, row in KINDS.items() if not row.refused])
-def test_is_read_right(what, tmp_path):
+def test_is_read_right(what, tmp_path, capfd):
     make, _, noted = KINDS[what]
     (case,) = find_cases(make(tmp_path))
     volume = case.read()
@@ -661,10 +669,11 @@ def test_is_read_right(what, tmp_path):
     centre = nibabel.affines.apply_affine(image.affine, voxels).mean(axis=0) * (-1, -1, 1)
     assert centre == pytest.approx(CENTRE, abs=0.1)
     assert re.search(noted, " ".join(case.notes))
+    assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize("what", [name for name, row in KINDS.items() if row.refused])
-def test_is_refused_in_a_sentence(what, tmp_path):
+def test_is_refused_in_a_sentence(what, tmp_path, capfd):
     make, refused, _ = KINDS[what]
     path = make(tmp_path)
     with pytest.raises((ValueError, OSError), match=refused) as caught:
@@ -672,3 +681,4 @@ def test_is_refused_in_a_sentence(what, tmp_path):
             case.read_pair() if case.masks else case.read()
     assert "\n" not in str(caught.value)
     str(caught.value).encode()  # a page, a table and a terminal can show it
+    assert capfd.readouterr() == ("", "")

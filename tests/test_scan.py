@@ -217,6 +217,23 @@ def test_nifti_that_is_not_finite_is_refused(tmp_path, name, dtype, value):
         voxels[place] = 0
 
 
+@pytest.mark.parametrize("dtype", "i1 u1 i2 u2 i4 u4 i8 u8 f4 f8".split())
+@pytest.mark.parametrize("order", "<>")
+def test_nifti_voxels_are_those_of_itk(tmp_path, dtype, order):
+    """The masks of earlier versions came from these: the same values, in the same data type."""
+    voxels = (np.random.default_rng(0).random((4, 3, 2)) * 100).astype(order + dtype)
+    image = nibabel.Nifti1Image(voxels, LPS, dtype=voxels.dtype)
+    content = image.to_bytes()
+    header = nibabel.Nifti1Header(content[:348], check=False).as_byteswapped(order)
+    content = content[348:352] + voxels.tobytes("F")
+    for slope, inter in ((1, 0), (0, 0), (np.nan, np.nan), (0.37, 5.5), (-2, 1), (3, np.nan)):
+        header["scl_slope"], header["scl_inter"] = slope, inter
+        (tmp_path / "a.nii").write_bytes(header.binaryblock + content)
+        array = read_voxels(tmp_path / "a.nii")[..., 0].T
+        expected = SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(tmp_path / "a.nii"))
+        assert array.dtype == expected.dtype and np.array_equal(array, expected)
+
+
 def test_the_patient_of_sequences_is_known_by_their_folder(pair, tmp_path):
     """Otherwise a patient that the weights were trained on would count as unseen."""
     (tmp_path / "anna_20240131").mkdir()

@@ -283,6 +283,7 @@ NRRD = "NRRD0004\ntype: uint8\ndimension: 3\nsizes: 8 8 4\nencoding: raw\n"
     "name, text",
     [
         ("a.mhd", MHA + "ElementDataFile = LOCAL\n"),
+        ("a.nhdr", NRRD + "\n"),
         ("a.mha", MHA + "ElementDataFile = {}\n"),
         ("a.mha", MHA + "ElementDataFile={}\n"),
         ("a.mha", MHA + "ElementDataFile : {}\n"),

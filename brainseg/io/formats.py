@@ -33,7 +33,8 @@ HEADER = 1 << 20  # bytes: no header is longer
 def check_format(path: Path) -> None:
     """Raise ValueError, naming a converter, if a file, or one in a folder, cannot be read here."""
     for file in sorted(path.iterdir()) if path.is_dir() else [path]:
-        if program := CONVERTERS.get(file.suffix.lower()):
+        program = CONVERTERS.get(file.suffix.lower())
+        if program:
             raise ValueError(
                 f"{file}: {file.suffix} files are not read; convert it to .nii.gz with {program}"
             )
@@ -66,10 +67,10 @@ def text_header(path: Path) -> tuple[dict[str, str], int]:
     with open(path, "rb") as file:
         head = file.read(HEADER)
     is_nrrd = head.startswith(b"NRRD")
-    last = rb"\r?\n\r?\n" if is_nrrd else rb"^ElementDataFile[ \t]*=.*\n"
+    last = rb"\r?\n\r?\n" if is_nrrd else rb"^\s*ElementDataFile[ \t]*[=:].*\n"
     end = re.search(last, head, re.M)
     length = end.end() if end else len(head)
-    line = r"^([\w ]+):(?!=)[ \t]*(.*?)\s*$" if is_nrrd else r"^\s*(\w+)[ \t]*=[ \t]*(.*?)\s*$"
+    line = r"^([\w ]+):(?!=)[ \t]*(.*?)\s*$" if is_nrrd else r"^\s*(\w+)[ \t]*[=:][ \t]*(.*?)\s*$"
     field = dict(re.findall(line, os.fsdecode(head[:length]), re.M))
     if is_nrrd:
         field = {name.lower().replace(" ", ""): value for name, value in field.items()}
@@ -169,8 +170,9 @@ def _check_whole(path: Path) -> None:
     """Raise ValueError if voxels are cut short, before the reader of MetaImage prints its lines."""
     file, start = voxel_file(path), 0
     field, length = text_header(path)
-    binary = field.get("BinaryData", "True").lower() != "false"
-    if "sizes" in field or not binary or not (file or field["ElementDataFile"].upper() == "LOCAL"):
+    is_text = field.get("BinaryData", "True").lower() == "false"
+    is_here = field.get("ElementDataFile", "").upper() == "LOCAL"
+    if "sizes" in field or is_text or not (file or is_here):
         return  # NRRD, whose reader notices; text; many files
     if not file:
         file, start = path, length

@@ -13,8 +13,6 @@ from numpy.typing import ArrayLike
 
 from .files import by
 
-sitk.ProcessObject.SetGlobalWarningDisplay(False)  # errors are raised instead, in one sentence
-
 AXES = "{}: has {} axes; give a volume of 3, or of 4 with channels"
 SPACINGS = 0.02, 100.0  # millimetres: no scan of a head has finer or coarser voxels
 RIGHT_ANGLE = 1e-3  # cosine between two axes that are at right angles
