@@ -15,7 +15,7 @@ from brainseg.devices import concatenate, free_memory, in_order, to_device
 from brainseg.io.layouts import Source, list_cases
 from brainseg.io.slices import Case
 from brainseg.preprocess import neighbourhoods
-from brainseg.splits import check_folds, select_cases, split_folds, subset_of
+from brainseg.splits import check_folds, note_patients, select_cases, split_folds, subset_of
 
 MOST = 0.5  # share of a device's free memory; a training step needs the rest
 
@@ -73,6 +73,7 @@ class BrainSegmentationDataset(Dataset):
         out. `how` are options of `prepare`.
         """
         sources = list_cases(images) if isinstance(images, (str, Path)) else images
+        note_patients(sources)
         if folds is None:
             train, validation = (select_cases(sources, part) for part in ("train", "validation"))
         else:  # every fold needs all cases except the test cases

@@ -54,7 +54,14 @@ from brainseg.io.scans import Scan
 from brainseg.io.slices import Case
 from brainseg.pipeline import Outputs, Result, segment_all
 from brainseg.segmenter import FITTED_WITH, Segmenter
-from brainseg.splits import SUBSETS, list_cohort, patients_of_card, select_cases, use_patients
+from brainseg.splits import (
+    SUBSETS,
+    list_cohort,
+    note_patients,
+    patients_of_card,
+    select_cases,
+    use_patients,
+)
 from brainseg.weights import read_card, shipped_weights
 
 TABLES = ("args.json", "volumes.csv", "metrics.csv")
@@ -182,6 +189,7 @@ def list_sequences(
 ) -> list[Scan]:
     """List the one scan, which has one file per sequence."""
     scan = find_sequences(flair, pre, post)
+    note_patients([scan])
     use_patients(patients, [scan.name])
     return [replace(scan, labels=Labels(labels))]
 

@@ -37,18 +37,21 @@ COHORT = re.compile(  # in each, the patient's number comes before the scan's
 # The patients of a --patients file, by case. Like the names it replaces, it applies to a whole
 # run: every caller that asks for the patient of a case gets the same answer.
 _patients: dict[str, str] = {}
+_patient_ids: dict[str, str] = {}  # the same from DICOM headers, for cases not in such a file
 
 
 def patient_of(case: str) -> str:
     """Return the patient that a case belongs to.
 
-    Taken from the file of `use_patients`, else from the name: `sub-<label>` of a BIDS name,
-    `TCGA_<site>_<patient>`, `BraTS-<set>-<patient>`, `UPENN-GBM-<patient>` or
-    `UCSF-PDGM-<patient>` anywhere in it; else the name up to `_<yyyymmdd>`, `_<yyyy-mm-dd>`,
-    `_week-<n>` or `_ses-<label>`, or all of it.
+    Taken from the file of `use_patients`, else from the PatientID of DICOM headers, else from the
+    name: `sub-<label>` of a BIDS name, `TCGA_<site>_<patient>`, `BraTS-<set>-<patient>`,
+    `UPENN-GBM-<patient>` or `UCSF-PDGM-<patient>` anywhere in it; else the name up to
+    `_<yyyymmdd>`, `_<yyyy-mm-dd>`, `_week-<n>` or `_ses-<label>`, or all of it.
     """
     if case in _patients:
         return _patients[case]
+    if not TCGA.search(case):  # which names a patient of the published data set
+        case = _patient_ids.get(case, case)
     if subject := SUBJECT.search(case):
         return subject[0]
     if tcga := TCGA.search(case):
@@ -58,11 +61,20 @@ def patient_of(case: str) -> str:
     return SESSION.sub("", case)
 
 
+def note_patients(cases: Iterable[Named]) -> None:
+    """Take the patients of these cases from the DICOM headers they were listed by, if any."""
+    for case in cases:
+        if case.patient:
+            _patient_ids[case.name] = case.patient
+        else:
+            _patient_ids.pop(case.name, None)
+
+
 def use_patients(path: Path | str | None, cases: Iterable[str] = ()) -> None:
     """Take the patients of cases, from now on, from a CSV file with the columns case and patient.
 
-    None: from the names alone. Raises OSError or ValueError, naming the file and the line or case,
-    if it is not such a table, gives a case two patients or lacks one of `cases`.
+    None: from DICOM headers and names alone. Raises OSError or ValueError, naming the file and the
+    line or case, if it is not such a table, gives a case two patients or lacks one of `cases`.
     """
     read = _read_patients(Path(path)) if path else {}
     if path and (missing := sorted(set(cases) - read.keys())):
@@ -113,13 +125,17 @@ def list_cohort(
     """
     layout = parse_sequences(sequences)
     sources = list_cases(images, names, other_than, layout, Labels(labels))
+    note_patients(sources)
     use_patients(patients, [source.name for source in sources])
     return sources
 
 
 def named_patients(cases: Iterable[str]) -> dict[str, str]:
-    """Return the patients that a --patients file gives for cases; a card has to keep these."""
-    return {case: _patients[case] for case in cases if case in _patients}
+    """Return the patients of cases that do not follow from their names; a card has to keep these.
+
+    They are from a --patients file or DICOM headers.
+    """
+    return {case: patient_of(case) for case in cases if case in _patients or case in _patient_ids}
 
 
 def patients_of_card(card: Mapping, *subsets: str) -> set[str]:
@@ -170,6 +186,7 @@ def subset_of(case: str) -> str:
 
 def select_cases(cases: Sequence[Named], subset: str) -> list[Named]:
     """Select the cases of a subset, by name; ValueError if it is unknown or no case is in it."""
+    note_patients(cases)
     if subset not in (*SUBSETS, "all"):
         raise ValueError(f"no subset is called {subset!r}; known: all, {', '.join(SUBSETS)}")
     chosen = [case for case in cases if subset in ("all", subset_of(case.name))]

@@ -8,6 +8,7 @@ voxels are read, how large they are, and where they are. Masks are read by nibab
 
 import gzip
 import re
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -23,7 +24,7 @@ from pydicom import uid
 
 import inference
 from brainseg.io.files import MARK
-from brainseg.io.layouts import find_cases
+from brainseg.io.layouts import find_cases, find_sequences
 
 # The phantom FLAIR: 16 axial slices of 96 x 96, 6 mm apart, of pixels of 2 x 2 mm.
 SHAPE = (16, 96, 96)  # S, H, W
@@ -644,6 +645,201 @@ def test_a_lone_slice_is_as_thick_as_its_header_says(tmp_path, spacing, thicknes
 
 
 # DICOM: folders, series, patients and words
+
+
+def series_of(number: int, lesion: bool = True, **tags: object) -> list[pydicom.Dataset]:
+    """Make the phantom as the series of this number, with its lesion or without."""
+    series = slices()
+    for k, data in enumerate(series):
+        data.SeriesInstanceUID, data.SeriesNumber = f"1.2.{number}", number
+        data.SOPInstanceUID = data.file_meta.MediaStorageSOPInstanceUID = f"1.2.{number}.{k + 1}"
+        for tag, value in tags.items():
+            setattr(data, tag, value)
+        if not lesion:
+            store(data, np.minimum(data.pixel_array, BRAIN))
+    return series
+
+
+def t1(number: int, words: str, **tags: object) -> list[pydicom.Dataset]:
+    tags = {"EchoTime": 12, "InversionTime": None} | tags
+    return series_of(number, lesion=False, SeriesDescription=words, **tags)
+
+
+OBJECTS = {
+    "report": uid.BasicTextSRStorage,
+    "key images": uid.KeyObjectSelectionDocumentStorage,
+    "presentation state": uid.GrayscaleSoftcopyPresentationStateStorage,
+    "structure set": uid.RTStructureSetStorage,
+    "PDF": uid.EncapsulatedPDFStorage,
+    "raw data": uid.RawDataStorage,
+    "spectroscopy": uid.MRSpectroscopyStorage,
+    "segmentation": uid.SegmentationStorage,
+}
+
+
+def without_image(path: Path, kind: uid.UID) -> Path:
+    """Write an object of the phantom's study that holds no image."""
+    data = slices()[0]
+    data.SOPClassUID = data.file_meta.MediaStorageSOPClassUID = kind
+    data.SeriesInstanceUID = f"1.2.99.{kind}"
+    if kind != uid.SegmentationStorage:
+        del data.PixelData
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data.save_as(path, enforce_file_format=True)
+    return path.parent
+
+
+def tree_kind(what: str, below: str, given: str, refused: str = "", noted: str = "") -> None:
+    """Add a FLAIR series in a folder at `below`; `given` is what --images gets."""
+
+    def make(folder: Path) -> Path:
+        save(folder / below, slices())
+        return folder / given
+
+    kind(f"DICOM: {what}", refused, noted)(make)
+
+
+tree_kind("patient, study and series", "LGG/TCGA-CS-4941/1996/3-FLAIR", "LGG")
+tree_kind("collection, patient, study and series", "in/LGG/TCGA-CS-4941/1996/3-FLAIR", "in")
+tree_kind("a study that holds FLAIR alone", "cohort/anna/s3", "cohort")
+tree_kind("ten folders in each other", "/".join("abcdefghij"), "a")
+
+
+@kind("DICOM: a CD with DICOMDIR", noted="FLAIR is 'AX FLAIR'")
+def cd(folder: Path) -> Path:
+    (folder / "CD" / "DICOM").mkdir(parents=True)
+    shutil.copy(without_image(folder / "other" / "x", uid.MediaStorageDirectoryStorage) / "x",
+                folder / "CD" / "DICOMDIR")  # fmt: skip
+    for k, series in enumerate((t1(1, "T1"), slices())):
+        save(folder / "CD" / "DICOM" / "PA0" / "ST0" / f"SE{k}", series)
+    return folder / "CD"
+
+
+@kind("DICOM: a series in several folders")
+def spread(folder: Path) -> Path:
+    for k, data in enumerate(slices()):
+        save(folder / "store" / f"{k % 3}" / f"{k}", [data])
+    return folder / "store"
+
+
+@kind("DICOM: a folder with a link to itself")
+def link(folder: Path) -> Path:
+    save(folder / "anna" / "s0", slices())
+    (folder / "anna" / "again").symlink_to(folder / "anna")
+    (folder / "anna" / "s0" / "again").symlink_to(folder)
+    return folder / "anna"
+
+
+@kind("DICOM: a study with objects that hold no image", noted="pre-contrast is 'T1'")
+def objects(folder: Path) -> Path:
+    save(folder / "anna" / "s0", slices())
+    save(folder / "anna" / "s1", t1(1, "T1"))
+    for name, storage in OBJECTS.items():
+        without_image(folder / "anna" / name / "1.dcm", storage)
+        without_image(folder / "anna" / "s0" / name, storage)
+    return folder / "anna"
+
+
+@kind("DICOM: nothing but a report", refused="anna: holds no .* no DICOM image")
+def report(folder: Path) -> Path:
+    return without_image(folder / "anna" / "1.dcm", OBJECTS["report"])
+
+
+@kind("DICOM: a damaged image of another series", refused="s1/IM000: not a readable DICOM image")
+def damaged(folder: Path) -> Path:
+    save(folder / "anna" / "s0", slices())
+    path = save(folder / "anna" / "s1", t1(1, "T1")) / "IM000"
+    path.write_bytes(path.read_bytes()[:300])
+    return folder / "anna"
+
+
+@kind("DICOM: the only series is damaged", refused="IM0..: not a readable DICOM image")
+def all_damaged(folder: Path) -> Path:
+    for path in save(folder / "anna" / "s0", slices()).iterdir():
+        path.write_bytes(path.read_bytes()[:300])
+    return folder
+
+
+@kind("DICOM: an empty file in a series", refused="IM999: not a readable DICOM image")
+def empty(folder: Path) -> Path:
+    save(folder / "anna", slices())
+    (folder / "anna" / "IM999").touch()
+    return folder / "anna"
+
+
+@kind("DICOM: screenshots of FLAIR", noted="FLAIR is 'AX FLAIR'")
+def screenshots(folder: Path) -> Path:
+    save(folder / "anna" / "s0", slices())
+    shot = series_of(1)[0]
+    shot.SOPClassUID = uid.SecondaryCaptureImageStorage
+    save(folder / "anna" / "s1", [shot])
+    return folder / "anna"
+
+
+@kind("DICOM: a CT study of the same patient")
+def other_modality(folder: Path) -> Path:
+    save(folder / "anna" / "mr", slices())
+    save(folder / "anna" / "ct", series_of(1, StudyInstanceUID="1.3", Modality="CT"))
+    return folder
+
+
+def study_kind(what: str, *series: list, refused: str = "", noted: str = "") -> None:
+    """Add a study of FLAIR and these series."""
+
+    def make(folder: Path) -> Path:
+        for k, one in enumerate((slices(), *series)):
+            save(folder / "anna" / f"s{k}", one)
+        return folder / "anna"
+
+    kind(f"DICOM: {what}", refused, noted)(make)
+
+
+PRE = "T1 ax ohne KM"
+NO_AGENT = {"ContrastBolusAgent": "N/A"}
+NAMED = "not certain which T1 each is: s1 = .*: name them with --flair, --pre and --post"
+study_kind("words in German", t1(1, PRE, **NO_AGENT), noted=f"pre-contrast is '{PRE}'")
+study_kind("words in French", t1(1, "T1 après injection"), noted="post-contrast is 'T1 apr")
+study_kind("T1 that is in doubt", t1(1, "T1 +/- KM"), noted=NAMED)
+study_kind("T1 in two planes", t1(1, "T1 ax"), t1(2, "T1 sag"), noted=NAMED)
+study_kind("subtraction", t1(1, "T1 SUB"), noted="left out: 'T1 SUB'")
+study_kind("two FLAIR", series_of(2), refused="2 FLAIR series; name .* --flair SERIES.* s1 = 'AX")
+
+
+@kind("DICOM: no descriptions", noted=NAMED)
+def nameless(folder: Path) -> Path:
+    save(folder / "anna" / "s0", series_of(0, SeriesDescription=""))
+    save(folder / "anna" / "s1", t1(1, ""))
+    return folder / "anna"
+
+
+@kind("DICOM: a lone T1 without description", refused="header says otherwise.* --flair")
+def nameless_t1(folder: Path) -> Path:
+    return save(folder / "anna", t1(1, ""))
+
+
+@pytest.mark.parametrize("flair_name, post, said", [
+    ("t1ce", "flair", "FLAIR is t1ce.nii.gz, which says 't1ce'.*post-contrast is flair.nii.gz"),
+    ("anna_T1_post", None, "FLAIR is anna_T1_post.nii.gz, which says 't1'"),
+    ("x", "x_t1_ohne_KM", "post-contrast is x_t1_ohne_KM.nii.gz, which says"),
+    ("t2f", "t1c", ""),
+    ("flair_to_t1", "brain", ""),
+])  # fmt: skip
+def test_names_of_other_sequences_are_said(tmp_path, flair_name, post, said):
+    flair_file = nifti(tmp_path, f"{flair_name}.nii.gz")
+    post_file = nifti(tmp_path, f"{post}.nii.gz") if post else None
+    text = " ".join(find_sequences(flair_file, None, post_file).notes)
+    assert re.search(said, text) if said else "which says" not in text
+
+
+def test_a_series_of_another_sequence_is_said(tmp_path):
+    for k, series in enumerate((slices(), t1(1, "T1 +C"))):
+        save(tmp_path / "anna" / f"s{k}", series)
+    scan = find_sequences(tmp_path / "anna" / "s1", None, tmp_path / "anna" / "s0")
+    text = " ".join(scan.notes)
+    assert "FLAIR is s1, which says 't1': check the order" in text
+    assert "post-contrast is s0, which says 'flair'" in text
+    with pytest.raises(ValueError, match="holds 2 DICOM series; give the folder of one.* s1 = 'T1"):
+        find_sequences(tmp_path / "anna", None, None)
 
 
 # Slices and masks

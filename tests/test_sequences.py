@@ -206,7 +206,7 @@ def test_a_study_is_sorted_into_sequences(head, weights, tmp_path, capsys, flat)
         "anna: pre-contrast is 'AX T1 SE', FLAIR is 'AX T2 FLAIR', post-contrast is 'AX T1 SE'; "
         "left out: 'AX T2 TSE'" in said
     )
-    check_grid_by_pydicom(scan.flair, tmp_path / "out" / "anna_mask.nii.gz")
+    check_grid_by_pydicom(scan.folder, tmp_path / "out" / "anna_mask.nii.gz")
 
 
 def check_grid_by_pydicom(series: Path, mask: Path) -> None:

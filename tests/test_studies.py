@@ -1,10 +1,160 @@
-"""Test which sequence a series is: the table of words, in the languages of hospitals."""
+"""Test DICOM studies: their names and patients in any tree, and which sequence a series is."""
 
 import math
+from pathlib import Path
 
+import pydicom
 import pytest
+from pydicom import uid
 
+from brainseg import splits
+from brainseg.io.layouts import list_cases
 from brainseg.io.sequences import sequence_of
+from brainseg.splits import list_cohort, patient_of, select_cases, subset_of, use_patients
+
+# Names and patients
+
+
+@pytest.fixture(autouse=True)
+def forget_patients():
+    yield
+    splits._patient_ids.clear()
+
+
+def image(path: Path, patient: str = "", study: str = "1", date: str = "", **tags: object) -> Path:
+    """Write the header of an image of a FLAIR series; a study is known by its date too."""
+    data = pydicom.Dataset()
+    data.file_meta = pydicom.dataset.FileMetaDataset()
+    data.file_meta.TransferSyntaxUID = uid.ExplicitVRLittleEndian
+    data.file_meta.MediaStorageSOPClassUID = data.SOPClassUID = uid.MRImageStorage
+    data.file_meta.MediaStorageSOPInstanceUID = data.SOPInstanceUID = uid.generate_uid()
+    data.PatientID, data.StudyDate = patient, date
+    data.StudyInstanceUID = f"1.{study}{date}"
+    data.SeriesInstanceUID = f"{data.StudyInstanceUID}.{tags.pop('series', 1)}"
+    data.Modality, data.Rows, data.SeriesDescription = "MR", 8, "FLAIR"
+    for tag, value in tags.items():
+        setattr(data, tag, value)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data.save_as(path, enforce_file_format=True)
+    return path
+
+
+TREES = {
+    "patient folders of one study": (
+        {"a/s1/1": ("p1", "1"), "a/s2/1": ("p1", "1"), "b/s1/1": ("p2", "2")},
+        {"a": "p1", "b": "p2"},
+    ),
+    "patient, study, series": (
+        {
+            "P-1/x/s1/1": ("P-1", "1", "20200101"),
+            "P-1/y/s1/1": ("P-1", "1", "20210101"),
+            "P-2/z/s1/1": ("P-2", "1", "20220101"),
+        },
+        {"P-1_20200101": "P-1", "P-1_20210101": "P-1", "P-2": "P-2"},
+    ),
+    "collection of one patient": ({"LGG/P-1/x/s1/1": ("P-1", "1")}, {"P-1": "P-1"}),
+    "collection of two patients": (
+        {"LGG/P-1/x/s1/1": ("P-1", "1"), "LGG/P-2/x/s1/1": ("P-2", "2")},
+        {"P-1": "P-1", "P-2": "P-2"},
+    ),
+    "dates of one patient": (
+        {"2020/s/1": ("p1", "1", "20200101"), "2021/s/1": ("p1", "1", "20210101")},
+        {"2020": "p1", "2021": "p1"},
+    ),
+    "two patients in one folder": (
+        {"1": ("p1", "1", "20200101"), "2": ("p 2/3", "2", "20200101")},
+        {"p1_20200101": "p1", "p-2-3_20200101": "p-2-3"},
+    ),
+    "two studies in one folder": (
+        {"1": ("p1", "1", "20200101"), "2": ("p1", "1", "20210101")},
+        {"p1_20200101": "p1", "p1_20210101": "p1"},
+    ),
+    "two studies in one folder, of nobody": (
+        {"x/1": ("", "1", "20200101"), "x/2": ("ANONYMOUS", "1", "20210101")},
+        {"x_20200101": "x", "x_20210101": "x"},
+    ),
+    "patients who share a name that says nothing": (
+        {"a/1": ("ANON", "1"), "b/1": ("ANON", "2"), "c/1": ("0000", "3"), "d/1": ("0000", "4")},
+        {name: name for name in "abcd"},
+    ),
+    "patients who share a StudyInstanceUID": (
+        {"1": ("p1", "1", "20200101"), "2": ("p2", "1", "20200101")},
+        {"p1_20200101": "p1", "p2_20200101": "p2"},
+    ),
+    "the LGG patients": (
+        {"x/1": ("TCGA-CS-4941", "1"), "TCGA_CS_4942/1": ("77", "2")},
+        {"x": "TCGA_CS_4941", "TCGA_CS_4942": "TCGA_CS_4942"},
+    ),
+}
+
+
+@pytest.mark.parametrize("tree", TREES)
+def test_a_case_for_each_patient_and_study(tmp_path, tree):
+    files, expected = TREES[tree]
+    for place, header in files.items():
+        image(tmp_path / "in" / place, *header)
+    names = [source.name for source in list_cohort(tmp_path / "in")]
+    assert {name: patient_of(name) for name in names} == expected
+    assert len(names) == len(expected)
+
+
+def test_studies_of_one_date_have_names_of_their_own(tmp_path):
+    for number in "12":
+        image(tmp_path / number, "p1", date="20200101", StudyInstanceUID=f"1.{number}")
+    names = [source.name for source in list_cohort(tmp_path)]
+    assert len(set(names)) == 2
+    assert all(name.startswith("p1_20200101_ses-") for name in names)
+    assert {patient_of(name) for name in names} == {"p1"}
+
+
+def test_t1_of_one_date_does_not_go_with_flair_of_another(tmp_path):
+    image(tmp_path / "1", "p1", date="20200101")
+    image(tmp_path / "2", "p1", date="20210101", SeriesDescription="T1", EchoTime=10)
+    old, new = list_cases(tmp_path)
+    assert [series.words for series in old.study.series] == ["FLAIR"]
+    assert [series.words for series in new.study.series] == ["T1"]
+
+
+def test_studies_of_a_patient_are_in_one_subset(tmp_path):
+    """By the names of their folders they would be 40 patients."""
+    for patient in range(20):
+        for k, name in enumerate(("first", "again")):
+            image(tmp_path / f"{name}{patient}" / "1", f"p{patient}", f"{patient + 1}{k}")
+    sources = list_cases(tmp_path)
+    train = {source.name for source in select_cases(sources, "train")}
+    assert {subset_of(f"first{k}") for k in range(20)} > {"train"}
+    for patient in range(20):
+        assert (f"first{patient}" in train) == (f"again{patient}" in train)
+
+
+def test_a_table_of_patients_goes_before_headers(tmp_path):
+    image(tmp_path / "in" / "a" / "1", "p1")
+    table = tmp_path / "patients.csv"
+    table.write_text("case,patient\na,bert\n")
+    list_cohort(tmp_path / "in", patients=table)
+    assert patient_of("a") == "bert"
+    use_patients(None)
+    assert patient_of("a") == "p1"
+
+
+def test_listing_reads_each_header_once(tmp_path, monkeypatch):
+    for k in range(30):
+        image(tmp_path / f"{k % 3}" / f"{k % 6}" / f"{k}", f"p{k % 3}", f"{k % 3}", series=k % 6)
+    read, options = [], []
+    dcmread = pydicom.dcmread
+
+    def counted(path: Path, **how: object) -> pydicom.Dataset:
+        read.append(path)
+        options.append(how)
+        return dcmread(path, **how)
+
+    monkeypatch.setattr(pydicom, "dcmread", counted)
+    assert len(list_cases(tmp_path)) == 3
+    assert len(read) == len(set(read)) == 30
+    assert all(how["stop_before_pixels"] for how in options)
+
+
+# Words
 
 # Descriptions without times and agent, by what the series is; one a line or separated by |.
 DESCRIPTIONS = {

@@ -1,160 +1,188 @@
-"""DICOM: headers of files, the files of a series, and the fields two series must agree on."""
+"""DICOM series: their files in folders, and the fields in which two of them must agree."""
 
 from __future__ import annotations
 
-import logging
-import math
-import warnings
-from functools import lru_cache
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-import pydicom
-from pydicom import Dataset, uid
-from pydicom.multival import MultiValue
+from pydicom import Dataset
 
-# Silence the reader on odd fields: those that matter are checked here, and refused by name.
-logging.getLogger("pydicom").setLevel(logging.CRITICAL)
-warnings.filterwarnings("ignore", module="pydicom")
-
-OTHER_SUFFIXES = (".tif", ".tiff", ".png", ".gz", ".nii", ".nrrd", ".mha", ".mhd")
-UNDEFINED = 0xFFFFFFFF  # length of compressed pixels
-# Objects of these classes have pixels: without them, the file is cut short.
-IMAGES = (
-    uid.MRImageStorage,
-    uid.EnhancedMRImageStorage,
-    uid.EnhancedMRColorImageStorage,
-    uid.CTImageStorage,
-    uid.EnhancedCTImageStorage,
+from .headers import (
+    IDENTIFIERS,
+    damaged_text,
+    is_dicom,
+    number,
+    numbers,
+    read_header,
+    read_identity,
+    text,
 )
+from .sequences import sequence_of
+
+# A PatientID that names nobody: files that share it need not be of one patient.
+NOBODY = re.compile(r"(anon|de-?id|unknown|none$|null|n/?a$|removed|no.?id|[0x]+$)", re.I)
+MOST_LEVELS = 12  # of folders
 
 
-# Headers
+@dataclass(frozen=True)
+class Series:
+    """The files of a DICOM series, and what the header of one of them says of it.
 
-
-def is_dicom(path: Path) -> bool:
-    """Tell whether a file is DICOM; the index of a CD, DICOMDIR, does not count."""
-    if path.name[0] == "." or path.name.upper() == "DICOMDIR" or not path.is_file():
-        return False
-    if path.name.lower().endswith(OTHER_SUFFIXES):
-        return False
-    with open(path, "rb") as file:
-        head = file.read(132)
-    return head[128:] == b"DICM" or _has_no_preamble(path, head)
-
-
-def _has_no_preamble(path: Path, head: bytes) -> bool:
-    """Tell whether a file begins with its first fields, of group 2 or 8."""
-    if head[:2] not in (b"\2\0", b"\x08\0", b"\0\x08"):
-        return False
-    try:
-        start = pydicom.dcmread(path, stop_before_pixels=True, force=True)
-        return str(start.get("SOPClassUID")).startswith("1.2.840.10008.")
-    except Exception:  # of many kinds: it is another binary file
-        return False
-
-
-def read_header(path: Path | str) -> Dataset:
-    """Read a DICOM file without its pixels; ValueError, naming it, if it is damaged.
-
-    Read fields with `text` and `numbers`, which do not fail on a field that is odd.
+    `path` stands for it in messages: its folder, or a file of it if there are others beside it.
     """
-    path = Path(path)
-    status = path.stat()
-    return _read_header(path, status.st_ino, status.st_mtime_ns, status.st_size)
+
+    path: Path
+    files: tuple[Path, ...]
+    header: Dataset = field(compare=False, repr=False)  # of the fields in IDENTITY
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def patient(self) -> str:
+        """Return the PatientID, fit for the name of a file; empty if it names nobody."""
+        given = text(self.header, "PatientID")
+        return "" if NOBODY.match(given) else re.sub(r"[^\w.-]+", "-", given).strip("-._")
+
+    @property
+    def words(self) -> str:
+        return text(self.header, "SeriesDescription") or text(self.header, "ProtocolName")
+
+    @cached_property
+    def sequence(self) -> str:
+        """Return one of SEQUENCES, "other" or "doubtful"; see `sequence_of`."""
+        echo, inversion = number(self.header, "EchoTime"), number(self.header, "InversionTime")
+        return sequence_of(self.words, echo, inversion, text(self.header, "ContrastBolusAgent"))
+
+    def about(self, folder: Path) -> str:
+        """Describe it: its place in a folder, description, number of images, times and agent."""
+        facts = [f"{len(self.files)} images"]
+        for name, tag in (("TE", "EchoTime"), ("TI", "InversionTime")):
+            if number(self.header, tag) > 0:
+                facts.append(f"{name} {number(self.header, tag):g}")
+        if agent := text(self.header, "ContrastBolusAgent"):
+            facts.append(f"agent {agent}")
+        place = os.path.relpath(self.path, folder) if self.path != folder else self.name
+        return f"{place} = {self.words or 'no description'!r} ({', '.join(facts)})"
 
 
-@lru_cache(maxsize=2048)  # the files of a few studies: some 50 kB each
-def _read_header(path: Path, inode: int, changed: int, size: int) -> Dataset:
-    try:
-        header = pydicom.dcmread(path, defer_size=1024, force=True)
-        _flatten(header)
-    except (OSError, MemoryError):
-        raise
-    except Exception as error:  # of many kinds
-        raise ValueError(_damaged(path)) from error
-    kind = header.get("SOPClassUID") or header.file_meta.get("MediaStorageSOPClassUID")
-    pixels = header.get_item("PixelData", keep_deferred=True)
-    if pixels is None:
-        if kind is None or kind in IMAGES:
-            raise ValueError(_damaged(path))
-        return header
-    deflated = header.file_meta.get("TransferSyntaxUID") == uid.DeflatedExplicitVRLittleEndian
-    if pixels.length != UNDEFINED and not deflated:
-        if pixels.value_tell + pixels.length > size:
-            raise ValueError(_damaged(path))
-    return header
+Image = tuple[Path, Dataset]  # a file, and the fields in IDENTITY
 
 
-def _flatten(header: Dataset) -> None:
-    """Bring the fields of an enhanced image of one frame to the top, as in a classic image."""
-    for groups in ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"):
-        for group in header.get(groups, [])[:1]:
-            for sequence in group:
-                if sequence.VR == "SQ" and sequence.value:
-                    header.update(sequence.value[0])
+def is_series(path: Path | Series) -> bool:
+    """Tell whether this is a DICOM series, or a path that stands for one: a folder or a file."""
+    return isinstance(path, Series) or path.is_dir() or is_dicom(path)
 
 
-def _damaged(path: Path) -> str:
-    return f"{path}: not a readable DICOM image, or cut short; export it again"
+def find_images(
+    folder: Path, skip: Callable[[Path], bool] | None = None, deep: bool = True
+) -> tuple[list[Image], list[Path]]:
+    """Find the DICOM images in a folder and, if `deep`, below it; also list those damaged.
 
-
-def text(header: Dataset, name: str) -> str:
-    """Return a field as one line of printable text; empty if it is not given.
-
-    It is decoded by the file's SpecificCharacterSet; bytes that this does not explain become "?".
+    Reads a part of each header. Files that hold no image, such as reports, are passed over, and
+    so are folders for which `skip` is true.
     """
-    try:
-        value = header.get(name)
-    except (ValueError, TypeError, OverflowError, NotImplementedError):  # a damaged number
-        value = header.get_item(name).value.decode("latin-1")
-    if isinstance(value, MultiValue):
-        value = "\\".join(map(str, value))
-    line = "" if value is None else str(value).replace("\ufffd", "?")
-    return "".join(letter if letter.isprintable() else " " for letter in line).strip()
+    images, damaged = [], []
+    for here in _folders_below(folder, skip) if deep else [folder]:
+        paths = [path for path in sorted(here.iterdir()) if path.name[0] != "." and path.is_file()]
+        suffixes = set()
+        for path in filter(is_dicom, paths):
+            try:
+                header = read_identity(path)
+            except ValueError:
+                damaged.append(path)
+                continue
+            if header is not None:
+                images.append((path, header))
+                suffixes.add(path.suffix)
+        for path in paths:
+            if (
+                path.suffix in suffixes
+                and path.stat().st_size <= 128
+                and not any(path.read_bytes())
+            ):
+                damaged.append(path)
+    return images, damaged
 
 
-def numbers(header: Dataset, name: str) -> np.ndarray:
-    """Return the numbers of a field; none if it is empty or not given, NaN if it is damaged."""
-    try:
-        value = header.get(name)
-        if value is None or value == "":
-            return np.empty(0)
-        return np.array(value, dtype=float).reshape(-1)
-    except (ValueError, TypeError, OverflowError, NotImplementedError):
-        return np.full(1, math.nan)
+def _folders_below(
+    folder: Path, skip: Callable[[Path], bool] | None, above: tuple[Path, ...] = ()
+) -> Iterator[Path]:
+    """Yield a folder and those below it, in order; a link back to one of them is not followed."""
+    yield folder
+    above = (*above, folder.resolve())
+    if len(above) > MOST_LEVELS:
+        return
+    for path in sorted(folder.iterdir()):
+        if not path.is_dir() or path.name[0] in "._" or (skip and skip(path)):
+            continue
+        if path.resolve() not in above:
+            yield from _folders_below(path, skip, above)
 
 
-def number(header: Dataset, name: str, default: float = math.nan) -> float:
-    """Return the first number of a field, or the default."""
-    found = numbers(header, name)
-    return float(found[0]) if len(found) else default
+def group_series(images: Sequence[Image]) -> list[Series]:
+    """Group images by the patient, study and series in their headers, by series number."""
+    groups: dict[tuple[str, ...], list[Image]] = {}
+    beside: dict[Path, set[tuple[str, ...]]] = {}  # the series of each folder
+    for path, header in images:
+        key = tuple(text(header, name) for name in IDENTIFIERS)
+        if not key[-1]:
+            key = (*key, str(path.parent))
+        groups.setdefault(key, []).append((path, header))
+        beside.setdefault(path.parent, set()).add(key)
+    series = []
+    for group in groups.values():
+        files = tuple(path for path, _ in group)
+        folders = {path.parent for path in files}
+        alone = len(folders) == 1 and len(beside[files[0].parent]) == 1
+        series.append(Series(files[0].parent if alone else files[0], files, group[0][1]))
+    return sorted(series, key=lambda one: (number(one.header, "SeriesNumber", 0), str(one)))
 
 
-# The files of a series
+def series_at(path: Path | Series) -> Series:
+    """Find the one series in a folder and below it, or the series of a file, in its folder.
 
-
-def is_series(path: Path) -> bool:
-    """Tell whether a path stands for a DICOM series: its folder, or one of its files."""
-    return path.is_dir() or is_dicom(path)
-
-
-def headers_by_series(folder: Path) -> list[list[Dataset]]:
-    """Read the headers of each DICOM series in a folder, in the order of their positions.
-
-    Files that hold no image are passed over; ValueError for a damaged image.
+    Raises ValueError if there is none, a file of it is damaged, or there are several.
     """
-    paths = [path for path in sorted(folder.iterdir()) if path.is_file() and path.name[0] != "."]
-    series = {}
-    for path in filter(is_dicom, paths):
-        header = read_header(path)
-        if "PixelData" in header:
-            series.setdefault(text(header, "SeriesInstanceUID"), []).append(header)
-    suffixes = {Path(header.filename).suffix for headers in series.values() for header in headers}
-    for path in paths:
-        if path.suffix in suffixes and path.stat().st_size <= 128 and not any(path.read_bytes()):
-            raise ValueError(_damaged(path))
-    return [sorted(headers, key=_height) for headers in series.values()]
+    if isinstance(path, Series):
+        return path
+    folder = path if path.is_dir() else path.parent
+    images, damaged = find_images(folder, deep=path.is_dir())
+    if damaged:
+        raise ValueError(damaged_text(damaged[0]))
+    found = group_series(images)
+    if not found:
+        raise ValueError(f"{folder}: holds no DICOM series; give the folder of a series")
+    if not path.is_dir():
+        found = [series for series in found if path in series.files]
+    if len(found) > 1:
+        listed = "; ".join(series.about(folder) for series in found)
+        raise ValueError(
+            f"{folder}: holds {len(found)} DICOM series; give the folder of one, or a file of it: "
+            f"{listed}"
+        )
+    if not found:
+        raise ValueError(f"{path}: is not part of a DICOM series; give the folder of a series")
+    return found[0]
+
+
+def series_headers(series: Series | Path) -> list[Dataset]:
+    """Read the headers of a DICOM series, or of that at a path, in the order of their positions."""
+    series = series_at(series)
+    headers = [read_header(path) for path in series.files]
+    for path, header in zip(series.files, headers, strict=True):
+        if "PixelData" not in header:
+            raise ValueError(damaged_text(path))
+    return sorted(headers, key=_height)
 
 
 def _height(header: Dataset) -> float:
@@ -166,47 +194,24 @@ def _height(header: Dataset) -> float:
     return float(np.cross(orientation[:3], orientation[3:]) @ position)
 
 
-def series_headers(path: Path) -> list[Dataset]:
-    """Read the headers of a DICOM series in the order of their positions.
-
-    `path` is the folder of a single series, or one of its files; otherwise raises ValueError.
-    """
-    folder = path if path.is_dir() else path.parent
-    found = headers_by_series(folder)
-    if not found:
-        raise ValueError(f"{folder}: holds no DICOM series; give the folder of a series")
-    if path.is_dir() and len(found) > 1:
-        raise ValueError(
-            f"{folder}: holds {len(found)} DICOM series; name a file of the right one, or give "
-            "each its own folder"
-        )
-    for headers in found:
-        if path.is_dir() or path in [Path(header.filename) for header in headers]:
-            return headers
-    raise ValueError(f"{path}: is not part of a DICOM series; give the folder of a series")
-
-
-def series_files(path: Path) -> list[Path]:
-    """List the files of a DICOM series in the order of their positions; see `series_headers`."""
-    return [Path(header.filename) for header in series_headers(path)]
-
-
-def series_field(path: Path, name: str) -> str | None:
-    """Read a field of the first image of a DICOM series; None if the path is not a series."""
-    return text(series_headers(path)[0], name) if is_series(path) else None
-
-
-def check_patient(path: Path, flair: Path) -> None:
+def check_patient(series: Series | Path, flair: Series | Path) -> None:
     """Raise ValueError if two DICOM series name different patients."""
-    one, other = (series_field(series, "PatientID") for series in (path, flair))
-    if one != other and None not in (one, other):
+    one, other = _both(series, flair, "PatientID")
+    if one != other:
         raise ValueError(
-            f"{path}: PatientID {one!r}, but {flair.name} has {other!r}; give sequences of one "
+            f"{series}: PatientID {one!r}, but {flair.name} has {other!r}; give sequences of one "
             "patient"
         )
 
 
-def other_frame(path: Path, flair: Path) -> bool:
+def other_frame(series: Series | Path, flair: Series | Path) -> bool:
     """Tell whether two DICOM series differ in frame of reference: the patient may have moved."""
-    frames = {series_field(series, "FrameOfReferenceUID") for series in (path, flair)}
-    return len(frames - {None, ""}) == 2
+    one, other = _both(series, flair, "FrameOfReferenceUID")
+    return bool(one and other) and one != other
+
+
+def _both(one: Series | Path, other: Series | Path, name: str) -> tuple[str, str]:
+    """Return a field of two series; two empty texts unless both are series."""
+    if not (isinstance(one, Series) and isinstance(other, Series)):
+        return "", ""
+    return text(one.header, name), text(other.header, name)

@@ -19,9 +19,10 @@ from pydicom.datadict import dictionary_VR
 from pydicom.uid import MRImageStorage
 from pydicom.valuerep import DA, TM, validate_value
 
-from .dicom import is_dicom, is_series, series_headers, text
+from .dicom import is_series, series_headers
 from .files import MARK, PROGRAM, atomic_write
 from .grid import Grid
+from .headers import is_dicom, text
 from .scans import Scan
 from .slices import Case
 

@@ -4,30 +4,19 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from itertools import count
 from pathlib import Path
 
 from ..preprocess import SEQUENCES
 from .cohorts import BIDS, NO_LESION, Layout, absolute, sequences_in
-from .dicom import is_series
+from .dicom import Series, find_images
 from .formats import check_format
 from .labels import Labels
 from .scans import Scan, is_scan, scan_name
-from .slices import Case
-from .studies import check_flair, sort_study, study_in
-
-SLICE_NAME = re.compile(r"^(?P<stem>.+)_(?P<number>\d+)(?P<mask>_mask)?\.(?:tiff?|png)$", re.I)
-IMAGE_SUFFIXES = {".tif", ".tiff", ".png"}
-# The names of volume files that are FLAIR, or another sequence or image.
-IS_FLAIR = re.compile(r"flair|t2f|fluid", re.I)
-OTHER_SEQUENCE = re.compile(
-    r"(?<![a-z0-9])(t1[a-z0-9]*|t2w?|mprage|dwi|adc|swi|asl)(?![a-z0-9])"
-    r"|(?<![a-z0-9])(pre|post|gd|seg[a-z]*|label[a-z]*)$",
-    re.I,
-)
+from .sequences import contradiction
+from .slices import SLICE_NAME, Case, find_slices
+from .studies import Study, find_studies, sort_study
 
 
 @dataclass(frozen=True)
@@ -42,10 +31,19 @@ class Source:
     root: Path
     layout: Layout | None = None  # None: found from the files in the folder
     labels: Labels = field(default_factory=Labels, compare=False, repr=False)
+    study: Study | None = field(default=None, repr=False)  # of DICOM
+
+    @property
+    def patient(self) -> str:
+        """Return the patient whom DICOM headers name; empty if they name none."""
+        return self.study.patient if self.study else ""
 
     def open(self) -> Case:
         """Open the case without reading voxels; ValueError, naming the file, if it is unusable."""
-        case = find_case(self.folder, self.root, self.layout)
+        if self.study:
+            case = _open_study(self.study)
+        else:
+            case = find_case(self.folder, self.root, self.layout)
         return replace(case, name=self.name, labels=self.labels)
 
 
@@ -79,7 +77,7 @@ def list_cases(
     if not sources:
         check_format(root)
         raise ValueError(
-            f"{root}: holds no case folder, no volume file and no slice named "
+            f"{root}: holds no case folder, no volume file, no DICOM image and no slice named "
             "<anything>_<number>.tif or .png; give the folder that holds the cases, or one case"
         )
     sources = [replace(source, labels=labels or Labels()) for source in sources]
@@ -99,22 +97,15 @@ def list_cases(
 
 def _sources_in(root: Path, other_than: Path | None, layout: Layout | None) -> list[Source]:
     whole = absolute(root)
-    if root.is_dir() and is_scan(root):
-        for folder in _folders_in(root, other_than):
-            if _holds_case(folder):
-                raise ValueError(
-                    f"{root}: holds DICOM files beside the case {folder.name}; give each case a "
-                    "folder"
-                )
-    if is_scan(root) or (not layout and study_in(root)):
+    if not root.is_dir():
         return [Source(scan_name(whole), whole, whole.parent)]
-    if layout:
+    if layout and not is_scan(root):
         return _by_patterns(whole, other_than, layout)
     if sessions := _bids_sessions(whole):
         return sessions
     if (root / "images_structural").is_dir():  # UPENN-GBM: it has other folders beside this one
         root = root / "images_structural"
-    return [Source(scan_name(path), path, path.parent) for path in _cases_in(root, other_than)]
+    return _cases_in(root, other_than)
 
 
 def _bids_sessions(root: Path) -> list[Source]:
@@ -178,15 +169,35 @@ def _folders_in(root: Path, other_than: Path | None) -> list[Path]:
     return [p for p in folders if not other_than or p.resolve() != other_than.resolve()]
 
 
-def _cases_in(root: Path, other_than: Path | None) -> list[Path]:
-    folders = _folders_in(root, other_than)
-    if volumes := _volumes_in(root):
-        if len(volumes) > 1 and _is_one_case(absolute(root)):
-            return [absolute(root)]
-        return sorted(volumes + [each for each in folders if _holds_case(each) or study_in(each)])
-    if not any(map(_holds_case, folders)) and _holds_case(root):
-        return [absolute(root)]
-    return folders
+def _cases_in(root: Path, other_than: Path | None) -> list[Source]:
+    """List the volume files in a folder, the folders in it that are cases, and DICOM studies."""
+    folders, volumes = _folders_in(root, other_than), _volumes_in(root)
+    others = [folder for folder in folders if _holds_case(folder)]
+    if others and is_scan(root) and any(find_images(root, deep=False)):
+        raise ValueError(
+            f"{root}: holds DICOM files beside the case {others[0].name}; give each case a folder"
+        )
+    if volumes and (is_scan(root) or (len(volumes) > 1 and _is_one_case(absolute(root)))):
+        return [_source(absolute(root))]
+
+    whole, searched = absolute(root), {path.name for path in folders if path not in others}
+    studies = find_studies(
+        whole, lambda folder: folder.parent == whole and folder.name not in searched
+    )
+    cases = [Source(study.name, study.folder, whole, study=study) for study in studies]
+    if any(study.folder == whole for study in studies):
+        return cases
+    if not (volumes or others or studies) and _holds_slices(root):
+        return [_source(absolute(root))]
+    if not volumes:  # opening the others says what they lack
+        taken = {study.folder.relative_to(whole).parts[0] for study in studies}
+        others = [folder for folder in folders if folder.name not in taken]
+    cases += [_source(path) for path in volumes + others]
+    return sorted(cases, key=lambda case: (case.folder, case.name))
+
+
+def _source(path: Path) -> Source:
+    return Source(scan_name(path), path, path.parent)
 
 
 def _is_one_case(folder: Path) -> bool:
@@ -199,7 +210,7 @@ def _is_one_case(folder: Path) -> bool:
 
 
 def _holds_case(folder: Path) -> bool:
-    return _holds_slices(folder) or is_scan(folder) or bool(_volumes_in(folder))
+    return _holds_slices(folder) or bool(_volumes_in(folder))
 
 
 def _holds_slices(folder: Path) -> bool:
@@ -217,17 +228,22 @@ def find_case(path: Path, root: Path | None = None, layout: Layout | None = None
     root = root or path.parent
     if layout:
         return _in_layout(path, sequences_in(path, root, layout))
-    if path.is_dir() and is_scan(path) and (volumes := _volumes_in(path)):
-        raise ValueError(f"{path}: holds DICOM files and {volumes[0].name}; move one of them away")
-    if path.is_dir() and (study := study_in(path)):
-        series, said = sort_study(path, study)
-        files = [series[name].path if name in series else None for name in SEQUENCES]
-        return Scan.open(path.name, files, _mask_of(path), chosen=said)
-    if is_scan(path):
+    if not path.is_dir():
         return _find_scan(path)
     volumes = _volumes_in(path)
+    if is_scan(path) and volumes:
+        raise ValueError(f"{path}: holds DICOM files and {volumes[0].name}; move one of them away")
+    if is_scan(path) or not (volumes or _holds_slices(path)):
+        studies = find_studies(absolute(path))
+        if len(studies) > 1:
+            names = " and ".join(study.name for study in studies)
+            raise ValueError(f"{path}: holds the DICOM studies {names}; give the folder of one")
+        if studies:
+            return _open_study(replace(studies[0], name=path.name, folder=path))
     if not volumes:
-        return _find_slices(path)
+        if not _holds_slices(path):
+            check_format(path)
+        return find_slices(path)
     if _holds_slices(path):
         raise ValueError(f"{path}: holds slices and {volumes[0].name}; move one of them away")
     if len(volumes) == 1:
@@ -244,23 +260,45 @@ def find_case(path: Path, root: Path | None = None, layout: Layout | None = None
 def _in_layout(folder: Path, files: dict[str, Path | None]) -> Scan:
     """Open the scan whose sequences a layout has found."""
     mask = files["mask"] or _mask_of(files["flair"])
-    return Scan.open(folder.name, [files["pre"], files["flair"], files["post"]], mask)
+    return _with_notes(Scan.open(folder.name, [files["pre"], files["flair"], files["post"]], mask))
 
 
 def find_sequences(flair: Path, pre: Path | None, post: Path | None) -> Scan:
     """Open the scan with one file per sequence, named after FLAIR and its folder."""
     whole = absolute(flair)
     name = f"{whole.parent.name}_{scan_name(whole)}"
-    return Scan.open(name, [pre, flair, post], _mask_of(whole))
+    return _with_notes(Scan.open(name, [pre, flair, post], _mask_of(whole)))
+
+
+def _with_notes(scan: Scan) -> Scan:
+    """Note the sequences that are another one by their name, or by their DICOM header."""
+    notes = []
+    for role, path in zip(SEQUENCES, scan.slices, strict=True):
+        if role != "FLAIR" and path == scan.flair:
+            continue
+        words = path.words if isinstance(path, Series) else scan_name(path)
+        kind = path.sequence if isinstance(path, Series) and role == "FLAIR" else "FLAIR"
+        if said := contradiction(role, words):
+            notes.append(f"{role} is {path.name}, which says {said!r}: check the order")
+        elif kind not in ("FLAIR", "other"):
+            notes.append(f"{role} is {path.about(path.path)}, which may be another sequence")
+    return replace(scan, chosen="; ".join(notes))
+
+
+def _open_study(study: Study) -> Scan:
+    """Open a DICOM study; its mask, <case>_mask, is beside its folder or in it."""
+    series, said = sort_study(study)
+    files = [series.get(name) for name in SEQUENCES]
+    mask = _mask_of(study.folder.with_name(study.name)) or _mask_of(study.folder / study.name)
+    return Scan.open(study.name, files, mask, said)
 
 
 def _find_scan(path: Path) -> Scan:
-    chosen = check_flair(path) if is_series(path) else ""
-    scan = Scan.open(scan_name(path), [path], _mask_of(path), chosen)
-    odd = not IS_FLAIR.search(scan.name) and OTHER_SEQUENCE.search(scan.name)
-    if scan.channels == 1 and odd:
+    scan = Scan.open(scan_name(path), [path], _mask_of(path))
+    said = contradiction("FLAIR", scan.name)
+    if scan.channels == 1 and said:
         raise ValueError(
-            f"{path}: its one channel would be used as FLAIR, but its name says {odd[0]!r}; name "
+            f"{path}: its one channel would be used as FLAIR, but its name says {said!r}; name "
             "the sequences with --flair, --pre and --post"
         )
     return scan
@@ -272,45 +310,3 @@ def _mask_of(scan: Path) -> Path | None:
     beside = _volumes_in(scan.parent, masks=True)
     named = (path for path in beside if scan_name(path).lower() == wanted)
     return next((path for path in named if not NO_LESION.search(wanted)), None)
-
-
-def _find_slices(folder: Path) -> Case:
-    """Open the case in a folder of images; ValueError for gaps, duplicates or unpaired masks."""
-    slices: dict[int, Path] = {}
-    masks: dict[int, Path] = {}
-    stems: dict[str, Path] = {}
-    for path in sorted(folder.iterdir()):
-        if path.suffix.lower() not in IMAGE_SUFFIXES or path.name.startswith("."):
-            continue
-        match = SLICE_NAME.match(path.name)
-        if not match:
-            raise ValueError(f"{path}: a slice is named <anything>_<number>.tif; rename or move it")
-        found = masks if match["mask"] else slices
-        number = int(match["number"])
-        stems.setdefault(match["stem"], path)
-        if number in found:
-            raise ValueError(f"{path}: slice {number} is also in {found[number].name}; remove one")
-        found[number] = path
-    if not slices:
-        check_format(folder)
-        raise ValueError(f"{folder}: holds no slice named <anything>_<number>.tif or .png")
-    if len(stems) > 1:
-        one, other, *_ = stems.values()
-        raise ValueError(
-            f"{other}: is of another case than {one.name}, by its name; give each case a folder"
-        )
-    numbers = sorted(slices)
-    gap = next(k for k in count(numbers[0]) if k not in slices)
-    if gap < numbers[-1]:
-        raise ValueError(
-            f"{folder}: slice {gap} is missing between {numbers[0]} and {numbers[-1]}; "
-            "add it or renumber the slices"
-        )
-    if masks and (odd := sorted(set(masks) ^ set(numbers))):
-        lacks = "slice" if odd[0] in masks else "mask"
-        raise ValueError(
-            f"{folder}: {lacks} {odd[0]} is missing, but others exist; "
-            "add it (all 0 for no lesion) or remove all the masks"
-        )
-    paths = tuple(slices[n] for n in numbers), tuple(masks[n] for n in sorted(masks))
-    return Case(folder.name, tuple(numbers), *paths)

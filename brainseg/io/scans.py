@@ -16,10 +16,11 @@ from typing import ClassVar
 import numpy as np
 
 from ..preprocess import SEQUENCES
-from .dicom import check_patient, is_dicom, is_series, other_frame, series_files
+from .dicom import Series, check_patient, is_series, other_frame, series_at
 from .files import MARK, by
 from .formats import SUFFIXES, file_grid, file_voxels, voxel_file
 from .grid import Grid
+from .headers import is_dicom
 from .nifti import write_nifti
 from .registration import Movement, move, register
 from .series import read_series, series_grid
@@ -46,13 +47,18 @@ class Scan(Case):
 
     @classmethod
     def open(
-        cls, name: str, files: Sequence[Path | None], mask: Path | None = None, chosen: str = ""
+        cls,
+        name: str,
+        files: Sequence[Path | Series | None],
+        mask: Path | None = None,
+        chosen: str = "",
     ) -> Scan:
         """Open the scan in one file, or in pre-contrast, FLAIR, post-contrast; reads no voxels.
 
         FLAIR stands in for None. Raises ValueError, naming the file, for an implausible header or
         a different patient.
         """
+        files = [series_at(path) if path and is_series(path) else path for path in files]
         flair = files[len(files) // 2]
         grid, channels = read_grid(flair)
         numbers = tuple(range(1, grid.shape[grid.axes[2]] + 1))
@@ -65,19 +71,23 @@ class Scan(Case):
         return scan
 
     @property
-    def flair(self) -> Path:
+    def flair(self) -> Path | Series:
         return self.slices[len(self.slices) // 2]
 
     @property
     def folder(self) -> Path:
-        return self.flair
+        return self.flair.path if isinstance(self.flair, Series) else self.flair
+
+    @property
+    def patient(self) -> str:
+        return self.flair.patient if isinstance(self.flair, Series) else ""
 
     @property
     def files(self) -> list[Path]:
         found = []
         for path in self.slices + self.masks:
-            if is_series(path):
-                found += series_files(path)
+            if isinstance(path, Series):
+                found += path.files
             else:
                 found += filter(None, (path, voxel_file(path)))
         return found
@@ -217,14 +227,16 @@ def is_scan(path: Path) -> bool:
     return path.name.lower().endswith(SUFFIXES) and path.name[0] != "."
 
 
-def read_grid(path: Path) -> tuple[Grid, int]:
+def read_grid(path: Path | Series) -> tuple[Grid, int]:
     """Read the grid and channel count of a file, but no voxels; ValueError if unusable.
 
     A folder, or a DICOM file without a volume suffix, stands for a DICOM series.
     """
+    if is_series(path):
+        return series_grid(path), 1
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file")
-    return (series_grid(path), 1) if is_series(path) else file_grid(path)
+    return file_grid(path)
 
 
 def read_voxels(path: Path) -> np.ndarray:

@@ -25,6 +25,11 @@ OTHER = re.compile(
     r"|sub(tr\w*|s)?(?!-?\d|[a-z])|su[bs]tra|soustr|sottr|resta(?![a-z])|odejm"
     r")"
 )
+# In the name of a file, words that are not of FLAIR.
+OTHER_FILE = re.compile(
+    r"(?<![a-z0-9])(t1[a-z0-9]*|t2w?|mprage|dwi|adc|swi|asl)(?![a-z0-9])"
+    r"|(?<![a-z0-9])(pre|post|gd|seg[a-z]*|label[a-z]*)$"
+)
 
 # Words before the name of a contrast agent that say whether it was given.
 WITHOUT = {
@@ -116,6 +121,22 @@ def says_other(words: str) -> bool:
     """Tell whether words name a kind of image that is neither FLAIR nor T1."""
     text = plain(words)
     return bool(OTHER.search(text) or (T2.search(text) and not FLAIR.search(text)))
+
+
+def contradiction(role: str, words: str) -> str:
+    """Return the word by which a name or description is not of `role`, one of SEQUENCES; or ""."""
+    text = plain(words)
+    flair, t1 = FLAIR.search(text), T1.search(text)
+    if role == "FLAIR":
+        other = None if flair else OTHER_FILE.search(text)
+    elif t1 or not flair:
+        wrong = {"after"} if role == "pre-contrast" else {"before"}
+        if contrast_in(text) == wrong:
+            return words
+        other = None if t1 else T2.search(text) or OTHER.search(text)
+    else:
+        other = flair
+    return other[0] if other else ""
 
 
 def _which_t1(text: str, agent: str) -> str:

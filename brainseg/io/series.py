@@ -18,9 +18,10 @@ import SimpleITK as sitk
 from pydicom import Dataset
 from pydicom.dataelem import RawDataElement
 
-from .dicom import UNDEFINED, number, numbers, series_headers, text
+from .dicom import series_headers
 from .files import by
 from .grid import ROUNDED, Grid, check_grid
+from .headers import UNDEFINED, number, numbers, text
 
 GEOMETRY = ("Rows", "Columns", "PixelSpacing", "ImageOrientationPatient")  # of every file
 SIZE = ("Rows", "Columns", "BitsAllocated")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import ClassVar
 
@@ -22,6 +24,9 @@ from .labels import Labels
 logging.getLogger("tifffile").setLevel(logging.CRITICAL)
 warnings.filterwarnings("ignore", module="PIL")
 
+SLICE_NAME = re.compile(r"^(?P<stem>.+)_(?P<number>\d+)(?P<mask>_mask)?\.(?:tiff?|png)$", re.I)
+IMAGE_SUFFIXES = {".tif", ".tiff", ".png"}
+
 
 @dataclass(frozen=True)
 class Case:
@@ -31,6 +36,7 @@ class Case:
     notes: ClassVar[Sequence[str]] = ()  # what the user should know about how it is read
     # Millimetres from slice to slice, row to row, column to column; None: not recorded.
     spacing: ClassVar[tuple[float, float, float] | None] = None
+    patient: ClassVar[str] = ""  # whom DICOM headers name
     name: str
     numbers: tuple[int, ...]
     slices: tuple[Path, ...]
@@ -93,6 +99,50 @@ def errors_name(path: Path) -> Iterator[None]:
     except RuntimeError as error:
         lines = str(error).strip().splitlines() or ["no reason given"]
         raise ValueError(f"{path}: cannot be read ({lines[-1]}); export it again") from error
+
+
+def find_slices(folder: Path) -> Case:
+    """Open the case in a folder of images; ValueError for gaps, duplicates or unpaired masks."""
+    slices: dict[int, Path] = {}
+    masks: dict[int, Path] = {}
+    stems: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()):
+        if path.suffix.lower() not in IMAGE_SUFFIXES or path.name.startswith("."):
+            continue
+        match = SLICE_NAME.match(path.name)
+        if not match:
+            raise ValueError(f"{path}: a slice is named <anything>_<number>.tif; rename or move it")
+        found = masks if match["mask"] else slices
+        number = int(match["number"])
+        stems.setdefault(match["stem"], path)
+        if number in found:
+            raise ValueError(f"{path}: slice {number} is also in {found[number].name}; remove one")
+        found[number] = path
+    if not slices:
+        raise ValueError(
+            f"{folder}: holds no slice named <anything>_<number>.tif or .png, no volume file and "
+            "no DICOM image"
+        )
+    if len(stems) > 1:
+        one, other, *_ = stems.values()
+        raise ValueError(
+            f"{other}: is of another case than {one.name}, by its name; give each case a folder"
+        )
+    numbers = sorted(slices)
+    gap = next(k for k in count(numbers[0]) if k not in slices)
+    if gap < numbers[-1]:
+        raise ValueError(
+            f"{folder}: slice {gap} is missing between {numbers[0]} and {numbers[-1]}; "
+            "add it or renumber the slices"
+        )
+    if masks and (odd := sorted(set(masks) ^ set(numbers))):
+        lacks = "slice" if odd[0] in masks else "mask"
+        raise ValueError(
+            f"{folder}: {lacks} {odd[0]} is missing, but others exist; "
+            "add it (all 0 for no lesion) or remove all the masks"
+        )
+    paths = tuple(slices[n] for n in numbers), tuple(masks[n] for n in sorted(masks))
+    return Case(folder.name, tuple(numbers), *paths)
 
 
 def read_slice(path: Path) -> np.ndarray:

@@ -1,114 +1,168 @@
-"""A DICOM study sorted into sequences: which of its series is FLAIR, which the T1s."""
+"""DICOM studies: those in a tree of folders, and which of their series is FLAIR, which the T1s."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
+import hashlib
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pydicom import Dataset
+from pydicom import uid
 
 from ..preprocess import SEQUENCES
-from .dicom import headers_by_series, is_dicom, number, read_header, series_headers, text
-from .sequences import says_other, sequence_of
+from .dicom import Series, find_images, group_series
+from .headers import damaged_text, text
+from .sequences import says_other
 
 
 @dataclass(frozen=True)
-class Series:
-    """A DICOM series: its location and the header of its first image."""
+class Study:
+    """The series of one patient's study."""
 
-    path: Path  # its folder, or its first file if the folder holds other series too
-    header: Dataset
-    images: int
-
-    @property
-    def words(self) -> str:
-        return text(self.header, "SeriesDescription") or text(self.header, "ProtocolName")
-
-    @property
-    def description(self) -> str:
-        return self.words or "no description"
-
-    @property
-    def echo(self) -> float:
-        return number(self.header, "EchoTime")  # ms; NaN: not given
-
-    @property
-    def inversion(self) -> float:
-        return number(self.header, "InversionTime")
-
-    @property
-    def agent(self) -> str:
-        return text(self.header, "ContrastBolusAgent")
-
-    @property
-    def about(self) -> str:
-        """Describe it in a few words: its description, times and agent."""
-        facts = [f"{self.images} images"]
-        for name, time in (("TE", self.echo), ("TI", self.inversion)):
-            if time > 0:
-                facts.append(f"{name} {time:g}")
-        if self.agent:
-            facts.append(f"agent {self.agent}")
-        return f"{self.path.name} = {self.description!r} ({', '.join(facts)})"
-
-    @cached_property
-    def sequence(self) -> str:
-        """Return one of SEQUENCES, "other" or "doubtful"; see `sequence_of`."""
-        return sequence_of(self.words, self.echo, self.inversion, self.agent)
+    name: str  # of the case
+    folder: Path  # that holds all its files
+    patient: str  # its PatientID, fit for a file name; empty if it names nobody
+    series: tuple[Series, ...]
+    damaged: tuple[Path, ...] = ()  # files in its folders that should be images
 
 
-def series_in(folder: Path) -> list[Series]:
-    """Find the MR series in a folder, ordered by series number."""
-    found = headers_by_series(folder)
-    series = []
-    for headers in found:
-        first = headers[0]
-        if text(first, "Modality") in ("MR", ""):
-            path = folder if len(found) == 1 else Path(first.filename)
-            series.append(Series(path, first, len(headers)))
-    return sorted(series, key=lambda one: (number(one.header, "SeriesNumber", 0), str(one.path)))
+# Which studies there are
 
 
-def study_in(folder: Path) -> list[Series]:
-    """List the series of the one study in a folder and its subfolders; empty if it is not a study.
+def find_studies(root: Path, skip: Callable[[Path], bool] | None = None) -> list[Study]:
+    """Find the studies in an absolute folder and below it; `skip` as in `find_images`.
 
-    A study has at least two series. Folders of several studies are separate cases.
+    A study is named after its folder in `root`, or one that has the PatientID as its name, if no
+    other study is in that folder; else after the PatientID and the date. Damaged files that belong
+    to no study make one of no series.
     """
-    inner = [path for path in sorted(folder.iterdir()) if path.is_dir() and path.name[0] != "."]
-    firsts = [next(filter(is_dicom, sorted(path.iterdir())), None) for path in inner]
-    if any(is_dicom(path) for path in folder.iterdir()):
-        inner, firsts = [folder], []
-    elif sum(map(bool, firsts)) < 2:
-        return []
-    studies = {text(read_header(first), "StudyInstanceUID") for first in firsts if first}
-    if len(studies) > 1:
-        return []
-    found = [series for path in inner for series in series_in(path)]
-    return found if len(found) > 1 else []
+    images, damaged = find_images(root, skip)
+    groups: dict[tuple[str, str], list[Series]] = {}
+    for series in group_series(images):
+        header = series.header
+        study = text(header, "StudyInstanceUID") or str(_top(root, series.files[0].parent))
+        groups.setdefault((text(header, "PatientID"), study), []).append(series)
+    studies = []
+    for found in groups.values():
+        parents = {path.parent for series in found for path in series.files}
+        folder = Path(os.path.commonpath(parents))
+        studies.append(Study("", folder, found[0].patient, tuple(found)))
+    # Only where there is no MR study: those of a patient may lie beside others.
+    with_mr = {_top(root, study.folder) for study in studies if _mr(study.series)}
+    studies = [s for s in studies if _mr(s.series) or _top(root, s.folder) not in with_mr]
+    studies = _named(root, studies)
+    for path in damaged:
+        _add_damaged(root, studies, path)
+    return sorted(studies, key=lambda study: (study.folder, study.name))
 
 
-def sort_study(folder: Path, found: Sequence[Series]) -> tuple[dict[str, Series], str]:
+def _top(root: Path, folder: Path) -> Path:
+    """Return the folder in `root` that holds another one, or `root`, if it is that one."""
+    parts = folder.relative_to(root).parts
+    return root / parts[0] if parts else root
+
+
+def _mr(series: Sequence[Series]) -> list[Series]:
+    """List the MR series; screenshots, which may say MR too, only if there is nothing else."""
+    found = [one for one in series if text(one.header, "Modality") in ("MR", "")]
+    kinds = [uid.UID(text(one.header, "SOPClassUID")).name for one in found]
+    shots = ["Secondary Capture" in kind for kind in kinds]
+    return [one for one, shot in zip(found, shots, strict=True) if not shot] or found
+
+
+def _named(root: Path, studies: list[Study]) -> list[Study]:
+    """Name the studies; each name is of one study."""
+    holders: Counter[Path] = Counter()  # the number of studies in each folder
+    for study in studies:
+        inside = {path.parent for series in study.series for path in series.files}
+        for folder in tuple(inside):
+            inside |= {above for above in folder.parents if above.is_relative_to(root)}
+        holders.update(inside)
+    flat = any(study.folder == root for study in studies)
+    is_cd = any(path.name.upper() == "DICOMDIR" for path in root.iterdir())
+    named = []
+    for study in studies:
+        own = [folder for folder in (study.folder, *study.folder.parents) if holders[folder] == 1]
+        top = _top(root, study.folder)
+        if flat or (is_cd and not (len(study.series) == 1 and study.folder == top)):
+            top = root
+        folder = {path.name: path for path in own}.get(study.patient, top)
+        if folder in own:
+            named.append(replace(study, name=folder.name, folder=folder))
+        else:
+            named.append(_dated(study))
+    counts = Counter(study.name for study in named)
+    return [study if counts[study.name] == 1 else _dated(study, True) for study in named]
+
+
+def _dated(study: Study, with_digest: bool = False) -> Study:
+    """Name a study after its patient, or folder, and its date, or a digest of its UIDs."""
+    header = study.series[0].header
+    patient = study.patient or study.folder.name
+    words = [patient]
+    date = text(header, "StudyDate")
+    if re.fullmatch(r"\d{8}", date):
+        words.append(date)
+    if with_digest or len(words) == 1:
+        uids = text(header, "PatientID"), text(header, "StudyInstanceUID"), study.series[0].name
+        words.append(f"ses-{hashlib.sha256(repr(uids).encode()).hexdigest()[:8]}")
+    return replace(study, name="_".join(words), patient=patient)
+
+
+def _add_damaged(root: Path, studies: list[Study], path: Path) -> None:
+    """Add a damaged file to the studies in the folder nearest to it, in place."""
+    for folder in path.parents:
+        near = [study for study in studies if study.folder.is_relative_to(folder)]
+        if folder == root and folder != path.parent:
+            near = [study for study in near if study.folder == root]
+        if near or folder == root:
+            break
+    top = _top(root, path.parent)
+    near = near or [Study(top.name, top, "", ())]
+    for study in near:
+        if study in studies:
+            studies.remove(study)
+        studies.append(replace(study, damaged=(*study.damaged, path)))
+
+
+# Which series of a study is which sequence
+
+
+def sort_study(study: Study) -> tuple[dict[str, Series], str]:
     """Choose FLAIR and, if there is one of each, the pre- and post-contrast T1 of a study.
 
-    Doubt about the T1s leaves them out. Also return a text that says what is used. Raises
-    ValueError, listing the series, unless there is one FLAIR.
+    Doubt about the T1s leaves them out; a lone series is FLAIR unless its header says otherwise.
+    Also return a text that says what is used. Raises ValueError, listing the series, unless there
+    is one FLAIR, or naming a damaged file.
     """
+    if study.damaged:
+        raise ValueError(damaged_text(study.damaged[0]))
+    found = _mr(study.series)
+    if not found:
+        kinds = {text(one.header, "Modality") for one in study.series}
+        raise ValueError(
+            f"{study.folder}: is a DICOM series of modality {' and '.join(sorted(kinds))}; give "
+            "FLAIR, an MR series"
+        )
+    if len(found) == 1:
+        return {"FLAIR": found[0]}, _lone_flair(study, found[0])
     kinds = {name: [one for one in found if one.sequence == name] for name in SEQUENCES}
     if len(kinds["FLAIR"]) != 1:
-        listed = "; ".join(one.about for one in found)
         count = len(kinds["FLAIR"]) or "no"
+        listed = "; ".join(one.about(study.folder) for one in found)
         raise ValueError(
-            f"{folder}: {count} FLAIR series; name the right one with --flair SERIES, alone or "
-            f"with --pre and --post. It holds {listed}"
+            f"{study.folder}: {count} FLAIR series; name the right one with --flair SERIES, alone "
+            f"or with --pre and --post. It holds {listed}"
         )
     chosen = {name: series[0] for name, series in kinds.items() if len(series) == 1}
-    said = ", ".join(f"{name} is {series.description!r}" for name, series in chosen.items())
+    said = ", ".join(f"{name} is {one.words or 'no description'!r}" for name, one in chosen.items())
     left = [one for one in found if one not in chosen.values()]
-    if others := [repr(one.description) for one in left if one.sequence == "other"]:
+    if others := [repr(one.words or "no description") for one in left if one.sequence == "other"]:
         said += f"; left out: {', '.join(others)}"
-    if unclear := [one.about for one in left if one.sequence != "other"]:
+    if unclear := [one.about(study.folder) for one in left if one.sequence != "other"]:
         said += (
             f"; left out, as it is not certain which T1 each is: {', '.join(unclear)}: name them "
             "with --flair, --pre and --post"
@@ -116,18 +170,11 @@ def sort_study(folder: Path, found: Sequence[Series]) -> tuple[dict[str, Series]
     return chosen, said
 
 
-def check_flair(path: Path) -> str:
-    """Return a text on the one series that is used as FLAIR.
-
-    Raises ValueError if its header says that it is something else.
-    """
-    headers = series_headers(path)
-    series = Series(path, headers[0], len(headers))
-    if (kind := text(series.header, "Modality")) not in ("MR", ""):
-        raise ValueError(f"{path}: is a DICOM series of modality {kind}; give FLAIR, an MR series")
+def _lone_flair(study: Study, series: Series) -> str:
+    """Return a note on the one series of a study; ValueError if it is not FLAIR by its header."""
     if series.sequence != "FLAIR" and (series.sequence != "other" or says_other(series.words)):
         raise ValueError(
-            f"{path}: would be used as FLAIR, but its header says otherwise: {series.about}; if it "
-            "is FLAIR, give it as --flair"
+            f"{series}: would be used as FLAIR, but its header says otherwise: "
+            f"{series.about(study.folder)}; if it is FLAIR, give it as --flair"
         )
     return f"FLAIR is {series.words!r}" if series.words else ""

@@ -1,0 +1,152 @@
+"""DICOM headers: read as far as they are needed, and their fields as text or numbers."""
+
+from __future__ import annotations
+
+import logging
+import math
+import warnings
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import pydicom
+from pydicom import Dataset, uid
+from pydicom.multival import MultiValue
+
+# Silence the reader on odd fields: those that matter are checked here, and refused by name.
+logging.getLogger("pydicom").setLevel(logging.CRITICAL)
+warnings.filterwarnings("ignore", module="pydicom")
+
+OTHER_SUFFIXES = (".tif", ".tiff", ".png", ".gz", ".nii", ".nrrd", ".mha", ".mhd")
+# The fields that tell patient, study and series of an image, and which sequence it is.
+IDENTIFIERS = ("PatientID", "StudyInstanceUID", "SeriesInstanceUID")
+IDENTITY = [
+    *IDENTIFIERS, "SOPClassUID", "Modality", "StudyDate", "SeriesNumber", "SeriesDescription",
+    "ProtocolName", "EchoTime", "InversionTime", "ContrastBolusAgent", "FrameOfReferenceUID",
+    "Rows",
+]  # fmt: skip
+UNDEFINED = 0xFFFFFFFF  # length of compressed pixels
+# Objects of these classes have pixels: without them, the file is cut short.
+IMAGES = (
+    uid.MRImageStorage,
+    uid.EnhancedMRImageStorage,
+    uid.EnhancedMRColorImageStorage,
+    uid.CTImageStorage,
+    uid.EnhancedCTImageStorage,
+)
+
+
+def is_dicom(path: Path) -> bool:
+    """Tell whether a file is DICOM; the index of a CD, DICOMDIR, does not count."""
+    if path.name[0] == "." or path.name.upper() == "DICOMDIR" or not path.is_file():
+        return False
+    if path.name.lower().endswith(OTHER_SUFFIXES):
+        return False
+    with open(path, "rb") as file:
+        head = file.read(132)
+    return head[128:] == b"DICM" or _has_no_preamble(path, head)
+
+
+def _has_no_preamble(path: Path, head: bytes) -> bool:
+    """Tell whether a file begins with its first fields, of group 2 or 8."""
+    if head[:2] not in (b"\2\0", b"\x08\0", b"\0\x08"):
+        return False
+    try:
+        start = pydicom.dcmread(path, stop_before_pixels=True, force=True)
+        return str(start.get("SOPClassUID")).startswith("1.2.840.10008.")
+    except Exception:  # of many kinds: it is another binary file
+        return False
+
+
+def read_header(path: Path | str) -> Dataset:
+    """Read a DICOM file without its pixels; ValueError, naming it, if it is damaged.
+
+    Read fields with `text` and `numbers`, which do not fail on a field that is odd.
+    """
+    path = Path(path)
+    status = path.stat()
+    return _read_header(path, status.st_ino, status.st_mtime_ns, status.st_size)
+
+
+@lru_cache(maxsize=2048)  # the files of a few studies: some 50 kB each
+def _read_header(path: Path, inode: int, changed: int, size: int) -> Dataset:
+    try:
+        header = pydicom.dcmread(path, defer_size=1024, force=True)
+        _flatten(header)
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # of many kinds
+        raise ValueError(damaged_text(path)) from error
+    kind = header.get("SOPClassUID") or header.file_meta.get("MediaStorageSOPClassUID")
+    pixels = header.get_item("PixelData", keep_deferred=True)
+    if pixels is None:
+        if kind is None or kind in IMAGES:
+            raise ValueError(damaged_text(path))
+        return header
+    deflated = header.file_meta.get("TransferSyntaxUID") == uid.DeflatedExplicitVRLittleEndian
+    if pixels.length != UNDEFINED and not deflated:
+        if pixels.value_tell + pixels.length > size:
+            raise ValueError(damaged_text(path))
+    return header
+
+
+def _flatten(header: Dataset) -> None:
+    """Bring the fields of an enhanced image of one frame to the top, as in a classic image."""
+    for groups in ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"):
+        for group in header.get(groups, [])[:1]:
+            for sequence in group:
+                if sequence.VR == "SQ" and sequence.value:
+                    header.update(sequence.value[0])
+
+
+def read_identity(path: Path) -> Dataset | None:
+    """Read the fields in IDENTITY; None if it is no image, ValueError if it is damaged."""
+    try:
+        options = {"stop_before_pixels": True, "specific_tags": IDENTITY, "force": True}
+        header = pydicom.dcmread(path, **options)
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # of many kinds
+        raise ValueError(damaged_text(path)) from error
+    kind = header.get("SOPClassUID") or header.file_meta.get("MediaStorageSOPClassUID")
+    if kind and "Image Storage" not in uid.UID(kind).name:
+        return None
+    if "Rows" not in header:
+        raise ValueError(damaged_text(path))
+    return header
+
+
+def damaged_text(path: Path) -> str:
+    return f"{path}: not a readable DICOM image, or cut short; export it again"
+
+
+def text(header: Dataset, name: str) -> str:
+    """Return a field as one line of printable text; empty if it is not given.
+
+    It is decoded by the file's SpecificCharacterSet; bytes that this does not explain become "?".
+    """
+    try:
+        value = header.get(name)
+    except (ValueError, TypeError, OverflowError, NotImplementedError):  # a damaged number
+        value = header.get_item(name).value.decode("latin-1")
+    if isinstance(value, MultiValue):
+        value = "\\".join(map(str, value))
+    line = "" if value is None else str(value).replace("\ufffd", "?")
+    return "".join(letter if letter.isprintable() else " " for letter in line).strip()
+
+
+def numbers(header: Dataset, name: str) -> np.ndarray:
+    """Return the numbers of a field; none if it is empty or not given, NaN if it is damaged."""
+    try:
+        value = header.get(name)
+        if value is None or value == "":
+            return np.empty(0)
+        return np.array(value, dtype=float).reshape(-1)
+    except (ValueError, TypeError, OverflowError, NotImplementedError):
+        return np.full(1, math.nan)
+
+
+def number(header: Dataset, name: str, default: float = math.nan) -> float:
+    """Return the first number of a field, or the default."""
+    found = numbers(header, name)
+    return float(found[0]) if len(found) else default
