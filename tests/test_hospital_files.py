@@ -465,6 +465,21 @@ def rounded(folder: Path) -> Path:
     return save(folder, series)
 
 
+@pytest.mark.parametrize("turn", [(17, 12, 5), (20, 10, 5), (-8, 3, 24)])
+def test_an_orientation_of_two_decimals_is_not_lost(tmp_path, turn):
+    """Other readers take it for axial. The grid is right within the rounding, and said."""
+    turn = nibabel.eulerangles.euler2mat(*np.deg2rad(turn))
+    series = slices()
+    for data in series:
+        data.ImagePositionPatient = np.round(turn @ data.ImagePositionPatient, 4).tolist()
+        data.ImageOrientationPatient = np.round(turn.T[:2].ravel(), 2).tolist()
+    (case,) = find_cases(save(tmp_path / "a", series))
+    assert case.grid.direction == pytest.approx(turn, abs=0.006)
+    assert case.grid.spacing == pytest.approx((2, 2, 6), abs=1e-3)
+    assert case.grid.direction.T @ case.grid.direction == pytest.approx(np.eye(3), abs=1e-6)
+    assert any("is rounded" in note for note in case.notes)
+
+
 def pixels_of(data: pydicom.Dataset) -> np.ndarray:
     return np.frombuffer(data.PixelData, np.uint16).reshape(SHAPE[1:])
 
