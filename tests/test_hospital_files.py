@@ -165,6 +165,7 @@ for what, refused, noted, fields in [
     ("metres", "", "", {"xyzt_units": 1, **scaled(1e-3)}),
     ("microns", "", "", {"xyzt_units": 3, **scaled(1e3)}),
     ("pixdim 0 beside an sform", "", "disagree", {"pixdim": pixdim(0, 0, 0)}),
+    ("a quaternion of NaN beside an sform", "", "disagree", {"quatern_b": np.nan}),
     ("a quaternion of five digits", "", "", {"sform_code": 0, "quatern_d": 1.00001}),
     ("pixdim 0", "is 2 x 0 x 6 mm", "", {"sform_code": 0, "pixdim": pixdim(2, 0, 6)}),
     ("pixdim -2", "is -2 x 2 x 6 mm", "", {"sform_code": 0, "pixdim": pixdim(-2, 2, 6)}),

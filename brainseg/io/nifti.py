@@ -69,7 +69,6 @@ def _holds(path: Path, image: nibabel.Nifti1Image) -> bool:
 
 def _copy_forms(source: nibabel.Nifti1Header, header: nibabel.Nifti1Header) -> None:
     """Copy qform, sform and their codes from one header to another, whose unit is a millimetre."""
-    source.check_fix(QUIET)
     unit = UNITS.get(int(source["xyzt_units"]) & 7, 1.0)
     length = max(1.0, np.linalg.norm([source[name] for name in TURNS]))  # above 1 if rounded
     for name in TURNS:
@@ -80,6 +79,7 @@ def _copy_forms(source: nibabel.Nifti1Header, header: nibabel.Nifti1Header) -> N
         header[name] = source[name] * unit
     header["pixdim"][0] = source["pixdim"][0]  # -1 if the qform is left-handed
     header["pixdim"][1:4] = source["pixdim"][1:4] * unit
+    header.check_fix(QUIET)
 
 
 def is_nifti(path: Path) -> bool:
