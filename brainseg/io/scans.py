@@ -1,4 +1,4 @@
-"""Scans as hospitals keep them: NIfTI, MetaImage, NRRD and DICOM, read and written by SimpleITK.
+"""Scans as hospitals keep them: NIfTI, MetaImage, NRRD and DICOM.
 
 The network was trained on axial slices whose columns run to the patient's left, whose rows run to
 the posterior, and whose numbers run upward. The header tells how to turn a scan of any other
