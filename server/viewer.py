@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import gzip
 import math
-import tempfile
 from collections.abc import Sequence
 
+import nibabel
 import numpy as np
 
 from brainseg.io.grid import Grid
@@ -60,13 +60,11 @@ def _head(shape: tuple[int, int, int]) -> Grid:
 
 def _nifti(grid: Grid, frames: Sequence[np.ndarray]) -> bytes:
     """Write frames (S, H, W) on the grid of an axial volume as one .nii.gz file."""
-    import SimpleITK
-
-    images = [grid.image(frame.T) for frame in frames]
-    image = SimpleITK.JoinSeries(images) if len(images) > 1 else images[0]
-    with tempfile.NamedTemporaryFile(suffix=".nii") as file:
-        SimpleITK.WriteImage(image, file.name)
-        return gzip.compress(file.read(), 1, mtime=0)
+    voxels = frames[0].T
+    if len(frames) > 1:
+        voxels = np.stack([frame.T for frame in frames], axis=3)
+    image = nibabel.Nifti1Image(voxels, grid.affine)
+    return gzip.compress(image.to_bytes(), 1, mtime=0)
 
 
 def _sequences(volume: np.ndarray) -> dict[str, int]:

@@ -64,6 +64,13 @@ def test_slices_without_spacing_make_a_head(phantom, tmp_path):
     assert scan.GetSpacing()[:3] == pytest.approx((1, 1, 5.2)), "as high as a head"
 
 
+def test_no_file_is_written(phantom, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", "/nowhere")  # a killed server would leave it
+    volume, mask = phantom
+    case = Case("a", tuple(range(1, 9)), (), ())
+    assert shown_of(case, volume, mask.astype(float), mask, None)["scan"]
+
+
 def test_a_copy_of_flair_is_not_sent(phantom, tmp_path):
     volume, mask = phantom
     case = Case("a", tuple(range(1, 9)), (), ())

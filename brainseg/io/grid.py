@@ -17,6 +17,7 @@ AXES = "{}: has {} axes; give a volume of 3, or of 4 with channels"
 SPACINGS = 0.02, 100.0  # millimetres: no scan of a head has finer or coarser voxels
 RIGHT_ANGLE = 1e-3  # cosine between two axes that are at right angles
 ROUNDED = 0.0175  # the same within a degree: directions that lost digits
+TO_LPS = np.array([[-1.0], [-1.0], [1.0]])  # NIfTI's coordinates run to the right and to the front
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,14 @@ class Grid:
     def of(cls, image: sitk.Image) -> Grid:
         direction = np.reshape(image.GetDirection(), (3, 3))
         return cls(image.GetSize(), image.GetSpacing(), image.GetOrigin(), direction)
+
+    @property
+    def affine(self) -> np.ndarray:
+        """Return the matrix (4, 4) of NIfTI: from voxels to mm to the right, front and up."""
+        affine = np.eye(4)
+        affine[:3, :3] = TO_LPS * self.direction * self.spacing
+        affine[:3, 3] = TO_LPS[:, 0] * self.offset
+        return affine
 
     @property
     def axial(self) -> Grid:

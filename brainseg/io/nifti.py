@@ -17,14 +17,13 @@ from nibabel.quaternions import quat2mat
 from nibabel.spatialimages import HeaderDataError
 
 from .files import atomic_write
-from .grid import AXES, ROUNDED, Grid, check_grid, damaged
+from .grid import AXES, ROUNDED, TO_LPS, Grid, check_grid, damaged
 
 CODES = ("qform_code", "sform_code")
 TURNS = ("quatern_b", "quatern_c", "quatern_d")
 LENGTHS = ("qoffset_x", "qoffset_y", "qoffset_z", "srow_x", "srow_y", "srow_z")
 QUIET = logging.Logger("brainseg.nifti")  # nibabel would report what it mends in a header
 QUIET.addHandler(logging.NullHandler())
-TO_LPS = np.array([[-1.0], [-1.0], [1.0]])  # NIfTI's coordinates run to the right and to the front
 UNITS = {1: 1000.0, 3: 0.001}  # millimetres per metre and per micron, by xyzt_units
 PART = 1 << 20  # bytes
 DEFLATE = 1032  # the most bytes that one of a .gz unpacks to
@@ -45,11 +44,8 @@ def write_nifti(path: Path, voxels: np.ndarray, grid: Grid, source: Path, mark: 
     if is_nifti(source):
         _copy_forms(nifti_header(source), header)
     else:
-        affine = np.eye(4)
-        affine[:3, :3] = TO_LPS * grid.direction * grid.spacing
-        affine[:3, 3] = TO_LPS[:, 0] * grid.offset
-        header.set_sform(affine, "scanner")
-        header.set_qform(affine, "scanner")
+        header.set_sform(grid.affine, "scanner")
+        header.set_qform(grid.affine, "scanner")
     image = nibabel.Nifti1Image(voxels, None, header)
     with atomic_write(path) as temporary:
         nibabel.save(image, temporary)
