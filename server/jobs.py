@@ -17,7 +17,8 @@ import threading
 import time
 import zipfile
 from collections.abc import Sequence
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -26,7 +27,7 @@ import numpy as np
 from starlette.datastructures import UploadFile
 
 from brainseg.evaluation.volumes import volume_row
-from brainseg.io.files import disk_is_full
+from brainseg.io.files import disk_is_full, remove, scratch
 from brainseg.io.grid import Grid
 from brainseg.io.pictures import montage, outline, to_grey
 from brainseg.io.predictions import map_files, write_case
@@ -36,11 +37,12 @@ from brainseg.metrics import score
 from brainseg.phantom import make_volume
 from brainseg.segmenter import Segmentation, Segmenter
 
-from .uploads import BROKEN, Limits
+from .uploads import Limits
 from .viewer import viewer_files
 
 ROOT = Path(__file__).resolve().parents[1]
 STOPPING = "the server is stopping; try again later"
+GRACE = 2.0  # seconds for a running job to end when the server stops
 Parts = dict[str, Sequence[UploadFile]]  # by field, as uploads.unpack takes them
 
 
@@ -100,7 +102,8 @@ class Job:
 class Service:
     """Segments uploads one at a time, in order of arrival, with bounded size and time.
 
-    Nothing of an upload is left on disk once its answer is ready.
+    Nothing of an upload is left on disk once its answer is ready. `pending` are the jobs that wait
+    or run, in order.
     """
 
     def __init__(self, segmenter: Segmenter, limits: Limits):
@@ -108,6 +111,7 @@ class Service:
         self.reader = Reader(limits)
         self.worker = ThreadPoolExecutor(1)
         self.pending: list[Job] = []
+        self.folder = Path()  # of the running job
 
     def submit(self, parts: Parts | None) -> Job:
         """Queue an upload (see uploads.unpack) to be segmented, or the phantom if it is None.
@@ -115,8 +119,11 @@ class Service:
         The job's future raises ValueError for an upload that cannot be used, and Unavailable.
         """
         job = Job()
+        try:
+            job.future = self.worker.submit(self._run, parts, job)
+        except RuntimeError:  # closed
+            raise Unavailable(STOPPING) from None
         self.pending.append(job)
-        job.future = self.worker.submit(self._run, parts, job)
         job.future.add_done_callback(lambda _: self.pending.remove(job))
         return job
 
@@ -128,21 +135,29 @@ class Service:
             return 0
 
     def close(self) -> None:
-        """Cancel the waiting and the running jobs, and leave nothing behind."""
+        """Cancel the waiting and the running jobs, and leave nothing behind.
+
+        A job whose network is at work for more than GRACE seconds is left to `end`.
+        """
         self.reader.close()
-        self.worker.shutdown(cancel_futures=True)
+        self.worker.shutdown(wait=False, cancel_futures=True)
+        wait([job.future for job in self.pending], GRACE)
+
+    def end(self) -> None:
+        """End the process at once if a job still runs: nothing else can end its network."""
+        if self.pending:
+            with suppress(OSError, ValueError):  # the job may still be writing there
+                remove(self.folder)
+            print("stopped", file=sys.stderr, flush=True)
+            os._exit(1)
 
     def _run(self, parts: Parts | None, job: Job) -> Answer:
-        with tempfile.TemporaryDirectory(prefix="brainseg-") as name:
-            folder = Path(name).resolve()
+        with scratch(Path(tempfile.gettempdir()).resolve()) as folder:
+            self.folder = folder
             try:
                 return self._segment(parts, folder, job)
             except ValueError as error:
                 raise ValueError(_without(folder, str(error))) from None
-            except OSError as error:
-                if disk_is_full(error):
-                    raise Unavailable("the server's disk is full; try again later") from None
-                raise
             except (MemoryError, RuntimeError) as error:  # RuntimeError: from PyTorch
                 if isinstance(error, RuntimeError) and "memory" not in str(error):
                     raise
@@ -176,6 +191,15 @@ class Service:
             raise ValueError(f"{loaded.case.name}: {error}") from error
         found = self.segmenter.assess(self.segmenter.probabilities(images, progress), frame)
         return make_answer(loaded, found, folder / "out", self.segmenter.run)
+
+
+def shortage(error: OSError) -> str | None:
+    """Say what the server lacks, if that is why a file cannot be written or opened."""
+    if disk_is_full(error):
+        return "the server's disk is full; try again later"
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return "the server has too many files open; try again later"
+    return None
 
 
 def make_answer(loaded: Loaded, found: Segmentation, out: Path, run: str) -> Answer:
@@ -233,6 +257,7 @@ class Reader:
                 path = folder / f"{name}-{k}.sent"
                 with open(path, "wb") as copy:
                     shutil.copyfileobj(file.file, copy)
+                file.file.close()  # and its space on the disk is free again
                 sent[name].append((file.filename, str(path)))
         limits = asdict(self.limits)
         answer = self._ask({"folder": str(folder), "parts": sent, "limits": limits})
@@ -263,7 +288,7 @@ class Reader:
                 self._kill()
                 if self.closed:
                     raise Unavailable(STOPPING) from None
-            return {"error": BROKEN}
+            raise Unavailable("the upload could not be read now; try again later") from None
 
     def close(self) -> None:
         """Kill the process, even while it is reading."""

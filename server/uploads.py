@@ -8,15 +8,16 @@ of JSON on its input (see `attend`) it forks, and answers with a line when the u
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import re
 import signal
 import stat
 import sys
-import time
 import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from multiprocessing.connection import Connection
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, NamedTuple
 
@@ -28,6 +29,7 @@ from brainseg.io.scans import SUFFIXES, Scan, is_scan, read_grid, registered, sc
 from brainseg.io.slices import Case
 
 MIB = 2**20
+FORK = multiprocessing.get_context("fork")
 HDF5 = b"\x89HDF\r\n\x1a\n"  # at byte 0, 512, 1024, 2048 ...; its data may be in other files
 DAMAGED = "is damaged, encrypted or compressed in an unsupported way; zip it again"
 BROKEN = "the upload cannot be read, as it is damaged or too large; export it again, or crop it"
@@ -64,30 +66,27 @@ def attend(order: dict) -> dict:
 
     `order` holds the `folder` of the upload, its `parts` ([name, file] by field) and `limits`.
     """
-    folder, seconds = Path(order["folder"]), order["limits"]["seconds"]
+    seconds = order["limits"]["seconds"]
     names = (name for files in order["parts"].values() for name, _ in files)
     name = next(names, "the upload")
-    child = os.fork()
-    if child == 0:
-        try:
-            work(order)
-        finally:
-            os._exit(0)
-    deadline = time.monotonic() + seconds
-    while os.waitpid(child, os.WNOHANG)[0] == 0:
-        if time.monotonic() > deadline:
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-            return {"error": f"{name}: reading it took more than {seconds:.0f} s; crop it"}
-        time.sleep(0.01)
+    answers, sender = FORK.Pipe(duplex=False)  # not a file: the disk may be full
+    child = FORK.Process(target=work, args=(order, sender))
+    child.start()
+    sender.close()  # the child has its own: if it crashes, the pipe ends
     try:
-        return json.loads((folder / "answer.json").read_text())
-    except (OSError, ValueError):
+        if not answers.poll(seconds):
+            return {"error": f"{name}: reading it took more than {seconds:.0f} s; crop it"}
+        return json.loads(answers.recv_bytes())
+    except (EOFError, OSError, ValueError):
         return {"error": f"{name}: {BROKEN}"}
+    finally:
+        child.kill()
+        child.join()
+        answers.close()
 
 
-def work(order: dict) -> None:
-    """Read the upload, inside the process; write volume.npy, truth.npy and answer.json."""
+def work(order: dict, sender: Connection) -> None:
+    """Read the upload, inside the process; write volume.npy and truth.npy, and send the answer."""
     folder, limits = Path(order["folder"]), Limits(**order["limits"])
     nowhere = os.open(os.devnull, os.O_RDWR)
     for stream in (0, 1, 2):  # libraries print too; the parent answers on its own stdout
@@ -107,7 +106,7 @@ def work(order: dict) -> None:
         }
     except Exception:  # raised by a library
         answer = {"error": BROKEN}
-    (folder / "answer.json").write_text(json.dumps(answer, default=np.ndarray.tolist))
+    sender.send_bytes(json.dumps(answer, default=np.ndarray.tolist).encode())
 
 
 def bound(limits: Limits) -> None:

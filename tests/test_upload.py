@@ -4,6 +4,8 @@ import asyncio
 import errno
 import io
 import os
+import signal
+import tempfile
 import threading
 import time
 import zipfile
@@ -12,6 +14,7 @@ from concurrent.futures import CancelledError, Future
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -26,10 +29,11 @@ pytest.importorskip("starlette", reason="pip install -r requirements-app.txt")
 from starlette.datastructures import UploadFile
 
 from server import uploads
-from server.api import lines
+from server.api import lines, make_app
 from server.jobs import Job, Loaded, Reader, Service, Unavailable
 from server.uploads import MIB, Limits, attend
 
+httpx = pytest.importorskip("httpx")
 LIMITS = Limits()
 
 
@@ -379,7 +383,7 @@ def order(tmp_path):
 
 
 def test_a_reader_that_takes_too_long_is_stopped(order, monkeypatch):
-    monkeypatch.setattr(uploads, "work", lambda _: time.sleep(60))
+    monkeypatch.setattr(uploads, "work", lambda *_: time.sleep(60))
     order["limits"]["seconds"] = 0.3
     start = time.monotonic()
     assert attend(order) == {"error": "a.nii: reading it took more than 0 s; crop it"}
@@ -387,7 +391,7 @@ def test_a_reader_that_takes_too_long_is_stopped(order, monkeypatch):
 
 
 def test_a_reader_that_crashes_gives_an_error(order, monkeypatch):
-    monkeypatch.setattr(uploads, "work", lambda _: os.kill(os.getpid(), 9))
+    monkeypatch.setattr(uploads, "work", lambda *_: os.kill(os.getpid(), 9))
     assert attend(order) == {"error": f"a.nii: {uploads.BROKEN}"}
 
 
@@ -395,6 +399,13 @@ def test_a_reader_that_died_is_started_again(phantom, receive, process):
     os.kill(process._process.pid, 9)
     process._process.wait()
     assert np.array_equal(receive({"images": named(**slices_of(phantom))}).volume, phantom[0])
+
+
+def test_a_reader_that_dies_at_work_is_the_servers_fault(receive, process):
+    process._process.send_signal(signal.SIGSTOP)
+    threading.Timer(0.3, process._process.kill).start()
+    with pytest.raises(Unavailable, match="could not be read now; try again later"):
+        receive({"images": named(a=b"x")})
 
 
 def test_a_closed_reader_reads_no_more(tmp_path):
@@ -417,15 +428,105 @@ def test_a_full_disk_is_not_called_a_damaged_upload(order, monkeypatch):
     assert attend(order) == {"error": "[Errno 28] No space left on device", "full": True}
 
 
-@pytest.mark.parametrize("where", ["server.jobs.shutil.copyfileobj", "server.jobs.Reader._ask"])
-def test_a_full_disk_is_the_servers_fault(monkeypatch, where):
-    answer = {"error": "no space", "full": True}
-    monkeypatch.setattr(where, full if "shutil" in where else lambda *_: answer)
+@pytest.mark.parametrize(
+    "fault", [OSError(errno.ENOSPC, "x"), OSError("512 requested and 0 written")]
+)
+def test_a_disk_that_is_full_before_the_volume_is_saved(order, phantom, monkeypatch, fault):
+    """Raise as Python and, without a number, as NumPy do; the answer cannot be a file either."""
+    sent = Path(order["folder"], "images-0.sent")
+    sent.write_bytes(zipped(slices_of(phantom)))
+    order["parts"]["images"] = [("a.zip", str(sent))]
+    order["limits"] = asdict(Limits())
+    monkeypatch.setattr(uploads.np, "save", Mock(side_effect=fault))
+    monkeypatch.setattr(Path, "write_text", full)
+    assert attend(order)["full"]
+
+
+@pytest.fixture
+def service():
     service = Service(Segmenter(UNet(init_features=2), image_size=32, device="cpu"), LIMITS)
-    job = service.submit({"images": named(a=b"x")})
-    with pytest.raises(Unavailable, match="the server's disk is full"):
-        job.future.result()
+    yield service
     service.close()
+
+
+def post(service: Service, **sent) -> httpx.Response:
+    """Send an upload to the app, in this process."""
+
+    async def ask() -> httpx.Response:
+        transport = httpx.ASGITransport(make_app(service))
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+            return await client.post("/api/segment", timeout=60, **sent)
+
+    return asyncio.run(ask())
+
+
+@pytest.mark.parametrize(
+    "where",
+    [
+        "tempfile.TemporaryFile",
+        "server.jobs.shutil.copyfileobj",
+        "server.jobs.Reader._ask",
+        "server.jobs.write_case",
+    ],
+)
+@pytest.mark.parametrize(
+    "number, says",
+    [(errno.ENOSPC, "disk is full"), (errno.EDQUOT, "disk is full"), (errno.EMFILE, "many files")],
+)
+def test_what_the_server_lacks_is_its_fault(service, monkeypatch, caplog, where, number, says):
+    sent = {"images": ("a.nii", bytes(2 * MIB))}
+    if where.endswith("write_case"):
+        sent = {"phantom": (None, "1")}
+    monkeypatch.setattr(where, Mock(side_effect=OSError(number, "x")))
+    response = post(service, files=sent)
+    assert response.status_code == 503 and response.headers["retry-after"] == "60"
+    assert says in response.json()["error"] and "try again later" in response.json()["error"]
+    assert not caplog.records, "no traceback"
+
+
+def test_refused_uploads_leave_no_file_open(service, monkeypatch):
+    opened, temporary = [], tempfile.SpooledTemporaryFile
+
+    def spy(*args, **options):
+        opened.append(temporary(*args, **options))
+        return opened[-1]
+
+    monkeypatch.setattr("starlette.formparsers.SpooledTemporaryFile", spy)
+    for field in ("picture", "mask", "images"):
+        response = post(service, files={field: ("a.nii", bytes(2 * MIB))})
+        assert response.status_code == 400
+    assert len(opened) == 3 and all(file.closed for file in opened)
+
+
+def test_an_upload_after_the_end_is_told_so(service):
+    service.close()
+    response = post(service, files={"phantom": (None, "1")})
+    assert response.status_code == 503 and "is stopping" in response.json()["error"]
+    assert service.pending == []
+
+
+def test_a_network_at_work_does_not_delay_the_end(service, tmp_path, monkeypatch):
+    begun, go_on, ended = threading.Event(), threading.Event(), []
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr(os, "_exit", ended.append)
+    network = service.segmenter._network
+
+    def wait(batch):
+        begun.set()
+        go_on.wait(20)
+        return network(batch)
+
+    monkeypatch.setattr(service.segmenter, "_network", wait)
+    job = service.submit(None)
+    begun.wait()
+    start = time.monotonic()
+    service.close()
+    service.end()
+    assert time.monotonic() - start < 10
+    assert ended == [1] and not any(tmp_path.iterdir())
+    go_on.set()
+    with pytest.raises(Unavailable):
+        job.future.result()
 
 
 def test_a_waiting_upload_is_told_that_the_server_stops():

@@ -12,6 +12,7 @@ import errno
 import json
 import os
 import platform
+import re
 import secrets
 import shutil
 import tempfile
@@ -223,13 +224,19 @@ def name_in_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if disk_is_full(error) and error.errno is None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
         if error.errno is None:  # a sentence of ours, which names its file
             raise
         raise OSError(error.errno, error.strerror or str(error), str(path)) from error
 
 
 def disk_is_full(error: BaseException) -> bool:
-    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    """Tell whether an error says so: by its number or, as NumPy's has none, by its text."""
+    if not isinstance(error, OSError):
+        return False
+    numpys = re.fullmatch(r"\d+ requested and \d+ written", str(error))
+    return error.errno in (errno.ENOSPC, errno.EDQUOT) or numpys is not None
 
 
 def check_writable(folder: Path) -> None:
