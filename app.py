@@ -17,8 +17,10 @@ import logging
 import os
 import socket
 import sys
+import tempfile
 from pathlib import Path
 
+from brainseg.io.files import clear_leftovers
 from brainseg.segmenter import Segmenter
 from brainseg.weights import shipped_weights
 from utils import (
@@ -70,6 +72,7 @@ def run(args: argparse.Namespace, options: dict) -> None:
     import uvicorn
 
     from server.api import make_app
+    from server.connections import Connection, open_files_limit
     from server.jobs import Service
     from server.security import is_loopback
     from server.uploads import MIB, Limits
@@ -79,7 +82,14 @@ def run(args: argparse.Namespace, options: dict) -> None:
     for note in segmenter.notes:
         print(note, file=sys.stderr)
     limits = Limits(upload=args.max_upload * MIB, seconds=args.time_limit)
-    app = make_app(Service(segmenter, limits), args.host, args.auth, args.queue)
+    clear_leftovers(Path(tempfile.gettempdir()))
+    files = open_files_limit()
+    connections = files // 2  # uploads that are kept in files take the others
+    queue = min(args.queue, connections // 2)
+    if queue < args.queue:
+        print(f"only {queue} uploads at once, as `ulimit -n` is {files}", file=sys.stderr)
+    service = Service(segmenter, limits)
+    app = make_app(service, args.host, args.auth, queue)
     family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
     try:
         listener = socket.create_server((args.host, args.port), family=family)
@@ -87,12 +97,23 @@ def run(args: argparse.Namespace, options: dict) -> None:
         known = error.errno and error.errno > 0  # not so if the host has no address
         reason = (os.strerror(error.errno) if known else error.strerror or str(error)).lower()
         raise OSError(f"{args.host}:{args.port}: {reason}; change --host or --port") from error
-    config = uvicorn.Config(app, ws="none", log_level="warning", timeout_graceful_shutdown=2)
+    config = uvicorn.Config(
+        app,
+        http=Connection,
+        ws="none",
+        log_level="error",
+        limit_concurrency=connections,
+        backlog=files // 8,  # so many are accepted before the first is counted
+        timeout_graceful_shutdown=1,
+    )
     if not args.auth and not is_loopback(args.host):
         print("no --auth: anyone who can reach this machine can use it", file=sys.stderr)
     host = f"[{args.host}]" if ":" in args.host else args.host
     print(f"http://{host}:{listener.getsockname()[1]}", flush=True)
-    uvicorn.Server(config).run(sockets=[listener])
+    try:
+        uvicorn.Server(config).run(sockets=[listener])
+    finally:
+        service.end()
 
 
 if __name__ == "__main__":

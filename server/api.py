@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import traceback
 from collections.abc import AsyncIterator
 from pathlib import Path
 from urllib.parse import quote
@@ -20,7 +21,8 @@ from starlette.responses import FileResponse, Response, StreamingResponse
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
-from .jobs import STOPPING, Job, Service, Unavailable
+from .connections import report
+from .jobs import STOPPING, Job, Service, Unavailable, shortage
 from .security import Guard, as_json, is_loopback
 
 WEB = Path(__file__).resolve().parents[1] / "web"
@@ -37,6 +39,7 @@ def make_app(
 
     @contextlib.asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        asyncio.get_running_loop().set_exception_handler(report)
         yield
         await asyncio.to_thread(service.close)
 
@@ -60,26 +63,29 @@ class Segment:
         self.places = asyncio.Semaphore(queue)
 
     async def __call__(self, scope, receive, send) -> None:
-        response = None
+        request, response = Request(scope, receive), None
         try:
             if scope["method"] != "POST":
                 error = "send an upload by POST; GET /api lists its fields"
                 raise HTTPException(405, error, {"Allow": "POST"})
             if self.places.locked():
                 error = f"{self.queue} uploads are already waiting; try again in a minute"
-                raise HTTPException(503, error)
+                raise unavailable(error)
             async with self.places:
-                response = await respond(self.service, Request(scope, receive))
-                # Each upload may take `seconds` to be read and again to be segmented.
-                whole = 2 * self.service.limits.seconds * (self.queue + 1)
-                await asyncio.wait_for(response(scope, receive, send), whole)
+                try:
+                    response = await respond(self.service, request)
+                    # Each upload may take `seconds` to be read and again to be segmented.
+                    whole = 2 * self.service.limits.seconds * (self.queue + 1)
+                    await asyncio.wait_for(response(scope, receive, send), whole)
+                finally:
+                    await request.close()  # its temporary files
         except HTTPException as error:
             await as_json(error)(scope, receive, send)
         except (ClientDisconnect, asyncio.TimeoutError):
             pass  # the client is gone or too slow
         except asyncio.CancelledError:
             if response is None:
-                await as_json(HTTPException(503, STOPPING))(scope, receive, send)
+                await as_json(unavailable(STOPPING))(scope, receive, send)
 
 
 async def respond(service: Service, request: Request) -> Response:
@@ -112,15 +118,27 @@ async def respond(service: Service, request: Request) -> Response:
 
 
 def refusal(error: Exception) -> HTTPException:
-    """Turn the error of an upload into a status and a sentence."""
+    """Turn the error of an upload into a status and a sentence, and close the files it holds."""
     if isinstance(error, HTTPException):
         return error
     if isinstance(error, ValueError):
-        return HTTPException(400, str(error))
-    if isinstance(error, Unavailable):
-        return HTTPException(503, str(error))
-    logging.error("an upload could not be segmented", exc_info=error)
-    return HTTPException(500, "segmentation failed; see the server log")
+        answer = HTTPException(400, str(error))
+    elif isinstance(error, Unavailable):
+        answer = unavailable(str(error))
+    elif isinstance(error, OSError) and shortage(error):
+        answer = unavailable(shortage(error))
+    else:
+        logging.error("an upload could not be segmented", exc_info=error)
+        answer = HTTPException(500, "segmentation failed; see the server log")
+    cause = error
+    while cause:  # the variables of its frames
+        traceback.clear_frames(cause.__traceback__)
+        cause = cause.__context__
+    return answer
+
+
+def unavailable(error: str) -> HTTPException:
+    return HTTPException(503, error, {"Retry-After": "60"})
 
 
 def parts_of(form: FormData) -> dict[str, list[UploadFile]] | None:

@@ -7,6 +7,8 @@ import base64
 import contextlib
 import hmac
 import ipaddress
+import math
+import time
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
@@ -20,17 +22,47 @@ HEADERS = {  # the page may load only what this server sends
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-store",
 }
+FREE_ATTEMPTS = 5  # wrong passwords of a client that cost it nothing
+LONGEST_WAIT = 64  # seconds
+MOST_CLIENTS = 1000  # remembered for their wrong passwords
+
+
+class Attempts:
+    """The wrong passwords of each client; after each, its next one is looked at later."""
+
+    def __init__(self):
+        self.wrong: dict[str, tuple[int, float]] = {}  # how many, and the time of the last
+
+    def wait(self, client: str) -> float:
+        """Return the seconds before another password of the client may be looked at."""
+        count, last = self.wrong.get(client, (0, 0.0))
+        if count < FREE_ATTEMPTS:
+            return 0.0
+        delay = min(2 ** (count - FREE_ATTEMPTS), LONGEST_WAIT)
+        return last + delay - time.monotonic()
+
+    def add(self, client: str) -> None:
+        count, _ = self.wrong.pop(client, (0, 0.0))
+        if len(self.wrong) >= MOST_CLIENTS:
+            oldest = next(iter(self.wrong))
+            del self.wrong[oldest]
+        self.wrong[client] = (count + 1, time.monotonic())
+
+    def forget(self, client: str) -> None:
+        self.wrong.pop(client, None)
 
 
 class Guard:
     """ASGI middleware: 401 without the password, 413 beyond `most` bytes, HEADERS on every answer.
 
-    A page of another host or port cannot make its visitor's browser post anything here (403).
+    Wrong passwords make their client wait (429). A page of another host or port cannot make its
+    visitor's browser post anything here (403).
     """
 
     def __init__(self, app, most: int, auth: str | None = None):
         self.app, self.most = app, most
         self.wanted = auth and base64.b64encode(auth.encode())
+        self.attempts = Attempts()
 
     async def __call__(self, scope, receive, send) -> None:
         if scope["type"] == "lifespan":  # nothing else passes without a password
@@ -63,17 +95,29 @@ class Guard:
             await send(message)
 
         try:
-            self._check(scope["method"], Headers(scope=scope))
+            headers = Headers(scope=scope)
+            if self.wanted:
+                self._check_password(client_of(scope), headers)
+            self._check(scope["method"], headers)
             await self.app(scope, bounded, answer)
         except HTTPException as error:
             await as_json(error)(scope, receive, answer)
 
-    def _check(self, method: str, headers: Headers) -> None:
+    def _check_password(self, client: str, headers: Headers) -> None:
         kind, _, sent = headers.get("authorization", "").partition(" ")
-        sent = sent.strip().encode("latin-1")
-        if self.wanted and not (kind.lower() == "basic" and hmac.compare_digest(sent, self.wanted)):
-            asked = {"WWW-Authenticate": 'Basic realm="brainseg", charset="UTF-8"'}
-            raise HTTPException(401, "wrong user or password", asked)
+        if kind.lower() == "basic":
+            wait = math.ceil(self.attempts.wait(client))
+            if wait > 0:
+                error = f"too many wrong passwords; try again in {wait} s"
+                raise HTTPException(429, error, {"Retry-After": str(wait)})
+            if hmac.compare_digest(sent.strip().encode("latin-1"), self.wanted):
+                self.attempts.forget(client)
+                return
+            self.attempts.add(client)
+        asked = {"WWW-Authenticate": 'Basic realm="brainseg", charset="UTF-8"'}
+        raise HTTPException(401, "wrong user or password", asked)
+
+    def _check(self, method: str, headers: Headers) -> None:
         site = headers.get("sec-fetch-site", "none")
         if method == "POST" and site not in ("same-origin", "none"):
             raise HTTPException(
@@ -91,6 +135,15 @@ class Guard:
 def as_json(error: HTTPException) -> JSONResponse:
     headers = {"Connection": "close", **(error.headers or {})}
     return JSONResponse({"error": error.detail}, error.status_code, headers)
+
+
+def client_of(scope: dict) -> str:
+    """Return the address that a request came from; of IPv6, the network, which has one owner."""
+    host = scope["client"][0] if scope.get("client") else ""
+    if ":" in host:
+        network = ipaddress.ip_network((host.partition("%")[0], 64), strict=False)
+        return str(network)
+    return host
 
 
 def is_loopback(host: str) -> bool:

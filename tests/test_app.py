@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import errno
 import io
 import json
 import os
@@ -22,6 +23,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, make_weights
+from test_files import leave_scratch
 
 import inference
 from brainseg.phantom import make_volume, write_data_set
@@ -55,12 +57,19 @@ def files(tmp_path_factory):
     return folder
 
 
-def start(folder: Path, weights: Path, *options: str) -> tuple[subprocess.Popen, str]:
-    """Start the server in a separate process; return the process and its address."""
+def start(
+    folder: Path, weights: Path, *options: str, files: int | None = None
+) -> tuple[subprocess.Popen, str]:
+    """Start the server in a separate process, which may open so many `files`.
+
+    Returns the process and its address.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, str(ROOT / "app.py"), "--port", str(port), "--weights", str(weights)]
+    if files:
+        command = ["sh", "-c", f'ulimit -n {files}; exec "$@"', "sh", *command]
     with open(folder / "server.log", "wb") as log:
         process = subprocess.Popen(
             [*command, *options], stdout=log, stderr=log, env=os.environ | {"TMPDIR": str(folder)}
@@ -76,15 +85,18 @@ def start(folder: Path, weights: Path, *options: str) -> tuple[subprocess.Popen,
     raise AssertionError("the server did not start")
 
 
-def test_a_port_that_is_taken_is_one_sentence(files):
+def test_a_port_that_is_taken_is_one_sentence(files, tmp_path, monkeypatch):
     import app
 
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    leave_scratch(tmp_path)
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(SystemExit) as stop:
         port = str(taken.getsockname()[1])
         app.main(["--port", port, "--weights", str(files / "unet.pt")])
     assert stop.value.code == (
         f"error: 127.0.0.1:{port}: address already in use; change --host or --port"
     )
+    assert not any(tmp_path.iterdir()), "what a killed server left is gone"
 
 
 def test_the_api_answers_in_json_whatever_the_method(server):
@@ -317,6 +329,7 @@ def test_a_full_queue_says_so(files, monkeypatch):
     service.close()
     assert full.status_code == 503
     assert full.json()["error"] == "2 uploads are already waiting; try again in a minute"
+    assert full.headers["retry-after"] == "60"
     assert [each.status_code for each in others] == [200] * 3, "places come back"
 
 
@@ -381,6 +394,92 @@ def test_failed_uploads_free_their_places_in_the_queue(files, tmp_path):
     assert "Traceback" not in (tmp_path / "server.log").read_text()
 
 
+def test_idle_connections_make_room(files, tmp_path):
+    process, url = start(tmp_path, files / "unet.pt", files=128)
+    place = url.removeprefix("http://").split(":")
+    try:
+        with contextlib.ExitStack() as stack:
+            for _ in range(140):
+                stack.enter_context(socket.create_connection(place))
+            for _ in range(3):
+                assert httpx.get(url, timeout=20).status_code == 200
+            unpacked(post(url, files={"images": open(files / "head.nii.gz", "rb")}))
+    finally:
+        stop(process)
+    assert (tmp_path / "server.log").stat().st_size < 1000
+
+
+def test_too_many_open_files_are_logged_once(caplog):
+    from server.connections import report
+
+    with contextlib.closing(asyncio.new_event_loop()) as loop:
+        for _ in range(9):
+            report(loop, {"message": "x", "exception": OSError(errno.EMFILE, "x")})
+        report(loop, {"message": "another"})
+    first, second = caplog.messages
+    assert "raise `ulimit -n`" in first and second == "another"
+
+
+@pytest.fixture
+def hasty(monkeypatch):
+    """Return the port of a server in this process that waits for a client half a second."""
+    import uvicorn
+
+    from server import connections
+
+    monkeypatch.setattr(connections, "PATIENCE", 0.5)
+
+    async def large(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200})
+        for _ in range(1000):
+            await send({"type": "http.response.body", "body": bytes(2**16), "more_body": True})
+        await send({"type": "http.response.body"})
+
+    config = uvicorn.Config(
+        large, http=connections.Connection, lifespan="off", log_level="error", limit_concurrency=99
+    )
+    listener = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, args=([listener],))
+    thread.start()
+    yield listener.getsockname()[1]
+    server.should_exit = True
+    thread.join()
+    assert not server.server_state.connections and not server.server_state.tasks
+
+
+@pytest.mark.parametrize(
+    "sent, answered",
+    [
+        (b"", False),
+        (b"GET / HT", False),
+        (b"GET / HTTP/1.1\r\nHost: a\r\n", False),
+        (b"GET / HTTP/1.1\r\nHost: a\r\n\r\n", True),
+        (b"GET / HTTP/1.1\r\nHost: a\r\n\r\nGET / HT", True),
+    ],
+    ids=["nothing", "half a line", "half a head", "a request", "a second half"],
+)
+def test_a_client_that_sends_no_request_is_left(hasty, sent, answered):
+    with socket.create_connection(("127.0.0.1", hasty), timeout=20) as client:
+        client.sendall(sent)
+        received = 0
+        with contextlib.suppress(ConnectionResetError):
+            while part := client.recv(2**20):
+                received += len(part)
+        assert (received > 1000 * 2**16) == answered
+
+
+def test_a_client_that_takes_no_answer_is_left(hasty):
+    with socket.create_connection(("127.0.0.1", hasty), timeout=20) as client:
+        client.sendall(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
+        time.sleep(2)
+        received = 0
+        with contextlib.suppress(ConnectionResetError):
+            while part := client.recv(2**20):
+                received += len(part)
+        assert received < 1000 * 2**16
+
+
 def test_server_stops_and_leaves_nothing_while_clients_wait(files, tmp_path):
     process, url = start(tmp_path, files / "unet.pt")
 
@@ -429,6 +528,40 @@ def test_the_password():
     for wrong in (None, ("me", "Secret"), ("you", "secret"), ("me", "")):
         response = guarded("GET", wanted="me:secret", auth=wrong)
         assert response.status_code == 401 and "Basic" in response.headers["www-authenticate"]
+
+
+def test_wrong_passwords_make_their_client_wait(monkeypatch):
+    from server import security
+
+    guard, now = security.Guard(echo, most=2**20, auth="me:secret"), [1000.0]
+    monkeypatch.setattr(security.time, "monotonic", lambda: now[0])
+
+    def ask(password: str, address: str = "192.0.2.1") -> httpx.Response:
+        async def get() -> httpx.Response:
+            transport = httpx.ASGITransport(guard, client=(address, 1))
+            async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+                return await client.get("/", auth=("me", password))
+
+        return asyncio.run(get())
+
+    statuses = [ask(f"wrong {k}").status_code for k in range(60)]
+    assert statuses == [401] * 5 + [429] * 55
+    refused = ask("secret")
+    assert refused.status_code == 429 and refused.headers["retry-after"] == "1"
+    assert refused.json()["error"] == "too many wrong passwords; try again in 1 s"
+    assert ask("secret", "192.0.2.2").status_code == 200, "from elsewhere"
+    for wait in (1, 2, 4, 8, 16, 32, 64, 64):
+        now[0] += wait
+        assert ask("wrong").status_code == 401 and ask("wrong").status_code == 429
+    now[0] += 64
+    assert ask("secret").status_code == 200
+    assert ask("wrong").status_code == 401, "and all is forgotten"
+
+    addresses = [f"2001:db8::{k:x}" for k in range(8)]  # of one network
+    assert [ask("wrong", each).status_code for each in addresses] == [401] * 5 + [429] * 3
+    for k in range(security.MOST_CLIENTS + 9):
+        guard.attempts.add(f"client {k}")
+    assert len(guard.attempts.wrong) == security.MOST_CLIENTS
 
 
 def test_a_page_of_another_host_can_send_nothing():
