@@ -13,11 +13,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 import sys
-import tempfile
 import threading
-import time
 import zlib
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -31,17 +28,26 @@ import torch
 from tqdm import tqdm
 
 from .devices import worker_threads
-from .io.files import atomic_write, default_cache, disk_is_full, sentence
+from .io.files import (
+    atomic_write,
+    clear_leftovers,
+    default_cache,
+    disk_is_full,
+    remove,
+    scratch,
+    sentence,
+)
 from .io.slices import Case
 from .preprocess import VERSION, Frame, preprocess, preprocess_mask
 
 C, R = TypeVar("C"), TypeVar("R")
 ARRAYS = ("images", "mask", "truth")
+ENTRY = {"entry.json", *(f"{name}.npy" for name in ARRAYS)}  # the files of an entry
+FIELDS = {"fingerprint", "frame", "checksums"}  # of every entry.json
 # numpy parses a file's header with ast, which no two threads may use at once in Python 3.11
 # (https://github.com/python/cpython/issues/106905).
 ONE_AT_A_TIME = threading.Lock()
 ENDS = 1 << 12  # bytes at either end of a file that are read at every start
-DAY = 86400  # seconds
 REVISED = {2: "2, air amid tissue is background"}  # entries made before are stale
 
 
@@ -83,6 +89,7 @@ def prepare(
         cache.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CacheError(f"{cache}: cannot be created; name another folder with --cache") from error
+    clear_leftovers(cache)
     one = partial(_prepare_one, image_size=image_size, version=version, cache=cache)
     one = partial(unless_bad, one) if skip_bad else one
     with worker_threads(workers) as pool:
@@ -104,23 +111,35 @@ def unless_bad(work: Callable[[C], R], case: C) -> R | None:
 
 
 def _prepare_one(case: Case, image_size: int, version: int, cache: Path) -> Prepared:
-    labels = [case.labels.chosen] if case.labels.chosen else []
-    source = [case.folder.resolve(), image_size, *[version] * (version > 1), *labels]
+    source = [case.folder.resolve(), image_size]
+    if version > 1:
+        source.append(version)
+    if case.labels.chosen:
+        source.append(case.labels.chosen)
+    # Masks of several readers, each in a folder of its own, are entries of their own.
+    beside = {case.folder.resolve(), case.folder.resolve().parent}
+    source += sorted({path.resolve().parent for path in case.masks} - beside)
     key = hashlib.sha256(" ".join(map(str, source)).encode()).hexdigest()[:16]
-    # What identifies the source: the settings and the name, size and time of each file.
-    files = [(p.name, (s := p.stat()).st_size, s.st_mtime_ns) for p in case.files]
-    files += [case.aspect] if case.aspect != 1 else []
-    settings = [REVISED.get(version, version), image_size, files, *labels]
-    fingerprint = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
     entry = cache / f"{case.name}-{key}"
+    fingerprint = _fingerprint(case, image_size, version)
     made = _open_entry(entry, case, fingerprint)
     return made or _make_entry(entry, case, fingerprint, image_size, version)
+
+
+def _fingerprint(case: Case, image_size: int, version: int) -> str:
+    """Identify what an entry is made from: the settings, and each file by place, size and time."""
+    files = []
+    for path in case.files:
+        about = path.stat()
+        files.append((str(path.resolve()), about.st_size, about.st_mtime_ns))
+    settings = [REVISED.get(version, version), image_size, case.aspect, files, case.labels.chosen]
+    return hashlib.sha256(json.dumps(settings).encode()).hexdigest()
 
 
 def _open_entry(entry: Path, case: Case, fingerprint: str) -> Prepared | None:
     """Open a cached volume; None if it is missing, stale or damaged."""
     try:
-        about = json.loads((entry / "entry.json").read_text())
+        about = _read_entry(entry)
         sums = about["checksums"]
         if (about["fingerprint"], sums["frame"]) != (fingerprint, _frame_checksum(about["frame"])):
             return None
@@ -131,9 +150,12 @@ def _open_entry(entry: Path, case: Case, fingerprint: str) -> Prepared | None:
             about |= {"stats": stats, "source": str(case.folder.resolve())}
             with suppress(OSError), atomic_write(entry / "entry.json") as temporary:
                 temporary.write_text(json.dumps(about))
+        arrays = _of_arrays(_map, entry)
+        if _read_entry(entry)["fingerprint"] != fingerprint:  # replaced by another process
+            return None
         frame = {k: tuple(v) if isinstance(v, list) else v for k, v in about["frame"].items()}
         case.labels.note(case.name, about.get("labels", ()))
-        return Prepared(case, Frame(**frame), **_of_arrays(_map, entry))
+        return Prepared(case, Frame(**frame), **arrays)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
@@ -166,26 +188,38 @@ def _stat(path: Path) -> list[int]:
 
 
 def prune(cache: Path | str | None = None) -> tuple[int, int]:
-    """Delete entries whose sources are gone, and day-old leftovers of interrupted runs.
+    """Delete entries whose sources are gone; return how many, and their bytes.
 
-    Returns how many were deleted, and their bytes. A folder that does not name a source is kept.
+    What is not an entry by its content, or does not name a source, is kept.
     """
     cache = Path(cache) if cache else default_cache()
-    stale = [entry for entry in cache.glob("*") if entry.is_dir() and _is_stale(entry)]
+    clear_leftovers(cache)
+    stale = [entry for entry in cache.glob("*") if _is_stale(entry)]
     freed = sum(path.stat().st_size for entry in stale for path in entry.iterdir())
     for entry in stale:
-        shutil.rmtree(entry)
+        remove(entry, _is_entry)
     return len(stale), freed
 
 
 def _is_stale(entry: Path) -> bool:
-    if entry.name[0] == ".":  # left by an interrupted run, or being written
-        return time.time() - entry.stat().st_mtime > DAY
     try:
-        about = json.loads((entry / "entry.json").read_text())
-        return "fingerprint" in about and not Path(about["source"]).exists()
+        return _is_entry(entry) and not Path(_read_entry(entry)["source"]).exists()
     except (OSError, ValueError, KeyError, TypeError):
         return False
+
+
+def _is_entry(folder: Path) -> bool:
+    """Tell whether a folder is an entry by its entry.json, and holds nothing else."""
+    return _holds_only_ours(folder) and FIELDS <= _read_entry(folder).keys()
+
+
+def _holds_only_ours(folder: Path) -> bool:
+    return folder.is_dir() and {path.name for path in folder.iterdir()} <= ENTRY
+
+
+def _read_entry(entry: Path) -> dict:
+    about = json.loads((entry / "entry.json").read_text())
+    return about if isinstance(about, dict) else {}
 
 
 def _make_entry(
@@ -201,37 +235,43 @@ def _make_entry(
         "mask": preprocess_mask(truth, frame).numpy(),
         "truth": truth,
     }
+    about = {
+        "fingerprint": fingerprint,
+        "source": str(case.folder.resolve()),
+        "labels": case.labels.found.get(case.name, []),
+        "frame": asdict(frame),
+    }
     try:
-        with tempfile.TemporaryDirectory(
-            dir=entry.parent, prefix=f".{entry.name}-", ignore_cleanup_errors=True
-        ) as folder:
-            temporary = Path(folder)
-            for name, array in arrays.items():
-                np.save(temporary / f"{name}.npy", array)
-            sums = _of_arrays(_checksum, temporary)
-            about = {
-                "fingerprint": fingerprint,
-                "source": str(case.folder.resolve()),
-                "labels": case.labels.found.get(case.name, []),
-                "frame": asdict(frame),
-                "checksums": sums | {"frame": _frame_checksum(asdict(frame))},
-                "stats": _of_arrays(_stat, temporary),
-            }
-            (temporary / "entry.json").write_text(json.dumps(about))
-            if made := _open_entry(entry, case, fingerprint):
-                return made  # made by another process meanwhile, which may have mapped it
-            shutil.rmtree(entry, ignore_errors=True)
-            try:
-                temporary.rename(entry)
-            except OSError:
-                if not entry.exists():  # else another process made it meanwhile
-                    raise
+        _write_entry(entry, about, arrays)
+        return _open_entry(entry, case, fingerprint) or Prepared(case, frame, **arrays)
     except OSError as error:
+        made = _open_entry(entry, case, fingerprint)
+        if made:  # by another process meanwhile
+            return made
         raise CacheError(
             f"{entry.parent}: cannot keep preprocessed volumes ({error.strerror}); "
             f"{'free space or ' * disk_is_full(error)}name another folder with --cache"
         ) from error
-    return _open_entry(entry, case, fingerprint) or Prepared(case, frame, **arrays)
+
+
+def _write_entry(entry: Path, about: dict, arrays: dict[str, np.ndarray]) -> None:
+    """Write an entry in place of a stale one.
+
+    Raises OSError, or CacheError if the stale one holds other files.
+    """
+    with scratch(entry.parent) as folder:
+        new = folder / entry.name  # unlike the scratch folder, it follows the umask
+        new.mkdir()
+        for name, array in arrays.items():
+            np.save(new / f"{name}.npy", array)
+        sums = _of_arrays(_checksum, new) | {"frame": _frame_checksum(about["frame"])}
+        about = about | {"checksums": sums, "stats": _of_arrays(_stat, new)}
+        (new / "entry.json").write_text(json.dumps(about))
+        try:  # its name is the hash of the source: with no other file in it, it is ours
+            remove(entry, _holds_only_ours)
+        except ValueError as error:
+            raise CacheError(str(error)) from error
+        new.rename(entry)
 
 
 def _frame_checksum(frame: dict) -> int:

@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 from conftest import SIZE, open_all, same
 
-from brainseg.cache import prune
+from brainseg import runs
+from brainseg.cache import prepare, prune
 from brainseg.io.files import default_cache
+from brainseg.io.layouts import find_case
 from brainseg.io.slices import Case
 from brainseg.preprocess import preprocess
 from dataset import BrainSegmentationDataset
@@ -98,15 +100,28 @@ def test_an_entry_full_of_zeros_is_rebuilt(two, reads):
     assert same(open_all(two), first) and reads == ["phantom_002"]
 
 
-def test_entries_of_deleted_sources_are_pruned(two):
+def test_only_entries_of_deleted_sources_are_pruned(two, capsys):
+    """Once, a .git and a .ssh of two days' age were deleted."""
     first, cache = open_all(two), two.parent / "cache"
+    (entry,) = cache.glob("phantom_002-*")
+    others = [cache / name for name in (".git", ".ssh", "empty", "phantom_002-0123456789abcdef")]
+    for folder in others:
+        folder.mkdir()
+    for folder in (cache / ".git", cache / ".ssh", others[-1]):
+        (folder / "entry.json").write_text('{"fingerprint": "x", "source": "/gone"}')
+    os.utime(cache / ".git", (1, 1))
+    os.utime(cache / ".ssh", (1, 1))
+    others.append(shutil.copytree(entry, cache / "with a note"))
+    (cache / "with a note" / "note.txt").write_text("mine")
+    others.append(shutil.copytree(entry, cache / "of another program"))
+    (cache / "of another program" / "entry.json").write_text('{"source": "/gone"}')
+    before = sorted(path for folder in others for path in folder.rglob("*"))
     shutil.rmtree(two / "phantom_002")
-    (cache / ".phantom_002-left").mkdir()
-    os.utime(cache / ".phantom_002-left", (1, 1))
-    (cache / "other").mkdir()
-    count, freed = prune(cache)
-    assert count == 2 and freed > 8 * 3 * SIZE**2 * 2
-    assert sorted(path.name[:11] for path in cache.iterdir()) == ["other", "phantom_001"]
+    runs.prune_cache(cache)
+    assert "cache: deleted 1 volumes" in capsys.readouterr().out
+    assert not entry.exists() and len(before) == 12
+    assert sorted(path for folder in others for path in folder.rglob("*")) == before
+    assert all(folder.is_dir() for folder in others)
     assert same(open_all(two), first[:8]) and prune(two.parent / "none") == (0, 0)
 
 
@@ -173,6 +188,75 @@ def test_cases_of_one_name_in_two_folders_are_kept_apart(two):
     first, second = open_all(two), open_all(other)
     assert not same(first, second)
     assert same(open_all(two), first) and same(open_all(other), second)
+
+
+def of_reader(case: Case, folder: Path, masks: list[np.ndarray]) -> Case:
+    """Write the masks of a reader, the files as alike as zip leaves them, and return the case."""
+    folder.mkdir()
+    paths = tuple(folder / path.name for path in case.masks)
+    for path, mask in zip(paths, masks, strict=True):
+        iio.imwrite(path, mask)
+        os.utime(path, (1_700_000_000, 1_700_000_000))
+    return Case(case.name, case.numbers, case.slices, paths)
+
+
+@pytest.mark.parametrize("linked", [False, True])
+def test_masks_of_two_readers_are_never_mixed(two, linked):
+    """Files of one name, size and time, in two folders or behind one link."""
+    case, cache = find_case(two / "phantom_001"), two.parent / "cache"
+    masks = [iio.imread(path) for path in case.masks]
+    one = of_reader(case, two.parent / "A", masks)
+    other = of_reader(case, two.parent / "B", masks[::-1])
+    assert [p.stat().st_size for p in one.masks] == [p.stat().st_size for p in other.masks]
+    if linked:
+        link = two.parent / "reader"
+        cases = []
+        for folder in ("A", "B"):
+            masks = tuple(link / path.name for path in case.masks)
+            cases.append((folder, Case(case.name, case.numbers, case.slices, masks)))
+    else:
+        cases = [("A", one), ("B", other)]
+    for folder, chosen in cases * 2:
+        if linked:
+            link.unlink(missing_ok=True)
+            link.symlink_to(two.parent / folder)
+        (made,) = prepare([chosen], SIZE, cache)
+        assert np.array_equal(made.truth, {"A": one, "B": other}[folder].read_mask())
+    assert len(list(cache.iterdir())) == 2, "both are kept"
+
+
+def test_entries_follow_the_umask(two):
+    """A cache on a shared disk is for all who may read it."""
+    old = os.umask(0o027)
+    try:
+        open_all(two)
+    finally:
+        os.umask(old)
+    for entry in (two.parent / "cache").iterdir():
+        assert entry.stat().st_mode & 0o777 == 0o750
+        assert {path.stat().st_mode & 0o777 for path in entry.iterdir()} == {0o640}
+
+
+def test_a_cache_of_another_user_is_read_or_refused(two, monkeypatch):
+    def not_permitted(path):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    first, cache = open_all(two), two.parent / "cache"
+    monkeypatch.setattr("brainseg.cache.scratch", not_permitted)
+    assert same(open_all(two), first)
+    os.utime(two / "phantom_001" / "phantom_001_4.tif", (1, 1))
+    with pytest.raises(ValueError, match=f"{cache}: cannot keep .*denied.*folder with --cache"):
+        open_all(two)
+
+
+def test_a_stale_entry_with_files_of_others_stays(two):
+    open_all(two)
+    (entry,) = (two.parent / "cache").glob("phantom_002-*")
+    (entry / "note.txt").write_text("mine")
+    os.utime(two / "phantom_002" / "phantom_002_4.tif", (1, 1))
+    with pytest.raises(ValueError, match=f"{entry}: is in the way, and was not written by"):
+        open_all(two)
+    assert (entry / "note.txt").read_text() == "mine" and (entry / "images.npy").exists()
 
 
 def flip_a_byte(path: Path) -> None:
