@@ -8,10 +8,10 @@
     python3 inference.py --weights weights/unet-<hash>.onnx --images ./scans
     python3 export.py --weights weights/unet.pt --format torch-export   weights/unet-<hash>.pt2
 
-The name contains the first eight digits of the file's SHA-256, which is checked whenever the file
-is opened. Weights are stored with their convolution kernels in half precision; several files, or a
-folder, are exported one by one. The third command adds scores to the card, counting only cases that
-the weights were not trained on.
+The name contains the first eight digits of the file's SHA-256; the card has all of them, and they
+are checked whenever it is read. Weights are stored with their convolution kernels in half
+precision; several files, or a folder, are exported one by one. The third command adds scores to the
+card, counting only cases that the weights were not trained on.
 
 The other formats contain the card, which says how to preprocess, and the network, batch norm
 folded: preprocessed slices (N, C, H, W) in, probabilities (N, K, H, W) out, both float32, for any N
@@ -25,8 +25,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import io
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -35,10 +33,10 @@ from torch import Tensor
 
 from brainseg import programs
 from brainseg.ensemble import load_ensemble
-from brainseg.io.files import RUN, atomic_write, write_json
+from brainseg.io.files import RUN, atomic_write, clear_leftovers
 from brainseg.io.predictions import read_scores
 from brainseg.metrics import summarise
-from brainseg.onnx import OnnxNetwork, needed
+from brainseg.onnx import HASH, OnnxNetwork, needed
 from brainseg.segmenter import weights_id
 from brainseg.splits import SUBSETS, is_lgg, patient_of, subset_of
 from brainseg.weights import (
@@ -46,7 +44,9 @@ from brainseg.weights import (
     file_hash,
     load_state,
     model_from_state,
+    pack,
     read_card,
+    save_weights,
     weights_files,
 )
 from utils import errors_in_one_sentence, make_parser
@@ -92,6 +92,7 @@ def main(argv: list[str] | None = None) -> None:
         parser.error("--metrics goes with --format weights; export those, then their ONNX file")
     with errors_in_one_sentence("stopped; no incomplete file was left"):
         files = weights_files(args.weights)
+        clear_leftovers(args.out or files[0].parent)
         if args.format != "weights":
             write_network(files, args.weights, args.format, args.precision, args.images, args.out)
         elif args.metrics and len(files) > 1:
@@ -109,13 +110,10 @@ def write_weights(weights: Path, out: Path, metrics: Path | None, subset: str) -
     card = with_licence(read_card(weights) | {"model": name, "settings": model.settings})
     if metrics:
         card.setdefault("scores", {})[subset] = scores_of_unseen(metrics, weights, subset)
-    buffer = io.BytesIO()  # given a path, torch.save would store its name too
-    torch.save(halve(state), buffer)
-    content = buffer.getvalue()
+    state = halve(state)
+    content = pack(state)
     path = named_by_hash(out, name, ".pt", content)
-    with atomic_write(path) as temporary:
-        temporary.write_bytes(content)
-    write_json(path.with_suffix(".json"), card | {"sha256": file_hash(path)})
+    save_weights(path, state, card)
     print(f"{path}, {len(content) / 2**20:.1f} MiB, and its card {path.with_suffix('.json').name}")
 
 
@@ -125,7 +123,7 @@ def with_licence(card: dict) -> dict:
     return card | {"licence": LICENCE} if of_lgg else card
 
 
-def named_by_hash(out: Path, stem: str, suffix: str, content: bytes) -> Path:
+def named_by_hash(out: Path, stem: str, suffix: str, content: bytes | memoryview) -> Path:
     """Name a file after the first eight digits of the SHA-256 of its content."""
     return out / f"{stem}-{hashlib.sha256(content).hexdigest()[:8]}{suffix}"
 
@@ -191,7 +189,7 @@ def write_network(
     case, slices = programs.slices_to_compare(images, model, card)
     suffix, convert = FORMATS[form]
     content = convert(programs.trace(model, precision), card)
-    stem = re.sub(r"-[0-9a-f]{8}$", "", given[0].stem) if len(given) == 1 else "ensemble"
+    stem = HASH.sub("", given[0].stem) if len(given) == 1 else "ensemble"
     stem += "-float16" * (precision == "float16")
     path = named_by_hash(out or given[0].parent, stem, suffix, content)
     with atomic_write(path) as temporary:

@@ -31,6 +31,7 @@ import utils
 from brainseg import distributed as dist
 from brainseg import runs, training
 from brainseg.devices import half_precision, has_bfloat16, pick_device, to_device
+from brainseg.io.layouts import Source
 from brainseg.metrics import dsc
 from brainseg.segmenter import Segmenter
 from brainseg.splits import list_cohort
@@ -127,9 +128,15 @@ def main(argv: list[str] | None = None) -> None:
     stopped = "error: stopped at once; preprocessed volumes and finished epochs are kept"
     quiet, group = dist.only_main_process_prints(), dist.process_group()
     with utils.errors_in_one_sentence(stopped), quiet, group:
-        args, checkpoint = get_args(argv)
-        with utils.cudnn(args.deterministic), training.memory_advice(args.batch_size):
-            state, loader, validation_set = set_up(args, checkpoint)
+        args = get_args(argv)
+        device = pick_device(dist.rank_device(args.device))
+        sources = list_cohort(args.images, args.sequences, args.labels, args.patients)
+        runs.check_batch_size(args.batch_size)
+        claimed = runs.claimed(args.weights, args.logs, args.model)
+        memory_advice = training.memory_advice(args.batch_size)
+        with claimed, utils.cudnn(args.deterministic), memory_advice:
+            checkpoint = runs.earlier_run(args.weights / f"{args.model}.pt", args.resume)
+            state, loader, validation_set = set_up(args, checkpoint, device, sources)
             asked = utils.plain(args) | {"resume": False}
             cases, recipe = (loader.dataset.names, validation_set.names), get_args_parser().recipe
             writer = runs.start_run(state, *cases, asked, recipe, checkpoint, utils.git_commit())
@@ -145,13 +152,10 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def set_up(
-    args: argparse.Namespace, checkpoint: dict | None
+    args: argparse.Namespace, checkpoint: dict | None, device: torch.device, sources: list[Source]
 ) -> tuple[TrainState, BatchLoader, BrainSegmentationDataset]:
     """Read the data and build the network; return the state and what to train and validate on."""
-    device, workers = pick_device(dist.rank_device(args.device)), dist.rank_workers(args.workers)
-    first = None if checkpoint else args.init_weights
-    sources = list_cohort(args.images, args.sequences, args.labels, args.patients)
-    runs.check_inputs((args.weights, args.logs), args.batch_size)
+    first, workers = None if checkpoint else args.init_weights, dist.rank_workers(args.workers)
     if args.prune_cache:
         runs.prune_cache(args.cache)
     how = {"image_size": args.image_size, "version": args.preprocessing, "workers": workers}
@@ -320,8 +324,8 @@ def evaluate(
     return sum(sums) / len(dataset), scores, masks
 
 
-def get_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict | None]:
-    """Read the settings and, with --resume, the checkpoint that supplies their defaults.
+def get_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Read the settings; with --resume, those of the checkpoint are the defaults.
 
     Ends with a usage error if settings conflict.
     """
@@ -350,7 +354,7 @@ def get_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict | 
         parser.error(f"--image-size {args.image_size} is not a multiple of {stride}")
     if args.init_weights and args.init_weights.resolve() == weights.resolve():
         parser.error(f"--init-weights {args.init_weights} would be overwritten; set --weights")
-    return args, checkpoint
+    return args
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ class Trainer:
 
 def set_up(options: Sequence[object], dataset: BrainSegmentationDataset) -> Trainer:
     """Set up the training that train.py would run with these options."""
-    args, _ = get_args([str(option) for option in options])
+    args = get_args([str(option) for option in options])
     device = pick_device(args.device)
     channels = dataset.in_channels * (2 * args.neighbours + 1)
     model = training.build_network(

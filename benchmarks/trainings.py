@@ -57,7 +57,11 @@ class Training:
 
     @property
     def done(self) -> bool:
-        return bool(self.card) and self.card["epoch"] >= self.card["recipe"]["epochs"]
+        try:
+            card = self.card
+        except ValueError:  # it was killed between weights and card: --resume puts that right
+            return False
+        return bool(card) and card["epoch"] >= card["recipe"]["epochs"]
 
     def command(self) -> list[str]:
         words = ["--weights", self.folder, "--model", self.model, "--logs", self.folder / "logs"]

@@ -70,8 +70,8 @@ def load_ensemble(paths: Sequence[Path]) -> tuple[nn.Module, dict]:
     them, such as the epoch. Raises ValueError, naming the file, if one cannot be used or, of
     several, has no card or was trained for a different input from the first.
     """
-    cards = [read_card(path) for path in paths]
     named = [model_from_state(load_state(path), path) for path in paths]
+    cards = [read_card(path) for path in paths]
     networks = [network for _, network in named]
     about = {"model": named[0][0], "settings": networks[0].settings}
     if len(paths) == 1:

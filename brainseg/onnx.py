@@ -34,6 +34,8 @@ INPUT, OUTPUT = "slices", "probabilities"
 PRODUCER = "brainseg"
 REMEDY = "fetch it again, or make one with export.py --format onnx"
 CARD = "brainseg.card"  # key of the metadata that holds the card, JSON
+# Digits of a SHA-256 at the end of a name; without a letter, they are a date or a job's number.
+HASH = re.compile(r"-(?=\d*[a-f])([0-9a-f]{8})$")
 
 
 class OnnxNetwork:
@@ -182,7 +184,7 @@ def _read(path: Path | str) -> bytes:
 
 def _card(content: bytes, path: Path | str) -> dict:
     """Read the card in an ONNX file. Raises ValueError without one or if the hash is wrong."""
-    named = re.search(r"-([0-9a-f]{8})\.onnx$", Path(path).name)
+    named = HASH.search(Path(path).stem)
     if named and not hashlib.sha256(content).hexdigest().startswith(named[1]):
         raise ValueError(f"{path}: is damaged: its SHA-256 is not the one in its name; {REMEDY}")
     session = _open(content, path, [(PROVIDERS["cpu"], {})], optimise=False)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -14,19 +16,122 @@ from tqdm import tqdm
 
 from .cache import Prepared, prune
 from .distributed import is_main_process, world_size
-from .io.files import check_writable, write_json
+from .io.files import check_ours, check_writable, clear_leftovers, locked, write_json
 from .io.layouts import Source
 from .io.pictures import outline, to_grey
 from .metrics import summarise
 from .splits import by_subset, count_patients, named_patients, patient_of, patients_of_card
-from .training import TrainState
-from .weights import read_card, save_weights
+from .training import TrainState, load_checkpoint
+from .weights import file_hash, read_card, save_weights
 
 
-def check_inputs(folders: Sequence[Path], batch_size: int) -> None:
-    """Check the output folders and the batch size before the long work."""
-    for folder in folders:
+@contextmanager
+def claimed(weights: Path, logs: Path, model: str) -> Iterator[None]:
+    """Keep other runs from WEIGHTS/<model>.* and LOGS; clear what killed runs have left there.
+
+    Raises OSError if a folder cannot be written, ValueError if another run writes there, or if the
+    args.json in LOGS is not that of a run.
+    """
+    if not is_main_process():
+        yield
+        return
+    for folder in (weights, logs):
         check_writable(folder)
+    with locked(weights, "--weights", model), locked(logs, "--logs", "logs"):
+        clear_leftovers(weights)
+        clear_leftovers(logs)
+        check_ours(logs / "args.json", _is_card)
+        yield
+
+
+def earlier_run(weights: Path, resume: bool) -> dict | None:
+    """Return the checkpoint beside WEIGHTS/<model>.pt if it is resumed.
+
+    Raises FileNotFoundError or ValueError if it cannot be, or, for a new run, if a file that would
+    be replaced is not of an earlier one.
+    """
+    checkpoint = weights.with_suffix(".ckpt")
+    if resume:
+        return _with_weights(load_checkpoint(checkpoint), weights)
+    if is_main_process():
+        check_ours(checkpoint, _is_checkpoint)
+        check_ours(weights.with_suffix(".json"), _is_card)
+        check_ours(weights, _is_of_a_run)
+        if checkpoint.exists():
+            after = "it and its weights are overwritten after the first epoch"
+            print(f"{checkpoint}: is from an earlier run; {after}")
+    return None
+
+
+def _with_weights(checkpoint: dict, weights: Path) -> dict:
+    """Return the checkpoint if the weights of its best epoch are there, with their card.
+
+    A run may have been killed after it wrote a card, or weights too, but not the checkpoint.
+    """
+    if checkpoint["best"] < 0:  # no epoch was kept yet
+        return checkpoint
+    if not weights.is_file():
+        raise ValueError(
+            f"{weights}: is missing, with the best epoch of the checkpoint beside it; copy it "
+            "there, with its card, or start without --resume"
+        )
+    card = checkpoint.get("card")  # checkpoints of earlier versions have none
+    if card and card.get("sha256") == file_hash(weights):
+        if is_main_process() and not _fits(weights):
+            write_json(weights.with_suffix(".json"), card)
+        return checkpoint
+    newer = read_card(weights)
+    same_run = newer and (not card or newer.get("started") == card["started"])
+    if not same_run:
+        raise ValueError(
+            f"{weights}: is not of the same training as the checkpoint beside it; copy its weights "
+            "and their card there, or start without --resume"
+        )
+    best = newer.get("validation_dsc", {}).get("mean", -1)
+    return checkpoint | {"card": newer, "best": max(best, checkpoint["best"])}
+
+
+def _fits(weights: Path) -> bool:
+    """Tell whether weights have a card that belongs to them."""
+    try:
+        return bool(read_card(weights))
+    except ValueError:
+        return False
+
+
+def _is_checkpoint(path: Path) -> bool:
+    try:
+        return bool(load_checkpoint(path))
+    except ValueError:
+        return False
+
+
+def _is_card(path: Path) -> bool:
+    """Tell whether a JSON file is what `describe_run` makes."""
+    try:
+        return {"model", "settings", "cases", "recipe"} <= json.loads(path.read_text()).keys()
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def _is_of_a_run(weights: Path) -> bool:
+    """Tell whether the card or checkpoint beside weights has their hash.
+
+    Those of earlier versions have no hash.
+    """
+    hashes = set()
+    card, checkpoint = weights.with_suffix(".json"), weights.with_suffix(".ckpt")
+    if card.exists():
+        hashes.add(json.loads(card.read_text()).get("sha256"))
+    if checkpoint.exists():
+        kept = load_checkpoint(checkpoint).get("card", {})
+        if kept is not None:
+            hashes.add(kept.get("sha256"))
+    return hashes == {None} or file_hash(weights) in hashes
+
+
+def check_batch_size(batch_size: int) -> None:
+    """Raise ValueError if a batch has less than one slice for each process."""
     if batch_size < world_size():
         raise ValueError(
             f"--batch-size {batch_size} is less than one slice for each of {world_size()} "
@@ -78,14 +183,14 @@ def start_run(
         if start and not start["cases"]:
             unknown = "no card says what it was trained on"
             print(f"{first}: {unknown}; if on these patients, the validation DSC is too high")
-        if (path := Path(settings["weights"]) / f"{settings['model']}.ckpt").exists():
-            after = "it and its weights are overwritten after the first epoch"
-            print(f"{path}: is from an earlier run; {after}")
     chosen = {name: settings[name] for name in (*recipe, "epochs")} | {"amp": state.amp}
     card = describe_run(state, chosen, train, validation, start) | {"commit": commit}
     check_seen(card, settings["allow_seen"] or checkpoint is not None)
     kept = {"initialised_from": start, "cases": train, "validation_cases": validation}
     kept["args"] = settings | {"amp": state.amp}
+    kept["card"] = checkpoint.get("card") if checkpoint else None
+    if kept["card"]:
+        card["started"] = kept["card"].get("started")
     return RunWriter(card, settings, kept, state.epoch)
 
 
@@ -218,7 +323,9 @@ class RunWriter:
             if seen := self.card.get("validation_seen"):
                 summary["seen_by_start_weights"] = len(seen)
             card = self.card | {"epoch": state.epoch, "validation_dsc": summary}
-            save_weights(self.files.with_suffix(".pt"), state.trained.state_dict(), card)
+            path = self.files.with_suffix(".pt")
+            save_weights(path, state.trained.state_dict(), card)
+            self.kept["card"] = read_card(path)
 
     def curves(self, state: TrainState, values: dict[str, float], better: bool) -> None:
         """Log the values of an epoch, and print them in one line."""

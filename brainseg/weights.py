@@ -1,17 +1,17 @@
 """Weights on disk: which network they belong to, whether they are safe, and what they mean.
 
 Weights are a bare state dict, opened with ``weights_only=True``. Their card, a JSON file of the
-same name, says what they were trained on and how. The names of shipped weights contain the first
-eight digits of their SHA-256, which is checked whenever they are opened.
+same name, says what they were trained on and how, and names their SHA-256, which is checked
+whenever it is read. The names of shipped weights contain its first eight digits.
 """
 
 from __future__ import annotations
 
 import hashlib
 import inspect
+import io
 import json
 import pickle
-import re
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,7 +30,6 @@ OTHERS = {  # made from weights, but not weights
     ".pt2": "is an exported program, refused because opening it could run code; give the weights "
     "it was made from, or an ONNX file (export.py --format onnx)",
 }
-DATE = re.compile(r"(19|20)\d\d(0[1-9]|1[0-2])(0[1-9]|[12]\d|3[01])")
 CARD_DEFAULTS = {"preprocessing": 1, "image_size": 256, "neighbours": 0}  # without a card
 FIT_TYPES = {  # of what is used of the fit of the expected DSC in a card
     **dict.fromkeys(("features", "mean", "deviation", "weights", "interval"), list),
@@ -58,7 +57,7 @@ def load_state(path: Path | str) -> dict[str, Tensor]:
     """Load the state dict in a file to the CPU.
 
     Raises FileNotFoundError or ValueError, naming the file, if it is missing, damaged, not bare
-    weights (which could run code and are never opened), or does not match the hash in its name.
+    weights (which could run code and are never opened), or shipped weights that have changed.
     """
     path = Path(path)
     state = load_tensors(path)
@@ -91,8 +90,8 @@ def load_tensors(path: Path | str) -> dict:
         raise FileNotFoundError(f"{path}: no such file; name a weights file (.pt)")
     if path.suffix in OTHERS:
         raise ValueError(f"{path}: {OTHERS[path.suffix]}")
-    named = hash_in_name(path.name)
-    if named and not file_hash(path).startswith(named):
+    shipped = path.name in {file.name for file in shipped_files()}
+    if shipped and not file_hash(path).startswith(path.stem[-8:]):
         raise ValueError(f"{path}: its SHA-256 is not the one in its name; fetch it again")
     try:
         with warnings.catch_warnings():  # about a pickle that is refused just below
@@ -110,14 +109,6 @@ def load_tensors(path: Path | str) -> dict:
     if not isinstance(content, dict):
         raise ValueError(f"{path}: does not contain a state dict; save model.state_dict()")
     return content
-
-
-def hash_in_name(name: str) -> str | None:
-    """Find the eight digits of SHA-256 in the name of a weights file, unless they are a date."""
-    named = re.search(r"-([0-9a-f]{8})\.pt$", name)
-    if named and DATE.fullmatch(named[1]) and name not in {path.name for path in shipped_files()}:
-        return None
-    return named and named[1]
 
 
 def model_from_state(state: dict[str, Tensor], path: Path | str) -> tuple[str, nn.Module]:
@@ -160,25 +151,34 @@ def initialise(model: nn.Module, path: Path | str) -> tuple[list[str], list[str]
 
 
 def save_weights(path: Path, state: dict[str, Tensor], card: dict) -> None:
-    """Write a bare state dict and its card, each whole or not at all; raises OSError."""
-    save_tensors(path, state)
-    write_json(path.with_suffix(".json"), card)
+    """Write a bare state dict and its card, with the SHA-256 of the file; raises OSError.
+
+    Both are whole before the first of them, the card, is replaced.
+    """
+    content = pack(state)
+    card = card | {"sha256": hashlib.sha256(content).hexdigest()}
+    with atomic_write(path) as weights, atomic_write(path.with_suffix(".json")) as about:
+        weights.write_bytes(content)
+        write_json(about, card)
 
 
 def save_tensors(path: Path, content: dict) -> None:
     """Write with `torch.save`, whole or not at all; raises OSError, naming the file."""
-    try:
-        with atomic_write(path) as temporary:
-            torch.save(content, temporary)
-    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError if the disk is full
-        reason = getattr(error, "strerror", None) or "is the disk full?"
-        raise OSError(f"{path}: not written ({reason}); any earlier file is kept") from error
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(pack(content))
+
+
+def pack(content: dict) -> memoryview:
+    """Return what `torch.save` writes; into a file, it would write the file's name as well."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getbuffer()
 
 
 def read_card(path: Path | str) -> dict:
     """Read the card beside a weights file or inside an ONNX file; empty if it is missing.
 
-    Raises ValueError if it is not a card.
+    Raises ValueError if it is not a card, or the card of other weights.
     """
     if Path(path).suffix == ".onnx":
         return read_onnx_card(path)
@@ -198,6 +198,11 @@ def read_card(path: Path | str) -> dict:
                 raise TypeError(name)
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{card}: is not the JSON card of {Path(path).name}; remove it") from error
+    if content.get("sha256") not in (None, file_hash(path)):
+        raise ValueError(
+            f"{path}: is not the file that {card.name} beside it belongs to, by its SHA-256; copy "
+            "both again from the same place"
+        )
     return content
 
 

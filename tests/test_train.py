@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -21,6 +22,7 @@ import numpy as np
 import pytest
 import tifffile
 import torch
+from conftest import FORK
 
 import train
 from brainseg import training
@@ -77,7 +79,8 @@ def same_run(a: Path, b: Path) -> bool:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    paths = [path for path in folder.iterdir() if path.suffix != ".lock"]
+    return {path.name: path.read_bytes() for path in paths}
 
 
 def interrupt(monkeypatch, step: int, number: int) -> None:
@@ -159,6 +162,7 @@ def test_vis_images_limits_the_slices_drawn(phantoms, tmp_path):
 def test_same_seed_same_weights_with_or_without_pictures(phantoms, straight, tmp_path):
     again = run(phantoms, tmp_path / "a", "--epochs", 3)
     assert same_run(again, straight / "weights")
+    assert (again / "unet.pt").read_bytes() == (straight / "weights" / "unet.pt").read_bytes()
     other = run(phantoms, tmp_path / "b", "--epochs", 3, "--seed", 1)
     assert not same(load_state(other / "unet.pt"), load_state(again / "unet.pt"))
 
@@ -189,7 +193,7 @@ def test_command_line_takes_the_original_flags(phantoms, tmp_path, monkeypatch, 
     old = "--batch-size 8 --epochs 1 --lr 1e-4 --device cpu --workers 1 --vis-images 1 --vis-freq 1"
     old += " --weights ./w --logs ./l --image-size 32 --aug-scale 0.05 --aug-angle 15"
     train.main([*old.split(), "--images", str(phantoms), "--features", "4"])
-    assert {path.name for path in Path("w").iterdir()} == {"unet.pt", "unet.json", "unet.ckpt"}
+    assert contents(Path("w")).keys() == {"unet.pt", "unet.json", "unet.ckpt"}
     assert "64 slices to train on" in capsys.readouterr().out
 
 
@@ -317,8 +321,8 @@ def test_shipped_weights_are_never_touched(phantoms, tmp_path):
         path.write_text("as shipped")
     before = {path: path.stat().st_mtime_ns for path in shipped.parent.iterdir()}
     run(phantoms, tmp_path, "--epochs", 2, "--keep", "last")
-    for path, time in before.items():
-        assert path.read_text() == "as shipped" and path.stat().st_mtime_ns == time
+    for path, changed in before.items():
+        assert path.read_text() == "as shipped" and path.stat().st_mtime_ns == changed
 
 
 @pytest.mark.parametrize("signalled", [False, True])
@@ -333,17 +337,17 @@ def test_nan_loss_stops_and_keeps_earlier_weights(phantoms, tmp_path, monkeypatc
     assert contents(weights) == before
 
 
-def raises_no_space(save, state, path):
-    Path(path).write_bytes(b"the first bytes")
+def raises_no_space(write, path, content):
+    write(path, b"the first bytes")
     raise OSError(28, "No space left on device")
 
 
-def reaches_limit(save, state, path):
-    """Raise RuntimeError, as PyTorch itself does if the file cannot grow."""
+def reaches_limit(write, path, content):
+    """Raise OSError, as the system does if the file cannot grow."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
     try:
-        save(state, path)
+        write(path, content)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
@@ -352,12 +356,12 @@ def reaches_limit(save, state, path):
 def test_full_disk_leaves_the_old_file_whole(phantoms, tmp_path, monkeypatch, full, suffix):
     recipe = "--epochs", 2, "--keep", "last"
     weights = run(phantoms, tmp_path, "--keep", "last")
-    before, save = contents(weights), torch.save
+    before, write = contents(weights), Path.write_bytes
 
-    def full_disk(state, path):
-        return full(save, state, path) if Path(path).suffix == suffix else save(state, path)
+    def full_disk(path, content):
+        return full(write, path, content) if path.suffix == suffix else write(path, content)
 
-    monkeypatch.setattr(torch, "save", full_disk)
+    monkeypatch.setattr(Path, "write_bytes", full_disk)
     message = refused(phantoms, tmp_path, "--resume", *recipe)
     assert str(weights / f"unet{suffix}") in message
     after = contents(weights)
@@ -367,6 +371,109 @@ def test_full_disk_leaves_the_old_file_whole(phantoms, tmp_path, monkeypatch, fu
     monkeypatch.undo()
     run(phantoms, tmp_path, "--resume", *recipe)  # when the disk has space again
     assert same_run(weights, run(phantoms, tmp_path / "straight", *recipe))
+
+
+# Twice at once, killed, or beside the files of others
+
+
+def test_two_trainings_never_write_into_one_folder(phantoms, tmp_path):
+    """Once, unet.pt was one run's and unet.ckpt the other's; `srun -n 2` starts such two."""
+    child = FORK.Process(target=run, args=(phantoms, tmp_path, "--epochs", 10_000))
+    child.start()
+    while not (tmp_path / "weights" / "unet.ckpt").exists():
+        time.sleep(0.01)
+    message = refused(phantoms, tmp_path, "--logs", tmp_path / "other", "--resume")
+    assert f"{tmp_path / 'weights'}: another run is writing there" in message
+    assert "--weights" in message
+    message = refused(phantoms, tmp_path, "--weights", tmp_path / "other")
+    assert f"{tmp_path / 'logs'}: another run" in message and "--logs" in message
+    assert not contents(tmp_path / "other")
+    child.kill()
+    child.join()
+    run(phantoms, tmp_path, "--resume", "--epochs", 1)
+
+
+@pytest.mark.parametrize("lost", [".pt", ".json"])
+def test_a_checkpoint_without_its_weights_is_refused(phantoms, straight, tmp_path, lost, capsys):
+    """Once, the run ended well and named weights that did not exist."""
+    weights = shutil.copytree(straight / "weights", tmp_path / "weights")
+    (weights / f"unet{lost}").unlink()
+    if lost == ".json":  # it is in the checkpoint as well
+        run(phantoms, tmp_path, "--resume")
+        assert read_card(weights / "unet.pt") == read_card(straight / "weights" / "unet.pt")
+        return
+    message = refused(phantoms, tmp_path, "--resume")
+    assert f"{weights / 'unet.pt'}: is missing" in message and "copy it" in message
+    assert "weights:" not in capsys.readouterr().out
+
+
+def test_weights_of_another_run_are_not_resumed(phantoms, straight, tmp_path):
+    weights = shutil.copytree(straight / "weights", tmp_path / "a" / "weights")
+    card = read_card(weights / "unet.pt")
+    other = run(phantoms, tmp_path / "b", "--seed", 1)
+    for suffix, said in ((".pt", "is not the file that unet.json"), (".json", "of the same")):
+        shutil.copy(other / f"unet{suffix}", weights)
+        if suffix == ".json":  # a whole pair, of a later start
+            about = read_card(weights / "unet.pt") | {"started": "2001-01-01"}
+            (weights / "unet.json").write_text(json.dumps(about))
+        assert said in refused(phantoms, tmp_path / "a", "--resume", "--epochs", 4)
+    assert card == load_tensors(weights / "unet.ckpt")["card"]
+
+
+def kill_at(number: int, work) -> None:
+    """Do `work` in a process that is killed just before it moves its n-th file into place."""
+
+    def until_killed() -> None:
+        moved, replace = [], Path.replace
+
+        def move(path, target):
+            moved.append(1)
+            if len(moved) == number:
+                assert Path(target).suffix == (".pt" if number % 4 == 0 else ".ckpt")
+                os.kill(os.getpid(), signal.SIGKILL)
+            return replace(path, target)
+
+        Path.replace = move
+        work()
+
+    child = FORK.Process(target=until_killed)
+    child.start()
+    child.join()
+    assert child.exitcode == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("number", [4, 5, 8, 9])
+def test_a_killed_run_is_put_right(phantoms, straight, tmp_path, number):
+    """Kill it before the weights or the checkpoint of the first or the second epoch."""
+    kill_at(number, lambda: run(phantoms, tmp_path, "--epochs", 3, "--keep", "last"))
+    weights = tmp_path / "weights"
+    resume = ["--resume"] * (weights / "unet.ckpt").exists()
+    run(phantoms, tmp_path, "--epochs", 3, "--keep", "last", *resume)
+    assert same_run(weights, straight / "weights") and read_card(weights / "unet.pt")["epoch"] == 3
+    assert not list(tmp_path.glob("*/.brainseg-*")), "nothing is left behind"
+    run(phantoms, tmp_path, "--resume")
+
+
+@pytest.mark.parametrize("name", ["weights/unet.pt", "weights/unet.json", "weights/unet.ckpt",
+                                  "logs/args.json"])  # fmt: skip
+def test_files_of_other_programs_stay(phantoms, tmp_path, name):
+    path = tmp_path / name
+    path.parent.mkdir()
+    if path.suffix == ".json":
+        path.write_text('{"args": {"lr": 1}, "model": "unet"}')
+    else:
+        torch.save({"state_dict": UNet(init_features=4).state_dict()}, path)
+    before = path.read_bytes()
+    message = refused(phantoms, tmp_path)
+    assert f"{path}: is in the way, and was not written by" in message
+    assert path.read_bytes() == before
+
+
+def test_weights_put_in_place_of_ours_are_not_overwritten(phantoms, tmp_path):
+    weights = run(phantoms, tmp_path)
+    before = saved(UNet(init_features=8), weights / "unet.pt").read_bytes()
+    assert f"{weights / 'unet.pt'}: is in the way" in refused(phantoms, tmp_path)
+    assert (weights / "unet.pt").read_bytes() == before
 
 
 # Data, folds and weights to start from
@@ -432,31 +539,31 @@ def test_fine_tuning_says_what_it_could_not_use(phantoms, tmp_path, monkeypatch,
 
 def test_fine_tuning_takes_over_size_and_preprocessing(tmp_path, capsys):
     file = saved(UNet(init_features=4), tmp_path / "start.pt")
-    args, _ = train.get_args(["--init-weights", str(file)])
+    args = train.get_args(["--init-weights", str(file)])
     assert (args.features, args.image_size, args.preprocessing) == (4, 256, 1)  # it has no card
     file.with_suffix(".json").write_text('{"image_size": 96, "preprocessing": 2, "neighbours": 1}')
-    args, _ = train.get_args(["--init-weights", str(file), "--image-size", "64"])
+    args = train.get_args(["--init-weights", str(file), "--image-size", "64"])
     assert (args.image_size, args.preprocessing, args.neighbours) == (64, 2, 1)
 
 
 def test_the_classic_recipe_is_the_published_one():
-    args, _ = train.get_args(["--recipe", "classic", "--loss", "bce-dice"])
+    args = train.get_args(["--recipe", "classic", "--loss", "bce-dice"])
     assert (args.features, args.image_size, args.preprocessing, args.lr) == (32, 256, 1, 1e-4)
     assert (args.schedule, args.ema, args.aug_scale, args.loss) == ("constant", 0, 0.05, "bce-dice")
-    args, _ = train.get_args([])
+    args = train.get_args([])
     assert (args.features, args.image_size, args.schedule) == (16, 192, "cosine")
 
 
 def test_classic_recipe_wins_over_a_file_but_not_over_a_card(tmp_path):
     settings = tmp_path / "settings.yaml"
     settings.write_text("lr: 0.5\nrecipe: classic\n")
-    args, _ = train.get_args(["--config", str(settings)])
+    args = train.get_args(["--config", str(settings)])
     assert (args.lr, args.loss, args.features) == (0.5, "dice", 32)
-    args, _ = train.get_args(["--config", str(settings), "--recipe", "classic"])
+    args = train.get_args(["--config", str(settings), "--recipe", "classic"])
     assert args.lr == 1e-4
     file = saved(UNet(init_features=4), tmp_path / "start.pt")
     file.with_suffix(".json").write_text('{"image_size": 96, "preprocessing": 2}')
-    args, _ = train.get_args(["--recipe", "classic", "--init-weights", str(file)])
+    args = train.get_args(["--recipe", "classic", "--init-weights", str(file)])
     assert (args.features, args.image_size, args.preprocessing) == (4, 96, 2)
 
 
@@ -466,7 +573,7 @@ def test_a_checkpoint_from_before_the_recipes_is_resumed(phantoms, tmp_path):
     checkpoint["args"] |= {"features": None}
     del checkpoint["args"]["recipe"]
     torch.save(checkpoint, weights / "unet.ckpt")
-    args, _ = train.get_args(["--resume", "--weights", str(weights), "--epochs", "2"])
+    args = train.get_args(["--resume", "--weights", str(weights), "--epochs", "2"])
     assert (args.features, args.recipe) == (32, None)
 
 
@@ -519,7 +626,7 @@ def test_missing_empty_or_unpaired_images_are_refused(phantoms, tmp_path):
     for path in images.glob(f"{TRAIN}/*_mask.tif"):
         path.unlink()
     assert f"{images / TRAIN}: has no mask" in refused(images, tmp_path)
-    assert not list(tmp_path.glob("weights/*"))
+    assert not contents(tmp_path / "weights")
 
 
 def test_a_file_in_place_of_an_output_folder_is_refused(phantoms, tmp_path):
