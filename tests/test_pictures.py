@@ -1,8 +1,13 @@
 """Test that pictures show what they should and do not change their data."""
 
+import os
+import subprocess
+import sys
+
 import imageio.v3 as iio
 import numpy as np
 import pytest
+from conftest import ROOT
 from skimage.segmentation import find_boundaries
 
 from brainseg.io.pictures import (
@@ -145,3 +150,12 @@ def test_montage_shows_every_picture_once_in_order():
     assert whole.shape == (16, 12, 3)
     cells = whole[::4, ::6, 0].ravel()
     assert cells.tolist() == [1, 2, 3, 4, 5, 6, 7, 0]
+
+
+def test_figures_need_no_backend_of_a_notebook(tmp_path):
+    """A notebook's own is handed on to the programs that it starts."""
+    code = "from brainseg.io.pictures import save_dsc_figure; save_dsc_figure(%r, {'a': 0.5})"
+    command = [sys.executable, "-c", code % str(tmp_path / "dsc.png")]
+    env = os.environ | {"MPLBACKEND": "module://not_installed.backend_inline"}
+    subprocess.run(command, cwd=ROOT, env=env, check=True)
+    assert (tmp_path / "dsc.png").stat().st_size > 1000

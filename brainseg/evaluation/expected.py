@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..ensemble import FEATURES, WARN_BELOW, fit_expected_dsc
 from ..io.files import write_json
-from ..io.pictures import save_figure
+from ..io.pictures import new_figure, save_figure
 from ..segmenter import FITTED_WITH
 from ..weights import read_card
 from .scoring import Model
@@ -64,9 +64,7 @@ def fit_and_save(model: Model, rows: Sequence[dict], figure: Path) -> str:
 
 def save_scatter(path: Path, expected: Sequence[float], true: Sequence[float]) -> None:
     """Plot the true DSC of every case against the expected one."""
-    from matplotlib.figure import Figure  # slow to import
-
-    figure = Figure(figsize=(5, 5), layout="constrained")
+    figure = new_figure(figsize=(5, 5))
     axes = figure.subplots()
     axes.plot([0, 1], [0, 1], color="0.8", zorder=0)
     for line in (axes.axvline, axes.axhline):

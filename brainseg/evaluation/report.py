@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..io.pictures import save_figure
+from ..io.pictures import new_figure, save_figure
 from ..metrics import FEW
 from .page import Table, write_page
 from .statistics import SCORES, SETTINGS
@@ -135,9 +135,7 @@ def case_table(models: dict[str, list[dict]]) -> Table:
 
 def save_scores(path: Path, models: dict[str, list[dict]]) -> None:
     """Draw a box plot of the DSCs of each model, with a point per case."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(2.2 + 1.3 * len(models), 4.2), layout="constrained")
+    figure = new_figure(figsize=(2.2 + 1.3 * len(models), 4.2))
     axes = figure.add_subplot()
     scores = [[row["dsc"] for row in rows] for rows in models.values()]
     axes.boxplot(scores, widths=0.5, showfliers=False, medianprops={"color": "#e4572e"})
@@ -156,10 +154,8 @@ def save_gallery(
     path: Path, models: dict[str, list[dict]], pictures: dict[tuple[str, str], np.ndarray]
 ) -> None:
     """Draw the worst, median and best case of each model; pictures (H, W, 3) by (model, case)."""
-    from matplotlib.figure import Figure
-
     drawn = {name: rows for name, rows in models.items() if (name, rows[0]["case"]) in pictures}
-    figure = Figure(figsize=(9.6, 3.9 * len(drawn)), layout="constrained")
+    figure = new_figure(figsize=(9.6, 3.9 * len(drawn)))
     grid = figure.subplots(len(drawn), 3, squeeze=False)
     for line, (name, rows) in zip(grid, drawn.items(), strict=True):
         for axes, (which, row) in zip(line, pick(rows).items(), strict=True):

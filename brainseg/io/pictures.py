@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -117,16 +118,28 @@ def save_gif(path: Path | str, pictures: np.ndarray) -> None:
         first.save(temporary, "GIF", optimize=False, **how)
 
 
+def new_figure(**options) -> Figure:
+    """Make a figure of matplotlib, for a file only, whatever backend MPLBACKEND names.
+
+    A notebook hands its own on to the programs that it starts, which may not have it installed.
+    """
+    backend = os.environ.pop("MPLBACKEND", None)  # read, and refused, by the import
+    try:
+        from matplotlib.figure import Figure  # slow to import
+    finally:
+        if backend is not None:
+            os.environ["MPLBACKEND"] = backend
+    return Figure(layout="constrained", **options)
+
+
 def save_dsc_figure(path: Path | str, scores: dict[str, float], marked: Sequence[str] = ()) -> None:
     """Draw sorted horizontal bars of the cases' DSC, with mean and median; `marked` ones are pale.
 
     Marked cases, of patients that the weights were trained on, do not count in mean and median.
     """
-    from matplotlib.figure import Figure
-
     names = sorted(scores, key=scores.get)
     counted = [scores[name] for name in names if name not in marked]
-    figure = Figure(figsize=(8, 1.4 + 0.26 * len(names)), layout="constrained")
+    figure = new_figure(figsize=(8, 1.4 + 0.26 * len(names)))
     axes = figure.add_subplot()
     colours = ["#b9c6d3" if name in marked else "#4c78a8" for name in names]
     axes.barh(names, [scores[name] for name in names], color=colours)
