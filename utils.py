@@ -6,6 +6,7 @@ import argparse
 import ctypes
 import difflib
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -22,7 +23,19 @@ import torch
 from brainseg.io.files import MARK, sentence
 
 
-class Parser(argparse.ArgumentParser):
+class HomeParser(argparse.ArgumentParser):
+    """An ArgumentParser that expands ~ in PATH and NAME=PATH, as shells do only for some."""
+
+    def _get_value(self, action: argparse.Action, text: str) -> object:
+        name, equals, path = text.partition("=")
+        if text.startswith("~"):
+            text = os.path.expanduser(text)
+        elif path.startswith("~"):
+            text = name + equals + os.path.expanduser(path)
+        return super()._get_value(action, text)
+
+
+class Parser(HomeParser):
     """An ArgumentParser that takes defaults from --config FILE and supports recipes.
 
     FILE is YAML (so JSON too): `batch-size: 8` or `batch_size: 8` is --batch-size 8, true and
@@ -62,7 +75,7 @@ class Parser(argparse.ArgumentParser):
         return add, recipe
 
     def parse_args(self, args: Sequence[str] | None = None, namespace=None) -> argparse.Namespace:
-        finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        finder = HomeParser(add_help=False, allow_abbrev=False)
         finder.add_argument("--config", type=Path)
         finder.add_argument("--recipe")
         finder.error = self.error
@@ -251,11 +264,13 @@ def make_generator(seed: int, *stream: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(state >> np.uint64(1)))
 
 
-def keep_freed_memory() -> None:
-    """Make glibc, if in use, keep freed memory for this process's next allocations.
+def keep_freed_memory(device: torch.device) -> None:
+    """Make glibc, if in use, keep freed memory for the next allocations, if the CPU computes.
 
     Otherwise each large tensor is mapped afresh, and its pages are cleared when first touched.
     """
+    if device.type != "cpu":
+        return
     with suppress(AttributeError, OSError, TypeError):  # another C library
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-4, 0)  # M_MMAP_MAX: nothing is mapped separately

@@ -106,6 +106,22 @@ def test_names_are_flags_with_hyphens_or_underscores(settings):
     assert str(args.images) == "mine"
 
 
+def test_home_is_expanded_where_no_shell_does(settings, monkeypatch, tmp_path):
+    """Once, `weights: ~/runs` in a file made a folder named ~."""
+    from evaluate import get_parser
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    args = settings(
+        "weights: ~/runs\npatients: ~/p.csv\nsequences: [mask=~/masks/x.nii]\n", "--cache=~"
+    )
+    assert args.weights == tmp_path / "runs" and args.patients == f"{tmp_path}/p.csv"
+    assert args.sequences == [f"mask={tmp_path}/masks/x.nii"] and args.cache == tmp_path
+    (tmp_path / "s.yaml").write_text("weights: a=~/a.pt\ncases: [a~b, x=~y]\n")
+    args = get_parser().parse_args(["--config=~/s.yaml", "--out=~/out~"])
+    assert args.weights == [f"a={tmp_path}/a.pt"] and args.out == tmp_path / "out~"
+    assert args.cases == ["a~b", "x=~y"], "there is no user y"
+
+
 def test_flags_win(settings):
     assert settings("lr: 0.5\nepochs: 7", "--lr", "0.25").lr == 0.25
     assert settings("amp: true", "--no-amp").amp is False
