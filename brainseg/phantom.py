@@ -12,13 +12,14 @@ It is not a model of disease: use it to test code, not to judge a network.
 """
 
 import argparse
-import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import tifffile
+
+from .io.files import MARK, has_mark, remove
 
 Array = np.ndarray
 Signal = tuple[float, float, float]
@@ -185,10 +186,10 @@ def write_data_set(
     seed: int = 0,
     no_lesion: int = 0,
 ) -> None:
-    """Write `cases` folders `phantom_000`, ... into `directory`, replacing those of the same name.
+    """Write `cases` folders `phantom_000`, ... into `directory`, replacing phantoms of that name.
 
     Every `no_lesion`-th case is healthy (0: none). A case does not depend on the number of cases.
-    Raises OSError if the directory cannot be written.
+    Raises OSError if the directory cannot be written, ValueError if other files are in the way.
     """
     directory = Path(directory)
     if directory.is_file():
@@ -198,12 +199,17 @@ def write_data_set(
         lesion = not no_lesion or (index + 1) % no_lesion != 0
         volume, mask = make_volume((seed, index), slices, size, lesion)
         folder = directory / f"phantom_{index:03d}"
-        if folder.exists():
-            shutil.rmtree(folder)
+        remove(folder, _is_phantom)
         folder.mkdir()
         for k, (image, label) in enumerate(zip(volume, mask, strict=True), start=1):
-            tifffile.imwrite(folder / f"{folder.name}_{k}.tif", image, photometric="rgb")
-            tifffile.imwrite(folder / f"{folder.name}_{k}_mask.tif", label * np.uint8(255))
+            name = f"{folder.name}_{k}"
+            tifffile.imwrite(folder / f"{name}.tif", image, photometric="rgb", software=MARK)
+            tifffile.imwrite(folder / f"{name}_mask.tif", label * np.uint8(255), software=MARK)
+
+
+def _is_phantom(folder: Path) -> bool:
+    """Tell whether every file in a folder was written by this program."""
+    return folder.is_dir() and all(map(has_mark, folder.iterdir()))
 
 
 def main(argv: list[str] | None = None) -> None:

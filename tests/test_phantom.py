@@ -89,6 +89,16 @@ def test_writing_again_leaves_no_stale_slice(tmp_path):
     assert [f.name for f in tmp_path.iterdir()] == ["phantom_000"]
 
 
+@pytest.mark.parametrize("name", ["phantom_000_1.tif", "notes.txt"])
+def test_only_phantoms_are_replaced(tmp_path, name):
+    """Once, any folder phantom_000 was deleted."""
+    phantom.write_data_set(tmp_path, cases=1, slices=4, size=32)
+    tifffile.imwrite(tmp_path / "phantom_000" / name, np.zeros((32, 32, 3), np.uint8))
+    before = contents(tmp_path)
+    assert run(tmp_path, "--cases", 1) == 2
+    assert contents(tmp_path) == before
+
+
 def test_no_lesion_makes_every_nth_case_healthy(tmp_path):
     phantom.write_data_set(tmp_path, cases=4, slices=8, size=48, no_lesion=2)
     for index in range(4):
