@@ -1,10 +1,12 @@
 # make demo   a synthetic data set, a one-minute training, masks and scores, in demo/
 # make test   the test suite
+# make test-lowest   the same with the lowest versions that are allowed, before a bound is changed
 # make lint   ruff check and ruff format --check
 PYTHON ?= python3
 BIN := .venv/bin
+LOWEST := .venv-lowest/bin/python
 
-.PHONY: demo test lint clean python3-venv
+.PHONY: demo test test-lowest lint clean python3-venv
 
 demo: .venv/installed
 	@rm -rf demo
@@ -20,6 +22,18 @@ demo: .venv/installed
 
 test: .venv/installed-dev
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder tests
+
+# TORCH="==2.13.0" takes that version of PyTorch instead of the lowest.
+test-lowest:
+	@rm -rf .venv-lowest
+	@$(PYTHON) -m venv .venv-lowest
+	@$(LOWEST) -m pip install --quiet --disable-pip-version-check uv
+	@echo "torch$(TORCH)" >.venv-lowest/torch.txt
+	@$(LOWEST) -m uv pip compile --quiet --resolution lowest-direct -o .venv-lowest/lowest.txt \
+		requirements-dev.txt .venv-lowest/torch.txt
+	@$(LOWEST) -m pip install --quiet --disable-pip-version-check \
+		-c .venv-lowest/lowest.txt -r requirements-dev.txt
+	@OMP_NUM_THREADS=1 $(LOWEST) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder tests
 
 lint: .venv/installed-dev
 	@$(BIN)/ruff check .
@@ -48,4 +62,4 @@ python3-venv:
 	@touch $@
 
 clean:
-	rm -rf .venv demo
+	rm -rf .venv .venv-lowest demo
