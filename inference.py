@@ -83,7 +83,8 @@ def get_parser() -> argparse.ArgumentParser:
     add("--skip-existing", action="store_true",
         help="keep the masks that an earlier run made with these weights and settings")
     add("--weights", type=Path, nargs="+",
-        help="weights or .onnx file; several, or a folder, are averaged (the shipped weights)")
+        help="weights or .onnx file; several are averaged, or those in a folder or, if none, "
+        "in its folders (the shipped weights)")
     utils.add_segmenter_options(parser)
     add, _ = parser.group("where to")
     add("--predictions", type=Path, default="./predictions", help="folder to write to")

@@ -17,7 +17,7 @@ from .ensemble import Ensemble, assess, fold_batch_norm, load_ensemble, networks
 from .io.files import by
 from .onnx import OnnxNetwork
 from .preprocess import VERSION, Frame, neighbourhoods, preprocess, restore
-from .weights import CARD_DEFAULTS, file_hash, weights_files
+from .weights import CARD_DEFAULTS, file_hash, shipped_files, weights_files
 
 # Options that the fit in a card is for, beside the image size.
 FITTED_WITH = ("threshold", "largest_component", "min_volume", "tta")
@@ -127,6 +127,9 @@ class Segmenter:
             **own | {name: value for name, value in options.items() if value is not None},
         )
         segmenter.hashes = {file: file_hash(file) for file in files}
+        if len(files) > 1 and not set(files) <= set(shipped_files()):
+            averaged = ", ".join(map(str, files))
+            segmenter.notes.append(f"{len(files)} networks are averaged: {averaged}")
         changed = [f"{k} {own[k]}" for k in own if getattr(segmenter, k) != own[k]]
         if changed and fit.get("features"):
             segmenter.expected_dsc_fit = None

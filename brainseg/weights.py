@@ -207,10 +207,12 @@ def read_card(path: Path | str) -> dict:
 
 
 def weights_files(weights: Path | str | Sequence[Path | str]) -> list[Path]:
-    """List the files that --weights means: a file, several, or all .pt files under a folder.
+    """List the files that --weights means: a file, several, or a folder.
 
-    Raises FileNotFoundError for a folder without any, ValueError for a file given twice, a folder
-    with weights of another format, or an ONNX file with others.
+    A folder means the .pt files in it or, if there are none, in its folders. Raises
+    FileNotFoundError for a folder without any, ValueError for a file given twice, a folder with
+    weights of another format or of networks that do not belong together, or an ONNX file with
+    others.
     """
     files = []
     for path in map(Path, [weights] if isinstance(weights, (str, Path)) else weights):
@@ -227,15 +229,43 @@ def weights_files(weights: Path | str | Sequence[Path | str]) -> list[Path]:
 
 
 def _files_in(folder: Path) -> list[Path]:
-    inside = sorted(file for file in folder.rglob("*") if file.name[0] != ".")
+    inside = _visible(folder, "*")
+    if not any(file.suffix == ".pt" for file in inside):
+        inside = _visible(folder, "**/*")
     for file in inside:
         if file.suffix in (".pth", ".safetensors", ".h5"):
             raise ValueError(
                 f"{file}: is not a weights file of this project (.pt); take it out of {folder}"
             )
-    if not (files := [file for file in inside if file.suffix == ".pt"]):
+    files = [file for file in inside if file.suffix == ".pt"]
+    if not files:
         raise FileNotFoundError(f"{folder}: no weights (.pt) in this folder; name a file")
+    for file in files:
+        _check_alike(file, files[0], folder)
     return files
+
+
+def _visible(folder: Path, pattern: str) -> list[Path]:
+    """List what is in a folder, but nothing that is hidden or in a hidden folder."""
+    paths = sorted(folder.glob(pattern))
+    return [path for path in paths if "/." not in f"/{path.relative_to(folder).as_posix()}"]
+
+
+def _check_alike(file: Path, first: Path, folder: Path) -> None:
+    """Raise ValueError unless networks are of one kind and recipe, but for fold and seed."""
+    one, other = _kind(first), _kind(file)
+    for name in sorted(one.keys() & other.keys() - {"fold", "seed"}):
+        if one[name] != other[name]:
+            raise ValueError(
+                f"{folder}: {file.relative_to(folder)} has {name.replace('_', ' ')} {other[name]}, "
+                f"but {first.relative_to(folder)} has {one[name]}; the networks of a folder are "
+                "averaged: name the file, or the files that belong together"
+            )
+
+
+def _kind(file: Path) -> dict:
+    card = read_card(file)
+    return card.get("settings", {}) | card.get("recipe", {})
 
 
 def shipped_weights(name: str) -> Path:

@@ -134,6 +134,40 @@ def test_a_foreign_file_in_the_folder_is_refused(phantoms, folder, tmp_path):
     assert message.startswith(f"error: {empty}: no weights (.pt) in this folder")
 
 
+def test_a_folder_means_its_own_files_or_those_of_its_folders(folder, tmp_path):
+    """After one training into weights/, seven networks were averaged without a note."""
+    shutil.copytree(folder, tmp_path / "unet-folds")
+    shutil.copytree(folder, tmp_path / ".ipynb_checkpoints")
+    files = [tmp_path / "unet-folds" / f"fold{k}.pt" for k in range(3)]
+    assert weights_files(tmp_path) == files
+    (said,) = opened(tmp_path).notes
+    assert said == "3 networks are averaged: " + ", ".join(map(str, files))
+    trained = write_member(tmp_path / "unet.pt", 7)
+    assert weights_files(tmp_path) == [trained] and not opened(tmp_path).notes
+
+
+@pytest.mark.parametrize(
+    "card, said",
+    [
+        ({"settings": {"init_features": 32}}, "init features 32, but unet.pt has 16"),
+        ({"recipe": {"model": "resnext_unet"}}, "model resnext_unet, but unet.pt has unet"),
+        ({"recipe": {"loss": "dice"}}, "loss dice, but unet.pt has bce-dice"),
+        ({"recipe": {"fold": 1, "seed": 43}}, None),
+    ],
+    ids=str,
+)
+def test_networks_of_two_kinds_in_a_folder_are_not_averaged(tmp_path, card, said):
+    ours = {"model": "unet", "loss": "bce-dice", "fold": 0, "seed": 42}
+    first = write_member(tmp_path / "unet.pt", 0, settings={"init_features": 16}, recipe=ours)
+    other = write_member(tmp_path / "zzz.pt", 1, **card)
+    assert weights_files([first, other]) == [first, other], "who names them wants them"
+    if said:
+        with pytest.raises(ValueError, match=f"^{tmp_path}: zzz.pt has {said}; .*: name the file"):
+            weights_files(tmp_path)
+    else:
+        assert weights_files(tmp_path) == [first, other]
+
+
 def test_a_file_given_twice_is_refused(folder):
     with pytest.raises(ValueError, match="fold0.pt: is given twice"):
         opened([folder / "fold0.pt", folder])
