@@ -2,13 +2,11 @@
 
     python3 train.py --images ./kaggle_3m                 100 epochs; best weights: weights/unet.pt
     python3 train.py --recipe classic                     as published: 256 px, 32 features, Dice
-    python3 train.py --resume                             continue after an interruption
-    python3 train.py --resume --epochs 150                train for longer
+    python3 train.py --resume                             go on after an interruption, or for longer
     python3 train.py --config settings.yaml               flag names as keys; flags win
     python3 train.py --folds 5 --fold 0                   cross-validation by patient
     python3 train.py --init-weights weights/unet-folds/unet-a5f30600.pt ...            fine-tune
     torchrun --nproc-per-node=4 train.py ...              on four GPUs of this machine
-    tensorboard --logdir logs                             curves and outlined slices
 
 Writes WEIGHTS/<model>.pt (with its card, <model>.json) and WEIGHTS/<model>.ckpt, and never
 touches the shipped weights.
@@ -30,6 +28,7 @@ from tqdm import tqdm
 import utils
 from brainseg import distributed as dist
 from brainseg import runs, training
+from brainseg.claims import claimed
 from brainseg.devices import half_precision, has_bfloat16, pick_device, to_device
 from brainseg.io.layouts import Source
 from brainseg.metrics import dsc
@@ -56,8 +55,7 @@ def get_args_parser() -> utils.Parser:
     recipe("--image-size", type=int, least=32,
            help="side of a resized slice (192, or that of --init-weights; classic: 256)")
     recipe("--preprocessing", type=int, choices=(1, 2),
-           help="1: scale all sequences together; 2: separately (2, or that of --init-weights; "
-           "classic: 1)")
+           help="1: sequences scaled together; 2: apart (2, or that of --init-weights; classic: 1)")
     recipe("--folds", type=int, least=2, help="cross-validation: number of folds, split by patient")
     recipe("--fold", type=int, least=0, help="cross-validation: the fold to validate on, from 0")
     add("--cache", type=Path, help="folder of preprocessed volumes (~/.cache/brainseg)")
@@ -99,8 +97,7 @@ def add_recipe_options(parser: utils.Parser) -> None:
     """Add the options for sampling, augmentation and optimisation."""
     share = {"type": float, "least": 0, "below": 1}
     add, recipe = parser.group("recipe")
-    recipe("--recipe", choices=("classic",),
-        help="published values as defaults, in place of those of the shipped weights")
+    recipe("--recipe", choices=("classic",), help="the values published in 2019 as defaults")
     add("--epochs", default=100, least=1, help="each draws as many slices as the training set has")
     recipe("--batch-size", default=16, least=1, help="slices per step")
     recipe("--lr", default=2e-3, least=0, help="peak learning rate of Adam")
@@ -125,17 +122,14 @@ def add_recipe_options(parser: utils.Parser) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Train as the command line says. Raises SystemExit, with a sentence, unless it succeeds."""
-    stopped = "error: stopped at once; preprocessed volumes and finished epochs are kept"
-    quiet, group = dist.only_main_process_prints(), dist.process_group()
-    with utils.errors_in_one_sentence(stopped), quiet, group:
+    note = "error: stopped at once; preprocessed volumes and finished epochs are kept"
+    with utils.errors_in_one_sentence(note), dist.only_main_process_prints(), dist.process_group():
         args = get_args(argv)
         device = pick_device(dist.rank_device(args.device))
         sources = list_cohort(args.images, args.sequences, args.labels, args.patients)
-        runs.check_batch_size(args.batch_size)
-        claimed = runs.claimed(args.weights, args.logs, args.model)
-        memory_advice = training.memory_advice(args.batch_size)
-        with claimed, utils.cudnn(args.deterministic), memory_advice:
-            checkpoint = runs.earlier_run(args.weights / f"{args.model}.pt", args.resume)
+        claim = claimed(args.weights, args.logs, args.model, args.resume)
+        advice = training.batch_advice(args.batch_size)
+        with claim as checkpoint, utils.cudnn(args.deterministic), advice:
             state, loader, validation_set = set_up(args, checkpoint, device, sources)
             asked = utils.plain(args) | {"resume": False}
             cases, recipe = (loader.dataset.names, validation_set.names), get_args_parser().recipe
@@ -168,8 +162,7 @@ def set_up(
         chosen = {"in_channels": channels, "init_features": args.features, "pretrained": pretrained}
         model = training.build_network(args.model, args.seed, first, **chosen)
     runs.report_cases(train_set.volumes, validation_set.volumes, sources)
-    if device.type == "cpu":
-        utils.keep_freed_memory()
+    utils.keep_freed_memory(device)
     state = make_state(args, training.on_device(model, device, args.sync_bn), train_set)
     return state, BatchLoader(train_set, device, args.neighbours, workers), validation_set
 
@@ -218,22 +211,19 @@ def fit(
             if speed is None:
                 writer.checkpoint(state)
                 continue
-            curves = {"loss/train": state.loss_sum / state.slices, "images_per_second": speed}
-            curves["learning_rate"] = state.optimizer.param_groups[0]["lr"]
-            epoch, scores, better = state.epoch + 1, {}, False
+            train_loss = state.loss_sum / state.slices
+            epoch, loss, scores, better = state.epoch + 1, None, {}, False
             if epoch == args.epochs or epoch % args.validate_every == 0:
                 dist.broadcast_buffers(state.trained)
                 loss, scores, masks = evaluate(state, validation_set)
                 training.check_finite(loss, state)
                 mean = sum(scores.values()) / len(scores)
                 better, state.best = mean > state.best, max(mean, state.best)
-                curves |= {"loss/validation": loss, "dsc/validation": mean}
-                curves |= {f"dsc_by_case/{name}": score for name, score in scores.items()}
             state.epoch, state.step, state.loss_sum = epoch, 0, 0.0
             if better or (scores and args.keep == "last"):
                 writer.weights(state, scores)
             writer.checkpoint(state)
-            writer.curves(state, curves, better)
+            writer.curves(state, speed, train_loss, loss, scores, better)
             if scores and args.vis_freq and (epoch == args.epochs or epoch % args.vis_freq == 0):
                 writer.slices(validation_set.volumes, args.vis_images, epoch, dist.gather(masks))
             bar.update()
@@ -330,17 +320,15 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     Ends with a usage error if settings conflict.
     """
     parser = get_args_parser()
-    args, checkpoint = parser.parse_args(argv), None
+    args = parser.parse_args(argv)
+    asked = vars(args)
     if args.resume:
         path = args.weights / f"{args.model}.ckpt"
-        checkpoint = training.load_checkpoint(path)
+        asked = training.load_checkpoint(path)["args"]
         parser = get_args_parser()  # without what the first parsing took from --config
-        args = parser.parse_resumed(
-            argv, training.CLASSIC | CARD_DEFAULTS | checkpoint["args"], path
-        )
-    made_with = checkpoint["args"] if checkpoint else vars(args)
-    classic = made_with.get("recipe", "classic") == "classic"  # older checkpoints lack it
-    first = None if checkpoint else args.init_weights
+        args = parser.parse_resumed(argv, training.CLASSIC | CARD_DEFAULTS | asked, path)
+    classic = asked.get("recipe", "classic") == "classic"  # older checkpoints lack it
+    first = None if args.resume else args.init_weights
     defaults = training.network_defaults(args.model, classic, first)
     vars(args).update({k: value for k, value in defaults.items() if getattr(args, k) is None})
     weights, stride = args.weights / f"{args.model}.pt", MODELS[args.model].stride

@@ -31,7 +31,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from brainseg.io.files import atomic_write
+from brainseg.claims import fits, is_card
+from brainseg.io.files import atomic_write, remove
 from brainseg.splits import list_cohort, split_folds
 from brainseg.weights import read_card
 from utils import fail
@@ -104,8 +105,9 @@ def ship(args: argparse.Namespace, pool: Pool) -> str:
     ]
     train_all("ship", trainings, pool)
     weights, scores = out / "weights", out / "ship" / "scores"
-    for earlier in weights.glob("unet-*"):
-        earlier.unlink()
+    for earlier in weights.glob("unet-*.pt"):
+        remove(earlier, fits)
+        remove(earlier.with_suffix(".json"), is_card)
     call(script("export.py", "--weights", *[t.weights for t in trainings], "--out", weights))
     words = ["--images", images, *HELD_OUT, "--weights", weights, "--fit-expected-dsc", *MASKS]
     call(script("evaluate.py", *words, "--out", scores, "--report", scores / "report.html"))

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -16,127 +14,14 @@ from tqdm import tqdm
 
 from .cache import Prepared, prune
 from .distributed import is_main_process, world_size
-from .io.files import check_ours, check_writable, clear_leftovers, locked, write_json
+from .io.files import sentence, write_json
+from .io.labels import odd_masks
 from .io.layouts import Source
 from .io.pictures import outline, to_grey
 from .metrics import summarise
 from .splits import by_subset, count_patients, named_patients, patient_of, patients_of_card
-from .training import TrainState, load_checkpoint
-from .weights import file_hash, read_card, save_weights
-
-
-@contextmanager
-def claimed(weights: Path, logs: Path, model: str) -> Iterator[None]:
-    """Keep other runs from WEIGHTS/<model>.* and LOGS; clear what killed runs have left there.
-
-    Raises OSError if a folder cannot be written, ValueError if another run writes there, or if the
-    args.json in LOGS is not that of a run.
-    """
-    if not is_main_process():
-        yield
-        return
-    for folder in (weights, logs):
-        check_writable(folder)
-    with locked(weights, "--weights", model), locked(logs, "--logs", "logs"):
-        clear_leftovers(weights)
-        clear_leftovers(logs)
-        check_ours(logs / "args.json", _is_card)
-        yield
-
-
-def earlier_run(weights: Path, resume: bool) -> dict | None:
-    """Return the checkpoint beside WEIGHTS/<model>.pt if it is resumed.
-
-    Raises FileNotFoundError or ValueError if it cannot be, or, for a new run, if a file that would
-    be replaced is not of an earlier one.
-    """
-    checkpoint = weights.with_suffix(".ckpt")
-    if resume:
-        return _with_weights(load_checkpoint(checkpoint), weights)
-    if is_main_process():
-        check_ours(checkpoint, _is_checkpoint)
-        check_ours(weights.with_suffix(".json"), _is_card)
-        check_ours(weights, _is_of_a_run)
-        if checkpoint.exists():
-            after = "it and its weights are overwritten after the first epoch"
-            print(f"{checkpoint}: is from an earlier run; {after}")
-    return None
-
-
-def _with_weights(checkpoint: dict, weights: Path) -> dict:
-    """Return the checkpoint if the weights of its best epoch are there, with their card.
-
-    A run may have been killed after it wrote a card, or weights too, but not the checkpoint.
-    """
-    if checkpoint["best"] < 0:  # no epoch was kept yet
-        return checkpoint
-    if not weights.is_file():
-        raise ValueError(
-            f"{weights}: is missing, with the best epoch of the checkpoint beside it; copy it "
-            "there, with its card, or start without --resume"
-        )
-    card = checkpoint.get("card")  # checkpoints of earlier versions have none
-    if card and card.get("sha256") == file_hash(weights):
-        if is_main_process() and not _fits(weights):
-            write_json(weights.with_suffix(".json"), card)
-        return checkpoint
-    newer = read_card(weights)
-    same_run = newer and (not card or newer.get("started") == card["started"])
-    if not same_run:
-        raise ValueError(
-            f"{weights}: is not of the same training as the checkpoint beside it; copy its weights "
-            "and their card there, or start without --resume"
-        )
-    best = newer.get("validation_dsc", {}).get("mean", -1)
-    return checkpoint | {"card": newer, "best": max(best, checkpoint["best"])}
-
-
-def _fits(weights: Path) -> bool:
-    """Tell whether weights have a card that belongs to them."""
-    try:
-        return bool(read_card(weights))
-    except ValueError:
-        return False
-
-
-def _is_checkpoint(path: Path) -> bool:
-    try:
-        return bool(load_checkpoint(path))
-    except ValueError:
-        return False
-
-
-def _is_card(path: Path) -> bool:
-    """Tell whether a JSON file is what `describe_run` makes."""
-    try:
-        return {"model", "settings", "cases", "recipe"} <= json.loads(path.read_text()).keys()
-    except (OSError, ValueError, AttributeError):
-        return False
-
-
-def _is_of_a_run(weights: Path) -> bool:
-    """Tell whether the card or checkpoint beside weights has their hash.
-
-    Those of earlier versions have no hash.
-    """
-    hashes = set()
-    card, checkpoint = weights.with_suffix(".json"), weights.with_suffix(".ckpt")
-    if card.exists():
-        hashes.add(json.loads(card.read_text()).get("sha256"))
-    if checkpoint.exists():
-        kept = load_checkpoint(checkpoint).get("card", {})
-        if kept is not None:
-            hashes.add(kept.get("sha256"))
-    return hashes == {None} or file_hash(weights) in hashes
-
-
-def check_batch_size(batch_size: int) -> None:
-    """Raise ValueError if a batch has less than one slice for each process."""
-    if batch_size < world_size():
-        raise ValueError(
-            f"--batch-size {batch_size} is less than one slice for each of {world_size()} "
-            "processes; raise it, or start fewer processes"
-        )
+from .training import TrainState
+from .weights import read_card, save_weights
 
 
 def prune_cache(cache: Path | None) -> None:
@@ -149,10 +34,22 @@ def prune_cache(cache: Path | None) -> None:
 def report_cases(
     train: Sequence[Prepared], validation: Sequence[Prepared], sources: Sequence[Source]
 ) -> None:
-    """Say on stderr what is odd about the cases' sequences; print the size of each subset."""
+    """Say on stderr what is odd about sequences and masks; print the size of each subset.
+
+    Raises ValueError if no training case has a lesion.
+    """
     for volume in (*train, *validation):
         for note in volume.frame.notes:
             print(f"{volume.case.folder}: {note}", file=sys.stderr)
+    if not any(volume.mask.any() for volume in train):
+        raise ValueError(
+            f"{train[0].case.folder}: has no lesion in its mask, and neither has any other of the "
+            f"{len(train)} training cases; check how the masks were exported, and --labels"
+        )
+    for part, volumes in (("training", train), ("validation", validation)):
+        shares = {volume.name: volume.mask.mean() for volume in volumes}
+        for oddity in odd_masks(shares, (volume.truth for volume in volumes)):
+            print(f"{part}: {oddity}", file=sys.stderr)
     subsets = {
         "train": [volume.name for volume in train],
         "validation": [volume.name for volume in validation],
@@ -327,28 +224,47 @@ class RunWriter:
             save_weights(path, state.trained.state_dict(), card)
             self.kept["card"] = read_card(path)
 
-    def curves(self, state: TrainState, values: dict[str, float], better: bool) -> None:
-        """Log the values of an epoch, and print them in one line."""
+    def curves(
+        self,
+        state: TrainState,
+        speed: float,
+        train_loss: float,
+        loss: float | None,
+        scores: dict[str, float],
+        better: bool,
+    ) -> None:
+        """Log the values of an epoch, and print them in one line; `loss` is None without scores."""
         if not is_main_process():
             return
+        rate = state.optimizer.param_groups[0]["lr"]
+        values = {"loss/train": train_loss, "images_per_second": speed, "learning_rate": rate}
+        line = f"epoch {state.epoch:3d}/{state.epochs}  loss {train_loss:.4f}"
+        if scores:
+            mean = sum(scores.values()) / len(scores)
+            values |= {"loss/validation": loss, "dsc/validation": mean}
+            values |= {f"dsc_by_case/{name}": score for name, score in scores.items()}
+            line += f"  validation loss {loss:.4f}  DSC {mean:.4f}{' *' if better else '  '}"
         for name, value in values.items():
             self.log.add_scalar(name, value, state.epoch)
-        line = f"epoch {state.epoch:3d}/{state.epochs}  loss {values['loss/train']:.4f}"
-        if "dsc/validation" in values:
-            line += f"  validation loss {values['loss/validation']:.4f}"
-            line += f"  DSC {values['dsc/validation']:.4f}{' *' if better else '  '}"
-        tqdm.write(f"{line}  {values['images_per_second']:.1f} images/s")
+        tqdm.write(f"{line}  {speed:.1f} images/s")
         sys.stdout.flush()
 
     def slices(
         self, volumes: Sequence[Prepared], most: int, epoch: int, masks: Sequence[np.ndarray]
     ) -> None:
-        """Log up to `most` slices of the cases, outlined, in the source geometry."""
+        """Log up to `most` slices of the cases, outlined, in the source geometry.
+
+        The images are read again, and may be gone: then there are no pictures.
+        """
         for volume, mask in zip(volumes, masks, strict=True):
             count = min(len(mask), most)
             if count < 1 or not is_main_process():
                 return
             most -= count
-            grey = to_grey(volume.case.read())[:count]
+            try:
+                grey = to_grey(volume.case.read())[:count]
+            except (OSError, ValueError) as error:
+                tqdm.write(f"epoch {epoch} has no pictures: {sentence(error)}", file=sys.stderr)
+                return
             pictures = outline(grey, mask[:count], volume.truth[:count])
             self.log.add_images(volume.name, pictures, epoch, dataformats="NHWC")

@@ -230,7 +230,7 @@ def network_defaults(name: str, classic: bool, init_weights: Path | None) -> dic
     else:
         values = {"features": 16, "image_size": 192, "neighbours": 0, "preprocessing": VERSION}
     if init_weights:
-        card, unet = read_card(init_weights), MODELS["unet"].settings_of(load_state(init_weights))
+        unet, card = MODELS["unet"].settings_of(load_state(init_weights)), read_card(init_weights)
         values |= {key: card.get(key, value) for key, value in CARD_DEFAULTS.items()}
         values["features"] = unet["init_features"] if unet else values["features"]
     return values if name == "unet" else values | {"features": None}
@@ -255,8 +255,13 @@ def check_finite(loss: float, state: TrainState) -> None:
 
 
 @contextmanager
-def memory_advice(batch_size: int) -> Iterator[None]:
-    """Turn "out of memory" into a sentence that says what to lower."""
+def batch_advice(batch_size: int) -> Iterator[None]:
+    """Refuse a batch without a slice for each rank; turn "out of memory" into what to lower."""
+    if batch_size < world_size():
+        raise ValueError(
+            f"--batch-size {batch_size} is less than one slice for each of {world_size()} "
+            "processes; raise it, or start fewer processes"
+        )
     try:
         yield
     except torch.OutOfMemoryError as error:

@@ -298,11 +298,11 @@ def test_bad_input_is_reported_once(phantoms, tmp_path, capfd):
 
 
 def test_a_full_disk_is_reported_once(phantoms, tmp_path, monkeypatch, capfd):
-    def full_disk(state, path):
+    def full_disk(path, content):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(torch, "save", full_disk)
-    assert "unet.pt: not written" in said_once(capfd, trained(phantoms, tmp_path))
+    monkeypatch.setattr(Path, "write_bytes", full_disk)
+    assert "unet.pt: no space left on device" in said_once(capfd, trained(phantoms, tmp_path))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

@@ -167,6 +167,22 @@ def test_same_seed_same_weights_with_or_without_pictures(phantoms, straight, tmp
     assert not same(load_state(other / "unet.pt"), load_state(again / "unet.pt"))
 
 
+def test_images_that_are_gone_cost_only_the_pictures(phantoms, tmp_path, monkeypatch, capsys):
+    """A scratch disk may be cleaned in the first epoch; all that is needed is in the cache."""
+    images, load = shutil.copytree(phantoms, tmp_path / "images"), train.set_up
+
+    def then_clean(*arguments):
+        loaded = load(*arguments)
+        shutil.rmtree(images)
+        return loaded
+
+    monkeypatch.setattr(train, "set_up", then_clean)
+    weights = run(images, tmp_path, "--vis-freq", 1)
+    assert read_card(weights / "unet.pt")["epoch"] == 1
+    said = capsys.readouterr().err
+    assert "epoch 1 has no pictures: " in said and str(images / VALIDATION) in said
+
+
 def test_every_epoch_draws_afresh(phantoms, tmp_path, monkeypatch):
     drawn, seeds = [], []
     batch, augment = BrainSegmentationDataset.batch, train.augment_all
@@ -488,6 +504,33 @@ def test_cases_without_lesion_are_used(phantoms, tmp_path):
     assert TRAIN in read_card(weights / "unet.pt")["cases"]["train"]
     state = load_state(weights / "unet.pt")
     assert all(torch.isfinite(value).all() for value in state.values())
+
+
+def test_training_without_any_lesion_is_refused(phantoms, tmp_path, capsys):
+    images = shutil.copytree(phantoms, tmp_path / "images")
+    for path in images.glob("*/*_mask.tif"):
+        if VALIDATION in path.name:
+            tifffile.imwrite(path, np.zeros((64, 64), np.uint8))
+    run(images, tmp_path / "a")
+    assert "validation: none of its 1 masks has a lesion" in capsys.readouterr().err
+    for path in images.glob("*/*_mask.tif"):
+        tifffile.imwrite(path, np.zeros((64, 64), np.uint8))
+    message = refused(images, tmp_path / "b")
+    assert "has no lesion in its mask, and neither has any other of the 8 training" in message
+    assert not contents(tmp_path / "b" / "weights")
+
+
+def test_masks_that_cannot_be_right_are_said(phantoms, tmp_path, capsys):
+    images = shutil.copytree(phantoms, tmp_path / "images")
+    for path in images.glob("*/*_mask.tif"):
+        tifffile.imwrite(path, np.full((64, 64), 255, np.uint8))
+    run(images, tmp_path)
+    said = capsys.readouterr().err
+    assert "training: the masks of 8 of 8 cases cover more than an eighth" in said
+    assert "training: all 8 cases have the same mask" in said
+    assert "validation: the masks of 1 of 1 cases" in said
+    run(phantoms, tmp_path)
+    assert "mask" not in capsys.readouterr().err
 
 
 def test_folds_divide_all_but_the_test_cases(phantoms, tmp_path):

@@ -1,14 +1,15 @@
-"""Masks with several labels: which of them are lesion."""
+"""Masks with several labels: which of them are lesion; and masks that cannot be right."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from tqdm import tqdm
 
 MANY = 20  # more values than this are the grey edges of a drawing, not labels
+MOST = 1 / 8  # of a volume: brains are larger; of 88 cases of LGG, the largest lesion is 1 / 20
 
 
 class Labels:
@@ -49,3 +50,30 @@ class Labels:
                 f"--labels {missing[0]}: none of the {len(self.found)} masks read holds this "
                 f"label; they hold {', '.join(map(str, held[:MANY])) or 'no label above 0'}"
             )
+
+
+def odd_masks(shares: Mapping[str, float], masks: Iterable[np.ndarray] = ()) -> list[str]:
+    """Say, in a sentence each, what cannot be right about the masks of a cohort.
+
+    `shares` are the shares of the volume that are lesion, by case. `masks` (S, H, W) are those of
+    the same cases, as read: they are compared until two differ.
+    """
+    sentences = []
+    count = len(shares)
+    if count and not any(shares.values()):
+        sentences.append(
+            f"none of its {count} masks has a lesion, so that a DSC says nothing here; check how "
+            "they were exported"
+        )
+        return sentences
+    large = [case for case, share in shares.items() if share > MOST]
+    if large:
+        sentences.append(
+            f"the masks of {len(large)} of {count} cases cover more than an eighth of the volume "
+            f"({large[0]}), as that of a brain, not of a lesion; check them"
+        )
+    masks = iter(masks)
+    first = next(masks, None)
+    if count > 1 and first is not None and all(np.array_equal(first, mask) for mask in masks):
+        sentences.append(f"all {count} cases have the same mask; give each its own")
+    return sentences
