@@ -92,7 +92,8 @@ def main(argv: list[str] | None = None) -> None:
         parser.error("--metrics goes with --format weights; export those, then their ONNX file")
     with errors_in_one_sentence("stopped; no incomplete file was left"):
         files = weights_files(args.weights)
-        clear_leftovers(args.out or files[0].parent)
+        for out in {args.out or path.parent for path in files}:
+            clear_leftovers(out)
         if args.format != "weights":
             write_network(files, args.weights, args.format, args.precision, args.images, args.out)
         elif args.metrics and len(files) > 1:

@@ -29,7 +29,6 @@ from tqdm import tqdm
 
 from .devices import worker_threads
 from .io.files import (
-    atomic_write,
     clear_leftovers,
     default_cache,
     disk_is_full,
@@ -148,8 +147,9 @@ def _open_entry(entry: Path, case: Case, fingerprint: str) -> Prepared | None:
             if not _of_arrays(_checksum, entry).items() <= sums.items():
                 return None
             about |= {"stats": stats, "source": str(case.folder.resolve())}
-            with suppress(OSError), atomic_write(entry / "entry.json") as temporary:
-                temporary.write_text(json.dumps(about))
+            with suppress(OSError), scratch(entry.parent) as folder:
+                (folder / "entry.json").write_text(json.dumps(about))
+                (folder / "entry.json").replace(entry / "entry.json")
         arrays = _of_arrays(_map, entry)
         if _read_entry(entry)["fingerprint"] != fingerprint:  # replaced by another process
             return None

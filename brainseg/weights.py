@@ -240,8 +240,7 @@ def _files_in(folder: Path) -> list[Path]:
     files = [file for file in inside if file.suffix == ".pt"]
     if not files:
         raise FileNotFoundError(f"{folder}: no weights (.pt) in this folder; name a file")
-    for file in files:
-        _check_alike(file, files[0], folder)
+    _check_together(files, folder)
     return files
 
 
@@ -251,21 +250,25 @@ def _visible(folder: Path, pattern: str) -> list[Path]:
     return [path for path in paths if "/." not in f"/{path.relative_to(folder).as_posix()}"]
 
 
-def _check_alike(file: Path, first: Path, folder: Path) -> None:
-    """Raise ValueError unless networks are of one kind and recipe, but for fold and seed."""
-    one, other = _kind(first), _kind(file)
-    for name in sorted(one.keys() & other.keys() - {"fold", "seed"}):
-        if one[name] != other[name]:
-            raise ValueError(
-                f"{folder}: {file.relative_to(folder)} has {name.replace('_', ' ')} {other[name]}, "
-                f"but {first.relative_to(folder)} has {one[name]}; the networks of a folder are "
-                "averaged: name the file, or the files that belong together"
-            )
-
-
-def _kind(file: Path) -> dict:
-    card = read_card(file)
-    return card.get("settings", {}) | card.get("recipe", {})
+def _check_together(files: Sequence[Path], folder: Path) -> None:
+    """Raise ValueError unless networks differ in fold and seed alone, and none is there twice."""
+    cards = [read_card(file) for file in files]
+    kinds = [card.get("settings", {}) | card.get("recipe", {}) for card in cards]
+    remedy = f"the networks in {folder} are averaged: name the file, or those that belong together"
+    for k, kind in enumerate(kinds):
+        for name in sorted(kind.keys() & kinds[0].keys() - {"fold", "seed"}):
+            here, there = kind[name], kinds[0][name]
+            if here != there:
+                what = name.replace("_", " ")
+                raise ValueError(
+                    f"{files[k]}: has {what} {here}, but {files[0].name} {there}; {remedy}"
+                )
+        for i in range(k):
+            when = cards[k].get("started")
+            if when and when == cards[i].get("started") and kind == kinds[i]:
+                raise ValueError(
+                    f"{files[k]}: is of the same training as {files[i].name}; {remedy}"
+                )
 
 
 def shipped_weights(name: str) -> Path:

@@ -134,6 +134,9 @@ def test_a_foreign_file_in_the_folder_is_refused(phantoms, folder, tmp_path):
     assert message.startswith(f"error: {empty}: no weights (.pt) in this folder")
 
 
+ONE = {"model": "unet", "loss": "bce-dice", "fold": 0, "seed": 42}
+
+
 def test_a_folder_means_its_own_files_or_those_of_its_folders(folder, tmp_path):
     """After one training into weights/, seven networks were averaged without a note."""
     shutil.copytree(folder, tmp_path / "unet-folds")
@@ -149,20 +152,22 @@ def test_a_folder_means_its_own_files_or_those_of_its_folders(folder, tmp_path):
 @pytest.mark.parametrize(
     "card, said",
     [
-        ({"settings": {"init_features": 32}}, "init features 32, but unet.pt has 16"),
-        ({"recipe": {"model": "resnext_unet"}}, "model resnext_unet, but unet.pt has unet"),
-        ({"recipe": {"loss": "dice"}}, "loss dice, but unet.pt has bce-dice"),
-        ({"recipe": {"fold": 1, "seed": 43}}, None),
+        ({"settings": {"init_features": 32}}, "has init features 32, but unet.pt 16"),
+        ({"recipe": {"model": "resnext_unet"}}, "has model resnext_unet, but unet.pt unet"),
+        ({"recipe": {"loss": "dice"}}, "has loss dice, but unet.pt bce-dice"),
+        ({"recipe": {"fold": 1, "seed": 43}, "started": "2026-01-01"}, None),
+        ({"recipe": ONE, "started": "2026-01-01"}, "is of the same training as unet.pt"),
     ],
     ids=str,
 )
 def test_networks_of_two_kinds_in_a_folder_are_not_averaged(tmp_path, card, said):
-    ours = {"model": "unet", "loss": "bce-dice", "fold": 0, "seed": 42}
-    first = write_member(tmp_path / "unet.pt", 0, settings={"init_features": 16}, recipe=ours)
-    other = write_member(tmp_path / "zzz.pt", 1, **card)
+    """An export beside its weights is the same network once more."""
+    about = {"settings": {"init_features": 16}, "recipe": ONE, "started": "2026-01-01"}
+    first = write_member(tmp_path / "unet.pt", 0, **about)
+    other = write_member(tmp_path / "zzz.pt", 1, **about | card)
     assert weights_files([first, other]) == [first, other], "who names them wants them"
     if said:
-        with pytest.raises(ValueError, match=f"^{tmp_path}: zzz.pt has {said}; .*: name the file"):
+        with pytest.raises(ValueError, match=f"^{other}: {said}; .*: name the file"):
             weights_files(tmp_path)
     else:
         assert weights_files(tmp_path) == [first, other]

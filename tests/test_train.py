@@ -466,7 +466,7 @@ def test_a_killed_run_is_put_right(phantoms, straight, tmp_path, number):
     resume = ["--resume"] * (weights / "unet.ckpt").exists()
     run(phantoms, tmp_path, "--epochs", 3, "--keep", "last", *resume)
     assert same_run(weights, straight / "weights") and read_card(weights / "unet.pt")["epoch"] == 3
-    assert not list(tmp_path.glob("*/.brainseg-*")), "nothing is left behind"
+    assert not list(tmp_path.glob("*/.brainseg-*/owner.json")), "nothing is left behind"
     run(phantoms, tmp_path, "--resume")
 
 
