@@ -36,7 +36,7 @@ from .io.files import (
     scratch,
     sentence,
 )
-from .io.slices import Case
+from .io.slices import Case, errors_name
 from .preprocess import VERSION, Frame, preprocess, preprocess_mask
 
 C, R = TypeVar("C"), TypeVar("R")
@@ -121,8 +121,11 @@ def _prepare_one(case: Case, image_size: int, version: int, cache: Path) -> Prep
     key = hashlib.sha256(" ".join(map(str, source)).encode()).hexdigest()[:16]
     entry = cache / f"{case.name}-{key}"
     fingerprint = _fingerprint(case, image_size, version)
-    made = _open_entry(entry, case, fingerprint)
-    return made or _make_entry(entry, case, fingerprint, image_size, version)
+    prepared = _open_entry(entry, case, fingerprint)
+    if prepared is None:
+        with errors_name(case.folder):
+            prepared = _make_entry(entry, case, fingerprint, image_size, version)
+    return prepared
 
 
 def _fingerprint(case: Case, image_size: int, version: int) -> str:

@@ -14,7 +14,7 @@ from conftest import SIZE, open_all, same
 from brainseg import runs
 from brainseg.cache import prepare, prune
 from brainseg.io.files import default_cache
-from brainseg.io.layouts import find_case
+from brainseg.io.layouts import find_case, find_cases
 from brainseg.io.slices import Case
 from brainseg.preprocess import preprocess
 from dataset import BrainSegmentationDataset
@@ -31,6 +31,23 @@ def reads(monkeypatch) -> list[str]:
 
     monkeypatch.setattr(Case, "read", noted)
     return names
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("ITK ERROR: singular matrix")])
+def test_what_a_library_cannot_do_is_the_fault_of_its_case(two, monkeypatch, capsys, error):
+    read = Case.read
+
+    def first_fails(self):
+        if self.name == "phantom_001":
+            raise error
+        return read(self)
+
+    monkeypatch.setattr(Case, "read", first_fails)
+    cases = find_cases(two)
+    with pytest.raises(ValueError, match=f"{two / 'phantom_001'}: "):
+        prepare(cases, 32, two.parent / "cache")
+    (left,) = prepare(cases, 32, two.parent / "cache", skip_bad=True)
+    assert left.name == "phantom_002" and f"left out: {two}" in capsys.readouterr().err
 
 
 def test_second_opening_reads_no_source(two, monkeypatch):

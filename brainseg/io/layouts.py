@@ -15,7 +15,7 @@ from .formats import check_format
 from .labels import Labels
 from .scans import Scan, is_scan, scan_name
 from .sequences import contradiction
-from .slices import SLICE_NAME, Case, find_slices
+from .slices import SLICE_NAME, Case, errors_name, find_slices
 from .studies import Study, find_studies, sort_study
 
 
@@ -40,10 +40,11 @@ class Source:
 
     def open(self) -> Case:
         """Open the case without reading voxels; ValueError, naming the file, if it is unusable."""
-        if self.study:
-            case = _open_study(self.study)
-        else:
-            case = find_case(self.folder, self.root, self.layout)
+        with errors_name(self.folder):
+            if self.study:
+                case = _open_study(self.study)
+            else:
+                case = find_case(self.folder, self.root, self.layout)
         return replace(case, name=self.name, labels=self.labels)
 
 
