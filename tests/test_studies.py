@@ -174,6 +174,9 @@ DESCRIPTIONS = {
         T1 nach OP | sT1W_3D_TFE | AXT1 | Sag 3D T1 MPRAGE | T1 pre SE | T1 NC | T1 plain
         T1 w.o. contrast | 3D BRAVO | T1 sans IV | T1 senza contrasto | T1 pre-gd | T1PRE
         T1_preKM | T1 pas de gado
+        T1 IV- | T1 Gd- | T1 GADO- FS | T1 K- | T1 s/gd | T1 Prä KM | T1 vor i.v. KM
+        T1w wo gad | T1 without FS
+        T1PRECONTRAST | T1 tra bez kontr. | T1 senza m.c. | T1 ohne CM | T1 ohne i.v. Kontrast
     """,
     "post-contrast": """
         T1 mit KM | T1 m. KM | T1 mKM | T1 +KM | T1+Gd | T1 +C | T1 C+ | T1 KM | T1 nach KM
@@ -189,12 +192,17 @@ DESCRIPTIONS = {
         T1 с контрастом | T1 после контраста | T1 Dotarem | T1GD | T1 MPRAGE GADOVIST
         T1 postop +KM | T1 post-op with gad | T1 +IV | T1 Postcontrast | T1 enhanced | MPRAGE +c
         T1 plus contrast
+        T1 IV+ | T1 K+ | T1POSTCONTRAST | T1POST | T1mKM | T1nachKM | T1 nach i.v. KM
+        T1 ENH | T1 con mc | T1 + CM
+        T1W W CONTRAST | T1 post contr. | t1_fl2d_tra_KM | T1W_3D_TFE_GADO | T1 con cte
+        T1 c/gd | T1 post op +C
     """,
     "doubtful": """
         T1 pre and post contrast | T1 w/wo contrast | T1 W WO | T1 with and without contrast
         T1 ohne und mit KM | T1 +/- C | T1 ± KM | T1 pre/post | T1 C | T1-C
         T1 avec et sans injection | T1 con y sin contraste | T1 con e senza mdc | T1 KM?
         T1 tra + | T1 com e sem contraste | T1 mit/ohne KM | T1 without & with gad
+        T1 PC | T1 with | T1 -KM | T1 mit
     """,
     "FLAIR": """
         FLAIR | AX T2 FLAIR | t2_tirm_tra_dark-fluid_fs | t2_spc_da-fl_sag_p2_iso
@@ -219,6 +227,8 @@ AGENTS = {
         keines | ohne | kein KM | sans | aucun | ninguno | sin contraste | nessuno | senza
         nenhum | sem | geen | brak | bez | 0 | 0 ml | 0.0 | - | -- | . | not given | w/o | nil
         N | without | NA | nej | не | unenhanced | non injecté | No Contrast Administered
+        nicht gegeben | niet toegediend | n.v.t. | não | ikke gitt | saline | NaCl | 0 cc
+        pas d'injection
     """,
     "post-contrast": """
         Gadovist | 7,5 ml Gadovist | 0.1 mmol/kg Dotarem | 10CC MAGNEVIST | yes | GADO | KM
@@ -226,6 +236,7 @@ AGENTS = {
         ProHance | contraste | + | X
     """,
     "doubtful": """
+        ANONYMIZED | removed
         unknown | ? | unbekannt | UNK
     """,
 }

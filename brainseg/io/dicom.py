@@ -26,7 +26,7 @@ from .sequences import sequence_of
 
 # A PatientID that names nobody: files that share it need not be of one patient.
 NOBODY = re.compile(r"(anon|de-?id|unknown|none$|null|n/?a$|removed|no.?id|[0x]+$)", re.I)
-MOST_LEVELS = 12  # of folders
+MOST_LEVELS = 24  # of folders
 
 
 @dataclass(frozen=True)
@@ -93,8 +93,7 @@ def find_images(
     """
     images, damaged = [], []
     for here in _folders_below(folder, skip) if deep else [folder]:
-        paths = [path for path in sorted(here.iterdir()) if path.name[0] != "." and path.is_file()]
-        suffixes = set()
+        paths, suffixes = _entries(here)[1], set()
         for path in filter(is_dicom, paths):
             try:
                 header = read_identity(path)
@@ -104,13 +103,10 @@ def find_images(
             if header is not None:
                 images.append((path, header))
                 suffixes.add(path.suffix)
-        for path in paths:
-            if (
-                path.suffix in suffixes
-                and path.stat().st_size <= 128
-                and not any(path.read_bytes())
-            ):
-                damaged.append(path)
+        for path in paths:  # an empty file was to be an image too
+            if path.suffix in suffixes and path.stat().st_size <= 128:
+                if not any(path.read_bytes()):
+                    damaged.append(path)
     return images, damaged
 
 
@@ -122,11 +118,21 @@ def _folders_below(
     above = (*above, folder.resolve())
     if len(above) > MOST_LEVELS:
         return
-    for path in sorted(folder.iterdir()):
-        if not path.is_dir() or path.name[0] in "._" or (skip and skip(path)):
-            continue
-        if path.resolve() not in above:
+    for path in _entries(folder)[0]:
+        is_new = path.name[0] != "_" and path.resolve() not in above
+        if is_new and not (skip and skip(path)):
             yield from _folders_below(path, skip, above)
+
+
+def _entries(folder: Path) -> tuple[list[Path], list[Path]]:
+    """List the folders and the files in a folder, without hidden ones, in order of their names."""
+    folders, files = [], []
+    with os.scandir(folder) as entries:  # which need not ask for the status of each
+        for entry in sorted(entries, key=lambda entry: entry.name):
+            if entry.name[0] == ".":
+                continue
+            (folders if entry.is_dir() else files).append(Path(entry.path))
+    return folders, files
 
 
 def group_series(images: Sequence[Image]) -> list[Series]:

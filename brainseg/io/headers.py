@@ -38,9 +38,9 @@ IMAGES = (
 
 def is_dicom(path: Path) -> bool:
     """Tell whether a file is DICOM; the index of a CD, DICOMDIR, does not count."""
-    if path.name[0] == "." or path.name.upper() == "DICOMDIR" or not path.is_file():
+    if path.name[0] == "." or path.name.upper() == "DICOMDIR":
         return False
-    if path.name.lower().endswith(OTHER_SUFFIXES):
+    if path.name.lower().endswith(OTHER_SUFFIXES) or not path.is_file():
         return False
     with open(path, "rb") as file:
         head = file.read(132)

@@ -11,7 +11,7 @@ from pathlib import Path
 from ..preprocess import SEQUENCES
 from .cohorts import BIDS, NO_LESION, Layout, absolute, sequences_in
 from .dicom import Series, find_images
-from .formats import check_format
+from .formats import SUFFIXES, check_format
 from .labels import Labels
 from .scans import Scan, is_scan, scan_name
 from .sequences import contradiction
@@ -172,28 +172,28 @@ def _folders_in(root: Path, other_than: Path | None) -> list[Path]:
 
 def _cases_in(root: Path, other_than: Path | None) -> list[Source]:
     """List the volume files in a folder, the folders in it that are cases, and DICOM studies."""
-    folders, volumes = _folders_in(root, other_than), _volumes_in(root)
-    others = [folder for folder in folders if _holds_case(folder)]
-    if others and is_scan(root) and any(find_images(root, deep=False)):
+    whole, folders, volumes = absolute(root), _folders_in(root, other_than), _volumes_in(root)
+    holding = [folder for folder in folders if _holds_case(folder)]
+    if holding and is_scan(root) and any(find_images(root, deep=False)):
         raise ValueError(
-            f"{root}: holds DICOM files beside the case {others[0].name}; give each case a folder"
+            f"{root}: holds DICOM files beside the case {holding[0].name}; give each case a folder"
         )
-    if volumes and (is_scan(root) or (len(volumes) > 1 and _is_one_case(absolute(root)))):
-        return [_source(absolute(root))]
-
-    whole, searched = absolute(root), {path.name for path in folders if path not in others}
+    if volumes and (is_scan(root) or (len(volumes) > 1 and _is_one_case(whole))):
+        return [_source(whole)]
+    searched = {folder.name for folder in folders if not _volumes_in(folder)}
     studies = find_studies(
         whole, lambda folder: folder.parent == whole and folder.name not in searched
     )
     cases = [Source(study.name, study.folder, whole, study=study) for study in studies]
     if any(study.folder == whole for study in studies):
         return cases
-    if not (volumes or others or studies) and _holds_slices(root):
-        return [_source(absolute(root))]
-    if not volumes:  # opening the others says what they lack
-        taken = {study.folder.relative_to(whole).parts[0] for study in studies}
-        others = [folder for folder in folders if folder.name not in taken]
-    cases += [_source(path) for path in volumes + others]
+    taken = {study.folder.relative_to(whole).parts[0] for study in studies}
+    others = [folder for folder in folders if folder.name not in taken]
+    if not (volumes or holding or studies) and _holds_slices(root):
+        return [_source(whole)]
+    if volumes:  # other folders beside them may be anything; else opening them says what they lack
+        others = volumes + [folder for folder in others if folder in holding]
+    cases += [_source(path) for path in others]
     return sorted(cases, key=lambda case: (case.folder, case.name))
 
 
@@ -220,7 +220,8 @@ def _holds_slices(folder: Path) -> bool:
 
 def _volumes_in(folder: Path, masks: bool = False) -> list[Path]:
     """List the volume files of a folder, with or without those that are named as masks."""
-    files = [path for path in sorted(folder.iterdir()) if path.is_file() and is_scan(path)]
+    files = [path for path in sorted(folder.iterdir()) if path.name.lower().endswith(SUFFIXES)]
+    files = [path for path in files if path.name[0] != "." and path.is_file()]
     return [path for path in files if masks or not scan_name(path).lower().endswith("_mask")]
 
 
@@ -234,14 +235,13 @@ def find_case(path: Path, root: Path | None = None, layout: Layout | None = None
     volumes = _volumes_in(path)
     if is_scan(path) and volumes:
         raise ValueError(f"{path}: holds DICOM files and {volumes[0].name}; move one of them away")
-    if is_scan(path) or not (volumes or _holds_slices(path)):
+    if not volumes:
         studies = find_studies(absolute(path))
         if len(studies) > 1:
             names = " and ".join(study.name for study in studies)
             raise ValueError(f"{path}: holds the DICOM studies {names}; give the folder of one")
         if studies:
             return _open_study(replace(studies[0], name=path.name, folder=path))
-    if not volumes:
         if not _holds_slices(path):
             check_format(path)
         return find_slices(path)

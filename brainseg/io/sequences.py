@@ -13,7 +13,7 @@ LONG_ECHO, NULLS_CSF = 60.0, 1400.0  # minimum echo and inversion time of a FLAI
 # Each pattern is searched in plain text: small letters without accents.
 FLAIR = re.compile(r"flair|dark.?fl|(?<![a-z])da.?fl|t2f(?![a-z])|fluid.?att")
 PLANE = r"(?<![a-z0-9])(?:s|ax|sag|cor|tra|fs|[23]d)*"  # may be written together with T1 or T2
-T1 = re.compile(rf"{PLANE}t1(?!\d)|mp.?rage|(?<![a-z])(bravo|f?spgr|vibe)")
+T1 = re.compile(rf"{PLANE}t1w?(?!\d)|mp.?rage|(?<![a-z])(bravo|f?spgr|vibe)")
 T2 = re.compile(rf"{PLANE}(t2|pd)(?!\d)")
 OTHER = re.compile(
     r"(?<![a-z])("
@@ -21,8 +21,8 @@ OTHER = re.compile(
     r"|dwi|diff|adc|eadc|trace|dti|tensor|b\d{3,4}|swi|e?swan|t2.?(\*|star)|hemo"
     r"|tof|mr.?[av](?![a-z])|angio|phase.?contr|perf|dsc|dce|asl|cb[fv]|mtt|ttp|fmri|bold"
     r"|spectro|svs|csi|mi?n?ip|map|fus|stir|psir|mp2rage|dir(?![a-z])|double.?inv"
-    r"|c.?spine|spine|[hbl]ws|wirbel|rachis|cervic|column|colonna"
-    r"|sub(tr\w*|s)?(?!-?\d|[a-z])|su[bs]tra|soustr|sottr|resta(?![a-z])|odejm"
+    r"|t1.?rho|c.?spine|spine|[hbl]ws|wirbel|rachis|cervic|column|colonna"
+    r"|sub(tr\w*|s)?(?!-?\d|[a-z])|su[bs]tra|soustr|sottr|restas?(?![a-z])|odejm"
     r")"
 )
 # In the name of a file, words that are not of FLAIR.
@@ -34,15 +34,15 @@ OTHER_FILE = re.compile(
 # Words before the name of a contrast agent that say whether it was given.
 WITHOUT = {
     "English": "without wo no non not pre before",
-    "German": "ohne kein keine vor",
+    "German": "ohne kein keine nicht vor pra prae",
     "French": "sans avant non pas",
     "Spanish": "sin antes previo",
     "Italian": "senza prima",
-    "Portuguese": "sem antes",
-    "Dutch": "zonder geen voor",
+    "Portuguese": "sem nao antes",
+    "Dutch": "zonder geen niet voor",
     "Polish": "bez przed",
-    "Czech": "pred",
-    "Scandinavian": "utan uden uten fore før",
+    "Czech": "ne pred",
+    "Scandinavian": "utan uden uten ikke inte ej fore før",
     "Romanian": "fara inainte",
     "Russian": "без до не нет",
 }
@@ -63,34 +63,38 @@ WITH = {
 WITHOUT_WORDS = set(" ".join(WITHOUT.values()).split())
 WITH_WORDS = set(" ".join(WITH.values()).split())
 AFTER = set("post apres apos pos dopo nach efter etter".split())  # if no agent is named, too
-OPERATION = tuple("op surg chir rt rx rad chem treat ther resec biop proc bestr".split())
+OPERATION = tuple("op surg chir rt rx tx srs rad chem treat ther resec biop proc bestr".split())
 # The beginnings of the names of agents; whole names; those that need a word above beside them.
 AGENTS = tuple(
     "contr kontr gad gd magnevist dotarem multihance prohance omniscan clariscan vueway elucirem "
     "inject injekt inyec iniez infus enhanc контраст".split()
 )
-ABBREVIATIONS = set("km mdc pdc civ cte kl inj ce ку".split())
-SHORT = set("c k ka iv ev".split())
+ABBREVIATIONS = set("km mdc pdc civ cte kl inj ce enh ку".split())
+SHORT = set("c k ka cm mc iv ev".split())
 NATIVE = tuple("nativ natyw unenhanc blanco blanko plain kontrastsi kontrastlos nc".split())
 FILLERS = set(
     "a al and d da de del di do e el en et i il l la o the un und v y mezzo medio agent".split()
 )
 # The beginnings of a ContrastBolusAgent that is none, and of one that is not known.
 NO_AGENT = tuple(
-    "n/ none nil null kein nein nessun nenhum ningun aucun brak nie nee nej ingen".split()
+    "n/ none nil null nothing absent false saline nacl kochsalz kein nein nessun nenhum ningun "
+    "aucun brak nie nee nvt nej ingen nem nincs ei yok".split()
 )
-UNKNOWN = ("?", "unk", "unbek", "inconnu", "descon", "sconos", "onbek", "niezn")
+UNKNOWN = ("?", "unk", "unbek", "inconnu", "descon", "sconos", "onbek", "niezn", "anon", "remov")
+ANY_AGENT = "|".join((*AGENTS, *ABBREVIATIONS))
 SIGNS = (  # what is written with signs or together, in words
-    (r"\+ ?/? ?-|±|\?", " with without "),
+    (rf"\+ ?/? ?-|±|\?|(?<=\s)-(?=({ANY_AGENT}))", " with without "),
     (r"\bw ?/ ?o\b|\bw\.o\b", " without "),
     (r"\b[wc] ?/", " with "),
     (r"\bs ?/|\bo\.? ?(?=km\b)", " without "),
-    (r"(?<!\w)c-(?!\w)|(?<=\s)-c\b|kontraszt\w* nelkul|\bnon? con\b", " without contrast "),
-    (r"(?<!\w)c\+|t1c\b", " with contrast "),
-    (r"\b[mn]\.? ?(?=km\b)|\+", " with "),
+    (r"(?<=\s)-c\b|kontraszt\w* nelkul|\bnon? con\b", " without contrast "),
+    (rf"(?<![a-z])(c|k|iv|gado|{ANY_AGENT})-(?!\w)", " without contrast "),
+    (r"(?<![a-z])(c|k|iv)\+|t1c\b", " with contrast "),
+    (r"(?<![a-z])[mn]\.? ?(?=km\b)|\+", " with "),
+    (rf"\b[ie]\.? ?v\.? ?(?={ANY_AGENT})", ""),
     (r"\bi\.v\b", " iv "),
-    (r"\bm\.d\.c\b", " mdc "),
-    (rf"\b(pre|post|pos|non|nach|mit|ohne|vor)(?=({'|'.join((*AGENTS, *ABBREVIATIONS))}))", r"\1 "),
+    (r"\bm\.(d\.)?c\b", " mdc "),
+    (rf"(?<![a-z])(pre|post|pos|non|nach|mit|ohne|vor)(?=({ANY_AGENT}))", r"\1 "),
 )
 
 
@@ -183,7 +187,7 @@ def contrast_in(text: str) -> set[str]:
             said |= set() if following.startswith(OPERATION) else {"before"}
         elif word in AFTER:
             said |= set() if following.startswith(OPERATION) else {"after"}
-        elif word == "c" or (word == "with" and not following):
+        elif word in ("c", "pc") or (word in WITH_WORDS and len(word) > 1 and not following):
             said |= {"before", "after"}
     return said
 
