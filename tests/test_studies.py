@@ -77,6 +77,10 @@ TREES = {
         {"a/1": ("ANON", "1"), "b/1": ("ANON", "2"), "c/1": ("0000", "3"), "d/1": ("0000", "4")},
         {name: name for name in "abcd"},
     ),
+    "one pseudonym": (
+        {"a/1": ("ANON-07", "1"), "b/1": ("ANON-07", "2")},
+        dict.fromkeys("ab", "ANON-07"),
+    ),
     "patients who share a StudyInstanceUID": (
         {"1": ("p1", "1", "20200101"), "2": ("p2", "1", "20200101")},
         {"p1_20200101": "p1", "p2_20200101": "p2"},
@@ -135,6 +139,35 @@ def test_a_table_of_patients_goes_before_headers(tmp_path):
     assert patient_of("a") == "bert"
     use_patients(None)
     assert patient_of("a") == "p1"
+
+
+def test_an_image_cut_anywhere_is_damaged(tmp_path):
+    """Without its last field, Rows, it may look like another object, or have no study."""
+    whole = image(tmp_path / "anna" / "1", "p1").read_bytes()
+    path = tmp_path / "anna" / "2"
+    for length in (0, 100, *range(132, len(whole) - 2, 7)):
+        path.write_bytes(whole[:length])
+        (source,) = list_cases(tmp_path)
+        assert source.name == "anna" and source.study.damaged == (path,), length
+
+
+def test_a_report_cut_anywhere_is_passed_over(tmp_path):
+    image(tmp_path / "anna" / "1", "p1")
+    path = image(tmp_path / "anna" / "2.dcm", "p1", SOPClassUID=uid.BasicTextSRStorage, Rows=None)
+    whole = path.read_bytes()
+    for length in range(400, len(whole), 7):
+        path.write_bytes(whole[:length])
+        (source,) = list_cases(tmp_path)
+        assert not source.study.damaged, length
+
+
+def test_a_ct_study_beside_an_mr_study_is_passed_over(tmp_path):
+    for number in "12":
+        image(tmp_path / "anna" / f"mr{number}" / "1", "p1", series=number)
+    image(tmp_path / "anna" / "ct" / "1", "p1", study="2", Modality="CT")
+    for root in (tmp_path, tmp_path / "anna"):
+        (source,) = list_cases(root)
+        assert source.name == "anna" and len(source.study.series) == 2
 
 
 def test_listing_reads_each_header_once(tmp_path, monkeypatch):

@@ -25,7 +25,7 @@ from .headers import (
 from .sequences import sequence_of
 
 # A PatientID that names nobody: files that share it need not be of one patient.
-NOBODY = re.compile(r"(anon|de-?id|unknown|none$|null|n/?a$|removed|no.?id|[0x]+$)", re.I)
+NOBODY = re.compile(r"(anon[a-z]*|de-?id[a-z]*|unknown|none|null|n/?a|removed|no.?id|[0x]+)$", re.I)
 MOST_LEVELS = 24  # of folders
 
 

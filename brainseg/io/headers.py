@@ -21,9 +21,9 @@ OTHER_SUFFIXES = (".tif", ".tiff", ".png", ".gz", ".nii", ".nrrd", ".mha", ".mhd
 # The fields that tell patient, study and series of an image, and which sequence it is.
 IDENTIFIERS = ("PatientID", "StudyInstanceUID", "SeriesInstanceUID")
 IDENTITY = [
-    *IDENTIFIERS, "SOPClassUID", "Modality", "StudyDate", "SeriesNumber", "SeriesDescription",
-    "ProtocolName", "EchoTime", "InversionTime", "ContrastBolusAgent", "FrameOfReferenceUID",
-    "Rows",
+    *IDENTIFIERS, "SOPClassUID", "SOPInstanceUID", "Modality", "StudyDate", "SeriesNumber",
+    "SeriesDescription", "ProtocolName", "EchoTime", "InversionTime", "ContrastBolusAgent",
+    "FrameOfReferenceUID", "Rows",
 ]  # fmt: skip
 UNDEFINED = 0xFFFFFFFF  # length of compressed pixels
 # Objects of these classes have pixels: without them, the file is cut short.
@@ -108,8 +108,10 @@ def read_identity(path: Path) -> Dataset | None:
         raise
     except Exception as error:  # of many kinds
         raise ValueError(damaged_text(path)) from error
-    kind = header.get("SOPClassUID") or header.file_meta.get("MediaStorageSOPClassUID")
-    if kind and "Image Storage" not in uid.UID(kind).name:
+    kind = header.get("SOPClassUID") or header.file_meta.get("MediaStorageSOPClassUID") or ""
+    name = uid.UID(kind).name  # the UID itself if it is private, or cut short
+    is_known = name != kind or "SOPInstanceUID" in header
+    if kind and is_known and "Image Storage" not in name:
         return None
     if "Rows" not in header:
         raise ValueError(damaged_text(path))

@@ -50,10 +50,7 @@ def find_studies(root: Path, skip: Callable[[Path], bool] | None = None) -> list
         parents = {path.parent for series in found for path in series.files}
         folder = Path(os.path.commonpath(parents))
         studies.append(Study("", folder, found[0].patient, tuple(found)))
-    # Only where there is no MR study: those of a patient may lie beside others.
-    with_mr = {_top(root, study.folder) for study in studies if _mr(study.series)}
-    studies = [s for s in studies if _mr(s.series) or _top(root, s.folder) not in with_mr]
-    studies = _named(root, studies)
+    studies = _named(root, _without_others(root, studies))
     for path in damaged:
         _add_damaged(root, studies, path)
     return sorted(studies, key=lambda study: (study.folder, study.name))
@@ -63,6 +60,17 @@ def _top(root: Path, folder: Path) -> Path:
     """Return the folder in `root` that holds another one, or `root`, if it is that one."""
     parts = folder.relative_to(root).parts
     return root / parts[0] if parts else root
+
+
+def _without_others(root: Path, studies: list[Study]) -> list[Study]:
+    """Leave out studies without MR, such as CT, beside MR studies."""
+    with_mr = {_top(root, study.folder) for study in studies if _mr(study.series)}
+    kept = []
+    for study in studies:
+        is_beside = root in with_mr or _top(root, study.folder) in with_mr
+        if _mr(study.series) or not is_beside:
+            kept.append(study)
+    return kept
 
 
 def _mr(series: Sequence[Series]) -> list[Series]:
