@@ -33,6 +33,7 @@ from .io.files import (
     default_cache,
     disk_is_full,
     remove,
+    save_array,
     scratch,
     sentence,
 )
@@ -266,7 +267,7 @@ def _write_entry(entry: Path, about: dict, arrays: dict[str, np.ndarray]) -> Non
         new = folder / entry.name  # unlike the scratch folder, it follows the umask
         new.mkdir()
         for name, array in arrays.items():
-            np.save(new / f"{name}.npy", array)
+            save_array(new / f"{name}.npy", array)
         sums = _of_arrays(_checksum, new) | {"frame": _frame_checksum(about["frame"])}
         about = about | {"checksums": sums, "stats": _of_arrays(_stat, new)}
         (new / "entry.json").write_text(json.dumps(about))

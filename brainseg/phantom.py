@@ -17,9 +17,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-import tifffile
 
 from .io.files import MARK, has_mark, remove
+from .io.slices import save_tiff
 
 Array = np.ndarray
 Signal = tuple[float, float, float]
@@ -203,8 +203,8 @@ def write_data_set(
         folder.mkdir()
         for k, (image, label) in enumerate(zip(volume, mask, strict=True), start=1):
             name = f"{folder.name}_{k}"
-            tifffile.imwrite(folder / f"{name}.tif", image, photometric="rgb", software=MARK)
-            tifffile.imwrite(folder / f"{name}_mask.tif", label * np.uint8(255), software=MARK)
+            save_tiff(folder / f"{name}.tif", image, MARK, photometric="rgb")
+            save_tiff(folder / f"{name}_mask.tif", label * np.uint8(255), MARK)
 
 
 def _is_phantom(folder: Path) -> bool:

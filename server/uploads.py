@@ -23,7 +23,7 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from brainseg.io.files import disk_is_full, sentence
+from brainseg.io.files import disk_is_full, save_array, sentence
 from brainseg.io.layouts import SLICE_NAME, find_case, find_sequences
 from brainseg.io.scans import SUFFIXES, Scan, is_scan, read_grid, registered, scan_name
 from brainseg.io.slices import Case
@@ -138,9 +138,9 @@ def read(parts: dict[str, list[Sent]], folder: Path, limits: Limits) -> dict:
         raise ValueError(
             f"{case.folder}: {volume.shape[3]} channels; give pre-contrast, FLAIR, post-contrast"
         )
-    np.save(folder / "volume.npy", volume)
+    save_array(folder / "volume.npy", volume)
     if truth is not None:
-        np.save(folder / "truth.npy", truth)
+        save_array(folder / "truth.npy", truth)
     return {
         "name": case.name,
         "numbers": case.numbers,

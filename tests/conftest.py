@@ -3,17 +3,20 @@
 $LGG may be the published folder (kaggle_3m).
 """
 
+import contextlib
 import functools
 import json
 import multiprocessing
 import os
 import pickle
+import resource
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -120,6 +123,19 @@ def make_weights(path: Path, in_channels: int = 3, trained_on=TRAINED_ON) -> Pat
     card = {"image_size": 32, "preprocessing": 2, "cases": {"train": trained_on}}
     path.with_suffix(".json").write_text(json.dumps(card))
     return path
+
+
+@contextlib.contextmanager
+def file_limit(size: int) -> Iterator[None]:
+    """Let files of this process grow to `size` bytes only, as if the disk were full then."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
 
 
 def in_processes(

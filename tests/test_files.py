@@ -9,8 +9,9 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
-from conftest import FORK, ROOT
+from conftest import FORK, ROOT, file_limit
 
 from brainseg.io import files
 from brainseg.io.files import (
@@ -22,8 +23,21 @@ from brainseg.io.files import (
     has_mark,
     locked,
     remove,
+    save_array,
     scratch,
 )
+
+
+@pytest.mark.parametrize("missing", [1, 100, 4000, 9000])
+def test_an_array_that_does_not_fit_is_an_error(tmp_path, missing):
+    path, array = tmp_path / "a.npy", np.ones(100_000, np.uint8)
+    save_array(path, array)
+    whole = path.stat().st_size
+    with file_limit(whole - missing), pytest.raises(OSError):
+        save_array(path, array)
+    with file_limit(whole):
+        save_array(path, array)
+    assert np.array_equal(np.load(path), array)
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])

@@ -1,9 +1,7 @@
 """Test volume files of any orientation: the network's voxels, and the mask's way back."""
 
 import itertools
-import resource
 import shutil
-import signal
 from pathlib import Path
 
 import nibabel
@@ -12,7 +10,7 @@ import pydicom
 import pytest
 import SimpleITK
 import torch
-from conftest import make_weights
+from conftest import file_limit, make_weights
 from medpy.io import load, save
 from pydicom.dataset import FileMetaDataset
 from pydicom.uid import EnhancedMRImageStorage, ExplicitVRLittleEndian, MRImageStorage
@@ -354,15 +352,8 @@ def test_full_disk_keeps_the_earlier_mask(pair, tmp_path, limit):
     scan = find_case(write(tmp_path / "a.nii.gz", pair[0]))
     scan.write_map(tmp_path / "mask.nii.gz", pair[1])
     before = (tmp_path / "mask.nii.gz").read_bytes()
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
-        with pytest.raises(OSError, match="too large: .*mask.nii.gz"):
-            scan.write_map(tmp_path / "mask.nii.gz", ~pair[1])
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, handler)
+    with file_limit(limit), pytest.raises(OSError, match="too large: .*mask.nii.gz"):
+        scan.write_map(tmp_path / "mask.nii.gz", ~pair[1])
     assert (tmp_path / "mask.nii.gz").read_bytes() == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.nii.gz", "mask.nii.gz"]
 

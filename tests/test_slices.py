@@ -11,11 +11,14 @@ import imageio.v3 as iio
 import numpy as np
 import pytest
 import tifffile
+from conftest import file_limit
 from PIL import Image
 
 from benchmarks import plain
 from brainseg import phantom
 from brainseg.io.layouts import find_case, find_cases
+from brainseg.io.predictions import write_case
+from brainseg.io.slices import Case
 
 
 @pytest.fixture(scope="module")
@@ -328,6 +331,18 @@ def test_truncated_tiff(tmp_path, kind, kept):
     else:
         assert read.dtype == np.uint8 and np.array_equal(read[0], image)
         assert kept in (-1, -8)
+
+
+@pytest.mark.parametrize("missing", [1, 100, 4000, 9000])
+def test_a_mask_that_does_not_fit_is_an_error(tmp_path, missing):
+    slices = Case("x", (1,), (), ())
+    volume, mask = np.ones((1, 1024, 16, 1), np.uint8), np.ones((1, 1024, 16), bool)
+    write_case(tmp_path, slices, volume, mask, None)
+    path = tmp_path / "x/x_1_mask.tif"
+    earlier = path.read_bytes()
+    with file_limit(len(earlier) - missing), pytest.raises(OSError, match=f"{tmp_path}"):
+        write_case(tmp_path, slices, volume, mask, None)
+    assert path.read_bytes() == earlier
 
 
 @pytest.mark.parametrize("kept", [0, 8, 40, 0.5, 0.9])

@@ -12,7 +12,6 @@ import errno
 import json
 import os
 import platform
-import re
 import secrets
 import shutil
 import tempfile
@@ -22,6 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import numpy as np
 from filelock import FileLock, Timeout
 
 PROGRAM = "brainseg"
@@ -170,6 +170,16 @@ def has_mark(path: Path, mark: str = MARK) -> bool:
     return mark.encode() in start or mark.encode() in end
 
 
+def save_array(path: Path, array: np.ndarray) -> None:
+    """Write a .npy file. Raises OSError if the disk is full.
+
+    `numpy.save` may not: C writes its file, and an error with the last bytes is lost. If the file
+    can be read as well, Python writes it.
+    """
+    with open(path, "w+b") as file:
+        np.save(file, array)
+
+
 def write_table(path: Path, rows: Sequence[dict]) -> None:
     """Write dicts as the rows of a CSV file, atomically; a key that a row lacks is left empty.
 
@@ -224,19 +234,13 @@ def name_in_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if disk_is_full(error) and error.errno is None:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
         if error.errno is None:  # a sentence of ours, which names its file
             raise
         raise OSError(error.errno, error.strerror or str(error), str(path)) from error
 
 
 def disk_is_full(error: BaseException) -> bool:
-    """Tell whether an error says so: by its number or, as NumPy's has none, by its text."""
-    if not isinstance(error, OSError):
-        return False
-    numpys = re.fullmatch(r"\d+ requested and \d+ written", str(error))
-    return error.errno in (errno.ENOSPC, errno.EDQUOT) or numpys is not None
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def check_writable(folder: Path) -> None:

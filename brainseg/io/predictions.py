@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import tifffile
 
 from ..metrics import describe, describe_distances, score
 from ..splits import patient_of
@@ -18,7 +17,7 @@ from .files import MARK, RUN, has_mark, name_in_errors, remove, scratch
 from .labels import Labels
 from .pictures import outline, save_gif, save_png, to_grey
 from .scans import Scan
-from .slices import Case, read_slice
+from .slices import Case, read_slice, save_tiff
 
 
 def map_files(case: Case, kind: str) -> list[Path]:
@@ -110,7 +109,7 @@ def write_case(
         if not isinstance(case, Scan):
             for kind, values in {**maps, "mask": mask * np.uint8(255)}.items():
                 for file, slice_values in zip(map_files(case, kind), values, strict=True):
-                    tifffile.imwrite(temporary / file.name, slice_values, software=mark)
+                    save_tiff(temporary / file.name, slice_values, mark)
         target.mkdir(exist_ok=True)
         for path in sorted(temporary.glob(f"{glob.escape(case.name)}_*")):
             path.replace(target / path.name)

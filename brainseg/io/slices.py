@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import re
 import warnings
@@ -161,6 +162,17 @@ def read_slice(path: Path) -> np.ndarray:
         )
     check_finite(path, image)
     return image
+
+
+def save_tiff(path: Path, image: np.ndarray, mark: str, **options: object) -> None:
+    """Write an image as a TIFF with our mark. Raises OSError if the disk is full.
+
+    tifffile may not if it writes the file: NumPy does it, in C, and an error with the last bytes
+    is lost.
+    """
+    content = io.BytesIO()
+    tifffile.imwrite(content, image, software=mark, **options)
+    path.write_bytes(content.getbuffer())
 
 
 def check_finite(path: Path, voxels: np.ndarray) -> None:
