@@ -156,6 +156,6 @@ def test_figures_need_no_backend_of_a_notebook(tmp_path):
     """A notebook's own is handed on to the programs that it starts."""
     code = "from brainseg.io.pictures import save_dsc_figure; save_dsc_figure(%r, {'a': 0.5})"
     command = [sys.executable, "-c", code % str(tmp_path / "dsc.png")]
-    env = os.environ | {"MPLBACKEND": "module://not_installed.backend_inline"}
+    env = os.environ | {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
     subprocess.run(command, cwd=ROOT, env=env, check=True)
     assert (tmp_path / "dsc.png").stat().st_size > 1000
