@@ -206,7 +206,8 @@ DESCRIPTIONS = {
         T1 posterior fossa | T1 postop | T1 post op | T1 pre-op | T1 post RT ohne KM
         T1 nach OP | sT1W_3D_TFE | AXT1 | Sag 3D T1 MPRAGE | T1 pre SE | T1 NC | T1 plain
         T1 w.o. contrast | 3D BRAVO | T1 sans IV | T1 senza contrasto | T1 pre-gd | T1PRE
-        T1_preKM | T1 pas de gado
+        T1_preKM | T1 pas de gado | T1 sans injection de gado
+        T1 senza iniezione di mdc | T1 without IV contrast injection
         T1 IV- | T1 Gd- | T1 GADO- FS | T1 K- | T1 s/gd | T1 Prä KM | T1 vor i.v. KM
         T1w wo gad | T1 without FS
         T1PRECONTRAST | T1 tra bez kontr. | T1 senza m.c. | T1 ohne CM | T1 ohne i.v. Kontrast
@@ -224,7 +225,7 @@ DESCRIPTIONS = {
         T1 med kontrast | T1 efter kontrast | T1 s kontrastem | T1 po k.l. | T1 cu contrast
         T1 с контрастом | T1 после контраста | T1 Dotarem | T1GD | T1 MPRAGE GADOVIST
         T1 postop +KM | T1 post-op with gad | T1 +IV | T1 Postcontrast | T1 enhanced | MPRAGE +c
-        T1 plus contrast
+        T1 plus contrast | T1 après injection de gadolinium
         T1 IV+ | T1 K+ | T1POSTCONTRAST | T1POST | T1mKM | T1nachKM | T1 nach i.v. KM
         T1 ENH | T1 con mc | T1 + CM
         T1W W CONTRAST | T1 post contr. | t1_fl2d_tra_KM | T1W_3D_TFE_GADO | T1 con cte
@@ -235,7 +236,7 @@ DESCRIPTIONS = {
         T1 ohne und mit KM | T1 +/- C | T1 ± KM | T1 pre/post | T1 C | T1-C
         T1 avec et sans injection | T1 con y sin contraste | T1 con e senza mdc | T1 KM?
         T1 tra + | T1 com e sem contraste | T1 mit/ohne KM | T1 without & with gad
-        T1 PC | T1 with | T1 -KM | T1 mit
+        T1 PC | T1 T2 | T1 with | T1 -KM | T1 mit
     """,
     "FLAIR": """
         FLAIR | AX T2 FLAIR | t2_tirm_tra_dark-fluid_fs | t2_spc_da-fl_sag_p2_iso

@@ -22,7 +22,7 @@ from .headers import (
     read_identity,
     text,
 )
-from .sequences import sequence_of
+from .sequences import says_other, sequence_of
 
 # A PatientID that names nobody: files that share it need not be of one patient.
 NOBODY = re.compile(r"(anon[a-z]*|de-?id[a-z]*|unknown|none|null|n/?a|removed|no.?id|[0x]+)$", re.I)
@@ -63,7 +63,13 @@ class Series:
         echo, inversion = number(self.header, "EchoTime"), number(self.header, "InversionTime")
         return sequence_of(self.words, echo, inversion, text(self.header, "ContrastBolusAgent"))
 
-    def about(self, folder: Path) -> str:
+    @property
+    def may_be_flair(self) -> bool:
+        """Tell whether it is FLAIR, or of no known kind."""
+        unknown = self.sequence == "other" and not says_other(self.words)
+        return self.sequence == "FLAIR" or unknown
+
+    def summary(self, folder: Path) -> str:
         """Describe it: its place in a folder, description, number of images, times and agent."""
         facts = [f"{len(self.files)} images"]
         for name, tag in (("TE", "EchoTime"), ("TI", "InversionTime")):
@@ -92,8 +98,10 @@ def find_images(
     so are folders for which `skip` is true.
     """
     images, damaged = [], []
-    for here in _folders_below(folder, skip) if deep else [folder]:
-        paths, suffixes = _entries(here)[1], set()
+    folders = _folders_below(folder, skip) if deep else [folder]
+    for here in folders:
+        _, paths = _entries(here)
+        suffixes = set()
         for path in filter(is_dicom, paths):
             try:
                 header = read_identity(path)
@@ -118,7 +126,8 @@ def _folders_below(
     above = (*above, folder.resolve())
     if len(above) > MOST_LEVELS:
         return
-    for path in _entries(folder)[0]:
+    folders, _ = _entries(folder)
+    for path in folders:
         is_new = path.name[0] != "_" and path.resolve() not in above
         if is_new and not (skip and skip(path)):
             yield from _folders_below(path, skip, above)
@@ -131,7 +140,10 @@ def _entries(folder: Path) -> tuple[list[Path], list[Path]]:
         for entry in sorted(entries, key=lambda entry: entry.name):
             if entry.name[0] == ".":
                 continue
-            (folders if entry.is_dir() else files).append(Path(entry.path))
+            if entry.is_dir():
+                folders.append(Path(entry.path))
+            else:
+                files.append(Path(entry.path))
     return folders, files
 
 
@@ -171,7 +183,7 @@ def series_at(path: Path | Series) -> Series:
     if not path.is_dir():
         found = [series for series in found if path in series.files]
     if len(found) > 1:
-        listed = "; ".join(series.about(folder) for series in found)
+        listed = "; ".join(series.summary(folder) for series in found)
         raise ValueError(
             f"{folder}: holds {len(found)} DICOM series; give the folder of one, or a file of it: "
             f"{listed}"

@@ -277,12 +277,12 @@ def _with_notes(scan: Scan) -> Scan:
     for role, path in zip(SEQUENCES, scan.slices, strict=True):
         if role != "FLAIR" and path == scan.flair:
             continue
-        words = path.words if isinstance(path, Series) else scan_name(path)
-        kind = path.sequence if isinstance(path, Series) and role == "FLAIR" else "FLAIR"
-        if said := contradiction(role, words):
+        is_series = isinstance(path, Series)
+        said = contradiction(role, path.words if is_series else scan_name(path))
+        if said:
             notes.append(f"{role} is {path.name}, which says {said!r}: check the order")
-        elif kind not in ("FLAIR", "other"):
-            notes.append(f"{role} is {path.about(path.path)}, which may be another sequence")
+        elif is_series and role == "FLAIR" and not path.may_be_flair:
+            notes.append(f"{role} is {path.summary(path.path)}, which may be another sequence")
     return replace(scan, chosen="; ".join(notes))
 
 

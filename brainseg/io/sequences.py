@@ -109,7 +109,7 @@ def sequence_of(words: str, echo: float, inversion: float, agent: str) -> str:
     if OTHER.search(text):
         return "other"
     if T1.search(text):
-        if echo >= LONG_ECHO or inversion >= NULLS_CSF:
+        if echo >= LONG_ECHO or inversion >= NULLS_CSF or T2.search(text):
             return "doubtful"
         return _which_t1(text, agent)
     if FLAIR.search(text):
@@ -169,15 +169,16 @@ def contrast_in(text: str) -> set[str]:
     """Return what a plain text says of an agent: "before", "after", both if it is unclear."""
     words = [word for word in _split(text) if word not in FILLERS]
     said = set()
+    last, is_agent, negative = "", False, False
     for k, word in enumerate(words):
-        last = words[k - 1] if k else ""
         following = words[k + 1] if k + 1 < len(words) else ""
-        negative = last in WITHOUT_WORDS
+        if not is_agent:  # else "without" holds for the next one too: "sans injection de gado"
+            negative = last in WITHOUT_WORDS
+        is_agent = word.startswith(AGENTS) or word in ABBREVIATIONS
+        is_agent = is_agent or (word in SHORT and (negative or last in WITH_WORDS))
         if word.startswith(NATIVE):
             said.add("before")
-        elif word.startswith(AGENTS) or word in ABBREVIATIONS:
-            said.add("before" if negative else "after")
-        elif word in SHORT and (negative or last in WITH_WORDS):
+        elif is_agent:
             said.add("before" if negative else "after")
         elif word in WITHOUT_WORDS and following in WITH_WORDS:
             said |= {"before", "after"}
@@ -189,6 +190,7 @@ def contrast_in(text: str) -> set[str]:
             said |= set() if following.startswith(OPERATION) else {"after"}
         elif word in ("c", "pc") or (word in WITH_WORDS and len(word) > 1 and not following):
             said |= {"before", "after"}
+        last = word
     return said
 
 

@@ -15,7 +15,6 @@ from pydicom import uid
 from ..preprocess import SEQUENCES
 from .dicom import Series, find_images, group_series
 from .headers import damaged_text, text
-from .sequences import says_other
 
 
 @dataclass(frozen=True)
@@ -46,10 +45,10 @@ def find_studies(root: Path, skip: Callable[[Path], bool] | None = None) -> list
         study = text(header, "StudyInstanceUID") or str(_top(root, series.files[0].parent))
         groups.setdefault((text(header, "PatientID"), study), []).append(series)
     studies = []
-    for found in groups.values():
-        parents = {path.parent for series in found for path in series.files}
-        folder = Path(os.path.commonpath(parents))
-        studies.append(Study("", folder, found[0].patient, tuple(found)))
+    for group in groups.values():
+        folders = {path.parent for series in group for path in series.files}
+        common = Path(os.path.commonpath(folders))
+        studies.append(Study("", common, group[0].patient, tuple(group)))
     studies = _named(root, _without_others(root, studies))
     for path in damaged:
         _add_damaged(root, studies, path)
@@ -64,46 +63,53 @@ def _top(root: Path, folder: Path) -> Path:
 
 def _without_others(root: Path, studies: list[Study]) -> list[Study]:
     """Leave out studies without MR, such as CT, beside MR studies."""
-    with_mr = {_top(root, study.folder) for study in studies if _mr(study.series)}
+    with_mr = {_top(root, study.folder) for study in studies if mr_series(study)}
     kept = []
     for study in studies:
         is_beside = root in with_mr or _top(root, study.folder) in with_mr
-        if _mr(study.series) or not is_beside:
+        if mr_series(study) or not is_beside:
             kept.append(study)
     return kept
 
 
-def _mr(series: Sequence[Series]) -> list[Series]:
+def mr_series(study: Study) -> list[Series]:
     """List the MR series; screenshots, which may say MR too, only if there is nothing else."""
-    found = [one for one in series if text(one.header, "Modality") in ("MR", "")]
-    kinds = [uid.UID(text(one.header, "SOPClassUID")).name for one in found]
-    shots = ["Secondary Capture" in kind for kind in kinds]
-    return [one for one, shot in zip(found, shots, strict=True) if not shot] or found
+    series, screenshots = [], []
+    for one in study.series:
+        if text(one.header, "Modality") not in ("MR", ""):
+            continue
+        if "Secondary Capture" in uid.UID(text(one.header, "SOPClassUID")).name:
+            screenshots.append(one)
+        else:
+            series.append(one)
+    return series or screenshots
 
 
 def _named(root: Path, studies: list[Study]) -> list[Study]:
     """Name the studies; each name is of one study."""
-    holders: Counter[Path] = Counter()  # the number of studies in each folder
+    counts: Counter[Path] = Counter()  # the studies in each folder
     for study in studies:
-        inside = {path.parent for series in study.series for path in series.files}
-        for folder in tuple(inside):
-            inside |= {above for above in folder.parents if above.is_relative_to(root)}
-        holders.update(inside)
-    flat = any(study.folder == root for study in studies)
+        folders = {path.parent for series in study.series for path in series.files}
+        for folder in tuple(folders):
+            folders |= {above for above in folder.parents if above.is_relative_to(root)}
+        counts.update(folders)
+    is_flat = any(study.folder == root for study in studies)
     is_cd = any(path.name.upper() == "DICOMDIR" for path in root.iterdir())
     named = []
     for study in studies:
-        own = [folder for folder in (study.folder, *study.folder.parents) if holders[folder] == 1]
-        top = _top(root, study.folder)
-        if flat or (is_cd and not (len(study.series) == 1 and study.folder == top)):
-            top = root
-        folder = {path.name: path for path in own}.get(study.patient, top)
-        if folder in own:
+        folder = _top(root, study.folder)
+        is_one_series = len(study.series) == 1 and study.folder == folder
+        if is_flat or (is_cd and not is_one_series):
+            folder = root
+        for above in (study.folder, *study.folder.parents):
+            if above.name == study.patient and counts[above] == 1:
+                folder = above
+        if counts[folder] == 1:
             named.append(replace(study, name=folder.name, folder=folder))
         else:
             named.append(_dated(study))
-    counts = Counter(study.name for study in named)
-    return [study if counts[study.name] == 1 else _dated(study, True) for study in named]
+    names = Counter(study.name for study in named)
+    return [study if names[study.name] == 1 else _dated(study, True) for study in named]
 
 
 def _dated(study: Study, with_digest: bool = False) -> Study:
@@ -124,16 +130,16 @@ def _add_damaged(root: Path, studies: list[Study], path: Path) -> None:
     """Add a damaged file to the studies in the folder nearest to it, in place."""
     for folder in path.parents:
         near = [study for study in studies if study.folder.is_relative_to(folder)]
-        if folder == root and folder != path.parent:
+        if folder == root and folder != path.parent:  # others are in other folders
             near = [study for study in near if study.folder == root]
         if near or folder == root:
             break
-    top = _top(root, path.parent)
-    near = near or [Study(top.name, top, "", ())]
     for study in near:
-        if study in studies:
-            studies.remove(study)
+        studies.remove(study)
         studies.append(replace(study, damaged=(*study.damaged, path)))
+    if not near:
+        folder = _top(root, path.parent)
+        studies.append(Study(folder.name, folder, "", (), (path,)))
 
 
 # Which series of a study is which sequence
@@ -148,41 +154,51 @@ def sort_study(study: Study) -> tuple[dict[str, Series], str]:
     """
     if study.damaged:
         raise ValueError(damaged_text(study.damaged[0]))
-    found = _mr(study.series)
-    if not found:
+    series = mr_series(study)
+    if not series:
         kinds = {text(one.header, "Modality") for one in study.series}
         raise ValueError(
             f"{study.folder}: is a DICOM series of modality {' and '.join(sorted(kinds))}; give "
             "FLAIR, an MR series"
         )
-    if len(found) == 1:
-        return {"FLAIR": found[0]}, _lone_flair(study, found[0])
-    kinds = {name: [one for one in found if one.sequence == name] for name in SEQUENCES}
-    if len(kinds["FLAIR"]) != 1:
-        count = len(kinds["FLAIR"]) or "no"
-        listed = "; ".join(one.about(study.folder) for one in found)
-        raise ValueError(
-            f"{study.folder}: {count} FLAIR series; name the right one with --flair SERIES, alone "
-            f"or with --pre and --post. It holds {listed}"
-        )
-    chosen = {name: series[0] for name, series in kinds.items() if len(series) == 1}
-    said = ", ".join(f"{name} is {one.words or 'no description'!r}" for name, one in chosen.items())
-    left = [one for one in found if one not in chosen.values()]
-    if others := [repr(one.words or "no description") for one in left if one.sequence == "other"]:
+    if len(series) == 1:
+        return {"FLAIR": series[0]}, _lone_flair(study, series[0])
+    chosen = {}
+    for name in SEQUENCES:
+        fitting = [one for one in series if one.sequence == name]
+        if len(fitting) == 1:
+            chosen[name] = fitting[0]
+        elif name == "FLAIR":
+            listed = "; ".join(one.summary(study.folder) for one in series)
+            raise ValueError(
+                f"{study.folder}: {len(fitting) or 'no'} FLAIR series; name the right one with "
+                f"--flair SERIES, alone or with --pre and --post. It holds {listed}"
+            )
+    return chosen, _choice_text(study, series, chosen)
+
+
+def _choice_text(study: Study, series: Sequence[Series], chosen: dict[str, Series]) -> str:
+    """Say which series are used as which sequence, and which are not, and why."""
+    description = {one: repr(one.words or "no description") for one in series}
+    said = ", ".join(f"{name} is {description[one]}" for name, one in chosen.items())
+    unused = [one for one in series if one not in chosen.values()]
+    others = [description[one] for one in unused if one.sequence == "other"]
+    unclear = [one.summary(study.folder) for one in unused if one.sequence != "other"]
+    if others:
         said += f"; left out: {', '.join(others)}"
-    if unclear := [one.about(study.folder) for one in left if one.sequence != "other"]:
+    if unclear:
         said += (
             f"; left out, as it is not certain which T1 each is: {', '.join(unclear)}: name them "
             "with --flair, --pre and --post"
         )
-    return chosen, said
+    return said
 
 
 def _lone_flair(study: Study, series: Series) -> str:
     """Return a note on the one series of a study; ValueError if it is not FLAIR by its header."""
-    if series.sequence != "FLAIR" and (series.sequence != "other" or says_other(series.words)):
+    if not series.may_be_flair:
         raise ValueError(
             f"{series}: would be used as FLAIR, but its header says otherwise: "
-            f"{series.about(study.folder)}; if it is FLAIR, give it as --flair"
+            f"{series.summary(study.folder)}; if it is FLAIR, give it as --flair"
         )
     return f"FLAIR is {series.words!r}" if series.words else ""
