@@ -66,6 +66,7 @@ def inference(images: Path, out: Path, *more: object) -> list[str]:
 
 def training(images: Path, out: Path, *more: object) -> list[str]:
     fixed = "--image-size 32 --features 4 --epochs 4 --batch-size 8 --vis-freq 0 --device cpu"
+    fixed += " --folds 2 --fold 0"
     places = ("--weights", out, "--logs", out / "logs", "--cache", out.parent / "cache")
     return words("train.py", "--images", images, *fixed.split(), *places, *more)
 
@@ -144,7 +145,9 @@ def two_at_once(folder: Path, chance: random.Random) -> Counts:
             end = time.monotonic() + LIMIT
             while not list((folder / out).glob(".brainseg-*.lock")) and time.monotonic() < end:
                 time.sleep(0.05)
+            first.send_signal(signal.SIGSTOP)  # else it may have ended before the second starts
             second = run(command)
+            first.send_signal(signal.SIGCONT)
             first.communicate(timeout=LIMIT)
         refused = is_sentence(second) and "another run" in second.stderr
         survived += first.returncode == 0 and refused
@@ -169,7 +172,8 @@ def full_disk(folder: Path, chance: random.Random) -> Counts:
             after = files_of(out) if out.exists() else {}
             lost = before.keys() - after.keys()
             left = [path for path in out.glob(".brainseg-*") if path.is_dir()]
-            survived += is_sentence(done) and not lost and not left
+            about_it = "file too large" in done.stderr or "disk" in done.stderr
+            survived += is_sentence(done) and about_it and not lost and not left
     return 2 * len(limits), survived
 
 

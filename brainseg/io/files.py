@@ -261,10 +261,14 @@ def default_cache() -> Path:
 
 
 def sentence(error: BaseException | str) -> str:
-    """Return an error's message as one sentence that names its file."""
+    """Return an error's message as one sentence that names its file, in text that can be written.
+
+    A message may quote bytes of a damaged file, which are no text in any encoding.
+    """
+    message = str(error)
     if isinstance(error, OSError) and error.strerror and error.filename:
-        return f"{error.filename}: {error.strerror.lower()}"
-    return str(error)
+        message = f"{error.filename}: {error.strerror.lower()}"
+    return message.encode(errors="replace").decode()
 
 
 def by(shape: Sequence[int]) -> str:

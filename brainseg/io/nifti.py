@@ -125,7 +125,7 @@ def _type_of(path: Path, header: nibabel.Nifti1Header) -> np.dtype:
     """Return the data type of a voxel; one of red, green and blue has fields of these names."""
     try:
         kind = header.get_data_dtype()
-    except HeaderDataError:
+    except (HeaderDataError, KeyError):  # a code that no type has
         kind = np.dtype("V")
     if kind.itemsize > 8 or not (kind.names or kind.kind in "iuf"):
         raise ValueError(f"{path}: its voxels are complex or of a rare type; save as float32")

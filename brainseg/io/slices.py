@@ -91,14 +91,19 @@ class Case:
 
 @contextmanager
 def errors_name(path: Path) -> Iterator[None]:
-    """Raise a library's RuntimeError, or a MemoryError, as a ValueError that names the case."""
+    """Raise what goes wrong with a case, if it is no sentence yet, as a ValueError that names it.
+
+    Libraries raise errors of every kind on a damaged file, and one file must not end a cohort.
+    """
     try:
         yield
+    except (ValueError, OSError):
+        raise
     except MemoryError as error:
         fault = "does not fit into memory; crop it, or use a machine with more"
         raise ValueError(f"{path}: {fault}") from error
-    except RuntimeError as error:
-        lines = str(error).strip().splitlines() or ["no reason given"]
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
         raise ValueError(f"{path}: cannot be read ({lines[-1]}); export it again") from error
 
 
