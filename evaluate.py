@@ -35,6 +35,7 @@ from brainseg.evaluation.report import case_table, save_gallery, save_page, save
 from brainseg.evaluation.scoring import Model, choose_cases, open_models, score_all, settings_of
 from brainseg.evaluation.statistics import compare
 from brainseg.io.files import check_ours, remove, write_json, write_table
+from brainseg.io.labels import NO_LESION
 from brainseg.io.slices import Case
 from brainseg.splits import SUBSETS, by_subset, count_patients, list_cohort
 from brainseg.weights import shipped_weights
@@ -99,6 +100,8 @@ def score(
     scored, pictures, digest = score_all(cases, models, args.workers)
     cases[0].labels.check()
     write_table(args.out / "scores.csv", [row for rows in scored.values() for row in rows])
+    if not any(row["lesion_voxels"] for rows in scored.values() for row in rows):
+        print(NO_LESION.format(len(cases)), file=sys.stderr)
     summary = compare(scored)
     shown = tables(summary)
     print("\n\n".join(table.as_text() for table in shown))

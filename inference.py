@@ -46,7 +46,7 @@ from brainseg.evaluation.page import check_page
 from brainseg.evaluation.volumes import read_volumes, volumes_table
 from brainseg.io.dicom_seg import check_dicom_packages, holds_dicom
 from brainseg.io.files import PROGRAM, RUN, check_ours, check_writable, update_table, write_json
-from brainseg.io.labels import Labels
+from brainseg.io.labels import NO_LESION, Labels
 from brainseg.io.layouts import Source, find_sequences
 from brainseg.io.pictures import save_dsc_figure
 from brainseg.io.predictions import check_kept, scores_text
@@ -283,6 +283,8 @@ def report(
     print(volumes_table(rows, folder / "volumes.csv").as_text(), end="\n\n")
     if scores := [result.scores for result in done if result.scores]:
         print(scores_text(scores))
+        if not any(row["lesion_voxels"] for row in scores):
+            print(NO_LESION.format(len(scores)), file=sys.stderr)
         marked = [row["case"] for row in scores if row["trained_on"]]
         save_dsc_figure(figure, {row["case"]: row["dsc"] for row in scores}, marked)
         print(f"table: {folder / 'metrics.csv'}   figure: {figure}")

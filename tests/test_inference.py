@@ -432,6 +432,23 @@ def test_files_of_others_are_neither_replaced_nor_removed(
     assert path.read_text() == FOREIGN[name]
 
 
+def test_a_truth_without_any_lesion_is_said(phantoms, weights, tmp_path, capsys):
+    images = subset_copy(phantoms, tmp_path / "images", "phantom_003", "phantom_004")
+    for path in images.rglob("*_mask.tif"):
+        tifffile.imwrite(path, np.zeros_like(tifffile.imread(path)))
+    assert infer(images, tmp_path, weights) == 0
+    assert one_sentence(capsys).startswith("none of the 2 true masks has a lesion")
+
+
+def test_bytes_that_are_no_text_end_no_cohort(phantoms, weights, tmp_path, capsys):
+    images = subset_copy(phantoms, tmp_path / "images", "phantom_003")
+    header = b"NDims = 3\nDimSize = 4 4 4\nElementType = MET_UCHAR\nElementDataFile = L\xfeCAL\n"
+    (images / "a.mha").write_bytes(header + bytes(64))
+    assert infer(images, tmp_path, weights, "--report", tmp_path / "r.html") == 1
+    assert "a.mha: its voxels, L" in capsys.readouterr().err
+    assert [row["case"] for row in volumes(tmp_path)] == ["a", "phantom_003"]
+
+
 def test_a_figure_or_report_of_others_is_not_replaced(phantoms, weights, tmp_path):
     for flag, name in (("--figure", "dsc.png"), ("--report", "report.html")):
         (tmp_path / name).write_text("the user's own")

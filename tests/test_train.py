@@ -512,7 +512,7 @@ def test_training_without_any_lesion_is_refused(phantoms, tmp_path, capsys):
         if VALIDATION in path.name:
             tifffile.imwrite(path, np.zeros((64, 64), np.uint8))
     run(images, tmp_path / "a")
-    assert "validation: none of its 1 masks has a lesion" in capsys.readouterr().err
+    assert "validation: none of the 1 true masks has a lesion" in capsys.readouterr().err
     for path in images.glob("*/*_mask.tif"):
         tifffile.imwrite(path, np.zeros((64, 64), np.uint8))
     message = refused(images, tmp_path / "b")

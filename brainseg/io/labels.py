@@ -52,6 +52,12 @@ class Labels:
             )
 
 
+NO_LESION = (
+    "none of the {} true masks has a lesion, so a DSC says nothing here; check how they were "
+    "exported, and --labels"
+)
+
+
 def odd_masks(shares: Mapping[str, float], masks: Iterable[np.ndarray] = ()) -> list[str]:
     """Say, in a sentence each, what cannot be right about the masks of a cohort.
 
@@ -61,11 +67,7 @@ def odd_masks(shares: Mapping[str, float], masks: Iterable[np.ndarray] = ()) -> 
     sentences = []
     count = len(shares)
     if count and not any(shares.values()):
-        sentences.append(
-            f"none of its {count} masks has a lesion, so that a DSC says nothing here; check how "
-            "they were exported"
-        )
-        return sentences
+        return [NO_LESION.format(count)]
     large = [case for case, share in shares.items() if share > MOST]
     if large:
         sentences.append(
