@@ -151,6 +151,14 @@ def test_an_image_cut_anywhere_is_damaged(tmp_path):
         assert source.name == "anna" and source.study.damaged == (path,), length
 
 
+@pytest.mark.parametrize("right, wrong", [(b"\x16\0UI", b"\x16\0UA"), (b"1.2.840", b"1.2\\840")])
+def test_an_odd_class_does_not_stop_the_list(tmp_path, right, wrong):
+    path = image(tmp_path / "anna" / "1", "p1")
+    image(tmp_path / "bert" / "1", "p2", "2")
+    path.write_bytes(path.read_bytes().replace(right, wrong))
+    assert [source.name for source in list_cases(tmp_path)] == ["anna", "bert"]
+
+
 def test_a_report_cut_anywhere_is_passed_over(tmp_path):
     image(tmp_path / "anna" / "1", "p1")
     path = image(tmp_path / "anna" / "2.dcm", "p1", SOPClassUID=uid.BasicTextSRStorage, Rows=None)

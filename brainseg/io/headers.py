@@ -77,13 +77,13 @@ def _read_header(path: Path, inode: int, changed: int, size: int) -> Dataset:
         raise
     except Exception as error:  # of many kinds
         raise ValueError(damaged_text(path)) from error
-    kind = header.get("SOPClassUID") or header.file_meta.get("MediaStorageSOPClassUID")
+    kind = _sop_class(header)
     pixels = header.get_item("PixelData", keep_deferred=True)
     if pixels is None:
-        if kind is None or kind in IMAGES:
+        if not kind or kind in IMAGES:
             raise ValueError(damaged_text(path))
         return header
-    deflated = header.file_meta.get("TransferSyntaxUID") == uid.DeflatedExplicitVRLittleEndian
+    deflated = text(header.file_meta, "TransferSyntaxUID") == uid.DeflatedExplicitVRLittleEndian
     if pixels.length != UNDEFINED and not deflated:
         if pixels.value_tell + pixels.length > size:
             raise ValueError(damaged_text(path))
@@ -108,7 +108,7 @@ def read_identity(path: Path) -> Dataset | None:
         raise
     except Exception as error:  # of many kinds
         raise ValueError(damaged_text(path)) from error
-    kind = header.get("SOPClassUID") or header.file_meta.get("MediaStorageSOPClassUID") or ""
+    kind = _sop_class(header)
     name = uid.UID(kind).name  # the UID itself if it is private, or cut short
     is_known = name != kind or "SOPInstanceUID" in header
     if kind and is_known and "Image Storage" not in name:
@@ -116,6 +116,10 @@ def read_identity(path: Path) -> Dataset | None:
     if "Rows" not in header:
         raise ValueError(damaged_text(path))
     return header
+
+
+def _sop_class(header: Dataset) -> str:
+    return text(header, "SOPClassUID") or text(header.file_meta, "MediaStorageSOPClassUID")
 
 
 def damaged_text(path: Path) -> str:
