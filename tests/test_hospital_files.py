@@ -847,6 +847,26 @@ def test_names_of_other_sequences_are_said(tmp_path, flair_name, post, said):
     assert re.search(said, text) if said else "which says" not in text
 
 
+@pytest.mark.parametrize("study, place", [
+    ("in/anna", "in/anna_mask.nii.gz"),
+    ("in/anna", "in/anna/s0_mask.nii.gz"),
+    ("in/anna/1", "in/anna/anna_20200101_mask.nii.gz"),
+    ("in/anna/1", "in/anna/1/anna_20200101_mask.nii.gz"),
+])  # fmt: skip
+def test_the_mask_of_a_study(tmp_path, study, place):
+    for k, one in enumerate(
+        (series_of(0, StudyDate="20200101"), t1(1, "T1", StudyDate="20200101"))
+    ):
+        save(tmp_path / study / f"s{k}", one)
+    if study != "in/anna":
+        save(tmp_path / "in/anna/2", series_of(3, StudyInstanceUID="1.3", StudyDate="20210101"))
+    mask = nibabel.Nifti1Image((flair() > BRAIN).astype("u1").T, affine())
+    nibabel.save(mask, tmp_path / place)
+    case = find_cases(tmp_path / "in")[0]
+    assert case.name == ("anna" if study == "in/anna" else "anna_20200101")
+    assert case.read_pair()[1].sum() == VOXELS
+
+
 def test_a_series_of_another_sequence_is_said(tmp_path):
     for k, series in enumerate((slices(), t1(1, "T1 +C"))):
         save(tmp_path / "anna" / f"s{k}", series)

@@ -287,11 +287,13 @@ def _with_notes(scan: Scan) -> Scan:
 
 
 def _open_study(study: Study) -> Scan:
-    """Open a DICOM study; its mask, <case>_mask, is beside its folder or in it."""
+    """Open a DICOM study; its mask is <case>_mask, beside its folder or in it, or <FLAIR>_mask."""
     series, said = sort_study(study)
     files = [series.get(name) for name in SEQUENCES]
-    mask = _mask_of(study.folder.with_name(study.name)) or _mask_of(study.folder / study.name)
-    return Scan.open(study.name, files, mask, said)
+    folder, name = study.folder, study.name
+    places = folder.with_name(name), folder / name, series["FLAIR"].path
+    masks = [_mask_of(place) for place in places]
+    return Scan.open(name, files, next(filter(None, masks), None), said)
 
 
 def _find_scan(path: Path) -> Scan:
