@@ -2,16 +2,20 @@
 
 import csv
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import nibabel
 import numpy as np
 import pytest
 import SimpleITK
+from PIL import Image
 
 import evaluate
 import inference
 import train
+from brainseg.cache import prepare
 from brainseg.io.cohorts import parse_sequences
 from brainseg.io.labels import Labels
 from brainseg.io.layouts import find_case, find_cases, list_cases
@@ -328,6 +332,91 @@ def test_labels_choose_what_is_trained_on_and_scored(labelled, tmp_path, capsys)
     again = segment(root, tmp_path, "--labels", 1, 4, "--skip-existing")
     assert again == 0 and "2 kept" in capsys.readouterr().out
     assert "holds this label; they hold 1, 2, 4" in segment(root, tmp_path, "--labels", 3)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.float32])
+def test_labels_stored_with_a_scale_are_whole(labelled, dtype, capsys):
+    """nibabel scales floats saved as integers: 1, 2, 4 become 1.0039, 1.992, 4 or 1.00002, ..."""
+    root, labels = labelled
+    path = root / "c1" / "c1_seg.nii.gz"
+    image = nibabel.load(path)
+    scaled = nibabel.Nifti1Image(labels.T.astype(float), image.affine, image.header)
+    scaled.set_data_dtype(dtype)
+    scaled.header.set_slope_inter(None, None)
+    nibabel.save(scaled, path)
+    for chosen in ((1, 4), (2,), ()):
+        labels_of_run = Labels(chosen)
+        case = list_cases(root, labels=labels_of_run)[0].open()
+        wanted = np.isin(labels, chosen or (1, 2, 4))
+        assert np.array_equal(case.read_mask(), wanted)
+        assert labels_of_run.found == {"c1": [1, 2, 4]}
+
+
+def grown(mask: np.ndarray, factor: float) -> np.ndarray:
+    """Resize a mask (S, H, W) bool linearly, to 0..255."""
+    size = round(mask.shape[2] * factor), round(mask.shape[1] * factor)
+    images = (Image.fromarray(image * np.uint8(255)) for image in mask)
+    return np.stack([np.asarray(image.resize(size, Image.BILINEAR)) for image in images])
+
+
+HERE = Path("m.nii.gz")
+
+
+@pytest.mark.parametrize("factor", [0.5, 0.75, 1.5, 2])
+def test_a_resized_mask_keeps_its_volume(factor, capsys):
+    mask = make_volume(1, 8, 128)[1]
+    grey = grown(mask, factor)
+    for scale in (1, 1 / 255):  # 0..255, or 0..1
+        found = Labels().lesion(grey * scale if scale < 1 else grey, "m", HERE)
+        assert found.sum() == pytest.approx(mask.sum() * factor**2, rel=0.025)
+        assert (grey > 0).sum() > 1.08 * mask.sum() * factor**2
+    assert "m: its mask has grey edges" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="m.nii.gz: holds fractions or grey edges, not labels"):
+        Labels([255]).lesion(grey, "m", HERE)
+
+
+def areas(labels: Sequence[int]) -> np.ndarray:
+    """Make a mask (4, 64, 64) with a block of 4 x 6 x 6 voxels of each label."""
+    mask = np.zeros((4, 64, 64), np.int32)
+    for k, label in enumerate(labels):
+        mask[:, 8 * (k // 8) : 8 * (k // 8) + 6, 8 * (k % 8) : 8 * (k % 8) + 6] = label
+    return mask
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        range(1, 61),  # numbered lesions
+        (85, 170, 255),
+        (40, 80, 120, 160, 200),
+        (2, 3, 4, 41, 42, 77, 251, 1001, 1002, 2035),  # of FreeSurfer
+    ],
+)
+def test_many_labels_stay_labels(labels, capsys):
+    mask = areas(labels)
+    run = Labels()
+    assert np.array_equal(run.lesion(mask, "m", HERE), mask > 0)
+    assert run.found == {"m": list(labels)}
+    assert "its mask holds the labels" in capsys.readouterr().err
+    chosen = labels[2]
+    assert np.array_equal(Labels([chosen]).lesion(mask, "m", HERE), mask == chosen)
+
+
+def test_small_numbered_lesions_stay_labels():
+    mask = np.zeros((4, 64, 64), np.uint8)
+    mask[1, ::6, ::6] = np.arange(1, 122).reshape(11, 11)  # single voxels
+    assert np.array_equal(Labels().lesion(mask, "m", HERE), mask > 0)
+
+
+def test_a_grey_mask_from_the_cache_is_said_again(tmp_path, capsys):
+    write_case(tmp_path / "in", BRATS, "c1", *VOLUMES[0])
+    soft = np.rint(grown(VOLUMES[0][1], 0.5)).repeat(2, 1).repeat(2, 2)
+    soft = (soft.astype(int) + np.roll(soft, 1, 2) + np.roll(soft, 1, 1)) // 3
+    write(tmp_path / "in" / "c1" / "c1_seg.nii.gz", soft.astype(np.uint8))
+    for _ in (0, 1):
+        (source,) = list_cases(tmp_path / "in", labels=Labels())
+        prepare([source.open()], 32, tmp_path / "cache", 1)
+        assert "c1: its mask has grey edges" in capsys.readouterr().err
 
 
 # Bad cases

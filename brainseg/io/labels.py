@@ -1,15 +1,20 @@
-"""Masks with several labels: which of them are lesion; and masks that cannot be right."""
+"""Masks: which of their labels or greys are lesion; and masks that cannot be right."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-MANY = 20  # more values than this are the grey edges of a drawing, not labels
+NEAR = 0.1  # a label stored with a scale is off by less than this
+FEW, SMALL = 2, 64  # at most so many values, or all below this: whole numbers are labels
+AREAS, BLENDED = 0.02, 0.005  # shares of voxels that touch no other value: less in greys
+FULL = 0.9  # a mask of a larger share of the scan is inverted, or white all over
 MOST = 1 / 8  # of a volume: brains are larger; of 88 cases of LGG, the largest lesion is 1 / 20
+LISTED = 20  # labels named in a sentence
 
 
 class Labels:
@@ -21,35 +26,94 @@ class Labels:
 
     def __init__(self, chosen: Iterable[int] | None = None):
         self.chosen = tuple(sorted(set(chosen or ())))
-        self.found: dict[str, list[int]] = {}
-        self._said = False
+        self.found: dict[str, list[int] | None] = {}  # None: grey edges instead of labels
+        self._said: set[str] = set()
 
-    def lesion(self, mask: np.ndarray, case: str) -> np.ndarray:
-        """Return where a mask is lesion: bool, in the mask's shape."""
-        positive = mask > 0
-        values = np.unique(mask[positive])
-        self.note(case, [int(value) for value in values if value == int(value)])
-        return np.isin(mask, self.chosen) if self.chosen else positive
+    def lesion(self, mask: np.ndarray, case: str, path: Path) -> np.ndarray:
+        """Return where a mask (S, H, W) is lesion: bool; see `find_labels` for what it may hold.
 
-    def note(self, case: str, found: Sequence[int]) -> None:
-        """Record the labels in the mask of a case; if there are several, say so once on stderr."""
-        self.found[case] = list(found)
-        if 1 < len(found) <= MANY and not self.chosen and not self._said:
-            self._said = True
-            tqdm.write(
-                f"{case}: its mask holds the labels {', '.join(map(str, found))}; in every case "
-                "any label above 0 counts as lesion (choose with --labels)",
-                file=sys.stderr,
+        A mask with grey edges is cut at half of its maximum. Raises ValueError, naming `path`, if
+        it has no labels to choose from, if they are blended, or if nearly every voxel is lesion.
+        """
+        labels = find_labels(mask, path)
+        if labels is None and self.chosen:
+            raise ValueError(
+                f"{path}: holds fractions or grey edges, not labels; leave out --labels, or "
+                "resize the labels by nearest neighbour"
             )
+        self.note(case, labels)
+        if self.chosen:
+            lesion = np.isin(np.rint(mask), self.chosen)
+        elif labels is None:
+            lesion = mask >= mask.max() / 2
+        else:
+            lesion = mask > NEAR
+        if lesion.mean() > FULL:
+            raise ValueError(
+                f"{path}: calls {lesion.mean():.0%} of the scan lesion; save it with lesion above "
+                "0 (white) and all else 0 (black)"
+            )
+        return lesion
+
+    def note(self, case: str, labels: Sequence[int] | None) -> None:
+        """Record the labels in the mask of a case (None: grey edges); say once what follows."""
+        self.found[case] = labels
+        if labels is None:
+            text = "its mask has grey edges; such masks are cut at half of their maximum"
+        elif len(labels) > 1 and not self.chosen:
+            text = (
+                f"its mask holds the labels {_listed(labels)}; in every case any label above 0 "
+                "counts as lesion (choose with --labels)"
+            )
+        else:
+            return
+        kind = "grey" if labels is None else "labels"
+        if kind not in self._said:
+            self._said.add(kind)
+            tqdm.write(f"{case}: {text}", file=sys.stderr)
 
     def check(self) -> None:
         """Raise ValueError if a chosen label is in none of the masks read so far."""
-        held = sorted(set().union(*self.found.values()))
-        if self.found and (missing := sorted({*self.chosen} - {*held})):
+        held = set()
+        for labels in self.found.values():
+            held.update(labels or ())
+        missing = sorted(set(self.chosen) - held)
+        if self.found and missing:
             raise ValueError(
                 f"--labels {missing[0]}: none of the {len(self.found)} masks read holds this "
-                f"label; they hold {', '.join(map(str, held[:MANY])) or 'no label above 0'}"
+                f"label; they hold {_listed(sorted(held)) or 'no label above 0'}"
             )
+
+
+def find_labels(mask: np.ndarray, path: Path) -> list[int] | None:
+    """List the labels above 0 in a mask (S, H, W); None if its values are greys instead.
+
+    Whole numbers, to a tenth, are labels if they are few or small, or if some of their voxels
+    touch no other value above 0. Greys, which JPEG, an interpolation or a network leaves, differ
+    from voxel to voxel. Raises ValueError, naming `path`, for labels that an interpolation has
+    blended, and for values below a half.
+    """
+    from scipy.ndimage import maximum_filter, minimum_filter
+
+    values = np.unique(mask[mask > 0])
+    if len(values) == 0:
+        return []
+    largest = values[-1]
+    if largest < 0.5:
+        raise ValueError(f"{path}: its values end at {largest:.2g}; save it with lesion as 1")
+    whole = bool((np.abs(values - np.rint(values)) < NEAR).all())
+    labels = sorted({int(value) for value in np.rint(values) if value > 0})
+    if whole and (len(values) <= FEW or largest < SMALL):
+        return labels
+    low, high = (0.3, 0.7) if whole else (0.1, 0.9)  # JPEG rings beyond the former
+    middle = (mask > low * largest) & (mask < high * largest)
+    lowest_around = minimum_filter(np.where(mask > NEAR, mask, largest), 3)
+    amid = middle & (maximum_filter(mask, 3) == lowest_around)
+    if whole:  # of a few voxels, one may be so by chance
+        return labels if amid.sum() > AREAS * max(middle.sum(), 500) else None
+    if largest > 1 + NEAR and amid.sum() > BLENDED * middle.sum():
+        raise ValueError(f"{path}: its labels are blended; resize them by nearest neighbour")
+    return None
 
 
 NO_LESION = (
@@ -79,3 +143,8 @@ def odd_masks(shares: Mapping[str, float], masks: Iterable[np.ndarray] = ()) -> 
     if count > 1 and first is not None and all(np.array_equal(first, mask) for mask in masks):
         sentences.append(f"all {count} cases have the same mask; give each its own")
     return sentences
+
+
+def _listed(labels: Sequence[int]) -> str:
+    more = ", ..." if len(labels) > LISTED else ""
+    return ", ".join(map(str, labels[:LISTED])) + more

@@ -188,10 +188,11 @@ class Scan(Case):
         (path,) = self.masks
         read_grid(path)[0].check_same(path, self.grid, self.flair)
         voxels = read_voxels(path)
-        if voxels.shape[3] > 1 or voxels.min() < 0:
+        # A cubic resize swings a little below 0.
+        if voxels.shape[3] > 1 or voxels.min() < -0.2 * voxels.max():
             raise ValueError(f"{path}: is not a mask; give one channel, 0 outside the lesion")
         mask = self.grid.to_axial(voxels)[..., 0]
-        return np.ascontiguousarray(self.labels.lesion(mask, self.name))
+        return np.ascontiguousarray(self.labels.lesion(mask, self.name, path))
 
     def write_map(self, path: Path, values: np.ndarray, mark: str = MARK) -> None:
         """Write values (S, H, W) on the scan's grid, whole or not at all; bool as 0 and 1.

@@ -74,7 +74,7 @@ class Case:
         masks = _stack([read_slice(path) for path in self.masks], self.masks)
         if masks.shape[-1] in (2, 4):  # the last channel is opacity
             masks = masks[..., :-1]
-        return self.labels.lesion(masks.max(axis=-1), self.name)
+        return self.labels.lesion(masks.max(axis=-1), self.name, self.folder)
 
     def read_pair(self) -> tuple[np.ndarray, np.ndarray]:
         """Read the volume and its mask; ValueError if the mask is missing or of another shape."""
