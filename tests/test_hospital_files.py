@@ -7,6 +7,7 @@ voxels are read, how large they are, and where they are. Masks are read by nibab
 """
 
 import gzip
+import io
 import re
 import shutil
 from collections.abc import Callable
@@ -19,12 +20,15 @@ import numpy as np
 import pydicom
 import pytest
 import SimpleITK as sitk
+import tifffile
 from conftest import make_weights
+from PIL import Image
 from pydicom import uid
 
 import inference
 from brainseg.io.files import MARK
 from brainseg.io.layouts import find_cases, find_sequences
+from brainseg.io.scans import Scan
 
 # The phantom FLAIR: 16 axial slices of 96 x 96, 6 mm apart, of pixels of 2 x 2 mm.
 SHAPE = (16, 96, 96)  # S, H, W
@@ -41,17 +45,18 @@ class Kind(NamedTuple):
     make: Callable[[Path], Path]  # writes the files into a folder, returns what --images gets
     refused: str  # a part of the sentence; empty if the file must be read
     noted: str  # a part of a note about how it is read
+    truth: bool  # it has a true mask, which must be the phantom's lesion
 
 
 KINDS: dict[str, Kind] = {}
 
 
-def kind(what: str, refused: str = "", noted: str = "") -> Callable:
+def kind(what: str, refused: str = "", noted: str = "", truth: bool = False) -> Callable:
     """Add a kind of file to the table."""
 
     def add(make: Callable[[Path], Path]) -> Callable[[Path], Path]:
         assert what not in KINDS
-        KINDS[what] = Kind(make, refused, noted)
+        KINDS[what] = Kind(make, refused, noted, truth)
         return make
 
     return add
@@ -881,6 +886,151 @@ def test_a_series_of_another_sequence_is_said(tmp_path):
 # Slices and masks
 
 
+def lesion() -> np.ndarray:
+    mask = np.zeros(SHAPE, bool)
+    mask[LESION] = True
+    return mask
+
+
+def masked_slices(
+    folder: Path, write: Callable[[Path, np.ndarray], None], suffix: str = ".tif"
+) -> Path:
+    """Write the phantom as TIFF slices beside its masks (H, W) bool, each written by `write`."""
+    for k, (image, mask) in enumerate(zip(flair(), lesion(), strict=True)):
+        tifffile.imwrite(folder / f"x_{k}.tif", image)
+        write(folder / f"x_{k}_mask{suffix}", mask)
+    return folder
+
+
+def negative(path: Path, image: np.ndarray) -> None:
+    """Write a TIFF, inverted, that says so."""
+    image = image * np.uint8(255) if image.dtype == bool else image
+    tifffile.imwrite(path, np.iinfo(image.dtype).max - image, photometric="miniswhite")
+
+
+def shown_inverted(path: Path, mask: np.ndarray) -> None:
+    """Write a TIFF as ImageJ does with an inverting look-up table: stored as usual."""
+    tifffile.imwrite(path, mask * np.uint8(255), photometric="miniswhite", software="ImageJ")
+
+
+def by_fax(path: Path, mask: np.ndarray) -> None:
+    Image.fromarray(mask).save(path, compression="group4", tiffinfo={262: 0})  # Pillow inverts
+
+
+def in_palette(path: Path, mask: np.ndarray, colours: str = "ffffff000000") -> None:
+    """Write an indexed image: with the first colour outside the lesion, the second in it."""
+    image = Image.fromarray(mask.astype(np.uint8), "P")
+    image.putpalette(bytes.fromhex(colours))
+    image.save(path)
+
+
+def painted(path: Path, mask: np.ndarray, colour: int = 255, ground: int = 255) -> None:
+    """Write RGBA: the lesion opaque, all else see-through."""
+    image = np.where(mask[..., None], np.uint8(colour), np.uint8(ground)).repeat(4, axis=2)
+    image[..., 3] = mask * np.uint8(255)
+    Image.fromarray(image).save(path)
+
+
+def as_jpeg(path: Path, mask: np.ndarray, quality: int = 80) -> None:
+    """Write a PNG of what JPEG leaves of a mask."""
+    buffer = io.BytesIO()
+    Image.fromarray(mask * np.uint8(255)).save(buffer, "jpeg", quality=quality)
+    Image.open(buffer).save(path)
+
+
+def softened(mask: np.ndarray) -> np.ndarray:
+    """Return a mask as a linear resize leaves it: 1 in the lesion, 1/16 to 15/16 at its edges."""
+    soft = mask.astype(np.float32)
+    for axis in (1, 2):
+        soft = (np.roll(soft, 1, axis) + 2 * soft + np.roll(soft, -1, axis)) / 4
+    return soft
+
+
+for what, write, suffix in (
+    ("8 bits, white is zero", negative, ".tif"),
+    ("16 bits, white is zero", lambda path, mask: negative(path, mask * np.uint16(65535)), ".tif"),
+    ("1 bit by fax, white is zero", by_fax, ".tif"),
+    ("1 bit by tifffile, which calls its zero white", tifffile.imwrite, ".tif"),
+    ("8 bits by ImageJ, only shown inverted", shown_inverted, ".tif"),
+    ("a palette that begins with black", partial(in_palette, colours="000000800000"), ".png"),
+    ("a TIFF palette that begins with black", partial(in_palette, colours="000000ffffff"), ".tif"),
+    (
+        "a TIFF palette of black as 1",
+        lambda path, mask: in_palette(path, ~mask, "ffffff000000"),
+        ".tif",
+    ),
+    ("a see-through PNG", painted, ".png"),
+    ("a see-through TIFF", painted, ".tif"),
+    (
+        "CMYK",
+        lambda path, mask: Image.fromarray(mask).convert("RGB").convert("CMYK").save(path),
+        ".tif",
+    ),
+):
+    kind(f"masks: {what}", truth=True)(partial(masked_slices, write=write, suffix=suffix))
+for quality in (30, 95):
+    kind(f"masks: JPEG of quality {quality}", noted="grey edges", truth=True)(
+        partial(masked_slices, write=partial(as_jpeg, quality=quality), suffix=".png")
+    )
+for what, refused, write in (
+    ("white outside", "calls .* of the scan lesion", lambda p, m: in_palette(p, m, "ffffffff0000")),
+    ("painted in black", "painted in black", partial(painted, colour=0)),
+):
+    kind(f"masks: {what}", refused)(partial(masked_slices, write=write, suffix=".png"))
+
+
+@kind("slices: 16 bits, white is zero")
+def negative_slices(folder: Path) -> Path:
+    for k, image in enumerate(flair()):
+        negative(folder / f"x_{k}.tif", image)
+    return folder
+
+
+@kind("slices: white is zero, on grey", "x_0.tif: its tag PhotometricInterpretation says that")
+def grey_edges(folder: Path) -> Path:
+    for k, image in enumerate(flair()):
+        image[[0, -1]] = 500
+        image[:, [0, -1]] = 500
+        tifffile.imwrite(folder / f"x_{k}.tif", image, photometric="miniswhite")
+    return folder
+
+
+@kind("slices: 8 and 16 bits", "x_3.tif: uint8 pixels, but x_0.tif has uint16")
+def mixed_bits(folder: Path) -> Path:
+    for k, image in enumerate(flair()):
+        tifffile.imwrite(folder / f"x_{k}.tif", image if k != 3 else (image // 4).astype(np.uint8))
+    return folder
+
+
+def masked_nifti(folder: Path, mask: np.ndarray, name: str = "a_mask.nii.gz", dtype=None) -> Path:
+    """Write the phantom with a mask (S, H, W), which nibabel scales if the data type needs it."""
+    path = nifti(folder)
+    image = nibabel.Nifti1Image(mask.T, affine())
+    if dtype:
+        image.set_data_dtype(dtype)
+    nibabel.save(image, folder / name)
+    return path
+
+
+SOFT = softened(lesion())
+NESTED = lesion() * 1.0
+NESTED[LESION][:, 1:-1, 1:-1] = 4
+NESTED[LESION][:2, 2:-2, 2:-2] = 2
+for what, noted, mask, dtype in (
+    ("float, of a linear resize", "grey edges", SOFT, None),
+    ("8 bits, of a linear resize", "grey edges", np.rint(255 * SOFT).astype(np.uint8), None),
+    ("probabilities", "grey edges", (0.97 * SOFT + 0.01).clip(0.02), None),
+    ("labels 1, 2 and 4 in 8 scaled bits", "labels 1, 2, 4", NESTED, np.uint8),
+    ("labels 1, 2 and 4 in 16 scaled bits", "labels 1, 2, 4", NESTED, np.int16),
+):
+    kind(f"mask: {what}", noted=noted, truth=True)(partial(masked_nifti, mask=mask, dtype=dtype))
+for what, refused, mask in (
+    ("labels that a linear resize has blended", "its labels are blended", softened(NESTED)),
+    ("all below a half", "its values end at 0.0039", lesion() / 255.0),
+):
+    kind(f"mask: {what}", refused)(partial(masked_nifti, mask=mask))
+
+
 # Values that fill what was not scanned
 
 
@@ -889,10 +1039,20 @@ def test_a_series_of_another_sequence_is_said(tmp_path):
 
 @pytest.mark.parametrize("what", [name for name, row in KINDS.items() if not row.refused])
 def test_is_read_right(what, tmp_path, capfd):
-    make, _, noted = KINDS[what]
-    (case,) = find_cases(make(tmp_path))
+    row = KINDS[what]
+    (case,) = find_cases(row.make(tmp_path))
     volume = case.read()
     mask = volume[..., volume.shape[-1] // 2] > (BRAIN + BRIGHT) / 2
+    assert mask.sum() == VOXELS
+    assert bool(case.masks) == row.truth
+    if row.truth:
+        assert np.array_equal(case.read_mask(), lesion())
+    out, error = capfd.readouterr()
+    assert re.search(row.noted, " ".join(case.notes) + error)
+    assert out == "" and (row.truth or error == "")
+    if not isinstance(case, Scan):
+        assert np.array_equal(mask, lesion())
+        return
     case.write_map(tmp_path / "found_mask.nii.gz", mask)
     image = nibabel.load(tmp_path / "found_mask.nii.gz")
     voxels = np.argwhere(np.asanyarray(image.dataobj) > 0)
@@ -900,15 +1060,13 @@ def test_is_read_right(what, tmp_path, capfd):
     assert abs(np.linalg.det(image.affine[:3, :3])) * len(voxels) / 1000 == pytest.approx(ML, 1e-3)
     centre = nibabel.affines.apply_affine(image.affine, voxels).mean(axis=0) * (-1, -1, 1)
     assert centre == pytest.approx(CENTRE, abs=0.1)
-    assert re.search(noted, " ".join(case.notes))
-    assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize("what", [name for name, row in KINDS.items() if row.refused])
 def test_is_refused_in_a_sentence(what, tmp_path, capfd):
-    make, refused, _ = KINDS[what]
-    path = make(tmp_path)
-    with pytest.raises((ValueError, OSError), match=refused) as caught:
+    row = KINDS[what]
+    path = row.make(tmp_path)
+    with pytest.raises((ValueError, OSError), match=row.refused) as caught:
         for case in find_cases(path):
             case.read_pair() if case.masks else case.read()
     assert "\n" not in str(caught.value)

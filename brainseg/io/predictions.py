@@ -17,7 +17,7 @@ from .files import MARK, RUN, has_mark, name_in_errors, remove, scratch
 from .labels import Labels
 from .pictures import outline, save_gif, save_png, to_grey
 from .scans import Scan
-from .slices import Case, read_slice, save_tiff
+from .slices import Case, read_slices, save_tiff
 
 
 def map_files(case: Case, kind: str) -> list[Path]:
@@ -71,7 +71,7 @@ def find_masks(
     try:
         if isinstance(case, Scan):
             return replace(case, masks=tuple(paths), labels=Labels()).read_mask()
-        return np.concatenate([read_slice(path)[None, ..., 0] for path in paths]) > 0
+        return read_slices(paths)[..., 0] > 0
     except (ValueError, FileNotFoundError):  # damaged, or of several sizes: make it again
         return None
 

@@ -17,11 +17,12 @@ import numpy as np
 import SimpleITK as sitk
 import tifffile
 from PIL import Image, ImageSequence
+from tifffile import PHOTOMETRIC
 
 from .files import by
 from .labels import Labels
 
-# Silence the readers on a damaged file: `read_slice` reports it in one line.
+# Silence the readers on a damaged file: `_read_image` reports it in one line.
 logging.getLogger("tifffile").setLevel(logging.CRITICAL)
 warnings.filterwarnings("ignore", module="PIL")
 
@@ -67,13 +68,13 @@ class Case:
 
         Raises ValueError, naming the file, if a slice is damaged or differs in shape.
         """
-        return _stack([read_slice(path) for path in self.slices], self.slices)
+        return read_slices(self.slices)
 
     def read_mask(self) -> np.ndarray:
         """Read the mask (S, H, W), bool: true wherever a mask file holds a lesion label."""
-        masks = _stack([read_slice(path) for path in self.masks], self.masks)
+        masks = read_slices(self.masks)
         if masks.shape[-1] in (2, 4):  # the last channel is opacity
-            masks = masks[..., :-1]
+            masks = _painted(masks[..., :-1], masks[..., -1:], self.folder)
         return self.labels.lesion(masks.max(axis=-1), self.name, self.folder)
 
     def read_pair(self) -> tuple[np.ndarray, np.ndarray]:
@@ -151,10 +152,43 @@ def find_slices(folder: Path) -> Case:
     return Case(folder.name, tuple(numbers), *paths)
 
 
-def read_slice(path: Path) -> np.ndarray:
-    """Read one image (H, W, C), 8 or 16 bits or float; ValueError, naming the file, if damaged."""
+def read_slices(paths: Sequence[Path]) -> np.ndarray:
+    """Read images of one shape as a volume (S, H, W, C), with black as the lowest value.
+
+    Raises ValueError, naming the file, if one is damaged or differs in shape, or if it is not
+    clear whether its white is 0.
+    """
+    images = []
+    doubtful = []  # the places of those tagged "white is zero"
+    for path in paths:
+        image, white_is_zero = _read_image(path)
+        if images and image.shape != images[0].shape:
+            raise ValueError(
+                f"{path}: {by(image.shape)} voxels, but {paths[0].name} has "
+                f"{by(images[0].shape)}; all slices of a case must agree"
+            )
+        if images and image.dtype != images[0].dtype:
+            raise ValueError(
+                f"{path}: {image.dtype} pixels, but {paths[0].name} has {images[0].dtype}; export "
+                "all slices of a case alike"
+            )
+        if white_is_zero:
+            doubtful.append(len(images))
+        images.append(image)
+    volume = np.stack(images)
+    if doubtful:
+        volume[doubtful] = _black_is_zero(volume[doubtful], paths[doubtful[0]])
+    return volume
+
+
+def _read_image(path: Path) -> tuple[np.ndarray, bool]:
+    """Read one image (H, W, C), and whether its tag says that white is zero."""
+    white_is_zero = False
     try:
-        image = _read_png(path) if path.suffix.lower() == ".png" else _read_tiff(path)
+        if path.suffix.lower() == ".png":
+            image = _read_png(path)
+        else:
+            image, white_is_zero = _read_tiff(path)
     except (FileNotFoundError, PermissionError, MemoryError):
         raise
     except Exception as error:  # each library raises its own, some a bare Exception
@@ -166,7 +200,41 @@ def read_slice(path: Path) -> np.ndarray:
             f"{path}: holds an array of shape {image.shape}, not one 2-D slice; save one per file"
         )
     check_finite(path, image)
-    return image
+    if image.dtype == bool:
+        image = image.view(np.uint8)
+    return image, white_is_zero
+
+
+def _black_is_zero(images: np.ndarray, path: Path) -> np.ndarray:
+    """Return images (S, H, W, C) whose tag says that white is 0, with black as the lowest value.
+
+    The tag alone does not tell: ImageJ sets it for images that it only shows inverted. The edge
+    tells: it is air, and no lesion. Raises ValueError, naming `path`, if the edge is grey.
+    """
+    edges = [images[:, 0], images[:, -1], images[:, :, 0], images[:, :, -1]]
+    edge = np.concatenate([line.ravel() for line in edges]).mean()
+    lowest, highest = images.min(), images.max()
+    quarter = (float(highest) - float(lowest)) / 4
+    if edge >= highest - quarter:
+        return highest - images
+    if edge <= lowest + quarter:
+        return images
+    raise ValueError(
+        f"{path}: its tag PhotometricInterpretation says that white is 0, but its edge is grey, so "
+        "its air is not known; export it with black as 0"
+    )
+
+
+def _painted(colours: np.ndarray, opacity: np.ndarray, path: Path) -> np.ndarray:
+    """Return the colours (S, H, W, C) of a drawing, 0 where it is see-through.
+
+    Raises ValueError, naming `path`, if it is painted in black.
+    """
+    opaque = opacity > opacity.max() / 2
+    visible = colours * opaque
+    if opaque.any() and not opaque.all() and not visible.any():
+        raise ValueError(f"{path}: its masks are painted in black; paint the lesion in white")
+    return visible
 
 
 def save_tiff(path: Path, image: np.ndarray, mark: str, **options: object) -> None:
@@ -196,8 +264,12 @@ def _read_png(path: Path) -> np.ndarray:
     return sitk.GetArrayFromImage(image)
 
 
-def _read_tiff(path: Path) -> np.ndarray:
-    """Read the one page of a TIFF; several give an array of 4 axes, which `read_slice` rejects."""
+def _read_tiff(path: Path) -> tuple[np.ndarray, bool]:
+    """Read the one page of a TIFF, and whether its tag says that white is zero.
+
+    Several pages give an array of 4 axes, which `_read_image` rejects.
+    """
+    white_is_zero = False
     try:
         with tifffile.TiffFile(path) as tiff:
             if not tiff.pages:
@@ -208,32 +280,35 @@ def _read_tiff(path: Path) -> np.ndarray:
             if len(tiff.pages) > 1:
                 # Not tiff.asarray(): an OME-TIFF may name other files, and it would open them.
                 images = np.stack([page.asarray() for page in tiff.pages])
-                return images.reshape(len(images), *page.shape[:2], -1)
+                return images.reshape(len(images), *page.shape[:2], -1), False
+            # tifffile sets this tag for every bool array, whose True it stores as 1.
+            own_bool = page.bitspersample == 1 and page.software == "tifffile.py"
+            white_is_zero = page.photometric == PHOTOMETRIC.MINISWHITE and not own_bool
+            if page.photometric > PHOTOMETRIC.MASK:
+                raise ValueError("its colours are not RGB")
             image = page.asarray()
-            return np.moveaxis(image, 0, -1) if page.axes == "SYX" else image
-    except ValueError:  # e.g. LZW, which only Pillow can unpack
-        return _decode(path, "TIFF")
+            if page.photometric == PHOTOMETRIC.PALETTE:
+                red, green, blue = page.colormap
+                if np.array_equal(red, green) and np.array_equal(red, blue):
+                    image = (red >> 8).astype(np.uint8)[image]  # of colours, the numbers are labels
+            if page.axes == "SYX":
+                image = np.moveaxis(image, 0, -1)
+            return image, white_is_zero
+    except ValueError:  # e.g. LZW or CMYK, which only Pillow can turn into RGB
+        return _decode(path, "TIFF"), white_is_zero
 
 
 def _decode(path: Path, kind: str) -> np.ndarray:
     """Read a PNG or a TIFF by Pillow; without `kind`, the content would choose among 40 decoders.
 
-    Several frames give an array of 4 axes, which `read_slice` rejects.
+    Several frames give an array of 4 axes, which `_read_image` rejects.
     """
     frames = []
     with Image.open(path, formats=[kind]) as image:
         for frame in ImageSequence.Iterator(image):
             if frame.mode == "P":
                 frame = frame.convert(frame.palette.mode)
+            elif frame.mode in ("CMYK", "YCbCr", "LAB"):
+                frame = frame.convert("RGB")
             frames.append(np.asarray(frame))
     return frames[0] if len(frames) == 1 else np.stack(frames)
-
-
-def _stack(images: Sequence[np.ndarray], paths: Sequence[Path]) -> np.ndarray:
-    for image, path in zip(images, paths, strict=True):
-        if image.shape != images[0].shape:
-            raise ValueError(
-                f"{path}: {by(image.shape)} voxels, but {paths[0].name} has "
-                f"{by(images[0].shape)}; all slices of a case must agree"
-            )
-    return np.stack(images)
