@@ -49,7 +49,7 @@ FIELDS = {"fingerprint", "frame", "checksums"}  # of every entry.json
 ONE_AT_A_TIME = threading.Lock()
 ENDS = 1 << 12  # bytes at either end of a file that are read at every start
 TRUTH = "grey masks are cut at half"  # entries whose truth was made otherwise are stale
-REVISED = {2: "2, air amid tissue is background"}  # entries made before are stale
+REVISED = {2: "2, air amid tissue is background, and so is fill"}  # entries made before are stale
 
 
 class CacheError(ValueError):

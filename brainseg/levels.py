@@ -11,6 +11,7 @@ from functools import cached_property
 
 import numpy as np
 
+from .fill import without_fill
 from .metrics import dsc
 
 BRIGHTEST = 4.0  # values above this many times the median tissue are clipped
@@ -31,6 +32,8 @@ class MeasuredSequence:
     saturated: float  # share of the foreground that has the greatest value
     flat: float  # share of the foreground that has the median's value
     air: float | None = None  # the file's background, if between values of tissue
+    fill: tuple[float, ...] = ()  # values that stand for what was not scanned
+    filled: float = 0.0  # share of the voxels that have them
 
     @cached_property
     def foreground(self) -> np.ndarray:
@@ -46,10 +49,20 @@ class MeasuredSequence:
 
 
 def measure(voxels: np.ndarray) -> MeasuredSequence | None:
-    """Measure a sequence (S, H, W); make air the darkest if its value is between those of tissue.
+    """Measure a sequence (S, H, W), its fill turned into background; None if it is constant."""
+    scanned, fill = without_fill(voxels)
+    levels = _measure_scanned(scanned)
+    if levels is None or not fill:
+        return levels
+    filled = np.isin(voxels, fill) & (scanned != voxels)
+    return replace(levels, fill=tuple(fill), filled=float(filled.mean()))
+
+
+def _measure_scanned(voxels: np.ndarray) -> MeasuredSequence | None:
+    """Measure a sequence without fill; make air the darkest if it is between values of tissue.
 
     A scan normalised after skull stripping has one value all around it, with tissue darker and
-    brighter than that. None if the sequence is constant.
+    brighter than that.
     """
     found = _find_levels(voxels)
     if found is None or found.flat <= FLAT:
@@ -89,6 +102,12 @@ def oddities(
     if sequence is None:
         yield f"FLAIR stands in for {name}, which is constant"
         return
+    if sequence.fill:
+        values = " and ".join(f"{value:.6g}" for value in sequence.fill)
+        yield (
+            f"{sequence.filled:.0%} of the voxels of {name} hold one value outside the scan "
+            f"({values}); they are treated as background"
+        )
     if sequence.air is not None:
         yield (
             f"{name} was normalised after skull stripping: {sequence.air:.3g}, a value between "

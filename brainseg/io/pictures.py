@@ -15,6 +15,7 @@ import skimage.util
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from ..fill import without_fill
 from .files import MARK, atomic_write
 
 if TYPE_CHECKING:  # slow to import
@@ -25,7 +26,8 @@ GREEN, RED = (0, 255, 0), (255, 0, 0)
 
 def to_grey(volume: np.ndarray) -> np.ndarray:
     """Return FLAIR (channel 1, or the only one) of a volume (S, H, W, C) as (S, H, W) uint8."""
-    flair = volume[..., 1 if volume.shape[-1] >= 2 else 0].astype(np.float32)
+    flair, _ = without_fill(volume[..., 1 if volume.shape[-1] >= 2 else 0])
+    flair = flair.astype(np.float32)
     low, high = flair.min(), np.percentile(flair, 99.8)
     return (255 * np.clip((flair - low) / max(high - low, 1e-6), 0, 1)).astype(np.uint8)
 

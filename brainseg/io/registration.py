@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import SimpleITK as sitk
 
+from ..fill import without_fill
 from .grid import Grid
 
 PIXEL = 1.5  # millimetres: finer pixels are binned before registration
@@ -113,9 +114,10 @@ def _method(fixed: sitk.Image) -> sitk.ImageRegistrationMethod:
 
 
 def _prepare(image: sitk.Image) -> sitk.Image:
-    """Return the image in float32, with finer pixels binned to about PIXEL."""
+    """Return the image in float32, without fill, with finer pixels binned to about PIXEL."""
     factors = [max(1, round(PIXEL / length)) for length in image.GetSpacing()]
-    return sitk.BinShrink(sitk.Cast(image, sitk.sitkFloat32), factors)
+    scanned, _ = without_fill(sitk.GetArrayFromImage(image))
+    return sitk.BinShrink(_like(image, scanned), factors)
 
 
 def foreground_points(image: sitk.Image) -> np.ndarray:
@@ -127,12 +129,31 @@ def foreground_points(image: sitk.Image) -> np.ndarray:
 
 
 def move(moving: sitk.Image, grid: Grid, transform: sitk.Transform | None = None) -> np.ndarray:
-    """Resample an image linearly to a grid: voxels (X, Y, Z), float32, its minimum outside it.
+    """Resample an image linearly to a grid: voxels (X, Y, Z), float32, its background outside it.
 
-    `transform` maps the grid's space to the image's; None: they are the same.
+    Fill stays what it was, and is not mixed with what it touches. `transform` maps the grid's space
+    to the image's; None: they are the same.
     """
+    voxels = sitk.GetArrayFromImage(moving)
+    scanned, fill = without_fill(voxels)
+    moved = _resample(_like(moving, scanned), grid, transform)
+    if fill:
+        filled = _resample(_like(moving, np.isin(voxels, fill)), grid, transform)
+        moved[filled > 0.5] = fill[0]
+    return moved
+
+
+def _like(image: sitk.Image, voxels: np.ndarray) -> sitk.Image:
+    """Put voxels (Z, Y, X), as float32, on the grid of an image."""
+    changed = sitk.GetImageFromArray(voxels.astype(np.float32))
+    changed.CopyInformation(image)
+    return changed
+
+
+def _resample(moving: sitk.Image, grid: Grid, transform: sitk.Transform | None) -> np.ndarray:
+    """Resample an image linearly to a grid: voxels (X, Y, Z), its minimum outside it."""
     moved = sitk.Resample(
-        sitk.Cast(moving, sitk.sitkFloat32),
+        moving,
         [int(length) for length in grid.shape],
         transform or sitk.Transform(3, sitk.sitkIdentity),
         sitk.sitkLinear,
