@@ -214,7 +214,7 @@ DESCRIPTIONS = {
         T1 posterior fossa | T1 postop | T1 post op | T1 pre-op | T1 post RT ohne KM
         T1 nach OP | sT1W_3D_TFE | AXT1 | Sag 3D T1 MPRAGE | T1 pre SE | T1 NC | T1 plain
         T1 w.o. contrast | 3D BRAVO | T1 sans IV | T1 senza contrasto | T1 pre-gd | T1PRE
-        T1_preKM | T1 pas de gado | T1 sans injection de gado
+        eT1W_SE | csT1W_3D_TFE | T1_preKM | T1 pas de gado | T1 sans injection de gado
         T1 senza iniezione di mdc | T1 without IV contrast injection
         T1 IV- | T1 Gd- | T1 GADO- FS | T1 K- | T1 s/gd | T1 Prä KM | T1 vor i.v. KM
         T1w wo gad | T1 without FS

@@ -12,7 +12,9 @@ LONG_ECHO, NULLS_CSF = 60.0, 1400.0  # minimum echo and inversion time of a FLAI
 
 # Each pattern is searched in plain text: small letters without accents.
 FLAIR = re.compile(r"flair|dark.?fl|(?<![a-z])da.?fl|t2f(?![a-z])|fluid.?att")
-PLANE = r"(?<![a-z0-9])(?:s|ax|sag|cor|tra|fs|[23]d)*"  # may be written together with T1 or T2
+PLANE = (
+    r"(?<![a-z0-9])(?:s|e|d|cs|ax|sag|cor|tra|fs|[23]d)*"  # may be written together with T1 or T2
+)
 T1 = re.compile(rf"{PLANE}t1w?(?!\d)|mp.?rage|(?<![a-z])(bravo|f?spgr|vibe)")
 T2 = re.compile(rf"{PLANE}(t2|pd)(?!\d)")
 OTHER = re.compile(
@@ -156,7 +158,7 @@ def _which_t1(text: str, agent: str) -> str:
 
 def has_agent(agent: str) -> bool:
     """Tell whether a ContrastBolusAgent names an agent; "none", "N/A" and "unknown" do not."""
-    text = plain(agent)
+    text = plain(agent).strip("-.*()<>[] ")
     words = _split(text)
     if not words or words[0] in (*WITHOUT_WORDS, "n", "na"):
         return False
