@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import zlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -176,11 +177,27 @@ def _check_whole(path: Path) -> None:
         return  # NRRD, whose reader notices; text; many files
     if not file:
         file, start = path, length
+    info = _read_information(path)
+    voxel = sitk.GetArrayViewFromImage(sitk.Image(1, 1, info.GetPixelID()))
+    needed = math.prod(info.GetSize()) * info.GetNumberOfComponents() * voxel.itemsize
+    held = file.stat().st_size - start
     if field.get("CompressedData", "False").lower() == "true":
-        needed = int(field.get("CompressedDataSize", 0))  # 0: not known
-    else:
-        info = _read_information(path)
-        voxel = sitk.GetArrayViewFromImage(sitk.Image(1, 1, info.GetPixelID()))
-        needed = math.prod(info.GetSize()) * info.GetNumberOfComponents() * voxel.itemsize
-    if file.stat().st_size - start < needed:
+        size = int(field.get("CompressedDataSize", 0))  # the reader takes no more than that
+        if is_here and not size:
+            raise ValueError(f"{path}: has no CompressedDataSize; save it without compression")
+        if not _unpacks(file, start, size or held, needed):
+            raise ValueError(damaged(path))
+    elif held < needed:
         raise ValueError(damaged(path))
+
+
+def _unpacks(file: Path, start: int, size: int, length: int) -> bool:
+    """Tell whether a compressed part of a file is whole, and unpacks to this many bytes."""
+    with open(file, "rb") as stream:
+        stream.seek(start)
+        data = stream.read(size)
+    try:
+        unpacked = zlib.decompressobj(zlib.MAX_WBITS | 32).decompress(data, length + 1)
+    except zlib.error:
+        return False
+    return len(unpacked) == length
