@@ -186,12 +186,13 @@ class Scan(Case):
     def read_mask(self) -> np.ndarray:
         """Read the mask (S, H, W), bool: true wherever the mask file holds a lesion label."""
         (path,) = self.masks
-        read_grid(path)[0].check_same(path, self.grid, self.flair)
+        grid, _ = read_grid(path)
+        grid.axial.check_same(path, self.grid.axial, self.flair)  # its axes may be in another order
         voxels = read_voxels(path)
         # A cubic resize swings a little below 0.
         if voxels.shape[3] > 1 or voxels.min() < -0.2 * voxels.max():
             raise ValueError(f"{path}: is not a mask; give one channel, 0 outside the lesion")
-        mask = self.grid.to_axial(voxels)[..., 0]
+        mask = grid.to_axial(voxels)[..., 0]
         return np.ascontiguousarray(self.labels.lesion(mask, self.name, path))
 
     def write_map(self, path: Path, values: np.ndarray, mark: str = MARK) -> None:
