@@ -10,6 +10,7 @@ import gzip
 import io
 import re
 import shutil
+import zlib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -271,6 +272,27 @@ for what, refused, fields in [
     kind(f"MetaImage {what}", refused)(partial(metaimage, fields=fields))
 
 
+PACKED = "CompressedData = True\n" + SPACED + TURN + OFFSET
+
+
+def packed(folder: Path, size: bool = True, cut: int = 0, hurt: bool = False) -> Path:
+    """Write a compressed MetaImage: right, without its size, or with voxels cut or changed."""
+    voxels = flair().astype("<u2").tobytes()
+    data = bytearray(zlib.compress(voxels[: len(voxels) - cut]))
+    if hurt:
+        data[len(data) // 2] ^= 255
+    path = metaimage(folder, PACKED + f"\nCompressedDataSize = {len(data)}" * size)
+    header = path.read_bytes().partition(b"LOCAL\n")[0]
+    path.write_bytes(header + b"LOCAL\n" + data)
+    return path
+
+
+kind("MetaImage, compressed")(packed)
+kind("MetaImage, compressed, of unknown size", "CompressedDataSize")(partial(packed, size=False))
+kind("MetaImage, compressed, of fewer voxels", "not a readable")(partial(packed, cut=1000))
+kind("MetaImage, compressed, with a changed byte", "not a readable")(partial(packed, hurt=True))
+
+
 def other(folder: Path, suffix: str, alone: bool = True) -> Path:
     path = folder / f"a{suffix}"
     path.write_bytes(bytes(4000))
@@ -432,6 +454,8 @@ for what, refused, tags in (
     ("slope 0 in one", "IM011 has RescaleSlope '0.0'", {"RescaleSlope": 0, "RescaleIntercept": 0}),
     ("pixels cut in one", "IM011 has 9000 bytes of PixelData", {"PixelData": bytes(9000)}),
     ("high bits in one", "IM011 has HighBit '15'", {"BitsStored": 12}),
+    ("bits above BitsStored", "IM011: has pixels of more than 8", {"BitsStored": 8, "HighBit": 7}),
+    ("a table of values", "IM011 has a ModalityLUT", {"ModalityLUTSequence": [pydicom.Dataset()]}),
     ("more pixels in one", "IM011 has 18434 bytes of Pixel", {"PixelData": b"\1" * (96 * 192 + 2)}),
     ("no pixels in one", "IM011: not a readable DICOM image", {"PixelData": None}),
 ):
@@ -456,6 +480,40 @@ def drifting(folder: Path) -> Path:
     for k, data in enumerate(series):
         data.ImagePositionPatient = [ORIGIN[0] + 0.05 * k, ORIGIN[1], ORIGIN[2] + SPACING[0] * k]
     return save(folder, series)
+
+
+@kind("DICOM: slices that jitter by 0.2 mm", noted="up to 0.3 mm off a regular stack")
+def jitter(folder: Path) -> Path:
+    series = slices()
+    for k, data in enumerate(series[1:-1]):
+        off = 0.2 * (-1) ** k
+        place = np.array(data.ImagePositionPatient, float) + [off, 0, off]
+        data.ImagePositionPatient = place.round(3).tolist()
+    return save(folder, series)
+
+
+@pytest.mark.parametrize("step, decimals", [(1.25, 1), (0.95, 1), (5.5, 1)])
+def test_positions_of_few_decimals(tmp_path, step, decimals):
+    series = slices()
+    for k, data in enumerate(series):
+        data.ImagePositionPatient = [*ORIGIN[:2], round(step * k, decimals)]
+    (case,) = find_cases(save(tmp_path / "a", series))
+    assert case.spacing[0] == pytest.approx(step, abs=0.005)
+
+
+def test_images_of_a_private_class_are_read(tmp_path):
+    series = slices()
+    for data in series:
+        data.SOPClassUID = "1.2.840.113619.4.2"
+    (case,) = find_cases(save(tmp_path / "a", series))
+    assert np.count_nonzero(case.read()[..., 1] > BRAIN) == VOXELS
+
+
+@kind("DICOM: copies of its files beside them")
+def copies(folder: Path) -> Path:
+    for path in list(save(folder / "a", slices()).iterdir()):
+        shutil.copy(path, path.with_name(path.name + " copy"))
+    return folder / "a"
 
 
 @kind("DICOM: a tilted head, its orientation rounded to two decimals", noted="is rounded")
@@ -1029,6 +1087,20 @@ for what, refused, mask in (
     ("all below a half", "its values end at 0.0039", lesion() / 255.0),
 ):
     kind(f"mask: {what}", refused)(partial(masked_nifti, mask=mask))
+
+
+@pytest.mark.parametrize("order", ["RAS", "LPI", "ASL"])
+def test_a_mask_whose_axes_are_in_another_order(tmp_path, order):
+    """Converters turn the axes of a file; its voxels lie where they did."""
+    save(tmp_path / "anna", slices())
+    mask = nibabel.Nifti1Image((flair() > BRAIN).astype("u1").T, affine())
+    turn = nibabel.orientations.ornt_transform(
+        nibabel.io_orientation(mask.affine), nibabel.orientations.axcodes2ornt(order)
+    )
+    nibabel.save(mask.as_reoriented(turn), tmp_path / "anna_mask.nii.gz")
+    (case,) = find_cases(tmp_path)
+    volume, true = case.read_pair()
+    assert np.array_equal(true, volume[..., 1] > BRAIN)
 
 
 # Values that fill what was not scanned

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -148,10 +149,17 @@ def _entries(folder: Path) -> tuple[list[Path], list[Path]]:
 
 
 def group_series(images: Sequence[Image]) -> list[Series]:
-    """Group images by the patient, study and series in their headers, by series number."""
+    """Group images by the patient, study and series in their headers, by series number.
+
+    Of a file and its copies in one folder, only the first counts.
+    """
     groups: dict[tuple[str, ...], list[Image]] = {}
     beside: dict[Path, set[tuple[str, ...]]] = {}  # the series of each folder
+    instances: dict[tuple[Path, str], Path] = {}
     for path, header in images:
+        first = instances.setdefault((path.parent, text(header, "SOPInstanceUID")), path)
+        if first != path and filecmp.cmp(first, path, shallow=False):
+            continue
         key = tuple(text(header, name) for name in IDENTIFIERS)
         if not key[-1]:
             key = (*key, str(path.parent))

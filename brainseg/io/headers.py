@@ -110,8 +110,10 @@ def read_identity(path: Path) -> Dataset | None:
         raise ValueError(damaged_text(path)) from error
     kind = _sop_class(header)
     name = uid.UID(kind).name  # the UID itself if it is private, or cut short
-    is_known = name != kind or "SOPInstanceUID" in header
-    if kind and is_known and "Image Storage" not in name:
+    is_private = name == kind and "SOPInstanceUID" in header
+    if is_private and "Rows" not in header:
+        return None
+    if name != kind and "Image Storage" not in name:
         return None
     if "Rows" not in header:
         raise ValueError(damaged_text(path))

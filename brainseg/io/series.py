@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pydicom
 import SimpleITK as sitk
-from pydicom import Dataset
+from pydicom import Dataset, uid
 from pydicom.dataelem import RawDataElement
 
 from .dicom import series_headers
@@ -26,7 +26,9 @@ from .headers import UNDEFINED, number, numbers, text
 GEOMETRY = ("Rows", "Columns", "PixelSpacing", "ImageOrientationPatient")  # of every file
 SIZE = ("Rows", "Columns", "BitsAllocated")
 SPACINGS = ("PixelSpacing", "ImagerPixelSpacing", "NominalScannedPixelSpacing")  # best first
-OFF_LINE = 0.1  # mm: a slice further from the line of the others was moved
+OFF_LINE = 0.5  # mm: a slice further from its place in a regular stack was moved
+ROUNDED_PLACE = 0.1  # mm: one closer to it was rounded
+UNEVEN = 0.25  # of the usual distance of slices: more is a gap
 SAME_PLACE = 1e-3  # mm
 CONVERT = "convert it with dcm2niix"
 EXPORT = "export it again with its geometry"
@@ -80,8 +82,27 @@ def read_series(path: Path) -> np.ndarray:
                 f"{header.filename}: has {by(pixels.shape)} pixels, but Rows and Columns are "
                 f"{header.Rows} and {header.Columns}; export it again"
             )
+        _check_bits(header)
         slices.append(pixels)
     return np.stack(slices).T
+
+
+def _check_bits(header: Dataset) -> None:
+    """Raise ValueError if pixels need more bits than BitsStored: the reader would cut these off."""
+    bits, allocated = number(header, "BitsStored"), number(header, "BitsAllocated")
+    is_signed = number(header, "PixelRepresentation", 0)
+    is_compressed = header.get_item("PixelData", keep_deferred=True).length == UNDEFINED
+    if is_compressed or is_signed or not bits < allocated or allocated not in (8, 16, 32):
+        return
+    if any(header.get((group, 0x0102)) for group in range(0x6000, 0x6020, 2)):
+        return  # overlays, which belong to no pixel, are in the bits above
+    whole = pydicom.dcmread(header.filename, force=True)
+    is_big = text(whole.file_meta, "TransferSyntaxUID") == uid.ExplicitVRBigEndian
+    kind = f"{'>' if is_big else '<'}u{int(allocated) // 8}"
+    if np.frombuffer(whole.PixelData, kind, header.Rows * header.Columns).max() >= 2**bits:
+        raise ValueError(
+            f"{header.filename}: has pixels of more than {bits:g} bits, its BitsStored; {CONVERT}"
+        )
 
 
 def _pixels(header: Dataset) -> np.ndarray:
@@ -119,6 +140,8 @@ def _check_image(path: Path, header: Dataset) -> None:
             raise ValueError(f"{path}: {name} has {tag} {text(header, tag)!r}; export it again")
     rows, columns, bits = (_stated(path, header, tag, 1)[0] for tag in SIZE)
     needed = math.ceil(rows * columns * bits / 8)
+    if "ModalityLUTSequence" in header:
+        raise ValueError(f"{path}: {name} has a ModalityLUTSequence; {CONVERT}")
     if abs(number(header, "HighBit") + 1 - number(header, "BitsStored")) > 0:
         raise ValueError(f"{path}: {name} has HighBit {text(header, 'HighBit')!r}; {CONVERT}")
     pixels = header.get_item("PixelData", keep_deferred=True)
@@ -186,7 +209,7 @@ def _thickness(path: Path, header: Dataset) -> tuple[float, Notes]:
 
 
 def _step(path: Path, headers: Sequence[Dataset], heights: np.ndarray) -> float:
-    """Return the distance of the slices in mm; ValueError, naming a file, if it is not one."""
+    """Return the mean distance of the slices in mm; ValueError, naming a file, at a gap."""
     steps = np.diff(heights)
     usual = float(np.median(steps))
     if steps.max() < SAME_PLACE:
@@ -198,12 +221,12 @@ def _step(path: Path, headers: Sequence[Dataset], heights: np.ndarray) -> float:
                 f"{path}: {one} and {other} have one ImagePositionPatient; give each image a "
                 "folder, and leave out duplicates"
             )
-        if abs(step - usual) > 0.01 * usual + SAME_PLACE:
+        if abs(step - usual) > UNEVEN * usual:
             raise ValueError(
                 f"{path}: {other} is {step:.2f} mm from its neighbour, others {usual:.2f} mm; a "
                 "slice is missing or duplicated: export it again"
             )
-    return usual
+    return float(steps.mean())
 
 
 def _straighten(
@@ -213,12 +236,13 @@ def _straighten(
 
     Positions (N, 3) keep more digits than an orientation of two or three decimals: then the line
     of the slices, within a degree, is their normal. Raises ValueError, naming a file, if the
-    slices are sheared or not on one line.
+    slices are sheared, or not on one line at regular distances.
     """
     steps = places - places[0]
 
     def distance(along: np.ndarray) -> np.ndarray:
-        return np.linalg.norm(steps - np.outer(steps @ along, along), axis=1)
+        regular = np.linspace(0, steps[-1] @ along, len(steps))
+        return np.linalg.norm(steps - np.outer(regular, along), axis=1)
 
     off, notes = distance(direction[:, 2]), ()
     line = steps[-1] / np.linalg.norm(steps[-1])
@@ -226,7 +250,7 @@ def _straighten(
     few_decimals = np.allclose(axes, axes.round(3), rtol=0, atol=1e-9)
     whole_numbers = np.allclose(axes, axes.round(), rtol=0, atol=1e-9)  # along the patient's axes
     rounded = few_decimals and not whole_numbers and np.abs(line @ axes).max() <= ROUNDED
-    if off.max() > OFF_LINE and rounded:
+    if off.max() > ROUNDED_PLACE and rounded:
         row, column = axes.T
         direction = np.column_stack((np.cross(column, line), np.cross(line, row), line))
         off = distance(line)
@@ -237,4 +261,6 @@ def _straighten(
             f"{path}: {_name(headers[worst])} lies {off[worst]:.1f} mm off the line of the slices "
             f"(ImagePositionPatient), as in a tilted or sheared stack; {CONVERT}"
         )
+    if off.max() > ROUNDED_PLACE:
+        notes += (f"its slices are up to {off.max():.1f} mm off a regular stack, which is used",)
     return direction, notes
