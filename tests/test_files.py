@@ -1,5 +1,6 @@
 """Test that files are written whole or not at all, and that only our own are deleted."""
 
+import errno
 import gzip
 import json
 import os
@@ -163,3 +164,23 @@ def test_a_folder_is_locked_until_its_process_ends(tmp_path):
     other.join()
     with locked(tmp_path, "--predictions"):
         pass
+
+
+def test_a_lock_reaches_all_who_may_write_to_the_folder(tmp_path):
+    for mode, expected in ((0o755, 0o644), (0o775, 0o664), (0o777, 0o666)):
+        folder = tmp_path / f"{mode:o}"
+        folder.mkdir()
+        folder.chmod(mode)
+        with locked(folder, "--predictions"):
+            (lock,) = folder.iterdir()
+            assert lock.stat().st_mode & 0o777 == expected
+
+
+def test_a_lock_that_cannot_be_opened_is_not_passed_over(tmp_path, monkeypatch):
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(files.FileLock, "acquire", refuse)
+    with pytest.raises(OSError, match="run.lock: belongs to another user.*--predictions"):
+        with locked(tmp_path, "--predictions"):
+            pass

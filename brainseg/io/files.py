@@ -104,12 +104,19 @@ def locked(folder: Path, option: str, name: str = "run") -> Iterator[None]:
     change, if another run holds it. On a network file system it reaches other machines only if the
     file system passes locks on, as NFS 4 does.
     """
-    lock = FileLock(folder / f".{PROGRAM}-{name}.lock", timeout=0)  # an empty file, which stays
+    path = folder / f".{PROGRAM}-{name}.lock"  # an empty file, which stays
+    mode = folder.stat().st_mode & 0o666  # who may write to the folder must be kept out as well
+    lock = FileLock(path, timeout=0, mode=mode)
     try:
         lock.acquire()
     except Timeout as error:
         raise ValueError(
             f"{folder}: another run is writing there; wait for it, or name another folder "
+            f"with {option}"
+        ) from error
+    except PermissionError as error:
+        raise OSError(
+            f"{path}: belongs to another user, whose run may be writing there; name another folder "
             f"with {option}"
         ) from error
     except (OSError, NotImplementedError):  # a file system without locks
