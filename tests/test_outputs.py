@@ -199,6 +199,22 @@ def test_maps_and_segmentations_of_an_earlier_mask_are_removed(series, weights, 
     assert not {"series_probability.nii.gz", "series_seg.dcm"} & contents(out).keys()
 
 
+def test_no_slice_of_another_scan_of_that_name_stays(weights, tmp_path):
+    volume = make_volume(0, slices=6, size=64)[0]
+    out = tmp_path / "predictions"
+    for cohort, slices in (("x", 6), ("y", 4)):
+        write_case(tmp_path / cohort / "case", volume[:slices])
+    assert infer(tmp_path / "x", tmp_path, weights) == 0
+    longer = contents(out).keys()
+    for name in ("case_8_mask_corrected.tif", "case_8_mask.txt"):
+        shutil.copy(out / "case" / "case_8_mask.tif", out / "case" / name)
+    (out / "case" / "case_9_mask.tif").write_bytes(b"II, of another program")
+    others = contents(out).keys() - longer
+    assert infer(tmp_path / "y", tmp_path, weights) == 0
+    gone = {f"case/case_{k}{kind}" for k in (7, 8) for kind in (".png", "_mask.tif")}
+    assert contents(out).keys() == (longer - gone) | others
+
+
 def test_ensemble_writes_a_tiff_per_slice_and_map(phantoms, weights, tmp_path):
     other = make_weights(tmp_path / "other.pt")
     only = "--cases", "phantom_003", "--weights", weights, other

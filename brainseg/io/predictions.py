@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import glob
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,8 @@ from .labels import Labels
 from .pictures import outline, save_gif, save_png, to_grey
 from .scans import Scan
 from .slices import Case, read_slices, save_tiff
+
+KINDS = ("mask", "probability", "disagreement")  # of maps
 
 
 def map_files(case: Case, kind: str) -> list[Path]:
@@ -35,7 +38,7 @@ def seg_file(case: Case) -> Path:
 def outputs_of(case: Case) -> list[Path]:
     """List every file that a run may write or replace for a case, in a folder of predictions."""
     files = [seg_file(case), Path(f"{case.name}.gif")]
-    for kind in ("mask", "probability", "disagreement"):
+    for kind in KINDS:
         files += map_files(case, kind)
     files += [Path(case.name, f"{case.name}_{number}.png") for number in case.numbers]
     return files
@@ -92,14 +95,13 @@ def write_case(
 ) -> None:
     """Write masks, outlined slices, the GIF and maps, each atomically.
 
-    Maps and a DICOM Segmentation of an earlier mask are removed; other files stay. `volume` is
+    What belongs to an earlier mask of the case is removed; other files stay. `volume` is
     (S, H, W, C), `mask` and `truth` are (S, H, W), bool. `maps`, (S, H, W) float32 by kind (see
     `map_files`), become float32 files on the source's grid. `run` is noted in every mask.
     """
     maps = maps or {}
     mark = mark_of(run)
-    for file in [*map_files(case, "probability"), *map_files(case, "disagreement"), seg_file(case)]:
-        remove(folder / file)
+    remove_earlier(folder, case)
     pictures = outline(to_grey(volume), mask, truth, side=256)
     save_gif(folder / f"{case.name}.gif", pictures)
     target = folder / case.name
@@ -116,6 +118,28 @@ def write_case(
     if isinstance(case, Scan):
         for kind, values in {**maps, "mask": mask}.items():
             case.write_map(folder / map_files(case, kind)[0], values, mark)
+
+
+def remove_earlier(folder: Path, case: Case) -> None:
+    """Remove our files of an earlier mask of a case that a new mask and its pictures leave there.
+
+    Maps and a DICOM Segmentation, and slices that the case no longer has: it may have been another
+    scan of that name.
+    """
+    replaced = {folder / file for file in map_files(case, "mask")}
+    replaced |= {folder / case.name / f"{case.name}_{number}.png" for number in case.numbers}
+    name = re.escape(case.name)
+    file_of_a_slice = re.compile(rf"{name}_\d+(\.png|_({'|'.join(KINDS)})\.tif)")
+    paths = [folder / seg_file(case)]
+    paths += [folder / f"{case.name}_{kind}.nii.gz" for kind in KINDS]
+    paths += [
+        path
+        for path in folder.glob(f"{glob.escape(case.name)}/*")
+        if file_of_a_slice.fullmatch(path.name)
+    ]
+    for path in paths:
+        if path not in replaced and has_mark(path):
+            remove(path)
 
 
 def table_row(case: Case, mask: np.ndarray, truth: np.ndarray) -> dict:
