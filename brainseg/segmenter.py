@@ -147,7 +147,7 @@ class Segmenter:
         """
         if not self.hashes:
             return ""
-        names = ("image_size", "neighbours", "version", *FITTED_WITH)
+        names = ("image_size", "neighbours", "version", "amp", *FITTED_WITH)
         settings = json.dumps([getattr(self, name) for name in names])
         return f"{weights_id(self.hashes.values())}-{_sha256(settings)[:8]}"
 

@@ -355,6 +355,13 @@ def test_a_given_image_size_equal_to_the_cards_is_no_change(phantoms, weights, t
     assert "1 kept from an earlier run" in capsys.readouterr().out
 
 
+def test_masks_of_another_precision_are_not_kept(phantoms, weights, tmp_path):
+    only = phantoms, tmp_path, weights, "--cases", "phantom_003"
+    assert infer(*only, "--no-amp") == 0
+    assert "made with other settings" in refused(*only, "--skip-existing", "--amp")
+    assert infer(*only, "--skip-existing", "--no-amp", "--batch-size", 1) == 0
+
+
 def test_rows_of_other_cases_stay(phantoms, weights, tmp_path):
     assert infer(phantoms, tmp_path, weights, "--cases", "phantom_003") == 0
     (before,) = table(tmp_path)
