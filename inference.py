@@ -45,7 +45,15 @@ from brainseg.evaluation.cohort import save_cohort
 from brainseg.evaluation.page import check_page
 from brainseg.evaluation.volumes import read_volumes, volumes_table
 from brainseg.io.dicom_seg import check_dicom_packages, holds_dicom
-from brainseg.io.files import PROGRAM, RUN, check_ours, check_writable, update_table, write_json
+from brainseg.io.files import (
+    PROGRAM,
+    RUN,
+    check_ours,
+    check_writable,
+    clear_leftovers,
+    update_table,
+    write_json,
+)
 from brainseg.io.labels import NO_LESION, Labels
 from brainseg.io.layouts import Source, find_sequences
 from brainseg.io.pictures import save_dsc_figure
@@ -257,6 +265,7 @@ def check_outputs(
     except OSError as error:
         fault = "its folder cannot be written; name another file with --figure"
         raise OSError(f"{figure}: {fault}") from error
+    clear_leftovers(figure.parent)
     if figure.suffix.lower() not in (".png", ".pdf", ".svg", ".jpg") or figure.is_dir():
         raise ValueError(f"{figure}: --figure must be a .png, .pdf, .svg or .jpg file")
     if page:

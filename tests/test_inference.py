@@ -475,12 +475,14 @@ def test_what_was_written_may_be_written_again(phantoms, weights, tmp_path):
 
 
 def test_leftovers_of_a_killed_run_are_cleared(phantoms, weights, tmp_path):
-    leave_scratch(tmp_path)
-    (left,) = tmp_path.glob(".brainseg-*")
-    (tmp_path / "predictions").mkdir()
-    left = left.rename(tmp_path / "predictions" / left.name)
-    assert infer(phantoms, tmp_path, weights, "--cases", "phantom_003") == 0
-    assert not left.exists()
+    places = [tmp_path / name for name in ("predictions", "pages", "figures")]
+    for place in places:
+        place.mkdir()
+        leave_scratch(place)
+    assert list(tmp_path.glob("*/.brainseg-*/"))
+    page = "--report", places[1] / "page.html", "--figure", places[2] / "dsc.png"
+    assert infer(phantoms, tmp_path, weights, "--cases", "phantom_003", *page) == 0
+    assert not list(tmp_path.glob("*/.brainseg-*/"))
 
 
 @pytest.mark.parametrize("step", ["preprocess", "assess"])

@@ -7,7 +7,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..io.files import MARK, atomic_write, check_ours, check_writable
+from ..io.files import MARK, atomic_write, check_ours, check_writable, clear_leftovers
 
 TEMPLATES = Path(__file__).resolve().parents[2] / "web" / "reports"
 
@@ -58,3 +58,4 @@ def check_page(path: Path) -> None:
     if path.is_dir():
         raise ValueError(f"{path}: is a folder; give the file name of the page")
     check_ours(path)
+    clear_leftovers(path.parent)
