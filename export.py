@@ -114,6 +114,9 @@ def write_weights(weights: Path, out: Path, metrics: Path | None, subset: str) -
     state = halve(state)
     content = pack(state)
     path = named_by_hash(out, name, ".pt", content)
+    if path.exists():  # the same weights: their scores on other subsets stay
+        scores = read_card(path).get("scores", {}) | card.get("scores", {})
+        card |= {"scores": scores} if scores else {}
     save_weights(path, state, card)
     print(f"{path}, {len(content) / 2**20:.1f} MiB, and its card {path.with_suffix('.json').name}")
 

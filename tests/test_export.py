@@ -78,6 +78,18 @@ def test_scores_are_of_the_subset_that_is_named(trained, tmp_path, subset, n):
     assert card["scores"][subset]["n"] == n
 
 
+def test_scores_of_one_subset_stay_with_those_of_another(trained, tmp_path):
+    metrics = written(tmp_path, f"{ROWS}TCGA_CS_4941_19960909,0.5,0\n", trained)
+    options = "--weights", trained, "--metrics", metrics, "--subset"
+    for more in ((*options, "validation"), (*options, "test"), options[:2]):
+        path = exported(tmp_path, *more)
+    card = json.loads(path.with_suffix(".json").read_text())
+    assert {name: scores["n"] for name, scores in card["scores"].items()} == {
+        "validation": 2,
+        "test": 1,
+    }
+
+
 def test_scores_of_other_weights_are_refused(trained, tmp_path):
     other = tmp_path / "other.pt"
     other.write_bytes(trained.read_bytes() + b"\0")
