@@ -846,6 +846,13 @@ def empty(folder: Path) -> Path:
     return folder / "anna"
 
 
+@kind("DICOM: a broken link in a series", refused="IM999: not a readable DICOM image")
+def broken_link(folder: Path) -> Path:
+    save(folder / "anna", slices())
+    (folder / "anna" / "IM999").symlink_to("nowhere")
+    return folder / "anna"
+
+
 @kind("DICOM: screenshots of FLAIR", noted="FLAIR is 'AX FLAIR'")
 def screenshots(folder: Path) -> Path:
     save(folder / "anna" / "s0", slices())

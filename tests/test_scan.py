@@ -734,7 +734,7 @@ def test_a_gz_that_is_not_compressed_is_read(pair, tmp_path):
 
 def test_a_name_that_is_not_utf8_is_refused(pair, tmp_path):
     path = write(tmp_path / "a.nii.gz", pair[0][..., 1])
-    path.rename(tmp_path / "a\udcff.nii.gz")
+    path.rename(tmp_path / "😀 a\udcff.nii.gz")
     with pytest.raises(ValueError, match="its name is not UTF-8"):
         list_cases(tmp_path)
 

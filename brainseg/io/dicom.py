@@ -112,11 +112,17 @@ def find_images(
             if header is not None:
                 images.append((path, header))
                 suffixes.add(path.suffix)
-        for path in paths:  # an empty file was to be an image too
-            if path.suffix in suffixes and path.stat().st_size <= 128:
-                if not any(path.read_bytes()):
-                    damaged.append(path)
+        for path in paths:
+            if path.suffix in suffixes and _was_image(path):
+                damaged.append(path)
     return images, damaged
+
+
+def _was_image(path: Path) -> bool:
+    """Tell whether a file beside images, named like one, is a broken link or has no content."""
+    if not path.exists():
+        return True
+    return path.is_file() and path.stat().st_size <= 128 and not any(path.read_bytes())
 
 
 def _folders_below(

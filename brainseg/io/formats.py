@@ -182,7 +182,8 @@ def _check_whole(path: Path) -> None:
     needed = math.prod(info.GetSize()) * info.GetNumberOfComponents() * voxel.itemsize
     held = file.stat().st_size - start
     if field.get("CompressedData", "False").lower() == "true":
-        size = int(field.get("CompressedDataSize", 0))  # the reader takes no more than that
+        stated = field.get("CompressedDataSize", "")  # the reader takes no more than that
+        size = int(stated) if stated.isdecimal() else 0
         if is_here and not size:
             raise ValueError(f"{path}: has no CompressedDataSize; save it without compression")
         if not _unpacks(file, start, size or held, needed):

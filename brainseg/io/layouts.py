@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -83,10 +82,9 @@ def list_cases(
         )
     sources = [replace(source, labels=labels or Labels()) for source in sources]
     found = {}
-    for path in (source.folder for source in sources):
-        if not os.fsencode(path).isascii() and "\udc80" <= max(str(path)) <= "\udcff":
-            raise ValueError(f"{ascii(str(path))}: its name is not UTF-8; rename it")
     for source in sources:
+        if any("\udc80" <= letter <= "\udcff" for letter in str(source.folder)):
+            raise ValueError(f"{ascii(str(source.folder))}: its name is not UTF-8; rename it")
         if (first := found.setdefault(source.name, source)) != source:
             raise ValueError(
                 f"{first.folder} and {source.folder.name} have the same case name; rename one"
