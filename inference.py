@@ -51,6 +51,7 @@ from brainseg.io.files import (
     check_ours,
     check_writable,
     clear_leftovers,
+    read_table,
     update_table,
     write_json,
 )
@@ -72,7 +73,7 @@ from brainseg.splits import (
 )
 from brainseg.weights import read_card, shipped_weights
 
-TABLES = ("args.json", "volumes.csv", "metrics.csv")
+TABLES = {"volumes": "volumes.csv", "scores": "metrics.csv"}  # by field of Result
 SAVE_EVERY = 5.0  # seconds between writings of the tables
 
 
@@ -132,7 +133,7 @@ def run(args: argparse.Namespace, options: dict) -> int:
     used = ("image_size", *FITTED_WITH)  # the card's, unless given
     about["settings"] = {name: getattr(segmenter, name) for name in used}
     about[RUN] = segmenter.run
-    with distributed.main_process_locks((args.predictions, "--predictions")):
+    with distributed.main_process_locks((args.predictions, "--predictions", "run")):
         outputs = plan_outputs(args, segmenter, sources, about["commit"])
         distributed.barrier()  # every rank has read the earlier volumes.csv
         if distributed.is_main_process():
@@ -211,8 +212,9 @@ def say_once(without_card: Sequence[Path], segmenter: Segmenter) -> None:
         f"{file}: has no card (.json); assuming {assumed}: put its card beside it"
         for file in without_card
     ]
-    for line in [*lines, *segmenter.notes] if distributed.is_main_process() else ():
-        print(line, file=sys.stderr)
+    if distributed.is_main_process():
+        for line in lines + segmenter.notes:
+            print(line, file=sys.stderr)
 
 
 def check_labels(labels: Labels) -> None:
@@ -250,8 +252,8 @@ def segment(
 def write_tables(done: list[Result], outputs: Outputs) -> None:
     """Write volumes.csv and metrics.csv, if this is the main process."""
     if distributed.is_main_process():
-        for table, name in (("volumes", "volumes.csv"), ("scores", "metrics.csv")):
-            rows = {result.volumes["case"]: getattr(result, table) for result in done}
+        for field, name in TABLES.items():
+            rows = {result.volumes["case"]: getattr(result, field) for result in done}
             update_table(outputs.folder / name, rows)
 
 
@@ -270,8 +272,11 @@ def check_outputs(
         raise ValueError(f"{figure}: --figure must be a .png, .pdf, .svg or .jpg file")
     if page:
         check_page(page)
-    for path in (figure, *(predictions / name for name in TABLES)):
-        check_ours(path)
+    check_ours(figure)
+    check_ours(predictions / "args.json")
+    for name in TABLES.values():
+        check_ours(predictions / name)
+        read_table(predictions / name)
     paths = [source.folder for source in sources]
     if seg:
         check_dicom_packages()

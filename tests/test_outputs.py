@@ -385,6 +385,18 @@ def test_scores_of_other_cases_are_kept(phantoms, weights, tmp_path):
     assert scores.read_text().splitlines() == both.splitlines()[:2], "it has no score any more"
 
 
+@pytest.mark.parametrize("name", ["volumes.csv", "metrics.csv"])
+def test_a_table_saved_by_another_program_is_not_lost(phantoms, weights, tmp_path, name):
+    only = "--cases", "phantom_003"
+    assert infer(phantoms, tmp_path, weights, *only) == 0
+    path = tmp_path / "predictions" / name
+    for changed in (path.read_bytes().replace(b",", b";"), path.read_bytes() + b"\xfc\n"):
+        path.write_bytes(changed)
+        said = infer(phantoms, tmp_path, weights, *only)
+        assert f"{path}: was changed and cannot be read" in said
+        assert path.read_bytes() == changed
+
+
 def test_a_case_that_cannot_be_read_has_a_row(phantoms, weights, tmp_path, monkeypatch, capsys):
     images = subset_copy(phantoms, tmp_path / "in", "phantom_003", "phantom_004", "phantom_005")
     (images / "phantom_003" / "phantom_003_4.tif").unlink()

@@ -124,13 +124,17 @@ def by_need(rows: Sequence[dict]) -> list[dict]:
 
 
 def read_volumes(path: Path) -> dict[str, dict]:
-    """Read the rows of a volumes.csv by case; {} if the file is missing or not a volumes.csv."""
+    """Read the rows of a volumes.csv by case; {} if it is missing, or a number in it is none.
+
+    Raises ValueError if it is no such table.
+    """
+    rows = read_table(path)
     try:
         return {
             name: {column: _value(column, row.get(column, "")) for column in COLUMNS}
-            for name, row in read_table(path).items()
+            for name, row in rows.items()
         }
-    except (ValueError, KeyError):
+    except ValueError:
         return {}
 
 
@@ -158,8 +162,11 @@ def volumes_table(rows: Sequence[dict], path: Path) -> Table:
         "expected DSC": shown_expected,
         "needs a look because": lambda row: row["warning"],
     }
+    title = "1 case" if len(rows) == 1 else f"{len(rows)} cases"
+    if warned:
+        title += f", {warned} to look at"
     return Table(
-        f"{len(rows)} case{'s' * (len(rows) != 1)}" + f", {warned} to look at" * bool(warned),
+        title,
         [*cells],
         [[show(row) for show in cells.values()] for row in ordered[:PRINTED]],
         "\n".join(notes),

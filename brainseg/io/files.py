@@ -206,13 +206,22 @@ def write_table(path: Path, rows: Sequence[dict]) -> None:
 
 
 def read_table(path: Path) -> dict[str, dict[str, str]]:
-    """Read the rows of a CSV file by case; empty if it is missing or not such a table."""
+    """Read the rows of a CSV file by case; none if it is missing.
+
+    Raises ValueError for another table: what it holds would be lost when it is written again.
+    """
+    table = {}
+    if not path.exists():
+        return table
     try:
         with open(path, newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file, restval=""))
-        return {row["case"]: row for row in rows if None not in row}
-    except (OSError, ValueError, KeyError, csv.Error):
-        return {}
+            for row in csv.DictReader(file, restval=""):
+                if None in row:
+                    raise ValueError("more values than columns")
+                table[row["case"]] = row
+    except (ValueError, KeyError, csv.Error) as error:
+        raise ValueError(f"{path}: was changed and cannot be read; move it elsewhere") from error
+    return table
 
 
 def update_table(path: Path, rows: dict[str, dict | None]) -> None:
@@ -260,11 +269,11 @@ def check_writable(folder: Path) -> None:
 def default_cache() -> Path:
     """Return the default folder for preprocessed volumes."""
     if os.environ.get("XDG_CACHE_HOME"):
-        return Path(os.environ["XDG_CACHE_HOME"]) / "brainseg"
+        return Path(os.environ["XDG_CACHE_HOME"]) / PROGRAM
     try:
-        return Path.home() / ".cache" / "brainseg"
+        return Path.home() / ".cache" / PROGRAM
     except RuntimeError:  # a user without a home, as in a container
-        return Path(tempfile.gettempdir()) / "brainseg"
+        return Path(tempfile.gettempdir()) / PROGRAM
 
 
 def sentence(error: BaseException | str) -> str:
