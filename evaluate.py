@@ -89,7 +89,7 @@ def run(args: argparse.Namespace, options: dict) -> None:
         check_ours(args.out / name)
     if args.report:
         check_page(args.report)
-    with distributed.main_process_locks((args.out, "--out")):
+    with distributed.main_process_locks((args.out, "--out", "run")):
         score(args, models, cases, left_out)
 
 
@@ -127,7 +127,9 @@ def score(
     if args.report:
         title = f"brainseg: {', '.join(scored)}"
         save_page(args.report, title, [*shown, case_table(scored)], figures, about)
-    print(f"\ntables and pictures: {args.out}{f'   report: {args.report}' * bool(args.report)}")
+    print(f"\ntables and pictures: {args.out}")
+    if args.report:
+        print(f"report: {args.report}")
 
 
 if __name__ == "__main__":

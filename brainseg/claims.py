@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from .distributed import is_main_process
-from .io.files import check_ours, check_writable, clear_leftovers, locked, write_json
+from .distributed import is_main_process, main_process_locks
+from .io.files import check_ours, write_json
 from .training import load_checkpoint
 from .weights import file_hash, read_card
 
@@ -22,25 +22,26 @@ def claimed(weights: Path, logs: Path, model: str, resume: bool) -> Iterator[dic
     there is nothing to resume.
     """
     path = weights / f"{model}.pt"
-    if not is_main_process():
-        yield checkpoint_of(path) if resume else None
-        return
-    for folder in (weights, logs):
-        check_writable(folder)
-    with locked(weights, "--weights", model), locked(logs, "--logs", "logs"):
-        clear_leftovers(weights)
-        clear_leftovers(logs)
-        check_ours(logs / "args.json", is_card)
+    with main_process_locks((weights, "--weights", model), (logs, "--logs", "logs")):
+        if is_main_process():
+            check_ours(logs / "args.json", is_card)
         if resume:
             yield checkpoint_of(path)
             return
-        check_ours(path.with_suffix(".ckpt"), _is_checkpoint)
-        check_ours(path.with_suffix(".json"), is_card)
-        check_ours(path, _is_of_a_run)
-        if path.with_suffix(".ckpt").exists():
-            after = "it and its weights are overwritten after the first epoch"
-            print(f"{path.with_suffix('.ckpt')}: is from an earlier run; {after}")
+        if is_main_process():
+            _check_replaceable(path)
         yield None
+
+
+def _check_replaceable(weights: Path) -> None:
+    """Raise ValueError unless weights, card and checkpoint are of an earlier run, or missing."""
+    checkpoint = weights.with_suffix(".ckpt")
+    check_ours(checkpoint, _is_checkpoint)
+    check_ours(weights.with_suffix(".json"), is_card)
+    check_ours(weights, _is_of_a_run)
+    if checkpoint.exists():
+        after = "it and its weights are overwritten after the first epoch"
+        print(f"{checkpoint}: is from an earlier run; {after}")
 
 
 def checkpoint_of(weights: Path) -> dict:
@@ -113,6 +114,6 @@ def _is_of_a_run(weights: Path) -> bool:
         hashes.add(json.loads(card.read_text()).get("sha256"))
     if checkpoint.exists():
         kept = load_checkpoint(checkpoint).get("card", {})
-        if kept is not None:
+        if kept is not None:  # else no epoch was kept yet
             hashes.add(kept.get("sha256"))
     return hashes == {None} or file_hash(weights) in hashes

@@ -96,16 +96,17 @@ def process_group() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def main_process_locks(*places: tuple[Path, str], name: str = "run") -> Iterator[None]:
-    """Lock each (folder, option) for this run, and clear what killed runs have left there.
+def main_process_locks(*places: tuple[Path, str, str]) -> Iterator[None]:
+    """Lock each (folder, option, name) for this run, and clear what killed runs have left there.
 
-    Raises ValueError if another run writes to one of them (`files.locked`).
+    Raises OSError if a folder cannot be written, ValueError if another run writes there (`locked`).
     """
     with contextlib.ExitStack() as locks:
-        for folder, option in places if is_main_process() else ():
-            check_writable(folder)
-            locks.enter_context(locked(folder, option, name))
-            clear_leftovers(folder)
+        if is_main_process():
+            for folder, option, name in places:
+                check_writable(folder)
+                locks.enter_context(locked(folder, option, name))
+                clear_leftovers(folder)
         yield
 
 
