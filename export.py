@@ -194,7 +194,8 @@ def write_network(
     suffix, convert = FORMATS[form]
     content = convert(programs.trace(model, precision), card)
     stem = HASH.sub("", given[0].stem) if len(given) == 1 else "ensemble"
-    stem += "-float16" * (precision == "float16")
+    if precision == "float16":
+        stem += "-float16"
     path = named_by_hash(out or given[0].parent, stem, suffix, content)
     with atomic_write(path) as temporary:
         temporary.write_bytes(content)
@@ -209,7 +210,7 @@ def write_network(
                 f"those of {given[0]} on {case}; export it in float32, or with another version of "
                 "PyTorch"
             )
-    networks = f", {len(files)} networks" * (len(files) > 1)
+    networks = f", {len(files)} networks" if len(files) > 1 else ""
     print(
         f"{path}, {len(content) / 2**20:.1f} MiB{networks}; on {len(slices)} slices of {case} its "
         f"probabilities are within {difference:.1e} of those of PyTorch "

@@ -254,9 +254,10 @@ def _make_entry(
         made = _open_entry(entry, case, fingerprint)
         if made:  # by another process meanwhile
             return made
+        remedy = "free space or name" if disk_is_full(error) else "name"
         raise CacheError(
-            f"{entry.parent}: cannot keep preprocessed volumes ({error.strerror}); "
-            f"{'free space or ' * disk_is_full(error)}name another folder with --cache"
+            f"{entry.parent}: cannot keep preprocessed volumes ({error.strerror}); {remedy} "
+            "another folder with --cache"
         ) from error
 
 

@@ -148,7 +148,9 @@ def describe_distances(rows: Sequence[Mapping[str, float]], name: str) -> str:
     known = [row for row in rows if not math.isnan(row[name])]
     s, missed = summarise([row[name] for row in known]), sum(map(by_rule, known))
     line = f"{kind.upper()} mean {s['mean']:.1f} {unit}, median {s['median']:.1f}, n = {s['n']}"
-    return line + f", {missed} of them with one mask empty: the image diagonal" * bool(missed)
+    if missed:
+        line += f", {missed} of them with one mask empty: the image diagonal"
+    return line
 
 
 def describe(values: Sequence[float], patients: Sequence[str] | None = None) -> str:

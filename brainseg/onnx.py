@@ -31,7 +31,6 @@ PROVIDERS = {  # of ONNX Runtime, the fastest first
     "cpu": "CPUExecutionProvider",
 }
 INPUT, OUTPUT = "slices", "probabilities"
-PRODUCER = "brainseg"
 REMEDY = "fetch it again, or make one with export.py --format onnx"
 CARD = "brainseg.card"  # key of the metadata that holds the card, JSON
 # Digits of a SHA-256 at the end of a name; without a letter, they are a date or a job's number.

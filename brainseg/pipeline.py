@@ -76,7 +76,9 @@ class Outputs:
     def extra_files(self, case: Case) -> list[Path]:
         """List the files written for a case beside its masks, relative to `folder`."""
         files = map_files(case, "probability") if self.probabilities else []
-        return files + [seg_file(case)] * bool(self.algorithm and series_of(case))
+        if self.algorithm and series_of(case):
+            files.append(seg_file(case))
+        return files
 
 
 def segment_all(
@@ -104,7 +106,7 @@ def segment_all(
 
     if segmenter.on_cpu and len(sources) > 1:
         # Several cases at once with a core each: none waits for a thread that another one holds.
-        return in_order(lambda source: finished(*segmented([loaded(source)])), sources, workers)
+        return in_order(lambda source: finished(segmented([loaded(source)])[0]), sources, workers)
     ahead = in_order(loaded, sources, workers)
     groups = in_groups(ahead, lambda item: slices_of(item) or 1, GROUP * segmenter.batch_size)
     return in_order(finished, chain.from_iterable(map(segmented, groups)), workers)
@@ -217,7 +219,8 @@ def finish(work: Work | Result, segmenter: Segmenter, outputs: Outputs) -> Resul
 def write(work: Work, segmenter: Segmenter, outputs: Outputs) -> Result:
     """Make the mask of a case unless it was kept, and write what `outputs` asks for."""
     case, volume, mask = work.case, work.volume, work.mask
-    kept, expected, error = mask is not None, None, ""
+    kept = mask is not None
+    expected, error = None, ""
     warnings = list(case.notes)
     if not kept:
         found = segmenter.assess(work.probabilities, work.frame)
@@ -226,7 +229,8 @@ def write(work: Work, segmenter: Segmenter, outputs: Outputs) -> Result:
         maps = {}
         if outputs.probabilities:
             maps["probability"] = found.probabilities
-            maps |= {} if found.deviation is None else {"disagreement": found.deviation}
+            if found.deviation is not None:
+                maps["disagreement"] = found.deviation
         work.probabilities = None
         write_case(outputs.folder, case, volume, mask, work.truth, maps, segmenter.run)
         if outputs.algorithm and series_of(case):

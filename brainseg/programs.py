@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from .ensemble import Ensemble, fold_batch_norm, networks_of
+from .io.files import PROGRAM
 from .io.layouts import list_cases
-from .onnx import CARD, INPUT, OUTPUT, PRODUCER
+from .onnx import CARD, INPUT, OUTPUT
 from .phantom import make_volume
 from .preprocess import neighbourhoods, preprocess
 from .weights import all_finite
@@ -77,7 +78,7 @@ def to_onnx(program: ExportedProgram, card: dict) -> bytes:
             verbose=False,
         )
     proto = exported.model_proto
-    proto.producer_name, proto.producer_version = PRODUCER, f"torch {torch.__version__}"
+    proto.producer_name, proto.producer_version = PROGRAM, f"torch {torch.__version__}"
     proto.doc_string = (
         f"{INPUT} (batch, C, rows, columns) float32, preprocessed as a whole volume; {OUTPUT} "
         f"(batch, K, rows, columns) float32; rows and columns are multiples of {card['stride']}. "

@@ -23,10 +23,11 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from brainseg.io.files import disk_is_full, save_array, sentence
-from brainseg.io.layouts import SLICE_NAME, find_case, find_sequences
-from brainseg.io.scans import SUFFIXES, Scan, is_scan, read_grid, registered, scan_name
-from brainseg.io.slices import Case
+from brainseg.io.files import by, disk_is_full, save_array, sentence
+from brainseg.io.formats import SUFFIXES
+from brainseg.io.layouts import find_case, find_sequences
+from brainseg.io.scans import Scan, is_scan, read_grid, registered, scan_name
+from brainseg.io.slices import SLICE_NAME, Case
 
 MIB = 2**20
 FORK = multiprocessing.get_context("fork")
@@ -155,7 +156,7 @@ def check_size(path: Path, shape: Sequence[int], limits: Limits) -> None:
     """Raise ValueError for a volume (S, H, W), or (X, Y, Z), that would take too much memory."""
     if np.prod(shape, dtype=float) > limits.voxels or max(shape) > limits.side:
         raise ValueError(
-            f"{path}: {' x '.join(map(str, shape))} voxels are too many (at most {limits.side} "
+            f"{path}: {by(shape)} voxels are too many (at most {limits.side} "
             f"along an axis, {limits.voxels / 1e6:.0f} million in all); crop or resample it"
         )
 

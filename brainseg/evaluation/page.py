@@ -30,8 +30,10 @@ class Table:
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         sides = ["<" if k in self.left else ">" for k in range(len(widths))]
         form = "  ".join(f"{{:{s}{w}}}" for s, w in zip(sides, widths, strict=True))  # {:<9}  {:>5}
-        text = [form.format(*line).rstrip() for line in lines]
-        return "\n".join([self.title, *text] + [self.note] * bool(self.note))
+        text = [self.title, *(form.format(*line).rstrip() for line in lines)]
+        if self.note:
+            text.append(self.note)
+        return "\n".join(text)
 
 
 def write_page(path: Path, template: str, title: str, about: dict, **content: object) -> None:

@@ -42,13 +42,13 @@ class Layout:
             fitting = (_fitting(pattern, folder, root) for pattern in getattr(self, role))
             left = ([path for path in paths if path not in taken] for paths in fitting)
             if role == "mask" and not self.of_user:
-                left = ([p for p in paths if not NO_LESION.search(p.name)] for paths in left)
+                left = ([p for p in paths if not OTHER_MASK.search(p.name)] for paths in left)
             found[role] = next(filter(None, left), [])
         return found
 
 
 def _brain_lesion(*places: str) -> Patterns:
-    """List patterns of lesion masks in BIDS derivatives; NO_LESION rules out brain and tissues."""
+    """List patterns of lesion masks in BIDS derivatives; OTHER_MASK rules out brain and tissues."""
     names = ("*lesion*", "*tumo*r*", "*_roi")  # *_mask may be of anything
     return tuple(f"{{root}}/derivatives/{place}/{name}" for name in names for place in places)
 
@@ -65,7 +65,7 @@ LAYOUTS = (
            ("*_segm", "{root}/../images_segm/{name}_segm")),
 )
 # fmt: on
-NO_LESION = re.compile(  # the masks of brain extraction tools, and of tissues
+OTHER_MASK = re.compile(  # the masks of brain extraction tools, and of tissues
     r"(?:desc|label)-(?:brain|head|skull|gm|wm|csf)|(?:^|_)(?:brain|bet|skull\w*)_?mask", re.I
 )
 ROLES = ("flair", "pre", "post", "mask")

@@ -76,7 +76,8 @@ class Series:
         for name, tag in (("TE", "EchoTime"), ("TI", "InversionTime")):
             if number(self.header, tag) > 0:
                 facts.append(f"{name} {number(self.header, tag):g}")
-        if agent := text(self.header, "ContrastBolusAgent"):
+        agent = text(self.header, "ContrastBolusAgent")
+        if agent:
             facts.append(f"agent {agent}")
         place = os.path.relpath(self.path, folder) if self.path != folder else self.name
         return f"{place} = {self.words or 'no description'!r} ({', '.join(facts)})"

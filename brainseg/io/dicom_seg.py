@@ -19,7 +19,7 @@ from pydicom.datadict import dictionary_VR
 from pydicom.uid import MRImageStorage
 from pydicom.valuerep import DA, TM, validate_value
 
-from .dicom import is_series, series_headers
+from .dicom import Series, series_headers
 from .files import MARK, PROGRAM, atomic_write
 from .grid import Grid
 from .headers import is_dicom, text
@@ -65,9 +65,9 @@ def holds_dicom(path: Path) -> bool:
     return any(map(is_dicom, path.rglob("*") if path.is_dir() else [path]))
 
 
-def series_of(case: Case) -> Path | None:
-    """Return the DICOM series (its folder or a file of it) that FLAIR is read from, or None."""
-    return case.flair if isinstance(case, Scan) and is_series(case.flair) else None
+def series_of(case: Case) -> Series | None:
+    """Return the DICOM series that FLAIR is read from, or None."""
+    return case.flair if isinstance(case, Scan) and isinstance(case.flair, Series) else None
 
 
 def write_dicom_seg(path: Path, case: Scan, mask: np.ndarray, algorithm: str, version: str) -> bool:
@@ -110,7 +110,7 @@ def write_dicom_seg(path: Path, case: Scan, mask: np.ndarray, algorithm: str, ve
     return frames[0].size % 8 == 0
 
 
-def read_references(series: Path) -> list[Dataset]:
+def read_references(series: Series) -> list[Dataset]:
     """Read what a Segmentation takes from the headers of a series, in order of position.
 
     That is the UIDs of each, and patient and study of the first, as far as they are valid. Raises

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ..preprocess import SEQUENCES
-from .cohorts import BIDS, NO_LESION, Layout, absolute, sequences_in
+from .cohorts import BIDS, OTHER_MASK, Layout, absolute, sequences_in
 from .dicom import Series, find_images
 from .formats import SUFFIXES, check_format
 from .labels import Labels
@@ -310,4 +310,4 @@ def _mask_of(scan: Path) -> Path | None:
     wanted = f"{scan_name(scan)}_mask".lower()
     beside = _volumes_in(scan.parent, masks=True)
     named = (path for path in beside if scan_name(path).lower() == wanted)
-    return next((path for path in named if not NO_LESION.search(wanted)), None)
+    return next((path for path in named if not OTHER_MASK.search(wanted)), None)

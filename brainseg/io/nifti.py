@@ -136,7 +136,10 @@ def nifti_grid(path: Path) -> tuple[Grid, int]:
     """Return the grid of the sform if there is one, as nibabel does, else of the qform."""
     header = nifti_header(path)
     shape = _shape_of(path, header)
-    channels = shape[3] * len(_type_of(path, header).names or "1")
+    channels = shape[3]
+    colours = _type_of(path, header).names
+    if colours:
+        channels *= len(colours)
     sform, has_sform = header.get_sform(coded=True)
     for name in CODES:
         if not 0 <= header[name] <= 5:
