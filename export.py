@@ -36,7 +36,7 @@ from brainseg.ensemble import load_ensemble
 from brainseg.io.files import RUN, atomic_write, clear_leftovers
 from brainseg.io.predictions import read_scores
 from brainseg.metrics import summarise
-from brainseg.onnx import HASH, OnnxNetwork, needed
+from brainseg.onnx import HASH, OnnxNetwork, import_optional
 from brainseg.segmenter import weights_id
 from brainseg.splits import SUBSETS, is_lgg, patient_of, subset_of
 from brainseg.weights import (
@@ -183,7 +183,7 @@ def write_network(
     """
     if form == "onnx":
         for package in ("onnxscript", "onnxruntime"):
-            needed(package, "--format onnx")
+            import_optional(package, "--format onnx")
     precision = precision or "float32"
     model, card = load_ensemble(files)
     card = CARD_DEFAULTS | with_licence(card) | {"stride": model.stride, "precision": precision}

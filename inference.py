@@ -44,7 +44,7 @@ from brainseg import distributed
 from brainseg.evaluation.cohort import save_cohort
 from brainseg.evaluation.page import check_page
 from brainseg.evaluation.volumes import read_volumes, volumes_table
-from brainseg.io.dicom_seg import check_dicom_packages, holds_dicom
+from brainseg.io.dicom_seg import holds_dicom
 from brainseg.io.files import (
     PROGRAM,
     RUN,
@@ -61,6 +61,7 @@ from brainseg.io.pictures import save_dsc_figure
 from brainseg.io.predictions import check_kept, scores_text
 from brainseg.io.scans import Scan
 from brainseg.io.slices import Case
+from brainseg.onnx import import_optional
 from brainseg.pipeline import Outputs, Result, segment_all
 from brainseg.segmenter import FITTED_WITH, Segmenter
 from brainseg.splits import (
@@ -279,7 +280,7 @@ def check_outputs(
         read_table(predictions / name)
     paths = [source.folder for source in sources]
     if seg:
-        check_dicom_packages()
+        import_optional("highdicom", "--dicom-seg", "dicom")
         if not any(map(holds_dicom, paths)):
             raise ValueError(f"{paths[0]}: is not a DICOM series; leave out --dicom-seg")
     for source in sources:

@@ -58,7 +58,7 @@ class OnnxNetwork:
         self.card = _card(self._content, path)
         self.settings, self.stride = self.card["settings"], self.card["stride"]
         kind, _, gpu = str(device or "").partition(":")
-        available = needed("onnxruntime", path).get_available_providers()
+        available = import_optional("onnxruntime", path).get_available_providers()
         try:
             chosen = pick_providers(providers, kind, available)
         except ValueError as error:
@@ -138,15 +138,15 @@ def read_onnx_card(path: Path | str) -> dict:
     return _card(_read(path), path)
 
 
-def needed(package: str, purpose: Path | str) -> ModuleType:
-    """Import an optional package. Raises ValueError, saying how to install it, if missing."""
+def import_optional(package: str, purpose: Path | str, extra: str = "onnx") -> ModuleType:
+    """Import a package of requirements-<extra>.txt; ValueError, naming `purpose`, if missing."""
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # ONNX Runtime must not report its use
     try:
         return importlib.import_module(package)
     except ImportError as error:
         raise ValueError(
             f"{purpose}: needs {package}, which is not installed; "
-            "pip install -r requirements-onnx.txt"
+            f"pip install -r requirements-{extra}.txt"
         ) from error
 
 
@@ -200,7 +200,7 @@ def _open(
     content: bytes, path: Path | str, providers: list, threads: int = 1, optimise: bool = True
 ) -> Any:
     """Open a session; ValueError, naming the file, if ONNX Runtime refuses it."""
-    runtime = needed("onnxruntime", path)
+    runtime = import_optional("onnxruntime", path)
     options = runtime.SessionOptions()
     options.log_severity_level = 4  # errors are reported below, in a sentence
     options.intra_op_num_threads = threads

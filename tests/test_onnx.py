@@ -18,7 +18,7 @@ import evaluate
 import export
 from brainseg import programs, resnext_unet
 from brainseg.io.files import RUN
-from brainseg.onnx import PROVIDERS, OnnxNetwork, needed, pick_providers
+from brainseg.onnx import PROVIDERS, OnnxNetwork, import_optional, pick_providers
 from brainseg.phantom import make_volume
 from brainseg.resnext_unet import ResNeXtUNet
 from brainseg.segmenter import Segmenter
@@ -321,7 +321,7 @@ def test_a_missing_package_is_named(phantoms, weights, tmp_path, monkeypatch):
     for package in ("onnxruntime", "onnxscript"):
         monkeypatch.setitem(sys.modules, package, None)
         with pytest.raises(ValueError, match=rf"x: needs {package}.*-r requirements-onnx.txt"):
-            needed(package, "x")
+            import_optional(package, "x")
     with pytest.raises(SystemExit, match="error: --format onnx: needs onnxscript"):
         run_export(weights, tmp_path, "--format", "onnx")
     file = tmp_path / "x.onnx"

@@ -313,7 +313,7 @@ def test_a_segmentation_that_is_not_read_back_is_not_kept(
 def test_a_source_without_a_series_is_one_sentence(phantoms, weights, tmp_path, monkeypatch):
     said = infer(phantoms, tmp_path, weights, "--dicom-seg")
     assert "is not a DICOM series; leave out --dicom-seg" in said
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "highdicom", None)
     said = infer(phantoms, tmp_path, weights, "--dicom-seg")
     assert "needs highdicom" in said and "requirements-dicom.txt" in said
 

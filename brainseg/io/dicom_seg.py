@@ -7,7 +7,6 @@ is that of the checked grid; of the headers it copies only what is valid.
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import warnings
 from pathlib import Path
@@ -49,15 +48,6 @@ CHOICES = {
 LONGEST = {"LO": 64, "SH": 16, "PN": 64}  # characters of a text; of each of the three in a name
 LAST_NUMBER = 2**31 - 1
 warnings.filterwarnings("ignore", module="highdicom")  # of names with one part
-
-
-def check_dicom_packages() -> None:
-    """Raise ValueError unless highdicom is installed."""
-    if importlib.util.find_spec("highdicom") is None:
-        raise ValueError(
-            "--dicom-seg needs highdicom, which is not installed; "
-            "run: pip install -r requirements-dicom.txt"
-        )
 
 
 def holds_dicom(path: Path) -> bool:

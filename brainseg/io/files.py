@@ -210,18 +210,23 @@ def read_table(path: Path) -> dict[str, dict[str, str]]:
 
     Raises ValueError for another table: what it holds would be lost when it is written again.
     """
-    table = {}
     if not path.exists():
-        return table
+        return {}
+    rows = read_rows(path, {"case"}, f"{path}: was changed and cannot be read; move it elsewhere")
+    return {row["case"]: row for row in rows}
+
+
+def read_rows(path: Path, columns: set[str], fault: str) -> list[dict[str, str]]:
+    """Read the rows of a CSV file; ValueError with `fault` if it lacks one of these columns."""
     try:
-        with open(path, newline="", encoding="utf-8") as file:
-            for row in csv.DictReader(file, restval=""):
-                if None in row:
-                    raise ValueError("more values than columns")
-                table[row["case"]] = row
-    except (ValueError, KeyError, csv.Error) as error:
-        raise ValueError(f"{path}: was changed and cannot be read; move it elsewhere") from error
-    return table
+        with name_in_errors(path), open(path, newline="", encoding="utf-8-sig") as file:
+            rows = list(csv.DictReader(file, restval=""))
+    except (ValueError, csv.Error) as error:
+        raise ValueError(fault) from error
+    for row in rows:
+        if None in row or not columns <= row.keys():  # None: more values than columns
+            raise ValueError(fault)
+    return rows
 
 
 def update_table(path: Path, rows: dict[str, dict | None]) -> None:

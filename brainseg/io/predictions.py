@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import glob
 import math
 import re
@@ -14,7 +13,7 @@ import numpy as np
 
 from ..metrics import describe, describe_distances, score
 from ..splits import patient_of
-from .files import MARK, RUN, has_mark, name_in_errors, remove, scratch
+from .files import MARK, RUN, has_mark, name_in_errors, read_rows, remove, scratch
 from .labels import Labels
 from .pictures import outline, save_gif, save_png, to_grey
 from .scans import Scan
@@ -184,12 +183,8 @@ def read_scores(path: Path, names: Iterable[str]) -> dict[str, dict]:
     Raises OSError or ValueError, naming the file, if it is not such a file or lacks a column.
     """
     wrong = f"{path}: is not a metrics.csv that inference.py wrote; run it to make one"
-    try:
-        with name_in_errors(path), open(path, newline="", encoding="utf-8") as file:
-            lines = list(csv.DictReader(file))
-    except (ValueError, csv.Error) as error:
-        raise ValueError(wrong) from error
-    if not lines or None in lines[0] or not {"case", "trained_on"} <= lines[0].keys():
+    lines = read_rows(path, {"case", "trained_on"}, wrong)
+    if not lines:
         raise ValueError(wrong)
     if lacking := [name for name in names if name not in lines[0]]:
         raise ValueError(f"{path}: has no column {lacking[0]}; run inference.py again to make it")
