@@ -516,6 +516,14 @@ def copies(folder: Path) -> Path:
     return folder / "a"
 
 
+@kind("DICOM: files that state neither patient nor study, beside others of their series")
+def partly_anonymous(folder: Path) -> Path:
+    series = slices()
+    for data in series[:3]:
+        data.PatientID, data.StudyInstanceUID = "", ""
+    return save(folder / "a", series)
+
+
 @kind("DICOM: a tilted head, its orientation rounded to two decimals", noted="is rounded")
 def rounded(folder: Path) -> Path:
     """Turn the grid about the lesion, which stays where it is."""

@@ -158,8 +158,14 @@ def _entries(folder: Path) -> tuple[list[Path], list[Path]]:
 def group_series(images: Sequence[Image]) -> list[Series]:
     """Group images by the patient, study and series in their headers, by series number.
 
-    Of a file and its copies in one folder, only the first counts.
+    Of a file and its copies in one folder, only the first counts. A file that does not state its
+    patient or study is of those that the others of its series state.
     """
+    stated: dict[tuple[str, str], str] = {}  # by series and field
+    for _, header in images:
+        for name in IDENTIFIERS:
+            if text(header, name):
+                stated.setdefault((text(header, "SeriesInstanceUID"), name), text(header, name))
     groups: dict[tuple[str, ...], list[Image]] = {}
     beside: dict[Path, set[tuple[str, ...]]] = {}  # the series of each folder
     instances: dict[tuple[Path, str], Path] = {}
@@ -167,9 +173,11 @@ def group_series(images: Sequence[Image]) -> list[Series]:
         first = instances.setdefault((path.parent, text(header, "SOPInstanceUID")), path)
         if first != path and filecmp.cmp(first, path, shallow=False):
             continue
-        key = tuple(text(header, name) for name in IDENTIFIERS)
-        if not key[-1]:
-            key = (*key, str(path.parent))
+        series_uid = text(header, "SeriesInstanceUID")
+        if series_uid:
+            key = tuple(text(header, n) or stated.get((series_uid, n), "") for n in IDENTIFIERS)
+        else:
+            key = (*(text(header, n) for n in IDENTIFIERS), str(path.parent))
         groups.setdefault(key, []).append((path, header))
         beside.setdefault(path.parent, set()).add(key)
     series = []
@@ -177,7 +185,10 @@ def group_series(images: Sequence[Image]) -> list[Series]:
         files = tuple(path for path, _ in group)
         folders = {path.parent for path in files}
         alone = len(folders) == 1 and len(beside[files[0].parent]) == 1
-        series.append(Series(files[0].parent if alone else files[0], files, group[0][1]))
+        headers = [header for _, header in group]
+        complete = [header for header in headers if all(text(header, n) for n in IDENTIFIERS)]
+        place = files[0].parent if alone else files[0]
+        series.append(Series(place, files, (complete or headers)[0]))
     return sorted(series, key=lambda one: (number(one.header, "SeriesNumber", 0), str(one)))
 
 
