@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import glob
 import os
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
 from .scans import is_scan, scan_name
+from .truth import OTHER_MASK
 
 Patterns = tuple[str, ...]  # the first that matches any file is used
 
@@ -65,9 +65,6 @@ LAYOUTS = (
            ("*_segm", "{root}/../images_segm/{name}_segm")),
 )
 # fmt: on
-OTHER_MASK = re.compile(  # the masks of brain extraction tools, and of tissues
-    r"(?:desc|label)-(?:brain|head|skull|gm|wm|csf)|(?:^|_)(?:brain|bet|skull\w*)_?mask", re.I
-)
 ROLES = ("flair", "pre", "post", "mask")
 
 

@@ -8,14 +8,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ..preprocess import SEQUENCES
-from .cohorts import BIDS, OTHER_MASK, Layout, absolute, sequences_in
+from .cohorts import BIDS, Layout, absolute, sequences_in
 from .dicom import Series, find_images
-from .formats import SUFFIXES, check_format
+from .formats import check_format
 from .labels import Labels
 from .scans import Scan, is_scan, scan_name
 from .sequences import contradiction
 from .slices import SLICE_NAME, Case, errors_name, find_slices
 from .studies import Study, find_studies, sort_study
+from .truth import check_not_only_masks, mask_of, mask_words, say_lost_masks, volumes_in
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,7 @@ def list_cases(
     sources = _sources_in(root, other_than, layout)
     if not sources:
         check_format(root)
+        check_not_only_masks(root)
         raise ValueError(
             f"{root}: holds no case folder, no volume file, no DICOM image and no slice named "
             "<anything>_<number>.tif or .png; give the folder that holds the cases, or one case"
@@ -135,7 +137,7 @@ def _by_patterns(root: Path, other_than: Path | None, layout: Layout) -> list[So
             found.append(folder)
         elif inner := [each for each in _folders_in(folder, other_than) if fits(each)]:
             found += inner
-        elif _volumes_in(folder) and not _belongs_to_mask(folder, root, layout):
+        elif volumes_in(folder) and not _belongs_to_mask(folder, root, layout):
             lacking.append(folder)
     if not found and fits(root):
         return [Source(root.name, root, root.parent, layout)]
@@ -170,7 +172,7 @@ def _folders_in(root: Path, other_than: Path | None) -> list[Path]:
 
 def _cases_in(root: Path, other_than: Path | None) -> list[Source]:
     """List the volume files in a folder, the folders in it that are cases, and DICOM studies."""
-    whole, folders, volumes = absolute(root), _folders_in(root, other_than), _volumes_in(root)
+    whole, folders, volumes = absolute(root), _folders_in(root, other_than), volumes_in(root)
     holding = [folder for folder in folders if _holds_case(folder)]
     if holding and is_scan(root) and any(find_images(root, deep=False)):
         raise ValueError(
@@ -178,7 +180,7 @@ def _cases_in(root: Path, other_than: Path | None) -> list[Source]:
         )
     if volumes and (is_scan(root) or (len(volumes) > 1 and _is_one_case(whole))):
         return [_source(whole)]
-    searched = {folder.name for folder in folders if not _volumes_in(folder)}
+    searched = {folder.name for folder in folders if not volumes_in(folder)}
     studies = find_studies(
         whole, lambda folder: folder.parent == whole and folder.name not in searched
     )
@@ -189,6 +191,7 @@ def _cases_in(root: Path, other_than: Path | None) -> list[Source]:
     others = [folder for folder in folders if folder.name not in taken]
     if not (volumes or holding or studies) and _holds_slices(root):
         return [_source(whole)]
+    say_lost_masks(root, volumes)
     if volumes:  # other folders beside them may be anything; else opening them says what they lack
         others = volumes + [folder for folder in others if folder in holding]
     cases += [_source(path) for path in others]
@@ -209,18 +212,11 @@ def _is_one_case(folder: Path) -> bool:
 
 
 def _holds_case(folder: Path) -> bool:
-    return _holds_slices(folder) or bool(_volumes_in(folder))
+    return _holds_slices(folder) or bool(volumes_in(folder))
 
 
 def _holds_slices(folder: Path) -> bool:
     return any(SLICE_NAME.match(path.name) for path in folder.iterdir())
-
-
-def _volumes_in(folder: Path, masks: bool = False) -> list[Path]:
-    """List the volume files of a folder, with or without those that are named as masks."""
-    files = [path for path in sorted(folder.iterdir()) if path.name.lower().endswith(SUFFIXES)]
-    files = [path for path in files if path.name[0] != "." and path.is_file()]
-    return [path for path in files if masks or not scan_name(path).lower().endswith("_mask")]
 
 
 def find_case(path: Path, root: Path | None = None, layout: Layout | None = None) -> Case:
@@ -230,7 +226,7 @@ def find_case(path: Path, root: Path | None = None, layout: Layout | None = None
         return _in_layout(path, sequences_in(path, root, layout))
     if not path.is_dir():
         return _find_scan(path)
-    volumes = _volumes_in(path)
+    volumes = volumes_in(path)
     if is_scan(path) and volumes:
         raise ValueError(f"{path}: holds DICOM files and {volumes[0].name}; move one of them away")
     if not volumes:
@@ -242,6 +238,7 @@ def find_case(path: Path, root: Path | None = None, layout: Layout | None = None
             return _open_study(replace(studies[0], name=path.name, folder=path))
         if not _holds_slices(path):
             check_format(path)
+            check_not_only_masks(path)
         return find_slices(path)
     if _holds_slices(path):
         raise ValueError(f"{path}: holds slices and {volumes[0].name}; move one of them away")
@@ -258,7 +255,7 @@ def find_case(path: Path, root: Path | None = None, layout: Layout | None = None
 
 def _in_layout(folder: Path, files: dict[str, Path | None]) -> Scan:
     """Open the scan whose sequences a layout has found."""
-    mask = files["mask"] or _mask_of(files["flair"])
+    mask = files["mask"] or mask_of(files["flair"])
     return _with_notes(Scan.open(folder.name, [files["pre"], files["flair"], files["post"]], mask))
 
 
@@ -266,7 +263,7 @@ def find_sequences(flair: Path, pre: Path | None, post: Path | None) -> Scan:
     """Open the scan with one file per sequence, named after FLAIR and its folder."""
     whole = absolute(flair)
     name = f"{whole.parent.name}_{scan_name(whole)}"
-    return _with_notes(Scan.open(name, [pre, flair, post], _mask_of(whole)))
+    return _with_notes(Scan.open(name, [pre, flair, post], mask_of(whole)))
 
 
 def _with_notes(scan: Scan) -> Scan:
@@ -290,24 +287,16 @@ def _open_study(study: Study) -> Scan:
     files = [series.get(name) for name in SEQUENCES]
     folder, name = study.folder, study.name
     places = folder.with_name(name), folder / name, series["FLAIR"].path
-    masks = [_mask_of(place) for place in places]
+    masks = [mask_of(place) for place in places]
     return Scan.open(name, files, next(filter(None, masks), None), said)
 
 
 def _find_scan(path: Path) -> Scan:
-    scan = Scan.open(scan_name(path), [path], _mask_of(path))
-    said = contradiction("FLAIR", scan.name)
+    scan = Scan.open(scan_name(path), [path], mask_of(path))
+    said = contradiction("FLAIR", scan.name) or mask_words(scan.name)
     if scan.channels == 1 and said:
         raise ValueError(
             f"{path}: its one channel would be used as FLAIR, but its name says {said!r}; name "
             "the sequences with --flair, --pre and --post"
         )
     return scan
-
-
-def _mask_of(scan: Path) -> Path | None:
-    """Find the file <scan>_mask beside a scan, in any format, unless its name says brain mask."""
-    wanted = f"{scan_name(scan)}_mask".lower()
-    beside = _volumes_in(scan.parent, masks=True)
-    named = (path for path in beside if scan_name(path).lower() == wanted)
-    return next((path for path in named if not OTHER_MASK.search(wanted)), None)
