@@ -72,6 +72,34 @@ def stripped_and_normalised(volume: np.ndarray) -> np.ndarray:
     return stripped
 
 
+def on_scale(volume: np.ndarray) -> np.ndarray:
+    """Return the volume on a scanner's scale, with its air at 50 or a little more."""
+    return 5 * volume.astype(np.float32) + 50
+
+
+def blank_slices(volume: np.ndarray, slices: list[int], value: float) -> np.ndarray:
+    changed = on_scale(volume)
+    changed[slices] = value
+    return changed
+
+
+def corners(volume: np.ndarray, value: float, factor: float = 5, offset: float = 50) -> np.ndarray:
+    """Fill what a square field of view, turned by 30 degrees, leaves of every slice."""
+    changed = factor * volume.astype(np.float32) + offset
+    rows, columns = np.mgrid[-1 : 1 : volume.shape[1] * 1j, -1 : 1 : volume.shape[2] * 1j]
+    along = rows * np.cos(np.pi / 6) + columns * np.sin(np.pi / 6)
+    across = columns * np.cos(np.pi / 6) - rows * np.sin(np.pi / 6)
+    changed[:, (np.abs(along) > 1) | (np.abs(across) > 1)] = value
+    return changed
+
+
+def offset_where_above_0(volume: np.ndarray, sequences: list[int]) -> np.ndarray:
+    changed = volume.astype(np.float32)
+    for k in sequences:
+        changed[..., k] = np.where(volume[..., k] > 0, 3.7 * changed[..., k] + 50, 0)
+    return changed
+
+
 def by_inference(volume: np.ndarray, weights: list[Path], device: str | None) -> np.ndarray:
     """Segment a volume (S, H, W, 3) from three NIfTI files; return the mask (S, H, W), bool."""
     with TemporaryDirectory() as name:
@@ -105,6 +133,16 @@ CHANGES = {
     "FLAIR alone": flair_alone,
     "skull taken away": without_skull,
     "skull taken away, normalised, air at 0": stripped_and_normalised,
+    "one blank end slice, -1000": lambda volume: blank_slices(volume, [0], -1000),
+    "one blank end slice, 0, air at 50": lambda volume: blank_slices(volume, [0], 0),
+    "two blank end slices, -1000": lambda volume: blank_slices(volume, [0, -1], -1000),
+    "second and third slice blank, -1000": lambda volume: blank_slices(volume, [1, 2], -1000),
+    "corners at -1000": lambda volume: corners(volume, -1000),
+    "corners at 0, air at 50": lambda volume: corners(volume, 0),
+    "corners at 32767": lambda volume: corners(volume, 32767),
+    "corners at -1, the rest 0 to 1": lambda volume: corners(volume, -1, 1 / 255, 0),
+    "FLAIR times 3.7 plus 50 where above 0": lambda v: offset_where_above_0(v, [FLAIR]),
+    "the same, every sequence": lambda v: offset_where_above_0(v, [PRE, FLAIR, POST]),
 }
 UNTOUCHED = "as published"
 FILES = (
