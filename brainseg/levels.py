@@ -5,7 +5,7 @@ Trained weights depend on them, as on the steps of `preprocess`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -19,6 +19,7 @@ SATURATED = 0.1  # no scanner writes a larger share of the foreground at its max
 FLAT = 0.25  # no tissue has a larger share of the foreground at its median
 AROUND = 0.95  # least share of air along the edges of the slices after skull stripping
 OVERLAP = 0.8  # least Dice of two foregrounds; 0.88 to 0.97 in 87 of 88 LGG cases
+NULLED, DARKER = 0.45, 0.06  # the darkest tenth in FLAIR, over the median, and its lead over T1
 
 
 @dataclass(frozen=True)
@@ -125,6 +126,39 @@ def oddities(
             f"{name} covers a different region from {lead} (Dice {overlap:.2f}); "
             "are they registered?"
         )
+
+
+def order_note(sequences: Sequence[MeasuredSequence | None]) -> str:
+    """Say if pre-contrast, FLAIR and post-contrast seem to be in another order; else empty.
+
+    FLAIR nulls CSF, so the darkest tenth of the head is darker in it than in T1, as a share of the
+    median. Of 88 LGG cases in the right order, this doubts 1; of the 82 without copies, it finds 66
+    with FLAIR first and 71 with FLAIR last. Copies of FLAIR are not compared, nor scans without an air level.
+    """
+    if len(sequences) != 3 or None in sequences:
+        return ""
+    if any(sequence.air is not None for sequence in sequences):
+        return ""
+    thin = np.s_[:, ::4, ::4]
+    foregrounds = sum(sequence.foreground[thin].astype(np.uint8) for sequence in sequences)
+    head = foregrounds >= 2
+    for sequence in sequences:
+        head &= sequence.voxels[thin] > sequence.background
+    if not head.any():
+        return ""
+    darkest = []
+    for sequence in sequences:
+        tenth = float(np.percentile(sequence.voxels[thin][head], 10))
+        darkest.append((tenth - sequence.background) / (sequence.median - sequence.background))
+    pre, flair, post = darkest
+    least = min(pre, post)
+    if flair in (pre, post) or least > NULLED or flair <= least + DARKER:
+        return ""
+    place = "first" if least == pre else "last"
+    return (
+        "FLAIR looks like T1, as its CSF is not the darkest: are the sequences in the order "
+        f"pre-contrast, FLAIR, post-contrast, or is FLAIR {place}?"
+    )
 
 
 def copies_of_flair(volume: np.ndarray) -> list[int]:

@@ -9,14 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from itertools import chain
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .io.files import by
-from .levels import BRIGHTEST, measure, oddities
+from .levels import BRIGHTEST, measure, oddities, order_note
 
 VERSION = 2  # of the preprocessing, for new weights
 SEQUENCES = ("pre-contrast", "FLAIR", "post-contrast")
@@ -95,10 +94,13 @@ def _preprocess_2(
     if (flair := found[lead]) is None:
         raise ValueError(f"{names[lead]} is constant: this is not an image")
     sequences = [sequence or flair for sequence in found]
-    notes = [oddities(*pair, flair, names[lead]) for pair in zip(names, found, strict=True)]
+    notes = []
+    for name, sequence in zip(names, found, strict=True):
+        notes += oddities(name, sequence, flair, names[lead])
+    notes += filter(None, [order_note(found)])
     head = sum(sequence.foreground.astype(np.uint8) for sequence in sequences) * 2 >= channels
     box = _bounding_box(head.sum(axis=0) > 0.05 * slices)  # step 2
-    frame = Frame(volume.shape[:3], box, image_size, False, tuple(chain(*notes)), aspect)
+    frame = Frame(volume.shape[:3], box, image_size, False, tuple(notes), aspect)
     top, bottom, left, right = box
     crops = [sequence.scaled()[:, top:bottom, left:right] for sequence in sequences]  # step 1
     resized = _resize(torch.from_numpy(np.stack(crops, axis=1)), frame, device)  # step 3

@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy import ndimage
 
-from brainseg.io.layouts import find_case
+from brainseg.io.layouts import find_case, find_cases
 from brainseg.phantom import make_volume
 from brainseg.preprocess import preprocess, preprocess_mask
 
@@ -168,3 +168,47 @@ def test_offsets_and_scales_beyond_float32_change_nothing(change):
     volume = make_volume(1, 6, 64)[0]
     wanted, _ = preprocess(volume, 48)
     torch.testing.assert_close(preprocess(change(volume), 48)[0], wanted, atol=1e-4, rtol=0)
+
+
+# The order of the sequences
+
+
+def head(csf: int, noise: int) -> np.ndarray:
+    """Make a sequence (8, 64, 64) uint16: tissue of 500 in air, a fifth of it CSF."""
+    s, y, x = np.ogrid[:8, :64, :64]
+    radius = np.sqrt(((s - 3.5) / 5) ** 2 + ((y - 32) / 28) ** 2 + ((x - 31) / 24) ** 2)
+    volume = np.where(radius < 1, 500, 0) + np.where(radius < 0.58, csf - 500, 0)
+    return (volume + np.random.default_rng(noise).integers(0, 30, volume.shape)).astype(np.uint16)
+
+
+@pytest.mark.parametrize(
+    "order, said",
+    [
+        ((0, 1, 2), ""),
+        ((2, 1, 0), ""),
+        ((1, 0, 2), "or is FLAIR first?"),
+        ((0, 2, 1), "or is FLAIR last?"),
+        ((1, 0, 1), "or is FLAIR first?"),
+        ((1, 1, 1), ""),
+        ((0, 1, 1), ""),
+        ((1, 1, 2), ""),
+    ],
+)
+@pytest.mark.parametrize("scale", [1, 7])
+def test_an_order_that_looks_wrong_is_said(order, said, scale):
+    sequences = head(260, 0), head(90, 1) * scale, head(240, 2)
+    volume = np.stack([sequences[k] for k in order], axis=3)
+    notes = preprocess(volume, 32)[1].notes
+    assert said in " ".join(notes)
+    assert bool(said) == ("FLAIR looks like T1" in " ".join(notes))
+
+
+def test_the_order_of_real_cases(lgg):
+    doubted = {"right": 0, "wrong": 0}
+    for case in find_cases(lgg):
+        volume = case.read()
+        for order in ((0, 1, 2), (1, 0, 2), (0, 2, 1)):
+            notes = preprocess(volume[..., order], 32)[1].notes
+            kind = "right" if order == (0, 1, 2) else "wrong"
+            doubted[kind] += any("FLAIR looks like T1" in note for note in notes)
+    assert doubted["right"] == 0 and doubted["wrong"] >= 4
