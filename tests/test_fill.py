@@ -169,6 +169,7 @@ def test_a_moved_sequence_does_not_mix_fill_with_air(volume):
     np.testing.assert_allclose(moved[..., 1:10], expected[..., 1:10], atol=0.1)
     assert (moved[..., [0, -1]] == 4095).all()
     assert moved[..., 10].max() < 1500
+    assert measure(moved.T).fill == (4095,)
 
 
 def test_fill_does_not_disturb_registration(volume):
