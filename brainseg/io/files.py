@@ -20,9 +20,12 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
 from filelock import FileLock, Timeout
+
+if TYPE_CHECKING:  # torch.hub's bare network needs torch alone, and filelock comes with it
+    import numpy as np
 
 PROGRAM = "brainseg"
 MARK = f"written by {PROGRAM}"  # in the text field that each format has for this
@@ -183,6 +186,8 @@ def save_array(path: Path, array: np.ndarray) -> None:
     `numpy.save` may not: C writes its file, and an error with the last bytes is lost. If the file
     can be read as well, Python writes it.
     """
+    import numpy as np
+
     with open(path, "w+b") as file:
         np.save(file, array)
 
