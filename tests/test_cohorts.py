@@ -371,6 +371,8 @@ def test_a_resized_mask_keeps_its_volume(factor, capsys):
         assert found.sum() == pytest.approx(mask.sum() * factor**2, rel=0.025)
         assert (grey > 0).sum() > 1.08 * mask.sum() * factor**2
     assert "m: its mask has grey edges" in capsys.readouterr().err
+    found = Labels().lesion(np.rint(grey / 255 * 50).astype(np.uint8), "m", HERE)
+    assert found.sum() == pytest.approx(mask.sum() * factor**2, rel=0.05)
     with pytest.raises(ValueError, match="m.nii.gz: holds fractions or grey edges, not labels"):
         Labels([255]).lesion(grey, "m", HERE)
 

@@ -1162,6 +1162,14 @@ def two_volumes(folder: Path, *names: str, one: bool = False) -> Path:
     return folder / f"{names[0]}.nii" if one else folder
 
 
+@pytest.mark.parametrize("name", ["b_lesion", "Segmentation", "c-label"])
+def test_a_mask_of_no_scan_is_said(tmp_path, name, capfd):
+    two_volumes(tmp_path, "x1_flair", "x2_flair", "x1_brain_mask", name)
+    assert [case.name for case in find_cases(tmp_path)] == ["x1_flair", "x2_flair"]
+    said = capfd.readouterr().err
+    assert said == f"{tmp_path / name}.nii: is named as a mask, of no scan here; left out\n"
+
+
 kind("two masks", "a.nii: a_lesion.nii and a_seg.nii may both be its mask; move one away")(
     lambda folder: two_volumes(folder, "a", "a_seg", "a_lesion")
 )

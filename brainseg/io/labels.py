@@ -10,7 +10,7 @@ import numpy as np
 from tqdm import tqdm
 
 NEAR = 0.1  # a label stored with a scale is off by less than this
-FEW, SMALL = 2, 64  # at most so many values, or all below this: whole numbers are labels
+FEW, SMALL = 2, 21  # at most so many values, or all below this: whole numbers are labels
 AREAS, BLENDED = 0.02, 0.005  # shares of voxels that touch no other value: less in greys
 FULL = 0.9  # a mask of a larger share of the scan is inverted, or white all over
 MOST = 1 / 8  # of a volume: brains are larger; of 88 cases of LGG, the largest lesion is 1 / 20

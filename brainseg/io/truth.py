@@ -82,5 +82,6 @@ def say_lost_masks(folder: Path, volumes: Sequence[Path]) -> None:
     for path in volumes_in(folder, masks=True) if volumes else ():
         name = scan_name(path).lower()
         match = MASK_NAME.fullmatch(name)
-        if match and match["scan"] and not name.startswith(starts):
-            tqdm.write(f"{path}: is named as a mask, of no scan here; left out", file=sys.stderr)
+        if not match or name.startswith(starts) or (not match["scan"] and len(volumes) == 1):
+            continue
+        tqdm.write(f"{path}: is named as a mask, of no scan here; left out", file=sys.stderr)
