@@ -524,6 +524,23 @@ def partly_anonymous(folder: Path) -> Path:
     return save(folder / "a", series)
 
 
+@pytest.mark.parametrize("padding", [0, 700, 4000])
+def test_padding_by_its_tag_is_background(tmp_path, padding):
+    series = slices()
+    corner = np.zeros(SHAPE[1:], bool)
+    corner[:30, :20] = True
+    for data in series:
+        pixels = data.pixel_array + np.uint16(50)
+        pixels[corner] = padding
+        store(data, pixels)
+        data.PixelPaddingValue = padding
+    (case,) = find_cases(save(tmp_path / "a", series))
+    volume = case.read()[..., 1]
+    assert set(np.unique(volume[:, corner])) == {min(padding, 50)}
+    assert np.count_nonzero(volume == BRIGHT + 50) == VOXELS
+    assert volume.dtype == np.uint16
+
+
 @kind("DICOM: a tilted head, its orientation rounded to two decimals", noted="is rounded")
 def rounded(folder: Path) -> Path:
     """Turn the grid about the lesion, which stays where it is."""

@@ -69,9 +69,10 @@ def series_grid(path: Path) -> Grid:
 def read_series(path: Path) -> np.ndarray:
     """Read the voxels (X, Y, Z) of a DICOM series; files of several types give one that fits all.
 
-    Raises ValueError, naming the file, if one cannot be read.
+    Padding (PixelPaddingValue) that is brighter than the darkest of the rest gets the value of that;
+    darker padding is found by `fill`. Raises ValueError, naming the file, if one cannot be read.
     """
-    slices = []
+    slices, padding = [], []
     for header in series_headers(path):
         try:
             pixels = _pixels(header)
@@ -84,7 +85,27 @@ def read_series(path: Path) -> np.ndarray:
             )
         _check_bits(header)
         slices.append(pixels)
-    return np.stack(slices).T
+        padding.append(_padding(header, pixels))
+    voxels, padded = np.stack(slices), np.stack(padding)
+    if padded.any() and not padded.all():
+        darkest = voxels[~padded].min()
+        voxels[padded & (voxels > darkest)] = darkest
+    return voxels.T
+
+
+def _padding(header: Dataset, pixels: np.ndarray) -> np.ndarray:
+    """Tell which pixels have PixelPaddingValue, or lie between it and PixelPaddingRangeLimit."""
+    first = number(header, "PixelPaddingValue")
+    if not math.isfinite(first):
+        return np.zeros(pixels.shape, bool)
+    last = number(header, "PixelPaddingRangeLimit", first)
+    ends = np.array([first, last])
+    if number(header, "PixelRepresentation", 0) == 0:  # some write a negative one all the same
+        ends[ends < 0] += 2 ** number(header, "BitsAllocated", 16)
+    slope = number(header, "RescaleSlope", 1)
+    ends = np.sort(ends * slope + number(header, "RescaleIntercept", 0))
+    near = abs(slope) / 4  # less than a step of the stored values
+    return (pixels >= ends[0] - near) & (pixels <= ends[1] + near)
 
 
 def _check_bits(header: Dataset) -> None:
