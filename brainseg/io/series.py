@@ -69,8 +69,8 @@ def series_grid(path: Path) -> Grid:
 def read_series(path: Path) -> np.ndarray:
     """Read the voxels (X, Y, Z) of a DICOM series; files of several types give one that fits all.
 
-    Padding (PixelPaddingValue) that is brighter than the darkest of the rest gets the value of that;
-    darker padding is found by `fill`. Raises ValueError, naming the file, if one cannot be read.
+    PixelPaddingValue becomes the darkest value of the rest, unless it is darker still: `fill` finds
+    that. Raises ValueError, naming the file, if one cannot be read.
     """
     slices, padding = [], []
     for header in series_headers(path):
