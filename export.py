@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -33,7 +34,7 @@ from torch import Tensor
 
 from brainseg import programs
 from brainseg.ensemble import load_ensemble
-from brainseg.io.files import RUN, atomic_write, clear_leftovers
+from brainseg.io.files import RUN, atomic_write, check_ours, clear_leftovers
 from brainseg.io.predictions import read_scores
 from brainseg.metrics import summarise
 from brainseg.onnx import HASH, OnnxNetwork, import_optional
@@ -114,11 +115,20 @@ def write_weights(weights: Path, out: Path, metrics: Path | None, subset: str) -
     state = halve(state)
     content = pack(state)
     path = named_by_hash(out, name, ".pt", content)
+    check_ours(path.with_suffix(".json"), is_card)  # of these weights, or in the way
     if path.exists():  # the same weights: their scores on other subsets stay
         scores = read_card(path).get("scores", {}) | card.get("scores", {})
         card |= {"scores": scores} if scores else {}
     save_weights(path, state, card)
     print(f"{path}, {len(content) / 2**20:.1f} MiB, and its card {path.with_suffix('.json').name}")
+
+
+def is_card(path: Path) -> bool:
+    """Tell whether a JSON file is the card of exported weights."""
+    try:
+        return {"model", "settings"} <= json.loads(path.read_text()).keys()
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def with_licence(card: dict) -> dict:

@@ -117,7 +117,7 @@ def _prepare_one(case: Case, image_size: int, version: int, cache: Path) -> Prep
         source.append(version)
     if case.labels.chosen:
         source.append(case.labels.chosen)
-    # Masks of several readers, each in a folder of its own, are entries of their own.
+    # Masks of several readers, in separate folders, are separate entries.
     beside = {case.folder.resolve(), case.folder.resolve().parent}
     source += sorted({path.resolve().parent for path in case.masks} - beside)
     key = hashlib.sha256(" ".join(map(str, source)).encode()).hexdigest()[:16]

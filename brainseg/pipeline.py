@@ -104,9 +104,19 @@ def segment_all(
             item.images, item.probabilities = None, part if part.is_cuda else part.cpu()
         return group
 
+    def segment_alone(source: Source | Case) -> Result:
+        work = loaded(source)
+        if isinstance(work, Work):
+            try:
+                with errors_name(work.case.folder):  # above all, memory that runs out
+                    segmented([work])
+            except ValueError as error:
+                work = Result("unread", unread_row(work.case.name, error), error=sentence(error))
+        return finished(work)
+
     if segmenter.on_cpu and len(sources) > 1:
         # Several cases at once with a core each: none waits for a thread that another one holds.
-        return in_order(lambda source: finished(segmented([loaded(source)])[0]), sources, workers)
+        return in_order(segment_alone, sources, workers)
     ahead = in_order(loaded, sources, workers)
     groups = in_groups(ahead, lambda item: slices_of(item) or 1, GROUP * segmenter.batch_size)
     return in_order(finished, chain.from_iterable(map(segmented, groups)), workers)

@@ -49,6 +49,15 @@ def test_name_card_and_size(trained, tmp_path):
     assert path.stat().st_size < 0.7 * trained.stat().st_size
 
 
+def test_a_file_of_others_at_the_place_of_the_card_stays(trained, tmp_path):
+    path = exported(tmp_path, "--weights", trained)
+    path.unlink()
+    path.with_suffix(".json").write_text("{}")
+    with pytest.raises(SystemExit, match=f"{path.stem}.json: is in the way"):
+        exported(tmp_path, "--weights", trained)
+    assert path.with_suffix(".json").read_text() == "{}"
+
+
 def test_half_precision_kernels_change_little(trained, tmp_path):
     path = exported(tmp_path, "--weights", trained)
     x = torch.randn(1, 3, 32, 32)

@@ -126,7 +126,7 @@ def by_need(rows: Sequence[dict]) -> list[dict]:
 def read_volumes(path: Path) -> dict[str, dict]:
     """Read the rows of a volumes.csv by case; {} if it is missing, or a number in it is none.
 
-    Raises ValueError if it is no such table.
+    Raises ValueError if it is another table.
     """
     rows = read_table(path)
     try:

@@ -100,7 +100,7 @@ def _flatten(header: Dataset) -> None:
 
 
 def read_identity(path: Path) -> Dataset | None:
-    """Read the fields in IDENTITY; None if it is no image, ValueError if it is damaged."""
+    """Read the fields in IDENTITY; None without an image, ValueError if it is damaged."""
     try:
         options = {"stop_before_pixels": True, "specific_tags": IDENTITY, "force": True}
         header = pydicom.dcmread(path, **options)

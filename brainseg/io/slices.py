@@ -100,12 +100,18 @@ def errors_name(path: Path) -> Iterator[None]:
         yield
     except (ValueError, OSError):
         raise
-    except MemoryError as error:
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "allocate memory" not in str(error):
+            raise ValueError(_unreadable(path, error)) from error
         fault = "does not fit into memory; crop it, or use a machine with more"
         raise ValueError(f"{path}: {fault}") from error
     except Exception as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise ValueError(f"{path}: cannot be read ({lines[-1]}); export it again") from error
+        raise ValueError(_unreadable(path, error)) from error
+
+
+def _unreadable(path: Path, error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return f"{path}: cannot be read ({lines[-1]}); export it again"
 
 
 def find_slices(folder: Path) -> Case:
