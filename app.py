@@ -23,13 +23,7 @@ from pathlib import Path
 from brainseg.io.files import clear_leftovers
 from brainseg.segmenter import Segmenter
 from brainseg.weights import shipped_weights
-from utils import (
-    add_segmenter_options,
-    errors_in_one_sentence,
-    fail,
-    make_parser,
-    segmenter_options,
-)
+from cli import add_segmenter_options, errors_in_one_sentence, fail, make_parser, segmenter_options
 
 
 # fmt: off

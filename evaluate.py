@@ -27,16 +27,23 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import utils
+import cli
 from brainseg import distributed
-from brainseg.evaluation.expected import check_can_fit, fit_and_save
-from brainseg.evaluation.page import check_page
 from brainseg.evaluation.report import case_table, save_gallery, save_page, save_scores, tables
-from brainseg.evaluation.scoring import Model, choose_cases, open_models, score_all, settings_of
+from brainseg.evaluation.scoring import (
+    Model,
+    check_can_fit,
+    choose_cases,
+    open_models,
+    score_all,
+    settings_of,
+)
 from brainseg.evaluation.statistics import compare
 from brainseg.io.files import check_ours, remove, write_json, write_table
 from brainseg.io.labels import NO_LESION
 from brainseg.io.slices import Case
+from brainseg.quality import FITTED_WITH, fit_and_save
+from brainseg.reports.page import check_page
 from brainseg.splits import SUBSETS, by_subset, count_patients, list_cohort
 from brainseg.weights import shipped_weights
 
@@ -45,16 +52,16 @@ FILES = ("scores.csv", "summary.json", "scores.png", "gallery.png", "expected_ds
 
 # fmt: off
 def get_parser() -> argparse.ArgumentParser:
-    parser = utils.make_parser(__doc__)
+    parser = cli.make_parser(__doc__)
     add, _ = parser.group("what")
     add("--images", type=Path, default="./kaggle_3m", help="cases with masks")
     add("--subset", type=str, nargs="+", choices=("all", *SUBSETS), default=["validation"],
         help="all, train, validation, test, or several (validation)")
     add("--cases", type=str, nargs="+", help="only these cases")
-    utils.add_cohort_options(add)
+    cli.add_cohort_options(add)
     add("--weights", type=str, nargs="+", help="the models, as above (the shipped weights)")
     add("--fit-expected-dsc", action="store_true", help="learn to predict the DSC of a mask")
-    utils.add_segmenter_options(parser)
+    cli.add_segmenter_options(parser)
     add, _ = parser.group("where to")
     add("--out", type=Path, default="./evaluation", help="folder to write to")
     add("--report", type=Path, help="HTML page to write")
@@ -65,8 +72,8 @@ def get_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     parser = get_parser()
     args = parser.parse_args(argv)
-    options = utils.segmenter_options(parser, args)
-    with utils.errors_in_one_sentence("stopped before all cases were scored; run it again"):
+    options = cli.segmenter_options(parser, args)
+    with cli.errors_in_one_sentence("stopped before all cases were scored; run it again"):
         run(args, options)
 
 
@@ -109,9 +116,11 @@ def score(
         print(f"\n{len(left_out)} cases left out: a model was trained on their patients")
     if args.fit_expected_dsc:
         ((model, rows),) = zip(models, scored.values(), strict=True)
-        print(f"\n{fit_and_save(model, rows, args.out / 'expected_dsc.png')}")
+        fitted = {name: getattr(model.segmenter, name) for name in FITTED_WITH}
+        text = fit_and_save(list(model.seen), fitted, rows, args.out / "expected_dsc.png")
+        print(f"\n{text}")
 
-    about = utils.provenance(args) | {
+    about = cli.provenance(args) | {
         "weights": {model.name: settings_of(model) for model in models},
         "cases": [case.name for case in cases],
         "left out": left_out,

@@ -24,22 +24,16 @@ compared with PyTorch's before the file is written. A .pt2 is for your own progr
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from brainseg import programs
+from brainseg import exporting
 from brainseg.ensemble import load_ensemble
-from brainseg.io.files import RUN, atomic_write, check_ours, clear_leftovers
-from brainseg.io.predictions import read_scores
-from brainseg.metrics import summarise
+from brainseg.io.files import atomic_write, check_ours, clear_leftovers
 from brainseg.onnx import HASH, OnnxNetwork, import_optional
-from brainseg.segmenter import weights_id
-from brainseg.splits import SUBSETS, is_lgg, patient_of, subset_of
+from brainseg.splits import SUBSETS
 from brainseg.weights import (
     CARD_DEFAULTS,
     file_hash,
@@ -50,14 +44,9 @@ from brainseg.weights import (
     save_weights,
     weights_files,
 )
-from utils import errors_in_one_sentence, make_parser
+from cli import errors_in_one_sentence, make_parser
 
-LICENCE = (
-    "Trained on MR images of TCGA-LGG (doi:10.7937/K9/TCIA.2016.L4LTD3TK) with the masks of Buda, "
-    "Saha and Mazurowski 2019 (doi:10.1016/j.compbiomed.2019.05.002): use them, and these weights, "
-    "non-commercially, share alike and give credit. Not a medical device."
-)
-FORMATS = {"onnx": (".onnx", programs.to_onnx), "torch-export": (".pt2", programs.to_pt2)}
+FORMATS = {"onnx": (".onnx", exporting.to_onnx), "torch-export": (".pt2", exporting.to_pt2)}
 TOLERANCES = {"float32": 1e-4, "float16": 5e-2}  # of a probability
 
 
@@ -109,73 +98,18 @@ def write_weights(weights: Path, out: Path, metrics: Path | None, subset: str) -
     """Write weights in half precision, named by their hash, and their card with any scores."""
     state = load_state(weights)
     name, model = model_from_state(state, weights)
-    card = with_licence(read_card(weights) | {"model": name, "settings": model.settings})
+    card = exporting.with_licence(read_card(weights) | {"model": name, "settings": model.settings})
     if metrics:
-        card.setdefault("scores", {})[subset] = scores_of_unseen(metrics, weights, subset)
-    state = halve(state)
+        card.setdefault("scores", {})[subset] = exporting.scores_of_unseen(metrics, weights, subset)
+    state = exporting.halve(state)
     content = pack(state)
-    path = named_by_hash(out, name, ".pt", content)
-    check_ours(path.with_suffix(".json"), is_card)  # of these weights, or in the way
+    path = exporting.named_by_hash(out, name, ".pt", content)
+    check_ours(path.with_suffix(".json"), exporting.is_card)  # of these weights, or in the way
     if path.exists():  # the same weights: their scores on other subsets stay
         scores = read_card(path).get("scores", {}) | card.get("scores", {})
         card |= {"scores": scores} if scores else {}
     save_weights(path, state, card)
     print(f"{path}, {len(content) / 2**20:.1f} MiB, and its card {path.with_suffix('.json').name}")
-
-
-def is_card(path: Path) -> bool:
-    """Tell whether a JSON file is the card of exported weights."""
-    try:
-        return {"model", "settings"} <= json.loads(path.read_text()).keys()
-    except (OSError, ValueError, AttributeError):
-        return False
-
-
-def with_licence(card: dict) -> dict:
-    """Add the licence of the LGG data to a card if the weights were trained on it."""
-    of_lgg = any(map(is_lgg, card.get("cases", {}).get("train", ())))
-    return card | {"licence": LICENCE} if of_lgg else card
-
-
-def named_by_hash(out: Path, stem: str, suffix: str, content: bytes | memoryview) -> Path:
-    """Name a file after the first eight digits of the SHA-256 of its content."""
-    return out / f"{stem}-{hashlib.sha256(content).hexdigest()[:8]}{suffix}"
-
-
-def halve(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Convert kernels to half precision; keep batch norm and biases: small but sensitive."""
-    halved = {k: v.half() if v.is_floating_point() and v.ndim > 1 else v for k, v in state.items()}
-    programs.check_finite(halved)
-    return halved
-
-
-def scores_of_unseen(path: Path, weights: Path, subset: str) -> dict:
-    """Summarise the DSC of the cases of a subset that the weights were not trained on.
-
-    Raises ValueError if one of them in the metrics.csv at `path` was not made with these weights
-    alone, if they were made with several settings, or if no such case is left.
-    """
-    scores = {
-        case: row
-        for case, row in read_scores(path, ["dsc"]).items()
-        if not row["trained_on"] and subset in ("all", subset_of(case))
-    }
-    if not scores:
-        raise ValueError(
-            f"{path}: has no case of subset {subset} that the weights were not trained on; "
-            "choose another --subset"
-        )
-    runs = {row[RUN] for row in scores.values()}
-    wrong = [run for run in runs if run.partition("-")[0] != weights_id([file_hash(weights)])]
-    if wrong or len(runs) > 1:
-        what = "by other weights" if wrong else "with several settings"
-        raise ValueError(
-            f"{path}: some of its cases were segmented {what}; run inference.py with "
-            f"--weights {weights} into an empty folder"
-        )
-    cases = {case: round(row["dsc"], 4) for case, row in scores.items()}
-    summary = summarise(list(cases.values()), [patient_of(case) for case in cases])
-    return {"metric": "DSC per volume", **summary, "cases": cases}
 
 
 def write_network(
@@ -196,24 +130,28 @@ def write_network(
             import_optional(package, "--format onnx")
     precision = precision or "float32"
     model, card = load_ensemble(files)
-    card = CARD_DEFAULTS | with_licence(card) | {"stride": model.stride, "precision": precision}
+    card = (
+        CARD_DEFAULTS
+        | exporting.with_licence(card)
+        | {"stride": model.stride, "precision": precision}
+    )
     sources = [{"file": path.name, "sha256": file_hash(path)} for path in files]
     card["weights"] = sources[0] if len(sources) == 1 else sources
     card.pop("sha256", None)  # of the weights
-    case, slices = programs.slices_to_compare(images, model, card)
+    case, slices = exporting.slices_to_compare(images, model, card)
     suffix, convert = FORMATS[form]
-    content = convert(programs.trace(model, precision), card)
+    content = convert(exporting.trace(model, precision), card)
     stem = HASH.sub("", given[0].stem) if len(given) == 1 else "ensemble"
     if precision == "float16":
         stem += "-float16"
-    path = named_by_hash(out or given[0].parent, stem, suffix, content)
+    path = exporting.named_by_hash(out or given[0].parent, stem, suffix, content)
     with atomic_write(path) as temporary:
         temporary.write_bytes(content)
         if form == "onnx":
             network = OnnxNetwork(temporary, ["cpu"])
         else:
             network = torch.export.load(temporary).module()
-        difference = programs.largest_difference(network, model, slices)
+        difference = exporting.largest_difference(network, model, slices)
         if not difference <= TOLERANCES[precision]:
             raise ValueError(
                 f"{path}: not written, as its probabilities differ by up to {difference:.2g} from "

@@ -39,11 +39,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-import utils
+import cli
 from brainseg import distributed
-from brainseg.evaluation.cohort import save_cohort
-from brainseg.evaluation.page import check_page
-from brainseg.evaluation.volumes import read_volumes, volumes_table
 from brainseg.io.dicom_seg import holds_dicom
 from brainseg.io.files import (
     PROGRAM,
@@ -58,12 +55,16 @@ from brainseg.io.files import (
 from brainseg.io.labels import NO_LESION, Labels
 from brainseg.io.layouts import Source, find_sequences
 from brainseg.io.pictures import save_dsc_figure
-from brainseg.io.predictions import check_kept, scores_text
 from brainseg.io.scans import Scan
 from brainseg.io.slices import Case
 from brainseg.onnx import import_optional
 from brainseg.pipeline import Outputs, Result, segment_all
-from brainseg.segmenter import FITTED_WITH, Segmenter
+from brainseg.quality import FITTED_WITH
+from brainseg.reports.cohort import save_cohort
+from brainseg.reports.page import check_page
+from brainseg.reports.scores import scores_text
+from brainseg.reports.volumes import check_kept, read_volumes, volumes_table
+from brainseg.segmenter import Segmenter
 from brainseg.splits import (
     SUBSETS,
     list_cohort,
@@ -80,7 +81,7 @@ SAVE_EVERY = 5.0  # seconds between writings of the tables
 
 # fmt: off
 def get_parser() -> argparse.ArgumentParser:
-    parser = utils.make_parser(__doc__)
+    parser = cli.make_parser(__doc__)
     add, _ = parser.group("what")
     add("--images", type=Path, help="folder of cases, or one case (./kaggle_3m)")
     add("--flair", type=Path, help="instead of --images: the FLAIR sequence of one scan")
@@ -89,13 +90,13 @@ def get_parser() -> argparse.ArgumentParser:
     add("--register", action="store_true", help="register the other sequences to FLAIR")
     add("--subset", type=str, default="all", help=f"all, {', '.join(SUBSETS)}")
     add("--cases", type=str, nargs="+", help="only these cases")
-    utils.add_cohort_options(add)
+    cli.add_cohort_options(add)
     add("--skip-existing", action="store_true",
         help="keep the masks that an earlier run made with these weights and settings")
     add("--weights", type=Path, nargs="+",
         help="weights or .onnx file; several are averaged, or those in a folder or, if none, "
         "in its folders (the shipped weights)")
-    utils.add_segmenter_options(parser)
+    cli.add_segmenter_options(parser)
     add, _ = parser.group("where to")
     add("--predictions", type=Path, default="./predictions", help="folder to write to")
     add("--figure", type=Path, default="./dsc.png", help="bar chart of each case's DSC")
@@ -110,13 +111,13 @@ def main(argv: list[str] | None = None) -> None:
     with distributed.only_main_process_prints():
         parser = get_parser()
         args = parser.parse_args(argv)
-        options = utils.segmenter_options(parser, args)
+        options = cli.segmenter_options(parser, args)
         if (args.pre or args.post) and not args.flair:
             parser.error("--pre and --post go with --flair")
         if args.flair and (args.images or args.cases or args.sequences or args.subset != "all"):
             parser.error("--flair is one scan; leave out --images, --cases, --sequences, --subset")
     stopped = "stopped; finished cases are kept: continue with --skip-existing"
-    with utils.errors_in_one_sentence(stopped), distributed.process_group():
+    with cli.errors_in_one_sentence(stopped), distributed.process_group():
         failed = run(args, options)
     if failed:
         sys.exit(1)
@@ -129,7 +130,7 @@ def run(args: argparse.Namespace, options: dict) -> int:
     """
     weights = args.weights or [shipped_weights("unet")]
     segmenter, sources = set_up(args, options, weights)
-    about = utils.provenance(args)
+    about = cli.provenance(args)
     about["weights"] = {str(file): digest for file, digest in segmenter.hashes.items()}
     used = ("image_size", *FITTED_WITH)  # the card's, unless given
     about["settings"] = {name: getattr(segmenter, name) for name in used}

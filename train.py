@@ -25,9 +25,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+import cli
 import utils
-from brainseg import distributed as dist
-from brainseg import runs, training
+from brainseg import distributed, runs, training
 from brainseg.claims import claimed
 from brainseg.devices import half_precision, has_bfloat16, pick_device, to_device
 from brainseg.io.layouts import Source
@@ -44,13 +44,13 @@ SYNC = 20  # GPU steps between reads of the loss, for which host and GPU wait
 
 
 # fmt: off
-def get_args_parser() -> utils.Parser:
+def get_args_parser() -> cli.Parser:
     """Define every setting. Those added with `recipe` are in the card and kept by --resume."""
-    parser, switch = utils.make_parser(__doc__), argparse.BooleanOptionalAction
+    parser, switch = cli.make_parser(__doc__), argparse.BooleanOptionalAction
     parser.presets = {"classic": training.CLASSIC}
     add, recipe = parser.group("data")
     add("--images", type=Path, default="./kaggle_3m", help="folder of cases")
-    utils.add_cohort_options(recipe)
+    cli.add_cohort_options(recipe)
     add("--skip-bad", action="store_true", help="skip cases that cannot be read, and name them")
     recipe("--image-size", type=int, least=32,
            help="side of a resized slice (192, or that of --init-weights; classic: 256)")
@@ -93,7 +93,7 @@ def get_args_parser() -> utils.Parser:
     return parser
 
 
-def add_recipe_options(parser: utils.Parser) -> None:
+def add_recipe_options(parser: cli.Parser) -> None:
     """Add the options for sampling, augmentation and optimisation."""
     share = {"type": float, "least": 0, "below": 1}
     add, recipe = parser.group("recipe")
@@ -123,17 +123,21 @@ def add_recipe_options(parser: utils.Parser) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Train as the command line says. Raises SystemExit, with a sentence, unless it succeeds."""
     note = "error: stopped at once; preprocessed volumes and finished epochs are kept"
-    with utils.errors_in_one_sentence(note), dist.only_main_process_prints(), dist.process_group():
+    with (
+        cli.errors_in_one_sentence(note),
+        distributed.only_main_process_prints(),
+        distributed.process_group(),
+    ):
         args = get_args(argv)
-        device = pick_device(dist.rank_device(args.device))
+        device = pick_device(distributed.rank_device(args.device))
         sources = list_cohort(args.images, args.sequences, args.labels, args.patients)
         claim = claimed(args.weights, args.logs, args.model, args.resume)
         advice = training.batch_advice(args.batch_size)
         with claim as checkpoint, utils.cudnn(args.deterministic), advice:
             state, loader, validation_set = set_up(args, checkpoint, device, sources)
-            asked = utils.plain(args) | {"resume": False}
+            asked = cli.plain(args) | {"resume": False}
             cases, recipe = (loader.dataset.names, validation_set.names), get_args_parser().recipe
-            writer = runs.start_run(state, *cases, asked, recipe, checkpoint, utils.git_commit())
+            writer = runs.start_run(state, *cases, asked, recipe, checkpoint, cli.git_commit())
             print(f"{runs.headline(writer.card, state.slices)}; {loader.place}", flush=True)
             if state.epoch >= args.epochs:
                 print(f"all {args.epochs} epochs are done; raise --epochs to continue")
@@ -149,11 +153,14 @@ def set_up(
     args: argparse.Namespace, checkpoint: dict | None, device: torch.device, sources: list[Source]
 ) -> tuple[TrainState, BatchLoader, BrainSegmentationDataset]:
     """Read the data and build the network; return the state and what to train and validate on."""
-    first, workers = None if checkpoint else args.init_weights, dist.rank_workers(args.workers)
+    first, workers = (
+        None if checkpoint else args.init_weights,
+        distributed.rank_workers(args.workers),
+    )
     if args.prune_cache:
         runs.prune_cache(args.cache)
     how = {"image_size": args.image_size, "version": args.preprocessing, "workers": workers}
-    with dist.local_rank_zero_first():  # it fills the cache, the others read it
+    with distributed.local_rank_zero_first():  # it fills the cache, the others read it
         train_set, validation_set = BrainSegmentationDataset.train_and_validation(
             sources, args.folds, args.fold, args.skip_bad, cache=args.cache, **how
         )
@@ -205,7 +212,7 @@ def fit(
     bar = tqdm(total=args.epochs, initial=state.epoch, desc="training", unit="epoch", disable=None)
     with writer, utils.Interruption() as interruption, bar:
         while state.epoch < args.epochs:
-            if stop := dist.all_reduce_max(interruption.signal or 0):
+            if stop := distributed.all_reduce_max(interruption.signal or 0):
                 return stop
             speed = train_one_epoch(state, loader, weights, interruption)
             if speed is None:
@@ -214,7 +221,7 @@ def fit(
             train_loss = state.loss_sum / state.slices
             epoch, loss, scores, better = state.epoch + 1, None, {}, False
             if epoch == args.epochs or epoch % args.validate_every == 0:
-                dist.broadcast_buffers(state.trained)
+                distributed.broadcast_buffers(state.trained)
                 loss, scores, masks = evaluate(state, validation_set)
                 training.check_finite(loss, state)
                 mean = sum(scores.values()) / len(scores)
@@ -225,7 +232,9 @@ def fit(
             writer.checkpoint(state)
             writer.curves(state, speed, train_loss, loss, scores, better)
             if scores and args.vis_freq and (epoch == args.epochs or epoch % args.vis_freq == 0):
-                writer.slices(validation_set.volumes, args.vis_images, epoch, dist.gather(masks))
+                writer.slices(
+                    validation_set.volumes, args.vis_images, epoch, distributed.gather(masks)
+                )
             bar.update()
     return 0
 
@@ -241,7 +250,7 @@ def train_one_epoch(
     generator = utils.make_generator(state.seed, 0, state.epoch)
     drawn = torch.multinomial(weights, state.slices, replacement=True, generator=generator)
     batches = drawn.split(state.batch_size)[state.step :]
-    ahead = loader.batches([dist.shard_of_batch(batch) for batch in batches])
+    ahead = loader.batches([distributed.shard_of_batch(batch) for batch in batches])
     start, done, losses = time.perf_counter(), state.step * state.batch_size, []
     name, every = f"epoch {state.epoch + 1}", 1 if state.device.type == "cpu" else SYNC
     bar = tqdm(None, name, state.slices, leave=False, initial=done, unit="image", disable=None)
@@ -252,13 +261,13 @@ def train_one_epoch(
             state.step += 1
             bar.update(len(batch))
             last = state.step == state.steps_per_epoch
-            asked = interruption.signal and dist.world_size() == 1
+            asked = interruption.signal and distributed.world_size() == 1
             if last or asked or state.step % every == 0:
                 state.loss_sum += torch.stack(losses).cpu().double().sum().item()
                 losses.clear()
                 training.check_finite(state.loss_sum, state)
                 bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
-                if dist.all_reduce_max(interruption.signal or 0) and not last:
+                if distributed.all_reduce_max(interruption.signal or 0) and not last:
                     return None
     return (state.slices - done) / (time.perf_counter() - start)
 
@@ -275,9 +284,9 @@ def train_step(state: TrainState, images: Tensor, masks: Tensor, global_batch_si
     state.model.train()
     with torch.autocast(device.type, half_precision(device), enabled=state.amp):
         logits = state.network(images.contiguous(memory_format=torch.channels_last), logits=True)
-    if not dist.shard(range(global_batch_size)):  # a stand-in: it must not count
+    if not distributed.shard(range(global_batch_size)):  # a stand-in: it must not count
         logits, masks = logits[:0], masks[:0]
-    value = state.loss(logits, masks, total=dist.all_reduce_sum)
+    value = state.loss(logits, masks, total=distributed.all_reduce_sum)
     for group in state.optimizer.param_groups:
         group["lr"] = rate
     state.optimizer.zero_grad(set_to_none=True)
@@ -299,7 +308,7 @@ def evaluate(
     how = {"device": state.device, "amp": state.amp, "neighbours": state.neighbours}
     segmenter = Segmenter(state.trained, batch_size=state.batch_size, **how)
     losses, scores, masks = [], [], []
-    own = dist.shard(dataset.volumes)
+    own = distributed.shard(dataset.volumes)
     for volume in tqdm(own, "validating", unit="case", leave=False, disable=None):
         images = to_device(torch.from_numpy(volume.images), state.device)
         probabilities = segmenter.probabilities(images)
@@ -308,9 +317,9 @@ def evaluate(
         losses.append(state.loss(logits, target))
         masks.append(segmenter.finish(probabilities, volume.frame))
         scores.append(dsc(masks[-1], volume.truth))
-    losses = dist.gather(torch.stack(losses).tolist() if losses else [])
+    losses = distributed.gather(torch.stack(losses).tolist() if losses else [])
     sums = [x * len(v.mask) for x, v in zip(losses, dataset.volumes, strict=True)]
-    scores = dict(zip(dataset.names, dist.gather(scores), strict=True))
+    scores = dict(zip(dataset.names, distributed.gather(scores), strict=True))
     return sum(sums) / len(dataset), scores, masks
 
 

@@ -35,7 +35,7 @@ from tqdm import tqdm
 from brainseg.devices import available_cores
 from brainseg.io.files import read_table
 from brainseg.phantom import make_volume, write_data_set
-from utils import git_commit
+from cli import git_commit
 
 from .clients import answers, ask
 from .timing import ROOT, processor

@@ -34,8 +34,9 @@ from brainseg.io.layouts import find_cases
 from brainseg.onnx import PROVIDERS
 from brainseg.segmenter import Segmenter
 from brainseg.weights import shipped_weights
+from cli import fail
 from dataset import BatchLoader, BrainSegmentationDataset
-from utils import cudnn, fail
+from utils import cudnn
 
 from .ours import export_onnx, set_up
 from .peers import reaches

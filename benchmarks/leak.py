@@ -24,8 +24,9 @@ from torch import Tensor
 from brainseg.metrics import dsc, summarise
 from brainseg.segmenter import Segmenter
 from brainseg.splits import split_folds
+from cli import errors_in_one_sentence
 from dataset import BrainSegmentationDataset
-from utils import errors_in_one_sentence, make_generator
+from utils import make_generator
 
 from .ours import set_up
 

@@ -23,7 +23,7 @@ from brainseg.evaluation.scoring import open_model
 from brainseg.metrics import dsc, summarise
 from brainseg.segmenter import to_mask
 from brainseg.weights import shipped_weights
-from utils import errors_in_one_sentence
+from cli import errors_in_one_sentence
 
 from .unseen import cases_of, segment_unseen
 

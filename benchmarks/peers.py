@@ -27,7 +27,7 @@ from brainseg.devices import has_bfloat16, pick_device
 from brainseg.io.files import write_json
 from brainseg.io.layouts import list_cases
 from brainseg.splits import select_cases
-from utils import fail
+from cli import fail
 
 from .timing import ROOT, Measured, conditions, measure
 

@@ -24,7 +24,7 @@ from brainseg.io.registration import foreground_points, move
 from brainseg.metrics import dsc
 from brainseg.segmenter import Segmenter
 from brainseg.weights import shipped_weights
-from utils import errors_in_one_sentence
+from cli import errors_in_one_sentence
 
 ANGLE, DISTANCE = math.radians(8), 6.0
 AXIS, DIRECTION = (0.4, 0.4, 0.82), (0.7, -0.6, 0.39)

@@ -31,7 +31,7 @@ from brainseg.evaluation.scoring import open_model
 from brainseg.io.scans import read_voxels
 from brainseg.metrics import dsc, summarise
 from brainseg.weights import shipped_weights
-from utils import errors_in_one_sentence
+from cli import errors_in_one_sentence
 
 from .unseen import cases_of, segment_unseen
 

@@ -39,9 +39,10 @@ from brainseg.weights import (
     model_from_state,
     save_weights,
 )
+from cli import fail
 from dataset import BatchLoader, BrainSegmentationDataset
 from transform import augment
-from utils import fail, make_generator
+from utils import make_generator
 
 from . import plain
 from .ours import export_onnx, set_up

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from brainseg.devices import available_cores, has_bfloat16
-from utils import git_commit
+from cli import git_commit
 
 BATCH = 16
 ROWS: list[dict] = []  # what was measured

@@ -160,16 +160,3 @@ def order_note(sequences: Sequence[MeasuredSequence | None]) -> str:
         "FLAIR looks like T1, as its CSF is not the darkest: are the sequences in the order "
         f"pre-contrast, FLAIR, post-contrast, or is FLAIR {place}?"
     )
-
-
-def copies_of_flair(volume: np.ndarray) -> list[int]:
-    """List the channels of a volume (S, H, W, 3) that are FLAIR, put in for a missing sequence."""
-    return [k for k in (0, 2) if np.array_equal(volume[..., k], volume[..., 1])]
-
-
-def missing_sequences(volume: np.ndarray) -> str:
-    """Name the sequences of a volume (S, H, W, C) that are copies of FLAIR."""
-    if volume.shape[-1] != 3:
-        return "unknown"
-    names = {0: "pre-contrast", 2: "post-contrast"}
-    return " and ".join(names[k] for k in copies_of_flair(volume)) or "none"

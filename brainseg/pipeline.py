@@ -15,7 +15,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .devices import in_groups, in_order
-from .evaluation.volumes import scan_hash, unread_row, volume_row
 from .io.dicom_seg import series_of, write_dicom_seg
 from .io.files import RUN, check_ours, sentence
 from .io.layouts import Source
@@ -25,12 +24,13 @@ from .io.predictions import (
     map_files,
     outputs_of,
     seg_file,
-    table_row,
     write_case,
 )
 from .io.scans import registered
 from .io.slices import Case, errors_name
 from .preprocess import Frame
+from .reports.scores import table_row
+from .reports.volumes import scan_hash, unread_row, volume_row
 from .segmenter import Segmenter
 from .splits import patient_of
 

@@ -13,14 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from .devices import half_precision, has_bfloat16, pick_device
-from .ensemble import Ensemble, assess, fold_batch_norm, load_ensemble, networks_of
+from .ensemble import Ensemble, fold_batch_norm, load_ensemble, networks_of
 from .io.files import by
 from .onnx import OnnxNetwork
 from .preprocess import VERSION, Frame, neighbourhoods, preprocess, restore
+from .quality import FITTED_WITH, assess
 from .weights import CARD_DEFAULTS, file_hash, shipped_files, weights_files
 
-# Options that the fit in a card is for, beside the image size.
-FITTED_WITH = ("threshold", "largest_component", "min_volume", "tta")
 MIRROR_ABOVE = 0.05  # probability; a slice without any as high is not mirrored
 
 

@@ -26,7 +26,6 @@ import imageio.v3 as iio
 import numpy as np
 from starlette.datastructures import UploadFile
 
-from brainseg.evaluation.volumes import volume_row
 from brainseg.io.files import disk_is_full, remove, scratch
 from brainseg.io.grid import Grid
 from brainseg.io.pictures import montage, outline, to_grey
@@ -35,6 +34,7 @@ from brainseg.io.scans import Scan
 from brainseg.io.slices import Case
 from brainseg.metrics import score
 from brainseg.phantom import make_volume
+from brainseg.reports.volumes import volume_row
 from brainseg.segmenter import Segmentation, Segmenter
 
 from .uploads import Limits

@@ -13,7 +13,7 @@ from brainseg.io.grid import Grid
 from brainseg.io.pictures import to_grey
 from brainseg.io.scans import Scan
 from brainseg.io.slices import Case
-from brainseg.levels import copies_of_flair
+from brainseg.preprocess import copies_of_flair
 from brainseg.segmenter import Segmentation
 
 SIDE = 384  # voxels: longer axes are thinned out for the viewer

@@ -18,9 +18,9 @@ from conftest import FORK, ROOT
 import evaluate
 import export
 import train
-from benchmarks import campaign, trainings
-from brainseg import ensemble
+from brainseg import quality
 from brainseg.weights import read_card
+from weights import campaign, trainings
 
 SMALL = "--image-size 32 --epochs 1 --features 2 --batch-size 8".split()
 MAINS = {"train.py": train.main, "evaluate.py": evaluate.main, "export.py": export.main}
@@ -69,7 +69,7 @@ def run(*arguments, **options) -> tuple[int, str, str]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainings, "subprocess", SimpleNamespace(Popen=Forked, run=run_forked))
         patch.setattr(signal, "signal", lambda *_: None)  # the process goes on afterwards
-        patch.setattr(ensemble, "LEAST_CASES", 3)
+        patch.setattr(quality, "LEAST_CASES", 3)
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             try:
                 campaign.main(words_of(*arguments, **options))
@@ -144,7 +144,7 @@ def test_a_signal_stops_the_trainings_which_save(phantoms, tmp_path):
     long = [*SMALL, "--epochs", "100000"]
     words = words_of(phantoms, tmp_path, "--stage", "search", "--only", "dice", options=long)
     process = subprocess.Popen(
-        [sys.executable, "-m", "benchmarks.campaign", *words],
+        [sys.executable, "-m", "weights.campaign", *words],
         stderr=subprocess.PIPE, text=True, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     folder = tmp_path / "search/defaults/fold0"

@@ -12,19 +12,12 @@ from test_onnx import infer, needs_onnx
 
 import evaluate
 import export
-from brainseg import ensemble
+from brainseg import quality as rating
 from brainseg import weights as weights_module
-from brainseg.ensemble import (
-    Ensemble,
-    average,
-    expected_dsc,
-    fit_expected_dsc,
-    load_ensemble,
-    quality,
-    quality_warnings,
-)
+from brainseg.ensemble import Ensemble, average, load_ensemble
 from brainseg.io.layouts import find_case
 from brainseg.phantom import make_volume
+from brainseg.quality import expected_dsc, fit_expected_dsc, quality, quality_warnings
 from brainseg.segmenter import Segmenter, keep_components
 from brainseg.unet import UNet
 from brainseg.weights import load_pretrained, read_card, shipped_weights, weights_files
@@ -320,7 +313,7 @@ def test_one_missed_lesion_does_not_bend_the_fit():
 
 
 def test_fitting_writes_the_cards(phantoms, folder, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(ensemble, "LEAST_CASES", 12)
+    monkeypatch.setattr(rating, "LEAST_CASES", 12)
     copy = shutil.copytree(folder, tmp_path / "folds")
     for k in range(3):  # each scores the cases it has not seen
         others = [name for name in NAMES if name not in NAMES[4 * k : 4 * k + 4]]
@@ -355,7 +348,7 @@ def test_fitting_is_refused_when_it_is_meaningless(phantoms, folder, tmp_path):
 def test_a_mask_emptied_by_the_minimum_volume_says_so():
     probabilities = np.zeros((2, 8, 8), np.float32)
     empty = np.zeros(probabilities.shape, bool)
-    assert "no lesion, or it was missed" in ensemble.assess(probabilities, empty, None, None)[2][0]
+    assert "no lesion, or it was missed" in rating.assess(probabilities, empty, None, None)[2][0]
     probabilities[0, :2, :3] = 0.9
-    (said,) = ensemble.assess(probabilities, empty, None, None)[2]
+    (said,) = rating.assess(probabilities, empty, None, None)[2]
     assert "components of 6 voxels in all are smaller than the minimum volume" in said

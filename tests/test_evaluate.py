@@ -17,13 +17,13 @@ from conftest import TRAINED_ON, make_weights
 
 import evaluate
 import inference
-from brainseg.evaluation.page import Table
 from brainseg.evaluation.report import case_table, pick, tables
 from brainseg.evaluation.statistics import SETTINGS, compare
 from brainseg.io.files import locked
 from brainseg.io.layouts import find_case
 from brainseg.metrics import dsc, summarise
 from brainseg.phantom import make_volume
+from brainseg.reports.page import Table
 from brainseg.segmenter import Segmenter, keep_components
 from brainseg.unet import UNet
 

@@ -16,7 +16,7 @@ from torch import nn
 
 import evaluate
 import export
-from brainseg import programs, resnext_unet
+from brainseg import exporting, resnext_unet
 from brainseg.io.files import RUN
 from brainseg.onnx import PROVIDERS, OnnxNetwork, import_optional, pick_providers
 from brainseg.phantom import make_volume
@@ -129,9 +129,9 @@ def test_resnext_unet_exports(tmp_path, monkeypatch):
     model = ResNeXtUNet().eval()
     card = {"settings": model.settings, "stride": model.stride, "image_size": 32}
     path = tmp_path / "resnext_unet.onnx"
-    path.write_bytes(programs.to_onnx(programs.trace(model, "float32"), card))
+    path.write_bytes(exporting.to_onnx(exporting.trace(model, "float32"), card))
     network = OnnxNetwork(path, ["cpu"])
-    assert programs.largest_difference(network, model, torch.randn(2, 3, 32, 32)) < 1e-4
+    assert exporting.largest_difference(network, model, torch.randn(2, 3, 32, 32)) < 1e-4
 
 
 # What the file contains
@@ -162,7 +162,7 @@ def test_torch_export_agrees_and_has_its_card(tmp_path, capsys):
     network = torch.export.load(file, extra_files=extra).module()
     assert json.loads(extra["card.json"])["licence"] == export.LICENCE
     model = model_from_state(load_state(path), path)[1]
-    assert programs.largest_difference(network, model, torch.randn(3, 3, 48, 32)) < 1e-5
+    assert exporting.largest_difference(network, model, torch.randn(3, 3, 48, 32)) < 1e-5
 
 
 # inference.py and evaluate.py
@@ -229,7 +229,7 @@ def test_a_sound_onnx_file_of_another_model_is_refused(phantoms, tmp_path):
     node = helper.make_node("Relu", ["slices"], ["y"])
     graph = helper.make_graph([node], "g", value[:1], value[1:])
     model = helper.make_model(
-        graph, ir_version=8, opset_imports=[helper.make_opsetid("", programs.OPSET)]
+        graph, ir_version=8, opset_imports=[helper.make_opsetid("", exporting.OPSET)]
     )
     file = tmp_path / "x.onnx"
     file.write_bytes(model.SerializeToString())
@@ -344,14 +344,14 @@ def test_onnx_files_are_not_weights(onnx, tmp_path):
 
 
 def test_an_export_that_disagrees_is_not_written(weights, tmp_path, monkeypatch):
-    trace = programs.trace
+    trace = exporting.trace
 
     def wrong(model: nn.Module, precision: str):
         model = model_from_state(model.state_dict(), "x")[1]
         model.conv.bias.data += 1
         return trace(model, precision)
 
-    monkeypatch.setattr(programs, "trace", wrong)
+    monkeypatch.setattr(exporting, "trace", wrong)
     with pytest.raises(SystemExit, match="not written, as its probabilities differ by up to 0"):
         run_export(weights, tmp_path, "--format", "torch-export")
     assert not list(tmp_path.iterdir())
@@ -363,7 +363,7 @@ def test_a_difference_of_nan_is_not_ignored():
 
     model = nn.Identity()
     model.stride = 16
-    assert np.isnan(programs.largest_difference(network, model, torch.zeros(2, 1, 16, 16)))
+    assert np.isnan(exporting.largest_difference(network, model, torch.zeros(2, 1, 16, 16)))
 
 
 def test_weights_that_half_precision_cannot_hold_are_refused(tmp_path):

@@ -20,19 +20,19 @@ from conftest import make_weights
 from test_inference import contents, infer, subset_copy, write_case
 from test_scan import edit, write, write_series
 
-from brainseg.evaluation.cohort import save_cohort
-from brainseg.evaluation.volumes import (
+from brainseg.io.dicom_seg import read_references, write_dicom_seg
+from brainseg.io.files import MARK, write_table
+from brainseg.io.layouts import find_case
+from brainseg.io.slices import Case
+from brainseg.phantom import make_volume
+from brainseg.reports.cohort import save_cohort
+from brainseg.reports.volumes import (
     by_need,
     component_sizes,
     read_volumes,
     unread_row,
     volume_row,
 )
-from brainseg.io.dicom_seg import read_references, write_dicom_seg
-from brainseg.io.files import MARK, write_table
-from brainseg.io.layouts import find_case
-from brainseg.io.slices import Case
-from brainseg.phantom import make_volume
 
 EXPECTED = {
     "features": ["confidence"], "mean": [0.8], "deviation": [0.1], "weights": [0.05],

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from cli import errors_in_one_sentence, fail
 from train import get_args_parser
-from utils import Interruption, errors_in_one_sentence, fail, make_generator
+from utils import Interruption, make_generator
 
 
 def draws(*key: int) -> list[float]:
@@ -198,7 +199,7 @@ def test_missing_and_binary_files(tmp_path, capsys):
 
 
 def test_args_json_is_a_config(tmp_path):
-    from utils import provenance
+    from cli import provenance
 
     args = get_args_parser().parse_args(["--lr", "0.1", "--no-amp", "--pretrained", "--seed", "3"])
     path = tmp_path / "args.json"

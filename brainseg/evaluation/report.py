@@ -9,7 +9,7 @@ import numpy as np
 
 from ..io.pictures import new_figure, save_figure
 from ..metrics import FEW
-from .page import Table, write_page
+from ..reports.page import Table, write_page
 from .statistics import SCORES, SETTINGS
 
 

@@ -14,19 +14,20 @@ import torch
 from tqdm import tqdm
 
 from ..devices import in_order
-from ..ensemble import FEATURES, Ensemble, networks_of
+from ..ensemble import Ensemble, networks_of
 from ..io.files import RUN
 from ..io.layouts import Source
 from ..io.pictures import outline, to_grey
-from ..io.predictions import read_scores
 from ..io.slices import Case
-from ..levels import missing_sequences
 from ..metrics import dsc, score
-from ..segmenter import FITTED_WITH, Segmentation, Segmenter, preprocess_near, to_mask
+from ..preprocess import missing_sequences
+from ..quality import FEATURES, FITTED_WITH
+from ..reports.scores import read_scores
+from ..reports.volumes import EXPECTED
+from ..segmenter import Segmentation, Segmenter, preprocess_near, to_mask
 from ..splits import patient_of, patients_of_card, site_of, subset_of
 from ..weights import read_card, weights_files
 from .statistics import SCORES, SETTINGS
-from .volumes import EXPECTED
 
 
 @dataclass
@@ -113,6 +114,29 @@ def settings_of(model: Model) -> dict | str:
     same = {name: getattr(segmenter, name) for name in names}
     same["half_precision"] = segmenter.amp
     return {str(file): {"sha256": digest, **same} for file, digest in segmenter.hashes.items()}
+
+
+def check_can_fit(models: Sequence[Model]) -> None:
+    """Raise ValueError unless there is one model, with weights whose cards can hold a fit."""
+    if len(models) > 1:
+        raise ValueError("--fit-expected-dsc is for one model; give --weights a single one")
+    (model,) = models
+    if model.scores or any(file.suffix != ".pt" for file in model.seen):
+        raise ValueError(
+            f"{model.path}: --fit-expected-dsc needs .pt weights; fit those, then export them"
+        )
+    for file, patients in model.seen.items():
+        if not patients:
+            raise ValueError(
+                f"{file}: no card says what it was trained on, and the expected DSC can "
+                "only be learnt from other cases; put the card that train.py wrote next to it"
+            )
+        size, trained = model.segmenter.image_size, read_card(file).get("image_size")
+        if size != trained:
+            raise ValueError(
+                f"{file}: was trained on slices of {trained} x {trained}, for which the fit must "
+                "be made; leave out --image-size"
+            )
 
 
 def choose_cases(

@@ -5,16 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from ..ensemble import WARN_BELOW
 from ..io.files import RUN, read_table, sentence
 from ..io.slices import Case
-from ..levels import missing_sequences
-from ..preprocess import CHANNELS
+from ..preprocess import CHANNELS, missing_sequences
+from ..quality import WARN_BELOW
 from ..splits import patient_of
 from .page import Table
 
@@ -142,6 +141,21 @@ def _value(column: str, text: str) -> object:
     if column == "slices_touched":
         return [int(number) for number in text.split()]
     return text if column in TEXTS else json.loads(text or "null")
+
+
+def check_kept(folder: Path, rows: Mapping[str, dict], names: Iterable[str], run: str) -> None:
+    """Raise ValueError if `rows` of volumes.csv say that another run made the masks of `names`.
+
+    `run` is that of the weights and settings in use (`Segmenter.run`).
+    """
+    others = [name for name in names if rows.get(name, {}).get(RUN) not in (None, "", run)]
+    if others:
+        same_weights = rows[others[0]][RUN].partition("-")[0] == run.partition("-")[0]
+        what = "other settings" if same_weights else "other weights"
+        raise ValueError(
+            f"{folder}: {len(others)} of the masks there were made with {what} ({others[0]}); "
+            "leave out --skip-existing, or name another folder with --predictions"
+        )
 
 
 def volumes_table(rows: Sequence[dict], path: Path) -> Table:

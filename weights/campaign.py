@@ -1,9 +1,9 @@
 """Search for a recipe by cross-validation, then train one network per fold: the weights that ship.
 
-    python3 -m benchmarks.campaign --images ./kaggle_3m --jobs 2
-    python3 -m benchmarks.campaign --images ./kaggle_3m --stage search --only dice three-slices
-    python3 -m benchmarks.campaign --images ./kaggle_3m --stage ship --jobs 2
-    python3 -m benchmarks.campaign --images ./kaggle_3m --start weights/unet-folds -- --epochs 3
+    python3 -m weights.campaign --images ./kaggle_3m --jobs 2
+    python3 -m weights.campaign --images ./kaggle_3m --stage search --only dice three-slices
+    python3 -m weights.campaign --images ./kaggle_3m --stage ship --jobs 2
+    python3 -m weights.campaign --images ./kaggle_3m --start weights/unet-folds -- --epochs 3
 
 search  Short trainings on small slices that each differ in one thing from train.py's defaults, on
         the first three of five folds by patient, scored on the patients held out and compared case
@@ -35,7 +35,7 @@ from brainseg.claims import fits, is_card
 from brainseg.io.files import atomic_write, remove
 from brainseg.splits import list_cohort, split_folds
 from brainseg.weights import read_card
-from utils import fail
+from cli import fail
 
 from .trainings import Pool, Training, call, script
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..io.files import MARK, atomic_write, check_ours, check_writable, clear_leftovers
 
-TEMPLATES = Path(__file__).resolve().parents[2] / "web" / "reports"
+TEMPLATES = Path(__file__).resolve().parent / "templates"
 
 
 @dataclass
@@ -37,7 +37,7 @@ class Table:
 
 
 def write_page(path: Path, template: str, title: str, about: dict, **content: object) -> None:
-    """Fill a template of web/reports; the page needs no network, and all text is escaped.
+    """Fill a template; the page needs no network, and all text is escaped.
 
     `about` says how it was made; `content` holds the variables of this template.
 

@@ -18,7 +18,7 @@ from brainseg.devices import available_cores
 from brainseg.io.files import write_json
 from brainseg.weights import read_card
 
-from .timing import ROOT
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,12 @@
-"""A network as a program that runs without this code: a PyTorch export, or ONNX.
+"""Weights to share, and a network as a program that runs without this code: PyTorch or ONNX.
 
-It takes preprocessed slices (N, C, H, W) and returns probabilities (N, K, H, W), both float32; an
-ensemble adds a channel (see `brainseg.ensemble.average`).
+The program takes preprocessed slices (N, C, H, W) and returns probabilities (N, K, H, W), both
+float32; an ensemble adds a channel (see `brainseg.ensemble.average`).
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import logging
@@ -19,14 +20,80 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from .ensemble import Ensemble, fold_batch_norm, networks_of
-from .io.files import PROGRAM
+from .io.files import PROGRAM, RUN
 from .io.layouts import list_cases
+from .metrics import summarise
 from .onnx import CARD, INPUT, OUTPUT
 from .phantom import make_volume
 from .preprocess import neighbourhoods, preprocess
-from .weights import all_finite
+from .reports.scores import read_scores
+from .segmenter import weights_id
+from .splits import is_lgg, patient_of, subset_of
+from .weights import all_finite, file_hash
 
 OPSET = 18  # the exporter's native one; ONNX Runtime reads it from 1.14 on
+
+
+LICENCE = (
+    "Trained on MR images of TCGA-LGG (doi:10.7937/K9/TCIA.2016.L4LTD3TK) with the masks of Buda, "
+    "Saha and Mazurowski 2019 (doi:10.1016/j.compbiomed.2019.05.002): use them, and these weights, "
+    "non-commercially, share alike and give credit. Not a medical device."
+)
+
+
+def is_card(path: Path) -> bool:
+    """Tell whether a JSON file is the card of exported weights."""
+    try:
+        return {"model", "settings"} <= json.loads(path.read_text()).keys()
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def with_licence(card: dict) -> dict:
+    """Add the licence of the LGG data to a card if the weights were trained on it."""
+    of_lgg = any(map(is_lgg, card.get("cases", {}).get("train", ())))
+    return card | {"licence": LICENCE} if of_lgg else card
+
+
+def named_by_hash(out: Path, stem: str, suffix: str, content: bytes | memoryview) -> Path:
+    """Name a file after the first eight digits of the SHA-256 of its content."""
+    return out / f"{stem}-{hashlib.sha256(content).hexdigest()[:8]}{suffix}"
+
+
+def halve(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Convert kernels to half precision; keep batch norm and biases: small but sensitive."""
+    halved = {k: v.half() if v.is_floating_point() and v.ndim > 1 else v for k, v in state.items()}
+    check_finite(halved)
+    return halved
+
+
+def scores_of_unseen(path: Path, weights: Path, subset: str) -> dict:
+    """Summarise the DSC of the cases of a subset that the weights were not trained on.
+
+    Raises ValueError if one of them in the metrics.csv at `path` was not made with these weights
+    alone, if they were made with several settings, or if no such case is left.
+    """
+    scores = {
+        case: row
+        for case, row in read_scores(path, ["dsc"]).items()
+        if not row["trained_on"] and subset in ("all", subset_of(case))
+    }
+    if not scores:
+        raise ValueError(
+            f"{path}: has no case of subset {subset} that the weights were not trained on; "
+            "choose another --subset"
+        )
+    runs = {row[RUN] for row in scores.values()}
+    wrong = [run for run in runs if run.partition("-")[0] != weights_id([file_hash(weights)])]
+    if wrong or len(runs) > 1:
+        what = "by other weights" if wrong else "with several settings"
+        raise ValueError(
+            f"{path}: some of its cases were segmented {what}; run inference.py with "
+            f"--weights {weights} into an empty folder"
+        )
+    cases = {case: round(row["dsc"], 4) for case, row in scores.items()}
+    summary = summarise(list(cases.values()), [patient_of(case) for case in cases])
+    return {"metric": "DSC per volume", **summary, "cases": cases}
 
 
 class Probabilities(nn.Module):

@@ -1,0 +1,233 @@
+"""How good a mask is: measured without the truth, predicted as an expected DSC, and said in words.
+
+If the networks of an ensemble are confident and agree, the mask is usually right. `quality`
+measures that on one mask, `fit_expected_dsc` learns from scored cases how it predicts the DSC, and
+`expected_dsc` makes the prediction. The fit is in the weights' card under "expected_dsc".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from .io.files import write_json
+from .io.pictures import new_figure, save_figure
+from .weights import read_card
+
+WARN_BELOW = 0.7  # a mask with a lower expected DSC needs checking
+# What `quality` measures: 1 if a higher value means a better mask, -1 if a worse one.
+FEATURES = {"overlap": 1, "confidence": 1, "log_share": 1, "kept": 1, "disagreement": -1}
+LEAST_CASES = 20  # for a fit
+# Options that a fit is for, beside the image size.
+FITTED_WITH = ("threshold", "largest_component", "min_volume", "tta")
+RIDGE, HUBER = 1.0, 0.1  # the ridge weighs as one case; residuals above HUBER count linearly
+
+
+def quality(
+    probabilities: np.ndarray, mask: np.ndarray, deviation: np.ndarray | None = None
+) -> dict[str, float | None]:
+    """Measure, without the truth, what indicates a good mask; 0 for an empty one.
+
+    The `probabilities` p, the `mask` made from them and, for an ensemble, the `deviation` of its
+    networks (see `average`) are (S, H, W); q = p² + deviation² is the networks' mean square.
+    overlap: 2 sum(q in mask) / (sum(q) + sum(p in mask)). confidence: sum(q in mask) / sum(p in
+    mask). For one network, these are the Dice of map and mask and the mean probability in the mask,
+    both weighted by p; for an ensemble, their values over its networks, however much these differ,
+    so a fit to single networks holds for their average. log_share: decimal logarithm of the mask's
+    share of the volume. kept: its size over the number of voxels at 0.5 or more, at most 1.
+    disagreement: sum(deviation) / sum(p), None for one network.
+    """
+    square = np.square(probabilities, dtype=np.float64)
+    if deviation is not None:
+        square += np.square(deviation, dtype=np.float64)
+    total, inside = float(probabilities.sum(dtype=np.float64)), float(square[mask].sum())
+    weight, voxels = float(probabilities[mask].sum(dtype=np.float64)), int(mask.sum())
+    return {
+        "overlap": 2 * inside / max(float(square.sum()) + weight, 1e-6),
+        "confidence": inside / max(weight, 1e-6),
+        "log_share": float(np.log10(voxels / mask.size)) if voxels else 0.0,
+        "kept": min(voxels / max(int((probabilities >= 0.5).sum()), 1), 1.0),
+        "disagreement": None if deviation is None else float(deviation.sum()) / max(total, 1e-6),
+        "voxels": voxels,
+    }
+
+
+def expected_dsc(features: dict, fit: dict | None) -> tuple[float, float, float] | None:
+    """Predict the DSC of a mask from its `quality`: expected value and 80 % interval.
+
+    None without a fit, for an empty mask (right only if the scan has no lesion, which is unknown),
+    and if the fit needs a feature that is None.
+    """
+    if not (fit or {}).get("features") or not features["voxels"]:
+        return None
+    values = [features.get(name) for name in fit["features"]]
+    if any(value is None for value in values):
+        return None
+    value = _predict(fit, values)
+    low, high = (value + q * _width(value) for q in fit["interval"])
+    return value, max(low, 0.0), min(high, 1.0)
+
+
+def fit_expected_dsc(features: Sequence[dict], dsc: Sequence[float]) -> dict:
+    """Fit a linear regression of the DSC on `quality`, for cases that no network has seen.
+
+    No weight may have the wrong sign (non-negative least squares with a ridge): a small sample
+    cannot turn a warning into praise. The Huber loss keeps one completely missed lesion from
+    bending the rest. The 80 % interval holds quantiles of the leave-one-out residuals over
+    `_width`. Empty masks are left out. Raises ValueError for fewer than 20 cases.
+    """
+    pairs = [(f, d) for f, d in zip(features, dsc, strict=True) if f["voxels"]]
+    if len(pairs) < LEAST_CASES:
+        raise ValueError(
+            f"{len(pairs)} case(s) with a mask, but {LEAST_CASES} are needed to learn to predict "
+            "the DSC; choose more with --subset or --images"
+        )
+    names = [n for n in FEATURES if all(f.get(n) is not None for f, _ in pairs)]
+    x = np.array([[f[name] for name in names] for f, _ in pairs], dtype=np.float64)
+    y = np.array([d for _, d in pairs], dtype=np.float64)
+    predicted = leave_one_out(names, x, y)
+    interval = np.quantile((y - predicted) / _width(predicted), (0.1, 0.9)).tolist()
+    about = {"interval": interval, "cases": len(y), "empty": len(dsc) - len(y)}
+    return _regress(names, x, y) | about | {"leave_one_out": _agreement(predicted, y)}
+
+
+def leave_one_out(names: Sequence[str], x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Predict each case (n,) by a regression on the others; `x` is (n, features), `y` (n,)."""
+    others = ~np.eye(len(y), dtype=bool)
+    fits = [_regress(names, x[keep], y[keep]) for keep in others]
+    return np.array([_predict(fit, row) for fit, row in zip(fits, x, strict=True)])
+
+
+def _regress(names: Sequence[str], x: np.ndarray, y: np.ndarray) -> dict:
+    from scipy.optimize import nnls  # slow to import
+
+    mean, deviation, signs = x.mean(axis=0), x.std(axis=0), np.array([FEATURES[n] for n in names])
+    deviation = np.where(deviation > 1e-6, deviation, 1.0)
+    z = (x - mean) / deviation * signs
+    ridge, zeros = np.sqrt(RIDGE) * np.eye(len(names)), np.zeros(len(names))
+    weights, trust = zeros, np.ones(len(y))
+    for _ in range(20):  # iteratively reweighted least squares
+        intercept = np.average(y - z @ weights, weights=trust)
+        root = np.sqrt(trust)
+        target = np.append(root * (y - intercept), zeros)
+        weights, _ = nnls(np.vstack((root[:, None] * z, ridge)), target)
+        trust = HUBER / np.maximum(np.abs(y - intercept - z @ weights), HUBER)
+    return {
+        "features": list(names),
+        "mean": mean.tolist(),
+        "deviation": deviation.tolist(),
+        "weights": (weights * signs).tolist(),
+        "intercept": float(intercept),
+    }
+
+
+def _predict(fit: dict, values: Sequence[float]) -> float:
+    z = (np.asarray(values) - fit["mean"]) / fit["deviation"]
+    return float(np.clip(fit["intercept"] + z @ np.array(fit["weights"]), 0, 1))
+
+
+def _width(value: np.ndarray | float) -> np.ndarray | float:
+    """Compute the scale of residuals: the DSC of a probably good mask varies less."""
+    return 1.05 - value
+
+
+def _agreement(predicted: np.ndarray, dsc: np.ndarray) -> dict:
+    """Measure how well DSCs predicted with each case left out agree with the true ones."""
+    from scipy.stats import spearmanr  # slow to import
+
+    constant = np.ptp(predicted) == 0 or np.ptp(dsc) == 0
+    poor, warned = dsc < WARN_BELOW, predicted < WARN_BELOW
+    return {
+        "spearman": None if constant else float(spearmanr(predicted, dsc).statistic),
+        "mean_error": float(np.abs(predicted - dsc).mean()),
+        "poor": int(poor.sum()),
+        "warned": int((poor & warned).sum()),
+        "false_alarms": int((~poor & warned).sum()),
+        "predicted": [round(float(value), 4) for value in predicted],
+        "dsc": [round(float(value), 4) for value in dsc],
+    }
+
+
+def quality_warnings(
+    features: dict,
+    expected: tuple[float, float, float] | None,
+    notes: Sequence[str] = (),
+    dropped: int = 0,
+) -> list[str]:
+    """List in words what calls for a second look; `notes` are those of the `Frame`.
+
+    `dropped` is the number of voxels at 0.5 or more that an empty mask does not have.
+    """
+    warnings = [f"unusual input: {note}" for note in notes]
+    if dropped:
+        warnings.append(
+            f"the mask is empty: components of {dropped} voxels in all are smaller than the "
+            "minimum volume (--min-volume); look at it"
+        )
+    elif not features["voxels"]:
+        warnings.append("the mask is empty: the scan has no lesion, or it was missed; look at it")
+    elif expected and expected[0] < WARN_BELOW:
+        value, low, high = expected
+        warnings.append(
+            f"the mask is probably poor: expected DSC {value:.2f} ({low:.2f} to {high:.2f}); "
+            "check it against the scan"
+        )
+    return warnings
+
+
+def assess(
+    probabilities: np.ndarray,
+    mask: np.ndarray,
+    deviation: np.ndarray | None,
+    fit: dict | None,
+    notes: Sequence[str] = (),
+) -> tuple[dict, tuple[float, float, float] | None, list[str]]:
+    """Measure the `quality` of a mask; return it, the expected DSC, and any warnings.
+
+    `fit` is that of the card, `notes` are those of the `Frame`.
+    """
+    features = quality(probabilities, mask, deviation)
+    expected = expected_dsc(features, fit)
+    dropped = 0 if mask.any() else int((probabilities >= 0.5).sum())
+    return features, expected, quality_warnings(features, expected, notes, dropped)
+
+
+def fit_and_save(files: Sequence[Path], options: dict, rows: Sequence[dict], figure: Path) -> str:
+    """Fit on the rows of scores.csv, write the fit into the cards of `files`; return a summary.
+
+    `options` are those that the masks were made with; the cards record them. `figure` is the
+    path of the scatter plot. Raises ValueError for too few cases.
+    """
+    features = [
+        {name: row[name] for name in FEATURES} | {"voxels": row["predicted_voxels"]} for row in rows
+    ]
+    fit = fit_expected_dsc(features, [row["dsc"] for row in rows])
+    scores = fit["leave_one_out"]
+    predicted, true = scores.pop("predicted"), scores.pop("dsc")
+    save_scatter(figure, predicted, true)
+    fit |= options
+    for file in files:
+        write_json(file.with_suffix(".json"), read_card(file) | {"expected_dsc": fit})
+    rank = "undefined" if scores["spearman"] is None else f"{scores['spearman']:.2f}"
+    empty = f", {fit['empty']} empty mask(s) left out" if fit["empty"] else ""
+    return (
+        f"expected DSC, fitted on {fit['cases']} cases{empty}; leave-one-out: rank "
+        f"correlation (Spearman) {rank}, mean error {scores['mean_error']:.3f}, "
+        f"{scores['warned']} of {scores['poor']} masks under {WARN_BELOW} get a warning, with "
+        f"{scores['false_alarms']} false alarms; saved in the card of {len(files)} file(s)"
+    )
+
+
+def save_scatter(path: Path, expected: Sequence[float], true: Sequence[float]) -> None:
+    """Plot the true DSC of every case against the expected one."""
+    figure = new_figure(figsize=(5, 5))
+    axes = figure.subplots()
+    axes.plot([0, 1], [0, 1], color="0.8", zorder=0)
+    for line in (axes.axvline, axes.axhline):
+        line(WARN_BELOW, color="0.8", linestyle="--", zorder=0)
+    axes.scatter(expected, true, s=16)
+    axes.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
+    axes.set(xlabel="expected DSC, fitted on the other cases", ylabel="DSC")
+    save_figure(path, figure, dpi=120)

@@ -1,0 +1,1 @@
+"""Tables and pages of results without truth, and of the scores of a run."""
