@@ -16,7 +16,7 @@ from typing import NoReturn
 
 import torch
 
-from brainseg.io.files import MARK, sentence
+from brainseg.io.files import MARK, out_of_memory, sentence
 from utils import sigterm_interrupts
 
 
@@ -259,8 +259,11 @@ def errors_in_one_sentence(stopped: str) -> Iterator[None]:
             yield
     except (ValueError, OSError) as error:
         fail(error)
-    except torch.OutOfMemoryError as error:
-        fail(f"out of memory: {str(error).splitlines()[0]}; use --device cpu")
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        on_gpu = isinstance(error, torch.OutOfMemoryError)
+        fail(f"{sentence(error)}; use {'--device cpu' if on_gpu else 'a machine with more'}")
     except KeyboardInterrupt:
         sys.exit(stopped)
 

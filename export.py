@@ -32,7 +32,8 @@ import torch
 from brainseg import exporting
 from brainseg.ensemble import load_ensemble
 from brainseg.io.files import atomic_write, check_ours, clear_leftovers
-from brainseg.onnx import HASH, OnnxNetwork, import_optional
+from brainseg.onnx import HASH, OnnxNetwork
+from brainseg.optional import import_optional
 from brainseg.splits import SUBSETS
 from brainseg.weights import (
     CARD_DEFAULTS,

@@ -57,7 +57,7 @@ from brainseg.io.layouts import Source, find_sequences
 from brainseg.io.pictures import save_dsc_figure
 from brainseg.io.scans import Scan
 from brainseg.io.slices import Case
-from brainseg.onnx import import_optional
+from brainseg.optional import import_optional
 from brainseg.pipeline import Outputs, Result, segment_all
 from brainseg.quality import FITTED_WITH
 from brainseg.reports.cohort import save_cohort

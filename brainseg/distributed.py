@@ -27,7 +27,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .devices import available_cores
-from .io.files import check_writable, clear_leftovers, locked, sentence
+from .io.files import check_writable, clear_leftovers, locked, out_of_memory, sentence
 
 T = TypeVar("T")
 TIMEOUT = timedelta(minutes=30)  # for a rank that no longer answers
@@ -128,10 +128,8 @@ def _leave(error: BaseException) -> NoReturn:
             f"rank {rank()} lost another of the {world_size()} ranks; see above for the message of "
             "that rank or torchrun. Files are complete as last written"
         )
-    elif isinstance(error, (ValueError, OSError)):
+    elif isinstance(error, (ValueError, OSError)) or out_of_memory(error):
         text = sentence(error)
-    elif isinstance(error, torch.OutOfMemoryError):
-        text = f"out of memory: {str(error).splitlines()[0]}"
     else:
         text = "".join(traceback.format_exception(error))
     print(f"error: {text}", file=sys.__stderr__, flush=True)

@@ -8,14 +8,11 @@ images for them is not known.
 from __future__ import annotations
 
 import hashlib
-import importlib
 import json
-import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from threading import Lock
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -23,6 +20,7 @@ from torch import Tensor
 
 from .devices import to_device
 from .io.files import default_cache
+from .optional import import_optional
 from .unet import check_input
 
 PROVIDERS = {  # of ONNX Runtime, the fastest first
@@ -136,18 +134,6 @@ class OnnxNetwork:
 def read_onnx_card(path: Path | str) -> dict:
     """Read the card inside an ONNX file; FileNotFoundError or ValueError if it cannot be used."""
     return _card(_read(path), path)
-
-
-def import_optional(package: str, purpose: Path | str, extra: str = "onnx") -> ModuleType:
-    """Import a package of requirements-<extra>.txt; ValueError, naming `purpose`, if missing."""
-    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # ONNX Runtime must not report its use
-    try:
-        return importlib.import_module(package)
-    except ImportError as error:
-        raise ValueError(
-            f"{purpose}: needs {package}, which is not installed; "
-            f"pip install -r requirements-{extra}.txt"
-        ) from error
 
 
 def pick_providers(

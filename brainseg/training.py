@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .devices import half_precision
 from .distributed import shard_of_batch, world_size
+from .io.files import out_of_memory, sentence
 from .preprocess import VERSION
 from .weights import (
     CARD_DEFAULTS,
@@ -179,9 +180,9 @@ def compile_ahead(state: TrainState, image_size: int) -> None:
         try:
             with torch.autocast(device.type, half_precision(device), enabled=state.amp):
                 state.network(images, logits=True).sum().backward()
-        except torch.OutOfMemoryError:
-            raise
         except RuntimeError as error:
+            if out_of_memory(error):
+                raise
             reason = str(getattr(error, "inner_exception", error)).strip().split("\n")[0]
             raise ValueError(f"--compile fails here ({reason}); leave it out") from error
     model.zero_grad(set_to_none=True)
@@ -264,8 +265,10 @@ def batch_advice(batch_size: int) -> Iterator[None]:
         )
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
         raise ValueError(
             f"out of memory at --batch-size {batch_size}; start again with a smaller one, or with "
-            f"a smaller --image-size or --features ({str(error).splitlines()[0]})"
+            f"a smaller --image-size or --features ({sentence(error)})"
         ) from error

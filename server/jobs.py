@@ -26,7 +26,7 @@ import imageio.v3 as iio
 import numpy as np
 from starlette.datastructures import UploadFile
 
-from brainseg.io.files import disk_is_full, remove, scratch
+from brainseg.io.files import disk_is_full, out_of_memory, remove, scratch
 from brainseg.io.grid import Grid
 from brainseg.io.pictures import montage, outline, to_grey
 from brainseg.io.predictions import map_files, write_case
@@ -158,8 +158,8 @@ class Service:
                 return self._segment(parts, folder, job)
             except ValueError as error:
                 raise ValueError(_without(folder, str(error))) from None
-            except (MemoryError, RuntimeError) as error:  # RuntimeError: from PyTorch
-                if isinstance(error, RuntimeError) and "memory" not in str(error):
+            except (MemoryError, RuntimeError) as error:
+                if not out_of_memory(error):
                     raise
                 raise ValueError(
                     "the scan needs more memory than the server has; crop it"

@@ -18,7 +18,8 @@ import evaluate
 import export
 from brainseg import exporting, resnext_unet
 from brainseg.io.files import RUN
-from brainseg.onnx import PROVIDERS, OnnxNetwork, import_optional, pick_providers
+from brainseg.onnx import PROVIDERS, OnnxNetwork, pick_providers
+from brainseg.optional import import_optional
 from brainseg.phantom import make_volume
 from brainseg.resnext_unet import ResNeXtUNet
 from brainseg.segmenter import Segmenter
@@ -160,7 +161,7 @@ def test_torch_export_agrees_and_has_its_card(tmp_path, capsys):
     extra = {"card.json": ""}
     (file,) = tmp_path.glob("narrow-*.pt2")
     network = torch.export.load(file, extra_files=extra).module()
-    assert json.loads(extra["card.json"])["licence"] == export.LICENCE
+    assert json.loads(extra["card.json"])["licence"] == exporting.LICENCE
     model = model_from_state(load_state(path), path)[1]
     assert exporting.largest_difference(network, model, torch.randn(3, 3, 48, 32)) < 1e-5
 

@@ -269,6 +269,16 @@ def disk_is_full(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Tell whether memory ran out: of the host (Python, PyTorch, ITK) or of a GPU.
+
+    PyTorch raises a RuntimeError; importing it to know its own kind would be slow here.
+    """
+    if not isinstance(error, RuntimeError):
+        return isinstance(error, MemoryError)
+    return "out of memory" in str(error) or "allocate memory" in str(error)
+
+
 def check_writable(folder: Path) -> None:
     """Create `folder` if needed; raises OSError, naming it, if no file can be written in it."""
     with name_in_errors(folder):
@@ -292,6 +302,8 @@ def sentence(error: BaseException | str) -> str:
     A message may quote bytes of a damaged file, which are no text in any encoding.
     """
     message = str(error)
+    if isinstance(error, BaseException) and out_of_memory(error):
+        message = f"out of memory: {message.splitlines()[0]}" if message else "out of memory"
     if isinstance(error, OSError) and error.strerror and error.filename:
         message = f"{error.filename}: {error.strerror.lower()}"
     return message.encode(errors="replace").decode()

@@ -19,7 +19,7 @@ import tifffile
 from PIL import Image, ImageSequence
 from tifffile import PHOTOMETRIC
 
-from .files import by
+from .files import by, out_of_memory
 from .labels import Labels
 
 # Silence the readers on a damaged file: `_read_image` reports it in one line.
@@ -100,18 +100,13 @@ def errors_name(path: Path) -> Iterator[None]:
         yield
     except (ValueError, OSError):
         raise
-    except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "allocate memory" not in str(error):
-            raise ValueError(_unreadable(path, error)) from error
-        fault = "does not fit into memory; crop it, or use a machine with more"
-        raise ValueError(f"{path}: {fault}") from error
     except Exception as error:
-        raise ValueError(_unreadable(path, error)) from error
-
-
-def _unreadable(path: Path, error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return f"{path}: cannot be read ({lines[-1]}); export it again"
+        if out_of_memory(error):
+            fault = "does not fit into memory; crop it, or use a machine with more"
+        else:
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            fault = f"cannot be read ({lines[-1]}); export it again"
+        raise ValueError(f"{path}: {fault}") from error
 
 
 def find_slices(folder: Path) -> Case:
