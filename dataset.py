@@ -15,7 +15,7 @@ from brainseg.devices import concatenate, free_memory, in_order, to_device
 from brainseg.io.layouts import Source, list_cases
 from brainseg.io.slices import Case
 from brainseg.preprocess import neighbourhoods
-from brainseg.splits import check_folds, note_patients, select_cases, split_folds, subset_of
+from brainseg.splits import check_folds, select_cases, split_folds, subset_of
 
 MOST = 0.5  # share of a device's free memory; a training step needs the rest
 
@@ -73,16 +73,17 @@ class BrainSegmentationDataset(Dataset):
         out. `how` are options of `prepare`.
         """
         sources = list_cases(images) if isinstance(images, (str, Path)) else images
-        note_patients(sources)
         if folds is None:
             train, validation = (select_cases(sources, part) for part in ("train", "validation"))
         else:  # every fold needs all cases except the test cases
-            check_folds([source.name for source in sources], folds, fold)
-            train, validation = [s for s in sources if subset_of(s.name) != "test"], []
+            check_folds(sources, folds, fold)
+            train, validation = [s for s in sources if subset_of(s) != "test"], []
         cases = open_cases([*train, *validation], skip_bad)
         volumes = prepare(cases, skip_bad=skip_bad, progress=True, **how)
         if folds is not None:
-            train, _ = split_folds(volumes, folds, fold, voxels=lambda v: int(v.truth.sum()))
+            voxels = {volume.name: int(volume.truth.sum()) for volume in volumes}
+            readable = [volume.case for volume in volumes]
+            train, _ = split_folds(readable, folds, fold, voxels=lambda c: voxels[c.name])
         names = {case.name for case in train}
         parts = {
             "train": [volume for volume in volumes if volume.name in names],

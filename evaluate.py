@@ -91,7 +91,7 @@ def run(args: argparse.Namespace, options: dict) -> None:
             for note in model.segmenter.notes if model.segmenter else ():
                 print(f"{model.name}: {note}", file=sys.stderr)
     cases, left_out = choose_cases(sources, args.subset, models, args.images)
-    print(count_patients(by_subset(case.name for case in cases)), flush=True)
+    print(count_patients(by_subset(cases)), flush=True)
     for name in FILES:
         check_ours(args.out / name)
     if args.report:

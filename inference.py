@@ -68,10 +68,9 @@ from brainseg.segmenter import Segmenter
 from brainseg.splits import (
     SUBSETS,
     list_cohort,
-    note_patients,
     patients_of_card,
     select_cases,
-    use_patients,
+    with_patients,
 )
 from brainseg.weights import read_card, shipped_weights
 
@@ -184,12 +183,15 @@ def plan_outputs(
     if args.skip_existing:
         names = [source.name for source in sources]
         check_kept(args.predictions, earlier, names, segmenter.run)
+    trained_on: set[str] = set()
+    for card in cards.values():
+        trained_on |= patients_of_card(card, "train", cases=sources)
     algorithm = f"{PROGRAM} {' '.join(file.stem for file in files)}", commit or "unknown"
     return Outputs(
         args.predictions,
         keep=args.skip_existing,
         earlier=earlier,
-        trained_on=set().union(*(patients_of_card(card, "train") for card in cards.values())),
+        trained_on=trained_on,
         probabilities=args.probabilities,
         thumbnails=bool(args.report),
         algorithm=algorithm if args.dicom_seg else None,
@@ -201,9 +203,7 @@ def list_sequences(
 ) -> list[Scan]:
     """List the one scan, which has one file per sequence."""
     scan = find_sequences(flair, pre, post)
-    note_patients([scan])
-    use_patients(patients, [scan.name])
-    return [replace(scan, labels=Labels(labels))]
+    return with_patients([replace(scan, labels=Labels(labels))], patients)
 
 
 def say_once(without_card: Sequence[Path], segmenter: Segmenter) -> None:

@@ -136,7 +136,8 @@ def main(argv: list[str] | None = None) -> None:
         with claim as checkpoint, utils.cudnn(args.deterministic), advice:
             state, loader, validation_set = set_up(args, checkpoint, device, sources)
             asked = cli.plain(args) | {"resume": False}
-            cases, recipe = (loader.dataset.names, validation_set.names), get_args_parser().recipe
+            parts, recipe = (loader.dataset, validation_set), get_args_parser().recipe
+            cases = [[volume.case for volume in part.volumes] for part in parts]
             writer = runs.start_run(state, *cases, asked, recipe, checkpoint, cli.git_commit())
             print(f"{runs.headline(writer.card, state.slices)}; {loader.place}", flush=True)
             if state.epoch >= args.epochs:

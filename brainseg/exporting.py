@@ -28,7 +28,7 @@ from .phantom import make_volume
 from .preprocess import neighbourhoods, preprocess
 from .reports.scores import read_scores
 from .segmenter import weights_id
-from .splits import is_lgg, patient_of, subset_of
+from .splits import is_lgg, patients_of_card, subset_of_patient
 from .weights import all_finite, file_hash
 
 OPSET = 18  # the exporter's native one; ONNX Runtime reads it from 1.14 on
@@ -51,7 +51,7 @@ def is_card(path: Path) -> bool:
 
 def with_licence(card: dict) -> dict:
     """Add the licence of the LGG data to a card if the weights were trained on it."""
-    of_lgg = any(map(is_lgg, card.get("cases", {}).get("train", ())))
+    of_lgg = any(is_lgg(patient) for patient in patients_of_card(card, "train"))
     return card | {"licence": LICENCE} if of_lgg else card
 
 
@@ -76,7 +76,7 @@ def scores_of_unseen(path: Path, weights: Path, subset: str) -> dict:
     scores = {
         case: row
         for case, row in read_scores(path, ["dsc"]).items()
-        if not row["trained_on"] and subset in ("all", subset_of(case))
+        if not row["trained_on"] and subset in ("all", subset_of_patient(row["patient"]))
     }
     if not scores:
         raise ValueError(
@@ -92,7 +92,7 @@ def scores_of_unseen(path: Path, weights: Path, subset: str) -> dict:
             f"--weights {weights} into an empty folder"
         )
     cases = {case: round(row["dsc"], 4) for case, row in scores.items()}
-    summary = summarise(list(cases.values()), [patient_of(case) for case in cases])
+    summary = summarise(list(cases.values()), [scores[case]["patient"] for case in cases])
     return {"metric": "DSC per volume", **summary, "cases": cases}
 
 

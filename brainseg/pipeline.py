@@ -111,7 +111,7 @@ def segment_all(
                 with errors_name(work.case.folder):  # above all, memory that runs out
                     segmented([work])
             except ValueError as error:
-                work = Result("unread", unread_row(work.case.name, error), error=sentence(error))
+                work = Result("unread", unread_row(work.case, error), error=sentence(error))
         return finished(work)
 
     if segmenter.on_cpu and len(sources) > 1:
@@ -167,7 +167,7 @@ def load(
                 prepare(work, segmenter)
         return work
     except (ValueError, OSError) as error:
-        return Result("unread", unread_row(source.name, error), error=sentence(error))
+        return Result("unread", unread_row(source, error), error=sentence(error))
 
 
 def read(source: Source | Case, segmenter: Segmenter, outputs: Outputs, register: bool) -> Work:
@@ -223,7 +223,7 @@ def finish(work: Work | Result, segmenter: Segmenter, outputs: Outputs) -> Resul
         with errors_name(work.case.folder):
             return write(work, segmenter, outputs)
     except ValueError as error:
-        return Result("unread", unread_row(work.case.name, error), error=sentence(error))
+        return Result("unread", unread_row(work.case, error), error=sentence(error))
 
 
 def write(work: Work, segmenter: Segmenter, outputs: Outputs) -> Result:
@@ -251,8 +251,12 @@ def write(work: Work, segmenter: Segmenter, outputs: Outputs) -> Result:
         row = earlier | {"patient": row["patient"]}  # with values from the probabilities
     result = Result("kept" if kept else "segmented", row, error=error)
     if work.truth is not None:
-        seen = {"trained_on": int(patient_of(case.name) in outputs.trained_on), RUN: segmenter.run}
-        result.scores = table_row(case, mask, work.truth) | seen
+        patient = patient_of(case)
+        result.scores = table_row(case, mask, work.truth) | {
+            "patient": patient,
+            "trained_on": int(patient in outputs.trained_on),
+            RUN: segmenter.run,
+        }
     if outputs.thumbnails:
         result.thumbnail = thumbnail(volume, mask)
     return result

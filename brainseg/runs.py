@@ -18,8 +18,9 @@ from .io.files import sentence, write_json
 from .io.labels import odd_masks
 from .io.layouts import Source
 from .io.pictures import outline, to_grey
+from .io.slices import Case
 from .metrics import summarise
-from .splits import by_subset, count_patients, named_patients, patient_of, patients_of_card
+from .splits import by_subset, count_patients, patient_of, patients_by_case, patients_of_card
 from .training import TrainState
 from .weights import read_card, save_weights
 
@@ -51,17 +52,17 @@ def report_cases(
         for oddity in odd_masks(shares, (volume.truth for volume in volumes)):
             print(f"{part}: {oddity}", file=sys.stderr)
     subsets = {
-        "train": [volume.name for volume in train],
-        "validation": [volume.name for volume in validation],
-        "test": by_subset(source.name for source in sources)["test"],
+        "train": [volume.case for volume in train],
+        "validation": [volume.case for volume in validation],
+        "test": by_subset(sources)["test"],
     }
     print(count_patients(subsets), flush=True)
 
 
 def start_run(
     state: TrainState,
-    train: list[str],
-    validation: list[str],
+    train: list[Case],
+    validation: list[Case],
     settings: dict,
     recipe: Sequence[str],
     checkpoint: dict | None,
@@ -71,9 +72,11 @@ def start_run(
 
     `settings` are those of the command line; `recipe` names those that go into the card.
     """
+    train_names = [case.name for case in train]
+    validation_names = [case.name for case in validation]
     if checkpoint:
-        state.load(checkpoint, train, settings["images"])
-        report_changes(checkpoint, state, validation)
+        state.load(checkpoint, train_names, settings["images"])
+        report_changes(checkpoint, state, validation_names)
         start = checkpoint["initialised_from"]
     else:
         start = read_start(first) if (first := settings["init_weights"]) else None
@@ -83,12 +86,13 @@ def start_run(
     chosen = {name: settings[name] for name in (*recipe, "epochs")} | {"amp": state.amp}
     card = describe_run(state, chosen, train, validation, start) | {"commit": commit}
     check_seen(card, settings["allow_seen"] or checkpoint is not None)
-    kept = {"initialised_from": start, "cases": train, "validation_cases": validation}
+    kept = {"initialised_from": start, "cases": train_names, "validation_cases": validation_names}
     kept["args"] = settings | {"amp": state.amp}
     kept["card"] = checkpoint.get("card") if checkpoint else None
     if kept["card"]:
         card["started"] = kept["card"].get("started")
-    return RunWriter(card, settings, kept, state.epoch)
+    patients = {case.name: patient_of(case) for case in validation}
+    return RunWriter(card, settings, kept, patients, state.epoch)
 
 
 def read_start(path: Path | str) -> dict:
@@ -111,7 +115,7 @@ def check_seen(card: dict, allowed: bool) -> None:
 
 
 def describe_run(
-    state: TrainState, recipe: dict, train: list[str], validation: list[str], start: dict | None
+    state: TrainState, recipe: dict, train: list[Case], validation: list[Case], start: dict | None
 ) -> dict:
     """Make the card of a run's weights: data, split, recipe, versions, device; no paths.
 
@@ -128,7 +132,10 @@ def describe_run(
         "model": recipe["model"],
         "settings": state.model.settings,
         **{name: recipe[name] for name in ("image_size", "neighbours", "preprocessing")},
-        "cases": {"train": train, "validation": validation},
+        "cases": {
+            "train": [case.name for case in train],
+            "validation": [case.name for case in validation],
+        },
         "recipe": recipe,
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "device": device,
@@ -136,14 +143,17 @@ def describe_run(
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
     earlier = (start or {}).get("patients") or {}
-    if patients := earlier | named_patients([*train, *validation]):
+    patients = earlier | patients_by_case(train + validation)
+    if patients:
         about["patients"] = patients
     if start:
-        about["cases"]["train"] = sorted({*train, *(start.get("cases") or {}).get("train", ())})
+        earlier_cases = (start.get("cases") or {}).get("train", ())
+        about["cases"]["train"] = sorted({*about["cases"]["train"], *earlier_cases})
         others = start.keys() - {"cases", "patients"}
         about["initialised_from"] = {key: value for key, value in start.items() if key in others}
-        patients = patients_of_card(start, "train")
-        if seen := [name for name in validation if patient_of(name) in patients]:
+        patients = patients_of_card(start, "train", cases=train + validation)
+        seen = [case.name for case in validation if patient_of(case) in patients]
+        if seen:
             about["validation_seen"] = seen
     return about
 
@@ -191,8 +201,11 @@ class RunWriter:
     Only the main process writes.
     """
 
-    def __init__(self, card: dict, settings: dict, kept: dict, epochs_done: int = 0):
+    def __init__(
+        self, card: dict, settings: dict, kept: dict, patients: dict[str, str], epochs_done: int
+    ):
         self.card, self.settings, self.kept, self.epochs_done = card, settings, kept, epochs_done
+        self.patients = patients  # of the validation cases, by name
         self.files = Path(settings["weights"]) / card["model"]
         self.logs, self.log = Path(settings["logs"]), None
 
@@ -215,7 +228,7 @@ class RunWriter:
     def weights(self, state: TrainState, scores: dict[str, float]) -> None:
         """Write the weights and their card, with the DSC of each validation case."""
         if is_main_process():
-            patients = [patient_of(name) for name in scores]
+            patients = [self.patients[name] for name in scores]
             summary = summarise(list(scores.values()), patients)
             if seen := self.card.get("validation_seen"):
                 summary["seen_by_start_weights"] = len(seen)

@@ -7,7 +7,8 @@ import functools
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -34,55 +35,49 @@ TCGA = re.compile(r"(?<![^_])TCGA[-_](\w\w)[-_](\w{4})(?![^-_])")
 COHORT = re.compile(  # in each, the patient's number comes before the scan's
     r"(?<![^_])(BraTS-[A-Z-]+-\d+(?=-\d{1,3}(?!\d))|(?:UPENN-GBM|UCSF-PDGM)-\d+)(?!\d)", re.I
 )
-# The patients of a --patients file, by case. Like the names it replaces, it applies to a whole
-# run: every caller that asks for the patient of a case gets the same answer.
-_patients: dict[str, str] = {}
-_patient_ids: dict[str, str] = {}  # the same from DICOM headers, for cases not in such a file
 
 
-def patient_of(case: str) -> str:
-    """Return the patient that a case belongs to.
+def patient_of(case: Case | Source) -> str:
+    """Return the patient that a case belongs to: by a --patients file, its headers or its name."""
+    return case.patient or patient_named(case.name, case.patient_id)
 
-    Taken from the file of `use_patients`, else from the PatientID of DICOM headers, else from the
-    name: `sub-<label>` of a BIDS name, `TCGA_<site>_<patient>`, `BraTS-<set>-<patient>`,
-    `UPENN-GBM-<patient>` or `UCSF-PDGM-<patient>` anywhere in it; else the name up to
-    `_<yyyymmdd>`, `_<yyyy-mm-dd>`, `_week-<n>` or `_ses-<label>`, or all of it.
+
+def patient_named(case: str, patient_id: str = "") -> str:
+    """Return the patient by the name of a case, or by the PatientID of its DICOM headers.
+
+    In either, that is `sub-<label>` of a BIDS name, `TCGA_<site>_<patient>`,
+    `BraTS-<set>-<patient>`, `UPENN-GBM-<patient>` or `UCSF-PDGM-<patient>` anywhere in it; else
+    what comes before `_<yyyymmdd>`, `_<yyyy-mm-dd>`, `_week-<n>` or `_ses-<label>`, or all of it.
+    A case name with TCGA, of a patient of the published data set, goes before the PatientID.
     """
-    if case in _patients:
-        return _patients[case]
-    if not TCGA.search(case):  # which names a patient of the published data set
-        case = _patient_ids.get(case, case)
-    if subject := SUBJECT.search(case):
+    if patient_id and not TCGA.search(case):
+        case = patient_id
+    subject = SUBJECT.search(case)
+    if subject:
         return subject[0]
-    if tcga := TCGA.search(case):
+    tcga = TCGA.search(case)
+    if tcga:
         return f"TCGA_{tcga[1]}_{tcga[2]}"
-    if cohort := COHORT.search(case):
+    cohort = COHORT.search(case)
+    if cohort:
         return cohort[0]
     return SESSION.sub("", case)
 
 
-def note_patients(cases: Iterable[Named]) -> None:
-    """Take the patients of these cases from the DICOM headers they were listed by, if any."""
-    for case in cases:
-        if case.patient:
-            _patient_ids[case.name] = case.patient
-        else:
-            _patient_ids.pop(case.name, None)
+def with_patients(cases: Sequence[Named], path: Path | str | None) -> list[Named]:
+    """Give cases the patients of a CSV file with the columns case and patient; None: change none.
 
-
-def use_patients(path: Path | str | None, cases: Iterable[str] = ()) -> None:
-    """Take the patients of cases, from now on, from a CSV file with the columns case and patient.
-
-    None: from DICOM headers and names alone. Raises OSError or ValueError, naming the file and the
-    line or case, if it is not such a table, gives a case two patients or lacks one of `cases`.
+    Raises OSError or ValueError, naming the file and the line or case, if it is not such a table,
+    gives a case two patients or lacks one of the cases.
     """
-    read = _read_patients(Path(path)) if path else {}
-    if path and (missing := sorted(set(cases) - read.keys())):
+    if not path:
+        return list(cases)
+    patients = _read_patients(Path(path))
+    missing = sorted(case.name for case in cases if case.name not in patients)
+    if missing:
         others = f" and {len(missing) - 1} others" if len(missing) > 1 else ""
         raise ValueError(f"{path}: lacks the case {missing[0]}{others}; add a line for each")
-    _patients.clear()
-    _patients.update(read)
-    _listed.cache_clear()  # its patients depend on this table too
+    return [replace(case, patient=patients[case.name]) for case in cases]
 
 
 def _read_patients(path: Path) -> dict[str, str]:
@@ -125,76 +120,98 @@ def list_cohort(
     """
     layout = parse_sequences(sequences)
     sources = list_cases(images, names, other_than, layout, Labels(labels))
-    note_patients(sources)
-    use_patients(patients, [source.name for source in sources])
-    return sources
+    return with_patients(sources, patients)
 
 
-def named_patients(cases: Iterable[str]) -> dict[str, str]:
-    """Return the patients of cases that do not follow from their names; a card has to keep these.
-
-    They are from a --patients file or DICOM headers.
-    """
-    return {case: patient_of(case) for case in cases if case in _patients or case in _patient_ids}
+def patients_by_case(cases: Iterable[Case | Source]) -> dict[str, str]:
+    """Return the patients that do not follow from the names of their cases, for the card."""
+    patients = {case.name: patient_of(case) for case in cases}
+    return {name: patient for name, patient in patients.items() if patient != patient_named(name)}
 
 
-def patients_of_card(card: Mapping, *subsets: str) -> set[str]:
+def patients_of_card(card: Mapping, *subsets: str, cases: Iterable[Case | Source] = ()) -> set[str]:
     """Return the patients of the cases that a weights' card lists in some subsets.
 
-    Taken both from the case names and from the --patients file that the weights were trained with.
+    They are taken from the case names, from the card, which has those of the --patients file of
+    the training, and from `cases` of today that have a name in the card.
     """
-    cases, known = card.get("cases") or {}, card.get("patients") or {}
-    names = {name for subset in subsets for name in cases.get(subset, ())}
-    return {*map(patient_of, names), *(known[name] for name in names if name in known)}
+    listed = card.get("cases") or {}
+    names = set()
+    for subset in subsets:
+        names.update(listed.get(subset, ()))
+    patients = {patient_named(name) for name in names}
+    for name, patient in (card.get("patients") or {}).items():
+        if name in names:
+            patients.add(patient)
+    for case in cases:
+        if case.name in names:
+            patients.add(patient_of(case))
+    return patients
 
 
-def count_patients(subsets: Mapping[str, Collection[str]]) -> str:
-    """Return one line that counts cases and patients of each subset, given its cases' names."""
+def count_patients(subsets: Mapping[str, Sequence[Case | Source]]) -> str:
+    """Return one line that counts the cases and patients of each subset."""
     parts = []
-    for subset, names in subsets.items():
-        patients = set(map(patient_of, names))
-        counts = ((len(names), "case"), (len(patients), "patient"))
+    for subset, cases in subsets.items():
+        patients = {patient_of(case) for case in cases}
         parts.append(
-            f"{subset} " + " of ".join(f"{n} {what}{'s' * (n != 1)}" for n, what in counts)
+            f"{subset} {counted(len(cases), 'case')} of {counted(len(patients), 'patient')}"
         )
     return ", ".join(parts)
 
 
-def by_subset(names: Iterable[str]) -> dict[str, list[str]]:
-    """Group the names of cases by subset."""
-    placed = [(name, subset_of(name)) for name in names]
-    return {subset: [name for name, at in placed if at == subset] for subset in SUBSETS}
+def counted(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
-def is_lgg(case: str) -> bool:
-    """Tell whether a case is of a patient in the published LGG data set."""
-    return patient_of(case) in _listed()
+def by_subset(cases: Iterable[Named]) -> dict[str, list[Named]]:
+    """Group cases by subset."""
+    groups: dict[str, list[Named]] = {subset: [] for subset in SUBSETS}
+    for case in cases:
+        groups[subset_of(case)].append(case)
+    return groups
 
 
-def subset_of(case: str) -> str:
+def is_lgg(patient: str) -> bool:
+    """Tell whether a patient is in the published LGG data set."""
+    return patient in _listed()
+
+
+def subset_of(case: Case | Source) -> str:
+    """Return the subset of the patient of a case; see `subset_of_patient`.
+
+    A case of the LGG data set stays in its subset, whatever a --patients file calls its patient.
+    """
+    patient = patient_named(case.name)
+    if patient not in _listed():
+        patient = patient_of(case)
+    return subset_of_patient(patient)
+
+
+def subset_of_patient(patient: str) -> str:
     """Return `train`, `validation` or `test`: from the lists in splits/ for LGG, else by a hash.
 
     The hash is stable and of the patient's name: adding a case moves no other, and no patient is
     in two subsets. Of 20 patients, about 14 are for train, 2 for validation and 4 for test.
     """
-    patient = patient_of(case)
     if patient in _listed():
         return _listed()[patient]
     place = int.from_bytes(hashlib.sha256(patient.encode()).digest()[:8], "big") % 1000
-    return "train" if place < 700 else "validation" if place < 800 else "test"
+    if place < 700:
+        return "train"
+    return "validation" if place < 800 else "test"
 
 
 def select_cases(cases: Sequence[Named], subset: str) -> list[Named]:
-    """Select the cases of a subset, by name; ValueError if it is unknown or no case is in it."""
-    note_patients(cases)
+    """Select the cases of a subset; ValueError if it is unknown or no case is in it."""
     if subset not in (*SUBSETS, "all"):
         raise ValueError(f"no subset is called {subset!r}; known: all, {', '.join(SUBSETS)}")
-    chosen = [case for case in cases if subset in ("all", subset_of(case.name))]
+    chosen = [case for case in cases if subset in ("all", subset_of(case))]
     if not chosen:
+        patients = {patient_of(case) for case in cases}
         raise ValueError(
-            f"none of the {len(cases)} cases ({len({patient_of(case.name) for case in cases})} "
-            f"patients by their names) falls into the subset {subset!r}; "
-            "add cases, or use --subset all (train.py: --folds 5 --fold 0)"
+            f"none of the {len(cases)} cases ({len(patients)} patients by their names) falls into "
+            f"the subset {subset!r}; add cases, or use --subset all (train.py: --folds 5 --fold 0)"
         )
     return chosen
 
@@ -202,7 +219,7 @@ def select_cases(cases: Sequence[Named], subset: str) -> list[Named]:
 def split_folds(
     cases: Sequence[Named],
     folds: int,
-    fold: int | None,
+    fold: int,
     workers: int | None = None,
     voxels: Callable[[Named], int] | None = None,
 ) -> tuple[list[Named], list[Named]]:
@@ -212,21 +229,21 @@ def split_folds(
     every machine for the same cases and masks; test cases are in none. `voxels` returns the lesion
     volume of a case; by default its mask is read. Raises ValueError as `check_folds` does.
     """
-    check_folds([case.name for case in cases], folds, fold)
-    pool = [case for case in cases if subset_of(case.name) != "test"]
+    check_folds(cases, folds, fold)
+    pool = [case for case in cases if subset_of(case) != "test"]
     lesion = Counter()  # voxels of each patient
     for case, count in zip(pool, in_order(voxels or _lesion_voxels, pool, workers), strict=True):
-        lesion[patient_of(case.name)] += count
+        lesion[patient_of(case)] += count
     # Dealt out in this order, the patients of a site, and of a size, go to different folds.
     patients = sorted(lesion, key=lambda patient: (site_of(patient), lesion[patient], patient))
     held_out = set(patients[fold::folds])
-    train = [case for case in pool if patient_of(case.name) not in held_out]
-    return train, [case for case in pool if patient_of(case.name) in held_out]
+    train = [case for case in pool if patient_of(case) not in held_out]
+    return train, [case for case in pool if patient_of(case) in held_out]
 
 
-def check_folds(names: Iterable[str], folds: int, fold: int | None) -> None:
+def check_folds(cases: Iterable[Case | Source], folds: int, fold: int | None) -> None:
     """Raise ValueError unless 0 <= fold < folds and 2 <= folds <= patients outside test."""
-    patients = {patient_of(name) for name in names if subset_of(name) != "test"}
+    patients = {patient_of(case) for case in cases if subset_of(case) != "test"}
     if len(patients) < 2:
         raise ValueError("cross-validation needs two patients outside the test subset; add cases")
     if not 2 <= folds <= len(patients):
@@ -242,9 +259,8 @@ def _lesion_voxels(case: Case) -> int:
     return int(case.read_mask().sum()) if case.masks else 0
 
 
-def site_of(case: str) -> str:
-    """Return the hospital in an LGG name (TCGA_<site>_<patient>); empty for all others."""
-    patient = patient_of(case)
+def site_of(patient: str) -> str:
+    """Return the hospital in the name of an LGG patient (TCGA_<site>_<patient>), else empty."""
     return patient.split("_")[1] if patient.startswith("TCGA_") else ""
 
 
@@ -252,4 +268,4 @@ def site_of(case: str) -> str:
 def _listed() -> dict[str, str]:
     """Read the LGG patients and the subset that each is in."""
     texts = {subset: (SPLITS / f"{subset}.txt").read_text() for subset in SUBSETS}
-    return {patient_of(name): subset for subset, text in texts.items() for name in text.split()}
+    return {patient_named(name): subset for subset, text in texts.items() for name in text.split()}

@@ -20,7 +20,14 @@ from brainseg.io.cohorts import parse_sequences
 from brainseg.io.labels import Labels
 from brainseg.io.layouts import find_case, find_cases, list_cases
 from brainseg.phantom import make_volume
-from brainseg.splits import SPLITS, is_lgg, patient_of, subset_of, use_patients
+from brainseg.splits import (
+    SPLITS,
+    list_cohort,
+    patient_named,
+    patient_of,
+    subset_of,
+    subset_of_patient,
+)
 from brainseg.weights import read_card
 
 VOLUMES = [make_volume((5, k), 4, 32) for k in range(4)]
@@ -96,7 +103,7 @@ def write(path: Path, voxels: np.ndarray) -> Path:
 
 def place(template: str, name: str) -> str:
     subject, _, session = name.partition("_")
-    patient = patient_of(name)
+    patient = patient_named(name)
     return template.format(name=name, subject=subject, session=session, patient=patient)
 
 
@@ -111,8 +118,9 @@ def write_case(root: Path, names: Names, name: str, volume: np.ndarray, mask: np
 def write_cohort(root: Path, names: Names) -> list[str]:
     """Write three cases to train and validate on and a last one to test; return their names."""
     every = [names.case.format(k=k) for k in range(1, 60)]
-    test = next(name for name in every if subset_of(name) == "test")
-    chosen = [name for name in every if subset_of(name) != "test"][:3] + [test]
+    subsets = {name: subset_of_patient(patient_named(name)) for name in every}
+    test = next(name for name in every if subsets[name] == "test")
+    chosen = [name for name in every if subsets[name] != "test"][:3] + [test]
     for name, (volume, mask) in zip(chosen, VOLUMES, strict=True):
         write_case(root, names, name, volume, mask)
     return chosen
@@ -133,12 +141,6 @@ def segment(images: Path, out: Path, *more: object) -> object:
     except SystemExit as stop:
         return stop.code or 0
     return 0
-
-
-@pytest.fixture(autouse=True)
-def no_patients():
-    """Reset the patients, as at the start of every command."""
-    use_patients(None)
 
 
 @pytest.fixture(scope="module", params=LAYOUTS)
@@ -281,7 +283,7 @@ def test_folders_of_timepoints_are_cases(tmp_path):
         write_case(tmp_path / "p1", BRATS, week, *VOLUMES[0])
     cases = list_cases(tmp_path, layout=parse_sequences(["flair=*_flair.nii.gz"]))
     assert [case.name for case in cases] == ["p1_week-000", "p1_week-044"]
-    assert {patient_of(case.name) for case in cases} == {"p1"}
+    assert {patient_of(case) for case in cases} == {"p1"}
 
 
 # Labels
@@ -469,19 +471,21 @@ def test_a_file_names_the_patient_of_each_case(tmp_path, capsys):
     cases = write_cohort(tmp_path / "in", BRATS)
     lines = "".join(f"{name},{'TCGA_CS_4942' if k < 2 else k}\n" for k, name in enumerate(cases))
     path = table(tmp_path, f"Case,Patient\n{lines}\n")
-    use_patients(path, cases)
-    assert patient_of(cases[0]) == patient_of(cases[1]) == "TCGA_CS_4942" != patient_of(cases[2])
-    assert subset_of(cases[0]) == "train", "as the lists of LGG say"
-    use_patients(None)
-    assert patient_of(cases[0]) == cases[0]
+    layout = BRATS.options[1:] or None
+    listed = {source.name: source for source in list_cohort(tmp_path / "in", layout, patients=path)}
+    first, second, third, _ = (listed[name].open() for name in cases)
+    assert patient_of(first) == patient_of(second) == "TCGA_CS_4942" != patient_of(third)
+    assert subset_of(first) == "train", "as the lists of LGG say"
+    (again,) = list_cohort(tmp_path / "in", layout, names=[first.name])
+    assert patient_of(again) == first.name
 
 
-def test_each_table_of_patients_holds_for_its_run(tmp_path):
-    case = (SPLITS / "validation.txt").read_text().split()[0]
-    (tmp_path / "p.csv").write_text(f"case,patient\n{case},renamed\n")
-    for table in (None, tmp_path / "p.csv", None):
-        use_patients(table)
-        assert subset_of(case) == "validation" and is_lgg(case)
+def test_a_renamed_lgg_case_stays_in_its_subset(tmp_path):
+    name = (SPLITS / "validation.txt").read_text().split()[0]
+    write_case(tmp_path / "in", BRATS, name, *VOLUMES[0])
+    path = table(tmp_path, f"case,patient\n{name},renamed\n")
+    (case,) = list_cohort(tmp_path / "in", patients=path)
+    assert patient_of(case) == "renamed" and subset_of(case) == "validation"
 
 
 def test_patients_of_a_file_are_in_the_card(tmp_path, capsys):

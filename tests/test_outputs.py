@@ -169,7 +169,7 @@ def test_kept_cases_keep_their_rows(phantoms, weights, tmp_path):
 def test_rows_come_back_from_the_file(pair, tmp_path):
     case = Case("1000", tuple(range(7)), (), ())
     rows = {"1000": volume_row(case, pair[0], pair[1], (0.8, 0.7, 0.9))}
-    rows["1001"] = unread_row("1001", ValueError("cut short"))
+    rows["1001"] = unread_row(Case("1001", (), (), ()), ValueError("cut short"))
     assert list(rows["1000"]) == list(rows["1001"]), "the same columns"
     write_table(tmp_path / "v.csv", list(rows.values()))
     assert read_volumes(tmp_path / "v.csv") == rows

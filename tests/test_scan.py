@@ -21,7 +21,7 @@ from brainseg.io.layouts import find_case, find_cases, find_sequences, list_case
 from brainseg.io.scans import Scan, read_voxels
 from brainseg.phantom import make_volume, write_data_set
 from brainseg.segmenter import Segmenter
-from brainseg.splits import patient_of
+from brainseg.splits import patient_named
 from dataset import BrainSegmentationDataset
 
 # From voxels (column, row, slice), which run left, posterior and up, to RAS: negated twice.
@@ -236,7 +236,7 @@ def test_the_patient_of_sequences_is_known_by_their_folder(pair, tmp_path):
     """Otherwise a patient that the weights were trained on would count as unseen."""
     (tmp_path / "anna_20240131").mkdir()
     flair = write(tmp_path / "anna_20240131" / "flair.nii.gz", pair[0][..., 1])
-    assert patient_of(find_sequences(flair, None, None).name) == "anna"
+    assert patient_named(find_sequences(flair, None, None).name) == "anna"
 
 
 # Sequences

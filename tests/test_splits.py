@@ -7,7 +7,15 @@ import pytest
 
 from brainseg.io.layouts import find_cases
 from brainseg.io.slices import Case
-from brainseg.splits import SPLITS, SUBSETS, patient_of, select_cases, split_folds, subset_of
+from brainseg.splits import (
+    SPLITS,
+    SUBSETS,
+    patient_named,
+    select_cases,
+    split_folds,
+    subset_of,
+    subset_of_patient,
+)
 
 
 def made_up(names: list[str]) -> list[Case]:
@@ -16,6 +24,10 @@ def made_up(names: list[str]) -> list[Case]:
 
 def names_of(cases: list[Case]) -> list[str]:
     return [case.name for case in cases]
+
+
+def subset_named(name: str) -> str:
+    return subset_of_patient(patient_named(name))
 
 
 # Subsets
@@ -37,19 +49,19 @@ def test_lgg_lists():
         "test": 22,
     }
     assert all(set(chosen[subset]) == set(listed(subset)) for subset in SUBSETS)
-    patients = [{patient_of(name) for name in names} for names in chosen.values()]
+    patients = [{patient_named(name) for name in names} for names in chosen.values()]
     assert len(set.union(*patients)) == sum(map(len, patients)) == 110
     assert len(select_cases(made_up(LGG), "all")) == 110
 
 
 def test_another_scan_of_an_lgg_patient_stays_in_its_subset():
     for name in LGG:
-        assert subset_of(f"{patient_of(name)}_20991231") == subset_of(name), name
+        assert subset_named(f"{patient_named(name)}_20991231") == subset_named(name), name
 
 
 def test_real_cases_fall_into_their_lists(lgg):
     for case in find_cases(lgg):
-        assert case.name in listed(subset_of(case.name))
+        assert case.name in listed(subset_of(case))
 
 
 @pytest.mark.parametrize(
@@ -85,7 +97,7 @@ def test_real_cases_fall_into_their_lists(lgg):
     ],
 )
 def test_patient_is_the_name_without_date_or_session(case, patient):
-    assert patient_of(case) == patient
+    assert patient_named(case) == patient
 
 
 PATIENTS = [f"sub-{k:03d}" for k in range(200)]
@@ -95,7 +107,7 @@ SCANS = [f"{patient}_ses-{s}" for patient in PATIENTS for s in "ab"]
 def test_no_patient_is_in_two_subsets():
     chosen = {subset: names_of(select_cases(made_up(SCANS), subset)) for subset in SUBSETS}
     assert sorted(sum(chosen.values(), [])) == SCANS
-    patients = [{patient_of(name) for name in names} for names in chosen.values()]
+    patients = [{patient_named(name) for name in names} for names in chosen.values()]
     assert sum(map(len, patients)) == len(PATIENTS)
     train, validation, test = map(len, patients)
     assert 120 < train < 160 and 10 < validation < 32 and 25 < test < 57
@@ -112,8 +124,8 @@ def test_adding_a_case_moves_no_other():
 def test_hash_split_is_the_same_for_ever():
     """A change here would move training cases of existing weights into the test subset."""
     names = [f"phantom_{k:03d}" for k in range(12)]
-    assert [k for k, name in enumerate(names) if subset_of(name) == "test"] == [0, 7, 9]
-    assert [k for k, name in enumerate(names) if subset_of(name) == "validation"] == [11]
+    assert [k for k, name in enumerate(names) if subset_named(name) == "test"] == [0, 7, 9]
+    assert [k for k, name in enumerate(names) if subset_named(name) == "validation"] == [11]
 
 
 def test_unknown_subset_and_empty_subset_are_refused():
@@ -135,10 +147,10 @@ def test_folds_are_a_partition_by_patient(names, folds):
     for fold in range(folds):
         train, validation = (set(names_of(part)) for part in split_folds(cases, folds, fold))
         assert train | validation == set(names) - test, "test cases are never used"
-        assert not {*map(patient_of, train)} & {*map(patient_of, validation)}
+        assert not {*map(patient_named, train)} & {*map(patient_named, validation)}
         held_out.append(validation)
     assert sum(map(len, held_out)) == len(set.union(*held_out)) == len(set(names) - test)
-    sizes = [len({patient_of(name) for name in fold}) for fold in held_out]
+    sizes = [len({patient_named(name) for name in fold}) for fold in held_out]
     assert max(sizes) - min(sizes) <= 1
 
 
@@ -155,7 +167,7 @@ def test_folds_are_balanced_over_hospitals():
 
 def test_folds_are_balanced_over_lesion_volumes(phantoms):
     """Each fold holds out one of every three consecutive patients in order of volume."""
-    cases = [case for case in find_cases(phantoms) if subset_of(case.name) != "test"]
+    cases = [case for case in find_cases(phantoms) if subset_of(case) != "test"]
     folds = [names_of(split_folds(cases, 3, fold)[1]) for fold in range(3)]
     by_volume = sorted(cases, key=lambda case: case.read_mask().sum())
     place = {case.name: k // 3 for k, case in enumerate(by_volume)}

@@ -7,18 +7,11 @@ import pydicom
 import pytest
 from pydicom import uid
 
-from brainseg import splits
 from brainseg.io.layouts import list_cases
 from brainseg.io.sequences import sequence_of
-from brainseg.splits import list_cohort, patient_of, select_cases, subset_of, use_patients
+from brainseg.splits import list_cohort, patient_of, select_cases, subset_of_patient
 
 # Names and patients
-
-
-@pytest.fixture(autouse=True)
-def forget_patients():
-    yield
-    splits._patient_ids.clear()
 
 
 def image(path: Path, patient: str = "", study: str = "1", date: str = "", **tags: object) -> Path:
@@ -97,18 +90,19 @@ def test_a_case_for_each_patient_and_study(tmp_path, tree):
     files, expected = TREES[tree]
     for place, header in files.items():
         image(tmp_path / "in" / place, *header)
-    names = [source.name for source in list_cohort(tmp_path / "in")]
-    assert {name: patient_of(name) for name in names} == expected
-    assert len(names) == len(expected)
+    sources = list_cohort(tmp_path / "in")
+    assert {source.name: patient_of(source) for source in sources} == expected
+    assert len(sources) == len(expected)
 
 
 def test_studies_of_one_date_have_names_of_their_own(tmp_path):
     for number in "12":
         image(tmp_path / number, "p1", date="20200101", StudyInstanceUID=f"1.{number}")
-    names = [source.name for source in list_cohort(tmp_path)]
+    sources = list_cohort(tmp_path)
+    names = [source.name for source in sources]
     assert len(set(names)) == 2
     assert all(name.startswith("p1_20200101_ses-") for name in names)
-    assert {patient_of(name) for name in names} == {"p1"}
+    assert {patient_of(source) for source in sources} == {"p1"}
 
 
 def test_t1_of_one_date_does_not_go_with_flair_of_another(tmp_path):
@@ -126,7 +120,7 @@ def test_studies_of_a_patient_are_in_one_subset(tmp_path):
             image(tmp_path / f"{name}{patient}" / "1", f"p{patient}", f"{patient + 1}{k}")
     sources = list_cases(tmp_path)
     train = {source.name for source in select_cases(sources, "train")}
-    assert {subset_of(f"first{k}") for k in range(20)} > {"train"}
+    assert {subset_of_patient(f"first{k}") for k in range(20)} > {"train"}
     for patient in range(20):
         assert (f"first{patient}" in train) == (f"again{patient}" in train)
 
@@ -135,10 +129,10 @@ def test_a_table_of_patients_goes_before_headers(tmp_path):
     image(tmp_path / "in" / "a" / "1", "p1")
     table = tmp_path / "patients.csv"
     table.write_text("case,patient\na,bert\n")
-    list_cohort(tmp_path / "in", patients=table)
-    assert patient_of("a") == "bert"
-    use_patients(None)
-    assert patient_of("a") == "p1"
+    (listed,) = list_cohort(tmp_path / "in", patients=table)
+    assert patient_of(listed) == "bert"
+    (listed,) = list_cohort(tmp_path / "in")
+    assert patient_of(listed) == "p1"
 
 
 def test_an_image_cut_anywhere_is_damaged(tmp_path):

@@ -41,16 +41,16 @@ class Model:
     seen: dict[Path, set[str]] = field(default_factory=dict)  # by file: patients trained on
     chose: dict[Path, set[str]] = field(default_factory=dict)  # patients its epoch was chosen on
 
-    def unseen(self, case: str) -> list[Path]:
+    def unseen(self, case: Case | Source) -> list[Path]:
         """List the files of the networks that were not trained on the patient of a case."""
         return [file for file, patients in self.seen.items() if patient_of(case) not in patients]
 
-    def was_trained_on(self, case: str) -> bool:
+    def was_trained_on(self, case: Case | Source) -> bool:
         if self.scores:
-            return case in self.scores and self.scores[case]["trained_on"]
+            return case.name in self.scores and self.scores[case.name]["trained_on"]
         return not self.unseen(case)
 
-    def segmenter_for(self, case: str) -> Segmenter:
+    def segmenter_for(self, case: Case | Source) -> Segmenter:
         """Return a segmenter with only the networks that have not seen the patient of a case."""
         files = self.unseen(case)
         if len(files) == len(self.seen):
@@ -146,13 +146,13 @@ def choose_cases(
 
     Raises ValueError, naming the case, if one cannot be scored or nothing is left.
     """
-    chosen = [s for s in sources if {"all", subset_of(s.name)} & set(subsets)]
+    chosen = [s for s in sources if {"all", subset_of(s)} & set(subsets)]
     if not chosen:
         raise ValueError(
             f"{images}: none of its {len(sources)} cases is in {' or '.join(subsets)}; "
             "choose another --subset, such as all"
         )
-    seen = {s.name for s in chosen if any(model.was_trained_on(s.name) for model in models)}
+    seen = {s.name for s in chosen if any(model.was_trained_on(s) for model in models)}
     cases = [source.open() for source in chosen if source.name not in seen]
     if not cases:
         raise ValueError(
@@ -197,7 +197,7 @@ def score_all(
         for case, volume, truth, prepared in in_order(load, cases, workers):
             found = {}
             for model in (model for model in models if model.name in opened):
-                segmenter = model.segmenter_for(case.name)
+                segmenter = model.segmenter_for(case)
                 images, frame = prepared[ways[model.name]]
                 found[model.name] = segmenter.assess(segmenter.probabilities(images), frame)
             yield case, volume, truth, found
@@ -230,9 +230,9 @@ def score_case(
     """
     about = {
         "case": case.name,
-        "patient": patient_of(case.name),
-        "subset": subset_of(case.name),
-        "site": site_of(case.name),
+        "patient": patient_of(case),
+        "subset": subset_of(case),
+        "site": site_of(patient_of(case)),
         "missing": missing_sequences(volume),
         "slices": len(truth),
         "lesion_voxels": int(truth.sum()),
@@ -243,13 +243,13 @@ def score_case(
         if model.scores:
             rows.append(row | scores_of(model, case, row))
             continue
-        made, files = found[model.name], model.unseen(case.name)
+        made, files = found[model.name], model.unseen(case)
         mask, probabilities = made.mask, torch.from_numpy(made.probabilities)
         row |= {
             "weights": str(files[0]) if len(files) == 1 else f"{len(files)} in {model.path}",
             "chose_epoch": int(any(about["patient"] in model.chose[file] for file in files)),
             "predicted_voxels": int(mask.sum()),
-            RUN: model.segmenter_for(case.name).run,
+            RUN: model.segmenter_for(case).run,
         }
         row |= score(mask, truth, case.spacing)
         least = model.segmenter.min_volume

@@ -32,10 +32,11 @@ class Source:
     layout: Layout | None = None  # None: found from the files in the folder
     labels: Labels = field(default_factory=Labels, compare=False, repr=False)
     study: Study | None = field(default=None, repr=False)  # of DICOM
+    patient: str = field(default="", compare=False)  # if not by name; see splits
 
     @property
-    def patient(self) -> str:
-        """Return the patient whom DICOM headers name; empty if they name none."""
+    def patient_id(self) -> str:
+        """Return the PatientID of the DICOM headers; empty if they name nobody."""
         return self.study.patient if self.study else ""
 
     def open(self) -> Case:
@@ -45,7 +46,7 @@ class Source:
                 case = _open_study(self.study)
             else:
                 case = find_case(self.folder, self.root, self.layout)
-        return replace(case, name=self.name, labels=self.labels)
+        return replace(case, name=self.name, labels=self.labels, patient=self.patient)
 
 
 def find_cases(root: Path | str, names: Sequence[str] | None = None) -> list[Case]:

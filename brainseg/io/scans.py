@@ -79,7 +79,7 @@ class Scan(Case):
         return self.flair.path if isinstance(self.flair, Series) else self.flair
 
     @property
-    def patient(self) -> str:
+    def patient_id(self) -> str:
         return self.flair.patient if isinstance(self.flair, Series) else ""
 
     @property

@@ -38,12 +38,13 @@ class Case:
     notes: ClassVar[Sequence[str]] = ()  # what the user should know about how it is read
     # Millimetres from slice to slice, row to row, column to column; None: not recorded.
     spacing: ClassVar[tuple[float, float, float] | None] = None
-    patient: ClassVar[str] = ""  # whom DICOM headers name
+    patient_id: ClassVar[str] = ""  # in DICOM headers
     name: str
     numbers: tuple[int, ...]
     slices: tuple[Path, ...]
     masks: tuple[Path, ...]
     labels: Labels = field(default_factory=Labels, kw_only=True, compare=False, repr=False)
+    patient: str = field(default="", kw_only=True, compare=False)  # if not by name; see splits
 
     @property
     def folder(self) -> Path:

@@ -11,7 +11,7 @@ import numpy as np
 from ..io.files import RUN, read_rows
 from ..io.slices import Case
 from ..metrics import describe, describe_distances, score
-from ..splits import patient_of
+from ..splits import patient_named
 
 
 def table_row(case: Case, mask: np.ndarray, truth: np.ndarray) -> dict:
@@ -44,14 +44,14 @@ def scores_text(rows: Sequence[dict]) -> str:
     if len(unseen) < len(rows):
         lines.append("* of a patient that the weights were trained on: not counted below")
     if unseen:
-        patients = [patient_of(row["case"]) for row in unseen]
+        patients = [row["patient"] for row in unseen]
         lines.append(describe([row["dsc"] for row in unseen], patients))
         lines.append(describe_distances(unseen, hd95))
     return "\n".join(lines)
 
 
 def read_scores(path: Path, names: Iterable[str]) -> dict[str, dict]:
-    """Read `trained_on` (bool), RUN and `names` (float) by case from a metrics.csv of inference.py.
+    """Read `patient`, `trained_on` (bool), RUN and `names` (float) of each case in a metrics.csv.
 
     Raises OSError or ValueError, naming the file, if it is not such a file or lacks a column.
     """
@@ -67,7 +67,8 @@ def read_scores(path: Path, names: Iterable[str]) -> dict[str, dict]:
             raise ValueError(f"{path}: scores {line['case']} twice; keep one row per case")
         try:
             seen = {"0": False, "1": True}[line["trained_on"]]
-            row = {"trained_on": seen, RUN: line.get(RUN, "")}
+            patient = line.get("patient") or patient_named(line["case"])
+            row = {"patient": patient, "trained_on": seen, RUN: line.get(RUN, "")}
             row |= {name: float(line[name]) for name in names}
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(

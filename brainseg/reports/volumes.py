@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from ..io.files import RUN, read_table, sentence
+from ..io.layouts import Source
 from ..io.slices import Case
 from ..preprocess import CHANNELS, missing_sequences
 from ..quality import WARN_BELOW
@@ -60,7 +61,7 @@ def volume_row(
 
     row = {
         "case": case.name,
-        "patient": patient_of(case.name),
+        "patient": patient_of(case),
         "slices": len(mask),
         "sequences": ", ".join(name for name in names if name not in replaced),
         "replaced": ", ".join(replaced),
@@ -82,10 +83,10 @@ def scan_hash(volume: np.ndarray) -> str:
     return hashlib.sha256(about + np.ascontiguousarray(volume).data).hexdigest()[:16]
 
 
-def unread_row(case: str, error: Exception) -> dict:
+def unread_row(case: Case | Source, error: Exception) -> dict:
     """Make the row of a case that could not be read: its name, and why."""
     return dict.fromkeys(COLUMNS) | {
-        "case": case,
+        "case": case.name,
         "patient": patient_of(case),
         "sequences": "",
         "replaced": "",
