@@ -15,7 +15,7 @@ from brainseg.devices import concatenate, free_memory, in_order, to_device
 from brainseg.io.layouts import Source, list_cases
 from brainseg.io.slices import Case
 from brainseg.preprocess import neighbourhoods
-from brainseg.splits import check_folds, select_cases, split_folds, subset_of
+from brainseg.splits import check_folds, outside_test, select_cases, split_folds
 
 MOST = 0.5  # share of a device's free memory; a training step needs the rest
 
@@ -77,7 +77,7 @@ class BrainSegmentationDataset(Dataset):
             train, validation = (select_cases(sources, part) for part in ("train", "validation"))
         else:  # every fold needs all cases except the test cases
             check_folds(sources, folds, fold)
-            train, validation = [s for s in sources if subset_of(s) != "test"], []
+            train, validation = outside_test(sources), []
         cases = open_cases([*train, *validation], skip_bad)
         volumes = prepare(cases, skip_bad=skip_bad, progress=True, **how)
         if folds is not None:

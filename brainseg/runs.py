@@ -20,7 +20,14 @@ from .io.layouts import Source
 from .io.pictures import outline, to_grey
 from .io.slices import Case
 from .metrics import summarise
-from .splits import by_subset, count_patients, patient_of, patients_by_case, patients_of_card
+from .splits import (
+    alike_names,
+    by_subset,
+    count_patients,
+    patient_of,
+    patients_by_case,
+    patients_of_card,
+)
 from .training import TrainState
 from .weights import read_card, save_weights
 
@@ -57,6 +64,9 @@ def report_cases(
         "test": by_subset(sources)["test"],
     }
     print(count_patients(subsets), flush=True)
+    question = alike_names(sources)
+    if question:
+        print(question, file=sys.stderr)
 
 
 def start_run(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import functools
 import hashlib
 import re
@@ -14,7 +13,7 @@ from typing import TypeVar
 
 from .devices import in_order
 from .io.cohorts import parse_sequences
-from .io.files import name_in_errors
+from .io.files import read_rows
 from .io.labels import Labels
 from .io.layouts import Source, list_cases
 from .io.slices import Case
@@ -22,18 +21,23 @@ from .io.slices import Case
 Named = TypeVar("Named", Case, Source)
 SUBSETS = ("train", "validation", "test")
 SPLITS = Path(__file__).resolve().parents[1] / "splits"
-# What follows the patient in a case name: a date, a week or a session, and the rest.
+# What follows the patient in a case name: a date, a week, a visit or a session, and the rest.
 DATES = (
     r"_(19|20)\d\d(0[1-9]|1[0-2])(0[1-9]|[12]\d|3[01])",
     r"[-_](19|20)\d\d-(0[1-9]|1[0-2])-(0[1-9]|[12]\d|3[01])",
 )
 SESSION = re.compile(
-    rf"(({'|'.join(DATES)})(T\d+)?|[-_][Ww](ee)?k[-_]?\d+(-\d+)?|_ses-[^_]+)(_.*)?$"
+    rf"(({'|'.join(DATES)})(T\d+)?|[-_]w(ee)?k[-_]?\d+(-\d+)?|_ses-[^_]+|"
+    r"[-_](time_?point|tp|visit|session|scan|follow_?up)[-_]?\d+)([-_].*)?$",
+    re.I,
 )
 SUBJECT = re.compile(r"(?<![^_])sub-[^_]+")  # of a BIDS file
-TCGA = re.compile(r"(?<![^_])TCGA[-_](\w\w)[-_](\w{4})(?![^-_])")
+TCGA = re.compile(r"(?<![^_])TCGA[-_](\w\w)[-_](\w{4})(?![^-_])", re.I)
+LAST_NUMBER = re.compile(r"[-_. ]\d+$")
 COHORT = re.compile(  # in each, the patient's number comes before the scan's
-    r"(?<![^_])(BraTS-[A-Z-]+-\d+(?=-\d{1,3}(?!\d))|(?:UPENN-GBM|UCSF-PDGM)-\d+)(?!\d)", re.I
+    r"(?<![^_])(BraTS-[A-Z-]+-\d+(?=-\d{1,3}(?!\d))|(?:UPENN-GBM|UCSF-PDGM|UCSD-PTGBM|RHUH(?:-GBM)?)-\d+)"
+    r"(?!\d)",
+    re.I,
 )
 
 
@@ -57,7 +61,7 @@ def patient_named(case: str, patient_id: str = "") -> str:
         return subject[0]
     tcga = TCGA.search(case)
     if tcga:
-        return f"TCGA_{tcga[1]}_{tcga[2]}"
+        return f"TCGA_{tcga[1]}_{tcga[2]}".upper()
     cohort = COHORT.search(case)
     if cohort:
         return cohort[0]
@@ -65,45 +69,81 @@ def patient_named(case: str, patient_id: str = "") -> str:
 
 
 def with_patients(cases: Sequence[Named], path: Path | str | None) -> list[Named]:
-    """Give cases the patients of a CSV file with the columns case and patient; None: change none.
+    """Give cases the patients, and the subsets if it has any, of a CSV file; None: change none.
 
-    Raises OSError or ValueError, naming the file and the line or case, if it is not such a table,
-    gives a case two patients or lacks one of the cases.
+    Its columns are case, patient and, if the user splits the cohort himself, subset. Raises OSError
+    or ValueError, naming the file and the case, if it is not such a table, lacks one of the cases
+    or contradicts itself.
     """
     if not path:
         return list(cases)
-    patients = _read_patients(Path(path))
-    missing = sorted(case.name for case in cases if case.name not in patients)
+    rows = _read_patients(Path(path))
+    missing = sorted(case.name for case in cases if case.name not in rows)
     if missing:
         others = f" and {len(missing) - 1} others" if len(missing) > 1 else ""
         raise ValueError(f"{path}: lacks the case {missing[0]}{others}; add a line for each")
-    return [replace(case, patient=patients[case.name]) for case in cases]
+    placed = []
+    for case in cases:
+        patient, subset = rows[case.name]
+        placed.append(replace(case, patient=patient, subset=subset))
+    return placed
 
 
-def _read_patients(path: Path) -> dict[str, str]:
+def _read_patients(path: Path) -> dict[str, tuple[str, str]]:
+    """Read the patient and the subset, or "", of each case."""
     wrong = f"{path}: is not a table with the columns case and patient; write CSV with both"
-    try:
-        with name_in_errors(path), open(path, newline="", encoding="utf-8-sig") as file:
-            lines = list(csv.reader(file))
-    except (ValueError, csv.Error) as error:
-        raise ValueError(wrong) from error
-    header = [name.strip().lower() for name in lines[0]] if lines else []
-    if not {"case", "patient"} <= set(header):
+    lines = read_rows(path, {"case", "patient"}, wrong)
+    if not lines:
         raise ValueError(wrong)
-    patients: dict[str, str] = {}
-    for number, line in enumerate(lines[1:], start=2):
-        if not any(map(str.strip, line)):
-            continue
-        row = dict(zip(header, map(str.strip, line), strict=False))
-        case, patient = row.get("case"), row.get("patient")
+    rows: dict[str, tuple[str, str]] = {}
+    subsets: dict[str, str] = {}  # of each patient
+    for line in lines:
+        case, patient = line["case"].strip(), line["patient"].strip()
         if not case or not patient:
-            raise ValueError(f"{path}: line {number} lacks its case or its patient; complete it")
-        if patients.setdefault(case, patient) != patient:
             raise ValueError(
-                f"{path}: line {number} gives {case} the patient {patient}, an earlier line "
-                f"{patients[case]}; keep one of them"
+                f"{path}: the line of {case or patient or 'no case'} lacks its case or its "
+                "patient; complete it"
             )
-    return patients
+        subset = line.get("subset", "").strip()
+        if "subset" in line and subset not in SUBSETS:
+            raise ValueError(f"{path}: the subset of {case} must be one of {', '.join(SUBSETS)}")
+        if rows.setdefault(case, (patient, subset))[0] != patient:
+            raise ValueError(
+                f"{path}: gives {case} the patients {rows[case][0]} and {patient}; keep one of them"
+            )
+        if subsets.setdefault(patient, subset) != subset:
+            raise ValueError(
+                f"{path}: has the patient {patient} in {subsets[patient]} and in {subset}; keep "
+                "one subset for all cases of a patient"
+            )
+    if len(subsets) > 1 and len(set(subsets.values())) == 1 and subset:
+        raise ValueError(f"{path}: has every patient in {subset}; name two subsets or none")
+    return rows
+
+
+def share_small_cohort(cases: Sequence[Named]) -> list[Named]:
+    """Make sure that cases of two patients or more are both for training and for validation.
+
+    By its hash alone, a small cohort may have no patient to validate on: the patients are then
+    ranked by it, and the first of them train and the next one validates. Nobody moves whom the
+    user or the lists of the LGG data set have placed.
+    """
+    placed = {subset_of(case) for case in cases if is_placed(case)}
+    free = {patient_of(case) for case in cases if not is_placed(case)}
+    ranked = sorted(free, key=_place)
+    subsets = {patient: subset_of_patient(patient) for patient in ranked}
+    if len(ranked) < 2:
+        return list(cases)
+    if "train" not in placed.union(subsets.values()):
+        subsets[ranked[0]] = "train"
+    if "validation" not in placed.union(subsets.values()):
+        after = [patient for patient in ranked if subsets[patient] == "test"]
+        subsets[after[0] if after else ranked[-1]] = "validation"
+    shared = []
+    for case in cases:
+        subset = subsets.get(patient_of(case), case.subset)
+        shared.append(case if subset == subset_of(case) else replace(case, subset=subset))
+    return shared
 
 
 def list_cohort(
@@ -120,7 +160,31 @@ def list_cohort(
     """
     layout = parse_sequences(sequences)
     sources = list_cases(images, names, other_than, layout, Labels(labels))
-    return with_patients(sources, patients)
+    return share_small_cohort(with_patients(sources, patients))
+
+
+def alike_names(cases: Iterable[Case | Source]) -> str:
+    """Ask about patients whose names differ in a last number only; empty if there are none.
+
+    They are asked about if the names without it differ: `anna_1`, `anna_2` and `bert_1` may be two
+    patients, `case_1` to `case_9` hardly one.
+    """
+    groups: dict[str, set[str]] = {}
+    for case in cases:
+        if case.patient:
+            continue  # said by the user
+        patient = patient_of(case)
+        stem = LAST_NUMBER.sub("", patient)
+        if stem and stem != patient:
+            groups.setdefault(stem, set()).add(patient)
+    pairs = sorted(sorted(patients)[:2] for patients in groups.values() if len(patients) > 1)
+    if len(groups) < 2 or not pairs:
+        return ""
+    first, second = pairs[0]
+    return (
+        f"{first} and {second} are taken for two patients, as are {len(pairs) - 1} other pairs of "
+        "names that differ in a last number only; if they are scans of one, say so with --patients"
+    )
 
 
 def patients_by_case(cases: Iterable[Case | Source]) -> dict[str, str]:
@@ -178,14 +242,18 @@ def is_lgg(patient: str) -> bool:
 
 
 def subset_of(case: Case | Source) -> str:
-    """Return the subset of the patient of a case; see `subset_of_patient`.
+    """Return the subset of a case: that of its patient (see `subset_of_patient`), unless placed.
 
-    A case of the LGG data set stays in its subset, whatever a --patients file calls its patient.
+    A case of the LGG data set stays in its subset, whatever a --patients file says of it.
     """
-    patient = patient_named(case.name)
-    if patient not in _listed():
-        patient = patient_of(case)
-    return subset_of_patient(patient)
+    listed = _listed().get(patient_named(case.name))
+    return listed or case.subset or subset_of_patient(patient_of(case))
+
+
+def is_placed(case: Case | Source) -> bool:
+    """Tell whether the user, or a list of the LGG data set, says which subset a case is in."""
+    lgg = is_lgg(patient_named(case.name)) or is_lgg(patient_of(case))
+    return lgg or bool(case.subset)
 
 
 def subset_of_patient(patient: str) -> str:
@@ -196,10 +264,15 @@ def subset_of_patient(patient: str) -> str:
     """
     if patient in _listed():
         return _listed()[patient]
-    place = int.from_bytes(hashlib.sha256(patient.encode()).digest()[:8], "big") % 1000
+    place = _place(patient)
     if place < 700:
         return "train"
     return "validation" if place < 800 else "test"
+
+
+def _place(patient: str) -> int:
+    """Return the place of a patient among a thousand, by a hash of the name."""
+    return int.from_bytes(hashlib.sha256(patient.encode()).digest()[:8], "big") % 1000
 
 
 def select_cases(cases: Sequence[Named], subset: str) -> list[Named]:
@@ -226,11 +299,12 @@ def split_folds(
     """Split cases for cross-validation into those to train on and those that `fold` holds out.
 
     Folds are by patient, balanced over hospitals (for LGG) and lesion volumes, and the same on
-    every machine for the same cases and masks; test cases are in none. `voxels` returns the lesion
+    every machine for the same cases and masks; cases that the user or the LGG lists set aside for
+    testing are in none. `voxels` returns the lesion
     volume of a case; by default its mask is read. Raises ValueError as `check_folds` does.
     """
     check_folds(cases, folds, fold)
-    pool = [case for case in cases if subset_of(case) != "test"]
+    pool = outside_test(cases)
     lesion = Counter()  # voxels of each patient
     for case, count in zip(pool, in_order(voxels or _lesion_voxels, pool, workers), strict=True):
         lesion[patient_of(case)] += count
@@ -241,9 +315,14 @@ def split_folds(
     return train, [case for case in pool if patient_of(case) in held_out]
 
 
+def outside_test(cases: Iterable[Named]) -> list[Named]:
+    """List the cases that neither the user nor the lists of the LGG data set keep for testing."""
+    return [case for case in cases if subset_of(case) != "test" or not is_placed(case)]
+
+
 def check_folds(cases: Iterable[Case | Source], folds: int, fold: int | None) -> None:
     """Raise ValueError unless 0 <= fold < folds and 2 <= folds <= patients outside test."""
-    patients = {patient_of(case) for case in cases if subset_of(case) != "test"}
+    patients = {patient_of(case) for case in outside_test(cases)}
     if len(patients) < 2:
         raise ValueError("cross-validation needs two patients outside the test subset; add cases")
     if not 2 <= folds <= len(patients):

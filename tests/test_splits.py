@@ -1,6 +1,7 @@
 """Test the patient and subset of a case, and the folds of a cross-validation."""
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,11 +11,16 @@ from brainseg.io.slices import Case
 from brainseg.splits import (
     SPLITS,
     SUBSETS,
+    alike_names,
+    by_subset,
     patient_named,
+    patient_of,
     select_cases,
+    share_small_cohort,
     split_folds,
     subset_of,
     subset_of_patient,
+    with_patients,
 )
 
 
@@ -142,11 +148,11 @@ def test_unknown_subset_and_empty_subset_are_refused():
 @pytest.mark.parametrize("names", [LGG, SCANS], ids=["LGG", "others"])
 def test_folds_are_a_partition_by_patient(names, folds):
     cases = made_up(names)
-    test = set(names_of(select_cases(cases, "test")))
+    test = set(listed("test"))
     held_out = []
     for fold in range(folds):
         train, validation = (set(names_of(part)) for part in split_folds(cases, folds, fold))
-        assert train | validation == set(names) - test, "test cases are never used"
+        assert train | validation == set(names) - test, "those kept for testing are never used"
         assert not {*map(patient_named, train)} & {*map(patient_named, validation)}
         held_out.append(validation)
     assert sum(map(len, held_out)) == len(set.union(*held_out)) == len(set(names) - test)
@@ -189,3 +195,90 @@ def test_too_many_or_too_few_folds_are_refused(folds):
 def test_an_invalid_fold_is_refused(fold):
     with pytest.raises(ValueError, match=f"fold {fold} of 5: --fold runs from 0 to 4"):
         split_folds(made_up(LGG), 5, fold)
+
+
+@pytest.mark.parametrize(
+    "cases, patient",
+    [
+        (("UCSD-PTGBM-0002_01", "UCSD-PTGBM-0002_02"), "UCSD-PTGBM-0002"),
+        (("PatientID_0003_Timepoint_1", "PatientID_0003_Timepoint_2"), "PatientID_0003"),
+        (("RHUH-0001_0", "RHUH-0001_2"), "RHUH-0001"),
+        (("anna_tp2", "anna-tp-3", "anna_visit2", "anna_visit-10_flair"), "anna"),
+        (("tcga_cs_4941_19960909", "TCGA-CS-4941"), "TCGA_CS_4941"),
+    ],
+)
+def test_scans_of_a_patient_over_time(cases, patient):
+    assert {patient_named(case) for case in cases} == {patient}
+
+
+def test_names_that_differ_in_a_last_number_are_asked_about():
+    assert alike_names(made_up([f"case_{k}" for k in range(9)])) == ""
+    assert alike_names(made_up(["anna_1", "bert_1"])) == ""
+    question = alike_names(made_up(["anna_1", "anna_2", "bert_1"]))
+    assert question.startswith("anna_1 and anna_2") and "--patients" in question
+    told = [replace(case, patient="anna") for case in made_up(["anna_1", "anna_2"])]
+    assert alike_names([*told, *made_up(["bert_1"])]) == ""
+
+
+# Small cohorts
+
+
+@pytest.mark.parametrize("count", range(2, 30))
+@pytest.mark.parametrize("form", ["{:03d}", "patient {}", "sub-{}x", "sub-{}_ses-1"])
+def test_a_small_cohort_trains_and_validates(count, form):
+    cases = made_up([form.format(k) for k in range(count)])
+    shared = share_small_cohort(cases)
+    parts = by_subset(shared)
+    assert parts["train"] and parts["validation"]
+    before = by_subset(cases)
+    if before["train"] and before["validation"]:
+        assert shared == cases and parts == before
+    else:
+        moved = [case for case in shared if case.subset]
+        assert len({patient_of(case) for case in moved}) <= 2
+    assert share_small_cohort(cases[::-1])[::-1] == shared, "in any order"
+
+
+def test_scans_of_a_patient_stay_together_in_a_small_cohort():
+    cases = made_up([f"{name}_2020010{k}" for name in ("anna", "bert") for k in (1, 2)])
+    parts = by_subset(share_small_cohort(cases))
+    assert [len(part) for part in parts.values()] == [2, 2, 0]
+
+
+def test_lists_of_lgg_are_not_shared():
+    """Two cases to test on stay there, and a single patient has nobody to share with."""
+    cases = made_up([*listed("test")[:2], "anna"])
+    assert share_small_cohort(cases) == cases
+
+
+def test_all_patients_that_nobody_set_aside_are_cross_validated():
+    cases = made_up([f"{k:03d}" for k in range(12)] + listed("test"))
+    held_out = [name for fold in range(3) for name in names_of(split_folds(cases, 3, fold)[1])]
+    assert sorted(held_out) == [f"{k:03d}" for k in range(12)]
+
+
+TABLE = "case,patient,subset\n{}"
+
+
+@pytest.mark.parametrize(
+    "lines, fault",
+    [
+        ("a,p1,train\nb,p1,validation\nc,p2,test\n", "has the patient p1 in train and in valid"),
+        ("a,p1,train\nb,p2,train\nc,p3,train\n", "has every patient in train"),
+        ("a,p1,training\nb,p2,validation\nc,p3,test\n", "the subset of a must be one of train"),
+        ("a,p1,train\nb,p2,\nc,p3,test\n", "the subset of b must be one of train"),
+    ],
+)
+def test_a_bad_column_of_subsets_is_refused(tmp_path, lines, fault):
+    path = tmp_path / "patients.csv"
+    path.write_text(TABLE.format(lines))
+    with pytest.raises(ValueError, match=f"patients.csv: {fault}"):
+        with_patients(made_up(["a", "b", "c"]), path)
+
+
+def test_a_column_says_the_subset(tmp_path):
+    path = tmp_path / "patients.csv"
+    path.write_text(TABLE.format("a,p1,test\nb,p2,train\nc,p3,validation\n"))
+    cases = share_small_cohort(with_patients(made_up(["a", "b", "c"]), path))
+    assert [subset_of(case) for case in cases] == ["test", "train", "validation"]
+    assert names_of(split_folds(cases, 2, 0)[0] + split_folds(cases, 2, 0)[1]) == ["b", "c"][::-1]

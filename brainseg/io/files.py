@@ -225,7 +225,9 @@ def read_rows(path: Path, columns: set[str], fault: str) -> list[dict[str, str]]
     """Read the rows of a CSV file; ValueError with `fault` if it lacks one of these columns."""
     try:
         with name_in_errors(path), open(path, newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.DictReader(file, restval=""))
+            reader = csv.DictReader(file, restval="", skipinitialspace=True)
+            reader.fieldnames = [name.strip().lower() for name in reader.fieldnames or ()]
+            rows = list(reader)
     except (ValueError, csv.Error) as error:
         raise ValueError(fault) from error
     for row in rows:

@@ -32,7 +32,8 @@ class Source:
     layout: Layout | None = None  # None: found from the files in the folder
     labels: Labels = field(default_factory=Labels, compare=False, repr=False)
     study: Study | None = field(default=None, repr=False)  # of DICOM
-    patient: str = field(default="", compare=False)  # if not by name; see splits
+    patient: str = field(default="", compare=False)  # as in Case
+    subset: str = field(default="", compare=False)
 
     @property
     def patient_id(self) -> str:
@@ -46,7 +47,9 @@ class Source:
                 case = _open_study(self.study)
             else:
                 case = find_case(self.folder, self.root, self.layout)
-        return replace(case, name=self.name, labels=self.labels, patient=self.patient)
+        return replace(
+            case, name=self.name, labels=self.labels, patient=self.patient, subset=self.subset
+        )
 
 
 def find_cases(root: Path | str, names: Sequence[str] | None = None) -> list[Case]:

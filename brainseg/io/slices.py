@@ -44,7 +44,9 @@ class Case:
     slices: tuple[Path, ...]
     masks: tuple[Path, ...]
     labels: Labels = field(default_factory=Labels, kw_only=True, compare=False, repr=False)
-    patient: str = field(default="", kw_only=True, compare=False)  # if not by name; see splits
+    # What a --patients file says, or the size of the cohort asks for; see splits.
+    patient: str = field(default="", kw_only=True, compare=False)
+    subset: str = field(default="", kw_only=True, compare=False)
 
     @property
     def folder(self) -> Path:
