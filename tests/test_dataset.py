@@ -90,7 +90,7 @@ def test_dataset_of_a_fold(phantoms, tmp_path):
         phantoms, 3, 1, image_size=SIZE, cache=tmp_path
     )
     names = [{volume.name for volume in part.volumes} for part in parts]
-    assert [len(part) for part in names] == [6, 3]
+    assert [len(part) for part in names] == [8, 4]
     assert not names[0] & names[1]
 
 
