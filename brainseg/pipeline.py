@@ -231,11 +231,12 @@ def write(work: Work, segmenter: Segmenter, outputs: Outputs) -> Result:
     case, volume, mask = work.case, work.volume, work.mask
     kept = mask is not None
     expected, error = None, ""
-    warnings = list(case.notes)
+    warnings, replaced = list(case.notes), list(case.replaced)
     if not kept:
         found = segmenter.assess(work.probabilities, work.frame)
         mask, expected = found.mask, found.expected
         warnings += found.warnings
+        replaced += found.replaced
         maps = {}
         if outputs.probabilities:
             maps["probability"] = found.probabilities
@@ -245,7 +246,7 @@ def write(work: Work, segmenter: Segmenter, outputs: Outputs) -> Result:
         write_case(outputs.folder, case, volume, mask, work.truth, maps, segmenter.run)
         if outputs.algorithm and series_of(case):
             error = write_seg(outputs.folder / seg_file(case), case, mask, outputs.algorithm)
-    row = volume_row(case, volume, mask, expected, warnings, segmenter.run)
+    row = volume_row(case, volume, mask, expected, warnings, segmenter.run, replaced)
     earlier = outputs.earlier.get(case.name)
     if kept and earlier and earlier["lesion_voxels"] == row["lesion_voxels"]:
         row = earlier | {"patient": row["patient"]}  # with values from the probabilities

@@ -31,6 +31,7 @@ class Frame:
     size: int  # side of the preprocessed slice
     blank: bool = False  # the source is all zero: nothing to segment
     notes: tuple[str, ...] = ()  # what is odd about the sequences, a sentence each
+    replaced: tuple[str, ...] = ()  # constant sequences, which FLAIR stands in for
     aspect: float = 1.0  # height of a source pixel over its width, in mm
 
     @cached_property
@@ -66,7 +67,8 @@ def preprocess(
     check_volume(volume)
     if not volume.any():
         slices, rows, columns, channels = volume.shape
-        frame = Frame(volume.shape[:3], (0, rows, 0, columns), image_size, True, (), aspect)
+        box = (0, rows, 0, columns)
+        frame = Frame(volume.shape[:3], box, image_size, blank=True, aspect=aspect)
         return torch.zeros(slices, channels, image_size, image_size, device=device), frame
     if volume.min() == volume.max():
         raise ValueError(f"every voxel is {volume.max()}: this is not an image")
@@ -90,17 +92,23 @@ def _preprocess_2(
     slices, *_, channels = volume.shape
     names = CHANNELS.get(channels, [f"channel {k + 1}" for k in range(channels)])
     lead = names.index("FLAIR") if "FLAIR" in names else 0
-    found = [measure(volume[..., k]) for k in range(channels)]
-    if (flair := found[lead]) is None:
+    measured = [measure(volume[..., k]) for k in range(channels)]
+    flair = measured[lead]
+    if flair is None:
         raise ValueError(f"{names[lead]} is constant: this is not an image")
-    sequences = [sequence or flair for sequence in found]
-    notes = []
-    for name, sequence in zip(names, found, strict=True):
+    sequences, replaced, notes = [], [], []
+    for name, sequence in zip(names, measured, strict=True):
+        sequences.append(sequence or flair)
+        if sequence is None:
+            replaced.append(name)
         notes += oddities(name, sequence, flair, names[lead])
-    notes += filter(None, [order_note(found)])
+    order = order_note(measured)
+    if order:
+        notes.append(order)
     head = sum(sequence.foreground.astype(np.uint8) for sequence in sequences) * 2 >= channels
     box = _bounding_box(head.sum(axis=0) > 0.05 * slices)  # step 2
-    frame = Frame(volume.shape[:3], box, image_size, False, tuple(notes), aspect)
+    shape = volume.shape[:3]
+    frame = Frame(shape, box, image_size, False, tuple(notes), tuple(replaced), aspect)
     top, bottom, left, right = box
     crops = [sequence.scaled()[:, top:bottom, left:right] for sequence in sequences]  # step 1
     resized = _resize(torch.from_numpy(np.stack(crops, axis=1)), frame, device)  # step 3
@@ -243,9 +251,8 @@ def copies_of_flair(volume: np.ndarray) -> list[int]:
     return [k for k in (0, 2) if np.array_equal(volume[..., k], volume[..., 1])]
 
 
-def missing_sequences(volume: np.ndarray) -> str:
-    """Name the sequences of a volume (S, H, W, C) that are copies of FLAIR."""
+def missing_sequences(volume: np.ndarray) -> list[str]:
+    """Name the sequences of a volume (S, H, W, C) that are copies of FLAIR; none unless C is 3."""
     if volume.shape[-1] != 3:
-        return "unknown"
-    names = {0: "pre-contrast", 2: "post-contrast"}
-    return " and ".join(names[k] for k in copies_of_flair(volume)) or "none"
+        return []
+    return [SEQUENCES[k] for k in copies_of_flair(volume)]

@@ -33,6 +33,7 @@ class Segmentation:
     features: dict  # of `quality`
     expected: tuple[float, float, float] | None  # DSC and its 80 % interval, if known
     warnings: list[str]  # a sentence each; empty if nothing calls for a second look
+    replaced: Sequence[str] = ()  # sequences that preprocessing has replaced by FLAIR
 
 
 class Segmenter:
@@ -196,7 +197,7 @@ class Segmenter:
         if probabilities.shape[1] > self.model.settings["out_channels"]:  # see `average`
             maps = maps[0], _restored(probabilities[:, -1:], frame).cpu().numpy()
         found = assess(maps[0], mask, maps[1], self.expected_dsc_fit, frame.notes)
-        return Segmentation(mask, *maps, *found)
+        return Segmentation(mask, *maps, *found, frame.replaced)
 
     def _to_mask(self, restored: Tensor) -> np.ndarray:
         return to_mask(restored, self.threshold, self.largest_component, self.min_volume)

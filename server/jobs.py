@@ -56,6 +56,7 @@ class Loaded:
 
     case: Case
     notes: list[str]
+    replaced: list[str]  # sequences that FLAIR stands in for, by the notes
     volume: np.ndarray  # (S, H, W, C)
     truth: np.ndarray | None  # (S, H, W) bool
 
@@ -168,7 +169,7 @@ class Service:
     def _segment(self, parts: Parts | None, folder: Path, job: Job) -> Answer:
         if parts is None:
             volume, truth = make_volume(0, slices=24, size=192)
-            loaded = Loaded(Case("phantom", tuple(range(1, 25)), (), ()), [], volume, truth)
+            loaded = Loaded(Case("phantom", tuple(range(1, 25)), (), ()), [], [], volume, truth)
         else:
             loaded = self.reader.read(parts, folder)
         start = time.monotonic()
@@ -213,7 +214,8 @@ def make_answer(loaded: Loaded, found: Segmentation, out: Path, run: str) -> Ans
         f"{case.name}.gif": (out / f"{case.name}.gif").read_bytes(),
     }
     warnings = loaded.notes + found.warnings
-    summary = volume_row(case, volume, mask, found.expected, warnings, run) | {
+    replaced = [*loaded.replaced, *found.replaced]
+    summary = volume_row(case, volume, mask, found.expected, warnings, run, replaced) | {
         "shape": list(mask.shape),
         "notes": loaded.notes,
         "scores": None,
@@ -272,7 +274,8 @@ class Reader:
             flair = Path(answer["flair"])  # the mask's file takes over what its header says
             case = Scan(case.name, case.numbers, (flair,), (), grid, channels=3)
         truth = np.load(folder / "truth.npy") if answer["truth"] else None
-        return Loaded(case, answer["notes"], np.load(folder / "volume.npy"), truth)
+        volume = np.load(folder / "volume.npy")
+        return Loaded(case, answer["notes"], answer["replaced"], volume, truth)
 
     def _ask(self, order: dict) -> dict:
         with self._lock:

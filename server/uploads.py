@@ -146,6 +146,7 @@ def read(parts: dict[str, list[Sent]], folder: Path, limits: Limits) -> dict:
         "name": case.name,
         "numbers": case.numbers,
         "notes": case.notes,
+        "replaced": case.replaced,
         "grid": asdict(case.grid) if isinstance(case, Scan) else None,
         "flair": str(case.folder),
         "truth": truth is not None,

@@ -213,6 +213,7 @@ def test_flair_stands_in_for_missing_sequences(tmp_path):
     write_case(tmp_path, BRATS, "BraTS2021_00001", *VOLUMES[0])
     (tmp_path / "BraTS2021_00001" / "BraTS2021_00001_t1ce.nii.gz").unlink()
     (case,) = find_cases(tmp_path)
+    assert case.replaced == ["post-contrast"]
     assert case.notes == ["FLAIR stands in for post-contrast"]
 
 

@@ -84,6 +84,7 @@ def test_more_air_changes_no_level(volume):
 def test_constant_sequence_is_replaced_by_flair(volume):
     images, frame = preprocess(change(volume, 2, lambda x: 0 * x + 7), SIZE)
     assert torch.equal(images[:, 2], images[:, 1])
+    assert frame.replaced == ("post-contrast",)
     assert frame.notes == ("FLAIR stands in for post-contrast, which is constant",)
 
 

@@ -228,12 +228,13 @@ def score_case(
 
     `found` holds the segmentation by each model that is not a table of scores.
     """
+    missing = " and ".join(missing_sequences(volume)) or "none"
     about = {
         "case": case.name,
         "patient": patient_of(case),
         "subset": subset_of(case),
         "site": site_of(patient_of(case)),
-        "missing": missing_sequences(volume),
+        "missing": missing if volume.shape[-1] == 3 else "unknown",
         "slices": len(truth),
         "lesion_voxels": int(truth.sum()),
     }

@@ -108,12 +108,17 @@ class Scan(Case):
         pairs = zip(SEQUENCES, self.slices, strict=True)
         return {name: path for name, path in pairs if path != self.flair}
 
+    @property
+    def replaced(self) -> list[str]:
+        if self.channels > 1:
+            return []
+        return [name for name in SEQUENCES if name not in ("FLAIR", *self._others)]
+
     @cached_property
     def notes(self) -> list[str]:
         notes = [self.chosen] if self.chosen else []
-        missing = [name for name in SEQUENCES if name not in ("FLAIR", *self._others)]
-        if self.channels == 1 and missing:
-            notes.append(f"FLAIR stands in for {' and '.join(missing)}")
+        if self.replaced:
+            notes.append(f"FLAIR stands in for {' and '.join(self.replaced)}")
         notes += self.grid.notes
         if self.aspect != 1:
             notes.append(

@@ -36,6 +36,7 @@ class Case:
 
     mask_name: ClassVar[str] = "<slice>_mask.tif"
     notes: ClassVar[Sequence[str]] = ()  # what the user should know about how it is read
+    replaced: ClassVar[Sequence[str]] = ()  # sequences that FLAIR stands in for
     # Millimetres from slice to slice, row to row, column to column; None: not recorded.
     spacing: ClassVar[tuple[float, float, float] | None] = None
     patient_id: ClassVar[str] = ""  # in DICOM headers

@@ -38,23 +38,23 @@ def volume_row(
     expected: tuple[float, float, float] | None = None,
     warnings: Sequence[str] = (),
     run: str = "",
+    replaced: Sequence[str] = (),
 ) -> dict:
     """Make the row of volumes.csv for a case; the server's summary.json holds the same.
 
-    `run` names the weights and settings that made the mask (`Segmenter.run`).
-
     `volume` is (S, H, W, C), `mask` (S, H, W) bool, `expected` the expected DSC of the mask and
-    its interval, `warnings` one sentence each. Unknown values are None: millilitres without a
-    spacing, components that do not exist, a DSC that cannot be estimated.
+    its interval, `warnings` one sentence each. `run` names the weights and settings that made the
+    mask (`Segmenter.run`), `replaced` the sequences that FLAIR stands in for by the warnings.
+    Unknown values are None: millilitres without a spacing, components that do not exist, a DSC that
+    cannot be estimated.
     """
     spacing, sizes = case.spacing, component_sizes(mask)
     names = CHANNELS.get(volume.shape[-1], ())
-    copies = missing_sequences(volume).split(" and ")
-    said = " ".join(text.partition("stands in for")[2] for text in warnings)
-    replaced = [name for name in names if name in copies or name in said]
+    copies = [name for name in missing_sequences(volume) if name not in replaced]
+    replaced = [name for name in names if name in replaced or name in copies]
     warnings = [*warnings, *edge_warnings(mask)]
-    if unsaid := [name for name in replaced if name not in said]:
-        warnings.append(f"FLAIR stands in for {' and '.join(unsaid)}")
+    if copies:
+        warnings.append(f"FLAIR stands in for {' and '.join(copies)}")
 
     def ml(voxels: int | None) -> float | None:
         return None if None in (spacing, voxels) else voxels * math.prod(spacing) / 1000
