@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from brainseg.metrics import dsc, summarise
+from brainseg.metrics import dsc, mean_text, summarise
 from brainseg.segmenter import Segmenter
 from brainseg.splits import split_folds
 from cli import errors_in_one_sentence
@@ -51,10 +51,7 @@ def main() -> None:
         f"{len(dataset.volumes)} cases, {len(dataset)} slices of {args.image_size} x "
         f"{args.image_size}, {args.features} features, {args.epochs} epochs\n"
     )
-    print(
-        "| held out | seed | by patient (95 % interval) | by slice | pooled |\n"
-        "|---|---|---|---|---|"
-    )
+    print("| held out | seed | by patient | by slice | pooled |\n|---|---|---|---|---|")
     for seed in args.seeds:
         for name, held_out in (
             ("patients", by_patient(dataset)),
@@ -65,7 +62,7 @@ def main() -> None:
             s = summarise(patients)
             print(
                 f"| {name} ({int(held_out.sum())} slices of {s['n']} patients) | {seed} "
-                f"| {s['mean']:.3f} ({s['low']:.3f} to {s['high']:.3f}) "
+                f"| {mean_text(s)} "
                 f"| {np.mean(slices):.3f} | {pooled:.3f} |",
                 flush=True,
             )

@@ -20,7 +20,7 @@ import torch
 from tqdm import tqdm
 
 from brainseg.evaluation.scoring import open_model
-from brainseg.metrics import dsc, summarise
+from brainseg.metrics import dsc, mean_text, summarise
 from brainseg.segmenter import to_mask
 from brainseg.weights import shipped_weights
 from cli import errors_in_one_sentence
@@ -98,10 +98,9 @@ def main() -> None:
         change = summarise([b - a for a, b in zip(first, values, strict=True)])
         ml = np.array(marked[setting]) * args.voxel_ml
         print(
-            f"| {setting[0]} | {setting[1]} | {np.mean(values):.3f} | "
-            "{mean:+.3f} ({low:+.3f} to {high:+.3f}) | ".format(**change)
-            + f"{(ml == 0).mean():.0%} | {(ml <= 0.5).mean():.0%} | "
-            + f"{np.median(ml):.2f}, {ml.mean():.2f} |"
+            f"| {setting[0]} | {setting[1]} | {np.mean(values):.3f} | {mean_text(change, '+')} | "
+            f"{(ml == 0).mean():.0%} | {(ml <= 0.5).mean():.0%} | "
+            f"{np.median(ml):.2f}, {ml.mean():.2f} |"
         )
 
 

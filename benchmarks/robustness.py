@@ -29,7 +29,7 @@ from tqdm import tqdm
 import inference
 from brainseg.evaluation.scoring import open_model
 from brainseg.io.scans import read_voxels
-from brainseg.metrics import dsc, summarise
+from brainseg.metrics import dsc, mean_text, summarise
 from brainseg.weights import shipped_weights
 from cli import errors_in_one_sentence
 
@@ -183,7 +183,7 @@ def main() -> None:
     print("| input | mean DSC | median | difference, case by case |\n|---|---|---|---|")
     for name, values in scores.items():
         gains = [after - before for after, before in zip(values, untouched, strict=True)]
-        change = "{mean:+.3f} ({low:+.3f} to {high:+.3f})".format(**summarise(gains))
+        change = mean_text(summarise(gains), "+")
         print(f"| {name} | {np.mean(values):.3f} | {np.median(values):.3f} | {change} |")
 
 

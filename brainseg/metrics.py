@@ -91,7 +91,7 @@ METRICS = {
     "lesion_precision": lesion_precision,
 }
 DISTANCES = "hd95", "assd"
-FEW = 5  # cases; with fewer, an interval would claim too much
+FEW = 20  # patients; the interval from fewer covers less than 95 %, see docs/intervals.md
 
 
 def score(
@@ -104,60 +104,85 @@ def score(
     if prediction.shape != truth.shape:
         raise ValueError(f"prediction of shape {prediction.shape}, but mask of shape {truth.shape}")
     scores = {name: metric(prediction, truth) for name, metric in METRICS.items()}
-    for unit, sides in {"px": None, "mm": spacing}.items():
-        if unit == "px" or sides:
-            found = distances(prediction, truth, sides)
-            scores |= {f"{name}_{unit}": value for name, value in found.items()}
+    for name, distance in distances(prediction, truth).items():
+        scores[f"{name}_px"] = distance
+    if spacing:
+        for name, distance in distances(prediction, truth, spacing).items():
+            scores[f"{name}_mm"] = distance
     return scores
 
 
 def summarise(
-    values: Sequence[float],
-    patients: Sequence[str] | None = None,
-    resamples: int = 10_000,
-    seed: int = 0,
+    values: Sequence[float] | np.ndarray, patients: Sequence[str] | np.ndarray | None = None
 ) -> dict[str, float]:
-    """Compute mean, median, n and a 95 % bootstrap interval of the mean, over patients.
+    """Compute mean, median, min, max and n of a score, without its NaNs.
 
-    Patients are drawn with all of their values (percentile bootstrap, Efron 1979); without
-    `patients`, values are drawn. NaNs are left out; if no value is left, all but n are NaN.
+    For FEW patients or more, `low` and `high` are the 95 % interval of the mean. Without
+    `patients`, each value is of another patient. If no value is left, all but n are NaN.
     """
     values = np.asarray(values, dtype=float)
-    known = ~np.isnan(values)
-    values = values[known]
+    defined = ~np.isnan(values)
+    values = values[defined]
     if not len(values):
-        return dict.fromkeys(("mean", "median", "low", "high"), np.nan) | {"n": 0}
-    owner = np.arange(len(values))
+        return dict.fromkeys(("mean", "median", "min", "max"), math.nan) | {"n": 0}
+    summary = {
+        "mean": float(values.mean()),
+        "median": float(np.median(values)),
+        "min": float(values.min()),
+        "max": float(values.max()),
+        "n": len(values),
+    }
+    patient = np.arange(len(values))
     if patients is not None:
-        _, owner = np.unique(np.asarray(patients)[known], return_inverse=True)
-    sums, counts = np.bincount(owner, values), np.bincount(owner)
-    draws = np.random.default_rng(seed).choice(len(sums), size=(resamples, len(sums)))
-    low, high = np.percentile(sums[draws].sum(axis=1) / counts[draws].sum(axis=1), (2.5, 97.5))
-    found = {"mean": values.mean(), "median": np.median(values), "low": low, "high": high}
-    return {name: float(value) for name, value in found.items()} | {"n": len(values)}
+        _, patient = np.unique(np.asarray(patients)[defined], return_inverse=True)
+    sums, counts = np.bincount(patient, values), np.bincount(patient)
+    if len(sums) >= FEW:
+        summary["low"], summary["high"] = mean_interval(sums, counts)
+    return summary
 
 
-def by_rule(row: Mapping[str, float]) -> bool:
+def mean_interval(
+    sums: np.ndarray, counts: np.ndarray, resamples: int = 10_000, seed: int = 0
+) -> tuple[float, float]:
+    """Bootstrap the 95 % interval of a mean over values, from each patient's sum and count.
+
+    Patients are drawn with all of their values (percentile bootstrap, Efron 1979).
+    """
+    from scipy.stats import bootstrap  # slow to import
+
+    def mean(sums: np.ndarray, counts: np.ndarray, axis: int) -> np.ndarray:
+        return sums.sum(axis=axis) / counts.sum(axis=axis)
+
+    result = bootstrap(
+        (sums, counts),
+        mean,
+        paired=True,
+        n_resamples=resamples,
+        batch=100,  # resamples in memory at once
+        method="percentile",
+        random_state=np.random.default_rng(seed),
+    )
+    return float(result.confidence_interval.low), float(result.confidence_interval.high)
+
+
+def mean_text(summary: Mapping[str, float], sign: str = "") -> str:
+    """Format a mean with its interval, `0.876 (0.853 to 0.894)`, or of FEW with the range in [].
+
+    `sign` is "+" for a difference.
+    """
+    if not summary["n"]:
+        return "none"
+    text = f"{summary['mean']:{sign}.3f}"
+    if "low" in summary:
+        text += f" ({summary['low']:{sign}.3f} to {summary['high']:{sign}.3f})"
+    elif summary["n"] > 1:
+        text += f" [{summary['min']:{sign}.3f} to {summary['max']:{sign}.3f}]"
+    return text
+
+
+def one_mask_empty(row: Mapping[str, float]) -> bool:
     """Tell whether exactly one mask of a row of scores is empty: its distances are the diagonal."""
     return row["volume_error"] == -1 or math.isnan(row["volume_error"])
-
-
-def describe_distances(rows: Sequence[Mapping[str, float]], name: str) -> str:
-    """Format mean and median of a distance, such as `hd95_mm`, and how many are the diagonal."""
-    kind, unit = name.split("_")
-    known = [row for row in rows if not math.isnan(row[name])]
-    s, missed = summarise([row[name] for row in known]), sum(map(by_rule, known))
-    line = f"{kind.upper()} mean {s['mean']:.1f} {unit}, median {s['median']:.1f}, n = {s['n']}"
-    if missed:
-        line += f", {missed} of them with one mask empty: the image diagonal"
-    return line
-
-
-def describe(values: Sequence[float], patients: Sequence[str] | None = None) -> str:
-    """Format mean, median and n of the DSCs in one line, with the interval from FEW cases on."""
-    s = summarise(values, patients)
-    interval = f" (95 % interval {s['low']:.3f} to {s['high']:.3f})" if s["n"] >= FEW else ""
-    return f"DSC mean {s['mean']:.3f}{interval}, median {s['median']:.3f}, n = {s['n']}"
 
 
 def _count(mask: np.ndarray) -> int:

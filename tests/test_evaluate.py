@@ -343,11 +343,11 @@ def made_up(values: dict[str, list[float]], **columns: list) -> dict[str, list[d
 
 
 def test_differences_are_case_by_case():
-    a, b = [0.1, 0.5, 0.9, 0.7], [0.2, 0.6, 0.8, 0.7]
+    a, b = [0.1, 0.5, 0.9, 0.7] * 6, [0.2, 0.6, 0.8, 0.7] * 6
     summary = compare(made_up({"a": a, "b": b}))
     assert "difference" not in summary["a"]
     difference = summary["b"]["difference"]
-    assert (difference["better"], difference["worse"]) == (2, 1)
+    assert (difference["better"], difference["worse"]) == (12, 6)
     assert difference["low"] == pytest.approx(summarise(np.subtract(b, a))["low"])
     assert summary["b"]["difference"]["mean"] == pytest.approx(0.025)
     assert summary["b"]["scores"]["dsc"] == summarise(b)
@@ -373,13 +373,13 @@ def test_a_single_value_makes_no_groups():
 
 
 def test_intervals_are_over_patients():
-    """Ten scans of two patients are not ten independent values."""
-    values, patients = [0.9] * 5 + [0.1] * 5, ["p"] * 5 + ["q"] * 5
+    """Forty scans of 20 patients are not forty independent values."""
+    values, patients = [0.9] * 20 + [0.1] * 20, [f"p{k // 2}" for k in range(40)]
     rows = made_up({"a": values}, patient=patients)
-    assert compare(rows)["a"]["scores"]["dsc"] == summarise(values, patients)
-    assert summarise(values, patients)["low"] == pytest.approx(0.1)
-    assert summarise(values)["low"] > 0.2
-    assert summarise(values, [f"p{k}" for k in range(10)]) == summarise(values)
+    dsc = compare(rows)["a"]["scores"]["dsc"]
+    assert dsc == summarise(values, patients)
+    assert dsc["low"] < summarise(values)["low"] - 0.03, "wider than if each were a patient's"
+    assert summarise(values, [f"p{k:02d}" for k in range(40)]) == summarise(values)
 
 
 def test_a_score_whose_epoch_was_chosen_on_the_cases_says_so():
@@ -393,7 +393,7 @@ def test_a_score_whose_epoch_was_chosen_on_the_cases_says_so():
 
 def test_few_cases_have_no_interval_and_partial_scores_their_n():
     (row,) = tables(compare(made_up({"a": [0.5, 0.6, 0.7]}, hd95_px=[1.0, np.nan, 3.0])))[0].rows
-    assert row[1:3] == ["3", "0.600"] and "2.000 (2)" in row
+    assert row[1:3] == ["3", "0.600 [0.500 to 0.700]"] and "2.000 (2)" in row
     (row,) = tables(compare(made_up({"a": [0.5, 0.6]}, hd95_px=[np.nan] * 2)))[0].rows
     assert "none" in row
 

@@ -1,6 +1,7 @@
 """Test scores on masks with known answers, empty masks, and the interval of a cohort."""
 
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -8,21 +9,23 @@ from medpy.metric import binary
 from scipy.ndimage import gaussian_filter
 
 from brainseg.metrics import (
+    FEW,
     METRICS,
-    by_rule,
-    describe,
-    describe_distances,
     distances,
     dsc,
     iou,
     lesion_precision,
     lesion_recall,
+    mean_interval,
+    mean_text,
+    one_mask_empty,
     precision,
     recall,
     score,
     summarise,
     volume_error,
 )
+from brainseg.reports.scores import distance_text, dsc_text
 
 
 def cube(*slices: slice, shape=(6, 12, 12)) -> np.ndarray:
@@ -65,7 +68,11 @@ def test_both_empty_count_1():
 def test_one_empty_counts_0_and_is_as_far_as_the_diagonal(prediction, truth):
     """Cover a prediction without a voxel and a case without lesion."""
     scores = score(prediction, truth)
-    assert by_rule(scores) and not by_rule(score(HALF, TRUTH)) and not by_rule(score(EMPTY, EMPTY))
+    assert (
+        one_mask_empty(scores)
+        and not one_mask_empty(score(HALF, TRUTH))
+        and not one_mask_empty(score(EMPTY, EMPTY))
+    )
     assert scores.pop("hd95_px") == scores.pop("assd_px") == math.hypot(6, 12, 12)
     assert distances(prediction, truth, (5, 1, 0.5))["hd95"] == math.hypot(30, 12, 6)
     flat = distances(prediction[:1] | True, truth[:1] & False, (5, 1, 0.5))
@@ -101,11 +108,8 @@ def test_one_slice_is_scored_in_two_dimensions(spacing):
 
 
 def test_missed_lesions_are_counted_beside_the_mean():
-    rows = [score(HALF, TRUTH), score(EMPTY, TRUTH), score(TRUTH, EMPTY)]
-    line = describe_distances(rows, "hd95_px")
-    assert "n = 3, 2 of them" in line and f"median {math.hypot(6, 12, 12):.1f}" in line
-    old = rows[1] | {"hd95_px": math.nan}  # from an older table
-    assert describe_distances([rows[0], old], "hd95_px").endswith("n = 1")
+    text = distance_text([score(HALF, TRUTH), score(EMPTY, TRUTH), score(TRUTH, EMPTY)], "hd95_px")
+    assert "n = 3, 2 of them" in text and f"median {math.hypot(6, 12, 12):.1f}" in text
 
 
 def test_lesions_are_counted_not_their_voxels():
@@ -175,16 +179,17 @@ def test_distances_are_in_mm_where_the_spacing_is_known():
 
 def test_summary_by_hand():
     summary = summarise([0.2, 0.9, 0.7, 0.6])
-    assert summary["mean"] == pytest.approx(0.6)
-    assert summary["median"] == pytest.approx(0.65)
-    assert summary["n"] == 4
-    assert 0.2 <= summary["low"] < 0.6 < summary["high"] <= 0.9
+    assert summary.pop("n") == 4
+    expected = {"mean": 0.6, "median": 0.65, "min": 0.2, "max": 0.9}
+    assert summary == pytest.approx(expected)
 
 
 def test_interval_is_deterministic_and_follows_the_seed():
-    values = np.random.default_rng(0).random(30)
-    assert summarise(values) == summarise(values)
-    assert summarise(values)["low"] != summarise(values, seed=1)["low"]
+    values, ones = np.random.default_rng(0).random(30), np.ones(30)
+    summary = summarise(values)
+    assert summary == summarise(values)
+    assert (summary["low"], summary["high"]) == mean_interval(values, ones)
+    assert mean_interval(values, ones) != mean_interval(values, ones, seed=1)
 
 
 def test_interval_has_the_width_of_the_standard_error():
@@ -192,6 +197,43 @@ def test_interval_has_the_width_of_the_standard_error():
     summary = summarise(values)
     expected = 2 * 1.96 * values.std() / math.sqrt(len(values))
     assert summary["high"] - summary["low"] == pytest.approx(expected, rel=0.1)
+
+
+def test_interval_is_that_of_resampled_patients():
+    """Draw patients by hand, each with all values; a batch does not change what is drawn."""
+    rng = np.random.default_rng(3)
+    values, patients = rng.random(70), rng.integers(0, 25, 70)
+    names = np.unique(patients)
+    draws = np.random.default_rng(0).choice(len(names), size=(10_000, len(names)))
+    sums = np.array([values[patients == name].sum() for name in names])
+    counts = np.array([(patients == name).sum() for name in names])
+    low, high = np.percentile(sums[draws].sum(axis=1) / counts[draws].sum(axis=1), (2.5, 97.5))
+    summary = summarise(values, patients)
+    assert (summary["low"], summary["high"]) == pytest.approx((low, high), abs=1e-12)
+
+
+def test_interval_of_equal_values(recwarn):
+    summary = summarise([0.5] * FEW)
+    assert summary["low"] == summary["high"] == 0.5 and not recwarn.list
+
+
+def test_a_large_cohort_fits_into_memory():
+    ones = np.ones(20_000)
+    tracemalloc.start()
+    mean_interval(ones, ones, resamples=200)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 2**27
+
+
+def test_few_patients_have_a_range_and_no_interval():
+    values = [0.4] + [0.8] * (FEW - 2)
+    assert "low" not in summarise(values) and "low" in summarise([*values, 0.8])
+    assert "low" not in summarise([*values, *values], [f"p{k}" for k in range(FEW - 1)] * 2)
+    assert mean_text(summarise([0.4, 0.8])) == "0.600 [0.400 to 0.800]"
+    assert mean_text(summarise([0.4, -0.8]), "+") == "-0.200 [-0.800 to +0.400]"
+    assert mean_text(summarise([0.4])) == "0.400" and mean_text(summarise([])) == "none"
+    assert mean_text(summarise([0.5] * FEW)) == "0.500 (0.500 to 0.500)"
 
 
 def test_nan_is_left_out():
@@ -203,12 +245,16 @@ def test_nothing_to_summarise_does_not_crash(values, recwarn):
     summary = summarise(values)
     assert summary.pop("n") == 0
     assert all(math.isnan(value) for value in summary.values())
-    assert "n = 0" in describe(values)
     assert not recwarn.list
 
 
-def test_describe_is_one_line_with_everything():
-    line = describe([0.5, 0.6, 0.7, 0.8, 0.9])
-    assert line.startswith("DSC mean 0.700 (95 % interval 0.")
-    assert line.endswith("median 0.700, n = 5")
-    assert describe([0.5, 0.7, 0.9]) == "DSC mean 0.700, median 0.700, n = 3", "too few"
+def test_printed_line_has_everything():
+    def line(values: list[float]) -> str:
+        return dsc_text([{"patient": f"p{k}", "dsc": value} for k, value in enumerate(values)])
+
+    assert line([0.5, 0.6, 0.9] * 7).startswith("DSC mean 0.667 (95 % interval 0.")
+    assert line([0.5, 0.6, 0.9] * 7).endswith("), median 0.600, n = 21")
+    assert line([0.5, 0.7, 0.9]) == (
+        "DSC mean 0.700 (lowest 0.500, highest 0.900), median 0.700, n = 3"
+    )
+    assert line([0.5]) == "DSC mean 0.500, median 0.500, n = 1"

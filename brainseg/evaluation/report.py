@@ -2,142 +2,133 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from ..io.pictures import new_figure, save_figure
-from ..metrics import FEW
+from ..metrics import FEW, mean_text
 from ..reports.page import Table, write_page
 from .statistics import SCORES, SETTINGS
 
 
-def tables(summary: dict[str, dict]) -> list[Table]:
+def tables(summary: Mapping[str, dict]) -> list[Table]:
     """Turn the summary of `compare` into tables."""
-    tried = {name: about for name, about in summary.items() if "settings" in about}
-    divided = next(iter(summary.values()))["groups"]
-    return [
-        _score_table(summary),
-        *([_difference_table(summary)] if len(summary) > 1 else []),
-        *([_group_table(summary)] if divided else []),
-        *([_settings_table(tried)] if tried else []),
-    ]
+    tables = [_score_table(summary)]
+    if len(summary) > 1:
+        tables.append(_difference_table(summary))
+    if next(iter(summary.values()))["groups"]:
+        tables.append(_group_table(summary))
+    with_settings = {name: model for name, model in summary.items() if "settings" in model}
+    if with_settings:
+        tables.append(_settings_table(with_settings))
+    return tables
 
 
-def _score_table(summary: dict[str, dict]) -> Table:
-    rows = []
+def _score_table(summary: Mapping[str, dict]) -> Table:
+    table = Table("Scores", ["model", "n", "mean DSC", "median"])
     notes = [
-        "Means over cases, each scored in the geometry of its source. Intervals: bootstrap over "
-        f"patients, for {FEW} cases or more. (k): mean over the k cases where the score is defined."
+        "Means over cases, each scored in the geometry of its source. (): 95 % interval, by "
+        f"bootstrap over patients; under {FEW} patients []: lowest to highest. "
+        "(k): mean over the k cases where the score is defined."
     ]
-    for name, about in summary.items():
-        dsc, *others = about["scores"].values()
-        means = (_mean(other, dsc["n"]) for other in others)
-        rows.append([name, str(dsc["n"]), _interval(dsc), f"{dsc['median']:.3f}", *means])
-        if about.get("missed"):
+    others = list(next(iter(summary.values()))["scores"])[1:]
+    table.header += [SCORES[metric] for metric in others]
+    for name, model in summary.items():
+        dsc = model["scores"]["dsc"]
+        row = [name, str(dsc["n"]), mean_text(dsc), f"{dsc['median']:.3f}"]
+        row += [_mean(model["scores"][metric], dsc["n"]) for metric in others]
+        table.rows.append(row)
+        if model["missed"]:
             notes.append(
-                f"{name}: in {about['missed']} of the cases only one of the masks is empty; there, "
+                f"{name}: in {model['missed']} of the cases only one of the masks is empty; there, "
                 "HD95 and ASSD are the diagonal of the image."
             )
-        if about["chose_epoch"]:
+        if model["chose_epoch"]:
             notes.append(
-                f"{name}: the epoch of its weights was chosen on {about['chose_epoch']} of these "
+                f"{name}: the epoch of its weights was chosen on {model['chose_epoch']} of these "
                 "cases, which makes its score too good; train with --keep last to avoid this."
             )
-    _, *others = next(iter(summary.values()))["scores"]
-    return Table(
-        "Scores",
-        ["model", "n", "DSC (95 % interval)", "median", *(SCORES[name] for name in others)],
-        rows,
-        "\n".join(notes),
-    )
+    table.note = "\n".join(notes)
+    return table
 
 
-def _mean(s: dict[str, float], cases: int) -> str:
-    if not s["n"]:
+def _mean(score: Mapping[str, float], cases: int) -> str:
+    if not score["n"]:
         return "none"
-    return f"{s['mean']:.3f}" + (f" ({s['n']})" if s["n"] < cases else "")
+    if score["n"] < cases:
+        return f"{score['mean']:.3f} ({score['n']})"
+    return f"{score['mean']:.3f}"
 
 
-def _difference_table(summary: dict[str, dict]) -> Table:
+def _difference_table(summary: Mapping[str, dict]) -> Table:
     first, *others = summary
-    differences = {name: summary[name]["difference"] for name in others}
-    rows = [
-        [name, _interval(d, "+"), f"{d['median']:+.3f}", str(d["better"]), str(d["worse"])]
-        for name, d in differences.items()
-    ]
-    return Table(
+    table = Table(
         f"Difference in DSC from {first}, case by case",
-        ["model", "mean (95 % interval)", "median", "better in", "worse in"],
-        rows,
-        "If the interval contains 0, these cases do not show a difference.",
+        ["model", "mean", "median", "better in", "worse in"],
+        note="If the interval contains 0, these cases do not show a difference.",
     )
+    for name in others:
+        difference = summary[name]["difference"]
+        row = [name, mean_text(difference, "+"), f"{difference['median']:+.3f}"]
+        row += [str(difference["better"]), str(difference["worse"])]
+        table.rows.append(row)
+    return table
 
 
-def _group_table(summary: dict[str, dict]) -> Table:
+def _group_table(summary: Mapping[str, dict]) -> Table:
     first, *others = summary
-    rows = []
+    note = f"Exploratory: many groups, few cases in each. No interval below {FEW} patients."
+    table = Table("DSC by group", ["group", "n", first], note=note)
+    for name in others:
+        table.header += [name, f"vs {first}"]
     for group, values in summary[first]["groups"].items():
-        for value, about in values.items():
-            row = [f"{group}: {value or 'other'}", str(about["dsc"]["n"]), _interval(about["dsc"])]
+        for value, scores in values.items():
+            row = [f"{group}: {value or 'other'}", str(scores["dsc"]["n"])]
+            row.append(mean_text(scores["dsc"]))
             for name in others:
-                other = summary[name]["groups"][group][value]
-                row += [_interval(other["dsc"]), _interval(other["difference"], "+")]
-            rows.append(row)
-    header = [part for name in others for part in (name, f"vs {first}")]
-    return Table(
-        "DSC by group",
-        ["group", "n", first, *header],
-        rows,
-        f"Exploratory: many groups, few cases in each. No interval below {FEW} cases.",
-    )
+                scores = summary[name]["groups"][group][value]
+                row += [mean_text(scores["dsc"]), mean_text(scores["difference"], "+")]
+            table.rows.append(row)
+    return table
 
 
-def _settings_table(summary: dict[str, dict]) -> Table:
-    rows = []
+def _settings_table(summary: Mapping[str, dict]) -> Table:
+    note = "Choose a setting on validation cases only, then score it on other cases."
+    table = Table("Effect of the threshold and the largest component", ["setting"], note=note)
+    for name in summary:
+        table.header += [f"{name}: DSC", "vs the setting used"]
     for setting, (threshold, largest) in SETTINGS.items():
-        row = [f"{threshold}, {'largest component' if largest else 'every component'}"]
-        for about in summary.values():
-            tried = about["settings"][setting]
-            row += [f"{tried['dsc']['mean']:.3f}", _interval(tried["difference"], "+")]
-        rows.append(row)
-    header = [part for name in summary for part in (f"{name}: DSC", "vs the setting used")]
-    return Table(
-        "Effect of the threshold and the largest component",
-        ["setting", *header],
-        rows,
-        "Choose a setting on validation cases only, then score it on other cases.",
-    )
+        components = "largest component" if largest else "every component"
+        row = [f"{threshold}, {components}"]
+        for model in summary.values():
+            scores = model["settings"][setting]
+            row += [f"{scores['dsc']['mean']:.3f}", mean_text(scores["difference"], "+")]
+        table.rows.append(row)
+    return table
 
 
-def _interval(s: dict[str, float], sign: str = "") -> str:
-    if not s["n"]:
-        return "none"
-    if s["n"] < FEW:
-        return f"{s['mean']:{sign}.3f}"
-    return f"{s['mean']:{sign}.3f} ({s['low']:{sign}.3f} to {s['high']:{sign}.3f})"
-
-
-def case_table(models: dict[str, list[dict]]) -> Table:
+def case_table(models: Mapping[str, list[dict]]) -> Table:
     """List the DSC of every case, sorted from the worst of the first model."""
-    lines = sorted(zip(*models.values(), strict=True), key=lambda line: line[0]["dsc"])
-    about = ("case", "slices", "lesion_voxels", "missing")
-    return Table(
-        "Every case",
-        ["case", "slices", "lesion voxels", "missing", *(f"{name}: DSC" for name in models)],
-        [
-            [*(str(line[0][name]) for name in about), *(f"{row['dsc']:.3f}" for row in line)]
-            for line in lines
-        ],
-    )
+    table = Table("Every case", ["case", "slices", "lesion voxels", "missing"])
+    table.header += [f"{name}: DSC" for name in models]
+    by_case = list(zip(*models.values(), strict=True))  # for each case, a row of each model
+    by_case.sort(key=lambda rows: rows[0]["dsc"])
+    for rows in by_case:
+        line = [str(rows[0][name]) for name in ("case", "slices", "lesion_voxels", "missing")]
+        line += [f"{row['dsc']:.3f}" for row in rows]
+        table.rows.append(line)
+    return table
 
 
-def save_scores(path: Path, models: dict[str, list[dict]]) -> None:
+def save_scores(path: Path, models: Mapping[str, list[dict]]) -> None:
     """Draw a box plot of the DSCs of each model, with a point per case."""
     figure = new_figure(figsize=(2.2 + 1.3 * len(models), 4.2))
     axes = figure.add_subplot()
-    scores = [[row["dsc"] for row in rows] for rows in models.values()]
+    scores = []
+    for rows in models.values():
+        scores.append([row["dsc"] for row in rows])
     axes.boxplot(scores, widths=0.5, showfliers=False, medianprops={"color": "#e4572e"})
     for k, values in enumerate(scores, 1):
         spread = np.random.default_rng(k).uniform(-0.16, 0.16, len(values))
@@ -151,16 +142,16 @@ def save_scores(path: Path, models: dict[str, list[dict]]) -> None:
 
 
 def save_gallery(
-    path: Path, models: dict[str, list[dict]], pictures: dict[tuple[str, str], np.ndarray]
+    path: Path, models: Mapping[str, list[dict]], pictures: Mapping[tuple[str, str], np.ndarray]
 ) -> None:
     """Draw the worst, median and best case of each model; pictures (H, W, 3) by (model, case)."""
     drawn = {name: rows for name, rows in models.items() if (name, rows[0]["case"]) in pictures}
     figure = new_figure(figsize=(9.6, 3.9 * len(drawn)))
     grid = figure.subplots(len(drawn), 3, squeeze=False)
     for line, (name, rows) in zip(grid, drawn.items(), strict=True):
-        for axes, (which, row) in zip(line, pick(rows).items(), strict=True):
+        for axes, (place, row) in zip(line, pick(rows).items(), strict=True):
             axes.imshow(pictures[name, row["case"]])
-            title = f"{name}, {which}\n{row['case']}: DSC {row['dsc']:.3f}"
+            title = f"{name}, {place}\n{row['case']}: DSC {row['dsc']:.3f}"
             axes.set_title(title, fontsize=8, parse_math=False)
             axes.axis("off")
     save_figure(path, figure, dpi=110)
@@ -173,8 +164,8 @@ def pick(rows: Sequence[dict]) -> dict[str, dict]:
 
 
 def save_page(
-    path: Path, title: str, tables: Sequence[Table], pictures: dict[str, Path], about: dict
+    path: Path, title: str, tables: Sequence[Table], pictures: Mapping[str, Path], details: dict
 ) -> None:
     """Write tables and pictures to one HTML page that needs no network."""
-    shown = {name: file.read_bytes() for name, file in pictures.items()}
-    write_page(path, "comparison.html", title, about, tables=tables, pictures=shown)
+    content = {name: file.read_bytes() for name, file in pictures.items()}
+    write_page(path, "comparison.html", title, details, tables=tables, pictures=content)

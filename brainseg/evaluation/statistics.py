@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from ..metrics import by_rule, summarise
+from ..metrics import one_mask_empty, summarise
 
 THRESHOLDS = (0.3, 0.4, 0.5, 0.6, 0.7)
-SETTINGS = {  # column of the scores: threshold, whether only the largest component is kept
-    f"dsc_{threshold}_{'largest' if largest else 'all'}": (threshold, largest)
-    for largest in (True, False)
-    for threshold in THRESHOLDS
-}
+# Column of the scores: threshold, whether only the largest component is kept.
+SETTINGS = {f"dsc_{threshold}_largest": (threshold, True) for threshold in THRESHOLDS}
+SETTINGS |= {f"dsc_{threshold}_all": (threshold, False) for threshold in THRESHOLDS}
 SCORES = {
     "dsc": "DSC",
     "iou": "IoU",
@@ -29,47 +27,52 @@ SCORES = {
 }
 
 
-def compare(models: dict[str, list[dict]]) -> dict[str, dict]:
+def compare(models: Mapping[str, list[dict]]) -> dict[str, dict]:
     """Summarise the scores of each model; all have rows of the same cases, in order.
 
     For each model: `scores`, every metric; `missed`, the number of cases where only one mask is
     empty and the distances are the image diagonal; `difference`, its DSC minus that of the first
     model, case by case; `groups`, both by hospital, missing sequence and lesion volume; `settings`,
     the DSC at each threshold, for the largest and for all components, and its difference from that
-    in `scores`; `chose_epoch`, the number of cases that its epoch was chosen on. Intervals are
-    over patients.
+    in `scores`; `chose_epoch`, the number of cases that its epoch was chosen on.
     """
     first = next(iter(models.values()))
-    known = [m for m in SCORES if all(m in row for rows in models.values() for row in rows)]
-    groups, before, patients = _groups(first), _column(first, "dsc"), _column(first, "patient")
-
-    def over_patients(values: np.ndarray, cases: np.ndarray | slice = slice(None)) -> dict:
-        return summarise(values[cases], patients[cases])
-
-    def both(values: np.ndarray, change: np.ndarray, cases: np.ndarray | slice = slice(None)):
-        return {"dsc": over_patients(values, cases), "difference": over_patients(change, cases)}
-
+    patients, first_dsc, groups = _column(first, "patient"), _column(first, "dsc"), _groups(first)
+    metrics = list(SCORES)
+    for rows in models.values():
+        metrics = [metric for metric in metrics if all(metric in row for row in rows)]
     summary = {}
-    for name, its in models.items():
-        dsc = _column(its, "dsc")
-        change = dsc - before
+    for name, rows in models.items():
+        dsc = _column(rows, "dsc")
+        change = dsc - first_dsc
         change[np.abs(change) < 1e-5] = 0  # tables hold six digits
-        summary[name] = about = {
-            "scores": {metric: over_patients(_column(its, metric)) for metric in known},
-            "missed": sum(map(by_rule, its)),
-            "chose_epoch": sum(row.get("chose_epoch", 0) for row in its),
-            "groups": {
-                group: {value: both(dsc, change, cases) for value, cases in values.items()}
-                for group, values in groups.items()
-            },
+        summary[name] = {
+            "scores": {metric: summarise(_column(rows, metric), patients) for metric in metrics},
+            "missed": sum(one_mask_empty(row) for row in rows),
+            "chose_epoch": sum(row.get("chose_epoch", 0) for row in rows),
+            "groups": {},
         }
-        if its is not first:
-            counts = {"better": int((change > 0).sum()), "worse": int((change < 0).sum())}
-            about["difference"] = over_patients(change) | counts
-        if SETTINGS.keys() <= its[0].keys():
-            tried = {setting: _column(its, setting) for setting in SETTINGS}
-            about["settings"] = {k: both(values, values - dsc) for k, values in tried.items()}
+        for group, members in groups.items():
+            summary[name]["groups"][group] = {
+                value: _dsc_and_difference(dsc[cases], change[cases], patients[cases])
+                for value, cases in members.items()
+            }
+        if rows is not first:
+            difference = summarise(change, patients)
+            difference["better"] = int((change > 0).sum())
+            difference["worse"] = int((change < 0).sum())
+            summary[name]["difference"] = difference
+        if SETTINGS.keys() <= rows[0].keys():
+            settings = {}
+            for setting in SETTINGS:
+                values = _column(rows, setting)
+                settings[setting] = _dsc_and_difference(values, values - dsc, patients)
+            summary[name]["settings"] = settings
     return summary
+
+
+def _dsc_and_difference(dsc: np.ndarray, change: np.ndarray, patients: np.ndarray) -> dict:
+    return {"dsc": summarise(dsc, patients), "difference": summarise(change, patients)}
 
 
 def _column(rows: Sequence[dict], name: str) -> np.ndarray:
@@ -77,7 +80,10 @@ def _column(rows: Sequence[dict], name: str) -> np.ndarray:
 
 
 def _groups(rows: Sequence[dict]) -> dict[str, dict[str, np.ndarray]]:
-    """Divide the cases by hospital, missing sequence and lesion volume."""
+    """Divide the cases by hospital, missing sequence and lesion volume: a bool mask per value.
+
+    What divides nothing is left out.
+    """
     voxels = _column(rows, "lesion_voxels")
     low, high = np.quantile(voxels, (1 / 3, 2 / 3)).round().astype(int)
     sizes = {
@@ -85,10 +91,12 @@ def _groups(rows: Sequence[dict]) -> dict[str, dict[str, np.ndarray]]:
         f"{low} to {high}": (low <= voxels) & (voxels <= high),
         f"over {high}": voxels > high,
     }
-    groups = {"hospital": _by_value(_column(rows, "site"))}
-    groups["missing"] = _by_value(_column(rows, "missing"))
-    groups["lesion voxels"] = {name: cases for name, cases in sizes.items() if cases.any()}
-    return {name: values for name, values in groups.items() if len(values) > 1}
+    groups = {
+        "hospital": _by_value(_column(rows, "site")),
+        "missing": _by_value(_column(rows, "missing")),
+        "lesion voxels": {size: cases for size, cases in sizes.items() if cases.any()},
+    }
+    return {group: members for group, members in groups.items() if len(members) > 1}
 
 
 def _by_value(column: np.ndarray) -> dict[str, np.ndarray]:

@@ -15,7 +15,7 @@ BINS = 24  # of the histogram, at most
 
 
 def save_cohort(
-    path: Path, rows: Sequence[dict], pictures: Sequence[bytes | None], about: dict
+    path: Path, rows: Sequence[dict], pictures: Sequence[bytes | None], details: dict
 ) -> None:
     """Write the page of a cohort: `rows` of volumes.csv, a JPEG for each, and how it was made.
 
@@ -23,61 +23,65 @@ def save_cohort(
     Raises OSError, naming `path`, if it cannot be written; an existing page is kept.
     """
     thumbnails = {row["case"]: picture for row, picture in zip(rows, pictures, strict=True)}
-    rows = [
-        row | {"need": k, "size": _size(row), "kind": "look" if row["warning"] else "rest"}
-        for k, row in enumerate(volumes.by_need(rows))
-    ]
-    read = [row for row in rows if thumbnails[row["case"]]]
-    known = {row["lesion_ml"] is not None for row in read}
-    unit = "ml (voxels without spacing)" if len(known) > 1 else "voxels" if False in known else "ml"
-    counts, step = _histogram(
-        [row["lesion_voxels" if unit == "voxels" else "lesion_ml"] for row in read]
-    )
+    lines = []
+    for place, row in enumerate(volumes.by_need(rows)):
+        size = row["lesion_voxels"] if row["lesion_ml"] is None else row["lesion_ml"]
+        kind = "look" if row["warning"] else "rest"
+        lines.append(row | {"need": place, "size": size, "kind": kind})
+    read = [line for line in lines if thumbnails[line["case"]]]
+    unit = _unit(read)
+    column = "lesion_voxels" if unit == "voxels" else "lesion_ml"
+    counts, step = _histogram([line[column] for line in read if line[column] is not None])
+    title = "brainseg: 1 case" if len(rows) == 1 else f"brainseg: {len(rows)} cases"
     write_page(
         path,
         "cohort.html",
-        f"brainseg: {len(rows)} case{'s' * (len(rows) != 1)}",
-        about,
-        tiles=_tiles(rows, read, unit),
+        title,
+        details,
+        tiles=_tiles(lines, read, unit),
         counts=counts,
         step=step,
         unit=unit,
-        rows=rows,
+        rows=lines,
         thumbnails=thumbnails,
         volumes=volumes,
     )
 
 
-def _size(row: dict) -> float | None:
-    return row["lesion_voxels"] if row["lesion_ml"] is None else row["lesion_ml"]
+def _unit(read: Sequence[dict]) -> str:
+    with_ml = [row["lesion_ml"] is not None for row in read]
+    if all(with_ml):
+        return "ml"
+    return "ml (voxels without spacing)" if any(with_ml) else "voxels"
 
 
 def _tiles(rows: Sequence[dict], read: Sequence[dict], unit: str) -> dict[str, object]:
     """Summarise all cases, and those that could be `read`: a value for each title."""
     sizes = [row["size"] for row in read if row["lesion_voxels"]]
-    median = f"{np.median(sizes):,.1f}".removesuffix(".0") if sizes else "-"
     expected = [row["expected_dsc"] for row in rows if row["expected_dsc"] is not None]
     return {
         "cases": len(rows),
         "need a look": sum(bool(row["warning"]) for row in rows),
         "without a lesion": sum(not row["lesion_voxels"] for row in read),
-        f"median lesion, {unit}": median,
+        f"median lesion, {unit}": f"{np.median(sizes):,.1f}".removesuffix(".0") if sizes else "-",
         "median expected DSC": f"{np.median(expected):.2f}" if expected else "-",
     }
 
 
-def _histogram(sizes: Sequence[float | None]) -> tuple[list[int], float]:
+def _histogram(sizes: Sequence[float]) -> tuple[list[int], float]:
     """Count lesions by size, a case without one as 0; return the counts and the bin width.
 
     The width is 1, 2 or 5 times a power of ten. Without any lesion the counts are empty.
     """
-    known = np.array([size for size in sizes if size is not None])
-    largest = known.max(initial=0)
+    largest = max(sizes, default=0)
     if largest <= 0:
         return [], 0
-    least = largest / min(BINS, max(6, math.ceil(math.sqrt(4 * len(known)))))
+    least = largest / min(BINS, max(6, math.ceil(math.sqrt(4 * len(sizes)))))
     power = 10.0 ** math.floor(math.log10(least))
-    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= least * 0.999)
+    step = 10 * power
+    for factor in (5, 2, 1):
+        if factor * power >= least * 0.999:
+            step = factor * power
     bins = max(1, math.ceil(largest / step + 1e-9))
-    counts, _ = np.histogram(known, bins=bins, range=(0, bins * step))
+    counts, _ = np.histogram(sizes, bins=bins, range=(0, bins * step))
     return counts.tolist(), step

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..io.files import MARK, atomic_write, check_ours, check_writable, clear_leftovers
@@ -21,26 +21,28 @@ class Table:
 
     title: str
     header: list[str]
-    rows: list[list[str]]
+    rows: list[list[str]] = field(default_factory=list)
     note: str = ""
     left: tuple[int, ...] = (0,)
 
     def as_text(self) -> str:
         lines = [self.header, *self.rows]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        sides = ["<" if k in self.left else ">" for k in range(len(widths))]
-        form = "  ".join(f"{{:{s}{w}}}" for s, w in zip(sides, widths, strict=True))  # {:<9}  {:>5}
-        text = [self.title, *(form.format(*line).rstrip() for line in lines)]
+        text = [self.title]
+        for line in lines:
+            cells = []
+            for k, (cell, width) in enumerate(zip(line, widths, strict=True)):
+                cells.append(cell.ljust(width) if k in self.left else cell.rjust(width))
+            text.append("  ".join(cells).rstrip())
         if self.note:
             text.append(self.note)
         return "\n".join(text)
 
 
-def write_page(path: Path, template: str, title: str, about: dict, **content: object) -> None:
+def write_page(path: Path, template: str, title: str, details: dict, **content: object) -> None:
     """Fill a template; the page needs no network, and all text is escaped.
 
-    `about` says how it was made; `content` holds the variables of this template.
-
+    `details` says how it was made; `content` holds the variables of this template.
     Raises OSError, naming `path`, if it cannot be written; an existing page is kept.
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined  # slow to import
@@ -48,8 +50,8 @@ def write_page(path: Path, template: str, title: str, about: dict, **content: ob
     loader = FileSystemLoader(TEMPLATES)
     pages = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     pages.filters["base64"] = lambda content: base64.b64encode(content).decode()
-    details = json.dumps(about, indent=2)
-    page = pages.get_template(template).render(content, title=title, details=details, mark=MARK)
+    text = json.dumps(details, indent=2)
+    page = pages.get_template(template).render(content, title=title, details=text, mark=MARK)
     with atomic_write(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
 

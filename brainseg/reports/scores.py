@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from ..io.files import RUN, read_rows
 from ..io.slices import Case
-from ..metrics import describe, describe_distances, score
+from ..metrics import one_mask_empty, score, summarise
 from ..splits import patient_named
 
 
 def table_row(case: Case, mask: np.ndarray, truth: np.ndarray) -> dict:
     """Make the row of the table: sizes in voxels, and in millilitres if the spacing is known."""
-    sizes = {"lesion": int(truth.sum()), "predicted": int(mask.sum())}
-    row = {"case": case.name, "slices": len(truth)}
-    row |= {f"{name}_voxels": voxels for name, voxels in sizes.items()}
+    row = {
+        "case": case.name,
+        "slices": len(truth),
+        "lesion_voxels": int(truth.sum()),
+        "predicted_voxels": int(mask.sum()),
+    }
     if case.spacing:
         voxel = math.prod(case.spacing)  # mm^3
-        row |= {f"{name}_ml": voxels * voxel / 1000 for name, voxels in sizes.items()}
+        row["lesion_ml"] = row["lesion_voxels"] * voxel / 1000
+        row["predicted_ml"] = row["predicted_voxels"] * voxel / 1000
     return row | score(mask, truth, case.spacing)
 
 
@@ -33,46 +37,75 @@ def scores_text(rows: Sequence[dict]) -> str:
         f"{'case':{width}}slices   lesion  predicted    DSC    IoU  precision  recall  "
         f"HD95 {hd95[-2:]}"
     ]
-    lines += [
-        f"{row['case']:{width}}{row['slices']:6d} {row['lesion_voxels']:8d} "
-        f"{row['predicted_voxels']:10d} {row['dsc']:6.3f} {row['iou']:6.3f} "
-        f"{row['precision']:10.3f} {row['recall']:7.3f} {row[hd95]:8.1f}"
-        f"{'  *' if row['trained_on'] else ''}"
-        for row in rows
-    ]
+    for row in rows:
+        line = (
+            f"{row['case']:{width}}{row['slices']:6d} {row['lesion_voxels']:8d} "
+            f"{row['predicted_voxels']:10d} {row['dsc']:6.3f} {row['iou']:6.3f} "
+            f"{row['precision']:10.3f} {row['recall']:7.3f} {row[hd95]:8.1f}"
+        )
+        if row["trained_on"]:
+            line += "  *"
+        lines.append(line)
     unseen = [row for row in rows if not row["trained_on"]]
     if len(unseen) < len(rows):
         lines.append("* of a patient that the weights were trained on: not counted below")
     if unseen:
-        patients = [row["patient"] for row in unseen]
-        lines.append(describe([row["dsc"] for row in unseen], patients))
-        lines.append(describe_distances(unseen, hd95))
+        lines += [dsc_text(unseen), distance_text(unseen, hd95)]
     return "\n".join(lines)
 
 
-def read_scores(path: Path, names: Iterable[str]) -> dict[str, dict]:
-    """Read `patient`, `trained_on` (bool), RUN and `names` (float) of each case in a metrics.csv.
+def dsc_text(rows: Sequence[dict]) -> str:
+    """Format mean, median and n of the DSCs, with the interval, or the range of few patients."""
+    patients = [row["patient"] for row in rows]
+    summary = summarise([row["dsc"] for row in rows], patients)
+    text = f"DSC mean {summary['mean']:.3f}"
+    if "low" in summary:
+        text += f" (95 % interval {summary['low']:.3f} to {summary['high']:.3f})"
+    elif len(rows) > 1:
+        text += f" (lowest {summary['min']:.3f}, highest {summary['max']:.3f})"
+    return f"{text}, median {summary['median']:.3f}, n = {summary['n']}"
+
+
+def distance_text(rows: Sequence[dict], name: str) -> str:
+    """Format mean and median of a distance, such as `hd95_mm`, and how many are the diagonal."""
+    kind, unit = name.split("_")
+    summary = summarise([row[name] for row in rows])
+    missed = sum(one_mask_empty(row) for row in rows)
+    text = (
+        f"{kind.upper()} mean {summary['mean']:.1f} {unit}, median {summary['median']:.1f}, "
+        f"n = {summary['n']}"
+    )
+    if missed:
+        text += f", {missed} of them with one mask empty: the image diagonal"
+    return text
+
+
+def read_scores(path: Path, columns: Collection[str]) -> dict[str, dict]:
+    """Read a metrics.csv: by case, patient, `trained_on` (bool), RUN and `columns` (float).
 
     Raises OSError or ValueError, naming the file, if it is not such a file or lacks a column.
     """
-    wrong = f"{path}: is not a metrics.csv that inference.py wrote; run it to make one"
-    lines = read_rows(path, {"case", "trained_on"}, wrong)
+    fault = f"{path}: is not a metrics.csv that inference.py wrote; run it to make one"
+    lines = read_rows(path, {"case", "trained_on"}, fault)
     if not lines:
-        raise ValueError(wrong)
-    if lacking := [name for name in names if name not in lines[0]]:
-        raise ValueError(f"{path}: has no column {lacking[0]}; run inference.py again to make it")
+        raise ValueError(fault)
+    for column in columns:
+        if column not in lines[0]:
+            raise ValueError(f"{path}: has no column {column}; run inference.py again to make it")
     scores = {}
     for line in lines:
-        if line["case"] in scores:
-            raise ValueError(f"{path}: scores {line['case']} twice; keep one row per case")
+        case = line["case"]
+        if case in scores:
+            raise ValueError(f"{path}: scores {case} twice; keep one row per case")
         try:
-            seen = {"0": False, "1": True}[line["trained_on"]]
-            patient = line.get("patient") or patient_named(line["case"])
-            row = {"patient": patient, "trained_on": seen, RUN: line.get(RUN, "")}
-            row |= {name: float(line[name]) for name in names}
-        except (KeyError, TypeError, ValueError) as error:
+            row: dict = {"patient": line.get("patient") or patient_named(case)}
+            row["trained_on"] = {"0": False, "1": True}[line["trained_on"]]
+            row[RUN] = line.get(RUN, "")
+            for column in columns:
+                row[column] = float(line[column])
+        except (KeyError, ValueError) as error:
             raise ValueError(
-                f"{path}: its line of {line['case']} is damaged; run inference.py again"
+                f"{path}: its line of {case} is damaged; run inference.py again"
             ) from error
-        scores[line["case"]] = row
+        scores[case] = row
     return scores

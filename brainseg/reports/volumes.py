@@ -18,17 +18,14 @@ from ..quality import WARN_BELOW
 from ..splits import patient_of
 from .page import Table
 
-LARGEST = 3  # components that have their own columns
 PRINTED = 20  # rows; the file has all
-EXPECTED = "expected_dsc", "expected_dsc_low", "expected_dsc_high"
-COLUMNS = (
-    *("case", "patient", "slices", "sequences", "replaced", "lesion_voxels", "lesion_ml"),
-    "components",
-    *(f"component_{k + 1}_{unit}" for k in range(LARGEST) for unit in ("voxels", "ml")),
-    *("slices_touched", *EXPECTED, "warning", "scan_hash", RUN),
-)
-# Columns of text; the others are numbers.
-TEXTS = ("case", "patient", "sequences", "replaced", "warning", "scan_hash", RUN)
+EXPECTED = ("expected_dsc", "expected_dsc_low", "expected_dsc_high")
+COLUMNS = """case patient slices sequences replaced lesion_voxels lesion_ml components
+    component_1_voxels component_1_ml component_2_voxels component_2_ml component_3_voxels
+    component_3_ml slices_touched expected_dsc expected_dsc_low expected_dsc_high warning
+    scan_hash""".split()
+COLUMNS.append(RUN)
+TEXTS = ("case", "patient", "sequences", "replaced", "warning", "scan_hash", RUN)  # no numbers
 
 
 def volume_row(
@@ -43,58 +40,53 @@ def volume_row(
     """Make the row of volumes.csv for a case; the server's summary.json holds the same.
 
     `volume` is (S, H, W, C), `mask` (S, H, W) bool, `expected` the expected DSC of the mask and
-    its interval, `warnings` one sentence each. `run` names the weights and settings that made the
-    mask (`Segmenter.run`), `replaced` the sequences that FLAIR stands in for by the warnings.
-    Unknown values are None: millilitres without a spacing, components that do not exist, a DSC that
-    cannot be estimated.
+    its interval, `warnings` one sentence each, `run` that of the segmenter, `replaced` the
+    sequences that FLAIR stands in for by the warnings. What is unknown is None: millilitres
+    without a spacing, components that do not exist, a DSC without a fit.
     """
-    spacing, sizes = case.spacing, component_sizes(mask)
     names = CHANNELS.get(volume.shape[-1], ())
     copies = [name for name in missing_sequences(volume) if name not in replaced]
     replaced = [name for name in names if name in replaced or name in copies]
     warnings = [*warnings, *edge_warnings(mask)]
     if copies:
         warnings.append(f"FLAIR stands in for {' and '.join(copies)}")
-
-    def ml(voxels: int | None) -> float | None:
-        return None if None in (spacing, voxels) else voxels * math.prod(spacing) / 1000
-
-    row = {
+    sizes = component_sizes(mask)
+    row: dict = dict.fromkeys(COLUMNS)
+    row |= {
         "case": case.name,
         "patient": patient_of(case),
         "slices": len(mask),
         "sequences": ", ".join(name for name in names if name not in replaced),
         "replaced": ", ".join(replaced),
-        "lesion_voxels": int(mask.sum()),
-        "lesion_ml": ml(int(mask.sum())),
         "components": len(sizes),
+        "slices_touched": [case.numbers[k] for k in np.flatnonzero(mask.any(axis=(1, 2)))],
+        "warning": "; ".join(warnings),
+        "scan_hash": scan_hash(volume),
+        RUN: run,
     }
-    sizes += [None] * LARGEST
-    for k, size in enumerate(sizes[:LARGEST], 1):
-        row |= {f"component_{k}_voxels": size, f"component_{k}_ml": ml(size)}
-    row["slices_touched"] = [case.numbers[k] for k in np.flatnonzero(mask.any(axis=(1, 2)))]
-    row |= zip(EXPECTED, expected or [None] * 3, strict=True)
-    return row | {"warning": "; ".join(warnings), "scan_hash": scan_hash(volume), RUN: run}
+    voxels_of = {"lesion": sum(sizes)}
+    for k, size in enumerate(sizes[:3], 1):
+        voxels_of[f"component_{k}"] = size
+    for name, voxels in voxels_of.items():
+        row[f"{name}_voxels"] = voxels
+        if case.spacing:
+            row[f"{name}_ml"] = voxels * math.prod(case.spacing) / 1000
+    if expected:
+        row |= zip(EXPECTED, expected, strict=True)
+    return row
 
 
 def scan_hash(volume: np.ndarray) -> str:
     """Return 16 digits of the SHA-256 of a volume's voxels, to know it again."""
-    about = f"{volume.dtype.str} {volume.shape}".encode()
-    return hashlib.sha256(about + np.ascontiguousarray(volume).data).hexdigest()[:16]
+    kind = f"{volume.dtype.str} {volume.shape}".encode()
+    return hashlib.sha256(kind + np.ascontiguousarray(volume).data).hexdigest()[:16]
 
 
 def unread_row(case: Case | Source, error: Exception) -> dict:
     """Make the row of a case that could not be read: its name, and why."""
-    return dict.fromkeys(COLUMNS) | {
-        "case": case.name,
-        "patient": patient_of(case),
-        "sequences": "",
-        "replaced": "",
-        "slices_touched": [],
-        "warning": sentence(error),
-        "scan_hash": "",
-        RUN: "",
-    }
+    row = dict.fromkeys(COLUMNS) | dict.fromkeys(TEXTS, "")
+    row |= {"case": case.name, "patient": patient_of(case), "slices_touched": []}
+    return row | {"warning": sentence(error)}
 
 
 def component_sizes(mask: np.ndarray) -> list[int]:
@@ -104,12 +96,19 @@ def component_sizes(mask: np.ndarray) -> list[int]:
     if not mask.any():
         return []
     box = tuple(slice(places.min(), places.max() + 1) for places in np.nonzero(mask))
-    return sorted(np.bincount(label(mask[box]).ravel())[1:].tolist(), reverse=True)
+    labels = np.asarray(label(mask[box]))
+    return sorted(np.bincount(labels.ravel())[1:].tolist(), reverse=True)
 
 
 def edge_warnings(mask: np.ndarray) -> list[str]:
     """Warn if the lesion reaches the first or the last slice, where the scan ends."""
-    ends = [name for name, k in (("first", 0), ("last", -1)) if len(mask) > 1 and mask[k].any()]
+    if len(mask) == 1:
+        return []
+    ends = []
+    if mask[0].any():
+        ends.append("first")
+    if mask[-1].any():
+        ends.append("last")
     return [f"the lesion reaches the {' and the '.join(ends)} slice"] if ends else []
 
 
@@ -124,24 +123,25 @@ def by_need(rows: Sequence[dict]) -> list[dict]:
 
 
 def read_volumes(path: Path) -> dict[str, dict]:
-    """Read the rows of a volumes.csv by case; {} if it is missing, or a number in it is none.
+    """Read the rows of a volumes.csv by case; {} if it is missing, or a number is damaged.
 
     Raises ValueError if it is another table.
     """
-    rows = read_table(path)
+    table, rows = read_table(path), {}
     try:
-        return {
-            name: {column: _value(column, row.get(column, "")) for column in COLUMNS}
-            for name, row in rows.items()
-        }
+        for name, texts in table.items():
+            rows[name] = {column: _value(column, texts.get(column, "")) for column in COLUMNS}
     except ValueError:
         return {}
+    return rows
 
 
 def _value(column: str, text: str) -> object:
+    if column in TEXTS:
+        return text
     if column == "slices_touched":
         return [int(number) for number in text.split()]
-    return text if column in TEXTS else json.loads(text or "null")
+    return json.loads(text or "null")
 
 
 def check_kept(folder: Path, rows: Mapping[str, dict], names: Iterable[str], run: str) -> None:
@@ -149,7 +149,10 @@ def check_kept(folder: Path, rows: Mapping[str, dict], names: Iterable[str], run
 
     `run` is that of the weights and settings in use (`Segmenter.run`).
     """
-    others = [name for name in names if rows.get(name, {}).get(RUN) not in (None, "", run)]
+    others = []
+    for name in names:
+        if name in rows and rows[name][RUN] not in ("", run):
+            others.append(name)
     if others:
         same_weights = rows[others[0]][RUN].partition("-")[0] == run.partition("-")[0]
         what = "other settings" if same_weights else "other weights"
@@ -161,32 +164,23 @@ def check_kept(folder: Path, rows: Mapping[str, dict], names: Iterable[str], run
 
 def volumes_table(rows: Sequence[dict], path: Path) -> Table:
     """Make the short table that a run prints, with at most PRINTED cases; `path` holds all."""
-    ordered = by_need(rows)
+    header = ["case", "slices", "lesion", "components", "expected DSC", "needs a look because"]
+    table = Table("1 case" if len(rows) == 1 else f"{len(rows)} cases", header, left=(0, 5))
     warned = sum(bool(row["warning"]) for row in rows)
-    notes = []
-    if len(ordered) > PRINTED:
-        notes.append(f"... and {len(ordered) - PRINTED} more in {path}")
-    found = [row for row in rows if row["lesion_voxels"]]
-    if found and all(row["expected_dsc"] is None for row in found):
-        notes.append("No expected DSC: the card of the weights has no fit for these options.")
-    cells = {
-        "case": lambda row: row["case"],
-        "slices": lambda row: shown_count(row["slices"]),
-        "lesion": shown_size,
-        "components": lambda row: shown_count(row["components"]),
-        "expected DSC": shown_expected,
-        "needs a look because": lambda row: row["warning"],
-    }
-    title = "1 case" if len(rows) == 1 else f"{len(rows)} cases"
     if warned:
-        title += f", {warned} to look at"
-    return Table(
-        title,
-        [*cells],
-        [[show(row) for show in cells.values()] for row in ordered[:PRINTED]],
-        "\n".join(notes),
-        left=(0, 5),
-    )
+        table.title += f", {warned} to look at"
+    for row in by_need(rows)[:PRINTED]:
+        line = [row["case"], shown_count(row["slices"]), shown_size(row)]
+        line += [shown_count(row["components"]), shown_expected(row), row["warning"]]
+        table.rows.append(line)
+    notes = []
+    if len(rows) > PRINTED:
+        notes.append(f"... and {len(rows) - PRINTED} more in {path}")
+    lesions = [row for row in rows if row["lesion_voxels"]]
+    if lesions and all(row["expected_dsc"] is None for row in lesions):
+        notes.append("No expected DSC: the card of the weights has no fit for these options.")
+    table.note = "\n".join(notes)
+    return table
 
 
 def shown_count(number: int | None) -> str:
