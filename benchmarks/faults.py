@@ -12,13 +12,12 @@ the same to the byte as without the fault. The table goes to stdout; docs/faults
 from __future__ import annotations
 
 import argparse
+import functools
 import io
-import os
 import random
 import resource
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -37,7 +36,7 @@ from brainseg.io.files import read_table
 from brainseg.phantom import make_volume, write_data_set
 from cli import git_commit
 
-from .clients import answers, ask
+from .clients import ask, pack_slices, serving
 from .timing import ROOT, processor
 
 NETWORK = ROOT / "weights" / "unet-folds" / "unet-a5f30600.pt"
@@ -71,8 +70,11 @@ def training(images: Path, out: Path, *more: object) -> list[str]:
     return words("train.py", "--images", images, *fixed.split(), *places, *more)
 
 
-def run(command: list[str], **options: object) -> subprocess.CompletedProcess:
-    return subprocess.run(command, capture_output=True, text=True, timeout=LIMIT, **options)
+def run(
+    command: list[str], limit: Callable[[], None] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end; `limit` is called in its process before it starts."""
+    return subprocess.run(command, capture_output=True, text=True, timeout=LIMIT, preexec_fn=limit)
 
 
 def kill_after(command: list[str], seconds: float) -> None:
@@ -92,8 +94,8 @@ def is_sentence(done: subprocess.CompletedProcess) -> bool:
 def files_of(folder: Path) -> dict[str, bytes]:
     """Read what a run leaves, apart from its records of times and its empty locks."""
     paths = [path for path in folder.rglob("*") if path.is_file()]
-    kept = [path for path in paths if path.suffix != ".lock" and path.name != "args.json"]
-    return {str(path.relative_to(folder)): path.read_bytes() for path in kept}
+    lasting = [path for path in paths if path.suffix != ".lock" and path.name != "args.json"]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in lasting}
 
 
 def kill_inference(folder: Path, chance: random.Random) -> Counts:
@@ -102,13 +104,13 @@ def kill_inference(folder: Path, chance: random.Random) -> Counts:
     start = time.monotonic()
     assert run(inference(folder / "images", folder / "whole")).returncode == 0
     seconds = time.monotonic() - start
-    whole = files_of(folder / "whole")
+    undisturbed = files_of(folder / "whole")
     survived = 0
     for k in range(14):
         out = folder / f"killed{k}"
         kill_after(inference(folder / "images", out), chance.uniform(0.3, 1) * seconds)
         done = run(inference(folder / "images", out, "--skip-existing"))
-        survived += done.returncode == 0 and files_of(out) == whole
+        survived += done.returncode == 0 and files_of(out) == undisturbed
     return 14, survived
 
 
@@ -119,7 +121,7 @@ def kill_train(folder: Path, chance: random.Random) -> Counts:
     start = time.monotonic()
     assert run(training(folder / "images", folder / "whole")).returncode == 0
     seconds = time.monotonic() - start
-    whole = (folder / "whole" / "unet.pt").read_bytes()
+    undisturbed = (folder / "whole" / "unet.pt").read_bytes()
     survived = 0
     for k in range(7):
         out = folder / f"killed{k}"
@@ -127,7 +129,7 @@ def kill_train(folder: Path, chance: random.Random) -> Counts:
         resume = ["--resume"] if (out / "unet.ckpt").exists() else []
         done = run(training(folder / "images", out, *resume))
         left = [path for path in out.glob(".brainseg-*") if path.is_dir()]
-        same = done.returncode == 0 and (out / "unet.pt").read_bytes() == whole
+        same = done.returncode == 0 and (out / "unet.pt").read_bytes() == undisturbed
         survived += same and not left
     return 7, survived
 
@@ -168,7 +170,7 @@ def full_disk(folder: Path, chance: random.Random) -> Counts:
         ):
             shutil.rmtree(folder / "cache", ignore_errors=True)
             before = files_of(out) if out.exists() else {}
-            done = run(command, preexec_fn=lambda limit=limit: file_limit(limit))
+            done = run(command, functools.partial(file_limit, limit))
             after = files_of(out) if out.exists() else {}
             lost = before.keys() - after.keys()
             left = [path for path in out.glob(".brainseg-*") if path.is_dir()]
@@ -182,6 +184,10 @@ def file_limit(size: int) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
+def memory_limit() -> None:
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+
+
 def mutants(folder: Path, chance: random.Random) -> Counts:
     """Damage volumes and slices at random: each is segmented, or refused by name in a sentence."""
     count = 180
@@ -192,8 +198,7 @@ def mutants(folder: Path, chance: random.Random) -> Counts:
         source = originals[k % len(originals)]
         content = mutate(source.read_bytes(), chance)
         (images / f"mutant{k:03d}{''.join(source.suffixes)}").write_bytes(content)
-    limit = lambda: resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))  # noqa: E731
-    done = run(inference(images, folder / "out"), preexec_fn=limit)
+    done = run(inference(images, folder / "out"), memory_limit)
     rows = read_table(folder / "out" / "volumes.csv")
     if "Traceback" in done.stderr:
         return count, 0
@@ -235,48 +240,29 @@ def mutate(content: bytes, chance: random.Random) -> bytes:
 
 def uploads(folder: Path, chance: random.Random) -> Counts:
     """Send the page odd uploads and many clients at once; it answers each, and goes on."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     temporary = folder / "tmp"
     temporary.mkdir()
-    command = words("app.py", "--port", port, "--weights", NETWORK, "--queue", 60)
-    url = f"http://127.0.0.1:{port}/api"
     write_data_set(folder / "images", 1, 8, 96)
-    head = archive(sorted((folder / "images" / "phantom_000").glob("*.tif")))
-    log = open(folder / "log.txt", "w")
-    environment = os.environ | {"TMPDIR": str(temporary)}
-    server = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
-    try:
-        end = time.monotonic() + LIMIT
-        while not answers(url) and time.monotonic() < end:
-            time.sleep(0.2)
+    head = pack_slices(sorted((folder / "images" / "phantom_000").glob("*.tif")))
+    options = ["--weights", NETWORK, "--queue", 60]
+    sent = odd_uploads(chance)
+    survived = 0
+    with (
+        open(folder / "log.txt", "w") as log,
+        serving(ROOT, options, log, TMPDIR=str(temporary)) as (url, _),
+    ):
         masks, _ = ask(url, head)
-        sent = odd_uploads(chance)
-        survived = 0
         for name, content in sent:
             answer = httpx.post(f"{url}/segment", files={"images": (name, content)}, timeout=LIMIT)
             survived += 400 <= answer.status_code < 500 and "error" in answer.json()
         with ThreadPoolExecutor(50) as pool:
             results = list(pool.map(lambda _: ask(url, head)[0], range(50)))
         survived += sum(result == masks for result in results)
-    finally:
-        server.terminate()
-        server.wait(LIMIT)
-        log.close()
     left = [path for path in temporary.iterdir() if "brainseg" in path.name]
     traceback = "Traceback" in (folder / "log.txt").read_text()
     survived += not left
     survived += not traceback
     return len(sent) + 50 + 2, survived
-
-
-def archive(paths: list[Path]) -> bytes:
-    packed = io.BytesIO()
-    with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as file:
-        for path in paths:
-            file.write(path, path.name)
-    return packed.getvalue()
 
 
 def odd_uploads(chance: random.Random) -> list[tuple[str, bytes]]:
@@ -335,7 +321,7 @@ def main() -> None:
     for name in tqdm(args.only, unit="trial", disable=None):
         with tempfile.TemporaryDirectory() as folder:
             tried, survived = TRIALS[name](Path(folder), random.Random(args.seed))
-        what = TRIALS[name].__doc__.partition(":")[0].rstrip(".")
+        what = (TRIALS[name].__doc__ or "").partition(":")[0].rstrip(".")
         lines.append(f"| {name}: {what[0].lower()}{what[1:]} | {tried} | {survived} |")
         lost += tried - survived
     print("\n".join(lines))

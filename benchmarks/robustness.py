@@ -171,8 +171,8 @@ def main() -> None:
     for source in tqdm(sources, unit="case", disable=None):
         volume, truth = source.open().read_pair()
         for name in names:
-            made = segment_unseen(model, source.name, CHANGES[name](volume))
-            scores[name].append(dsc(made.mask, truth))
+            result = segment_unseen(model, source.name, CHANGES[name](volume))
+            scores[name].append(dsc(result.mask, truth))
         files = model.unseen(source.name)
         for shown, name in by_file.items():
             mask = by_inference(CHANGES[name](volume), files, args.device)

@@ -14,7 +14,6 @@ import tifffile
 from conftest import file_limit
 from PIL import Image
 
-from benchmarks import plain
 from brainseg import phantom
 from brainseg.io.layouts import find_case, find_cases
 from brainseg.io.predictions import write_case
@@ -163,9 +162,12 @@ def test_real_cases(lgg):
     assert [case.name.split("_")[2] for case in cases] == ["4942", "4944", "7692"]
     for case in cases:
         assert case.numbers == tuple(range(1, len(case.slices) + 1))
-        volume, mask = plain.read_case(case.folder)
-        read = case.read_pair()
-        assert np.array_equal(read[0], volume) and np.array_equal(read[1], mask > 0)
+        volume, mask = case.read_pair()
+        for number, image, lesion in zip(case.numbers, volume, mask, strict=True):
+            path = case.folder / f"{case.name}_{number}.tif"
+            assert np.array_equal(image, iio.imread(path))
+            path = case.folder / f"{case.name}_{number}_mask.tif"
+            assert np.array_equal(lesion, iio.imread(path) > 0)
 
 
 def test_a_case_folder_is_a_root_of_one(tmp_path, pair, monkeypatch):
