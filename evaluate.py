@@ -12,9 +12,10 @@ for the cross-validated cases, all for others. Models are compared with the firs
 A case that any model was trained on is left out for all; a case on which train.py --keep best chose
 the epoch counts, but is marked. --threshold, --tta and the like do not change a metrics.csv.
 
---fit-expected-dsc learns from these scores to predict the DSC of a mask without a truth, and writes
-the fit into the cards of the weights (see brainseg/ensemble.py) and expected_dsc.png to OUT. The
---threshold, --min-volume and --tta that it was run with become the defaults of these weights.
+--fit-expected-dsc learns from these scores to predict the DSC of a mask without a truth, and how
+far its volume may be off, writes both into the cards of the weights (see brainseg/quality.py and
+volume_errors.py) and expected_dsc.png and volume_errors.csv to OUT. The --threshold, --min-volume
+and --tta that it was run with become the defaults of these weights.
 
 Writes scores.csv (a row per model and case), summary.json, scores.png and gallery.png to OUT and,
 with --report, one self-contained page with all of it.
@@ -47,7 +48,8 @@ from brainseg.reports.page import check_page
 from brainseg.splits import SUBSETS, by_subset, count_patients, list_cohort
 from brainseg.weights import shipped_weights
 
-FILES = ("scores.csv", "summary.json", "scores.png", "gallery.png", "expected_dsc.png")
+FITTED = ("expected_dsc.png", "volume_errors.csv")
+FILES = ("scores.csv", "summary.json", "scores.png", "gallery.png", *FITTED)
 
 
 # fmt: off
@@ -117,7 +119,7 @@ def score(
     if args.fit_expected_dsc:
         ((model, rows),) = zip(models, scored.values(), strict=True)
         fitted = {name: getattr(model.segmenter, name) for name in FITTED_WITH}
-        text = fit_and_save(list(model.seen), fitted, rows, args.out / "expected_dsc.png")
+        text = fit_and_save(list(model.seen), fitted, rows, args.out)
         print(f"\n{text}")
 
     about = cli.provenance(args) | {

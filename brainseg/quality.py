@@ -12,8 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-from .io.files import write_json
+from .io.files import RUN, write_json, write_table
 from .io.pictures import new_figure, save_figure
+from .volume_errors import fit_volume_errors
 from .weights import read_card
 
 WARN_BELOW = 0.7  # a mask with a lower expected DSC needs checking
@@ -194,11 +195,12 @@ def assess(
     return features, expected, quality_warnings(features, expected, notes, dropped)
 
 
-def fit_and_save(files: Sequence[Path], options: dict, rows: Sequence[dict], figure: Path) -> str:
+def fit_and_save(files: Sequence[Path], options: dict, rows: Sequence[dict], folder: Path) -> str:
     """Fit on the rows of scores.csv, write the fit into the cards of `files`; return a summary.
 
-    `options` are those that the masks were made with; the cards record them. `figure` is the
-    path of the scatter plot. Raises ValueError for too few cases.
+    `options` are those that the masks were made with; the cards record them. Writes the scatter
+    plot expected_dsc.png and volume_errors.csv, of which the cards hold the summary, to `folder`.
+    Raises ValueError for too few cases.
     """
     features = [
         {name: row[name] for name in FEATURES} | {"voxels": row["predicted_voxels"]} for row in rows
@@ -206,7 +208,14 @@ def fit_and_save(files: Sequence[Path], options: dict, rows: Sequence[dict], fig
     fit = fit_expected_dsc(features, [row["dsc"] for row in rows])
     scores = fit["leave_one_out"]
     predicted, true = scores.pop("predicted"), scores.pop("dsc")
-    save_scatter(figure, predicted, true)
+    save_scatter(folder / "expected_dsc.png", predicted, true)
+    volumes = volume_rows(rows, predicted)
+    write_table(folder / "volume_errors.csv", volumes)
+    fit["volume_errors"] = fit_volume_errors(
+        predicted,
+        [row["predicted_voxels"] for row in volumes],
+        [row["lesion_voxels"] for row in volumes],
+    )
     fit |= options
     for file in files:
         write_json(file.with_suffix(".json"), read_card(file) | {"expected_dsc": fit})
@@ -218,6 +227,19 @@ def fit_and_save(files: Sequence[Path], options: dict, rows: Sequence[dict], fig
         f"{scores['warned']} of {scores['poor']} masks under {WARN_BELOW} get a warning, with "
         f"{scores['false_alarms']} false alarms; saved in the card of {len(files)} file(s)"
     )
+
+
+def volume_rows(rows: Sequence[dict], predicted: Sequence[float]) -> list[dict]:
+    """List volumes and the DSC expected by a fit to the other cases, of masks that are not empty.
+
+    `rows` are those of scores.csv, `predicted` holds that DSC for each mask that is not empty.
+    """
+    drawn = [row for row in rows if row["predicted_voxels"]]
+    columns = ("case", "patient", "predicted_voxels", "lesion_voxels", RUN)
+    table = []
+    for row, expected in zip(drawn, predicted, strict=True):
+        table.append({name: row[name] for name in columns} | {"expected_dsc": expected})
+    return table
 
 
 def save_scatter(path: Path, expected: Sequence[float], true: Sequence[float]) -> None:

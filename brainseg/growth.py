@@ -1,0 +1,240 @@
+"""How fast a lesion grows: one patient's scans over time, each number with its interval.
+
+Measured, never a verdict. The size of a lesion is its mean tumour diameter, in mm, (2 V)^(1/3) of
+the volume V: in the growth literature, V is half the product of three diameters, whose geometric
+mean this is. It is 1.5 % more than the diameter of a sphere of that volume. Its slope over time
+is the velocity of diametric expansion (Pallud 2013, PMC3635513; Mandonnet 2003).
+
+All intervals are 80 %. Errors of the volumes of two scans are taken to be independent: an error
+that both share, for the same network sees the same lesion, makes intervals of changes too wide.
+"""
+
+from __future__ import annotations
+
+import datetime
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from .diameters import Diameters
+from .volume_errors import volume_interval
+
+LEAST_DAYS = 90  # between the first and last scan of a rate
+YEAR = 365.25  # days
+SIGMA = 1.2816  # half of an 80 % interval of a normal distribution, in standard deviations
+ALIKE = 1.5  # the ratio of pixel sizes or slice thicknesses up to which scans are comparable
+WITHIN = "within the error"
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number and its 80 % interval; NaN where it is not known."""
+
+    value: float
+    low: float = math.nan
+    high: float = math.nan
+
+    @property
+    def holds_zero(self) -> bool:
+        return self.low <= 0 <= self.high
+
+
+UNKNOWN = Estimate(math.nan)
+
+
+@dataclass(frozen=True)
+class Visit:
+    """One scan of a patient: when it was made, how, and what was measured."""
+
+    case: str
+    patient: str
+    date: datetime.date | None
+    volume: Estimate  # ml
+    diameters: Diameters | None  # None for an empty mask and without a pixel size
+    spacing: (
+        tuple[float, float, float] | None
+    )  # mm from slice to slice, row to row, column to column
+    sequences: str
+    replaced: str  # the sequences that FLAIR stands in for
+    concern: str  # why its mask needs checking
+    apart: tuple[str, ...] = ()  # what registration to the first scan says against a comparison
+
+    @property
+    def diameter(self) -> Estimate:
+        volume = self.volume
+        return Estimate(*map(mean_diameter, (volume.value, volume.low, volume.high)))
+
+
+def mean_diameter(ml: float) -> float:
+    """Return the mean tumour diameter, in mm, of a volume in ml."""
+    return (2000 * ml) ** (1 / 3)
+
+
+def estimated_volume(ml: float | None, expected_dsc: float | None, errors: dict | None) -> Estimate:
+    """Return a volume with its interval, by the `errors` of the weights' card."""
+    if ml is None:
+        return UNKNOWN
+    return Estimate(ml, *volume_interval(ml, expected_dsc, errors))
+
+
+# Changes and rates
+
+
+def combine(factors: Sequence[float], estimates: Sequence[Estimate]) -> Estimate:
+    """Return the sum of independent estimates times factors, with its interval.
+
+    The interval recovers variances from the limits of each, on the side that counts (MOVER, Zou
+    and Donner 2008), as the intervals of volumes are not symmetric.
+    """
+    value, below, above = 0.0, 0.0, 0.0
+    for factor, estimate in zip(factors, estimates, strict=True):
+        down = factor * (estimate.value - estimate.low)
+        up = factor * (estimate.high - estimate.value)
+        if factor < 0:
+            down, up = up, down
+        value += factor * estimate.value
+        below += down**2
+        above += up**2
+    return Estimate(value, value - math.sqrt(below), value + math.sqrt(above))
+
+
+def difference(later: Estimate, earlier: Estimate) -> Estimate:
+    return combine((1, -1), (later, earlier))
+
+
+def percent_change(later: Estimate, earlier: Estimate) -> Estimate:
+    """Return the change in % of the earlier one; not known if one of them is 0."""
+    if not (later.value > 0 and earlier.value > 0):
+        return UNKNOWN
+    ratio = difference(_logarithm(later), _logarithm(earlier))
+    return Estimate(*(100 * math.expm1(limit) for limit in (ratio.value, ratio.low, ratio.high)))
+
+
+def _logarithm(estimate: Estimate) -> Estimate:
+    return Estimate(math.log(estimate.value), math.log(estimate.low), math.log(estimate.high))
+
+
+def growth_rate(days: Sequence[float], diameters: Sequence[Estimate]) -> Estimate:
+    """Return the slope of diameters over time, in mm a year.
+
+    Least squares, weighted by the error of each diameter; for two scans that is their difference.
+    Where the scans scatter about the line by more than their errors say, the interval is widened
+    by that ratio. Without the errors, there is no interval. Not known under 90 days.
+    """
+    if len(days) < 2 or max(days) - min(days) < LEAST_DAYS:
+        return UNKNOWN
+    years = np.asarray(days) / YEAR
+    values = np.array([diameter.value for diameter in diameters])
+    sigmas = np.array([diameter.high - diameter.low for diameter in diameters]) / (2 * SIGMA)
+    have_errors = bool(np.isfinite(sigmas).all())
+    weights = 1 / sigmas**2 if have_errors else np.ones(len(days))
+    times = years - np.average(years, weights=weights)
+    rate = combine(weights * times / (weights * times**2).sum(), diameters)
+    if len(days) > 2 and have_errors:
+        residuals = values - np.average(values, weights=weights) - rate.value * times
+        ratio = math.sqrt((weights * residuals**2).sum() / (len(days) - 2))
+        wider = max(1.0, ratio)
+        rate = Estimate(
+            rate.value,
+            rate.value - wider * (rate.value - rate.low),
+            rate.value + wider * (rate.high - rate.value),
+        )
+    return rate
+
+
+# The table
+
+
+def differences(visit: Visit, other: Visit) -> list[str]:
+    """List what makes the scan of `visit` hard to compare with another one of the patient."""
+    reasons = []
+    if visit.spacing is None or other.spacing is None:
+        reasons.append("no pixel size")
+    else:
+        sizes = ("slices", visit.spacing[0], other.spacing[0]), (
+            "pixels", max(visit.spacing[1:]), max(other.spacing[1:]),
+        )  # fmt: skip
+        for what, size, other_size in sizes:
+            if max(size, other_size) > ALIKE * min(size, other_size):
+                reasons.append(f"{what} of {size:.2g} mm, and of {other_size:.2g} mm")
+    if visit.sequences != other.sequences:
+        reasons.append(f"sequences {visit.sequences}, and {other.sequences}")
+    for one in (visit, other):
+        if one.replaced:
+            reasons.append(f"{one.case}: FLAIR stands in for {one.replaced}")
+        if one.concern:
+            reasons.append(f"{one.case}: {one.concern}")
+    return reasons
+
+
+def growth_rows(visits: Sequence[Visit]) -> list[dict]:
+    """Make the rows of growth.csv for the scans of one patient, which must be in order of time.
+
+    The rate in a row is that of all scans up to it. Empty masks have no diameter to count with.
+    """
+    rows = []
+    for k, visit in enumerate(visits):
+        row: dict = {"patient": visit.patient, "case": visit.case, "date": visit.date}
+        row["days"] = _days(visits[0], visit)
+        row |= _columns("lesion_ml", visit.volume) | _columns("diameter_mm", visit.diameter)
+        earlier = {}
+        if k:
+            earlier = {"previous": visits[k - 1], "first": visits[0]}
+        for name in ("previous", "first"):
+            row |= _change(name, visit, earlier.get(name))
+        row |= _columns("mm_per_year", rate_until(visits[: k + 1]))
+        row["bidimensional_mm2"] = visit.diameters.product if visit.diameters else None
+        for name in ("previous", "first"):
+            row[f"bidimensional_percent_since_{name}"] = _product_change(visit, earlier.get(name))
+        reasons = []
+        for other in earlier.values():
+            reasons += differences(visit, other)
+        reasons += visit.apart
+        row["comparable"] = ""
+        if k:
+            row["comparable"] = "no" if reasons else "yes"
+        row["why_not"] = "; ".join(dict.fromkeys(reasons))
+        rows.append(row)
+    return rows
+
+
+def rate_until(visits: Sequence[Visit]) -> Estimate:
+    """Return the growth rate over the dated scans whose mask is not empty, in mm a year."""
+    days, diameters = [], []
+    for visit in visits:
+        if visit.date and visit.volume.value > 0:
+            days.append(visit.date.toordinal())
+            diameters.append(visit.diameter)
+    return growth_rate(days, diameters)
+
+
+def _days(first: Visit, visit: Visit) -> int | None:
+    if first.date is None or visit.date is None:
+        return None
+    return (visit.date - first.date).days
+
+
+def _change(name: str, visit: Visit, earlier: Visit | None) -> dict:
+    """Make the columns of the change of volume since an earlier scan."""
+    ml, percent, said = UNKNOWN, UNKNOWN, ""
+    if earlier:
+        ml = difference(visit.volume, earlier.volume)
+        percent = percent_change(visit.volume, earlier.volume)
+        if ml.holds_zero or percent.holds_zero:
+            said = WITHIN
+    columns = _columns(f"ml_since_{name}", ml) | _columns(f"percent_since_{name}", percent)
+    return columns | {f"since_{name}": said}
+
+
+def _product_change(visit: Visit, earlier: Visit | None) -> float | None:
+    if not (earlier and earlier.diameters and visit.diameters):
+        return None
+    return 100 * (visit.diameters.product / earlier.diameters.product - 1)
+
+
+def _columns(name: str, estimate: Estimate) -> dict:
+    """Make the columns of an estimate: empty where it is not known."""
+    values = {name: estimate.value, f"{name}_low": estimate.low, f"{name}_high": estimate.high}
+    return {key: None if math.isnan(value) else value for key, value in values.items()}

@@ -1,0 +1,131 @@
+"""The date of a scan: from a table, its DICOM header, the tables of BIDS, or its name."""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from .dicom import Series
+from .files import name_in_errors, read_rows
+from .headers import text
+from .scans import Scan
+from .slices import Case
+
+FIRST_YEAR = 1980  # no patient was scanned before
+SHIFTED_YEAR = (
+    1925  # BIDS: shifted dates should lie in this year or before, to be told from real ones
+)
+MONTH_DAY = r"(0[1-9]|1[0-2])(-?)(0[1-9]|[12]\d|3[01])"
+IN_NAME = re.compile(rf"(?<!\d)((?:19|20)\d\d)(-?){MONTH_DAY}(?!\d)")
+LAST_NUMBER = re.compile(r"\d+(?=\D*$)")
+
+
+def read_dates(path: Path) -> dict[str, datetime.date]:
+    """Read the dates by case from a CSV file with the columns case and date.
+
+    Raises OSError or ValueError, naming the file and the case, if it is not such a table, gives a
+    case two dates, or one that no scan can have.
+    """
+    wrong = f"{path}: is not a table with the columns case and date; write CSV with both"
+    dates: dict[str, datetime.date] = {}
+    for row in read_rows(path, {"case", "date"}, wrong):
+        case = row["case"].strip()
+        try:
+            day = parse_date(row["date"])
+        except ValueError as error:
+            raise ValueError(f"{path}: {case}: {error}; correct it") from error
+        if dates.setdefault(case, day) != day:
+            raise ValueError(f"{path}: gives {case} two dates, {dates[case]} and {day}; keep one")
+    return dates
+
+
+def parse_date(written: str, may_be_shifted: bool = False) -> datetime.date:
+    """Read a date written as 2014-03-02 or 20140302, with or without a time.
+
+    Raises ValueError if no calendar has it, or no scan can be from that day. Dates of BIDS may be
+    shifted to 1925 or before.
+    """
+    digits = re.fullmatch(r"(\d{4})-?(\d\d)-?(\d\d)([T ].*)?", written.strip())
+    try:
+        if not digits:
+            raise ValueError
+        day = datetime.date(int(digits[1]), int(digits[2]), int(digits[3]))
+    except ValueError as error:
+        raise ValueError(f"the date {written.strip()!r} is not in the calendar") from error
+    if day > datetime.date.today():
+        raise ValueError(f"the date {day} is in the future")
+    if day.year < FIRST_YEAR and not (may_be_shifted and day.year <= SHIFTED_YEAR):
+        raise ValueError(f"the date {day} is before {FIRST_YEAR}")
+    return day
+
+
+def date_of(
+    case: Case, dates: Mapping[str, datetime.date]
+) -> tuple[datetime.date | None, list[str]]:
+    """Return the date of a scan, None if nothing says it, and sentences on what was wrong.
+
+    `dates`, of a table, goes before the header, that before the tables of BIDS, and those before
+    the name. A date that cannot be right is left out and said, and so is a contradiction.
+    """
+    notes = []
+    stated: dict[str, datetime.date] = {}  # by what states it, in order of trust
+    if case.name in dates:
+        stated["--dates"] = dates[case.name]
+    for place, written in _written(case).items():
+        try:
+            stated[place] = parse_date(written, may_be_shifted=place.endswith(".tsv"))
+        except ValueError as error:
+            notes.append(f"{case.name}: {error} ({place}); correct it with --dates")
+    if not stated:
+        return None, notes
+    (trusted, day), *others = stated.items()
+    for place, other in others:
+        if other != day:
+            notes.append(f"{case.name}: {day} by {trusted}, but {other} by {place}; {day} is used")
+    return day, notes
+
+
+def _written(case: Case) -> dict[str, str]:
+    """Return the dates that header, BIDS table and name state, by their place."""
+    places = {}
+    flair = case.flair if isinstance(case, Scan) else None
+    if isinstance(flair, Series):
+        study_date = text(flair.header, "StudyDate")
+        if study_date:
+            places["its DICOM header"] = study_date
+    elif flair is not None and flair.parent.name == "anat":
+        table, written = _bids_date(flair)
+        if written:
+            places[table] = written
+    in_name = list(IN_NAME.finditer(case.name))
+    if in_name:
+        places["its name"] = in_name[-1][0]
+    return places
+
+
+def _bids_date(flair: Path) -> tuple[str, str]:
+    """Return the file name of the BIDS table that has the date of a FLAIR file, and the date.
+
+    That is acq_time in the scans.tsv of its session or, if there is none, in sessions.tsv. Both
+    are empty if neither has it.
+    """
+    session = flair.parent.parent
+    tables = [(path, "filename", f"anat/{flair.name}") for path in session.glob("*_scans.tsv")]
+    tables += [(path, "session_id", session.name) for path in session.parent.glob("*_sessions.tsv")]
+    for path, key, value in tables:
+        with name_in_errors(path), open(path, newline="", encoding="utf-8-sig") as file:
+            for row in csv.DictReader(file, delimiter="\t"):
+                written = row.get("acq_time") or "n/a"
+                if row.get(key) == value and written != "n/a":
+                    return path.name, written
+    return "", ""
+
+
+def timepoint(name: str, patient: str) -> int | None:
+    """Return the last number in the name of a case after that of its patient: it gives an order."""
+    rest = name[len(patient) :] if name.startswith(patient) else name
+    number = LAST_NUMBER.search(rest)
+    return int(number[0]) if number else None
