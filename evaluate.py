@@ -26,6 +26,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 
 import cli
@@ -33,11 +34,11 @@ from brainseg import distributed
 from brainseg.evaluation.report import case_table, save_gallery, save_page, save_scores, tables
 from brainseg.evaluation.scoring import (
     Model,
-    check_can_fit,
+    NetworkModel,
     choose_cases,
+    model_to_fit,
     open_models,
     score_all,
-    settings_of,
 )
 from brainseg.evaluation.statistics import compare
 from brainseg.io.files import check_ours, remove, write_json, write_table
@@ -87,11 +88,12 @@ def run(args: argparse.Namespace, options: dict) -> None:
         args.weights = [f"{shipped.stem}={shipped}"]
     models = open_models(args.weights, options)
     if args.fit_expected_dsc:
-        check_can_fit(models)
+        model_to_fit(models)
     else:
         for model in models:
-            for note in model.segmenter.notes if model.segmenter else ():
-                print(f"{model.name}: {note}", file=sys.stderr)
+            if isinstance(model, NetworkModel):
+                for note in model.segmenter.notes:
+                    print(f"{model.name}: {note}", file=sys.stderr)
     cases, left_out = choose_cases(sources, args.subset, models, args.images)
     print(count_patients(by_subset(cases)), flush=True)
     for name in FILES:
@@ -106,38 +108,37 @@ def score(
     args: argparse.Namespace, models: Sequence[Model], cases: Sequence[Case], left_out: list[str]
 ) -> None:
     """Score every model on every case, print the tables, write the files."""
-    scored, pictures, digest = score_all(cases, models, args.workers)
+    rows, pictures, digest = score_all(cases, models, args.workers)
     cases[0].labels.check()
-    write_table(args.out / "scores.csv", [row for rows in scored.values() for row in rows])
-    if not any(row["lesion_voxels"] for rows in scored.values() for row in rows):
+    write_table(args.out / "scores.csv", list(chain.from_iterable(rows.values())))
+    if not any(row["lesion_voxels"] for row in rows[models[0].name]):
         print(NO_LESION.format(len(cases)), file=sys.stderr)
-    summary = compare(scored)
+    summary = compare(rows)
     shown = tables(summary)
     print("\n\n".join(table.as_text() for table in shown))
     if left_out:
         print(f"\n{len(left_out)} cases left out: a model was trained on their patients")
     if args.fit_expected_dsc:
-        ((model, rows),) = zip(models, scored.values(), strict=True)
-        fitted = {name: getattr(model.segmenter, name) for name in FITTED_WITH}
-        text = fit_and_save(list(model.seen), fitted, rows, args.out)
-        print(f"\n{text}")
+        model = model_to_fit(models)
+        options = {name: getattr(model.segmenter, name) for name in FITTED_WITH}
+        print("\n" + fit_and_save(list(model.trained_on), options, rows[model.name], args.out))
 
-    about = cli.provenance(args) | {
-        "weights": {model.name: settings_of(model) for model in models},
+    details = cli.provenance(args) | {
+        "weights": {model.name: model.settings() for model in models},
         "cases": [case.name for case in cases],
         "left out": left_out,
         "SHA-256 of the voxels and masks": digest,
     }
-    write_json(args.out / "summary.json", about | {"models": summary})
+    write_json(args.out / "summary.json", details | {"models": summary})
     figures = {"DSC of every case": args.out / "scores.png"}
-    save_scores(args.out / "scores.png", scored)
+    save_scores(args.out / "scores.png", rows)
     remove(args.out / "gallery.png")  # of an earlier run
     if pictures:
         figures["Worst, median and best case of each model"] = args.out / "gallery.png"
-        save_gallery(args.out / "gallery.png", scored, pictures)
+        save_gallery(args.out / "gallery.png", rows, pictures)
     if args.report:
-        title = f"brainseg: {', '.join(scored)}"
-        save_page(args.report, title, [*shown, case_table(scored)], figures, about)
+        title = f"brainseg: {', '.join(rows)}"
+        save_page(args.report, title, [*shown, case_table(rows)], figures, details)
     print(f"\ntables and pictures: {args.out}")
     if args.report:
         print(f"report: {args.report}")

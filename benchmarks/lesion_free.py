@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from brainseg.evaluation.scoring import open_model
+from brainseg.evaluation.scoring import open_networks
 from brainseg.metrics import dsc, mean_text, summarise
 from brainseg.segmenter import to_mask
 from brainseg.weights import shipped_weights
@@ -74,7 +74,7 @@ def main() -> None:
     parser.add_argument("--device", help="cuda, cpu ... (an accelerator if available)")
     args = parser.parse_args()
 
-    model = open_model(args.weights.name, args.weights, {"device": args.device})
+    model = open_networks(args.weights.name, args.weights, {"device": args.device})
     sources = cases_of(args.images, args.subset)
     scores, marked = ({setting: [] for setting in SETTINGS} for _ in range(2))
     for source in tqdm(sources, unit="case", disable=None):

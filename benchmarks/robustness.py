@@ -27,7 +27,7 @@ from scipy import ndimage
 from tqdm import tqdm
 
 import inference
-from brainseg.evaluation.scoring import open_model
+from brainseg.evaluation.scoring import open_networks
 from brainseg.io.scans import read_voxels
 from brainseg.metrics import dsc, mean_text, summarise
 from brainseg.weights import shipped_weights
@@ -163,7 +163,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=CHANGES, help="only these changes (all)")
     args = parser.parse_args()
 
-    model = open_model(args.weights.name, args.weights, {"device": args.device})
+    model = open_networks(args.weights.name, args.weights, {"device": args.device})
     sources = cases_of(args.images, args.subset)
     names = [name for name in CHANGES if not args.only or name in (UNTOUCHED, *args.only)]
     by_file = {f"{name}, by inference.py": name for name in FILES if not args.only}

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from brainseg.evaluation.scoring import Model
+from brainseg.evaluation.scoring import NetworkModel
 from brainseg.io.layouts import Source, list_cases
 from brainseg.segmenter import Segmentation
 from brainseg.splits import select_cases
@@ -16,7 +16,7 @@ def cases_of(images: Path, subsets: Sequence[str]) -> list[Source]:
     return [s for subset in subsets for s in select_cases(list_cases(images), subset)]
 
 
-def segment_unseen(model: Model, case: str, volume: np.ndarray) -> Segmentation:
+def segment_unseen(model: NetworkModel, case: str, volume: np.ndarray) -> Segmentation:
     """Segment a raw volume (S, H, W, C) made from the case named `case`, as evaluate.py does."""
     if not model.unseen(case):
         raise SystemExit(f"error: {model.path}: trained on {case}; choose another --subset")

@@ -72,7 +72,7 @@ def lesion_recall(prediction: np.ndarray, truth: np.ndarray) -> float:
         return float(truth.any() == prediction.any())
     from skimage.measure import label
 
-    lesions = label(truth)
+    lesions = np.asarray(label(truth))
     return float(len(np.unique(lesions[prediction & truth])) / lesions.max())
 
 
@@ -160,7 +160,7 @@ def mean_interval(
         n_resamples=resamples,
         batch=100,  # resamples in memory at once
         method="percentile",
-        random_state=np.random.default_rng(seed),
+        rng=np.random.default_rng(seed),
     )
     return float(result.confidence_interval.low), float(result.confidence_interval.high)
 

@@ -1,16 +1,18 @@
-"""Open the models to compare, weights or tables of scores, and score them case by case."""
+"""Open the models to compare, networks or tables of scores, and score them case by case."""
 
 from __future__ import annotations
 
 import copy
 import hashlib
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..devices import in_order
@@ -20,51 +22,106 @@ from ..io.layouts import Source
 from ..io.pictures import outline, to_grey
 from ..io.slices import Case
 from ..metrics import dsc, score
-from ..preprocess import missing_sequences
+from ..preprocess import Frame, missing_sequences
 from ..quality import FEATURES, FITTED_WITH
 from ..reports.scores import read_scores
 from ..reports.volumes import EXPECTED
-from ..segmenter import Segmentation, Segmenter, preprocess_near, to_mask
+from ..segmenter import Segmentation, Segmenter, to_mask
 from ..splits import patient_of, patients_of_card, site_of, subset_of
 from ..weights import read_card, weights_files
 from .statistics import SCORES, SETTINGS
 
 
 @dataclass
-class Model:
-    """A model to compare: a network, an ensemble of folds, or the scores of a metrics.csv."""
+class NetworkModel:
+    """A model to compare: a network, or the networks of an ensemble or a cross-validation."""
 
     name: str
     path: Path
-    scores: dict[str, dict] = field(default_factory=dict)  # of a metrics.csv, by case
-    segmenter: Segmenter | None = None
-    seen: dict[Path, set[str]] = field(default_factory=dict)  # by file: patients trained on
-    chose: dict[Path, set[str]] = field(default_factory=dict)  # patients its epoch was chosen on
+    segmenter: Segmenter  # with all networks
+    trained_on: dict[Path, set[str]]  # patients, by weights file
+    chose_epoch_on: dict[Path, set[str]]  # patients, by weights file
 
     def unseen(self, case: Case | Source) -> list[Path]:
         """List the files of the networks that were not trained on the patient of a case."""
-        return [file for file, patients in self.seen.items() if patient_of(case) not in patients]
+        patient = patient_of(case)
+        return [file for file, patients in self.trained_on.items() if patient not in patients]
 
     def was_trained_on(self, case: Case | Source) -> bool:
-        if self.scores:
-            return case.name in self.scores and self.scores[case.name]["trained_on"]
         return not self.unseen(case)
 
     def segmenter_for(self, case: Case | Source) -> Segmenter:
         """Return a segmenter with only the networks that have not seen the patient of a case."""
         files = self.unseen(case)
-        if len(files) == len(self.seen):
+        if len(files) == len(self.trained_on):
             return self.segmenter
-        part, networks = copy.copy(self.segmenter), networks_of(self.segmenter.model)
-        pairs = zip(self.seen, networks, strict=True)
-        part.model = Ensemble([network for file, network in pairs if file in files]).eval()
-        part.hashes = {file: self.segmenter.hashes[file] for file in files}
-        return part
+        assert isinstance(self.segmenter.model, nn.Module)  # an ONNX file is one network
+        networks = dict(zip(self.trained_on, networks_of(self.segmenter.model), strict=True))
+        segmenter = copy.copy(self.segmenter)
+        segmenter.model = Ensemble([networks[file] for file in files]).eval()
+        segmenter.hashes = {file: self.segmenter.hashes[file] for file in files}
+        return segmenter
+
+    def settings(self) -> dict:
+        """Describe the model as summary.json does, to reproduce its scores."""
+        settings = {"half_precision": self.segmenter.amp}
+        for name in ("image_size", "runtime", *FITTED_WITH):
+            settings[name] = getattr(self.segmenter, name)
+        return {
+            str(file): {"sha256": digest} | settings
+            for file, digest in self.segmenter.hashes.items()
+        }
+
+    def score(self, case: Case, segmentation: Segmentation, truth: np.ndarray) -> dict:
+        """Score a mask, also at other thresholds, and add what tells how good it may be."""
+        files, patient = self.unseen(case), patient_of(case)
+        row = {
+            "weights": str(files[0]) if len(files) == 1 else f"{len(files)} in {self.path}",
+            "chose_epoch": int(any(patient in self.chose_epoch_on[file] for file in files)),
+            "predicted_voxels": int(segmentation.mask.sum()),
+            RUN: self.segmenter_for(case).run,
+        }
+        row |= score(segmentation.mask, truth, case.spacing)
+        probabilities = torch.from_numpy(segmentation.probabilities)
+        for column, (threshold, largest) in SETTINGS.items():
+            mask = to_mask(probabilities, threshold, largest, self.segmenter.min_volume)
+            row[column] = dsc(mask, truth)
+        row |= {name: segmentation.features[name] for name in FEATURES}
+        return row | dict(zip(EXPECTED, segmentation.expected or (None, None, None), strict=True))
 
 
-def open_models(texts: list[str], options: dict) -> list[Model]:
+@dataclass
+class TableModel:
+    """A model to compare: the scores in a metrics.csv of inference.py."""
+
+    name: str
+    path: Path
+    scores: dict[str, dict]  # by case
+
+    def was_trained_on(self, case: Case | Source) -> bool:
+        return case.name in self.scores and self.scores[case.name]["trained_on"]
+
+    def settings(self) -> str:
+        return str(self.path)
+
+    def scores_of(self, case: Case, facts: Mapping[str, object]) -> dict:
+        """Look up a case; raise ValueError if its scores are of other data than the `facts`."""
+        row = self.scores[case.name]
+        for name in ("slices", "lesion_voxels"):
+            if row[name] != facts[name]:
+                raise ValueError(
+                    f"{self.path}: {case.name} has {name} {row[name]:.0f} there, but "
+                    f"{facts[name]} in {case.folder}; run inference.py on the same data"
+                )
+        return {name: row[name] for name in (*SCORES, RUN) if name in row}
+
+
+Model = NetworkModel | TableModel
+
+
+def open_models(texts: Sequence[str], options: dict) -> list[Model]:
     """Open each [NAME=]PATH; raise ValueError or FileNotFoundError if one cannot be used."""
-    named = {}
+    paths = {}
     for text in texts:
         name, equals, rest = text.partition("=")
         path = Path(text)
@@ -74,23 +131,28 @@ def open_models(texts: list[str], options: dict) -> list[Model]:
             name = str(path.with_suffix("") if path.is_file() else path)
         if not path.exists():
             raise FileNotFoundError(f"{text}: no such file; give a path, or NAME=PATH")
-        if not name or name in named:
+        if not name or name in paths:
             raise ValueError(f"{text}: needs a name that no other model has; give NAME=PATH")
-        named[name] = path
-    if options.get("providers") and all(path.suffix != ".onnx" for path in named.values()):
+        paths[name] = path
+    if options.get("providers") and all(path.suffix != ".onnx" for path in paths.values()):
         raise ValueError("--providers is for .onnx files, and none is given; omit it")
-    return [open_model(name, path, options) for name, path in named.items()]
+    models = []
+    for name, path in paths.items():
+        if path.suffix == ".csv":
+            needed = [column for column in SCORES if not column.endswith("_mm")]
+            scores = read_scores(path, [*needed, "slices", "lesion_voxels"])
+            models.append(TableModel(name, path, scores))
+        else:
+            models.append(open_networks(name, path, options))
+    return models
 
 
-def open_model(name: str, path: Path, options: dict) -> Model:
-    """Open weights, an ONNX file, a folder of folds or a table of scores."""
-    if path.suffix == ".csv":
-        needed = [column for column in SCORES if not column.endswith("_mm")]
-        return Model(name, path, scores=read_scores(path, [*needed, "slices", "lesion_voxels"]))
+def open_networks(name: str, path: Path, options: dict) -> NetworkModel:
+    """Open weights, an ONNX file, or a folder of folds."""
     files = weights_files(path)
     if files[0].suffix != ".onnx":
         options = options | {"providers": None}
-    model = Model(name, path)
+    trained_on, chose_epoch_on = {}, {}
     for file in files:
         card = read_card(file)
         if "train" not in card.get("cases", {}):
@@ -98,62 +160,59 @@ def open_model(name: str, path: Path, options: dict) -> Model:
             if len(files) > 1:
                 raise ValueError(f"{fault}; it cannot be used as a fold")
             print(f"{fault}; no case is left out", file=sys.stderr)
-        chose = ["validation"] if card.get("recipe", {}).get("keep") == "best" else []
-        model.seen[file] = patients_of_card(card, "train")
-        model.chose[file] = patients_of_card(card, *chose)
-    model.segmenter = Segmenter.from_weights(files, **options)
-    return model
+        trained_on[file] = patients_of_card(card, "train")
+        chose_epoch_on[file] = set()
+        if card.get("recipe", {}).get("keep") == "best":
+            chose_epoch_on[file] = patients_of_card(card, "validation")
+    segmenter = Segmenter.from_weights(files, **options)
+    return NetworkModel(name, path, segmenter, trained_on, chose_epoch_on)
 
 
-def settings_of(model: Model) -> dict | str:
-    """Describe a model as summary.json does, to reproduce its scores."""
-    if model.scores:
-        return str(model.path)
-    segmenter = model.segmenter
-    names = ("image_size", "runtime", *FITTED_WITH)
-    same = {name: getattr(segmenter, name) for name in names}
-    same["half_precision"] = segmenter.amp
-    return {str(file): {"sha256": digest, **same} for file, digest in segmenter.hashes.items()}
-
-
-def check_can_fit(models: Sequence[Model]) -> None:
-    """Raise ValueError unless there is one model, with weights whose cards can hold a fit."""
+def model_to_fit(models: Sequence[Model]) -> NetworkModel:
+    """Return the one model if its cards can hold a fit of the expected DSC, else ValueError."""
     if len(models) > 1:
         raise ValueError("--fit-expected-dsc is for one model; give --weights a single one")
-    (model,) = models
-    if model.scores or any(file.suffix != ".pt" for file in model.seen):
+    model = models[0]
+    if isinstance(model, TableModel) or any(file.suffix != ".pt" for file in model.trained_on):
         raise ValueError(
             f"{model.path}: --fit-expected-dsc needs .pt weights; fit those, then export them"
         )
-    for file, patients in model.seen.items():
+    for file, patients in model.trained_on.items():
         if not patients:
             raise ValueError(
                 f"{file}: no card says what it was trained on, and the expected DSC can "
                 "only be learnt from other cases; put the card that train.py wrote next to it"
             )
-        size, trained = model.segmenter.image_size, read_card(file).get("image_size")
-        if size != trained:
+        size = read_card(file).get("image_size")
+        if model.segmenter.image_size != size:
             raise ValueError(
-                f"{file}: was trained on slices of {trained} x {trained}, for which the fit must "
+                f"{file}: was trained on slices of {size} x {size}, for which the fit must "
                 "be made; leave out --image-size"
             )
+    return model
 
 
 def choose_cases(
     sources: Sequence[Source], subsets: Sequence[str], models: Sequence[Model], images: Path
 ) -> tuple[list[Case], list[str]]:
-    """Choose the cases that no model has seen; return them and the names of the others.
+    """Choose the cases that no model was trained on; return them and the names of the others.
 
     Raises ValueError, naming the case, if one cannot be scored or nothing is left.
     """
-    chosen = [s for s in sources if {"all", subset_of(s)} & set(subsets)]
+    chosen = sources
+    if "all" not in subsets:
+        chosen = [source for source in sources if subset_of(source) in subsets]
     if not chosen:
         raise ValueError(
             f"{images}: none of its {len(sources)} cases is in {' or '.join(subsets)}; "
             "choose another --subset, such as all"
         )
-    seen = {s.name for s in chosen if any(model.was_trained_on(s) for model in models)}
-    cases = [source.open() for source in chosen if source.name not in seen]
+    cases, left_out = [], []
+    for source in chosen:
+        if any(model.was_trained_on(source) for model in models):
+            left_out.append(source.name)
+        else:
+            cases.append(source.open())
     if not cases:
         raise ValueError(
             f"{images}: the models were trained on all {len(chosen)} cases; "
@@ -165,71 +224,85 @@ def choose_cases(
                 f"{case.folder}: has no mask to score against; choose other cases with --cases"
             )
         for model in models:
-            if model.scores and case.name not in model.scores:
+            if isinstance(model, TableModel) and case.name not in model.scores:
                 raise ValueError(
                     f"{model.path}: has no score of {case.name}; a comparison needs the same "
                     "cases, so choose them with --subset or --cases, or run inference.py on them"
                 )
-    return cases, sorted(seen)
+    return cases, sorted(left_out)
+
+
+Inputs = dict[str, tuple[Tensor, Frame]]  # of the networks, by model
+Pictures = dict[tuple[str, str], np.ndarray]  # (H, W, 3) uint8, by model and case
 
 
 def score_all(
     cases: Sequence[Case], models: Sequence[Model], workers: int | None = None
-) -> tuple[dict[str, list[dict]], dict[tuple[str, str], np.ndarray], str]:
-    """Score cases; return rows by model, pictures by (model, case), and the SHA-256 of the data.
+) -> tuple[dict[str, list[dict]], Pictures, str]:
+    """Score cases; return rows by model, pictures, and the SHA-256 of the data.
 
     Threads read the next cases and score the previous ones while the networks run.
     """
-    opened = {model.name: model.segmenter for model in models if model.segmenter}
-    ways = {name: (s.image_size, s.version, s.device) for name, s in opened.items()}
+    networks = [model for model in models if isinstance(model, NetworkModel)]
+    loaded = in_order(partial(load, networks=networks), cases, workers)
+    segmented = map(partial(segment, networks=networks), loaded)
+    scored = in_order(partial(score_case, models=models), segmented, workers)
+    rows: dict[str, list[dict]] = {model.name: [] for model in models}
+    pictures: Pictures = {}
+    digest = hashlib.sha256()
+    for case_rows, case_pictures, data in tqdm(
+        scored, "scoring", len(cases), unit="case", disable=None
+    ):
+        for row in case_rows:
+            rows[row["model"]].append(row)
+        pictures |= case_pictures
+        digest.update(data)
+    return rows, pictures, digest.hexdigest()
 
-    def load(case: Case) -> tuple:
-        volume, truth = case.read_pair()
-        try:
-            for segmenter in opened.values():
-                segmenter.check_channels(volume.shape[-1])
-            prepared = {way: preprocess_near(volume, *way, case.aspect) for way in {*ways.values()}}
-        except ValueError as error:
-            raise ValueError(f"{case.folder}: {error}") from error
-        return case, volume, truth, prepared
 
-    def segmented() -> Iterator[tuple]:
-        for case, volume, truth, prepared in in_order(load, cases, workers):
-            found = {}
-            for model in (model for model in models if model.name in opened):
-                segmenter = model.segmenter_for(case)
-                images, frame = prepared[ways[model.name]]
-                found[model.name] = segmenter.assess(segmenter.probabilities(images), frame)
-            yield case, volume, truth, found
+def load(
+    case: Case, networks: Sequence[NetworkModel]
+) -> tuple[Case, np.ndarray, np.ndarray, Inputs]:
+    """Read volume and truth, and preprocess once for all models that do it alike."""
+    volume, truth = case.read_pair()
+    inputs, by_settings = {}, {}
+    try:
+        for model in networks:
+            segmenter = model.segmenter
+            segmenter.check_channels(volume.shape[-1])
+            settings = (segmenter.image_size, segmenter.version, segmenter.device)
+            if settings not in by_settings:
+                by_settings[settings] = segmenter.preprocess(volume, case.aspect)
+            inputs[model.name] = by_settings[settings]
+    except ValueError as error:
+        raise ValueError(f"{case.folder}: {error}") from error
+    return case, volume, truth, inputs
 
-    def scored(item: tuple) -> tuple[bytes, list[dict], dict]:
-        _, volume, truth, _ = item
-        volume = hashlib.sha256(np.ascontiguousarray(volume)).digest()
-        return volume + hashlib.sha256(truth).digest(), *score_case(*item, models)
 
-    table, pictures, digest = {model.name: [] for model in models}, {}, hashlib.sha256()
-    results = in_order(scored, segmented(), workers)
-    for read, rows, drawn in tqdm(results, "scoring", len(cases), unit="case", disable=None):
-        digest.update(read)
-        pictures |= drawn
-        for row in rows:
-            table[row["model"]].append(row)
-    return table, pictures, digest.hexdigest()
+def segment(
+    loaded: tuple[Case, np.ndarray, np.ndarray, Inputs], networks: Sequence[NetworkModel]
+) -> tuple[Case, np.ndarray, np.ndarray, dict[str, Segmentation]]:
+    """Segment a case with each model's networks that have not seen its patient."""
+    case, volume, truth, inputs = loaded
+    segmentations = {}
+    for model in networks:
+        segmenter = model.segmenter_for(case)
+        images, frame = inputs[model.name]
+        segmentations[model.name] = segmenter.assess(segmenter.probabilities(images), frame)
+    return case, volume, truth, segmentations
 
 
 def score_case(
-    case: Case,
-    volume: np.ndarray,
-    truth: np.ndarray,
-    found: dict[str, Segmentation],
+    segmented: tuple[Case, np.ndarray, np.ndarray, dict[str, Segmentation]],
     models: Sequence[Model],
-) -> tuple[list[dict], dict]:
-    """Make one row per model, and by (model, case) a picture of the slice with most lesion.
+) -> tuple[list[dict], Pictures, bytes]:
+    """Make a row per model, and per network model a picture of the slice with most lesion.
 
-    `found` holds the segmentation by each model that is not a table of scores.
+    The bytes are the SHA-256 of volume and truth.
     """
+    case, volume, truth, segmentations = segmented
     missing = " and ".join(missing_sequences(volume)) or "none"
-    about = {
+    facts = {
         "case": case.name,
         "patient": patient_of(case),
         "subset": subset_of(case),
@@ -240,37 +313,15 @@ def score_case(
     }
     rows, pictures, grey = [], {}, to_grey(volume)
     for model in models:
-        row = {"model": model.name, **about}
-        if model.scores:
-            rows.append(row | scores_of(model, case, row))
+        row = {"model": model.name} | facts
+        if isinstance(model, TableModel):
+            rows.append(row | model.scores_of(case, facts))
             continue
-        made, files = found[model.name], model.unseen(case)
-        mask, probabilities = made.mask, torch.from_numpy(made.probabilities)
-        row |= {
-            "weights": str(files[0]) if len(files) == 1 else f"{len(files)} in {model.path}",
-            "chose_epoch": int(any(about["patient"] in model.chose[file] for file in files)),
-            "predicted_voxels": int(mask.sum()),
-            RUN: model.segmenter_for(case).run,
-        }
-        row |= score(mask, truth, case.spacing)
-        least = model.segmenter.min_volume
-        row |= {key: dsc(to_mask(probabilities, *s, least), truth) for key, s in SETTINGS.items()}
-        row |= {name: made.features[name] for name in FEATURES}
-        rows.append(row | dict(zip(EXPECTED, made.expected or [None] * 3, strict=True)))
+        segmentation = segmentations[model.name]
+        rows.append(row | model.score(case, segmentation, truth))
+        mask = segmentation.mask
         k = int((truth if truth.any() else mask).sum(axis=(1, 2)).argmax())
-        slices = (array[k : k + 1] for array in (grey, mask, truth))
-        pictures[model.name, case.name] = outline(*slices, side=256)[0]
-    return rows, pictures
-
-
-def scores_of(model: Model, case: Case, row: dict) -> dict:
-    """Look up a case in a metrics.csv; raise ValueError if its scores are from other data."""
-    written = model.scores[case.name]
-    for name in ("slices", "lesion_voxels"):
-        if written[name] != row[name]:
-            raise ValueError(
-                f"{model.path}: {case.name} has {name} {written[name]:.0f} there, but {row[name]} "
-                f"in {case.folder}; run inference.py on the same data"
-            )
-    names = [name for name in (*SCORES, RUN) if name in written]
-    return {name: written[name] for name in names}
+        slices = outline(grey[k : k + 1], mask[k : k + 1], truth[k : k + 1], side=256)
+        pictures[model.name, case.name] = slices[0]
+    digest = hashlib.sha256(np.ascontiguousarray(volume).data).digest()
+    return rows, pictures, digest + hashlib.sha256(np.ascontiguousarray(truth).data).digest()
