@@ -4,6 +4,7 @@
 
 writes ./phantom/phantom_000/phantom_000_1.tif (H x W x 3 uint8: pre-contrast, FLAIR, post-contrast)
 and phantom_000_1_mask.tif (H x W uint8, 0 or 255), and so on for each slice of each case.
+`--patients 20 --scans 4 --growth 4` writes patients instead, see brainseg/phantom_patients.py.
 
 The recipe: paint tissues over each other as soft-edged shapes bent by smooth noise, add a lesion,
 and simulate a scanner (coil bias, gain, Rician noise). No FLAIR threshold finds the lesion,
@@ -57,14 +58,14 @@ def make_volume(
         )
     streams = np.random.SeedSequence(seed).spawn(3)  # so that no part's draws change another's
     head_rng, lesion_rng, scan_rng = (np.random.default_rng(stream) for stream in streams)
-    head = _head_coordinates(head_rng, slices, size)
-    image, brain = _paint_head(head_rng, head)
+    head = head_coordinates(head_rng, slices, size)
+    image, brain = paint_head(head_rng, head)
     share = _lesion_share(lesion_rng, head, brain) if lesion else np.zeros_like(brain)
-    _paint_lesion(lesion_rng, image, share)
-    return _scan(scan_rng, image), share > 0.5
+    paint_lesion(lesion_rng, image, share)
+    return scan(scan_rng, image), share > 0.5
 
 
-def _head_coordinates(rng: np.random.Generator, slices: int, size: int) -> Array:
+def head_coordinates(rng: np.random.Generator, slices: int, size: int) -> Array:
     """Make (3, S, H, W): z up, y to the back, x to the side; the head is the unit ball."""
     centre = (np.arange(size) + 0.5) * 2 / size - 1
     z, y, x = np.meshgrid(np.linspace(-0.93, 0.93, slices), centre, centre, indexing="ij")
@@ -73,7 +74,7 @@ def _head_coordinates(rng: np.random.Generator, slices: int, size: int) -> Array
     return np.stack((z, y / rng.uniform(0.80, 0.90), x / rng.uniform(0.64, 0.72)))
 
 
-def _paint_head(rng: np.random.Generator, head: Array) -> tuple[Array, Array]:
+def paint_head(rng: np.random.Generator, head: Array) -> tuple[Array, Array]:
     """Paint a healthy head without noise (S, H, W, 3) and its share of brain tissue (S, H, W)."""
     shape = head.shape[1:]
     image, brain = np.zeros((*shape, 3)), np.zeros(shape)
@@ -89,10 +90,10 @@ def _layers(rng: np.random.Generator, head: Array) -> Iterator[tuple[Signal, Arr
     z, y, x = head
     shape = z.shape
     # |z|^3 keeps the ring of scalp thin in most slices, and lets the first and last ones taper.
-    radius = np.sqrt(x**2 + y**2 + np.abs(z) ** 3) + 0.012 * _smooth_noise(rng, (4, 6, 6), shape)
+    radius = np.sqrt(x**2 + y**2 + np.abs(z) ** 3) + 0.012 * smooth_noise(rng, (4, 6, 6), shape)
     depth = 0.81 - radius  # below the surface of the brain
-    sulcus = 0.05 * np.abs(_smooth_noise(rng, (10, 26, 26), shape))  # distance to the next one
-    bend = 0.015 * _smooth_noise(rng, (4, 8, 8), shape)
+    sulcus = 0.05 * np.abs(smooth_noise(rng, (10, 26, 26), shape))  # distance to the next one
+    bend = 0.015 * smooth_noise(rng, (4, 8, 8), shape)
     side = np.abs(x + bend)  # distance from the midline
 
     def pair(centre: Sequence[float], axes: Sequence[float]) -> Array:
@@ -141,32 +142,32 @@ def _lesion_share(rng: np.random.Generator, head: Array, brain: Array) -> Array:
         offsets = np.tensordot(frame, head - centre[:, None, None, None], axes=1)
         offsets /= rng.uniform(0.7, 1.3, size=3)[:, None, None, None]
         reach = np.minimum(reach, np.linalg.norm(offsets, axis=0))
-    reach *= np.exp(0.28 * _smooth_noise(rng, (6, 11, 11), brain.shape))  # an irregular outline
+    reach *= np.exp(0.28 * smooth_noise(rng, (6, 11, 11), brain.shape))  # an irregular outline
     volume = np.exp(rng.uniform(np.log(0.01), np.log(0.04)))
     edge = np.quantile(reach[brain > 0.5], volume)
     return brain * (0.5 - 0.5 * np.tanh((reach / edge - 1) / 0.12))  # a soft edge
 
 
-def _paint_lesion(rng: np.random.Generator, image: Array, share: Array) -> None:
+def paint_lesion(rng: np.random.Generator, image: Array, share: Array) -> None:
     """Blend a lesion into the image (S, H, W, 3), in place; one in three has an enhancing rim."""
     contrast = rng.uniform(0.75, 1.1)
-    texture = 1 + 0.08 * _smooth_noise(rng, (8, 16, 16), share.shape)[..., None]
+    texture = 1 + 0.08 * smooth_noise(rng, (8, 16, 16), share.shape)[..., None]
     image += contrast * share[..., None] * (LESION * texture - image)
     if rng.random() < 1 / 3:
         rim = 4 * share * (1 - share)
         image += 0.6 * rim[..., None] * (np.asarray(RIM) - image)
 
 
-def _scan(rng: np.random.Generator, image: Array) -> Array:
+def scan(rng: np.random.Generator, image: Array) -> Array:
     """Add coil bias, a gain per sequence and Rician noise; uint8."""
     shape = image.shape[:3]
-    bias = np.exp(0.12 * _smooth_noise(rng, (2, 3, 3), shape))[..., None]
+    bias = np.exp(0.12 * smooth_noise(rng, (2, 3, 3), shape))[..., None]
     image = image * bias * rng.uniform(0.85, 1.1, size=3)
     real, imaginary = 0.015 * rng.standard_normal((2, *image.shape))
     return (255 * np.hypot(image + real, imaginary)).clip(0, 255).astype(np.uint8)
 
 
-def _smooth_noise(rng: np.random.Generator, cells: Sequence[int], shape: Sequence[int]) -> Array:
+def smooth_noise(rng: np.random.Generator, cells: Sequence[int], shape: Sequence[int]) -> Array:
     """Make noise of mean 0 and standard deviation 1, smooth over 1/`cells` of each side of `shape`.
 
     A sum of Gaussian bumps on a coarse grid: separable, so three small matrix products make it.
@@ -225,11 +226,24 @@ def main(argv: list[str] | None = None) -> None:
     add("--slices", type=int, default=16, help=f"slices per case, {MIN_SLICES} or more")
     add("--seed", type=int, default=0, help="the same seed gives the same images")
     add("--no-lesion", type=int, default=0, metavar="N", help="every N-th case is healthy; 0: none")
+    add("--patients", type=int, default=0, help="patients scanned again and again, in NIfTI")
+    add("--scans", type=int, default=4, help="with --patients: scans of each, from 2 to 12")
+    add("--growth", type=float, default=4.0, help="with --patients: mm a year in diameter")
     args = parser.parse_args(argv)
-    if min(args.seed, args.no_lesion) < 0 or args.cases < 1:
-        parser.error("--cases must be 1 or more, --seed and --no-lesion 0 or more")
+    if min(args.seed, args.no_lesion, args.patients) < 0 or args.cases < 1:
+        parser.error("--cases must be 1 or more, --seed, --no-lesion and --patients 0 or more")
+    if not (2 <= args.scans <= 12 and abs(args.growth) <= 20 and args.size >= MIN_SIZE):
+        parser.error("--scans must be from 2 to 12, --growth at most 20, --size 32 or more")
     try:
-        write_data_set(**vars(args))
+        if args.patients:
+            from .phantom_patients import write_patients
+
+            how = args.patients, args.scans, args.growth, args.size, args.seed
+            write_patients(Path(args.directory), *how)
+            print(f"{args.patients} patients of {args.scans} scans, written to {args.directory}")
+            return
+        sizes = args.cases, args.slices, args.size, args.seed, args.no_lesion
+        write_data_set(args.directory, *sizes)
     except ValueError as error:
         parser.error(str(error))
     except OSError as error:
