@@ -184,3 +184,29 @@ def test_a_lock_that_cannot_be_opened_is_not_passed_over(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="run.lock: belongs to another user.*--predictions"):
         with locked(tmp_path, "--predictions"):
             pass
+
+
+def test_readers_are_quiet_only_while_they_read():
+    """Neither import nor reading changes the warnings and loggers of a user's process."""
+    code = """if True:
+        import logging, warnings
+        from concurrent.futures import ThreadPoolExecutor
+        import brainseg.io.dicom_seg, brainseg.io.layouts, brainseg.io.pictures
+        from brainseg.io.quiet import LOGGING, WARNING, quiet
+
+        def silenced():
+            levels = {name: logging.getLogger(name).level for name in LOGGING}
+            loggers = [name for name in LOGGING if levels[name] == logging.CRITICAL]
+            patterns = [getattr(each[3], "pattern", "") for each in warnings.filters]
+            return loggers, [name for name in WARNING if name in patterns]
+
+        def read(_):
+            with quiet, quiet:
+                assert silenced() == ([*LOGGING], [*WARNING])
+
+        assert silenced() == ([], []), "imported"
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(read, range(1000)))
+        assert silenced() == ([], []), "read"
+    """
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

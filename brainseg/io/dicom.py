@@ -5,6 +5,7 @@ from __future__ import annotations
 import filecmp
 import os
 import re
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -23,6 +24,7 @@ from .headers import (
     read_identity,
     text,
 )
+from .quiet import quiet
 from .sequences import says_other, sequence_of
 
 # A PatientID that names nobody: files that share it need not be of one patient.
@@ -83,16 +85,24 @@ class Series:
         return f"{place} = {self.words or 'no description'!r} ({', '.join(facts)})"
 
 
+File = Path | Series  # of a volume
 Image = tuple[Path, Dataset]  # a file, and the fields in IDENTITY
+Skip = Callable[[Path], bool]
 
 
-def is_series(path: Path | Series) -> bool:
-    """Tell whether this is a DICOM series, or a path that stands for one: a folder or a file."""
-    return isinstance(path, Series) or path.is_dir() or is_dicom(path)
+def series_or_file(path: File) -> File:
+    """Return the series that a folder or a DICOM file stands for; other files stay what they are.
+
+    Raises ValueError as `series_at` does.
+    """
+    if isinstance(path, Path) and (path.is_dir() or is_dicom(path)):
+        return series_at(path)
+    return path
 
 
+@quiet  # here rather than for each field of many files
 def find_images(
-    folder: Path, skip: Callable[[Path], bool] | None = None, deep: bool = True
+    folder: Path, skip: Skip | None = None, deep: bool = True
 ) -> tuple[list[Image], list[Path]]:
     """Find the DICOM images in a folder and, if `deep`, below it; also list those damaged.
 
@@ -100,9 +110,7 @@ def find_images(
     so are folders for which `skip` is true.
     """
     images, damaged = [], []
-    folders = _folders_below(folder, skip) if deep else [folder]
-    for here in folders:
-        _, paths = _entries(here)
+    for paths in _files_by_folder(folder, skip, deep):
         suffixes = set()
         for path in filter(is_dicom, paths):
             try:
@@ -126,106 +134,108 @@ def _was_image(path: Path) -> bool:
     return path.is_file() and path.stat().st_size <= 128 and not any(path.read_bytes())
 
 
-def _folders_below(
-    folder: Path, skip: Callable[[Path], bool] | None, above: tuple[Path, ...] = ()
-) -> Iterator[Path]:
-    """Yield a folder and those below it, in order; a link back to one of them is not followed."""
-    yield folder
-    above = (*above, folder.resolve())
-    if len(above) > MOST_LEVELS:
-        return
-    folders, _ = _entries(folder)
-    for path in folders:
-        is_new = path.name[0] != "_" and path.resolve() not in above
-        if is_new and not (skip and skip(path)):
-            yield from _folders_below(path, skip, above)
+def _files_by_folder(top: Path, skip: Skip | None, deep: bool) -> Iterator[list[Path]]:
+    """Yield the files of a folder and then, if `deep`, of those below it, sorted by name.
+
+    Hidden files and folders are left out, and links back to a folder above them.
+    """
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    for name, folders, files in os.walk(top, onerror=fail, followlinks=True):
+        folder = Path(name)
+        yield [folder / file for file in sorted(files) if file[0] != "."]
+        levels = len(folder.relative_to(top).parts) + 1
+        above = {path.resolve() for path in [folder, *folder.parents][:levels]}
+        candidates = sorted(folders) if deep and levels <= MOST_LEVELS else []
+        folders.clear()  # os.walk enters what is left in it
+        for each in candidates:
+            path = folder / each
+            is_new = each[0] not in "._" and path.resolve() not in above
+            if is_new and not (skip and skip(path)):
+                folders.append(each)
 
 
-def _entries(folder: Path) -> tuple[list[Path], list[Path]]:
-    """List the folders and the files in a folder, without hidden ones, in order of their names."""
-    folders, files = [], []
-    with os.scandir(folder) as entries:  # which need not ask for the status of each
-        for entry in sorted(entries, key=lambda entry: entry.name):
-            if entry.name[0] == ".":
-                continue
-            if entry.is_dir():
-                folders.append(Path(entry.path))
-            else:
-                files.append(Path(entry.path))
-    return folders, files
-
-
+@quiet
 def group_series(images: Sequence[Image]) -> list[Series]:
     """Group images by the patient, study and series in their headers, by series number.
 
     Of a file and its copies in one folder, only the first counts. A file that does not state its
     patient or study is of those that the others of its series state.
     """
-    stated: dict[tuple[str, str], str] = {}  # by series and field
+    patients: dict[str, str] = {}  # by series
+    studies: dict[str, str] = {}
     for _, header in images:
-        for name in IDENTIFIERS:
-            if text(header, name):
-                stated.setdefault((text(header, "SeriesInstanceUID"), name), text(header, name))
-    groups: dict[tuple[str, ...], list[Image]] = {}
-    beside: dict[Path, set[tuple[str, ...]]] = {}  # the series of each folder
+        patient, study, series_uid = _identifiers(header)
+        patients[series_uid] = patients.get(series_uid) or patient
+        studies[series_uid] = studies.get(series_uid) or study
+    groups: dict[tuple[str, ...], list[Image]] = defaultdict(list)
+    beside: dict[Path, set[tuple[str, ...]]] = defaultdict(set)  # the series of each folder
     instances: dict[tuple[Path, str], Path] = {}
     for path, header in images:
         first = instances.setdefault((path.parent, text(header, "SOPInstanceUID")), path)
         if first != path and filecmp.cmp(first, path, shallow=False):
             continue
-        series_uid = text(header, "SeriesInstanceUID")
+        patient, study, series_uid = _identifiers(header)
+        key = (patient, study, str(path.parent))
         if series_uid:
-            key = tuple(text(header, n) or stated.get((series_uid, n), "") for n in IDENTIFIERS)
-        else:
-            key = (*(text(header, n) for n in IDENTIFIERS), str(path.parent))
-        groups.setdefault(key, []).append((path, header))
-        beside.setdefault(path.parent, set()).add(key)
+            key = (patient or patients[series_uid], study or studies[series_uid], series_uid)
+        groups[key].append((path, header))
+        beside[path.parent].add(key)
     series = []
     for group in groups.values():
         files = tuple(path for path, _ in group)
-        folders = {path.parent for path in files}
-        alone = len(folders) == 1 and len(beside[files[0].parent]) == 1
-        headers = [header for _, header in group]
-        complete = [header for header in headers if all(text(header, n) for n in IDENTIFIERS)]
-        place = files[0].parent if alone else files[0]
-        series.append(Series(place, files, (complete or headers)[0]))
+        folder = files[0].parent
+        is_alone = {path.parent for path in files} == {folder} and len(beside[folder]) == 1
+        complete = [header for _, header in group if all(_identifiers(header))]
+        header = complete[0] if complete else group[0][1]
+        series.append(Series(folder if is_alone else files[0], files, header))
     return sorted(series, key=lambda one: (number(one.header, "SeriesNumber", 0), str(one)))
 
 
-def series_at(path: Path | Series) -> Series:
+def _identifiers(header: Dataset) -> tuple[str, str, str]:
+    """Return the patient, the study and the series of an image; empty where it states none."""
+    patient, study, series = IDENTIFIERS
+    return text(header, patient), text(header, study), text(header, series)
+
+
+def series_at(path: Path) -> Series:
     """Find the one series in a folder and below it, or the series of a file, in its folder.
 
     Raises ValueError if there is none, a file of it is damaged, or there are several.
     """
-    if isinstance(path, Series):
-        return path
     folder = path if path.is_dir() else path.parent
     images, damaged = find_images(folder, deep=path.is_dir())
     if damaged:
         raise ValueError(damaged_text(damaged[0]))
-    found = group_series(images)
-    if not found:
+    series = group_series(images)
+    if not series:
         raise ValueError(f"{folder}: holds no DICOM series; give the folder of a series")
     if not path.is_dir():
-        found = [series for series in found if path in series.files]
-    if len(found) > 1:
-        listed = "; ".join(series.summary(folder) for series in found)
+        series = [one for one in series if path in one.files]
+    if len(series) > 1:
+        listed = "; ".join(one.summary(folder) for one in series)
         raise ValueError(
-            f"{folder}: holds {len(found)} DICOM series; give the folder of one, or a file of it: "
+            f"{folder}: holds {len(series)} DICOM series; give the folder of one, or a file of it: "
             f"{listed}"
         )
-    if not found:
+    if not series:
         raise ValueError(f"{path}: is not part of a DICOM series; give the folder of a series")
-    return found[0]
+    return series[0]
 
 
-def series_headers(series: Series | Path) -> list[Dataset]:
-    """Read the headers of a DICOM series, or of that at a path, in the order of their positions."""
-    series = series_at(series)
-    headers = [read_header(path) for path in series.files]
-    for path, header in zip(series.files, headers, strict=True):
+def series_headers(series: Series) -> list[Dataset]:
+    """Read the headers of a DICOM series, in the order of their positions.
+
+    Raises ValueError, naming the file, if one is damaged.
+    """
+    headers = []
+    for path in series.files:
+        header = read_header(path)
         if "PixelData" not in header:
             raise ValueError(damaged_text(path))
+        headers.append(header)
     return sorted(headers, key=_height)
 
 
@@ -238,7 +248,7 @@ def _height(header: Dataset) -> float:
     return float(np.cross(orientation[:3], orientation[3:]) @ position)
 
 
-def check_patient(series: Series | Path, flair: Series | Path) -> None:
+def check_patient(series: File, flair: File) -> None:
     """Raise ValueError if two DICOM series name different patients."""
     one, other = _both(series, flair, "PatientID")
     if one != other:
@@ -248,13 +258,13 @@ def check_patient(series: Series | Path, flair: Series | Path) -> None:
         )
 
 
-def other_frame(series: Series | Path, flair: Series | Path) -> bool:
+def other_frame(series: File, flair: File) -> bool:
     """Tell whether two DICOM series differ in frame of reference: the patient may have moved."""
     one, other = _both(series, flair, "FrameOfReferenceUID")
     return bool(one and other) and one != other
 
 
-def _both(one: Series | Path, other: Series | Path, name: str) -> tuple[str, str]:
+def _both(one: File, other: File, name: str) -> tuple[str, str]:
     """Return a field of two series; two empty texts unless both are series."""
     if not (isinstance(one, Series) and isinstance(other, Series)):
         return "", ""

@@ -8,7 +8,6 @@ is that of the checked grid; of the headers it copies only what is valid.
 from __future__ import annotations
 
 import re
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +17,12 @@ from pydicom.datadict import dictionary_VR
 from pydicom.uid import MRImageStorage
 from pydicom.valuerep import DA, TM, validate_value
 
+from ..optional import import_optional
 from .dicom import Series, series_headers
 from .files import MARK, PROGRAM, atomic_write
 from .grid import Grid
 from .headers import is_dicom, text
+from .quiet import quiet
 from .scans import Scan
 from .slices import Case
 
@@ -47,7 +48,6 @@ CHOICES = {
 }
 LONGEST = {"LO": 64, "SH": 16, "PN": 64}  # characters of a text; of each of the three in a name
 LAST_NUMBER = 2**31 - 1
-warnings.filterwarnings("ignore", module="highdicom")  # of names with one part
 
 
 def holds_dicom(path: Path) -> bool:
@@ -57,10 +57,13 @@ def holds_dicom(path: Path) -> bool:
 
 def series_of(case: Case) -> Series | None:
     """Return the DICOM series that FLAIR is read from, or None."""
-    return case.flair if isinstance(case, Scan) and isinstance(case.flair, Series) else None
+    if isinstance(case, Scan) and isinstance(case.flair, Series):
+        return case.flair
+    return None
 
 
-def write_dicom_seg(path: Path, case: Scan, mask: np.ndarray, algorithm: str, version: str) -> bool:
+@quiet  # on names with one part
+def write_dicom_seg(path: Path, case: Case, mask: np.ndarray, algorithm: str, version: str) -> bool:
     """Write a mask (S, H, W), bool, as a Segmentation of the case's series, atomically.
 
     `algorithm` and `version` say what made it. Returns whether every frame starts on a whole byte;
@@ -68,14 +71,16 @@ def write_dicom_seg(path: Path, case: Scan, mask: np.ndarray, algorithm: str, ve
     cannot be referenced, or what was written is read back differently; OSError if the file cannot
     be written.
     """
-    series = series_of(case)
+    assert isinstance(case, Scan) and isinstance(case.flair, Series)
+    series = case.flair
     sources = read_references(series)
     for k, source in enumerate(sources):
         _place(source, case.grid, k)
     frames = case.grid.from_axial(mask).transpose(2, 1, 0)  # as in the series: (S, rows, columns)
     frames = np.ascontiguousarray(frames, dtype=np.uint8)
-    classes = {source.SOPInstanceUID: source.SOPClassUID for source in sources}
+    classes = {}
     for source in sources:  # of an enhanced image, highdicom expects several frames
+        classes[source.SOPInstanceUID] = source.SOPClassUID
         source.SOPClassUID = MRImageStorage
 
     def restore_class(item: Dataset, element: DataElement) -> None:
@@ -119,10 +124,11 @@ def read_references(series: Series) -> list[Dataset]:
     if len({source.SOPInstanceUID for source in sources}) < len(sources):
         raise ValueError(f"{series}: two of its files share one SOPInstanceUID{LOST}")
     for name in ("FrameOfReferenceUID", "StudyInstanceUID"):
-        found = {source[name].value for source in sources}
-        if len(found) > 1 or "" in found:
-            number = "no valid" if found == {""} else "more than one"
-            raise ValueError(f"{series}: its files have {number} {name}{LOST}")
+        values = {source[name].value for source in sources}
+        if values == {""}:
+            raise ValueError(f"{series}: its files have no valid {name}{LOST}")
+        if len(values) > 1:
+            raise ValueError(f"{series}: its files have more than one {name}{LOST}")
     _copy_identity(headers[0], sources[0])
     return sources
 
@@ -138,10 +144,13 @@ def _copy_identity(header: Dataset, source: Dataset) -> None:
             value = _clean(value, vr)
         try:
             validate_value(vr, value, RAISE)
-            {"DA": DA, "TM": TM}.get(vr, str)(value)  # which knows that February has no day 30
+            if vr == "DA":
+                DA(value)  # which knows that February has no day 30
+            elif vr == "TM":
+                TM(value)
         except ValueError:
             continue
-        if value and value in CHOICES.get(name, (value,)):
+        if value and (name not in CHOICES or value in CHOICES[name]):
             setattr(source, name, value)
     number = text(header, "SeriesNumber")
     if re.fullmatch(r"\d{1,10}", number) and int(number) < LAST_NUMBER:
@@ -171,7 +180,7 @@ def _segmentation(
     sources: list[Dataset], frames: np.ndarray, algorithm: str, version: str
 ) -> Dataset:
     """Make the Segmentation of frames (S, rows, columns), 0 or 1, one per source."""
-    import highdicom
+    highdicom = import_optional("highdicom", "--dicom-seg", "dicom")
 
     return highdicom.seg.Segmentation(
         source_images=sources,
@@ -196,7 +205,7 @@ def _segmentation(
 
 def _segment(algorithm: str, version: str) -> Dataset:
     """Describe the one segment: what it shows, and what made it."""
-    import highdicom
+    highdicom = import_optional("highdicom", "--dicom-seg", "dicom")
     from pydicom.sr.codedict import codes
 
     made_by = highdicom.AlgorithmIdentificationSequence(
@@ -216,7 +225,7 @@ def _segment(algorithm: str, version: str) -> Dataset:
 
 def _holds(path: Path, frames: np.ndarray, grid: Grid) -> bool:
     """Tell whether a Segmentation is read back with these frames, in their places."""
-    import highdicom
+    highdicom = import_optional("highdicom", "--dicom-seg", "dicom")
 
     affine = np.eye(4)
     affine[:3, :3] = (grid.direction * grid.spacing)[:, ::-1]  # slice, row, column

@@ -17,7 +17,7 @@ import shutil
 import tempfile
 import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -131,29 +131,6 @@ def locked(folder: Path, option: str, name: str = "run") -> Iterator[None]:
         lock.release()
 
 
-def remove(path: Path, is_ours: Callable[[Path], bool] | None = None) -> None:
-    """Delete a file or folder that this program wrote; nothing happens if there is none.
-
-    `is_ours` tells by its content whether it is (`has_mark`). Raises ValueError if it is not.
-    """
-    if not os.path.lexists(path):
-        return
-    check_ours(path, is_ours)
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink()
-
-
-def check_ours(path: Path, is_ours: Callable[[Path], bool] | None = None) -> None:
-    """Raise ValueError if there is a file or folder that this program did not write."""
-    if os.path.lexists(path) and not (is_ours or has_mark)(path):
-        raise ValueError(
-            f"{path}: is in the way, and was not written by this version of {PROGRAM}; move it "
-            "elsewhere, or name another place to write to"
-        )
-
-
 def has_mark(path: Path, mark: str = MARK) -> bool:
     """Tell whether this program wrote a file, or a scratch folder, by the mark in its content.
 
@@ -180,6 +157,29 @@ def has_mark(path: Path, mark: str = MARK) -> bool:
     return mark.encode() in start or mark.encode() in end
 
 
+def remove(path: Path, is_ours: Callable[[Path], bool] = has_mark) -> None:
+    """Delete a file or folder that this program wrote; nothing happens if there is none.
+
+    `is_ours` tells by its content whether it is. Raises ValueError if it is not.
+    """
+    if not os.path.lexists(path):
+        return
+    check_ours(path, is_ours)
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+def check_ours(path: Path, is_ours: Callable[[Path], bool] = has_mark) -> None:
+    """Raise ValueError if there is a file or folder that this program did not write."""
+    if os.path.lexists(path) and not is_ours(path):
+        raise ValueError(
+            f"{path}: is in the way, and was not written by this version of {PROGRAM}; move it "
+            "elsewhere, or name another place to write to"
+        )
+
+
 def save_array(path: Path, array: np.ndarray) -> None:
     """Write a .npy file. Raises OSError if the disk is full.
 
@@ -195,19 +195,24 @@ def save_array(path: Path, array: np.ndarray) -> None:
 def write_table(path: Path, rows: Sequence[dict]) -> None:
     """Write dicts as the rows of a CSV file, atomically; a key that a row lacks is left empty.
 
-    A list is written as its items, separated by spaces.
+    Floats are written to six digits, and a list as its items, separated by spaces.
     """
-
-    def text(value: object) -> object:
-        if isinstance(value, list):
-            return " ".join(map(str, value))
-        return f"{value:.6g}" if isinstance(value, float) else value
-
-    options = {"newline": "", "encoding": "utf-8"}
-    with atomic_write(path) as temporary, open(temporary, "w", **options) as file:
-        table = csv.DictWriter(file, dict.fromkeys(key for row in rows for key in row))
-        table.writeheader()
-        table.writerows({key: text(value) for key, value in row.items()} for row in rows)
+    columns = {}
+    lines = []
+    for row in rows:
+        columns.update(row)
+        line = dict(row)
+        for key, value in row.items():
+            if isinstance(value, float):
+                line[key] = f"{value:.6g}"
+            elif isinstance(value, list):
+                line[key] = " ".join(map(str, value))
+        lines.append(line)
+    with atomic_write(path) as temporary:
+        with open(temporary, "w", newline="", encoding="utf-8") as file:
+            table = csv.DictWriter(file, list(columns))
+            table.writeheader()
+            table.writerows(lines)
 
 
 def read_table(path: Path) -> dict[str, dict[str, str]]:
@@ -241,8 +246,8 @@ def update_table(path: Path, rows: dict[str, dict | None]) -> None:
 
     A case whose row is None loses its row. If no row is left, no file is.
     """
-    merged = read_table(path) | rows
-    lines = [merged[case] for case in sorted(merged) if merged[case]]
+    table: dict[str, dict | None] = {**read_table(path), **rows}
+    lines = [row for _, row in sorted(table.items()) if row]
     if lines:
         write_table(path, lines)
     else:
@@ -311,5 +316,5 @@ def sentence(error: BaseException | str) -> str:
     return message.encode(errors="replace").decode()
 
 
-def by(shape: Sequence[int]) -> str:
+def by(shape: Iterable[object]) -> str:
     return " x ".join(map(str, shape))

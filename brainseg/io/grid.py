@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -31,14 +30,14 @@ class Grid:
     notes: tuple[str, ...] = ()  # oddities of the header, one sentence each
 
     @cached_property
-    def _turn(self) -> tuple[tuple[int, ...], list[int]]:
+    def _turn(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Return the file's axes in the order left, posterior, up, and those that run backward."""
         turn = sitk.DICOMOrientImageFilter()
         turn.SetDesiredCoordinateOrientation("LPS")
         voxel = sitk.Image(1, 1, 1, sitk.sitkUInt8)
         voxel.SetDirection(np.ravel(self.direction).tolist())
         turn.Execute(voxel)
-        return turn.GetPermuteOrder(), np.flatnonzero(turn.GetFlipAxes()).tolist()
+        return turn.GetPermuteOrder(), tuple(np.flatnonzero(turn.GetFlipAxes()).tolist())
 
     @property
     def axes(self) -> tuple[int, ...]:
@@ -66,7 +65,7 @@ class Grid:
     def to_axial(self, voxels: np.ndarray) -> np.ndarray:
         """Turn voxels (X, Y, Z, C) of the file into a volume (S, H, W, C)."""
         axes, backward = self._turn
-        return np.flip(voxels.transpose(*axes, 3), backward).transpose(2, 1, 0, 3)
+        return np.flip(voxels.transpose((*axes, 3)), backward).transpose(2, 1, 0, 3)
 
     def from_axial(self, mask: np.ndarray) -> np.ndarray:
         """Turn a mask (S, H, W) into voxels (X, Y, Z) of the file."""
@@ -85,18 +84,20 @@ class Grid:
         """Name what differs from another grid by more than a thousandth; empty if nothing does."""
         if self.shape != other.shape:
             return "shape"
-        names = ("spacing", "offset", "direction")
-        pairs = ((name, getattr(self, name), getattr(other, name)) for name in names)
-        return next((name for name, a, b in pairs if not np.allclose(a, b, atol=1e-3)), "")
+        for name in ("spacing", "offset", "direction"):
+            if not np.allclose(getattr(self, name), getattr(other, name), atol=1e-3):
+                return name
+        return ""
 
     def check_same(self, path: Path, other: Grid, other_path: Path) -> None:
         """Raise ValueError, naming both files, unless the grids agree to a thousandth."""
         different = self.difference(other)
-        said = f"its {different} differs from that of {other_path.name}"
+        if not different:
+            return
+        fault = f"its {different} differs from that of {other_path.name}"
         if different == "shape":
-            said = f"{by(self.shape)} voxels, but {other_path.name} has {by(other.shape)}"
-        if different:
-            raise ValueError(f"{path}: {said}; resample both to one grid")
+            fault = f"{by(self.shape)} voxels, but {other_path.name} has {by(other.shape)}"
+        raise ValueError(f"{path}: {fault}; resample both to one grid")
 
     def coverage(self, other: Grid) -> float:
         """Return the share (0 to 1) of this grid's field of view that `other` covers as well."""
@@ -108,7 +109,11 @@ class Grid:
 
 
 def check_grid(
-    path: Path, shape: Sequence[int], spacing: ArrayLike, offset: ArrayLike, direction: ArrayLike
+    path: Path,
+    shape: tuple[int, int, int],
+    spacing: ArrayLike,
+    offset: ArrayLike,
+    direction: ArrayLike,
 ) -> Grid:
     """Return the grid that a header states; ValueError, naming the file, if it cannot be right.
 
@@ -120,7 +125,7 @@ def check_grid(
     offset = np.asarray(offset, float)
     direction = np.asarray(direction, float)
     if not (np.all(spacing >= SPACINGS[0]) and np.all(spacing <= SPACINGS[1])):  # NaN is neither
-        lengths = by([f"{length:g}" for length in spacing])
+        lengths = " x ".join(f"{length:g}" for length in spacing)
         raise ValueError(f"{path}: its spacing is {lengths} mm; correct its header")
     if not (np.isfinite(offset).all() and np.isfinite(direction).all()):
         raise ValueError(f"{path}: its position or orientation is not a number; correct its header")
@@ -132,7 +137,7 @@ def check_grid(
         left, _, right = np.linalg.svd(direction)
         direction = left @ right  # the nearest orthonormal matrix
         notes = ("its axes are up to a degree off right angles; the nearest ones are used",)
-    return Grid(tuple(shape), tuple(spacing.tolist()), tuple(offset.tolist()), direction, notes)
+    return Grid(shape, tuple(spacing.tolist()), tuple(offset.tolist()), direction, notes)
 
 
 def damaged(path: Path | str) -> str:

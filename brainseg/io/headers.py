@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import logging
 import math
-import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import pydicom
 from pydicom import Dataset, uid
+from pydicom.dataelem import RawDataElement
 from pydicom.multival import MultiValue
 
-# Silence the reader on odd fields: those that matter are checked here, and refused by name.
-logging.getLogger("pydicom").setLevel(logging.CRITICAL)
-warnings.filterwarnings("ignore", module="pydicom")
+from .quiet import quiet
 
 OTHER_SUFFIXES = (".tif", ".tiff", ".png", ".gz", ".nii", ".nrrd", ".mha", ".mhd")
 # The fields that tell patient, study and series of an image, and which sequence it is.
@@ -47,6 +46,7 @@ def is_dicom(path: Path) -> bool:
     return head[128:] == b"DICM" or _has_no_preamble(path, head)
 
 
+@quiet
 def _has_no_preamble(path: Path, head: bytes) -> bool:
     """Tell whether a file begins with its first fields, of group 2 or 8."""
     if head[:2] not in (b"\2\0", b"\x08\0", b"\0\x08"):
@@ -58,36 +58,38 @@ def _has_no_preamble(path: Path, head: bytes) -> bool:
         return False
 
 
-def read_header(path: Path | str) -> Dataset:
+def read_header(path: Path) -> Dataset:
     """Read a DICOM file without its pixels; ValueError, naming it, if it is damaged.
 
     Read fields with `text` and `numbers`, which do not fail on a field that is odd.
     """
-    path = Path(path)
     status = path.stat()
     return _read_header(path, status.st_ino, status.st_mtime_ns, status.st_size)
 
 
 @lru_cache(maxsize=2048)  # the files of a few studies: some 50 kB each
 def _read_header(path: Path, inode: int, changed: int, size: int) -> Dataset:
-    try:
+    with _errors_say_damaged(path):
         header = pydicom.dcmread(path, defer_size=1024, force=True)
         _flatten(header)
-    except (OSError, MemoryError):
-        raise
-    except Exception as error:  # of many kinds
-        raise ValueError(damaged_text(path)) from error
-    kind = _sop_class(header)
-    pixels = header.get_item("PixelData", keep_deferred=True)
-    if pixels is None:
+    if "PixelData" not in header:
+        kind = _sop_class(header)
         if not kind or kind in IMAGES:
             raise ValueError(damaged_text(path))
         return header
+    pixels = pixel_data(header)
     deflated = text(header.file_meta, "TransferSyntaxUID") == uid.DeflatedExplicitVRLittleEndian
     if pixels.length != UNDEFINED and not deflated:
         if pixels.value_tell + pixels.length > size:
             raise ValueError(damaged_text(path))
     return header
+
+
+def pixel_data(header: Dataset) -> RawDataElement:
+    """Return the element of the pixels of a header that has one; they are not read."""
+    element = header.get_item("PixelData", keep_deferred=True)
+    assert isinstance(element, RawDataElement)
+    return element
 
 
 def _flatten(header: Dataset) -> None:
@@ -101,13 +103,10 @@ def _flatten(header: Dataset) -> None:
 
 def read_identity(path: Path) -> Dataset | None:
     """Read the fields in IDENTITY; None without an image, ValueError if it is damaged."""
-    try:
-        options = {"stop_before_pixels": True, "specific_tags": IDENTITY, "force": True}
-        header = pydicom.dcmread(path, **options)
-    except (OSError, MemoryError):
-        raise
-    except Exception as error:  # of many kinds
-        raise ValueError(damaged_text(path)) from error
+    with _errors_say_damaged(path):
+        header = pydicom.dcmread(
+            path, stop_before_pixels=True, specific_tags=list(IDENTITY), force=True
+        )
     kind = _sop_class(header)
     name = uid.UID(kind).name  # the UID itself if it is private, or cut short
     is_private = name == kind and "SOPInstanceUID" in header
@@ -124,10 +123,23 @@ def _sop_class(header: Dataset) -> str:
     return text(header, "SOPClassUID") or text(header.file_meta, "MediaStorageSOPClassUID")
 
 
+@contextmanager
+def _errors_say_damaged(path: Path) -> Iterator[None]:
+    """Raise errors of the reader, which are of many kinds, as a ValueError that names the file."""
+    try:
+        with quiet:
+            yield
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:
+        raise ValueError(damaged_text(path)) from error
+
+
 def damaged_text(path: Path) -> str:
     return f"{path}: not a readable DICOM image, or cut short; export it again"
 
 
+@quiet  # on odd fields: those that matter are checked
 def text(header: Dataset, name: str) -> str:
     """Return a field as one line of printable text; empty if it is not given.
 
@@ -143,6 +155,7 @@ def text(header: Dataset, name: str) -> str:
     return "".join(letter if letter.isprintable() else " " for letter in line).strip()
 
 
+@quiet
 def numbers(header: Dataset, name: str) -> np.ndarray:
     """Return the numbers of a field; none if it is empty or not given, NaN if it is damaged."""
     try:
@@ -156,5 +169,5 @@ def numbers(header: Dataset, name: str) -> np.ndarray:
 
 def number(header: Dataset, name: str, default: float = math.nan) -> float:
     """Return the first number of a field, or the default."""
-    found = numbers(header, name)
-    return float(found[0]) if len(found) else default
+    values = numbers(header, name)
+    return float(values[0]) if len(values) else default

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import gzip
-import logging
+import io
 import math
 import zlib
 from dataclasses import replace
 from pathlib import Path
-from typing import BinaryIO
 
 import nibabel
 import numpy as np
@@ -18,17 +17,17 @@ from nibabel.spatialimages import HeaderDataError
 
 from .files import atomic_write
 from .grid import AXES, ROUNDED, TO_LPS, Grid, check_grid, damaged
+from .quiet import quiet
 
 CODES = ("qform_code", "sform_code")
 TURNS = ("quatern_b", "quatern_c", "quatern_d")
 LENGTHS = ("qoffset_x", "qoffset_y", "qoffset_z", "srow_x", "srow_y", "srow_z")
-QUIET = logging.Logger("brainseg.nifti")  # nibabel would report what it mends in a header
-QUIET.addHandler(logging.NullHandler())
 UNITS = {1: 1000.0, 3: 0.001}  # millimetres per metre and per micron, by xyzt_units
 PART = 1 << 20  # bytes
 DEFLATE = 1032  # the most bytes that one of a .gz unpacks to
 
 
+@quiet  # nibabel would report what it mends in a header
 def write_nifti(path: Path, voxels: np.ndarray, grid: Grid, source: Path, mark: str) -> None:
     """Write voxels (X, Y, Z) on the grid of `source`, in millimetres, whole or not at all.
 
@@ -56,7 +55,7 @@ def write_nifti(path: Path, voxels: np.ndarray, grid: Grid, source: Path, mark: 
 def _holds(path: Path, image: nibabel.Nifti1Image) -> bool:
     """Tell whether a file has the voxels and the header of an image that was saved to it."""
     try:
-        written = nibabel.load(path)
+        written = nibabel.Nifti1Image.from_filename(path)
         same_voxels = np.array_equal(written.dataobj, image.dataobj)
     except (OSError, EOFError, ValueError, zlib.error, ImageFileError):
         return False
@@ -65,17 +64,27 @@ def _holds(path: Path, image: nibabel.Nifti1Image) -> bool:
 
 def _copy_forms(source: nibabel.Nifti1Header, header: nibabel.Nifti1Header) -> None:
     """Copy qform, sform and their codes from one header to another, whose unit is a millimetre."""
-    unit = UNITS.get(int(source["xyzt_units"]) & 7, 1.0)
+    unit = _unit(source)
     length = max(1.0, np.linalg.norm([source[name] for name in TURNS]))  # above 1 if rounded
     for name in TURNS:
-        header[name] = source[name] / length
+        header[name] = _field(source, name) / length
     for name in CODES:
-        header[name] = source[name]
+        header[name] = _field(source, name)
     for name in LENGTHS:
-        header[name] = source[name] * unit
-    header["pixdim"][0] = source["pixdim"][0]  # -1 if the qform is left-handed
-    header["pixdim"][1:4] = source["pixdim"][1:4] * unit
-    header.check_fix(QUIET)
+        header[name] = _field(source, name) * unit
+    sizes = _field(source, "pixdim")
+    header["pixdim"][0] = sizes[0]  # -1 if the qform is left-handed
+    header["pixdim"][1:4] = sizes[1:4] * unit
+    header.check_fix()
+
+
+def _field(header: nibabel.Nifti1Header, name: str) -> np.ndarray:
+    return header[name]
+
+
+def _unit(header: nibabel.Nifti1Header) -> float:
+    """Return millimetres per unit of length."""
+    return UNITS.get(int(header["xyzt_units"]) & 7, 1.0)
 
 
 def is_nifti(path: Path) -> bool:
@@ -99,10 +108,12 @@ def nifti_header(path: Path) -> nibabel.Nifti1Header:
     raise ValueError(damaged(path))
 
 
-def _open(path: Path) -> BinaryIO:
+def _open(path: Path) -> io.BufferedIOBase:
     with open(path, "rb") as file:
         compressed = file.read(2) == b"\x1f\x8b"  # its name may say otherwise
-    return gzip.open(path) if compressed else open(path, "rb")
+    if compressed:
+        return gzip.GzipFile(path)
+    return open(path, "rb")
 
 
 def _shape_of(path: Path, header: nibabel.Nifti1Header) -> tuple[int, int, int, int]:
@@ -117,8 +128,9 @@ def _shape_of(path: Path, header: nibabel.Nifti1Header) -> tuple[int, int, int, 
         shape.pop()
     if len(shape) not in (3, 4):
         raise ValueError(AXES.format(path, len(shape)))
-    channels = shape[3] if len(shape) == 4 else 1
-    return *shape[:3], channels
+    if len(shape) == 3:
+        shape.append(1)
+    return shape[0], shape[1], shape[2], shape[3]
 
 
 def _type_of(path: Path, header: nibabel.Nifti1Header) -> np.dtype:
@@ -133,29 +145,33 @@ def _type_of(path: Path, header: nibabel.Nifti1Header) -> np.dtype:
 
 
 def nifti_grid(path: Path) -> tuple[Grid, int]:
-    """Return the grid of the sform if there is one, as nibabel does, else of the qform."""
+    """Return the grid of the sform if there is one, as nibabel does, else of the qform.
+
+    Also return the number of channels. Raises ValueError, naming the file, if it is unusable.
+    """
     header = nifti_header(path)
     shape = _shape_of(path, header)
     channels = shape[3]
     colours = _type_of(path, header).names
     if colours:
         channels *= len(colours)
-    sform, has_sform = header.get_sform(coded=True)
     for name in CODES:
-        if not 0 <= header[name] <= 5:
+        if not 0 <= _field(header, name) <= 5:
             raise ValueError(f"{path}: its {name} is {header[name]}, which has no meaning; set it")
-    if not has_sform and not header["qform_code"]:
+    sform, _ = header.get_sform(coded=True)  # None if its code is 0
+    has_qform = _field(header, "qform_code") > 0
+    if sform is None and not has_qform:
         raise ValueError(f"{path}: its header gives no orientation; set its sform or qform")
-    unit = UNITS.get(int(header["xyzt_units"]) & 7, 1.0)
+    unit = _unit(header)
     qform = _qform(header) * unit * TO_LPS
-    matrix, spacing = qform, header["pixdim"][1:4] * unit
-    if has_sform:
+    matrix, spacing = qform, _field(header, "pixdim")[1:4] * unit
+    if sform is not None:
         matrix = sform[:3] * unit * TO_LPS
         spacing = np.linalg.norm(matrix[:, :3], axis=0)
     with np.errstate(divide="ignore", invalid="ignore"):
         direction = matrix[:, :3] / spacing
     grid = check_grid(path, shape[:3], spacing, matrix[:, 3], direction)
-    if has_sform and header["qform_code"]:
+    if sform is not None and has_qform:
         far = [*grid.shape, 1]  # a small difference of a step is a large one at the far corner
         if not np.allclose(matrix * far, qform * far, rtol=0, atol=0.5):
             note = "its sform and qform disagree; the sform is used"
@@ -165,14 +181,16 @@ def nifti_grid(path: Path) -> tuple[Grid, int]:
 
 def _qform(header: nibabel.Nifti1Header) -> np.ndarray:
     """Return the matrix (3, 4) of the quaternion; nibabel's refuses one that was rounded."""
-    vector = np.array([header[f"quatern_{name}"] for name in "bcd"], float)
+    vector = np.array([header[name] for name in TURNS], float)
     square = 1 - vector @ vector
-    turn = quat2mat([max(0.0, square) ** 0.5, *vector])
+    turn = quat2mat(np.append(max(0.0, square) ** 0.5, vector))
     if square < -ROUNDED:
         turn[:] = np.nan
-    turn[:, 2] *= -1 if header["pixdim"][0] < 0 else 1
-    offset = [header[f"qoffset_{name}"] for name in "xyz"]
-    return np.column_stack((turn * header["pixdim"][1:4], offset)).astype(float)
+    sizes = _field(header, "pixdim")
+    if sizes[0] < 0:
+        turn[:, 2] *= -1
+    offset = [header[name] for name in LENGTHS[:3]]
+    return np.column_stack((turn * sizes[1:4], offset)).astype(float)
 
 
 def nifti_voxels(path: Path) -> np.ndarray:

@@ -16,12 +16,12 @@ import numpy as np
 import pydicom
 import SimpleITK as sitk
 from pydicom import Dataset, uid
-from pydicom.dataelem import RawDataElement
 
-from .dicom import series_headers
+from .dicom import Series, series_headers
 from .files import by
 from .grid import ROUNDED, Grid, check_grid
-from .headers import UNDEFINED, number, numbers, text
+from .headers import UNDEFINED, number, numbers, pixel_data, text
+from .quiet import quiet
 
 GEOMETRY = ("Rows", "Columns", "PixelSpacing", "ImageOrientationPatient")  # of every file
 SIZE = ("Rows", "Columns", "BitsAllocated")
@@ -36,44 +36,46 @@ EXPORT = "export it again with its geometry"
 Notes = tuple[str, ...]
 
 
-def series_grid(path: Path) -> Grid:
+@quiet
+def series_grid(series: Series) -> Grid:
     """Read the grid of a DICOM series.
 
     Raises ValueError, naming file and tag, unless each file states its geometry and holds its
     pixels, and the slices are one regular stack.
     """
-    headers = series_headers(path)
+    headers = series_headers(series)
     first = headers[0]
     for header in headers:
-        _check_image(path, header)
-        _check_alike(path, header, first)
-    spacing, notes = _pixel_spacing(path, first)
-    row, column = _stated(path, first, "ImageOrientationPatient", 6).reshape(2, 3)
+        _check_image(series, header)
+        _check_alike(series, header, first)
+    row_step, column_step, notes = _pixel_spacing(series, first)
+    row, column = _stated(series, first, "ImageOrientationPatient", 6).reshape(2, 3)
     normal = np.cross(row, column)
     direction = np.column_stack((row, column, normal / (np.linalg.norm(normal) or 1)))
-    places = np.array([_stated(path, header, "ImagePositionPatient", 3) for header in headers])
+    places = np.array([_stated(series, header, "ImagePositionPatient", 3) for header in headers])
     shape = int(first.Columns), int(first.Rows), len(headers)
-    pixel = spacing[1], spacing[0]
-    check_grid(path, shape, (*pixel, 1.0), places[0], direction)  # first what each file states
-    corrected = ()
+    # First what each file states.
+    check_grid(series.path, shape, (column_step, row_step, 1.0), places[0], direction)
+    corrections = ()
     if len(headers) == 1:
-        step, more = _thickness(path, first)
+        step, more = _thickness(series, first)
         notes += more
     else:
-        step = _step(path, headers, places @ direction[:, 2])
-        direction, corrected = _straighten(path, headers, places, direction)
-    grid = check_grid(path, shape, (*pixel, step), places[0], direction)
-    return replace(grid, notes=notes + (corrected or grid.notes))
+        step = _step(series, headers, places @ direction[:, 2])
+        direction, corrections = _straighten(series, headers, places, direction)
+    grid = check_grid(series.path, shape, (column_step, row_step, step), places[0], direction)
+    return replace(grid, notes=notes + (corrections or grid.notes))
 
 
-def read_series(path: Path) -> np.ndarray:
+@quiet
+def read_series(series: Series) -> np.ndarray:
     """Read the voxels (X, Y, Z) of a DICOM series; files of several types give one that fits all.
 
     PixelPaddingValue becomes the darkest value of the rest, unless it is darker still: `fill` finds
     that. Raises ValueError, naming the file, if one cannot be read.
     """
     slices, padding = [], []
-    for header in series_headers(path):
+    for header in series_headers(series):
         try:
             pixels = _pixels(header)
         except RuntimeError as error:
@@ -112,15 +114,15 @@ def _check_bits(header: Dataset) -> None:
     """Raise ValueError if pixels need more bits than BitsStored: the reader would cut these off."""
     bits, allocated = number(header, "BitsStored"), number(header, "BitsAllocated")
     is_signed = number(header, "PixelRepresentation", 0)
-    is_compressed = header.get_item("PixelData", keep_deferred=True).length == UNDEFINED
+    is_compressed = pixel_data(header).length == UNDEFINED
     if is_compressed or is_signed or not bits < allocated or allocated not in (8, 16, 32):
         return
     if any(header.get((group, 0x0102)) for group in range(0x6000, 0x6020, 2)):
         return  # overlays, which belong to no pixel, are in the bits above
-    whole = pydicom.dcmread(header.filename, force=True)
-    is_big = text(whole.file_meta, "TransferSyntaxUID") == uid.ExplicitVRBigEndian
+    file = pydicom.dcmread(header.filename, force=True)
+    is_big = text(file.file_meta, "TransferSyntaxUID") == uid.ExplicitVRBigEndian
     kind = f"{'>' if is_big else '<'}u{int(allocated) // 8}"
-    if np.frombuffer(whole.PixelData, kind, header.Rows * header.Columns).max() >= 2**bits:
+    if np.frombuffer(file.PixelData, kind, header.Rows * header.Columns).max() >= 2**bits:
         raise ValueError(
             f"{header.filename}: has pixels of more than {bits:g} bits, its BitsStored; {CONVERT}"
         )
@@ -143,79 +145,88 @@ def _name(header: Dataset) -> str:
     return Path(header.filename).name
 
 
-def _check_image(path: Path, header: Dataset) -> None:
-    """Raise ValueError unless a file holds one greyscale slice, whole, on a valid scale."""
-    name = _name(header)
+def _check_image(series: Series, header: Dataset) -> None:
+    """Raise ValueError unless a file holds one greyscale slice, complete, on a valid scale."""
+    fault = _fault_in(header)
+    if not fault:
+        rows, columns, bits = (_stated(series, header, tag, 1)[0] for tag in SIZE)
+        fault = _fault_in_pixels(header, math.ceil(rows * columns * bits / 8))
+    if fault:
+        raise ValueError(f"{series}: {_name(header)} {fault}")
+
+
+def _fault_in(header: Dataset) -> str:
+    """Say what is wrong with the content of a file, after its name; empty if nothing is."""
     if "MOSAIC" in text(header, "ImageType"):
-        raise ValueError(f"{path}: {name} is a mosaic of slices; {CONVERT}")
+        return f"is a mosaic of slices; {CONVERT}"
     if number(header, "NumberOfFrames", 1) > 1:
-        raise ValueError(f"{path}: {name} holds several frames; {CONVERT}")
+        return f"holds several frames; {CONVERT}"
     colours = text(header, "PhotometricInterpretation")
     if not colours.startswith("MONOCHROME"):
-        raise ValueError(
-            f"{path}: {name} has PhotometricInterpretation {colours!r}; give a greyscale series"
-        )
+        return f"has PhotometricInterpretation {colours!r}; give a greyscale series"
     for tag in ("RescaleSlope", "RescaleIntercept"):
         value = number(header, tag, 1)
         if not math.isfinite(value) or (value == 0 and tag == "RescaleSlope"):
-            raise ValueError(f"{path}: {name} has {tag} {text(header, tag)!r}; export it again")
-    rows, columns, bits = (_stated(path, header, tag, 1)[0] for tag in SIZE)
-    needed = math.ceil(rows * columns * bits / 8)
+            return f"has {tag} {text(header, tag)!r}; export it again"
     if "ModalityLUTSequence" in header:
-        raise ValueError(f"{path}: {name} has a ModalityLUTSequence; {CONVERT}")
+        return f"has a ModalityLUTSequence; {CONVERT}"
     if abs(number(header, "HighBit") + 1 - number(header, "BitsStored")) > 0:
-        raise ValueError(f"{path}: {name} has HighBit {text(header, 'HighBit')!r}; {CONVERT}")
-    pixels = header.get_item("PixelData", keep_deferred=True)
+        return f"has HighBit {text(header, 'HighBit')!r}; {CONVERT}"
+    return ""
+
+
+def _fault_in_pixels(header: Dataset, needed: int) -> str:
+    """Say after its name if a file has not the bytes needed, and after them one or zeros."""
+    pixels = pixel_data(header)
     if pixels.length == UNDEFINED:  # compressed: the decoder checks it
-        return
-    if not 0 < needed <= pixels.length or not _is_padding(header, pixels, needed):
-        raise ValueError(
-            f"{path}: {name} has {pixels.length} bytes of PixelData, but Rows, Columns and "
-            f"BitsAllocated make {needed}; export it again"
-        )
+        return ""
+    padding = b""
+    if pixels.length > needed + 1:
+        with open(header.filename, "rb") as file:
+            file.seek(pixels.value_tell + needed)
+            padding = file.read(pixels.length - needed)
+    if 0 < needed <= pixels.length and not any(padding):
+        return ""
+    return (
+        f"has {pixels.length} bytes of PixelData, but Rows, Columns and BitsAllocated make "
+        f"{needed}; export it again"
+    )
 
 
-def _is_padding(header: Dataset, pixels: RawDataElement, needed: int) -> bool:
-    """Tell whether all that follows the bytes needed for an image is one byte or zeros."""
-    if pixels.length <= needed + 1:
-        return True
-    with open(header.filename, "rb") as file:
-        file.seek(pixels.value_tell + needed)
-        return not any(file.read(pixels.length - needed))
-
-
-def _check_alike(path: Path, header: Dataset, first: Dataset) -> None:
+def _check_alike(series: Series, header: Dataset, first: Dataset) -> None:
     """Raise ValueError if two files differ in size, spacing or orientation."""
     for tag in GEOMETRY:
         here, there = numbers(header, tag), numbers(first, tag)
-        same = here.shape == there.shape and not np.any(np.abs(here - there) > 1e-3)
-        if not same:
+        if here.shape != there.shape or np.any(np.abs(here - there) > 1e-3):
             raise ValueError(
-                f"{path}: {_name(header)} has {tag} {text(header, tag)!r}, but {_name(first)} "
+                f"{series}: {_name(header)} has {tag} {text(header, tag)!r}, but {_name(first)} "
                 f"{text(first, tag)!r}; give each image a folder"
             )
 
 
-def _stated(path: Path, header: Dataset, tag: str, count: int) -> np.ndarray:
+def _stated(series: Series, header: Dataset, tag: str, count: int) -> np.ndarray:
     """Return the `count` numbers of a tag; ValueError, naming it, if a file does not state them."""
     values = numbers(header, tag)
     if len(values) != count or not np.isfinite(values).all():
-        raise ValueError(f"{path}: {_name(header)} has {tag} {text(header, tag)!r}; {EXPORT}")
+        raise ValueError(f"{series}: {_name(header)} has {tag} {text(header, tag)!r}; {EXPORT}")
     return values
 
 
-def _pixel_spacing(path: Path, header: Dataset) -> tuple[np.ndarray, Notes]:
+def _pixel_spacing(series: Series, header: Dataset) -> tuple[float, float, Notes]:
     """Return the distance of rows and that of columns in mm, and a note if not by PixelSpacing."""
     for tag in SPACINGS:
         spacing = numbers(header, tag)
         if len(spacing) == 2 and (spacing > 0).all():
-            note = f"it has no PixelSpacing; {tag} is used, {spacing[0]:g} x {spacing[1]:g} mm"
-            return spacing, () if tag == SPACINGS[0] else (note,)
-    given = text(header, SPACINGS[0])
-    raise ValueError(f"{path}: {_name(header)} has {SPACINGS[0]} {given!r}; {EXPORT}")
+            rows, columns = spacing
+            if tag == "PixelSpacing":
+                return rows, columns, ()
+            note = f"it has no PixelSpacing; {tag} is used, {rows:g} x {columns:g} mm"
+            return rows, columns, (note,)
+    given = text(header, "PixelSpacing")
+    raise ValueError(f"{series}: {_name(header)} has PixelSpacing {given!r}; {EXPORT}")
 
 
-def _thickness(path: Path, header: Dataset) -> tuple[float, Notes]:
+def _thickness(series: Series, header: Dataset) -> tuple[float, Notes]:
     """Return the thickness of a lone slice in mm, and a note if it may lack the gap."""
     spacing = number(header, "SpacingBetweenSlices")
     thickness = number(header, "SliceThickness")
@@ -224,34 +235,34 @@ def _thickness(path: Path, header: Dataset) -> tuple[float, Notes]:
     if thickness > 0:
         return thickness, (f"it is one slice, taken to be SliceThickness, {thickness:g} mm, thick",)
     raise ValueError(
-        f"{path}: {_name(header)} is one slice without SliceThickness and SpacingBetweenSlices; "
+        f"{series}: {_name(header)} is one slice without SliceThickness and SpacingBetweenSlices; "
         f"{EXPORT}"
     )
 
 
-def _step(path: Path, headers: Sequence[Dataset], heights: np.ndarray) -> float:
+def _step(series: Series, headers: Sequence[Dataset], heights: np.ndarray) -> float:
     """Return the mean distance of the slices in mm; ValueError, naming a file, at a gap."""
     steps = np.diff(heights)
     usual = float(np.median(steps))
     if steps.max() < SAME_PLACE:
-        raise ValueError(f"{path}: its slices are all at one position; give each image a folder")
+        raise ValueError(f"{series}: its slices are all at one position; give each image a folder")
     for k, step in enumerate(steps):
         one, other = _name(headers[k]), _name(headers[k + 1])
         if step < SAME_PLACE:
             raise ValueError(
-                f"{path}: {one} and {other} have one ImagePositionPatient; give each image a "
+                f"{series}: {one} and {other} have one ImagePositionPatient; give each image a "
                 "folder, and leave out duplicates"
             )
         if abs(step - usual) > UNEVEN * usual:
             raise ValueError(
-                f"{path}: {other} is {step:.2f} mm from its neighbour, others {usual:.2f} mm; a "
+                f"{series}: {other} is {step:.2f} mm from its neighbour, others {usual:.2f} mm; a "
                 "slice is missing or duplicated: export it again"
             )
     return float(steps.mean())
 
 
 def _straighten(
-    path: Path, headers: Sequence[Dataset], places: np.ndarray, direction: np.ndarray
+    series: Series, headers: Sequence[Dataset], places: np.ndarray, direction: np.ndarray
 ) -> tuple[np.ndarray, Notes]:
     """Return the direction of a stack, and a note if it was corrected.
 
@@ -260,28 +271,29 @@ def _straighten(
     slices are sheared, or not on one line at regular distances.
     """
     steps = places - places[0]
-
-    def distance(along: np.ndarray) -> np.ndarray:
-        regular = np.linspace(0, steps[-1] @ along, len(steps))
-        return np.linalg.norm(steps - np.outer(regular, along), axis=1)
-
-    off, notes = distance(direction[:, 2]), ()
+    off, notes = _off_line(steps, direction[:, 2]), ()
     line = steps[-1] / np.linalg.norm(steps[-1])
     axes = direction[:, :2]
     few_decimals = np.allclose(axes, axes.round(3), rtol=0, atol=1e-9)
-    whole_numbers = np.allclose(axes, axes.round(), rtol=0, atol=1e-9)  # along the patient's axes
-    rounded = few_decimals and not whole_numbers and np.abs(line @ axes).max() <= ROUNDED
-    if off.max() > ROUNDED_PLACE and rounded:
+    along_patient = np.allclose(axes, axes.round(), rtol=0, atol=1e-9)
+    is_rounded = few_decimals and not along_patient and np.abs(line @ axes).max() <= ROUNDED
+    if off.max() > ROUNDED_PLACE and is_rounded:
         row, column = axes.T
         direction = np.column_stack((np.cross(column, line), np.cross(line, row), line))
-        off = distance(line)
+        off = _off_line(steps, line)
         notes = ("its ImageOrientationPatient is rounded; the positions of its slices correct it",)
     if off.max() > OFF_LINE:
         worst = int(off.argmax())
         raise ValueError(
-            f"{path}: {_name(headers[worst])} lies {off[worst]:.1f} mm off the line of the slices "
-            f"(ImagePositionPatient), as in a tilted or sheared stack; {CONVERT}"
+            f"{series}: {_name(headers[worst])} lies {off[worst]:.1f} mm off the line of the "
+            f"slices (ImagePositionPatient), as in a tilted or sheared stack; {CONVERT}"
         )
     if off.max() > ROUNDED_PLACE:
         notes += (f"its slices are up to {off.max():.1f} mm off a regular stack, which is used",)
     return direction, notes
+
+
+def _off_line(steps: np.ndarray, along: np.ndarray) -> np.ndarray:
+    """Return how far slices, at steps (N, 3) from the first, are off a regular stack, in mm."""
+    regular = np.linspace(0, steps[-1] @ along, len(steps))
+    return np.linalg.norm(steps - np.outer(regular, along), axis=1)

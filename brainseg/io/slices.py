@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import io
-import logging
 import re
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import count
+from itertools import pairwise
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import SimpleITK as sitk
@@ -21,10 +19,7 @@ from tifffile import PHOTOMETRIC
 
 from .files import by, out_of_memory
 from .labels import Labels
-
-# Silence the readers on a damaged file: `_read_image` reports it in one line.
-logging.getLogger("tifffile").setLevel(logging.CRITICAL)
-warnings.filterwarnings("ignore", module="PIL")
+from .quiet import quiet
 
 SLICE_NAME = re.compile(r"^(?P<stem>.+)_(?P<number>\d+)(?P<mask>_mask)?\.(?:tiff?|png)$", re.I)
 IMAGE_SUFFIXES = {".tif", ".tiff", ".png"}
@@ -62,10 +57,12 @@ class Case:
     @property
     def aspect(self) -> float:
         """Return pixel height over width; 1 if they differ by at most 1 % or are unknown."""
-        if not self.spacing:
+        if self.spacing is None:
             return 1.0
         ratio = self.spacing[1] / self.spacing[2]
-        return ratio if abs(ratio - 1) > 0.01 else 1.0
+        if abs(ratio - 1) <= 0.01:
+            return 1.0
+        return ratio
 
     def read(self) -> np.ndarray:
         """Read the volume (S, H, W, C), in the data type of its files.
@@ -124,37 +121,44 @@ def find_slices(folder: Path) -> Case:
         match = SLICE_NAME.match(path.name)
         if not match:
             raise ValueError(f"{path}: a slice is named <anything>_<number>.tif; rename or move it")
-        found = masks if match["mask"] else slices
+        files = masks if match["mask"] else slices
         number = int(match["number"])
         stems.setdefault(match["stem"], path)
-        if number in found:
-            raise ValueError(f"{path}: slice {number} is also in {found[number].name}; remove one")
-        found[number] = path
+        if number in files:
+            raise ValueError(f"{path}: slice {number} is also in {files[number].name}; remove one")
+        files[number] = path
     if not slices:
         raise ValueError(
             f"{folder}: holds no slice named <anything>_<number>.tif or .png, no volume file and "
             "no DICOM image"
         )
     if len(stems) > 1:
-        one, other, *_ = stems.values()
+        first, other = list(stems.values())[:2]
         raise ValueError(
-            f"{other}: is of another case than {one.name}, by its name; give each case a folder"
+            f"{other}: is of another case than {first.name}, by its name; give each case a folder"
         )
+    _check_complete(folder, slices, masks)
+    numbers = tuple(sorted(slices))
+    in_order = tuple(slices[number] for number in numbers)
+    return Case(folder.name, numbers, in_order, tuple(masks[number] for number in sorted(masks)))
+
+
+def _check_complete(folder: Path, slices: dict[int, Path], masks: dict[int, Path]) -> None:
+    """Raise ValueError if a number is missing, or if only some of the slices have a mask."""
     numbers = sorted(slices)
-    gap = next(k for k in count(numbers[0]) if k not in slices)
-    if gap < numbers[-1]:
+    for number, following in pairwise(numbers):
+        if following > number + 1:
+            raise ValueError(
+                f"{folder}: slice {number + 1} is missing between {numbers[0]} and {numbers[-1]}; "
+                "add it or renumber the slices"
+            )
+    unpaired = sorted(set(slices) ^ set(masks))
+    if masks and unpaired:
+        lacking = "slice" if unpaired[0] in masks else "mask"
         raise ValueError(
-            f"{folder}: slice {gap} is missing between {numbers[0]} and {numbers[-1]}; "
-            "add it or renumber the slices"
-        )
-    if masks and (odd := sorted(set(masks) ^ set(numbers))):
-        lacks = "slice" if odd[0] in masks else "mask"
-        raise ValueError(
-            f"{folder}: {lacks} {odd[0]} is missing, but others exist; "
+            f"{folder}: {lacking} {unpaired[0]} is missing, but others exist; "
             "add it (all 0 for no lesion) or remove all the masks"
         )
-    paths = tuple(slices[n] for n in numbers), tuple(masks[n] for n in sorted(masks))
-    return Case(folder.name, tuple(numbers), *paths)
 
 
 def read_slices(paths: Sequence[Path]) -> np.ndarray:
@@ -186,6 +190,7 @@ def read_slices(paths: Sequence[Path]) -> np.ndarray:
     return volume
 
 
+@quiet  # on a damaged file
 def _read_image(path: Path) -> tuple[np.ndarray, bool]:
     """Read one image (H, W, C), and whether its tag says that white is zero."""
     white_is_zero = False
@@ -242,7 +247,7 @@ def _painted(colours: np.ndarray, opacity: np.ndarray, path: Path) -> np.ndarray
     return visible
 
 
-def save_tiff(path: Path, image: np.ndarray, mark: str, **options: object) -> None:
+def save_tiff(path: Path, image: np.ndarray, mark: str, **options: Any) -> None:
     """Write an image as a TIFF with our mark. Raises OSError if the disk is full.
 
     tifffile may not if it writes the file: NumPy does it, in C, and an error with the last bytes
@@ -285,7 +290,8 @@ def _read_tiff(path: Path) -> tuple[np.ndarray, bool]:
             if len(tiff.pages) > 1:
                 # Not tiff.asarray(): an OME-TIFF may name other files, and it would open them.
                 images = np.stack([page.asarray() for page in tiff.pages])
-                return images.reshape(len(images), *page.shape[:2], -1), False
+                height, width = page.shape[:2]
+                return images.reshape(len(images), height, width, -1), False
             # tifffile sets this tag for every bool array, whose True it stores as 1.
             own_bool = page.bitspersample == 1 and page.software == "tifffile.py"
             white_is_zero = page.photometric == PHOTOMETRIC.MINISWHITE and not own_bool
