@@ -23,10 +23,11 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
+from brainseg.io.dicom import File
 from brainseg.io.files import by, disk_is_full, save_array, sentence
-from brainseg.io.formats import SUFFIXES
+from brainseg.io.formats import SUFFIXES, is_scan, read_grid, scan_name
 from brainseg.io.layouts import find_case, find_sequences
-from brainseg.io.scans import Scan, is_scan, read_grid, registered, scan_name
+from brainseg.io.scans import Scan, registered
 from brainseg.io.slices import SLICE_NAME, Case
 
 MIB = 2**20
@@ -153,7 +154,7 @@ def read(parts: dict[str, list[Sent]], folder: Path, limits: Limits) -> dict:
     }
 
 
-def check_size(path: Path, shape: Sequence[int], limits: Limits) -> None:
+def check_size(path: File, shape: Sequence[int], limits: Limits) -> None:
     """Raise ValueError for a volume (S, H, W), or (X, Y, Z), that would take too much memory."""
     if np.prod(shape, dtype=float) > limits.voxels or max(shape) > limits.side:
         raise ValueError(

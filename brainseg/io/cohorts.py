@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
-from .scans import is_scan, scan_name
+from .formats import is_scan, scan_name
 from .truth import OTHER_MASK
 
 Patterns = tuple[str, ...]  # the first that matches any file is used

@@ -10,9 +10,9 @@ from pathlib import Path
 from ..preprocess import SEQUENCES
 from .cohorts import BIDS, Layout, absolute, sequences_in
 from .dicom import Series, find_images
-from .formats import check_format
+from .formats import check_format, is_scan, scan_name
 from .labels import Labels
-from .scans import Scan, is_scan, scan_name
+from .scans import Scan
 from .sequences import contradiction
 from .slices import SLICE_NAME, Case, errors_name, find_slices
 from .studies import Study, find_studies, sort_study

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import SimpleITK as sitk
 
 from ..fill import without_fill
+from .dicom import File
 from .grid import Grid
 
 PIXEL = 1.5  # millimetres: finer pixels are binned before registration
@@ -36,7 +36,7 @@ class Movement:
         )
 
 
-def register(moving: sitk.Image, fixed: sitk.Image, path: Path) -> Movement:
+def register(moving: sitk.Image, fixed: sitk.Image, path: File) -> Movement:
     """Find the rigid movement that makes `moving`, read from `path`, fit `fixed`.
 
     Maximises Mattes mutual information (https://doi.org/10.1109/TMI.2003.809072) of seeded
@@ -91,7 +91,7 @@ def _movement(
     return Movement(transform, before, after, distance, angle)
 
 
-def _failed(path: Path, reason: str) -> str:
+def _failed(path: File, reason: str) -> str:
     return f"{path}: cannot be registered to FLAIR: {reason}; check it, or leave out --register"
 
 

@@ -9,8 +9,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from .formats import SUFFIXES
-from .scans import scan_name
+from .formats import is_scan, scan_name
 
 OTHER_MASK = re.compile(  # the masks of brain extraction tools, and of tissues
     r"(?:desc|label)-(?:brain|head|skull|gm|wm|csf)|(?:^|_)(?:brain|bet|skull\w*)_?mask", re.I
@@ -27,9 +26,12 @@ FLAIR_IN_NAME = re.compile(r"[-_. ]*(?:flair|t2f)[a-z0-9]*$", re.I)
 
 def volumes_in(folder: Path, masks: bool = False) -> list[Path]:
     """List the volume files of a folder, with or without those that are named as masks."""
-    files = [path for path in sorted(folder.iterdir()) if path.name.lower().endswith(SUFFIXES)]
-    files = [path for path in files if path.name[0] != "." and path.is_file()]
-    return [path for path in files if masks or not MASK_NAME.fullmatch(scan_name(path))]
+    volumes = []
+    for path in sorted(folder.iterdir()):
+        is_volume = path.is_file() and is_scan(path)
+        if is_volume and (masks or not MASK_NAME.fullmatch(scan_name(path))):
+            volumes.append(path)
+    return volumes
 
 
 def mask_of(scan: Path) -> Path | None:
