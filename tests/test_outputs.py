@@ -20,6 +20,7 @@ from conftest import make_weights
 from test_inference import contents, infer, subset_copy, write_case
 from test_scan import edit, write, write_series
 
+from brainseg.io.dicom import series_at
 from brainseg.io.dicom_seg import read_references, write_dicom_seg
 from brainseg.io.files import MARK, write_table
 from brainseg.io.layouts import find_case
@@ -285,7 +286,7 @@ def test_series_that_cannot_be_referenced(series, weights, tmp_path, capsys, fau
         edit(first, SOPInstanceUID="" if fault == "no instance" else
              pydicom.dcmread(second).SOPInstanceUID)  # fmt: skip
     with pytest.raises(ValueError, match=f"{series}: .*UID; export it again"):
-        read_references(series)
+        read_references(series_at(series))
     if fault == "two frames":
         assert infer(series, tmp_path, weights, "--dicom-seg") == 1
         assert capsys.readouterr().err.count(f"error: {series}: ") == 1

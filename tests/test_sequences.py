@@ -262,7 +262,7 @@ def test_doubt_about_t1_leaves_flair(head, tmp_path, series, used):
     study = write_study(tmp_path / "anna", head[0][:4], *series)
     scan = find_case(study)
     assert scan.flair.name == "s0"
-    assert {name: path.name for name, path in scan._others.items()} == used
+    assert {name: path.name for name, path in scan.others.items()} == used
     said = " ".join(scan.notes)
     assert "not certain which T1 each is: " in said
     assert "name them with --flair, --pre and --post" in said
