@@ -89,7 +89,7 @@ def combine(factors: Sequence[float], estimates: Sequence[Estimate]) -> Estimate
     and Donner 2008), as the intervals of volumes are not symmetric.
     """
     value, below, above = 0.0, 0.0, 0.0
-    for factor, estimate in zip(factors, estimates, strict=True):
+    for factor, estimate in zip(map(float, factors), estimates, strict=True):
         down = factor * (estimate.value - estimate.low)
         up = factor * (estimate.high - estimate.value)
         if factor < 0:

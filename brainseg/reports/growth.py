@@ -1,0 +1,178 @@
+"""Show the growth of one patient's lesion: the curve with its errors, and the scans side by side.
+
+Classes and thresholds are drawn as lines to read against, not as a result: the speeds by which
+Pallud 2013 (PMC3635513) divides grade 2 gliomas, and those of RANO-LGG (PMC10584081) on the
+product of the diameters. Colours of Okabe and Ito, which colour-blind readers tell apart.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ..growth import YEAR, rate_until
+from ..io.pictures import new_figure
+from ..visits import Patient, View
+
+if TYPE_CHECKING:  # slow to import
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+SPEEDS = (4, 8, 12)  # mm a year, between the four classes
+SHADES = ("#f7f7f7", "#e8e8e8", "#d9d9d9", "#cacaca")
+THRESHOLDS = (25, -25, -50)  # % of the product
+BLUE, ORANGE, YELLOW, SKY = "#0072B2", "#E69F00", "#F0E442", "#56B4E9"
+LEAST_WINDOW = 0.12  # of the slice, shown on each side of the lesion
+MOST_VIEWS = 6  # beside each other; of more, the first and the last ones
+
+
+def growth_figure(patient: Patient) -> Figure:
+    """Draw the curve, the product of the diameters, and the scans at the same place."""
+    views = patient.views
+    if len(views) > MOST_VIEWS:
+        views = (views[0], *views[1 - MOST_VIEWS :])
+    rows = 2 if len(views) > 1 else 1
+    figure = new_figure(figsize=(10, 3.3 * rows))
+    parts = figure.subfigures(rows, 1, squeeze=False)[:, 0]
+    curve, product = parts[0].subplots(1, 2, width_ratios=(2, 1))
+    _draw_curve(curve, patient)
+    _draw_product(product, patient)
+    if rows == 2:
+        labels = {visit.case: str(visit.date or visit.case) for visit in patient.visits}
+        panels = parts[1].subplots(1, len(views), squeeze=False)[0]
+        window = _window(views)
+        for axes, view in zip(panels, views, strict=True):
+            _draw_view(axes, view, patient.aspect)
+            axes.set(xlim=window[1], ylim=window[0][::-1])
+            axes.set_title(labels[view.case], fontsize=8, parse_math=False)
+        _draw_legend(parts[1])
+    return figure
+
+
+def growth_picture(patient: Patient) -> bytes:
+    """Draw the figure of a patient as a PNG."""
+    content = io.BytesIO()
+    growth_figure(patient).savefig(content, dpi=110, format="png")
+    return content.getvalue()
+
+
+def rate_text(patient: Patient) -> str:
+    """Say how fast the diameter grows."""
+    rate = rate_until(patient.visits)
+    if np.isnan(rate.value):
+        return "no rate: it needs two dates 90 days apart, and a lesion on both"
+    text = f"{rate.value:+.1f} mm a year"
+    if not np.isnan(rate.low):
+        text += f" (80 % interval {rate.low:+.1f} to {rate.high:+.1f})"
+    return text
+
+
+def _places(patient: Patient) -> np.ndarray:
+    """Return years since the first scan, or numbers of the scans if they have no dates."""
+    days = [visit.date.toordinal() for visit in patient.visits if visit.date]
+    if len(days) < len(patient.visits):
+        return np.arange(len(patient.visits), dtype=float)
+    return (np.array(days) - days[0]) / YEAR
+
+
+def _draw_curve(axes: Axes, patient: Patient) -> None:
+    places = _places(patient)
+    values = np.array([visit.diameter.value for visit in patient.visits])
+    lows = np.array([visit.diameter.low for visit in patient.visits])
+    highs = np.array([visit.diameter.high for visit in patient.visits])
+    rate = rate_until(patient.visits)
+    top = np.nanmax(np.fmax(values, highs))
+    bottom = np.nanmin(np.fmin(values, lows))
+    if not np.isnan(rate.value):
+        drawn = values > 0
+        start = values[drawn].mean() - rate.value * places[drawn].mean()
+        top = max(top, start + (max(rate.value, 0) + 5) * places[-1])
+        _draw_classes(axes, start, places[-1], top)
+        axes.plot(places, start + rate.value * places, color=ORANGE, lw=2)
+    errors = np.nan_to_num(np.stack((values - lows, highs - values)))
+    axes.errorbar(places, values, errors, fmt="o", color=BLUE, ecolor=BLUE, capsize=4)
+    pad = 0.06 * max(top - bottom, 1.0)
+    axes.set_ylim(bottom - pad, top + pad)
+    axes.set_xlim(-0.04 * max(places[-1], 0.1), 1.2 * places[-1])
+    labels = [str(visit.date or visit.case) for visit in patient.visits]
+    axes.set_xticks(places, labels, fontsize=7, rotation=20, parse_math=False)
+    axes.set_ylabel("mean tumour diameter, mm")
+    axes.set_title(rate_text(patient), fontsize=9)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _draw_classes(axes: Axes, start: float, end: float, top: float) -> None:
+    """Shade where a lesion of the first size would be at the speeds of each class."""
+    far = 1.2 * end
+    for fast, shade in zip((*SPEEDS, 1000), SHADES, strict=True):
+        axes.fill_between((0, far), start, (start, start + fast * far), color=shade, zorder=-fast)
+    for speed in SPEEDS:
+        axes.plot((0, far), (start, start + speed * far), color="white", lw=1, zorder=-speed)
+        leaves = min(far, (top - start) / speed)  # where the line leaves the picture
+        axes.annotate(
+            f"{speed} mm a year", (leaves, start + speed * leaves), xytext=(-4, -3),
+            textcoords="offset points", ha="right", va="top", fontsize=7, color="0.3",
+        )  # fmt: skip
+
+
+def _draw_product(axes: Axes, patient: Patient) -> None:
+    """Draw the change of the product of the diameters, with the thresholds of RANO-LGG."""
+    products = [visit.diameters.product if visit.diameters else 0.0 for visit in patient.visits]
+    if products[0]:
+        changes = 100 * (np.array(products) / products[0] - 1)
+        axes.plot(_places(patient), changes, "o-", color=BLUE)
+    for threshold in THRESHOLDS:
+        axes.axhline(threshold, color="0.4", lw=1, ls="--")
+        axes.annotate(
+            f"RANO-LGG {threshold:+d} %", (0.02, threshold), xycoords=("axes fraction", "data"),
+            va="bottom", fontsize=7, color="0.3",
+        )  # fmt: skip
+    axes.set_xlabel("years" if patient.visits[0].date else "scan", fontsize=8)
+    axes.set_ylabel("product of diameters,\n% since the first", fontsize=8)
+    axes.margins(y=0.15)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _window(views: Sequence[View]) -> list[tuple[float, float]]:
+    """Return the rows and columns to show: those of all masks, and as much again on each side."""
+    union = np.logical_or.reduce([view.mask | view.first for view in views])
+    limits = []
+    for axis in (0, 1):
+        length = union.shape[axis]
+        places = np.flatnonzero(union.any(axis=1 - axis))
+        if not len(places):
+            limits.append((-0.5, length - 0.5))
+            continue
+        margin = max(np.ptp(places) + 1, LEAST_WINDOW * length)
+        start = max(places[0] - margin, 0) - 0.5
+        limits.append((start, min(places[-1] + 1 + margin, length) - 0.5))
+    return limits
+
+
+def _draw_view(axes: Axes, view: View, aspect: float) -> None:
+    axes.imshow(view.grey, cmap="gray", aspect=aspect, vmin=0, vmax=255)
+    for mask, colour in ((view.mask & ~view.first, ORANGE), (view.first & ~view.mask, BLUE)):
+        red, green, blue = (int(colour[k : k + 2], 16) for k in (1, 3, 5))
+        layer = np.zeros((*mask.shape, 4), np.uint8)
+        layer[mask] = red, green, blue, 170
+        axes.imshow(layer, aspect=aspect, interpolation="nearest")
+    for mask, colour in ((view.first, SKY), (view.mask, YELLOW)):
+        if mask.any():
+            axes.contour(mask, levels=[0.5], colors=colour, linewidths=1)
+    axes.axis("off")
+
+
+def _draw_legend(part) -> None:
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    handles = [
+        Line2D([], [], color=SKY, label="outline on the first scan"),
+        Line2D([], [], color=YELLOW, label="outline on this scan"),
+        Patch(color=ORANGE, label="gained"),
+        Patch(color=BLUE, label="lost"),
+    ]
+    part.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
