@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_weights
-from test_onnx import infer, needs_onnx
+from test_inference import infer
 
 import evaluate
 import export
@@ -201,23 +201,6 @@ def test_the_folder_is_shipped_but_unet_stays_one(folder, monkeypatch):
 
 
 # Export
-
-
-@needs_onnx
-def test_one_onnx_file_for_the_ensemble(folder, volume, tmp_path):
-    files = folder / "fold0.pt", folder / "fold1.pt"
-    export.main([*map(str, ("--weights", *files, "--out", tmp_path)), "--format", "onnx"])
-    (file,) = tmp_path.glob("ensemble-*.onnx")
-    there, here = opened(file), opened(files)
-    images, frame = here.preprocess(volume)
-    made, expected = there.probabilities(images), here.probabilities(images)
-    torch.testing.assert_close(made, expected, atol=1e-4, rtol=0)
-    assert there.assess(made, frame).features["disagreement"] > 0
-    card = read_card(file)
-    assert card["cases"]["train"] == NAMES[:8]
-    assert [source["file"] for source in card["weights"]] == ["fold0.pt", "fold1.pt"]
-    with pytest.raises(ValueError, match="cannot be averaged with others"):
-        opened([file, folder / "fold0.pt"])
 
 
 def test_every_member_is_exported_with_its_card(folder, tmp_path):

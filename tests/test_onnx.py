@@ -105,20 +105,31 @@ def test_other_shapes_are_refused_as_by_the_network_itself(onnx, shape):
 
 
 @needs_onnx
-def test_half_precision_and_neighbours(tmp_path, volume):
-    torch.manual_seed(0)
-    path = tmp_path / "unet.pt"
-    torch.save(UNet(9, init_features=8).state_dict(), path)
-    path.with_suffix(".json").write_text(json.dumps({"image_size": 32, "neighbours": 1}))
-    run_export(path, tmp_path, "--format", "onnx", "--precision", "float16")
-    (file,) = tmp_path.glob("unet-float16-*.onnx")
-    assert file.stat().st_size < 0.6 * path.stat().st_size
-    there, here = segmenter(file), segmenter(path)
-    images, _ = here.preprocess(volume)
+def test_an_ensemble_with_neighbours_in_half_precision(tmp_path, volume):
+    files = []
+    for k in range(2):
+        torch.manual_seed(k)
+        path = tmp_path / f"fold{k}.pt"
+        torch.save(UNet(9, init_features=8).state_dict(), path)
+        card = {"image_size": 32, "neighbours": 1, "cases": {"train": [f"phantom_00{k}"]}}
+        path.with_suffix(".json").write_text(json.dumps(card))
+        files.append(path)
+    options = "--out", tmp_path, "--format", "onnx", "--precision", "float16"
+    export.main([str(word) for word in ("--weights", *files, *options)])
+    (file,) = tmp_path.glob("ensemble-float16-*.onnx")
+    assert file.stat().st_size < 0.6 * sum(path.stat().st_size for path in files)
+    there, here = segmenter(file), segmenter(files)
+    images, frame = here.preprocess(volume)
     assert there.neighbours == 1 and images.shape[1] == 3
     rough, exact = there.probabilities(images), here.probabilities(images)
     assert rough.dtype == torch.float32 and not torch.equal(rough, exact)
     torch.testing.assert_close(rough, exact, atol=0.01, rtol=0)
+    assert there.assess(rough, frame).features["disagreement"] > 0
+    card = read_card(file)
+    assert card["cases"]["train"] == ["phantom_000", "phantom_001"]
+    assert [source["file"] for source in card["weights"]] == ["fold0.pt", "fold1.pt"]
+    with pytest.raises(ValueError, match="cannot be averaged with others"):
+        segmenter([file, files[0]])
 
 
 @needs_onnx
