@@ -15,11 +15,10 @@ from .scans import Scan
 from .slices import Case
 
 FIRST_YEAR = 1980  # no patient was scanned before
-SHIFTED_YEAR = (
-    1925  # BIDS: shifted dates should lie in this year or before, to be told from real ones
+SHIFTED_YEAR = 1925  # BIDS: dates shifted for privacy should lie in this year or before
+IN_NAME = re.compile(  # eight digits that no date can have are a number
+    r"(?<!\d)((19|20)\d\d-\d\d-\d\d|(19|20)\d\d(0[1-9]|1[0-2])(0[1-9]|[12]\d|3[01]))(?!\d)"
 )
-MONTH_DAY = r"(0[1-9]|1[0-2])(-?)(0[1-9]|[12]\d|3[01])"
-IN_NAME = re.compile(rf"(?<!\d)((?:19|20)\d\d)(-?){MONTH_DAY}(?!\d)")
 LAST_NUMBER = re.compile(r"\d+(?=\D*$)")
 
 

@@ -1,0 +1,267 @@
+"""The dates of scans, the scans of a patient in order, and their registration to the first."""
+
+import datetime
+from dataclasses import replace
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pytest
+
+from brainseg.growth import growth_rows
+from brainseg.io.dates import date_of, parse_date, read_dates, timepoint
+from brainseg.io.layouts import find_case, list_cases
+from brainseg.io.slices import Case
+from brainseg.phantom_patients import Head, scan_head, write_patients
+from brainseg.reports.growth import growth_picture, rate_text
+from brainseg.reports.volumes import volume_row
+from brainseg.visits import Measured, follow, in_order_of_time
+
+ERRORS = {"interval": [-2.3, 2.6]}
+EXPECTED = 0.9, 0.85, 0.95
+
+
+def case(name: str, patient_id: str = "") -> Case:
+    made = Case(name, (1,), (Path(name) / f"{name}_1.tif",), ())
+    object.__setattr__(made, "patient_id", patient_id)
+    return made
+
+
+def day(text: str) -> datetime.date:
+    return datetime.date.fromisoformat(text)
+
+
+# Dates
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    (
+        ("TCGA_CS_4942_19970222", "1997-02-22"),
+        ("p1_2014-03-02", "2014-03-02"),
+        ("p1-2014-03-02_a", "2014-03-02"),
+        ("p_20140302T1200", "2014-03-02"),
+        ("sub-12345678_ses-20140302", "2014-03-02"),
+        ("patient_20991399", "None"),  # a number
+        ("phantom_003", "None"),
+    ),
+)
+def test_dates_in_names(name, expected):
+    found, notes = date_of(case(name), {})
+    assert str(found) == expected and not notes
+
+
+@pytest.mark.parametrize(
+    ("written", "said"),
+    (
+        ("2014-02-30", "is not in the calendar"),
+        ("2014-13-01", "is not in the calendar"),
+        ("March", "is not in the calendar"),
+        ("2199-01-01", "is in the future"),
+        ("1979-12-31", "is before 1980"),
+        ("1867-06-15", "is before 1980"),
+    ),
+)
+def test_dates_that_no_scan_can_have(written, said, tmp_path):
+    with pytest.raises(ValueError, match=said):
+        parse_date(written)
+    found, notes = date_of(case(f"p_{written}"), {})
+    assert found is None
+    if written[:2] in ("19", "20"):  # other numbers in a name are not taken for dates
+        assert len(notes) == 1 and said in notes[0] and "--dates" in notes[0]
+    table = tmp_path / "dates.csv"
+    table.write_text(f"case,date\na,{written}\n")
+    with pytest.raises(ValueError, match=f"dates.csv: a: .*{said}"):
+        read_dates(table)
+
+
+def test_table_of_dates(tmp_path):
+    table = tmp_path / "dates.csv"
+    table.write_text("date,case,note\n2014-03-02,a,x\n20150401,b,\n2014-03-02,a,again\n")
+    assert read_dates(table) == {"a": day("2014-03-02"), "b": day("2015-04-01")}
+    table.write_text("case,date\na,2014-03-02\na,2014-03-03\n")
+    with pytest.raises(ValueError, match="gives a two dates, 2014-03-02 and 2014-03-03"):
+        read_dates(table)
+    table.write_text("case,when\na,2014-03-02\n")
+    with pytest.raises(ValueError, match="columns case and date"):
+        read_dates(table)
+
+
+def test_table_goes_before_the_name_and_says_so():
+    found, notes = date_of(case("p_20140302"), {"p_20140302": day("2014-03-05")})
+    assert found == day("2014-03-05")
+    assert notes == [
+        "p_20140302: 2014-03-05 by --dates, but 2014-03-02 by its name; 2014-03-05 is used"
+    ]
+
+
+def bids_session(root: Path, session: str) -> Path:
+    folder = root / "sub-01" / session
+    (folder / "anat").mkdir(parents=True)
+    image = nibabel.Nifti1Image(np.ones((8, 8, 4), np.uint8), np.diag([1.0, 1, 1, 1]))
+    image.header.set_xyzt_units("mm")
+    nibabel.save(image, folder / "anat" / f"sub-01_{session}_FLAIR.nii.gz")
+    return folder
+
+
+def test_dates_of_bids(tmp_path):
+    one, two, three = (bids_session(tmp_path, name) for name in ("ses-a", "ses-b", "ses-c"))
+    (one / "sub-01_ses-a_scans.tsv").write_text(
+        "filename\tacq_time\nanat/sub-01_ses-a_T1w.nii.gz\t1867-01-01T00:00:00\n"
+        "anat/sub-01_ses-a_FLAIR.nii.gz\t1867-06-15T13:45:30\n"
+    )
+    (two.parent / "sub-01_sessions.tsv").write_text(
+        "session_id\tacq_time\nses-a\tn/a\nses-b\t2014-03-02T10:00:00\nses-c\t1950-01-01\n"
+    )
+    cases = [source.open() for source in list_cases(tmp_path)]
+    assert date_of(cases[0], {}) == (day("1867-06-15"), [])  # shifted for privacy
+    assert date_of(cases[1], {}) == (day("2014-03-02"), [])
+    found, notes = date_of(cases[2], {})
+    assert found is None and "1950-01-01 is before 1980 (sub-01_sessions.tsv)" in notes[0]
+    assert three.is_dir()
+
+
+@pytest.mark.parametrize(
+    ("name", "patient", "number"),
+    (
+        ("BraTS-GLI-00020-001", "BraTS-GLI-00020", 1),
+        ("sub-01_ses-12", "sub-01", 12),
+        ("p_week-044", "p", 44),
+        ("sub-01_ses-late", "sub-01", None),
+    ),
+)
+def test_timepoints(name, patient, number):
+    assert timepoint(name, patient) == number
+
+
+# Order
+
+
+def test_dated_scans_are_in_order():
+    scans = [case("p_20150401"), case("p_20140302"), case("p_late")]
+    ordered, notes = in_order_of_time({"p": scans, "q": [case("q_20140302")]}, {})
+    assert [(scan.name, str(date)) for scan, date in ordered["p"]] == [
+        ("p_20140302", "2014-03-02"),
+        ("p_20150401", "2015-04-01"),
+    ]
+    assert list(ordered) == ["p"]
+    assert notes == ["p_late: has no date, and no part in the growth of p"]
+
+
+def test_timepoint_numbers_give_an_order():
+    scans = [case("BraTS-GLI-1-010"), case("BraTS-GLI-1-002")]
+    ordered, notes = in_order_of_time({"BraTS-GLI-1": scans}, {})
+    assert [(scan.name, date) for scan, date in ordered["BraTS-GLI-1"]] == [
+        ("BraTS-GLI-1-002", None),
+        ("BraTS-GLI-1-010", None),
+    ]
+    assert "no rate" in notes[0]
+
+
+def test_scans_that_nothing_orders_are_left_out_in_one_sentence():
+    cases = {name: [case(f"{name}_a"), case(f"{name}_b")] for name in "pq"}
+    ordered, notes = in_order_of_time(cases, {})
+    assert not ordered and len(notes) == 1 and notes[0].startswith("2 patient(s)")
+
+
+def test_two_scans_on_one_day_are_said():
+    scans = [case("p_20140302_a"), case("p_20140302_b")]
+    ordered, notes = in_order_of_time({"p": scans}, {})
+    assert len(ordered["p"]) == 2 and "are both of 2014-03-02" in notes[0]
+
+
+def test_two_patients_under_one_name_are_left_out():
+    scans = [case("TCGA_1_20140302", "A"), case("TCGA_1_20150302", "B")]
+    ordered, notes = in_order_of_time({"TCGA_1": scans}, {})
+    assert not ordered and "of the patients A and B" in notes[0]
+
+
+# Registration and pictures
+
+
+@pytest.fixture(scope="module")
+def patient(tmp_path_factory) -> list[tuple[Measured, datetime.date]]:
+    """Return three scans of a phantom patient with their true masks, the last of another one."""
+    folder = tmp_path_factory.mktemp("patients")
+    write_patients(folder, patients=1, scans=3, growth=8, size=64)
+    scans = []
+    for path in sorted(folder.glob("*_mask.nii.gz")):
+        scan = find_case(path.with_name(path.name.replace("_mask", "")))
+        volume, mask = scan.read_pair()
+        row = volume_row(scan, volume, mask, EXPECTED)
+        scans.append((Measured(scan, mask, row), day(scan.name.rpartition("_")[2])))
+    return scans
+
+
+def test_phantom_patient_grows_as_it_should(patient):
+    followed, notes = follow(patient, ERRORS)
+    assert not notes and [view.case for view in followed.views] == [
+        measured.case.name for measured, _ in patient
+    ]
+    rows = followed.rows
+    assert rows[-1]["mm_per_year"] == pytest.approx(8, abs=1.5)
+    assert rows[-1]["mm_per_year_low"] < 8 < rows[-1]["mm_per_year_high"]
+    last = followed.views[-1]
+    inside = (last.mask & last.first).sum() / last.first.sum()
+    assert inside > 0.9  # registered: the first lesion lies in the last one
+    assert last.mask.sum() > last.first.sum()
+    assert "mm a year (80 % interval" in rate_text(followed)
+    assert growth_picture(followed)[:4] == b"\x89PNG"
+
+
+def test_without_registration_volumes_stay(patient):
+    followed, notes = follow(patient, ERRORS, with_registration=False)
+    assert not notes and not followed.views
+    assert followed.rows[-1]["mm_per_year"] is not None
+    assert growth_picture(followed)[:4] == b"\x89PNG"
+
+
+def test_scan_that_cannot_be_registered_is_said(patient, tmp_path):
+    (first, start), (second, date), _ = patient
+    image = nibabel.load(second.case.folder)
+    noise = np.random.default_rng(0).integers(0, 255, image.shape, np.uint8)
+    path = tmp_path / second.case.folder.name
+    nibabel.save(nibabel.Nifti1Image(noise, None, image.header), path)
+    other = replace(second, case=find_case(path))
+    followed, notes = follow([(first, start), (other, date)], ERRORS)
+    assert len(notes) == 1 and "cannot be registered" in notes[0] and len(followed.views) == 1
+    row = followed.rows[1]
+    assert row["comparable"] == "no" and "no common frame" in row["why_not"]
+    assert row["lesion_ml"] == second.row["lesion_ml"]
+
+
+def test_component_without_a_partner_is_said(patient):
+    (first, start), (second, date), _ = patient
+    mask = second.mask.copy()
+    mask[len(mask) // 2, 30:36, 30:36] = False
+    middle = len(mask) // 4
+    assert not mask[middle - 2 : middle + 2, 28:36, 28:36].any()
+    mask[middle - 1 : middle + 1, 29:35, 29:35] = True
+    followed, _ = follow([(first, start), (replace(second, mask=mask), date)], ERRORS)
+    assert "ml without a partner" in followed.rows[1]["why_not"]
+
+
+def test_slices_without_positions_have_no_views(phantoms):
+    scans = [find_case(phantoms / f"phantom_00{k}") for k in (0, 1)]
+    measured = []
+    for scan, date in zip(scans, ("2014-01-01", "2015-01-01"), strict=True):
+        volume, mask = scan.read_pair()
+        measured.append((Measured(scan, mask, volume_row(scan, volume, mask)), day(date)))
+    followed, notes = follow(measured, ERRORS)
+    rows = growth_rows(followed.visits)
+    assert not followed.views and not notes
+    assert rows[1]["comparable"] == "no" and "no pixel size" in rows[1]["why_not"]
+    assert rows[1]["lesion_ml"] is None and rows[1]["mm_per_year"] is None
+
+
+# Phantom patients
+
+
+def test_lesion_of_a_phantom_has_its_volume():
+    head = Head.make(np.random.SeedSequence(5))
+    share = head.with_lesion(20.0)[..., 3]
+    voxel = 220 / 112 * 220 / 112 * 150 / 79
+    assert (share > 0.5).sum() * voxel / 1000 == pytest.approx(20, rel=0.02)
+    voxels, mask, grid = scan_head(np.random.default_rng(0), head.with_lesion(20.0), 64)
+    assert voxels.shape[:3] == mask.shape == grid.shape
+    assert mask.sum() * np.prod(grid.spacing) / 1000 == pytest.approx(20, rel=0.06)
