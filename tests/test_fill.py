@@ -94,9 +94,8 @@ def test_fill_changes_no_level(volume, places, value, factor, sequences):
     ]
 
 
-@pytest.mark.parametrize("sequences", [[1], [0, 1, 2]])
-def test_an_offset_where_above_0_changes_nothing(sequences):
-    volume = make_volume(3, slices=12, size=96)[0]
+def check_offset_where_above_0(volume: np.ndarray, sequences: list[int]) -> None:
+    """Check that an offset wherever there is tissue does not change the network's input."""
     changed = volume.astype(np.float32)
     for k in sequences:
         changed[..., k] = np.where(volume[..., k] > 0, 3.7 * changed[..., k] + 50, 0)
@@ -104,6 +103,11 @@ def test_an_offset_where_above_0_changes_nothing(sequences):
     expected, before = preprocess(volume, SIZE)
     assert frame.box == before.box
     torch.testing.assert_close(images, expected, atol=0.1, rtol=0)
+
+
+@pytest.mark.parametrize("sequences", [[1], [0, 1, 2]])
+def test_an_offset_where_above_0_changes_nothing(sequences):
+    check_offset_where_above_0(make_volume(3, slices=12, size=96)[0], sequences)
 
 
 @pytest.mark.parametrize("value", [-1000, 0, 4095])
@@ -226,7 +230,7 @@ def test_no_real_scan_has_fill():
     scans = sorted((SHARED.parent / "ms").glob("*/*.nii.gz"))
     if not cases:
         pytest.skip(f"no real cases in {SHARED}; set LGG to the folder kaggle_3m")
-    for path in cases:
+    for path in cases[::4]:  # a sample, as reading takes time
         volume = lgg_volume(path)
         for k in range(3):
             sequence = volume[..., k]
@@ -253,11 +257,4 @@ def test_levels_of_real_scans_are_what_they_were(lgg, case):
 @pytest.mark.parametrize("sequences", [[1], [0, 1, 2]])
 def test_a_real_scan_with_an_offset_where_it_is_above_0(lgg, sequences):
     """Once, the DSC fell from 0.96 to 0.00."""
-    volume = find_case(lgg / "TCGA_CS_4944_20010208").read()
-    changed = volume.astype(np.float32)
-    for k in sequences:
-        changed[..., k] = np.where(volume[..., k] > 0, 3.7 * changed[..., k] + 50, 0)
-    images, frame = preprocess(changed, SIZE)
-    expected, before = preprocess(volume, SIZE)
-    assert frame.box == before.box
-    torch.testing.assert_close(images, expected, atol=0.1, rtol=0)
+    check_offset_where_above_0(find_case(lgg / "TCGA_CS_4944_20010208").read(), sequences)
