@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import datetime
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import SimpleITK as sitk
 
+from .devices import in_order
 from .diameters import bidimensional
 from .growth import Visit, estimated_volume, growth_rows
 from .io.dates import date_of, timepoint
+from .io.files import RUN, sentence
+from .io.formats import read_voxels
 from .io.grid import Grid
+from .io.layouts import Source
 from .io.pictures import to_grey
+from .io.predictions import find_masks
 from .io.registration import register
-from .io.scans import Scan, read_voxels
+from .io.scans import Scan
 from .io.slices import Case
 from .quality import WARN_BELOW
 from .reports.volumes import edge_warnings
@@ -58,6 +65,57 @@ class Patient:
     @property
     def rows(self) -> list[dict]:
         return growth_rows(self.visits)
+
+
+def follow_all(
+    sources: Sequence[Source | Case],
+    rows: Mapping[str, dict],
+    folder: Path,
+    dates: Mapping[str, datetime.date],
+    errors: dict | None,
+    with_registration: bool = True,
+    workers: int | None = None,
+) -> tuple[list[Patient], list[str]]:
+    """Measure the growth of every patient with two or more scans, from the masks in `folder`.
+
+    `rows` are those of volumes.csv, by case; cases that could not be read must not be in it. Also
+    returns sentences on what was left out. For `dates` and `errors`, see `in_order_of_time` and
+    `follow`.
+    """
+    cases: dict[str, list[Case]] = {}
+    counts = Counter(row["patient"] for row in rows.values())
+    unreadable = []
+    for source in sources:
+        patient = rows[source.name]["patient"] if source.name in rows else ""
+        if counts[patient] < 2:
+            continue
+        try:
+            case = source.open() if isinstance(source, Source) else source
+            cases.setdefault(patient, []).append(case)
+        except (ValueError, OSError) as error:  # it was there a moment ago
+            unreadable.append(sentence(error))
+    ordered, notes = in_order_of_time(cases, dates)
+    notes = unreadable + notes
+
+    def followed(patient: str) -> tuple[Patient | None, list[str]]:
+        scans = []
+        for case, day in ordered[patient]:
+            row = rows[case.name]
+            mask = find_masks(folder, case, row[RUN])
+            if mask is None:
+                return None, [f"{patient}: the mask of {case.name} is missing; run it again"]
+            scans.append((Measured(case, mask, row), day))
+        try:
+            return follow(scans, errors, with_registration)
+        except (ValueError, OSError) as error:
+            return None, [f"{patient}: its growth is not measured: {sentence(error)}"]
+
+    patients = []
+    for patient, said in in_order(followed, sorted(ordered), workers):
+        notes += said
+        if patient:
+            patients.append(patient)
+    return patients, notes
 
 
 def in_order_of_time(

@@ -15,11 +15,16 @@ BINS = 24  # of the histogram, at most
 
 
 def save_cohort(
-    path: Path, rows: Sequence[dict], pictures: Sequence[bytes | None], details: dict
+    path: Path,
+    rows: Sequence[dict],
+    pictures: Sequence[bytes | None],
+    details: dict,
+    patients: Sequence[dict] = (),
 ) -> None:
     """Write the page of a cohort: `rows` of volumes.csv, a JPEG for each, and how it was made.
 
-    A case without a picture could not be read; only the table lists it.
+    A case without a picture could not be read; only the table lists it. `patients` are sections on
+    those with several scans (see `growth_section`).
     Raises OSError, naming `path`, if it cannot be written; an existing page is kept.
     """
     thumbnails = {row["case"]: picture for row, picture in zip(rows, pictures, strict=True)}
@@ -45,6 +50,7 @@ def save_cohort(
         rows=lines,
         thumbnails=thumbnails,
         volumes=volumes,
+        patients=patients,
     )
 
 

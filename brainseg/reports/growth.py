@@ -70,6 +70,38 @@ def rate_text(patient: Patient) -> str:
     return text
 
 
+def growth_section(patient: Patient) -> dict:
+    """Make what a page shows of a patient: name, rate, picture (PNG) and lines of a table."""
+    lines = []
+    for row in patient.rows:
+        since = [_change_text(row, name) for name in ("previous", "first")]
+        size = _range_text(row, "lesion_ml", "ml"), _range_text(row, "diameter_mm", "mm")
+        lines.append([row["case"], str(row["date"] or ""), *size, *since, row["why_not"]])
+    picture = growth_picture(patient)
+    return {"name": patient.name, "rate": rate_text(patient), "picture": picture, "lines": lines}
+
+
+def _range_text(row: dict, name: str, unit: str) -> str:
+    if row[name] is None:
+        return "-"
+    if row[f"{name}_low"] is None:
+        return f"{row[name]:.1f} {unit}"
+    return f"{row[name]:.1f} {unit} ({row[f'{name}_low']:.1f} to {row[f'{name}_high']:.1f})"
+
+
+def _change_text(row: dict, name: str) -> str:
+    """Write a change since an earlier scan, in % with its interval."""
+    column = f"percent_since_{name}"
+    if row[column] is None:
+        return "-"
+    text = f"{row[column]:+.0f} %"
+    if row[f"{column}_low"] is not None:
+        text += f" ({row[f'{column}_low']:+.0f} to {row[f'{column}_high']:+.0f})"
+    if row[f"since_{name}"]:
+        text += f", {row[f'since_{name}']}"
+    return text
+
+
 def _places(patient: Patient) -> np.ndarray:
     """Return years since the first scan, or numbers of the scans if they have no dates."""
     days = [visit.date.toordinal() for visit in patient.visits if visit.date]
