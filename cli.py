@@ -191,6 +191,8 @@ def add_cohort_options(add: Callable[..., object]) -> None:
     """Add the options of scripts that read a cohort, with the `add` of a parser's group."""
     add("--sequences", type=str, nargs="+",
         help="file names in the folder of a case: flair='*_f.nii.gz' pre=... post=... mask=...")
+    add("--channels", type=int, nargs="+", least=0,
+        help="of files with several: those of pre-contrast, FLAIR, post-contrast, or FLAIR; from 0")
     add("--labels", type=int, nargs="+", least=1,
         help="mask labels that count as lesion (all above 0)")
     add("--patients", type=str, help="CSV with the columns case and patient (from the names)")

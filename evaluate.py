@@ -82,7 +82,14 @@ def main(argv: list[str] | None = None) -> None:
 
 def run(args: argparse.Namespace, options: dict) -> None:
     """Open models and cases, then score every model on every case."""
-    sources = list_cohort(args.images, args.sequences, args.labels, args.patients, args.cases)
+    sources = list_cohort(
+        args.images,
+        args.sequences,
+        args.labels,
+        args.patients,
+        args.cases,
+        channels=args.channels,
+    )
     if not args.weights:
         shipped = shipped_weights("unet")
         args.weights = [f"{shipped.stem}={shipped}"]

@@ -160,7 +160,8 @@ def set_up(
             listed = list_sequences(args.flair, args.pre, args.post, args.labels, args.patients)
         else:
             how = args.sequences, args.labels, args.patients, args.cases
-            listed = list_cohort(args.images or Path("kaggle_3m"), *how, args.predictions)
+            images = args.images or Path("kaggle_3m")
+            listed = list_cohort(images, *how, args.predictions, args.channels)
         sources = select_cases(listed, args.subset)
         check_outputs(sources, args.predictions, args.figure, args.report, args.dicom_seg)
     return segmenter, sources

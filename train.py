@@ -130,7 +130,9 @@ def main(argv: list[str] | None = None) -> None:
     ):
         args = get_args(argv)
         device = pick_device(distributed.rank_device(args.device))
-        sources = list_cohort(args.images, args.sequences, args.labels, args.patients)
+        sources = list_cohort(
+            args.images, args.sequences, args.labels, args.patients, channels=args.channels
+        )
         claim = claimed(args.weights, args.logs, args.model, args.resume)
         advice = training.batch_advice(args.batch_size)
         with claim as checkpoint, utils.cudnn(args.deterministic), advice:

@@ -117,6 +117,8 @@ def _prepare_one(case: Case, image_size: int, version: int, cache: Path) -> Prep
         source.append(version)
     if case.labels.chosen:
         source.append(case.labels.chosen)
+    if case.picked:
+        source.append(case.picked)
     # Masks of several readers, in separate folders, are separate entries.
     beside = {case.folder.resolve(), case.folder.resolve().parent}
     source += sorted({path.resolve().parent for path in case.masks} - beside)
@@ -138,6 +140,8 @@ def _fingerprint(case: Case, image_size: int, version: int) -> str:
         files.append((str(path.resolve()), about.st_size, about.st_mtime_ns))
     revisions = REVISED.get(version, version), TRUTH
     settings = [revisions, image_size, case.aspect, files, case.labels.chosen]
+    if case.picked:
+        settings.append(case.picked)
     return hashlib.sha256(json.dumps(settings).encode()).hexdigest()
 
 

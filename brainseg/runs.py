@@ -58,10 +58,11 @@ def report_cases(
         shares = {volume.name: volume.mask.mean() for volume in volumes}
         for oddity in odd_masks(shares, (volume.truth for volume in volumes)):
             print(f"{part}: {oddity}", file=sys.stderr)
+    used = {volume.name for volume in (*train, *validation)}
     subsets = {
         "train": [volume.case for volume in train],
         "validation": [volume.case for volume in validation],
-        "test": by_subset(sources)["test"],
+        "test": [case for case in by_subset(sources)["test"] if case.name not in used],
     }
     print(count_patients(subsets), flush=True)
     question = alike_names(sources)

@@ -153,13 +153,14 @@ def list_cohort(
     patients: Path | str | None = None,
     names: Sequence[str] | None = None,
     other_than: Path | None = None,
+    channels: Sequence[int] | None = None,
 ) -> list[Source]:
-    """List the cases in a folder according to the options --sequences, --labels and --patients.
+    """List the cases in a folder according to --sequences, --labels, --patients, --channels.
 
     See `list_cases`. Raises OSError or ValueError if any of them is unusable.
     """
     layout = parse_sequences(sequences)
-    sources = list_cases(images, names, other_than, layout, Labels(labels))
+    sources = list_cases(images, names, other_than, layout, Labels(labels), channels)
     return share_small_cohort(with_patients(sources, patients))
 
 

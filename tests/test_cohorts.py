@@ -154,8 +154,11 @@ def test_cohort_is_trained_on_segmented_and_scored(cohort, tmp_path, capsys):
     test = root / place(names.flair, cases[-1])
     kept = test.read_bytes()
     test.write_bytes(b"damaged")  # a bad test case must not stop a training
+    subsets = zip(cases, ("train", "train", "validation", "test"), strict=True)
+    lines = "".join(f"{case},{patient_named(case)},{subset}\n" for case, subset in subsets)
+    options = (*names.options, "--patients", table(tmp_path, f"case,patient,subset\n{lines}"))
     try:
-        tiny_training(root / names.images, tmp_path, *names.options)
+        tiny_training(root / names.images, tmp_path, *options)
     finally:
         test.write_bytes(kept)
     said = capsys.readouterr().out
@@ -174,7 +177,7 @@ def test_cohort_is_trained_on_segmented_and_scored(cohort, tmp_path, capsys):
         (source,) = [s for s in sources_of(root, names) if s.name == name]
         assert np.array_equal(source.open().read(), volume), "in the order pre, FLAIR, post"
     words = ["--images", root / names.images, "--weights", tmp_path / "w" / "unet.pt"]
-    words += ["--out", tmp_path / "e", "--subset", "test", "--device", "cpu", *names.options]
+    words += ["--out", tmp_path / "e", "--subset", "test", "--device", "cpu", *options]
     evaluate.main([str(word) for word in words])
     assert "validation 0 cases of 0 patients, test 1 case of 1 pat" in capsys.readouterr().out
     assert cases[-1] in (tmp_path / "e" / "scores.csv").read_text()
@@ -251,8 +254,11 @@ def test_bids_subject_without_sessions(tmp_path):
     "words, reason",
     [
         (["flair=*_x.nii.gz"], "no file in its folders matches flair=\\*_x.nii.gz"),
-        (["flair=*_flair.nii.gz", "pre=*_x.nii.gz"], "no file matches pre=\\*_x.nii.gz"),
-        (["flair=*_flair.nii.gz", "mask=*_x"], "no file matches mask=\\*_x"),
+        (
+            ["flair=*_flair.nii.gz", "pre=*_x.nii.gz"],
+            "no file in its folders matches pre=\\*_x.nii.gz",
+        ),
+        (["flair=*_flair.nii.gz", "mask=*_x"], "no file in its folders matches mask=\\*_x"),
         (["flair=*_t1*"], "_t1.nii.gz and .*_t1ce.nii.gz both match flair=\\*_t1\\*"),
         (["pre=*_t1.nii.gz"], "flair is missing"),
         (["flair=a", "flair=b"], "--sequences flair=b: give each"),
@@ -429,7 +435,7 @@ def test_a_grey_mask_from_the_cache_is_said_again(tmp_path, capsys):
 
 def test_bad_cases_are_left_out_only_when_asked(tmp_path, capsys):
     root, names = tmp_path / "in", LAYOUTS["BraTS 2021"]
-    first, second, third, _ = write_cohort(root, names)
+    first, second, third, fourth = write_cohort(root, names)
     for name in (first, second):
         copy = f"{name}_20200101"  # so that each fold has a patient left
         write_case(root, names, copy, *VOLUMES[3])
@@ -445,7 +451,7 @@ def test_bad_cases_are_left_out_only_when_asked(tmp_path, capsys):
     assert len(lines) == 2 and str(bad) in lines[0] + lines[1]
     card = read_card(tmp_path / "w" / "unet.pt")["cases"]
     assert {*card["train"], *card["validation"]} == {
-        third, f"{first}_20200101", f"{second}_20200101"
+        third, fourth, f"{first}_20200101", f"{second}_20200101"
     }  # fmt: skip
 
 
@@ -512,9 +518,9 @@ def test_patients_of_a_file_are_in_the_card(tmp_path, capsys):
         ("", "patients.csv: is not a table"),
         (
             "case,patient\na,1\na,2\n",
-            "patients.csv: line 3 gives a the patient 2",
+            "patients.csv: gives a the patients 1 and 2",
         ),
-        ("case,patient\na\n", "patients.csv: line 2 lacks its case or its patient"),
+        ("case,patient\na\n", "patients.csv: the line of a lacks its case or its patient"),
     ],
 )
 def test_a_bad_file_of_patients_is_refused(tmp_path, text, reason):

@@ -22,7 +22,7 @@ Patterns = tuple[str, ...]  # the first that matches any file is used
 
 @dataclass(frozen=True)
 class Layout:
-    """The patterns of each sequence and of the mask; a user's must all match."""
+    """The patterns of each sequence and of the mask; what they do not find is missing."""
 
     name: str
     flair: Patterns
@@ -63,6 +63,9 @@ LAYOUTS = (
     Layout("UCSF-PDGM",      ("*_FLAIR",),  ("*_T1",),    ("*_T1c",),    ("*_tumor_segmentation",)),
     Layout("UPENN-GBM",      ("*_FLAIR",),  ("*_T1",),    ("*_T1GD",),
            ("*_segm", "{root}/../images_segm/{name}_segm")),
+    Layout("plain names",    ("flair",),     ("t1", "t1w", "t1n", "pre", "t1_pre", "t1pre"),
+           ("t1ce", "t1c", "t1gd", "post", "t1_post", "t1post", "ce-t1", "t1-ce"),
+           ("mask", "seg", "lesion", "segmentation", "label")),
 )
 # fmt: on
 ROLES = ("flair", "pre", "post", "mask")
@@ -104,7 +107,7 @@ def sequences_in(
     for role in ROLES:
         patterns = getattr(chosen, role)
         shown = f"{role}={patterns[0]}" if patterns else role
-        if not files[role] and (role == "flair" or (chosen.of_user and patterns)):
+        if not files[role] and role == "flair":
             remedy = "change --sequences" if chosen.of_user else "name it with --sequences"
             raise ValueError(f"{folder}: no file matches {shown} ({chosen.name}); {remedy}")
         if len(files[role]) > 1:

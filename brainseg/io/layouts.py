@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ..preprocess import SEQUENCES
 from .cohorts import BIDS, Layout, absolute, sequences_in
+from .described import DescribedCase, described_cases
 from .dicom import Series, find_images
 from .formats import check_format, is_scan, scan_name
 from .labels import Labels
@@ -34,6 +35,8 @@ class Source:
     study: Study | None = field(default=None, repr=False)  # of DICOM
     patient: str = field(default="", compare=False)  # as in Case
     subset: str = field(default="", compare=False)
+    picked: tuple[int, ...] = ()  # as in Case
+    described: DescribedCase | None = field(default=None, repr=False)  # by a dataset.json
 
     @property
     def patient_id(self) -> str:
@@ -45,10 +48,18 @@ class Source:
         with errors_name(self.folder):
             if self.study:
                 case = _open_study(self.study)
+            elif self.described:
+                files, mask = self.described.files, self.described.mask
+                case = Scan.open(self.name, files, mask)
             else:
                 case = find_case(self.folder, self.root, self.layout)
         return replace(
-            case, name=self.name, labels=self.labels, patient=self.patient, subset=self.subset
+            case,
+            name=self.name,
+            labels=self.labels,
+            patient=self.patient,
+            subset=self.subset,
+            picked=self.picked,
         )
 
 
@@ -63,12 +74,14 @@ def list_cases(
     other_than: Path | None = None,
     layout: Layout | None = None,
     labels: Labels | None = None,
+    channels: Sequence[int] | None = None,
 ) -> list[Source]:
     """List the cases in `root`, which holds folders and volume files or is itself a case, by name.
 
     With `names`, only these; never the folder `other_than`, nor one of predictions. `layout` says
-    where sequences and masks are; without it, they are looked for. Raises FileNotFoundError or
-    ValueError if there is nothing to read, or two cases have the same name.
+    where sequences and masks are; without it, they are looked for. `channels` are those of
+    pre-contrast, FLAIR and post-contrast, or of FLAIR alone, in files that hold several. Raises
+    FileNotFoundError or ValueError if there is nothing to read, or two cases have the same name.
     """
     root = Path(root)
     if not root.exists():
@@ -78,7 +91,8 @@ def list_cases(
         raise ValueError(f"{root}: is not a volume file; give one, or the folder of its case")
     if _is_output(root) or _is_output(root.resolve().parent):
         raise ValueError(f"{root}: holds predictions (args.json); give the folder of the scans")
-    sources = _sources_in(root, other_than, layout)
+    picked = check_channels(channels)
+    sources = _sources_in(root, other_than, layout, picked)
     if not sources:
         check_format(root)
         check_not_only_masks(root)
@@ -100,17 +114,39 @@ def list_cases(
     return [source for source in sources if names is None or source.name in names]
 
 
-def _sources_in(root: Path, other_than: Path | None, layout: Layout | None) -> list[Source]:
+def check_channels(channels: Sequence[int] | None) -> tuple[int, ...]:
+    """Return the channels to use, () for all; ValueError unless they are one or three."""
+    if channels and len(channels) not in (1, len(SEQUENCES)):
+        raise ValueError(
+            "--channels takes the channels of pre-contrast, FLAIR and post-contrast, or of FLAIR "
+            f"alone, not {len(channels)}"
+        )
+    return tuple(channels or ())
+
+
+def _sources_in(
+    root: Path, other_than: Path | None, layout: Layout | None, picked: tuple[int, ...]
+) -> list[Source]:
     whole = absolute(root)
     if not root.is_dir():
-        return [Source(scan_name(whole), whole, whole.parent)]
+        return [Source(scan_name(whole), whole, whole.parent, picked=picked)]
     if layout and not is_scan(root):
         return _by_patterns(whole, other_than, layout)
+    described = described_cases(whole, picked)
+    if described is not None:
+        return [_described_source(case, whole) for case in described]
     if sessions := _bids_sessions(whole):
         return sessions
     if (root / "images_structural").is_dir():  # UPENN-GBM: it has other folders beside this one
         root = root / "images_structural"
-    return _cases_in(root, other_than)
+    cases = _cases_in(root, other_than)
+    return [replace(case, picked=picked) for case in cases]
+
+
+def _described_source(case: DescribedCase, root: Path) -> Source:
+    flair = case.files[len(case.files) // 2]
+    assert flair is not None
+    return Source(case.name, flair, root, picked=case.channels, described=case)
 
 
 def _bids_sessions(root: Path) -> list[Source]:
@@ -149,6 +185,13 @@ def _by_patterns(root: Path, other_than: Path | None, layout: Layout) -> list[So
         raise ValueError(
             f"{root}: no file in its folders matches flair={layout.flair[0]}; change --sequences"
         )
+    matched = [layout.files(folder, root) for folder in found]
+    for role in ("pre", "post", "mask"):
+        patterns = getattr(layout, role)
+        if patterns and not any(files[role] for files in matched):
+            raise ValueError(
+                f"{root}: no file in its folders matches {role}={patterns[0]}; change --sequences"
+            )
     return [
         Source("_".join(folder.relative_to(root).parts), folder, root, layout)
         for folder in sorted(found + lacking)
@@ -196,10 +239,23 @@ def _cases_in(root: Path, other_than: Path | None) -> list[Source]:
     if not (volumes or holding or studies) and _holds_slices(root):
         return [_source(whole)]
     say_lost_masks(root, volumes)
+    if not (volumes or holding or studies):
+        _check_not_too_high(root, others)
     if volumes:  # other folders beside them may be anything; else opening them says what they lack
         others = volumes + [folder for folder in others if folder in holding]
     cases += [_source(path) for path in others]
     return sorted(cases, key=lambda case: (case.folder, case.name))
+
+
+def _check_not_too_high(root: Path, folders: Sequence[Path]) -> None:
+    """Raise ValueError, naming the folder of the cases, if they are further down than expected."""
+    for folder in folders:
+        for place in (folder, *_folders_in(folder, None)):
+            inner = [each for each in _folders_in(place, None) if _holds_case(each)]
+            if len(inner) > 1:
+                raise ValueError(
+                    f"{root}: holds no case itself; {place} holds them: give that folder"
+                )
 
 
 def _source(path: Path) -> Source:
@@ -227,7 +283,7 @@ def find_case(path: Path, root: Path | None = None, layout: Layout | None = None
     """Open the case in a folder or volume file; ValueError, naming the file, if it is unusable."""
     root = root or path.parent
     if layout:
-        return _in_layout(path, sequences_in(path, root, layout))
+        return _in_layout(path, sequences_in(path, root, layout), layout)
     if not path.is_dir():
         return _find_scan(path)
     volumes = volumes_in(path)
@@ -257,9 +313,11 @@ def find_case(path: Path, root: Path | None = None, layout: Layout | None = None
     )
 
 
-def _in_layout(folder: Path, files: dict[str, Path | None]) -> Scan:
+def _in_layout(folder: Path, files: dict[str, Path | None], layout: Layout | None = None) -> Scan:
     """Open the scan whose sequences a layout has found."""
-    mask = files["mask"] or mask_of(files["flair"])
+    mask = files["mask"]
+    if mask is None and not (layout and layout.of_user and layout.mask):
+        mask = mask_of(files["flair"])
     return _with_notes(Scan.open(folder.name, [files["pre"], files["flair"], files["post"]], mask))
 
 

@@ -108,7 +108,7 @@ class Scan(Case):
     @property
     def replaced(self) -> list[str]:
         if self.channels > 1:
-            return []
+            return _copies(self.picked)
         return [name for name in SEQUENCES if name not in ("FLAIR", *self.others)]
 
     @cached_property
@@ -128,7 +128,7 @@ class Scan(Case):
     def read(self) -> np.ndarray:
         """Read the volume (S, H, W, C); raises ValueError, naming the file, if one is unusable."""
         if len(self.slices) == 1:
-            voxels = read_voxels(self.flair)
+            voxels = self.pick(read_voxels(self.flair))
             if voxels.shape[3] == 1:
                 voxels = np.repeat(voxels, 3, axis=3)
         else:
@@ -157,6 +157,16 @@ class Scan(Case):
             values = values.view(np.uint8)
         voxels = np.ascontiguousarray(self.grid.from_axial(values))
         write_nifti(path, voxels, self.grid, self.folder, mark)
+
+
+def _copies(picked: tuple[int, ...]) -> list[str]:
+    """List the sequences for which the channel of FLAIR is used."""
+    if not picked:
+        return []
+    flair = picked[len(picked) // 2]
+    channels = picked if len(picked) == len(SEQUENCES) else (flair,) * len(SEQUENCES)
+    pairs = zip(SEQUENCES, channels, strict=True)
+    return [name for name, channel in pairs if name != "FLAIR" and channel == flair]
 
 
 def _files_of(file: File) -> list[Path]:

@@ -43,6 +43,8 @@ class Case:
     # What a --patients file says, or the size of the cohort asks for; see splits.
     patient: str = field(default="", kw_only=True, compare=False)
     subset: str = field(default="", kw_only=True, compare=False)
+    # The channels to use of files with several: pre-contrast, FLAIR, post-contrast, or FLAIR.
+    picked: tuple[int, ...] = field(default=(), kw_only=True)
 
     @property
     def folder(self) -> Path:
@@ -69,7 +71,19 @@ class Case:
 
         Raises ValueError, naming the file, if a slice is damaged or differs in shape.
         """
-        return read_slices(self.slices)
+        return self.pick(read_slices(self.slices))
+
+    def pick(self, volume: np.ndarray) -> np.ndarray:
+        """Select the channels (..., C) to use; ValueError, naming the case, if one is missing."""
+        if not self.picked:
+            return volume
+        channels = volume.shape[-1]
+        if max(self.picked) >= channels:
+            raise ValueError(
+                f"{self.folder}: has the channels 0 to {channels - 1}; there is no "
+                f"{max(self.picked)} to choose with --channels"
+            )
+        return volume[..., list(self.picked)]
 
     def read_mask(self) -> np.ndarray:
         """Read the mask (S, H, W), bool: true wherever a mask file holds a lesion label."""

@@ -1,0 +1,167 @@
+"""Test the layouts that data sets come in: dataset.json, several channels, plain names."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK
+
+import inference
+from brainseg.io.layouts import list_cases
+from brainseg.splits import list_cohort
+
+RNG = np.random.default_rng(0)
+VOLUME = RNG.integers(0, 900, (6, 20, 24, 4)).astype(np.int16)  # FLAIR, T1, T1 with contrast, T2
+MASK = (VOLUME[..., 0] > 700).astype(np.uint8)
+NNUNET = {"channel_names": {"0": "FLAIR", "1": "T1", "2": "T1ce", "3": "T2"}, "labels": {"x": 1}}
+DECATHLON = {"modality": {"0": "FLAIR", "1": "T1w", "2": "t1gd", "3": "T2w"}}
+
+
+def write(path: Path, voxels: np.ndarray) -> Path:
+    """Write (S, H, W) or (S, H, W, C) as an axial volume of 1 mm, the channels as a fourth axis."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if voxels.ndim == 4:
+        images = [SimpleITK.GetImageFromArray(voxels[..., k]) for k in range(voxels.shape[3])]
+        SimpleITK.WriteImage(SimpleITK.JoinSeries(images), str(path))
+    else:
+        SimpleITK.WriteImage(SimpleITK.GetImageFromArray(voxels), str(path))
+    return path
+
+
+def write_nnunet(root: Path, description: dict | None = NNUNET, cases: int = 2) -> Path:
+    for case in range(cases):
+        for channel in range(4):
+            write(root / "imagesTr" / f"head_{case}_{channel:04d}.nii.gz", VOLUME[..., channel])
+        write(root / "labelsTr" / f"head_{case}.nii.gz", MASK)
+    if description is not None:
+        (root / "dataset.json").write_text(json.dumps(description))
+    return root
+
+
+def write_decathlon(root: Path, description: dict = DECATHLON, cases: int = 2) -> Path:
+    for case in range(cases):
+        write(root / "imagesTr" / f"BRATS_{case:03d}.nii.gz", VOLUME)
+        write(root / "imagesTr" / f"._BRATS_{case:03d}.nii.gz", MASK)  # of macOS, in the archive
+        write(root / "labelsTr" / f"BRATS_{case:03d}.nii.gz", MASK)
+    (root / "dataset.json").write_text(json.dumps(description))
+    return root
+
+
+def as_read(root: Path, **options) -> tuple[list[str], np.ndarray, np.ndarray]:
+    """Return the names of the cases in a folder, and volume and mask of the first one."""
+    cases = [source.open() for source in list_cases(root, **options)]
+    volume, mask = cases[0].read_pair()
+    return [case.name for case in cases], volume, mask
+
+
+@pytest.mark.parametrize("make", [write_nnunet, write_decathlon])
+@pytest.mark.parametrize("below", ["", "imagesTr"])
+def test_dataset_json_says_which_channel_is_flair(tmp_path, make, below):
+    root = make(tmp_path / "Dataset001_Glioma")
+    names, volume, mask = as_read(root / below)
+    assert len(names) == 2 and not any(name.startswith("._") for name in names)
+    assert sorted(volume[..., 1].ravel()) == sorted(VOLUME[..., 0].ravel()), "FLAIR"
+    assert sorted(volume[..., 0].ravel()) == sorted(VOLUME[..., 1].ravel()), "pre-contrast"
+    assert sorted(volume[..., 2].ravel()) == sorted(VOLUME[..., 2].ravel()), "post-contrast"
+    assert (mask == (volume[..., 1] > 700)).all(), "the mask is on FLAIR's grid"
+
+
+@pytest.mark.parametrize("make", [write_nnunet, write_decathlon])
+def test_flair_stands_in_for_what_a_data_set_lacks(tmp_path, make):
+    key, names = ("channel_names", NNUNET) if make is write_nnunet else ("modality", DECATHLON)
+    description = {key: {number: name for number, name in names[key].items() if number in "023"}}
+    case = list_cases(make(tmp_path, description))[0].open()
+    volume = case.read()
+    assert (volume[..., 0] == volume[..., 1]).all() and (volume[..., 2] != volume[..., 1]).any()
+    assert list(case.replaced) == ["pre-contrast"]
+
+
+@pytest.mark.parametrize(
+    "description, fault",
+    [
+        ({"channel_names": {"0": "T1", "1": "T2"}}, "dataset.json: names no FLAIR .*T1, T2"),
+        ({"channel_names": {"0": "FLAIR", "1": "FLAIR"}}, "0 and 1 are both FLAIR"),
+        ({"channel_names": {"0": "FLAIR", "9": "T1"}}, "head_0 has no channel 0009"),
+        ({"channel_names": {"first": "FLAIR"}}, "dataset.json: is not the description"),
+        ({}, "dataset.json: names no FLAIR .*none"),
+        ([], "dataset.json: is not the description"),
+        (None, "imagesTr: holds one file per channel, but no dataset.json"),
+    ],
+)
+def test_an_unclear_dataset_json_is_refused(tmp_path, description, fault):
+    write_nnunet(tmp_path, description)
+    with pytest.raises(ValueError, match=fault):
+        list_cases(tmp_path / "imagesTr")
+
+
+@pytest.mark.parametrize("description", [None, {"channel_names": {"0": "MRI", "1": "MRI2"}}])
+def test_channels_choose_without_a_description(tmp_path, description):
+    root = write_nnunet(tmp_path, description)
+    _, volume, _ = as_read(root / "imagesTr", channels=(1, 0, 2))
+    assert sorted(volume[..., 1].ravel()) == sorted(VOLUME[..., 0].ravel())
+    (case, _) = list_cases(root / "imagesTr", channels=(3,))
+    assert sorted(case.open().read()[..., 1].ravel()) == sorted(VOLUME[..., 3].ravel())
+
+
+def test_channels_of_a_file_of_four_axes(tmp_path):
+    path = write(tmp_path / "head.nii.gz", VOLUME)
+    (source,) = list_cohort(path, channels=[1, 0, 2])
+    volume = source.open().read()
+    assert sorted(volume[..., 1].ravel()) == sorted(VOLUME[..., 0].ravel())
+    (source,) = list_cohort(path, channels=[0])
+    case = source.open()
+    assert case.read().shape[3] == 3 and list(case.replaced) == ["pre-contrast", "post-contrast"]
+
+
+@pytest.mark.parametrize(
+    "channels, fault",
+    [([1, 0, 4], "channels 0 to 3; there is no 4"), ([0, 1], "--channels takes .*, not 2")],
+)
+def test_channels_out_of_range_are_refused(tmp_path, channels, fault, capsys):
+    path = write(tmp_path / "head.nii.gz", VOLUME)
+    words = ["--images", path, "--predictions", tmp_path / "p", "--channels", *channels]
+    with pytest.raises(SystemExit) as stop:
+        inference.main([str(word) for word in words])
+    assert re.search(fault, f"{stop.value} {capsys.readouterr()}")
+
+
+def test_plain_names_are_a_case(tmp_path):
+    """As the README calls them."""
+    for name, channel in (("flair", 0), ("t1", 1), ("t1ce", 2)):
+        write(tmp_path / "anna" / f"{name}.nii.gz", VOLUME[..., channel])
+    write(tmp_path / "anna" / "mask.nii.gz", MASK)
+    (source,) = list_cases(tmp_path)
+    volume, mask = source.open().read_pair()
+    assert source.name == "anna" and source.open().replaced == []
+    assert sorted(volume[..., 2].ravel()) == sorted(VOLUME[..., 2].ravel())
+    assert (mask == (volume[..., 1] > 700)).all()
+
+
+def test_a_mixed_cohort_may_lack_sequences_and_masks(tmp_path):
+    words = ["flair=*_f.nii.gz", "pre=*_a.nii.gz", "post=*_c.nii.gz", "mask=*_m.nii.gz"]
+    for name, letters in (("anna", "facm"), ("bert", "fc"), ("carl", "f")):
+        for letter in letters:
+            voxels = MASK if letter == "m" else VOLUME[..., "fac".index(letter)]
+            write(tmp_path / name / f"{name}_{letter}.nii.gz", voxels)
+    anna, bert, carl = (source.open() for source in list_cohort(tmp_path, words))
+    assert anna.masks and not bert.masks and not carl.masks
+    assert [case.replaced for case in (anna, bert, carl)] == [
+        [],
+        ["pre-contrast"],
+        ["pre-contrast", "post-contrast"],
+    ]
+    with pytest.raises(ValueError, match="no file in its folders matches post=\\*_z"):
+        list_cohort(tmp_path, ["flair=*_f.nii.gz", "post=*_z.nii.gz"])
+
+
+@pytest.mark.parametrize("above", ["kaggle_3m", "lgg-mri-segmentation/kaggle_3m"])
+def test_one_folder_too_high_names_the_folder_of_the_cases(tmp_path, above):
+    for case in ("TCGA_CS_4941_19960909", "TCGA_CS_4942_19970222"):
+        folder = tmp_path / "archive" / above / case
+        folder.mkdir(parents=True)
+        image = SimpleITK.GetImageFromArray(MASK[0] * 255)
+        SimpleITK.WriteImage(image, str(folder / f"{case}_1.tif"))
+    with pytest.raises(ValueError, match=f"archive/{above} holds them: give that folder"):
+        list_cases(tmp_path / "archive")
