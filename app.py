@@ -69,7 +69,7 @@ def run(args: argparse.Namespace, options: dict) -> None:
     from server.connections import Connection, open_files_limit
     from server.jobs import Service
     from server.security import is_loopback
-    from server.uploads import MIB, Limits
+    from server.unpacking import MIB, Limits
 
     logging.getLogger("python_multipart").setLevel(logging.CRITICAL)  # the response says it all
     segmenter = Segmenter.from_weights(args.weights or shipped_weights("unet"), **options)
@@ -88,9 +88,11 @@ def run(args: argparse.Namespace, options: dict) -> None:
     try:
         listener = socket.create_server((args.host, args.port), family=family)
     except OSError as error:
-        known = error.errno and error.errno > 0  # not so if the host has no address
-        reason = (os.strerror(error.errno) if known else error.strerror or str(error)).lower()
-        raise OSError(f"{args.host}:{args.port}: {reason}; change --host or --port") from error
+        reason = error.strerror or str(error)
+        if error.errno and error.errno > 0:  # not so if the host has no address
+            reason = os.strerror(error.errno)
+        fault = f"{args.host}:{args.port}: {reason.lower()}; change --host or --port"
+        raise OSError(fault) from error
     config = uvicorn.Config(
         app,
         http=Connection,

@@ -7,7 +7,7 @@ import contextlib
 import json
 import logging
 import traceback
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from pathlib import Path
 from urllib.parse import quote
 
@@ -75,8 +75,8 @@ class Segment:
                 try:
                     response = await respond(self.service, request)
                     # Each upload may take `seconds` to be read and again to be segmented.
-                    whole = 2 * self.service.limits.seconds * (self.queue + 1)
-                    await asyncio.wait_for(response(scope, receive, send), whole)
+                    longest = 2 * self.service.limits.seconds * (self.queue + 1)
+                    await asyncio.wait_for(response(scope, receive, send), longest)
                 finally:
                     await request.close()  # its temporary files
         except HTTPException as error:
@@ -119,14 +119,15 @@ async def respond(service: Service, request: Request) -> Response:
 
 def refusal(error: Exception) -> HTTPException:
     """Turn the error of an upload into a status and a sentence, and close the files it holds."""
+    lack = shortage(error)
     if isinstance(error, HTTPException):
         return error
     if isinstance(error, ValueError):
         answer = HTTPException(400, str(error))
     elif isinstance(error, Unavailable):
         answer = unavailable(str(error))
-    elif isinstance(error, OSError) and shortage(error):
-        answer = unavailable(shortage(error))
+    elif lack:
+        answer = unavailable(lack)
     else:
         logging.error("an upload could not be segmented", exc_info=error)
         answer = HTTPException(500, "segmentation failed; see the server log")
@@ -158,7 +159,7 @@ def parts_of(form: FormData) -> dict[str, list[UploadFile]] | None:
     return parts
 
 
-async def progress(service: Service, job: Job) -> AsyncIterator[dict]:
+async def progress(service: Service, job: Job) -> AsyncGenerator[dict, None]:
     """Yield the progress of a job twice a second until it is done; abandon it if iteration stops.
 
     Raises the error of the job, if any.
@@ -167,8 +168,12 @@ async def progress(service: Service, job: Job) -> AsyncIterator[dict]:
     try:
         while not answer.done():
             ahead = service.ahead(job)
-            waiting = f"waiting, {ahead} ahead of you" if ahead else "reading"
-            waiting = f"segmenting, {job.done:.0%}" if job.done else waiting
+            if job.done:
+                waiting = f"segmenting, {job.done:.0%}"
+            elif ahead:
+                waiting = f"waiting, {ahead} ahead of you"
+            else:
+                waiting = "reading"
             yield {"waiting": waiting, "done": job.done}
             await asyncio.wait([answer], timeout=0.5)
         if answer.cancelled():

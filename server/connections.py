@@ -22,16 +22,19 @@ class Connection(H11Protocol):
 
     def connection_made(self, transport) -> None:
         super().connection_made(transport)
-        self.writing = None
+        self.writing: asyncio.TimerHandle | None = None
         self.expect_request()
-        if len(self.connections) >= self.limit_concurrency:
-            self.make_room()
+        if self.limit_concurrency and len(self.connections) >= self.limit_concurrency:
+            self.make_room(self.limit_concurrency)
 
-    def make_room(self) -> None:
-        others = self.connections - {self}
-        others = [each for each in others if not each.transport.is_closing()]
-        waiting = [each for each in others if each.is_waiting()]
-        if waiting and len(others) + 1 >= self.limit_concurrency:
+    def make_room(self, limit: int) -> None:
+        others, waiting = 0, []
+        for each in self.connections:
+            if each is not self and not each.transport.is_closing():
+                others += 1
+                if isinstance(each, Connection) and each.is_waiting():
+                    waiting.append(each)
+        if waiting and others + 1 >= limit:
             min(waiting, key=lambda each: each.deadline.when()).transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:

@@ -10,17 +10,17 @@ import math
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import threading
 import time
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from subprocess import PIPE, Popen
 
 import imageio.v3 as iio
 import numpy as np
@@ -37,13 +37,13 @@ from brainseg.phantom import make_volume
 from brainseg.reports.volumes import volume_row
 from brainseg.segmenter import Segmentation, Segmenter
 
-from .uploads import Limits
+from .unpacking import Limits
 from .viewer import viewer_files
 
 ROOT = Path(__file__).resolve().parents[1]
 STOPPING = "the server is stopping; try again later"
 GRACE = 2.0  # seconds for a running job to end when the server stops
-Parts = dict[str, Sequence[UploadFile]]  # by field, as uploads.unpack takes them
+Parts = Mapping[str, Sequence[UploadFile]]  # by field, as `unpack` takes them
 
 
 class Unavailable(Exception):
@@ -80,13 +80,14 @@ class Answer:
 
     def shown(self) -> str:
         """Return all that the page shows as JSON, with the files in base64."""
-        case, (mask, *others) = self.summary["case"], self.masks
-        if others:
-            masks = {f"{case}_masks.zip": self.archive(self.masks)}
+        case = self.summary["case"]
+        downloads = {}
+        if len(self.masks) == 1:
+            downloads[self.masks[0]] = self.files[self.masks[0]]
         else:
-            masks = {mask: self.files[mask]}
-        pictures = {f"{case}_montage.png": "montage.png", f"{case}.gif": f"{case}.gif"}
-        downloads = masks | {name: self.files[file] for name, file in pictures.items()}
+            downloads[f"{case}_masks.zip"] = self.archive(self.masks)
+        downloads[f"{case}_montage.png"] = self.files["montage.png"]
+        downloads[f"{case}.gif"] = self.files[f"{case}.gif"]
         shown = {"summary": self.summary, "viewer": self.viewer, "downloads": downloads}
         return json.dumps(shown, default=lambda content: base64.b64encode(content).decode())
 
@@ -115,7 +116,7 @@ class Service:
         self.folder = Path()  # of the running job
 
     def submit(self, parts: Parts | None) -> Job:
-        """Queue an upload (see uploads.unpack) to be segmented, or the phantom if it is None.
+        """Queue an upload (see `unpack`) to be segmented, or the phantom if it is None.
 
         The job's future raises ValueError for an upload that cannot be used, and Unavailable.
         """
@@ -169,7 +170,8 @@ class Service:
     def _segment(self, parts: Parts | None, folder: Path, job: Job) -> Answer:
         if parts is None:
             volume, truth = make_volume(0, slices=24, size=192)
-            loaded = Loaded(Case("phantom", tuple(range(1, 25)), (), ()), [], [], volume, truth)
+            case = Case("phantom", tuple(range(1, 25)), (), ())
+            loaded = Loaded(case, [], [], volume, truth)
         else:
             loaded = self.reader.read(parts, folder)
         start = time.monotonic()
@@ -190,41 +192,39 @@ class Service:
             images, frame = self.segmenter.preprocess(loaded.volume, loaded.case.aspect)
         except ValueError as error:
             raise ValueError(f"{loaded.case.name}: {error}") from error
-        found = self.segmenter.assess(self.segmenter.probabilities(images, progress), frame)
-        return make_answer(loaded, found, folder / "out", self.segmenter.run)
+        probabilities = self.segmenter.probabilities(images, progress)
+        segmentation = self.segmenter.assess(probabilities, frame)
+        return make_answer(loaded, segmentation, folder / "out", self.segmenter.run)
 
 
-def shortage(error: OSError) -> str | None:
-    """Say what the server lacks, if that is why a file cannot be written or opened."""
+def shortage(error: Exception) -> str:
+    """Say what the server lacks, if that is why a file cannot be written or opened, else ""."""
     if disk_is_full(error):
         return "the server's disk is full; try again later"
-    if error.errno in (errno.EMFILE, errno.ENFILE):
+    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
         return "the server has too many files open; try again later"
-    return None
+    return ""
 
 
-def make_answer(loaded: Loaded, found: Segmentation, out: Path, run: str) -> Answer:
-    """Make the numbers, files and pictures of a case and of what `run` found in it."""
-    case, volume, truth, mask = loaded.case, loaded.volume, loaded.truth, found.mask
+def make_answer(loaded: Loaded, segmentation: Segmentation, out: Path, run: str) -> Answer:
+    """Make the numbers, files and pictures of a case; `run` names weights and settings."""
+    case, volume, truth, mask = loaded.case, loaded.volume, loaded.truth, segmentation.mask
     write_case(out, case, volume, mask, truth, run=run)
-    masks = {path.name: (out / path).read_bytes() for path in map_files(case, "mask")}
+    files = {path.name: (out / path).read_bytes() for path in map_files(case, "mask")}
+    masks = list(files)
     picture = montage(outline(to_grey(volume), mask, truth))
-    files = masks | {
-        "montage.png": iio.imwrite("<bytes>", picture, extension=".png"),
-        f"{case.name}.gif": (out / f"{case.name}.gif").read_bytes(),
-    }
-    warnings = loaded.notes + found.warnings
-    replaced = [*loaded.replaced, *found.replaced]
-    summary = volume_row(case, volume, mask, found.expected, warnings, run, replaced) | {
-        "shape": list(mask.shape),
-        "notes": loaded.notes,
-        "scores": None,
-    }
+    files["montage.png"] = iio.imwrite("<bytes>", picture, extension=".png")
+    files[f"{case.name}.gif"] = (out / f"{case.name}.gif").read_bytes()
+    warnings = loaded.notes + segmentation.warnings
+    replaced = [*loaded.replaced, *segmentation.replaced]
+    summary = volume_row(case, volume, mask, segmentation.expected, warnings, run, replaced)
+    summary |= {"shape": list(mask.shape), "notes": loaded.notes, "scores": None}
     if truth is not None:
-        scores = score(mask, truth, case.spacing)
-        summary["scores"] = {k: None if math.isnan(v) else round(v, 4) for k, v in scores.items()}
+        summary["scores"] = {}
+        for name, value in score(mask, truth, case.spacing).items():
+            summary["scores"][name] = None if math.isnan(value) else round(value, 4)
     files["summary.json"] = f"{json.dumps(summary, indent=2)}\n".encode()
-    return Answer(summary, files, list(masks), viewer_files(case, volume, found, truth))
+    return Answer(summary, files, masks, viewer_files(case, volume, segmentation, truth))
 
 
 def _without(folder: Path, message: str) -> str:
@@ -243,39 +243,33 @@ class Reader:
         self._lock = threading.Lock()  # of `closed` and `_process`: no process starts once closed
         self._process = self._start()
 
-    def _start(self) -> subprocess.Popen:
+    def _start(self) -> Popen[str]:
         command = [sys.executable, "-m", "server.uploads"]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        return subprocess.Popen(command, cwd=ROOT, start_new_session=True, **pipes)
+        return Popen(command, stdin=PIPE, stdout=PIPE, text=True, cwd=ROOT, start_new_session=True)
 
     def read(self, parts: Parts, folder: Path) -> Loaded:
-        """Read the case that files make (see uploads.unpack), unpacking them into an empty folder.
+        """Read the case that files make (see `unpack`), unpacking them into an empty folder.
 
         Raises ValueError, naming the file, if it cannot be used, OSError if the disk is full.
         """
-        sent: dict[str, list[tuple[str, str]]] = {name: [] for name in parts}
-        for name, files in parts.items():
+        sent = {}
+        for part, files in parts.items():
+            sent[part] = []
             for k, file in enumerate(files):
-                path = folder / f"{name}-{k}.sent"
+                path = folder / f"{part}-{k}.sent"
                 with open(path, "wb") as copy:
                     shutil.copyfileobj(file.file, copy)
                 file.file.close()  # and its space on the disk is free again
-                sent[name].append((file.filename, str(path)))
-        limits = asdict(self.limits)
-        answer = self._ask({"folder": str(folder), "parts": sent, "limits": limits})
+                sent[part].append((file.filename, str(path)))
+        order = {"folder": str(folder), "parts": sent, "limits": asdict(self.limits)}
+        answer = self._ask(order)
         if answer.get("full"):
             raise OSError(errno.ENOSPC, answer["error"])
         if "error" in answer:
             raise ValueError(answer["error"])
-        case = Case(answer["name"], tuple(answer["numbers"]), (), ())
-        if grid := answer["grid"]:
-            direction = np.array(grid.pop("direction"))
-            grid = Grid(**{name: tuple(value) for name, value in grid.items()}, direction=direction)
-            flair = Path(answer["flair"])  # the mask's file takes over what its header says
-            case = Scan(case.name, case.numbers, (flair,), (), grid, channels=3)
         truth = np.load(folder / "truth.npy") if answer["truth"] else None
         volume = np.load(folder / "volume.npy")
-        return Loaded(case, answer["notes"], answer["replaced"], volume, truth)
+        return Loaded(case_of(answer), answer["notes"], answer["replaced"], volume, truth)
 
     def _ask(self, order: dict) -> dict:
         with self._lock:
@@ -284,6 +278,7 @@ class Reader:
             if self._process.poll() is not None:
                 self._process = self._start()
         try:
+            assert self._process.stdin and self._process.stdout
             print(json.dumps(order), file=self._process.stdin, flush=True)
             return json.loads(self._process.stdout.readline())
         except (OSError, ValueError):
@@ -303,3 +298,15 @@ class Reader:
         if self._process.poll() is None:
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
+
+
+def case_of(answer: dict) -> Case:
+    """Rebuild a case from what uploads.read returns, as far as its results need it."""
+    name, numbers, grid = answer["name"], tuple(answer["numbers"]), answer["grid"]
+    if not grid:
+        return Case(name, numbers, (), ())
+    for part in ("shape", "spacing", "offset", "notes"):
+        grid[part] = tuple(grid[part])
+    grid["direction"] = np.array(grid["direction"])
+    flair = Path(answer["flair"])  # the mask's file takes over what its header says
+    return Scan(name, numbers, (flair,), (), Grid(**grid), channels=3)

@@ -13,6 +13,7 @@ import time
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 HEADERS = {  # the page may load only what this server sends
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
@@ -52,6 +53,30 @@ class Attempts:
         self.wrong.pop(client, None)
 
 
+class Body:
+    """The body of a request, counted as it comes; HTTPException beyond `most` bytes."""
+
+    def __init__(self, receive: Receive, most: int):
+        self.receive, self.most = receive, most
+        self.size, self.more = 0, True
+
+    async def bounded(self) -> Message:
+        message = await self._next()
+        check_size(self.size, self.most)
+        return message
+
+    async def drain(self) -> None:
+        """Receive the rest, but not much more than is allowed."""
+        while self.more and self.size <= 2 * self.most:
+            await self._next()
+
+    async def _next(self) -> Message:
+        message = await self.receive()
+        self.size += len(message.get("body", b""))
+        self.more = message.get("more_body", False)
+        return message
+
+
 class Guard:
     """ASGI middleware: 401 without the password, 413 beyond `most` bytes, HEADERS on every answer.
 
@@ -59,47 +84,37 @@ class Guard:
     visitor's browser post anything here (403).
     """
 
-    def __init__(self, app, most: int, auth: str | None = None):
+    def __init__(self, app: ASGIApp, most: int, auth: str | None = None):
         self.app, self.most = app, most
-        self.wanted = auth and base64.b64encode(auth.encode())
+        self.wanted = base64.b64encode(auth.encode()) if auth else b""
         self.attempts = Attempts()
 
-    async def __call__(self, scope, receive, send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":  # nothing else passes without a password
             await self.app(scope, receive, send)
             return
-        came, more = 0, True
+        body = Body(receive, self.most)
 
-        async def counted() -> dict:
-            nonlocal came, more
-            message = await receive()
-            came += len(message.get("body", b""))
-            more = message.get("more_body", False)
-            return message
-
-        async def bounded() -> dict:
-            message = await counted()
-            self._check_size(came)
-            return message
-
-        async def rest() -> None:
-            while more and came <= 2 * self.most:
-                await counted()
-
-        async def answer(message: dict) -> None:
+        async def answer(message: Message) -> None:
             if message["type"] == "http.response.start":
                 MutableHeaders(scope=message).update(HEADERS)
                 if message["status"] >= 400:  # clients read it after they have sent everything
                     with contextlib.suppress(asyncio.TimeoutError):
-                        await asyncio.wait_for(rest(), 10)
+                        await asyncio.wait_for(body.drain(), 10)
             await send(message)
 
         try:
             headers = Headers(scope=scope)
             if self.wanted:
                 self._check_password(client_of(scope), headers)
-            self._check(scope["method"], headers)
-            await self.app(scope, bounded, answer)
+            site = headers.get("sec-fetch-site", "none")
+            if scope["method"] == "POST" and site not in ("same-origin", "none"):
+                raise HTTPException(
+                    403, "sent by a page of another host or port; use the page of this server"
+                )
+            length = headers.get("content-length", "0")
+            check_size(int(length) if length.isdecimal() else self.most + 1, self.most)
+            await self.app(scope, body.bounded, answer)
         except HTTPException as error:
             await as_json(error)(scope, receive, answer)
 
@@ -117,27 +132,20 @@ class Guard:
         asked = {"WWW-Authenticate": 'Basic realm="brainseg", charset="UTF-8"'}
         raise HTTPException(401, "wrong user or password", asked)
 
-    def _check(self, method: str, headers: Headers) -> None:
-        site = headers.get("sec-fetch-site", "none")
-        if method == "POST" and site not in ("same-origin", "none"):
-            raise HTTPException(
-                403, "sent by a page of another host or port; use the page of this server"
-            )
-        length = headers.get("content-length", "0")
-        self._check_size(int(length) if length.isdecimal() else self.most + 1)
 
-    def _check_size(self, size: int) -> None:
-        if size > self.most:
-            error = f"larger than {self.most >> 20} MiB; crop the scan, or compress it"
-            raise HTTPException(413, error)
+def check_size(size: int, most: int) -> None:
+    """Raise HTTPException 413 for more than `most` bytes."""
+    if size > most:
+        error = f"larger than {most >> 20} MiB; crop the scan, or compress it"
+        raise HTTPException(413, error)
 
 
 def as_json(error: HTTPException) -> JSONResponse:
-    headers = {"Connection": "close", **(error.headers or {})}
+    headers = {"Connection": "close"} | dict(error.headers or {})
     return JSONResponse({"error": error.detail}, error.status_code, headers)
 
 
-def client_of(scope: dict) -> str:
+def client_of(scope: Scope) -> str:
     """Return the address that a request came from; of IPv6, the network, which has one owner."""
     host = scope["client"][0] if scope.get("client") else ""
     if ":" in host:

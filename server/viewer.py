@@ -20,31 +20,31 @@ SIDE = 384  # voxels: longer axes are thinned out for the viewer
 
 
 def viewer_files(
-    case: Case, volume: np.ndarray, found: Segmentation, truth: np.ndarray | None
+    case: Case, volume: np.ndarray, segmentation: Segmentation, truth: np.ndarray | None
 ) -> dict:
-    """Pack a volume (S, H, W, C), what was found in it and the truth (S, H, W) for the viewer.
+    """Pack a volume (S, H, W, C), its segmentation and the truth (S, H, W) for the viewer.
 
     `scan`: a frame of 0..255 for each of `sequences`. `probability`: 0..255. `labels`: 1 for the
     mask alone, 2 for the true mask alone, 3 for both. `numbers`: those of the axial slices.
     `focus`: the middle of the lesion, in mm to the right, front and up.
     """
-    mask = found.mask
-    step = [math.ceil(length / SIDE) for length in mask.shape]
-    thin = tuple(slice(None, None, k) for k in step)
+    mask = segmentation.mask
+    steps = [math.ceil(length / SIDE) for length in mask.shape]
+    thin = tuple(slice(None, None, step) for step in steps)
     grid = case.grid.axial if isinstance(case, Scan) else _head(mask.shape)
-    spacing = tuple(np.multiply(grid.spacing, step[::-1]))
+    spacing = tuple(np.multiply(grid.spacing, steps[::-1]))
     shown = Grid(mask[thin].shape[::-1], spacing, grid.offset, grid.direction)
     labels = mask.astype(np.uint8)
     if truth is not None:
         labels += 2 * truth.astype(np.uint8)
-    percent = np.rint(255 * found.probabilities[thin].clip(0, 1)).astype(np.uint8)
+    probability = np.rint(255 * segmentation.probabilities[thin].clip(0, 1)).astype(np.uint8)
     sequences = _sequences(volume)
     grey = [to_grey(volume[..., [channel]])[thin] for channel in sequences.values()]
     left, back, up = grid.direction * grid.spacing @ _middle(mask)[::-1] + grid.offset
     return {
         "sequences": list(sequences),
         "scan": _nifti(shown, grey),
-        "probability": _nifti(shown, [percent]),
+        "probability": _nifti(shown, [probability]),
         "labels": _nifti(shown, [labels[thin]]),
         "numbers": case.numbers[thin[0]],
         "focus": [-left, -back, up],
@@ -71,13 +71,16 @@ def _sequences(volume: np.ndarray) -> dict[str, int]:
     """Find the channel of each sequence of a volume (S, H, W, C), without copies of FLAIR."""
     if volume.shape[3] != 3:
         return {"flair": min(1, volume.shape[3] - 1)}
+    sequences = {"flair": 1, "pre": 0, "post": 2}
     copies = copies_of_flair(volume)
-    return {n: k for n, k in {"flair": 1, "pre": 0, "post": 2}.items() if k not in copies}
+    return {name: channel for name, channel in sequences.items() if channel not in copies}
 
 
 def _middle(mask: np.ndarray) -> np.ndarray:
     """Find slice, row and column of the middle of the largest lesion slice, or of the volume."""
-    area = mask.sum(axis=(1, 2))
-    if not area.any():
+    areas = mask.sum(axis=(1, 2))
+    if not areas.any():
         return np.array(mask.shape) // 2
-    return np.array([area.argmax(), *np.argwhere(mask[area.argmax()]).mean(axis=0)])
+    k = areas.argmax()
+    row, column = np.argwhere(mask[k]).mean(axis=0)
+    return np.array([k, row, column])

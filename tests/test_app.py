@@ -301,7 +301,7 @@ def test_a_full_queue_says_so(files, monkeypatch):
     from brainseg.segmenter import Segmenter
     from server.api import make_app
     from server.jobs import Service
-    from server.uploads import Limits
+    from server.unpacking import Limits
 
     service, go_on = Service(Segmenter.from_weights(files / "unet.pt"), Limits()), threading.Event()
     probabilities = service.segmenter.probabilities
@@ -336,7 +336,7 @@ def test_a_full_queue_says_so(files, monkeypatch):
 def test_segmenting_respects_its_time_limit(files):
     from brainseg.segmenter import Segmenter
     from server.jobs import Service
-    from server.uploads import Limits
+    from server.unpacking import Limits
 
     service = Service(Segmenter.from_weights(files / "unet.pt", batch_size=1), Limits(seconds=1e-6))
     with pytest.raises(ValueError, match="segmenting it took more than 0 s"):
@@ -356,7 +356,7 @@ def test_segmenting_respects_its_time_limit(files):
 def test_too_little_memory_is_one_sentence(files, monkeypatch, fault):
     from brainseg.segmenter import Segmenter
     from server.jobs import Service
-    from server.uploads import Limits
+    from server.unpacking import Limits
 
     service = Service(Segmenter.from_weights(files / "unet.pt"), Limits())
     with monkeypatch.context() as patch:

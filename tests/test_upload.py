@@ -28,10 +28,11 @@ pytest.importorskip("starlette", reason="pip install -r requirements-app.txt")
 
 from starlette.datastructures import UploadFile
 
-from server import uploads
+from server import unpacking, uploads
 from server.api import lines, make_app
 from server.jobs import Job, Loaded, Reader, Service, Unavailable
-from server.uploads import MIB, Limits, attend
+from server.unpacking import MIB, Limits
+from server.uploads import attend
 
 httpx = pytest.importorskip("httpx")
 LIMITS = Limits()
@@ -319,7 +320,7 @@ def test_a_header_that_points_at_a_file_of_the_server(receive, tmp_path, name, t
 @pytest.mark.parametrize("name", ["a.nrrd", "a.mha", "a.nii", "h_1.png", "a.dcm"])
 @pytest.mark.parametrize("place", [0, 512, 4096])
 def test_a_file_of_a_format_that_links_to_others(receive, name, place):
-    content = bytes(place) + uploads.HDF5 + bytes(10_000)
+    content = bytes(place) + unpacking.HDF5 + bytes(10_000)
     images = named(**{name: content}, **({"b.dcm": b"x"} if name == "a.dcm" else {}))
     assert "is an HDF5 file" in refused(receive, {"images": images})
 
@@ -424,7 +425,7 @@ def test_a_full_disk_is_not_called_a_damaged_upload(order, monkeypatch):
     sent.write_bytes(zipped({"a.nii": b"x"}))
     order["parts"]["images"] = [("a.zip", str(sent))]
     order["limits"] = asdict(Limits())
-    monkeypatch.setattr(uploads, "_write", full)
+    monkeypatch.setattr(unpacking, "_write", full)
     assert attend(order) == {"error": "[Errno 28] No space left on device", "full": True}
 
 

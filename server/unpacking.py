@@ -1,0 +1,244 @@
+"""Unpack an upload of unknown origin into a folder, as a case that the readers find.
+
+Runs in the process of uploads.py, with its limits.
+"""
+
+from __future__ import annotations
+
+import re
+import stat
+import zipfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+from typing import IO, NamedTuple
+
+from brainseg.io.files import disk_is_full
+from brainseg.io.formats import SUFFIXES, is_scan, scan_name
+from brainseg.io.layouts import find_case, find_sequences
+from brainseg.io.slices import SLICE_NAME, Case
+
+MIB = 2**20
+HDF5 = b"\x89HDF\r\n\x1a\n"  # at byte 0, 512, 1024, 2048 ...; its data may be in other files
+DAMAGED = "is damaged, encrypted or compressed in an unsupported way; zip it again"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The limits of one upload."""
+
+    upload: int = 256 * MIB  # bytes sent
+    unpacked: int = 1024 * MIB  # bytes of the files in an archive
+    files: int = 2048
+    voxels: int = 2**26  # in each sequence of a volume: 512 x 512 x 256
+    side: int = 1024  # voxels along an axis
+    memory: int = 4096 * MIB  # bytes of the process that reads it
+    seconds: float = 300.0  # for reading, and again for segmenting
+
+
+class Sent(NamedTuple):
+    """An uploaded file: the name it was sent with, and the path of its content."""
+
+    name: str
+    path: Path
+
+
+def unpack(parts: dict[str, list[Sent]], folder: Path, limits: Limits) -> Case:
+    """Arrange the files of an upload as a case in an empty folder, and return the case.
+
+    `parts` holds the files of `images` (a volume file, slices, the files of a DICOM series, or a
+    zip archive of one of these), or one volume file each of `flair`, `pre` and `post`; optionally
+    also of `mask` (a volume file, or the masks of the slices). Raises ValueError, naming the file.
+    """
+    images, masks = parts.get("images", []), parts.get("mask", [])
+    sequences = {name: parts[name] for name in ("flair", "pre", "post") if name in parts}
+    placed: dict[str, Path] = {}
+    if sequences and images:
+        raise ValueError("images was sent along with flair, pre or post; send one or the other")
+    if sequences:
+        placed = _place_sequences(sequences, folder)
+        place = placed["flair"]
+    elif not images:
+        raise ValueError("no scan was sent; send a volume file, slices, or a zip archive of either")
+    elif len(images) == 1 and _is_volume(images[0].name):
+        place = images[0].path.rename(folder / _plain(images[0].name))
+    else:
+        place = _place_slices(images, folder, limits)
+    if masks:
+        _place_mask(masks, place, limits)
+    for path in folder.rglob("*"):
+        if path.is_file():
+            check_alone(path)
+    if not sequences:
+        return find_case(place)
+    case = find_sequences(placed["flair"], placed.get("pre"), placed.get("post"))
+    return replace(case, name=scan_name(placed["flair"]))
+
+
+def _place_sequences(sequences: dict[str, list[Sent]], folder: Path) -> dict[str, Path]:
+    """Move each sequence to a separate folder; return the paths by name."""
+    if "flair" not in sequences:
+        raise ValueError("flair is missing; send it, because it shows the lesion")
+    placed = {}
+    for name, files in sequences.items():
+        if len(files) > 1 or not _is_volume(files[0].name):
+            raise ValueError(f"{name}: send one volume file (.nii, .nii.gz, .nrrd or .mha)")
+        (folder / name).mkdir()
+        placed[name] = files[0].path.rename(folder / name / _plain(files[0].name))
+    return placed
+
+
+def _place_slices(files: Sequence[Sent], folder: Path, limits: Limits) -> Path:
+    """Put slices, the files of a series, or the members of an archive into a folder of the case."""
+    case = folder / "upload"
+    case.mkdir()
+    names = _write_all(files, case, limits)
+    return case.rename(folder / _plain(_case_name(case, names, files[0].name)))
+
+
+def _case_name(case: Path, names: Sequence[str], first: str) -> str:
+    """Name a case after its slices, or the one folder that it was sent in, or its first file."""
+    for path in sorted(case.iterdir()):
+        match = SLICE_NAME.match(path.name)
+        if match:
+            return match["stem"]
+    parents = {PurePosixPath(name).parent.name for name in names}
+    if len(parents) == 1 and parents != {""}:
+        return parents.pop()
+    return Path(_plain(first)).stem
+
+
+def _place_mask(masks: Sequence[Sent], scan: Path, limits: Limits) -> None:
+    """Put the true mask where the reader of the case looks for it."""
+    inside = [scan]
+    if scan.is_dir():
+        inside = [path for path in scan.iterdir() if is_scan(path)]
+    if len(masks) == 1 and _is_volume(masks[0].name):
+        if len(inside) != 1:
+            raise ValueError(f"{masks[0].name}: is a volume file, but the images are not")
+        plain = _plain(masks[0].name)
+        suffix = plain[len(scan_name(Path(plain))) :]
+        masks[0].path.rename(inside[0].with_name(f"{scan_name(inside[0])}_mask{suffix}"))
+    elif inside:
+        raise ValueError(f"{masks[0].name}: send the mask as one volume file on the scan's grid")
+    else:
+        _write_all(masks, scan, limits)
+
+
+def _write_all(files: Sequence[Sent], folder: Path, limits: Limits) -> list[str]:
+    """Write files, or the members of an archive, side by side; return their names as sent."""
+    names, left = [], limits.unpacked
+    for file in files:
+        try:
+            for name, content in _members(file, limits):
+                path = folder / _plain(name)
+                if path.exists() and path.suffix.lower() in ("", ".dcm", ".ima"):
+                    # The series of a study share file names; their headers tell them apart.
+                    path = folder / _plain("-".join(PurePosixPath(name).parts))
+                if path.exists():
+                    raise ValueError(f"{file.name}: {path.name} was sent twice; send one case")
+                left -= _write(content, path, left)
+                names.append(name)
+                if left < 0:
+                    most = f"more than {limits.unpacked // MIB} MiB unpacked"
+                    raise ValueError(f"{file.name}: {most}; send one case")
+        except ValueError:
+            raise
+        except Exception as error:  # damaged archives raise nearly anything
+            if disk_is_full(error):
+                raise
+            raise ValueError(f"{file.name}: {DAMAGED}") from error
+    if not names:
+        raise ValueError(f"{files[0].name}: contains no file; send a volume file or slices")
+    return names
+
+
+def _members(file: Sent, limits: Limits) -> Iterator[tuple[str, IO[bytes]]]:
+    """Yield the file itself, or the files in a zip archive, without hidden ones."""
+    if not file.name.lower().endswith(".zip"):
+        if not PurePosixPath(file.name).name.startswith("."):
+            with open(file.path, "rb") as content:
+                yield file.name, content
+        return
+    try:
+        archive = zipfile.ZipFile(file.path)
+    except ValueError as error:  # such as a negative offset in the file
+        raise zipfile.BadZipFile from error
+    with archive:
+        members = [member for member in archive.infolist() if not member.is_dir()]
+        if len(members) > limits.files:
+            raise ValueError(f"{file.name}: more than {limits.files} files; send one case")
+        for member in members:
+            parts = PurePosixPath(member.filename.replace("\\", "/")).parts
+            linked = stat.S_ISLNK(member.external_attr >> 16)
+            if not parts or ".." in parts or parts[0] == "/" or ":" in parts[0] or linked:
+                raise ValueError(f"{file.name}: contains a path that leads out of it; zip it again")
+            if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                raise ValueError(f"{file.name}: {DAMAGED}")
+            if not any(part.startswith((".", "__MACOSX")) for part in parts):
+                with archive.open(member) as content:
+                    yield "/".join(parts), content
+
+
+def _write(content: IO[bytes], path: Path, most: int) -> int:
+    """Copy a file, stopping soon after `most` bytes; return the bytes written."""
+    with open(path, "xb") as file:
+        part = content.read(MIB)
+        while part and file.tell() <= most:
+            file.write(part)
+            part = content.read(MIB)
+        return file.tell()
+
+
+def _plain(name: str) -> str:
+    """Return the last part of a name, without characters special to a file system."""
+    name = re.sub(r"[^\w.()+ -]", "_", re.split(r"[/\\]", name)[-1]).lstrip(". ")
+    if len(name.encode()) > 200:
+        raise ValueError(f"{name[:40]}…: its name is too long; rename it")
+    return name or "upload"
+
+
+def _is_volume(name: str) -> bool:
+    return _plain(name).lower().endswith(SUFFIXES)
+
+
+def check_alone(path: Path) -> None:
+    """Raise ValueError if a file may keep its voxels in another one, which could be the server's.
+
+    Headers must follow their format to the letter, because the readers are more lenient.
+    """
+    suffix = path.suffix.lower()
+    with open(path, "rb") as file:
+        header = file.read(MIB)
+        place = 0
+        while place < path.stat().st_size:
+            file.seek(place)
+            if file.read(len(HDF5)) == HDF5:
+                raise ValueError(f"{path}: is an HDF5 file; save it as NIfTI")
+            place = max(512, 2 * place)
+    if suffix in (".mhd", ".nhdr"):
+        raise ValueError(f"{path}: keeps its voxels in a separate file; save it as .mha or .nrrd")
+    split_mha = suffix == ".mha" and not _is_whole_mha(header)
+    split_nrrd = suffix == ".nrrd" and not _is_whole_nrrd(header)
+    if split_mha or split_nrrd:
+        raise ValueError(f"{path}: keeps its voxels in another file; save it as one file")
+
+
+def _is_whole_mha(header: bytes) -> bool:
+    """Tell whether every line up to ElementDataFile is `name = value`, and that one says LOCAL."""
+    for line in header.replace(b"\r\n", b"\n").split(b"\n"):
+        field = re.fullmatch(rb"(\w+) ?= ?([ -~\x80-\xff]*)", line)
+        if not field:
+            return False
+        if field[1].lower() == b"elementdatafile":
+            return field[1] == b"ElementDataFile" and field[2].strip() == b"LOCAL"
+    return False
+
+
+def _is_whole_nrrd(header: bytes) -> bool:
+    """Tell whether the header ends within a MiB and is lines of text that name no data file."""
+    lines, end, _ = header.replace(b"\r\n", b"\n").partition(b"\n\n")
+    if not end or not lines.startswith(b"NRRD") or re.search(rb"[^\n\t -~\x80-\xff]", lines):
+        return False
+    names = [line.partition(b":")[0].lower() for line in lines.split(b"\n")]
+    return not any(re.sub(rb"[^a-z]", b"", name).endswith(b"datafile") for name in names)
