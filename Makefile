@@ -8,6 +8,7 @@ LOWEST := .venv-lowest/bin/python
 
 .PHONY: demo test test-lowest lint clean python3-venv
 
+demo: export OMP_NUM_THREADS = 1  # so that other work on the machine does not slow it down
 demo: .venv/installed
 	@rm -rf demo
 	@$(BIN)/python -m brainseg.phantom demo/images --cases 24 --size 96 --slices 16
