@@ -8,7 +8,8 @@ LOWEST := .venv-lowest/bin/python
 
 .PHONY: demo test test-lowest lint clean python3-venv
 
-demo: export OMP_NUM_THREADS = 1  # so that other work on the machine does not slow it down
+# One thread: with more, other work on the machine makes it ten times as slow.
+demo: export OMP_NUM_THREADS = 1
 demo: .venv/installed
 	@rm -rf demo
 	@$(BIN)/python -m brainseg.phantom demo/images --cases 24 --size 96 --slices 16
