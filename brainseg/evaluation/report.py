@@ -29,8 +29,8 @@ def tables(summary: Mapping[str, dict]) -> list[Table]:
 def _score_table(summary: Mapping[str, dict]) -> Table:
     table = Table("Scores", ["model", "n", "mean DSC", "median"])
     notes = [
-        "Means over cases, each scored in the geometry of its source. (): 95 % interval, by "
-        f"bootstrap over patients; under {FEW} patients []: lowest to highest. "
+        "Means over cases, each scored in the geometry of its source. After the DSC, its 95 % "
+        f"interval in (), by bootstrap over patients, or under {FEW} patients its range in []. "
         "(k): mean over the k cases where the score is defined."
     ]
     others = list(next(iter(summary.values()))["scores"])[1:]

@@ -232,7 +232,9 @@ def choose_cases(
     return cases, sorted(left_out)
 
 
-Inputs = dict[str, tuple[Tensor, Frame]]  # of the networks, by model
+# A case with its volume (S, H, W, C) and truth (S, H, W), and by model: its input, its output.
+Loaded = tuple[Case, np.ndarray, np.ndarray, dict[str, tuple[Tensor, Frame]]]
+Segmented = tuple[Case, np.ndarray, np.ndarray, dict[str, Segmentation]]
 Pictures = dict[tuple[str, str], np.ndarray]  # (H, W, 3) uint8, by model and case
 
 
@@ -248,21 +250,17 @@ def score_all(
     segmented = map(partial(segment, networks=networks), loaded)
     scored = in_order(partial(score_case, models=models), segmented, workers)
     rows: dict[str, list[dict]] = {model.name: [] for model in models}
-    pictures: Pictures = {}
-    digest = hashlib.sha256()
-    for case_rows, case_pictures, data in tqdm(
-        scored, "scoring", len(cases), unit="case", disable=None
-    ):
+    pictures, digest = {}, hashlib.sha256()
+    results = tqdm(scored, "scoring", len(cases), unit="case", disable=None)
+    for case_rows, case_pictures, case_digest in results:
         for row in case_rows:
             rows[row["model"]].append(row)
         pictures |= case_pictures
-        digest.update(data)
+        digest.update(case_digest)
     return rows, pictures, digest.hexdigest()
 
 
-def load(
-    case: Case, networks: Sequence[NetworkModel]
-) -> tuple[Case, np.ndarray, np.ndarray, Inputs]:
+def load(case: Case, networks: Sequence[NetworkModel]) -> Loaded:
     """Read volume and truth, and preprocess once for all models that do it alike."""
     volume, truth = case.read_pair()
     inputs, by_settings = {}, {}
@@ -279,9 +277,7 @@ def load(
     return case, volume, truth, inputs
 
 
-def segment(
-    loaded: tuple[Case, np.ndarray, np.ndarray, Inputs], networks: Sequence[NetworkModel]
-) -> tuple[Case, np.ndarray, np.ndarray, dict[str, Segmentation]]:
+def segment(loaded: Loaded, networks: Sequence[NetworkModel]) -> Segmented:
     """Segment a case with each model's networks that have not seen its patient."""
     case, volume, truth, inputs = loaded
     segmentations = {}
@@ -292,14 +288,8 @@ def segment(
     return case, volume, truth, segmentations
 
 
-def score_case(
-    segmented: tuple[Case, np.ndarray, np.ndarray, dict[str, Segmentation]],
-    models: Sequence[Model],
-) -> tuple[list[dict], Pictures, bytes]:
-    """Make a row per model, and per network model a picture of the slice with most lesion.
-
-    The bytes are the SHA-256 of volume and truth.
-    """
+def score_case(segmented: Segmented, models: Sequence[Model]) -> tuple[list[dict], Pictures, bytes]:
+    """Make a row per model, pictures of the largest lesion slice, and the SHA-256 of the data."""
     case, volume, truth, segmentations = segmented
     missing = " and ".join(missing_sequences(volume)) or "none"
     facts = {
