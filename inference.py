@@ -55,7 +55,6 @@ from brainseg.io.files import (
 from brainseg.io.labels import NO_LESION, Labels
 from brainseg.io.layouts import Source, find_sequences
 from brainseg.io.pictures import save_dsc_figure
-from brainseg.io.scans import Scan
 from brainseg.io.slices import Case
 from brainseg.optional import import_optional
 from brainseg.pipeline import Outputs, Result, segment_all
@@ -72,9 +71,8 @@ from brainseg.splits import (
     select_cases,
     with_patients,
 )
-from brainseg.weights import read_card, shipped_weights
+from brainseg.weights import shipped_weights
 
-TABLES = {"volumes": "volumes.csv", "scores": "metrics.csv"}  # by field of Result
 SAVE_EVERY = 5.0  # seconds between writings of the tables
 
 
@@ -128,43 +126,49 @@ def run(args: argparse.Namespace, options: dict) -> int:
     Several processes share the cases; the main one writes the tables and reports on all.
     """
     weights = args.weights or [shipped_weights("unet")]
-    segmenter, sources = set_up(args, options, weights)
-    about = cli.provenance(args)
-    about["weights"] = {str(file): digest for file, digest in segmenter.hashes.items()}
-    used = ("image_size", *FITTED_WITH)  # the card's, unless given
-    about["settings"] = {name: getattr(segmenter, name) for name in used}
-    about[RUN] = segmenter.run
+    # The first rank of a machine caches what TensorRT builds, for the others.
+    with distributed.local_rank_zero_first():
+        options["device"] = distributed.rank_device(options["device"])
+        segmenter = Segmenter.from_weights(weights, **options)
+        sources = list_sources(args)
+        check_outputs(sources, args.predictions, args.figure, args.report, args.dicom_seg)
+    record = cli.provenance(args)
+    record["weights"] = {str(file): digest for file, digest in segmenter.hashes.items()}
+    record["settings"] = {name: getattr(segmenter, name) for name in ("image_size", *FITTED_WITH)}
+    record[RUN] = segmenter.run
+    if distributed.is_main_process():
+        print(f"settings: {segmenter.choices}", flush=True)
+        for note in segmenter.notes:
+            print(note, file=sys.stderr)
     with distributed.main_process_locks((args.predictions, "--predictions", "run")):
-        outputs = plan_outputs(args, segmenter, sources, about["commit"])
+        outputs = plan_outputs(args, segmenter, sources, record["commit"])
         distributed.barrier()  # every rank has read the earlier volumes.csv
         if distributed.is_main_process():
-            write_json(args.predictions / "args.json", about)
+            write_json(args.predictions / "args.json", record)
         workers = distributed.rank_workers(args.workers)
         done = segment(sources, segmenter, outputs, workers, args.register)
         check_labels(sources[0].labels)
         if distributed.is_main_process():
             network = f"{' '.join(map(str, weights))} by {segmenter.runtime}"
-            report(done, network, args.predictions, args.figure, args.report, about)
-    return sum(bool(result.error) for result in done)
+            report(done, network, args.predictions, args.figure, args.report, record)
+    return sum(result.error != "" for result in done)
 
 
-def set_up(
-    args: argparse.Namespace, options: dict, weights: Sequence[Path]
-) -> tuple[Segmenter, list[Source | Case]]:
-    """Open the weights, list the cases and check that the results can be written."""
-    # The first rank of a machine caches what TensorRT builds, for the others.
-    with distributed.local_rank_zero_first():
-        device = distributed.rank_device(options["device"])
-        segmenter = Segmenter.from_weights(weights, **options | {"device": device})
-        if args.flair:
-            listed = list_sequences(args.flair, args.pre, args.post, args.labels, args.patients)
-        else:
-            how = args.sequences, args.labels, args.patients, args.cases
-            images = args.images or Path("kaggle_3m")
-            listed = list_cohort(images, *how, args.predictions, args.channels)
-        sources = select_cases(listed, args.subset)
-        check_outputs(sources, args.predictions, args.figure, args.report, args.dicom_seg)
-    return segmenter, sources
+def list_sources(args: argparse.Namespace) -> list[Source | Case]:
+    """List the chosen cases. Raises ValueError or OSError if there is none, or one is unusable."""
+    if args.flair:
+        scan = find_sequences(args.flair, args.pre, args.post)
+        return with_patients([replace(scan, labels=Labels(args.labels))], args.patients)
+    sources = list_cohort(
+        args.images or Path("kaggle_3m"),
+        args.sequences,
+        args.labels,
+        args.patients,
+        args.cases,
+        args.predictions,
+        args.channels,
+    )
+    return select_cases(sources, args.subset)
 
 
 def plan_outputs(
@@ -173,57 +177,33 @@ def plan_outputs(
     sources: Sequence[Source | Case],
     commit: str | None,
 ) -> Outputs:
-    """Decide what to write and which earlier masks to keep; say what is odd about the weights.
+    """Decide what to write and which earlier masks to keep.
 
     Raises ValueError if masks to keep were made with other weights or settings.
     """
-    files = list(segmenter.hashes)
-    cards = {file: read_card(file) for file in files}
-    say_once([file for file in files if not cards[file]], segmenter)
-    earlier = read_volumes(args.predictions / "volumes.csv")
+    earlier = {}
     if args.skip_existing:
+        earlier = read_volumes(args.predictions / "volumes.csv")
         names = [source.name for source in sources]
         check_kept(args.predictions, earlier, names, segmenter.run)
-    trained_on: set[str] = set()
-    for card in cards.values():
-        trained_on |= patients_of_card(card, "train", cases=sources)
-    algorithm = f"{PROGRAM} {' '.join(file.stem for file in files)}", commit or "unknown"
+    algorithm = None
+    if args.dicom_seg:
+        stems = " ".join(file.stem for file in segmenter.hashes)
+        algorithm = f"{PROGRAM} {stems}", commit or "unknown"
     return Outputs(
         args.predictions,
-        keep=args.skip_existing,
         earlier=earlier,
-        trained_on=trained_on,
+        trained_on=patients_of_card(segmenter.card, "train", cases=sources),
         probabilities=args.probabilities,
-        thumbnails=bool(args.report),
-        algorithm=algorithm if args.dicom_seg else None,
+        thumbnails=args.report is not None,
+        algorithm=algorithm,
     )
-
-
-def list_sequences(
-    flair: Path, pre: Path | None, post: Path | None, labels: list[int] | None, patients: str | None
-) -> list[Scan]:
-    """List the one scan, which has one file per sequence."""
-    scan = find_sequences(flair, pre, post)
-    return with_patients([replace(scan, labels=Labels(labels))], patients)
-
-
-def say_once(without_card: Sequence[Path], segmenter: Segmenter) -> None:
-    """Say on stderr what is assumed about weights without a card, and the segmenter's notes."""
-    size, version = segmenter.image_size, segmenter.version
-    assumed = f"preprocessing {version} and slices of {size} x {size}"
-    lines = [
-        f"{file}: has no card (.json); assuming {assumed}: put its card beside it"
-        for file in without_card
-    ]
-    if distributed.is_main_process():
-        for line in lines + segmenter.notes:
-            print(line, file=sys.stderr)
 
 
 def check_labels(labels: Labels) -> None:
     """Raise ValueError if a requested label is in none of the masks that the ranks have read."""
-    for found in distributed.gather([labels.found]):
-        labels.found.update(found)
+    for of_rank in distributed.gather([labels.found]):
+        labels.found.update(of_rank)
     labels.check()
 
 
@@ -235,11 +215,14 @@ def segment(
     register: bool,
 ) -> list[Result]:
     """Segment this process's share of the cases, write the tables; return the results of all."""
-    done, own = [], distributed.shard(sources)
-    results = segment_all(own, segmenter, outputs, workers, register)
-    hidden, saved = None if distributed.is_main_process() else True, time.monotonic()
+    share = distributed.shard(sources)
+    results = segment_all(share, segmenter, outputs, workers, register)
+    if distributed.is_main_process():
+        results = tqdm(results, "segmenting", len(share), unit="case", disable=None)
+    done: list[Result] = []
+    saved = time.monotonic()
     try:
-        for result in tqdm(results, "segmenting", len(own), unit="case", disable=hidden):
+        for result in results:
             if result.error:
                 tqdm.write(f"error: {result.error}", file=sys.stderr)
             done.append(result)
@@ -254,10 +237,15 @@ def segment(
 
 def write_tables(done: list[Result], outputs: Outputs) -> None:
     """Write volumes.csv and metrics.csv, if this is the main process."""
-    if distributed.is_main_process():
-        for field, name in TABLES.items():
-            rows = {result.volumes["case"]: getattr(result, field) for result in done}
-            update_table(outputs.folder / name, rows)
+    if not distributed.is_main_process():
+        return
+    volumes, scores = {}, {}
+    for result in done:
+        case = result.volumes["case"]
+        volumes[case] = result.volumes
+        scores[case] = result.scores
+    update_table(outputs.folder / "volumes.csv", volumes)
+    update_table(outputs.folder / "metrics.csv", scores)
 
 
 def check_outputs(
@@ -275,30 +263,31 @@ def check_outputs(
         raise ValueError(f"{figure}: --figure must be a .png, .pdf, .svg or .jpg file")
     if page:
         check_page(page)
-    check_ours(figure)
-    check_ours(predictions / "args.json")
-    for name in TABLES.values():
-        check_ours(predictions / name)
-        read_table(predictions / name)
-    paths = [source.folder for source in sources]
+    tables = predictions / "volumes.csv", predictions / "metrics.csv"
+    for path in (figure, predictions / "args.json", *tables):
+        check_ours(path)
+    for path in tables:
+        read_table(path)
     if seg:
         import_optional("highdicom", "--dicom-seg", "dicom")
-        if not any(map(holds_dicom, paths)):
-            raise ValueError(f"{paths[0]}: is not a DICOM series; leave out --dicom-seg")
+        if not any(holds_dicom(source.folder) for source in sources):
+            raise ValueError(f"{sources[0].folder}: is not a DICOM series; leave out --dicom-seg")
     for source in sources:
-        path, target = source.folder.resolve(), predictions.resolve()
         # Volume files too, as true masks are beside them; links are followed.
-        if path in (target, *((target / n).resolve() for n in (path.name, source.name))):
+        path = source.folder.resolve()
+        targets = predictions, predictions / path.name, predictions / source.name
+        if path in [target.resolve() for target in targets]:
             raise ValueError(f"{path}: is a source; name another folder with --predictions")
 
 
 def report(
-    done: list[Result], network: str, folder: Path, figure: Path, page: Path | None, about: dict
+    done: list[Result], network: str, folder: Path, figure: Path, page: Path | None, record: dict
 ) -> None:
     """Print the tables and a summary that names the `network`; draw the figure and the page."""
     rows = [result.volumes for result in done]
     print(volumes_table(rows, folder / "volumes.csv").as_text(), end="\n\n")
-    if scores := [result.scores for result in done if result.scores]:
+    scores = [result.scores for result in done if result.scores]
+    if scores:
         print(scores_text(scores))
         if not any(row["lesion_voxels"] for row in scores):
             print(NO_LESION.format(len(scores)), file=sys.stderr)
@@ -306,14 +295,13 @@ def report(
         save_dsc_figure(figure, {row["case"]: row["dsc"] for row in scores}, marked)
         print(f"table: {folder / 'metrics.csv'}   figure: {figure}")
     if page:
-        save_cohort(page, rows, [result.thumbnail for result in done], about)
+        save_cohort(page, rows, [result.thumbnail for result in done], record)
         print(f"report: {page}")
     count = Counter(result.state for result in done)
-    kept = f", {count['kept']} kept from an earlier run" if count["kept"] else ""
-    print(
-        f"{count['segmented']} of {len(done)} cases segmented with {network}{kept}; "
-        f"masks and pictures: {folder}"
-    )
+    line = f"{count['segmented']} of {len(done)} cases segmented with {network}"
+    if count["kept"]:
+        line += f", {count['kept']} kept from an earlier run"
+    print(f"{line}; masks and pictures: {folder}")
 
 
 if __name__ == "__main__":

@@ -109,16 +109,3 @@ def in_order(
                 yield ahead.popleft().result()
         while ahead:
             yield ahead.popleft().result()
-
-
-def in_groups(items: Iterable[T], size: Callable[[T], int], least: int) -> Iterator[list[T]]:
-    """Group the items, in order; the sizes in each group but the last add up to `least` or more."""
-    group, total = [], 0
-    for item in items:
-        group.append(item)
-        total += size(item)
-        if total >= least:
-            yield group
-            group, total = [], 0
-    if group:
-        yield group

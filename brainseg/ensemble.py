@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from .onnx import OnnxNetwork
 from .weights import CARD_DEFAULTS, load_state, model_from_state, read_card
+
+FOLDED_ALIKE = 0.01  # of the largest logit; TF32 rounds to 0.001
 
 
 class Ensemble(nn.Module):
@@ -35,19 +40,64 @@ def networks_of(model: nn.Module) -> list[nn.Module]:
     return list(model.networks) if isinstance(model, Ensemble) else [model]
 
 
-def fold_batch_norm(model: nn.Module) -> nn.Module:
+def for_inference(model: nn.Module) -> Ensemble:
+    """Copy a network, or those of an ensemble, with batch norms folded (see `fold_batch_norm`)."""
+    return Ensemble([fold_batch_norm(network) for network in networks_of(model)]).eval()
+
+
+def fold_batch_norm(network: nn.Module) -> nn.Module:
     """Copy a network for inference, its batch norms folded into the convolutions before them.
 
     Outputs are equal up to rounding: W x + b, then g (. - m) / s + h, is one convolution with
-    W g / s and (b - m) g / s + h.
+    W g / s and (b - m) g / s + h. Layers are paired in the order in which they are defined. If they
+    are called in another, the logits of one batch differ: the copy is not folded then, and a
+    warning says so.
     """
-    model = copy.deepcopy(model).eval()
-    for module in list(model.modules()):
+    plain = copy.deepcopy(network).eval()
+    folded = copy.deepcopy(plain)
+    for module in list(folded.modules()):
         for (name, conv), (norm_name, norm) in pairwise(list(module.named_children())):
             if isinstance(conv, nn.Conv2d) and isinstance(norm, (nn.BatchNorm2d, nn.SyncBatchNorm)):
                 setattr(module, name, fuse_conv_bn_eval(conv, norm))
                 setattr(module, norm_name, nn.Identity())
-    return model
+    difference = largest_difference(plain, folded)
+    if difference <= FOLDED_ALIKE:
+        return folded
+    warnings.warn(
+        f"batch norm of {type(network).__name__} is not folded into its convolutions: its logits "
+        f"would change by {difference:.0%}; define each norm right after its convolution",
+        stacklevel=2,
+    )
+    return plain
+
+
+@torch.inference_mode()
+def largest_difference(plain: nn.Module, folded: nn.Module) -> float:
+    """Compare the logits of two networks on one random slice, relative to the largest of them."""
+    draws = torch.Generator().manual_seed(0)
+    side = 2 * plain.stride
+    batch = torch.randn(1, plain.settings["in_channels"], side, side, generator=draws)
+    batch = batch.to(next(plain.parameters()))
+    expected = plain(batch, logits=True)
+    difference = (folded(batch, logits=True) - expected).abs().max()
+    return float(difference / expected.abs().max())
+
+
+def open_network(
+    files: Sequence[Path], providers: Sequence[str] | None, options: Mapping[str, Any]
+) -> tuple[nn.Module | OnnxNetwork, dict]:
+    """Open an ONNX file, or weights files as one network; return it and its card.
+
+    Of the `options` of a Segmenter, an ONNX file needs device, batch_size and image_size. Raises
+    FileNotFoundError or ValueError, naming the file, if one cannot be used.
+    """
+    if files[0].suffix == ".onnx":
+        wanted = options.keys() & {"device", "batch_size", "image_size"}
+        model = OnnxNetwork(files[0], providers, **{name: options[name] for name in wanted})
+        return model, model.card
+    if providers:
+        raise ValueError(f"{files[0]}: is not an ONNX file; leave out --providers, or give one")
+    return load_ensemble(files)
 
 
 def load_ensemble(paths: Sequence[Path]) -> tuple[nn.Module, dict]:
@@ -57,41 +107,61 @@ def load_ensemble(paths: Sequence[Path]) -> tuple[nn.Module, dict]:
     them, such as the epoch. Raises ValueError, naming the file, if one cannot be used or, of
     several, has no card or was trained for a different input from the first.
     """
-    named = [model_from_state(load_state(path), path) for path in paths]
-    cards = [read_card(path) for path in paths]
-    networks = [network for _, network in named]
-    about = {"model": named[0][0], "settings": networks[0].settings}
-    if len(paths) == 1:
-        return networks[0], cards[0] | about
-    check_members(paths, cards, networks)
-    common = {k: v for k, v in cards[0].items() if all(card.get(k) == v for card in cards)}
-    seen = sorted({case for card in cards for case in card.get("cases", {}).get("train", ())})
-    common["cases"] = {"train": seen}
-    if patients := {k: v for card in cards for k, v in card.get("patients", {}).items()}:
+    names, networks, cards = [], [], []
+    for path in paths:
+        name, network = model_from_state(load_state(path), path)
+        names.append(name)
+        networks.append(network)
+        cards.append(read_card(path))
+    model, card = networks[0], cards[0]
+    if len(paths) > 1:
+        check_members(paths, cards, networks)
+        model, card = Ensemble(networks), common_card(cards)
+    return model, card | {"model": names[0], "settings": model.settings}
+
+
+def common_card(cards: Sequence[dict]) -> dict:
+    """Return what the cards of all members say, with the training cases and patients of each."""
+    common = {}
+    for name, value in cards[0].items():
+        if all(card.get(name) == value for card in cards):
+            common[name] = value
+    cases: set[str] = set()
+    patients: dict[str, str] = {}
+    for card in cards:
+        cases.update(card.get("cases", {}).get("train", ()))
+        patients.update(card.get("patients", {}))
+    common["cases"] = {"train": sorted(cases)}
+    if patients:
         common["patients"] = patients
-    return Ensemble(networks), common | about
+    return common
 
 
 def check_members(
     paths: Sequence[Path], cards: Sequence[dict], networks: Sequence[nn.Module]
 ) -> None:
     """Raise ValueError, naming the file, unless inputs and outputs match those of the first."""
-    wanted: dict[str, object] = {}
+    first = _input_and_output(cards[0], networks[0])
     for path, card, network in zip(paths, cards, networks, strict=True):
         if not card:
             raise ValueError(
                 f"{path}: has no card (.json) to show that it belongs with {paths[0].name}; "
                 "give it by itself, or take it out of the folder"
             )
-        has = {k.replace("_", " "): card.get(k, default) for k, default in CARD_DEFAULTS.items()}
-        has |= {k: network.settings[k] for k in ("in_channels", "out_channels")}
-        wanted = wanted or has
-        for name, value in has.items():
-            if value != wanted[name]:
+        for name, value in _input_and_output(card, network).items():
+            if value != first[name]:
                 raise ValueError(
-                    f"{path}: has {name} {value}, but {paths[0].name} has {wanted[name]}; networks "
+                    f"{path}: has {name} {value}, but {paths[0].name} has {first[name]}; networks "
                     "that are averaged must agree: name those that belong together"
                 )
+
+
+def _input_and_output(card: dict, network: nn.Module) -> dict:
+    values = {"in_channels": network.settings["in_channels"]}
+    values["out_channels"] = network.settings["out_channels"]
+    for name, default in CARD_DEFAULTS.items():
+        values[name.replace("_", " ")] = card.get(name, default)
+    return values
 
 
 def average(outputs: Sequence[Tensor]) -> Tensor:

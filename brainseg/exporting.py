@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from .ensemble import Ensemble, fold_batch_norm, networks_of
+from .ensemble import Ensemble, for_inference
 from .io.files import PROGRAM, RUN
 from .io.layouts import list_cases
 from .metrics import summarise
@@ -27,9 +27,8 @@ from .onnx import CARD, INPUT, OUTPUT
 from .phantom import make_volume
 from .preprocess import neighbourhoods, preprocess
 from .reports.scores import read_scores
-from .segmenter import weights_id
 from .splits import is_lgg, patients_of_card, subset_of_patient
-from .weights import all_finite, file_hash
+from .weights import all_finite, file_hash, weights_id
 
 OPSET = 18  # the exporter's native one; ONNX Runtime reads it from 1.14 on
 
@@ -99,9 +98,9 @@ def scores_of_unseen(path: Path, weights: Path, subset: str) -> dict:
 class Probabilities(nn.Module):
     """The exported network or ensemble: computes in `dtype`, takes and returns float32."""
 
-    def __init__(self, network: nn.Module, dtype: torch.dtype):
+    def __init__(self, network: Ensemble, dtype: torch.dtype):
         super().__init__()
-        self.network, self.dtype = Ensemble(networks_of(network)).to(dtype), dtype
+        self.network, self.dtype = network.to(dtype), dtype
 
     def forward(self, slices: Tensor) -> Tensor:
         """Compute probabilities (N, out, H, W) of slices (N, in, H, W)."""
@@ -113,7 +112,7 @@ def trace(model: nn.Module, precision: str) -> ExportedProgram:
 
     Raises ValueError if a weight is too large for the precision.
     """
-    network = Probabilities(fold_batch_norm(model), getattr(torch, precision)).eval()
+    network = Probabilities(for_inference(model), getattr(torch, precision)).eval()
     check_finite(network.state_dict())
     sides = {axis: model.stride * Dim(name) for axis, name in ((2, "rows"), (3, "columns"))}
     example = torch.zeros(2, model.settings["in_channels"], 4 * model.stride, 3 * model.stride)

@@ -1,56 +1,57 @@
-"""Process cases from their files to masks, tables and pictures; threads read and write."""
+"""Segment cases, from their files to their masks: `segment_case` one, `segment_all` several."""
 
 from __future__ import annotations
 
 import functools
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .devices import in_groups, in_order
+from .devices import in_order
 from .io.dicom_seg import series_of, write_dicom_seg
 from .io.files import RUN, check_ours, sentence
 from .io.layouts import Source
 from .io.pictures import thumbnail
-from .io.predictions import (
-    find_masks,
-    map_files,
-    outputs_of,
-    seg_file,
-    write_case,
-)
+from .io.predictions import find_masks, map_files, outputs_of, seg_file, write_case
 from .io.scans import registered
 from .io.slices import Case, errors_name
 from .preprocess import Frame
 from .reports.scores import table_row
 from .reports.volumes import scan_hash, unread_row, volume_row
-from .segmenter import Segmenter
+from .segmenter import Segmentation, Segmenter
 from .splits import patient_of
 
-GROUP = 4  # batches; a GPU is given cases of this many slices at once
+
+@dataclass(frozen=True)
+class Outputs:
+    """The folder to write to, and what to write there beside masks and pictures."""
+
+    folder: Path
+    earlier: dict[str, dict]  # rows of volumes.csv by case; masks that these describe are kept
+    trained_on: set[str]  # patients
+    probabilities: bool  # maps, too
+    thumbnails: bool  # for a report
+    algorithm: tuple[str, str] | None  # its name and version in DICOM; None: no Segmentation
 
 
-@dataclass
-class Work:
-    """A case between its files and its mask."""
+@dataclass(frozen=True)
+class Loaded:
+    """A case read from its files."""
 
     case: Case
     volume: np.ndarray  # (S, H, W, C)
     truth: np.ndarray | None  # (S, H, W) bool
-    mask: np.ndarray | None = None  # (S, H, W) bool, if kept from an earlier run
-    images: Tensor | None = None  # the network's input
-    frame: Frame | None = None
-    probabilities: Tensor | None = None  # the network's output (S, K, N, N)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Result:
     """The result of a case."""
 
@@ -59,26 +60,6 @@ class Result:
     scores: dict | None = None  # its row of metrics.csv, if it has a truth
     thumbnail: bytes | None = None  # a JPEG for the report
     error: str = ""  # why it could not be read, or what could not be written
-
-
-@dataclass(frozen=True)
-class Outputs:
-    """The files to write for each case beside its mask and pictures, and the masks to keep."""
-
-    folder: Path
-    keep: bool  # masks of an earlier run with the same settings
-    earlier: dict[str, dict]  # its rows of volumes.csv, by case
-    trained_on: set[str]  # patients
-    probabilities: bool
-    thumbnails: bool
-    algorithm: tuple[str, str] | None  # its name and version in DICOM; None: no Segmentation
-
-    def extra_files(self, case: Case) -> list[Path]:
-        """List the files written for a case beside its masks, relative to `folder`."""
-        files = map_files(case, "probability") if self.probabilities else []
-        if self.algorithm and series_of(case):
-            files.append(seg_file(case))
-        return files
 
 
 def segment_all(
@@ -90,188 +71,190 @@ def segment_all(
 ) -> Iterator[Result]:
     """Segment cases and write their masks and pictures; yield the result of each, in order.
 
-    Threads read ahead and write behind while the network runs on batches that continue from one
-    case to the next; or, on a CPU, each thread processes whole cases.
+    Each thread takes one case after the other all the way. On a CPU, each computes on one core, and
+    none waits for another. A GPU takes one case at a time; who comes early waits for his turn (.),
+    while the others read ahead and write behind:
+
+        thread 1   read prepare NETWORK write read prepare ....... NETWORK write
+        thread 2   read prepare ....... NETWORK write read prepare ....... NETWORK
     """
-
-    loaded = functools.partial(load, segmenter=segmenter, outputs=outputs, register=register)
-    finished = functools.partial(finish, segmenter=segmenter, outputs=outputs)
-
-    def segmented(group: list[Work | Result]) -> list[Work | Result]:
-        items = [item for item in group if slices_of(item)]
-        for item, part in zip(items, probabilities_in_memory(segmenter, items), strict=True):
-            # Threads may use CUDA at once, but not every other accelerator.
-            item.images, item.probabilities = None, part if part.is_cuda else part.cpu()
-        return group
-
-    def segment_alone(source: Source | Case) -> Result:
-        work = loaded(source)
-        if isinstance(work, Work):
-            try:
-                with errors_name(work.case.folder):  # above all, memory that runs out
-                    segmented([work])
-            except ValueError as error:
-                work = Result("unread", unread_row(work.case, error), error=sentence(error))
-        return finished(work)
-
-    if segmenter.on_cpu and len(sources) > 1:
-        # Several cases at once with a core each: none waits for a thread that another one holds.
-        return in_order(segment_alone, sources, workers)
-    ahead = in_order(loaded, sources, workers)
-    groups = in_groups(ahead, lambda item: slices_of(item) or 1, GROUP * segmenter.batch_size)
-    return in_order(finished, chain.from_iterable(map(segmented, groups)), workers)
+    turn = nullcontext() if segmenter.on_cpu else Lock()
+    segment = functools.partial(
+        segment_case, segmenter=segmenter, outputs=outputs, register=register, turn=turn
+    )
+    if len(sources) == 1:  # the network may use every core
+        return map(segment, sources)
+    return in_order(segment, sources, workers)
 
 
-def slices_of(item: Work | Result) -> int:
-    """Count the slices that the network has to process."""
-    return len(item.images) if isinstance(item, Work) and item.mask is None else 0
+def segment_case(
+    source: Source | Case,
+    segmenter: Segmenter,
+    outputs: Outputs,
+    register: bool,
+    turn: AbstractContextManager,
+) -> Result:
+    """Segment one case, from its files to its mask, its pictures and its rows of the tables.
+
+    If it cannot be read, or does not fit into memory, the result says so. If its mask is kept from
+    an earlier run, the network does not see it. Raises OSError if a result cannot be written, or
+    the device is too small for one slice: that is not the fault of the case.
+    """
+    try:
+        with errors_name(source.folder):
+            loaded = read(source, outputs, register)
+            mask = earlier_mask(loaded, segmenter.run, outputs)
+            if mask is not None:
+                return keep(loaded, mask, segmenter.run, outputs)
+            images, frame = prepare(loaded, segmenter)
+            with turn:
+                probabilities = predict(segmenter, images)
+            del images  # of some size, and drawing takes a while
+            segmentation = segmenter.assess(probabilities, frame)  # restore, threshold, components
+            del probabilities
+            return write(loaded, segmentation, segmenter.run, outputs)
+    except ValueError as error:
+        return Result("unread", unread_row(source, error), error=sentence(error))
 
 
-def probabilities_in_memory(segmenter: Segmenter, items: list[Work]) -> Sequence[Tensor]:
-    """Compute each case's probabilities; if memory runs out, in smaller batches from then on."""
-    lengths = list(map(slices_of, items))
-    while items:
+def read(source: Source | Case, outputs: Outputs, register: bool) -> Loaded:
+    """Read a case; raises ValueError, naming the file, if that is impossible."""
+    try:
+        case = source.open() if isinstance(source, Source) else source
+        check_not_overwritten(case, outputs.folder)
+        if register:
+            case = registered(case)
+        for note in case.notes:
+            say(f"{case.name}: {note}")
+        if not case.masks:
+            return Loaded(case, case.read(), None)
+        volume, truth = case.read_pair()
+        return Loaded(case, volume, truth)
+    except OSError as error:
+        raise ValueError(sentence(error)) from error
+
+
+def check_not_overwritten(case: Case, folder: Path) -> None:
+    """Raise ValueError if a file of the case or of somebody else would be replaced or removed."""
+    sources = {path.resolve() for path in case.files}
+    for file in outputs_of(case):
+        path = folder / file
+        if path.resolve() in sources:
+            raise ValueError(f"{path}: is a source; name another folder with --predictions")
+        check_ours(path)
+
+
+def earlier_mask(loaded: Loaded, run: str, outputs: Outputs) -> np.ndarray | None:
+    """Read the mask that an earlier `run` made of the same scan, or None if it is to be made."""
+    case, volume = loaded.case, loaded.volume
+    row = outputs.earlier.get(case.name)
+    if row is None or row[RUN] != run or row["scan_hash"] != scan_hash(volume):
+        return None
+    others = map_files(case, "probability") if outputs.probabilities else []
+    if outputs.algorithm and series_of(case):
+        others.append(seg_file(case))
+    mask = find_masks(outputs.folder, case, run, others)
+    if mask is None or mask.shape != volume.shape[:3]:
+        return None
+    return mask
+
+
+def keep(loaded: Loaded, mask: np.ndarray, run: str, outputs: Outputs) -> Result:
+    """Return the result of a case whose mask is kept, with its earlier row if that describes it."""
+    case = loaded.case
+    row = volume_row(case, loaded.volume, mask, None, case.notes, run, case.replaced)
+    earlier = outputs.earlier[case.name]  # with values from the probabilities
+    if earlier["lesion_voxels"] == row["lesion_voxels"]:
+        row = earlier | {"patient": row["patient"]}
+    scores = score_row(loaded, mask, run, outputs)
+    return Result("kept", row, scores, picture(loaded, mask, outputs))
+
+
+def prepare(loaded: Loaded, segmenter: Segmenter) -> tuple[Tensor, Frame]:
+    """Preprocess a case and report its oddities; raises ValueError, naming its folder."""
+    folder = loaded.case.folder
+    try:
+        images, frame = segmenter.preprocess(loaded.volume, loaded.case.aspect)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
+    for note in frame.notes:
+        say(f"{folder}: {note}")
+    if frame.blank:
+        say(f"{folder}: every voxel is 0, and so is its mask")
+    return images, frame
+
+
+def predict(segmenter: Segmenter, images: Tensor) -> Tensor:
+    """Run the network; if its memory runs out, in smaller batches from then on.
+
+    Raises OSError if not even one slice fits.
+    """
+    while True:
         try:
-            place = items[0].images.device
-            images = torch.cat([item.images.to(place) for item in items])
-            return segmenter.probabilities(images, lengths=lengths).split(lengths)
+            probabilities = segmenter.probabilities(images)
+            # Threads may use CUDA at once, but not every other accelerator.
+            return probabilities if probabilities.is_cuda else probabilities.cpu()
         except torch.OutOfMemoryError as error:
             if segmenter.batch_size == 1:
-                raise ValueError(
-                    f"{segmenter.device}: not even one slice fits into it; use --device cpu"
-                ) from error
+                fault = "not even one slice fits into it; use --device cpu"
+                raise OSError(f"{segmenter.device}: {fault}") from error
         size = segmenter.batch_size
         segmenter.batch_size = size // 2
         say(
             f"{segmenter.device} is out of memory at --batch-size {size}; continuing with "
             f"{segmenter.batch_size}"
         )
-        for item in items:
-            item.images = item.images.cpu()
-    return []
 
 
-def say(text: str) -> None:
-    """Print a line on stderr, above the progress bar."""
-    tqdm.write(text, file=sys.stderr)
-
-
-def load(
-    source: Source | Case, segmenter: Segmenter, outputs: Outputs, register: bool
-) -> Work | Result:
-    """Read a case and prepare it for the network; if that fails, return a result that says why."""
-    try:
-        with errors_name(source.folder):
-            work = read(source, segmenter, outputs, register)
-            if work.mask is None:
-                prepare(work, segmenter)
-        return work
-    except (ValueError, OSError) as error:
-        return Result("unread", unread_row(source, error), error=sentence(error))
-
-
-def read(source: Source | Case, segmenter: Segmenter, outputs: Outputs, register: bool) -> Work:
-    """Read a case, and its mask if it is kept; raises OSError or ValueError, naming the file."""
-    case = source.open() if isinstance(source, Source) else source
-    check_not_overwritten(case, outputs)
-    if register:
-        case = registered(case)
-    for note in case.notes:
-        say(f"{case.name}: {note}")
-    if case.masks:
-        volume, truth = case.read_pair()
-    else:
-        volume, truth = case.read(), None
-    work = Work(case, volume, truth)
-    earlier = outputs.earlier.get(case.name, {})
-    same_scan = earlier.get("scan_hash") == scan_hash(volume)
-    if outputs.keep and same_scan and earlier.get(RUN) == segmenter.run:
-        mask = find_masks(outputs.folder, case, segmenter.run, outputs.extra_files(case))
-        if mask is not None and mask.shape == volume.shape[:3]:
-            work.mask = mask
-    return work
-
-
-def check_not_overwritten(case: Case, outputs: Outputs) -> None:
-    """Raise ValueError if a file of the case or of somebody else would be replaced or removed."""
-    sources = {path.resolve() for path in case.files}
-    for file in outputs_of(case):
-        path = outputs.folder / file
-        if path.resolve() in sources:
-            raise ValueError(f"{path}: is a source; name another folder with --predictions")
-        check_ours(path)
-
-
-def prepare(work: Work, segmenter: Segmenter) -> None:
-    """Preprocess a case and report its oddities; raises ValueError, naming its folder."""
-    folder = work.case.folder
-    try:
-        work.images, work.frame = segmenter.preprocess(work.volume, work.case.aspect)
-    except ValueError as error:
-        raise ValueError(f"{folder}: {error}") from error
-    for note in work.frame.notes:
-        say(f"{folder}: {note}")
-    if work.frame.blank:
-        say(f"{folder}: every voxel is 0, and so is its mask")
-
-
-def finish(work: Work | Result, segmenter: Segmenter, outputs: Outputs) -> Result:
-    """Make the mask of a case unless it was kept or not read, and write what `outputs` asks for."""
-    if isinstance(work, Result):
-        return work
-    try:
-        with errors_name(work.case.folder):
-            return write(work, segmenter, outputs)
-    except ValueError as error:
-        return Result("unread", unread_row(work.case, error), error=sentence(error))
-
-
-def write(work: Work, segmenter: Segmenter, outputs: Outputs) -> Result:
-    """Make the mask of a case unless it was kept, and write what `outputs` asks for."""
-    case, volume, mask = work.case, work.volume, work.mask
-    kept = mask is not None
-    expected, error = None, ""
-    warnings, replaced = list(case.notes), list(case.replaced)
-    if not kept:
-        found = segmenter.assess(work.probabilities, work.frame)
-        mask, expected = found.mask, found.expected
-        warnings += found.warnings
-        replaced += found.replaced
-        maps = {}
-        if outputs.probabilities:
-            maps["probability"] = found.probabilities
-            if found.deviation is not None:
-                maps["disagreement"] = found.deviation
-        work.probabilities = None
-        write_case(outputs.folder, case, volume, mask, work.truth, maps, segmenter.run)
-        if outputs.algorithm and series_of(case):
-            error = write_seg(outputs.folder / seg_file(case), case, mask, outputs.algorithm)
-    row = volume_row(case, volume, mask, expected, warnings, segmenter.run, replaced)
-    earlier = outputs.earlier.get(case.name)
-    if kept and earlier and earlier["lesion_voxels"] == row["lesion_voxels"]:
-        row = earlier | {"patient": row["patient"]}  # with values from the probabilities
-    result = Result("kept" if kept else "segmented", row, error=error)
-    if work.truth is not None:
-        patient = patient_of(case)
-        result.scores = table_row(case, mask, work.truth) | {
-            "patient": patient,
-            "trained_on": int(patient in outputs.trained_on),
-            RUN: segmenter.run,
-        }
-    if outputs.thumbnails:
-        result.thumbnail = thumbnail(volume, mask)
-    return result
+def write(loaded: Loaded, segmentation: Segmentation, run: str, outputs: Outputs) -> Result:
+    """Write the mask of a case and what `outputs` asks for; return its result."""
+    case, mask, error = loaded.case, segmentation.mask, ""
+    maps = {}
+    if outputs.probabilities:
+        maps["probability"] = segmentation.probabilities
+        if segmentation.deviation is not None:
+            maps["disagreement"] = segmentation.deviation
+    write_case(outputs.folder, case, loaded.volume, mask, loaded.truth, maps, run)
+    if outputs.algorithm and series_of(case):
+        error = write_seg(outputs.folder / seg_file(case), case, mask, outputs.algorithm)
+    warnings = [*case.notes, *segmentation.warnings]
+    replaced = [*case.replaced, *segmentation.replaced]
+    expected = segmentation.expected
+    row = volume_row(case, loaded.volume, mask, expected, warnings, run, replaced)
+    scores = score_row(loaded, mask, run, outputs)
+    return Result("segmented", row, scores, picture(loaded, mask, outputs), error)
 
 
 def write_seg(path: Path, case: Case, mask: np.ndarray, algorithm: tuple[str, str]) -> str:
     """Write a DICOM Segmentation; return why it is impossible, or an empty string."""
+    name, version = algorithm
     try:
-        whole = write_dicom_seg(path, case, mask, *algorithm)
+        whole_bytes = write_dicom_seg(path, case, mask, name, version)
     except ValueError as error:
         return str(error)
-    if not whole:
+    if not whole_bytes:
         say(
             f"{path}: OHIF 3.13 shows only part of it, because its rows x columns are not a "
             "multiple of 8; use another viewer"
         )
     return ""
+
+
+def score_row(loaded: Loaded, mask: np.ndarray, run: str, outputs: Outputs) -> dict | None:
+    """Make the row of metrics.csv of a case, or None if it has no true mask."""
+    if loaded.truth is None:
+        return None
+    patient = patient_of(loaded.case)
+    row = table_row(loaded.case, mask, loaded.truth)
+    row |= {"patient": patient, "trained_on": int(patient in outputs.trained_on), RUN: run}
+    return row
+
+
+def picture(loaded: Loaded, mask: np.ndarray, outputs: Outputs) -> bytes | None:
+    """Draw the thumbnail of a case, if the run asks for them."""
+    return thumbnail(loaded.volume, mask) if outputs.thumbnails else None
+
+
+def say(text: str) -> None:
+    """Print a line on stderr, above the progress bar."""
+    tqdm.write(text, file=sys.stderr)

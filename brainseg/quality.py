@@ -38,21 +38,28 @@ def quality(
     both weighted by p; for an ensemble, their values over its networks, however much these differ,
     so a fit to single networks holds for their average. log_share: decimal logarithm of the mask's
     share of the volume. kept: its size over the number of voxels at 0.5 or more, at most 1.
-    disagreement: sum(deviation) / sum(p), None for one network.
+    disagreement: sum(deviation) / sum(p), None for one network. Beside these, voxels: the size of
+    the mask; certain: the number of voxels at 0.5 or more.
     """
     square = np.square(probabilities, dtype=np.float64)
     if deviation is not None:
         square += np.square(deviation, dtype=np.float64)
-    total, inside = float(probabilities.sum(dtype=np.float64)), float(square[mask].sum())
-    weight, voxels = float(probabilities[mask].sum(dtype=np.float64)), int(mask.sum())
-    return {
+    inside = float(square[mask].sum())
+    weight = float(probabilities[mask].sum(dtype=np.float64))
+    voxels, certain = int(mask.sum()), int((probabilities >= 0.5).sum())
+    features = {
         "overlap": 2 * inside / max(float(square.sum()) + weight, 1e-6),
         "confidence": inside / max(weight, 1e-6),
         "log_share": float(np.log10(voxels / mask.size)) if voxels else 0.0,
-        "kept": min(voxels / max(int((probabilities >= 0.5).sum()), 1), 1.0),
-        "disagreement": None if deviation is None else float(deviation.sum()) / max(total, 1e-6),
+        "kept": min(voxels / max(certain, 1), 1.0),
+        "disagreement": None,
         "voxels": voxels,
+        "certain": certain,
     }
+    if deviation is not None:
+        total = float(probabilities.sum(dtype=np.float64))
+        features["disagreement"] = float(deviation.sum()) / max(total, 1e-6)
+    return features
 
 
 def expected_dsc(features: dict, fit: dict | None) -> tuple[float, float, float] | None:
@@ -61,14 +68,14 @@ def expected_dsc(features: dict, fit: dict | None) -> tuple[float, float, float]
     None without a fit, for an empty mask (right only if the scan has no lesion, which is unknown),
     and if the fit needs a feature that is None.
     """
-    if not (fit or {}).get("features") or not features["voxels"]:
+    if not fit or not fit.get("features") or not features["voxels"]:
         return None
     values = [features.get(name) for name in fit["features"]]
-    if any(value is None for value in values):
+    if None in values:
         return None
     value = _predict(fit, values)
-    low, high = (value + q * _width(value) for q in fit["interval"])
-    return value, max(low, 0.0), min(high, 1.0)
+    low, high = fit["interval"]
+    return value, max(value + low * _width(value), 0.0), min(value + high * _width(value), 1.0)
 
 
 def fit_expected_dsc(features: Sequence[dict], dsc: Sequence[float]) -> dict:
@@ -79,36 +86,49 @@ def fit_expected_dsc(features: Sequence[dict], dsc: Sequence[float]) -> dict:
     bending the rest. The 80 % interval holds quantiles of the leave-one-out residuals over
     `_width`. Empty masks are left out. Raises ValueError for fewer than 20 cases.
     """
-    pairs = [(f, d) for f, d in zip(features, dsc, strict=True) if f["voxels"]]
-    if len(pairs) < LEAST_CASES:
+    masks, scores = [], []
+    for measured, score in zip(features, dsc, strict=True):
+        if measured["voxels"]:
+            masks.append(measured)
+            scores.append(score)
+    if len(masks) < LEAST_CASES:
         raise ValueError(
-            f"{len(pairs)} case(s) with a mask, but {LEAST_CASES} are needed to learn to predict "
+            f"{len(masks)} case(s) with a mask, but {LEAST_CASES} are needed to learn to predict "
             "the DSC; choose more with --subset or --images"
         )
-    names = [n for n in FEATURES if all(f.get(n) is not None for f, _ in pairs)]
-    x = np.array([[f[name] for name in names] for f, _ in pairs], dtype=np.float64)
-    y = np.array([d for _, d in pairs], dtype=np.float64)
+    columns = {}
+    for name in FEATURES:
+        column = [measured.get(name) for measured in masks]
+        if None not in column:
+            columns[name] = column
+    names = list(columns)
+    x = np.column_stack([np.array(column, dtype=np.float64) for column in columns.values()])
+    y = np.array(scores, dtype=np.float64)
     predicted = leave_one_out(names, x, y)
-    interval = np.quantile((y - predicted) / _width(predicted), (0.1, 0.9)).tolist()
-    about = {"interval": interval, "cases": len(y), "empty": len(dsc) - len(y)}
-    return _regress(names, x, y) | about | {"leave_one_out": _agreement(predicted, y)}
+    fit = _regress(names, x, y)
+    fit["interval"] = np.quantile((y - predicted) / _width(predicted), (0.1, 0.9)).tolist()
+    fit |= {"cases": len(y), "empty": len(dsc) - len(y)}
+    return fit | {"leave_one_out": _agreement(predicted, y)}
 
 
 def leave_one_out(names: Sequence[str], x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Predict each case (n,) by a regression on the others; `x` is (n, features), `y` (n,)."""
-    others = ~np.eye(len(y), dtype=bool)
-    fits = [_regress(names, x[keep], y[keep]) for keep in others]
-    return np.array([_predict(fit, row) for fit, row in zip(fits, x, strict=True)])
+    predicted = []
+    for k in range(len(y)):
+        others = np.arange(len(y)) != k
+        predicted.append(_predict(_regress(names, x[others], y[others]), x[k]))
+    return np.array(predicted)
 
 
 def _regress(names: Sequence[str], x: np.ndarray, y: np.ndarray) -> dict:
     from scipy.optimize import nnls  # slow to import
 
-    mean, deviation, signs = x.mean(axis=0), x.std(axis=0), np.array([FEATURES[n] for n in names])
+    mean, deviation = x.mean(axis=0), x.std(axis=0)
     deviation = np.where(deviation > 1e-6, deviation, 1.0)
+    signs = np.array([FEATURES[name] for name in names])
     z = (x - mean) / deviation * signs
     ridge, zeros = np.sqrt(RIDGE) * np.eye(len(names)), np.zeros(len(names))
-    weights, trust = zeros, np.ones(len(y))
+    weights, intercept, trust = zeros, 0.0, np.ones(len(y))
     for _ in range(20):  # iteratively reweighted least squares
         intercept = np.average(y - z @ weights, weights=trust)
         root = np.sqrt(trust)
@@ -138,10 +158,12 @@ def _agreement(predicted: np.ndarray, dsc: np.ndarray) -> dict:
     """Measure how well DSCs predicted with each case left out agree with the true ones."""
     from scipy.stats import spearmanr  # slow to import
 
-    constant = np.ptp(predicted) == 0 or np.ptp(dsc) == 0
+    spearman = None
+    if np.ptp(predicted) > 0 and np.ptp(dsc) > 0:
+        spearman = float(spearmanr(predicted, dsc).statistic)
     poor, warned = dsc < WARN_BELOW, predicted < WARN_BELOW
     return {
-        "spearman": None if constant else float(spearmanr(predicted, dsc).statistic),
+        "spearman": spearman,
         "mean_error": float(np.abs(predicted - dsc).mean()),
         "poor": int(poor.sum()),
         "warned": int((poor & warned).sum()),
@@ -152,20 +174,14 @@ def _agreement(predicted: np.ndarray, dsc: np.ndarray) -> dict:
 
 
 def quality_warnings(
-    features: dict,
-    expected: tuple[float, float, float] | None,
-    notes: Sequence[str] = (),
-    dropped: int = 0,
+    features: dict, expected: tuple[float, float, float] | None, notes: Sequence[str] = ()
 ) -> list[str]:
-    """List in words what calls for a second look; `notes` are those of the `Frame`.
-
-    `dropped` is the number of voxels at 0.5 or more that an empty mask does not have.
-    """
+    """List in words what calls for a second look; `notes` are those of the `Frame`."""
     warnings = [f"unusual input: {note}" for note in notes]
-    if dropped:
+    if not features["voxels"] and features["certain"]:
         warnings.append(
-            f"the mask is empty: components of {dropped} voxels in all are smaller than the "
-            "minimum volume (--min-volume); look at it"
+            f"the mask is empty: components of {features['certain']} voxels in all are smaller "
+            "than the minimum volume (--min-volume); look at it"
         )
     elif not features["voxels"]:
         warnings.append("the mask is empty: the scan has no lesion, or it was missed; look at it")
@@ -178,23 +194,6 @@ def quality_warnings(
     return warnings
 
 
-def assess(
-    probabilities: np.ndarray,
-    mask: np.ndarray,
-    deviation: np.ndarray | None,
-    fit: dict | None,
-    notes: Sequence[str] = (),
-) -> tuple[dict, tuple[float, float, float] | None, list[str]]:
-    """Measure the `quality` of a mask; return it, the expected DSC, and any warnings.
-
-    `fit` is that of the card, `notes` are those of the `Frame`.
-    """
-    features = quality(probabilities, mask, deviation)
-    expected = expected_dsc(features, fit)
-    dropped = 0 if mask.any() else int((probabilities >= 0.5).sum())
-    return features, expected, quality_warnings(features, expected, notes, dropped)
-
-
 def fit_and_save(files: Sequence[Path], options: dict, rows: Sequence[dict], folder: Path) -> str:
     """Fit on the rows of scores.csv, write the fit into the cards of `files`; return a summary.
 
@@ -202,9 +201,7 @@ def fit_and_save(files: Sequence[Path], options: dict, rows: Sequence[dict], fol
     plot expected_dsc.png and volume_errors.csv, of which the cards hold the summary, to `folder`.
     Raises ValueError for too few cases.
     """
-    features = [
-        {name: row[name] for name in FEATURES} | {"voxels": row["predicted_voxels"]} for row in rows
-    ]
+    features = [row | {"voxels": row["predicted_voxels"]} for row in rows]
     fit = fit_expected_dsc(features, [row["dsc"] for row in rows])
     scores = fit["leave_one_out"]
     predicted, true = scores.pop("predicted"), scores.pop("dsc")

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,14 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from .devices import half_precision, has_bfloat16, pick_device
-from .ensemble import Ensemble, fold_batch_norm, load_ensemble, networks_of
+from .ensemble import for_inference, open_network
 from .io.files import by
 from .onnx import OnnxNetwork
 from .preprocess import VERSION, Frame, neighbourhoods, preprocess, restore
-from .quality import FITTED_WITH, assess
-from .weights import CARD_DEFAULTS, file_hash, shipped_files, weights_files
+from .quality import FITTED_WITH, expected_dsc, quality, quality_warnings
+from .weights import CARD_DEFAULTS, file_hash, run_name, shipped_files, weights_files
 
 MIRROR_ABOVE = 0.05  # probability; a slice without any as high is not mirrored
+# The settings that change a mask, in the order in which `Segmenter.run` names them.
+RUN_SETTINGS = ("image_size", "neighbours", "version", "amp", *FITTED_WITH)
 
 
 @dataclass
@@ -36,7 +36,82 @@ class Segmentation:
     replaced: Sequence[str] = ()  # sequences that preprocessing has replaced by FLAIR
 
 
-class Segmenter:
+class Predictor:
+    """A network, or an `Ensemble`, on its device: preprocessed slices in, probabilities out.
+
+    See `Segmenter` for the options. Raises ValueError for a device that is not available.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | OnnxNetwork,
+        tta: bool,
+        batch_size: int,
+        device: torch.device | str | None,
+        amp: bool | None,
+        neighbours: int,
+    ):
+        if isinstance(model, OnnxNetwork):
+            if amp:
+                raise ValueError(
+                    f"{model.path}: computes in the precision it was exported in; leave out "
+                    "--amp, or export it again with --precision float16"
+                )
+            self.model, self.amp = model, False
+            self.device = torch.device("cpu")  # of its input and output
+            self.on_cpu, self.runtime = model.provider == "cpu", f"ONNX Runtime ({model.provider})"
+        else:
+            self.device = pick_device(device)
+            self.model = for_inference(model).to(self.device, memory_format=torch.channels_last)
+            self.amp = has_bfloat16(self.device) if amp is None else amp
+            self.on_cpu, self.runtime = self.device.type == "cpu", f"PyTorch ({self.device})"
+        self.tta, self.neighbours = tta, neighbours
+        # Small batches stay in the cache of a CPU and take a fifth less time.
+        self.batch_size = min(batch_size, 4) if self.on_cpu else batch_size
+
+    @torch.inference_mode()
+    def probabilities(
+        self, images: Tensor, progress: Callable[[int, int], None] | None = None
+    ) -> Tensor:
+        """Run the network: slices (S, C, N, N) in, probabilities (S, K, N, N), float32, out.
+
+        An ensemble adds a channel with the standard deviation (see `average`). `progress` is called
+        after each batch with the numbers of slices done and in all.
+        """
+        around = neighbourhoods([len(images)], self.neighbours)  # (S, 2 neighbours + 1)
+        around = around.to(images.device, non_blocking=True)
+        parts, done = [], 0
+        for slices in around.split(self.batch_size):
+            batch = images[slices].flatten(1, 2).to(self.device, torch.float32)
+            part = self._network(batch)
+            if self.tta:
+                lesion = part[:, 0].amax((1, 2)) >= MIRROR_ABOVE  # where there may be any
+                mirrored = lesion.nonzero()[:, 0]
+                if len(mirrored):
+                    again = self._network(batch[mirrored].flip(-1)).flip(-1)
+                    part[mirrored] = (part[mirrored] + again) / 2
+            parts.append(part)
+            done += len(slices)
+            if progress:
+                progress(done, len(images))
+        return torch.cat(parts)
+
+    def check_channels(self, channels: int) -> None:
+        """Raise ValueError unless the network takes this number of channels."""
+        wanted = self.model.settings["in_channels"] // (2 * self.neighbours + 1)
+        if channels != wanted:
+            raise ValueError(
+                f"{channels} channel(s), but the model was trained on {wanted}; "
+                "give the sequences it was trained on, with FLAIR in place of a missing one"
+            )
+
+    def _network(self, batch: Tensor) -> Tensor:
+        batch = batch.contiguous(memory_format=torch.channels_last)
+        with torch.autocast(self.device.type, half_precision(self.device), enabled=self.amp):
+            return self.model(batch)
+
+
+class Segmenter(Predictor):
     """A network, or an `Ensemble`, with its preprocessing: a raw volume in, its mask out.
 
     `image_size` is the side of a resized slice, `threshold` the lowest probability that counts as
@@ -63,36 +138,17 @@ class Segmenter:
         min_volume: int = 0,
         expected_dsc_fit: dict | None = None,
     ):
-        stride = model.stride
-        if image_size < stride or image_size % stride:
-            below = max(image_size // stride, 1) * stride
-            raise ValueError(
-                f"image size {image_size} is not a multiple of {stride}; "
-                f"try {below} or {below + stride}"
-            )
+        check_image_size(image_size, model.stride)
         if not 0 < threshold < 1:
             raise ValueError(f"threshold {threshold}: must be a probability between 0 and 1")
-        if isinstance(model, OnnxNetwork):  # its input and output are in host memory
-            if amp:
-                raise ValueError(
-                    f"{model.path}: computes in the precision it was exported in; leave out "
-                    "--amp, or export it again with --precision float16"
-                )
-            self.model, self.device, self.amp = model, torch.device("cpu"), False
-            self.on_cpu, self.runtime = model.provider == "cpu", f"ONNX Runtime ({model.provider})"
-        else:
-            self.device = pick_device(device)
-            model = Ensemble(networks_of(fold_batch_norm(model))).eval()
-            self.model = model.to(self.device, memory_format=torch.channels_last)
-            self.amp = has_bfloat16(self.device) if amp is None else amp
-            self.on_cpu, self.runtime = self.device.type == "cpu", f"PyTorch ({self.device})"
-        self.image_size, self.neighbours, self.version = image_size, neighbours, version
-        self.threshold, self.min_volume, self.tta = threshold, min_volume, tta
+        super().__init__(model, tta, batch_size, device, amp, neighbours)
+        self.image_size, self.version = image_size, version
+        self.threshold, self.min_volume = threshold, min_volume
         self.largest_component, self.expected_dsc_fit = largest_component, expected_dsc_fit
-        self.notes: list[str] = []  # to be said once
         self.hashes: dict[Path, str] = {}  # the SHA-256 of each weights file
-        # Small batches stay in the cache of a CPU and take a fifth less time.
-        self.batch_size = min(batch_size, 4) if self.on_cpu else batch_size
+        self.card: dict = {}  # of the weights, as far as they agree
+        self.choices = ""  # the settings and where each is from
+        self.notes: list[str] = []  # what a user should know about the weights, a sentence each
 
     @classmethod
     def from_weights(
@@ -109,47 +165,20 @@ class Segmenter:
         used.
         """
         files = weights_files(weights)
-        if files[0].suffix == ".onnx":
-            names = options.keys() & {"device", "batch_size", "image_size"}
-            model = OnnxNetwork(files[0], providers, **{name: options[name] for name in names})
-            card = model.card
-        elif providers:
-            raise ValueError(f"{files[0]}: is not an ONNX file; leave out --providers, or give one")
-        else:
-            model, card = load_ensemble(files)
-        card, fit = CARD_DEFAULTS | card, card.get("expected_dsc") or {}
-        own = {"image_size": card["image_size"]} | {k: fit[k] for k in FITTED_WITH if k in fit}
-        segmenter = cls(
-            model,
-            neighbours=card["neighbours"],
-            version=card["preprocessing"],
-            expected_dsc_fit=fit,
-            **own | {name: value for name, value in options.items() if value is not None},
-        )
+        given = {name: value for name, value in options.items() if value is not None}
+        model, card = open_network(files, providers, given)
+        settings = settings_of_card(card)
+        segmenter = cls(model, **settings | given)
+        segmenter.card = card
         segmenter.hashes = {file: file_hash(file) for file in files}
-        if len(files) > 1 and not set(files) <= set(shipped_files()):
-            averaged = ", ".join(map(str, files))
-            segmenter.notes.append(f"{len(files)} networks are averaged: {averaged}")
-        changed = [f"{k} {own[k]}" for k in own if getattr(segmenter, k) != own[k]]
-        if changed and fit.get("features"):
-            segmenter.expected_dsc_fit = None
-            fitted = ", ".join(changed).replace("_", " ")
-            segmenter.notes.append(
-                f"no expected DSC, as the card's fit is for {fitted}: leave out what changes it"
-            )
+        segmenter.choices = explain_choices(segmenter, given)
+        note_weights(segmenter, settings)
         return segmenter
 
     @property
     def run(self) -> str:
-        """Name the weights and the settings that make a mask: eight digits of each one's SHA-256.
-
-        Those of a single weights file are its own. Empty if the network is not from files.
-        """
-        if not self.hashes:
-            return ""
-        names = ("image_size", "neighbours", "version", "amp", *FITTED_WITH)
-        settings = json.dumps([getattr(self, name) for name in names])
-        return f"{weights_id(self.hashes.values())}-{_sha256(settings)[:8]}"
+        """Name the weights and the settings that make a mask; empty without weights files."""
+        return run_name(self.hashes.values(), [getattr(self, name) for name in RUN_SETTINGS])
 
     def __call__(self, volume: np.ndarray, aspect: float = 1.0) -> np.ndarray:
         """Segment a raw volume (S, H, W, C); return its mask (S, H, W), bool.
@@ -177,74 +206,107 @@ class Segmenter:
             self.check_channels(volume.shape[3])
         return preprocess_near(volume, self.image_size, self.version, self.device, aspect)
 
-    def check_channels(self, channels: int) -> None:
-        """Raise ValueError unless the network takes this number of channels."""
-        wanted = self.model.settings["in_channels"] // (2 * self.neighbours + 1)
-        if channels != wanted:
-            raise ValueError(
-                f"{channels} channel(s), but the model was trained on {wanted}; "
-                "give the sequences it was trained on, with FLAIR in place of a missing one"
-            )
-
     def finish(self, probabilities: Tensor, frame: Frame) -> np.ndarray:
         """Turn probabilities (S, K, N, N) into a mask (S, H, W), bool, in the source geometry."""
-        return self._to_mask(_restored(probabilities, frame))
+        return self._to_mask(_restored(probabilities[:, 0], frame))
 
     def assess(self, probabilities: Tensor, frame: Frame) -> Segmentation:
         """Turn probabilities (S, K, N, N) into a mask, and estimate how good it is."""
-        restored = _restored(probabilities, frame).cpu()
-        mask, maps = self._to_mask(restored), (restored.numpy(), None)
+        restored = _restored(probabilities[:, 0], frame).cpu()  # (S, H, W)
+        deviation = None
         if probabilities.shape[1] > self.model.settings["out_channels"]:  # see `average`
-            maps = maps[0], _restored(probabilities[:, -1:], frame).cpu().numpy()
-        found = assess(maps[0], mask, maps[1], self.expected_dsc_fit, frame.notes)
-        return Segmentation(mask, *maps, *found, frame.replaced)
+            deviation = _restored(probabilities[:, -1], frame).cpu().numpy()
+        mask = self._to_mask(restored)
+        features = quality(restored.numpy(), mask, deviation)
+        expected = expected_dsc(features, self.expected_dsc_fit)
+        warnings = quality_warnings(features, expected, frame.notes)
+        return Segmentation(
+            mask, restored.numpy(), deviation, features, expected, warnings, frame.replaced
+        )
 
     def _to_mask(self, restored: Tensor) -> np.ndarray:
         return to_mask(restored, self.threshold, self.largest_component, self.min_volume)
 
-    @torch.inference_mode()
-    def probabilities(
-        self,
-        images: Tensor,
-        progress: Callable[[int, int], None] = lambda done, of: None,
-        lengths: Sequence[int] | None = None,
-    ) -> Tensor:
-        """Run the network: slices (S, C, N, N) in, probabilities (S, K, N, N), float32, out.
 
-        An ensemble adds a channel with the standard deviation (see `average`). `progress` is called
-        after each batch with the numbers of slices done and in all. `lengths` are the numbers
-        of slices of consecutive volumes, if there are several.
-        """
-        parts, done = [], 0
-        seen = neighbourhoods(lengths or [len(images)], self.neighbours)
-        seen = seen.to(images.device, non_blocking=True)
-        for slices in seen.split(self.batch_size):
-            batch = images[slices].flatten(1, 2).to(self.device, torch.float32)
-            parts.append(self._network(batch))
-            if self.tta and len(some := _may_have_lesion(parts[-1])):
-                mirrored = self._network(batch[some].flip(-1)).flip(-1)
-                parts[-1][some] = (parts[-1][some] + mirrored) / 2
-            done += len(slices)
-            progress(done, len(images))
-        return torch.cat(parts)
-
-    def _network(self, batch: Tensor) -> Tensor:
-        batch = batch.contiguous(memory_format=torch.channels_last)
-        with torch.autocast(self.device.type, half_precision(self.device), enabled=self.amp):
-            return self.model(batch)
+def check_image_size(size: int, stride: int) -> None:
+    """Raise ValueError, with sizes that fit, unless `size` is a multiple of `stride`."""
+    if size < stride or size % stride:
+        below = max(size // stride, 1) * stride
+        raise ValueError(
+            f"image size {size} is not a multiple of {stride}; try {below} or {below + stride}"
+        )
 
 
-def _may_have_lesion(probabilities: Tensor) -> Tensor:
-    """Return the indices of the slices (N, K, H, W) in which lesion is not all but excluded."""
-    return (probabilities[:, 0].amax((1, 2)) >= MIRROR_ABOVE).nonzero()[:, 0]
+def settings_of_card(card: dict) -> dict:
+    """Return the options of a Segmenter that a card states, and what is assumed if it does not."""
+    fit = card.get("expected_dsc") or {}
+    stated = CARD_DEFAULTS | card
+    settings = {"image_size": stated["image_size"], "neighbours": stated["neighbours"]}
+    settings |= {"version": stated["preprocessing"], "expected_dsc_fit": fit}
+    return settings | {name: fit[name] for name in FITTED_WITH if name in fit}
+
+
+def note_weights(segmenter: Segmenter, settings: dict) -> None:
+    """Note what a user should know about the weights; drop the card's fit for other `settings`."""
+    files = list(segmenter.hashes)
+    if segmenter.card.keys() <= {"model", "settings"}:
+        size = segmenter.image_size
+        segmenter.notes.append(
+            f"{files[0]}: has no card (.json); assuming preprocessing {segmenter.version} and "
+            f"slices of {size} x {size}: put its card beside it"
+        )
+    if len(files) > 1 and not set(files) <= set(shipped_files()):
+        averaged = ", ".join(map(str, files))
+        segmenter.notes.append(f"{len(files)} networks are averaged: {averaged}")
+    changed = []
+    for name in ("image_size", *FITTED_WITH):
+        if name in settings and getattr(segmenter, name) != settings[name]:
+            changed.append(f"{name} {settings[name]}".replace("_", " "))
+    if changed and settings["expected_dsc_fit"].get("features"):
+        segmenter.expected_dsc_fit = None
+        segmenter.notes.append(
+            f"no expected DSC, as the card's fit is for {', '.join(changed)}: leave out what "
+            "changes it"
+        )
+
+
+def explain_choices(segmenter: Segmenter, given: dict) -> str:
+    """Say in a line which settings make the masks, and why these."""
+    files, size = list(segmenter.hashes), segmenter.image_size
+    words = {
+        "image_size": f"slices of {size} x {size}",
+        "threshold": f"threshold {segmenter.threshold:g}",
+        "largest_component": "largest component" if segmenter.largest_component else "components",
+        "min_volume": f"at least {segmenter.min_volume} voxels",
+        "tta": "mirrored too" if segmenter.tta else "not mirrored",
+    }
+    card = f"from the card of {files[0].name if len(files) == 1 else files[0].parent.name}"
+    stated = segmenter.card | (segmenter.card.get("expected_dsc") or {})
+    reasons: dict[str, list[str]] = {"given": [], card: [], "by default": []}
+    for name, text in words.items():
+        if name in given:
+            reasons["given"].append(text)
+        elif name in stated:
+            reasons[card].append(text)
+        else:
+            reasons["by default"].append(text)
+    parts = [f"{', '.join(texts)} ({reason})" for reason, texts in reasons.items() if texts]
+    if isinstance(segmenter.model, OnnxNetwork):
+        return "; ".join([*parts, segmenter.runtime])
+    precision = "half precision" if segmenter.amp else "float32"
+    faster = "faster here" if segmenter.amp else "half precision is not faster here"
+    place = "no accelerator is available" if segmenter.on_cpu else "the accelerator"
+    parts.append(f"{precision} ({'given' if 'amp' in given else faster})")
+    parts.append(f"{segmenter.device} ({'given' if 'device' in given else place})")
+    return "; ".join(parts)
 
 
 def _restored(probabilities: Tensor, frame: Frame) -> Tensor:
-    """Bring the first channel of the output (S, K, N, N) to the source geometry (S, H, W)."""
+    """Bring one channel of the output (S, N, N) to the source geometry (S, H, W)."""
     try:
-        return restore(probabilities[:, 0], frame)
+        return restore(probabilities, frame)
     except torch.OutOfMemoryError:
-        return restore(probabilities[:, 0].cpu(), frame)
+        return restore(probabilities.cpu(), frame)
 
 
 def preprocess_near(
@@ -273,21 +335,10 @@ def keep_components(mask: np.ndarray, largest: bool = True, min_volume: int = 0)
         return mask
     from skimage.measure import label
 
-    labels = label(mask)
+    labels = np.asarray(label(mask))
     sizes = np.bincount(labels.ravel())
     sizes[0] = 0  # the background
     keep = sizes >= max(min_volume, 1)
     if largest:
         keep &= np.arange(len(sizes)) == sizes.argmax()
     return keep[labels]
-
-
-def weights_id(hashes: Collection[str]) -> str:
-    """Return the eight digits that name the weights files with these SHA-256 in `Segmenter.run`."""
-    if len(hashes) == 1:
-        return next(iter(hashes))[:8]
-    return _sha256(" ".join(hashes))[:8]
-
-
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()

@@ -13,7 +13,7 @@ import io
 import json
 import pickle
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import torch
@@ -309,3 +309,24 @@ def load_pretrained(name: str, **settings: int) -> nn.Module:
 def file_hash(path: Path | str) -> str:
     """Compute the SHA-256 of a file, in hexadecimal digits."""
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def weights_id(hashes: Collection[str]) -> str:
+    """Return the eight digits that name the weights files with these SHA-256 in `run_name`.
+
+    Those of a single file are the ones in its own name.
+    """
+    if len(hashes) == 1:
+        return next(iter(hashes))[:8]
+    return _first_digits(" ".join(hashes))
+
+
+def run_name(hashes: Collection[str], settings: Sequence[object]) -> str:
+    """Name weights files, by their SHA-256, and the settings that make a mask; empty for none."""
+    if not hashes:
+        return ""
+    return f"{weights_id(hashes)}-{_first_digits(json.dumps(settings))}"
+
+
+def _first_digits(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:8]

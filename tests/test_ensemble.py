@@ -283,7 +283,7 @@ def test_warnings_in_words():
     assert quality_warnings(features[0], None) == []
     (poor,) = quality_warnings(features[0], (0.6, 0.4, 0.7))
     assert "expected DSC 0.60 (0.40 to 0.70)" in poor
-    odd, empty = quality_warnings({"voxels": 0}, None, ["FLAIR is saturated"])
+    odd, empty = quality_warnings({"voxels": 0, "certain": 0}, None, ["FLAIR is saturated"])
     assert odd == "unusual input: FLAIR is saturated" and "mask is empty" in empty
 
 
@@ -331,7 +331,8 @@ def test_fitting_is_refused_when_it_is_meaningless(phantoms, folder, tmp_path):
 def test_a_mask_emptied_by_the_minimum_volume_says_so():
     probabilities = np.zeros((2, 8, 8), np.float32)
     empty = np.zeros(probabilities.shape, bool)
-    assert "no lesion, or it was missed" in rating.assess(probabilities, empty, None, None)[2][0]
+    (said,) = quality_warnings(quality(probabilities, empty), None)
+    assert "no lesion, or it was missed" in said
     probabilities[0, :2, :3] = 0.9
-    (said,) = rating.assess(probabilities, empty, None, None)[2]
+    (said,) = quality_warnings(quality(probabilities, empty), None)
     assert "components of 6 voxels in all are smaller than the minimum volume" in said

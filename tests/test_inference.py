@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -842,7 +843,7 @@ def test_the_second_network_trains_and_segments_by_name(phantoms, tmp_path, monk
 
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
-    """Make batches continue from one case to the next, as on a GPU."""
+    """Make threads take turns, as on a GPU."""
     made = Segmenter.__init__
 
     def init(self, *args, **options):
@@ -852,18 +853,23 @@ def as_on_a_gpu(monkeypatch):
     monkeypatch.setattr(Segmenter, "__init__", init)
 
 
-def test_batches_span_several_cases(phantoms, weights, done, tmp_path, monkeypatch, as_on_a_gpu):
-    forward, sizes = Segmenter._network, []
-    monkeypatch.setattr(
-        Segmenter, "_network", lambda self, batch: sizes.append(len(batch)) or forward(self, batch)
-    )
-    cases = list_cases(phantoms)
-    assert infer(phantoms, tmp_path, weights, "--batch-size", 5, "--no-amp") == 0
-    slices = sum(len(source.open().slices) for source in cases)
-    assert sum(sizes) == slices and len(sizes) < sum(
-        -(-len(source.open().slices) // 5) for source in cases
-    )
-    for source in cases:
+def test_a_gpu_takes_one_case_at_a_time(
+    phantoms, weights, done, tmp_path, monkeypatch, as_on_a_gpu
+):
+    forward, at_work, most = Segmenter._network, [], []
+
+    def slowly(self, batch):
+        at_work.append(batch)
+        time.sleep(0.01)
+        most.append(len(at_work))
+        result = forward(self, batch)
+        at_work.pop()
+        return result
+
+    monkeypatch.setattr(Segmenter, "_network", slowly)
+    assert infer(phantoms, tmp_path, weights, "--batch-size", 5, "--workers", 4, "--no-amp") == 0
+    assert max(most) == 1 and len(most) == 2 * 12, "two batches a case"
+    for source in list_cases(phantoms):
         assert (
             dsc(read_masks(tmp_path, source.name) > 0, read_masks(done[0], source.name) > 0) > 0.99
         )
