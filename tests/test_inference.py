@@ -157,7 +157,7 @@ def test_table_is_what_the_written_masks_score(phantoms, done):
     assert list(rows[0]) == [
         *("case", "slices", "lesion_voxels", "predicted_voxels"),
         *metrics.score(np.ones((1, 1, 1), bool), np.ones((1, 1, 1), bool)),
-        *("trained_on", "brainseg_run"),
+        *("patient", "trained_on", "brainseg_run"),
     ]
     assert [row["case"] for row in rows] == [f"phantom_{i:03d}" for i in range(12)]
     for row in rows:
@@ -179,13 +179,14 @@ def test_cases_trained_on_are_marked_and_not_counted(done):
     assert [row["case"] for row in rows if row["trained_on"] == "1"] == TRAINED_ON
     unseen = [float(row["dsc"]) for row in rows if row["trained_on"] == "0"]
     pattern = (
-        r"DSC mean (\d\.\d{3}) \(95 % interval (\d\.\d{3}) to (\d\.\d{3})\), median (\d\.\d{3}), "
+        r"DSC mean (\d\.\d{3}) \(lowest (\d\.\d{3}), highest (\d\.\d{3})\), median (\d\.\d{3}), "
         r"n = (\d+)"
     )
-    (found,) = re.findall(pattern, said)
-    mean, low, high, median = map(float, found[:4])
-    assert int(found[4]) == len(unseen) == 10
-    assert mean == pytest.approx(np.mean(unseen), abs=6e-4) and low <= mean <= high
+    ((mean, low, high, median, count),) = re.findall(pattern, said)
+    assert int(count) == len(unseen) == 10
+    mean, low, high, median = map(float, (mean, low, high, median))
+    assert mean == pytest.approx(np.mean(unseen), abs=6e-4)
+    assert [low, high] == pytest.approx([min(unseen), max(unseen)], abs=6e-4)
     assert median == pytest.approx(np.median(unseen), abs=6e-4)
     marked = [line.split()[0] for line in said.splitlines() if line.endswith("*")]
     assert marked == TRAINED_ON and "12 of 12 cases segmented" in said
