@@ -19,9 +19,11 @@ PREDICTIONS/<case>.gif animates them. A volume file gets one mask on its own gri
 TIFFs, PREDICTIONS/<case>_mask.nii.gz. volumes.csv has a row per case: what was found, its volume,
 the expected DSC, and a warning if the mask needs checking or the case could not be read. If cases
 have masks, metrics.csv and a figure of sorted DSCs are written too, with the cases that the weights
-were trained on marked. Both tables keep the rows of other cases; their last column names the
-weights and settings that made each mask. args.json records how the last run was made. Files that
-this program did not write are never replaced, and only one run at a time writes to a folder.
+were trained on marked. For patients with two or more dated scans, growth.csv has the mean tumour
+diameter, its changes and mm a year, with intervals (brainseg/growth.py). Tables keep the rows of
+other cases; their last column names the weights and settings that made each mask. args.json records
+how the last run was made. Files that this program did not write are never replaced, and only one
+run at a time writes to a folder.
 
 --probabilities adds <case>_probability.nii.gz (float32) or <case>_<k>_probability.tif and, for an
 ensemble, _disagreement: the standard deviation over its networks. --dicom-seg adds <case>_seg.dcm.
@@ -41,6 +43,7 @@ from tqdm import tqdm
 
 import cli
 from brainseg import distributed
+from brainseg.io.dates import read_dates
 from brainseg.io.dicom_seg import holds_dicom
 from brainseg.io.files import (
     PROGRAM,
@@ -60,6 +63,7 @@ from brainseg.optional import import_optional
 from brainseg.pipeline import Outputs, Result, segment_all
 from brainseg.quality import FITTED_WITH
 from brainseg.reports.cohort import save_cohort
+from brainseg.reports.growth import growth_section, growth_table
 from brainseg.reports.page import check_page
 from brainseg.reports.scores import scores_text
 from brainseg.reports.volumes import check_kept, read_volumes, volumes_table
@@ -71,6 +75,7 @@ from brainseg.splits import (
     select_cases,
     with_patients,
 )
+from brainseg.visits import Patient, follow_all
 from brainseg.weights import shipped_weights
 
 SAVE_EVERY = 5.0  # seconds between writings of the tables
@@ -84,10 +89,14 @@ def get_parser() -> argparse.ArgumentParser:
     add("--flair", type=Path, help="instead of --images: the FLAIR sequence of one scan")
     add("--pre", type=Path, help="with --flair: pre-contrast, on any grid (FLAIR)")
     add("--post", type=Path, help="with --flair: post-contrast, on any grid (FLAIR)")
-    add("--register", action="store_true", help="register the other sequences to FLAIR")
+    add("--register", action=argparse.BooleanOptionalAction,
+        help="register the other sequences to FLAIR; --no-register: nor a patient's scans to the "
+        "first of them")
     add("--subset", type=str, default="all", help=f"all, {', '.join(SUBSETS)}")
     add("--cases", type=str, nargs="+", help="only these cases")
     cli.add_cohort_options(add)
+    add("--dates", type=Path,
+        help="CSV with the columns case and date (DICOM headers, BIDS tables, names)")
     add("--skip-existing", action="store_true",
         help="keep the masks that an earlier run made with these weights and settings")
     add("--weights", type=Path, nargs="+",
@@ -132,6 +141,7 @@ def run(args: argparse.Namespace, options: dict) -> int:
         segmenter = Segmenter.from_weights(weights, **options)
         sources = list_sources(args)
         check_outputs(sources, args.predictions, args.figure, args.report, args.dicom_seg)
+    dates = read_dates(args.dates) if args.dates else {}
     record = cli.provenance(args)
     record["weights"] = {str(file): digest for file, digest in segmenter.hashes.items()}
     record["settings"] = {name: getattr(segmenter, name) for name in ("image_size", *FITTED_WITH)}
@@ -146,11 +156,18 @@ def run(args: argparse.Namespace, options: dict) -> int:
         if distributed.is_main_process():
             write_json(args.predictions / "args.json", record)
         workers = distributed.rank_workers(args.workers)
-        done = segment(sources, segmenter, outputs, workers, args.register)
+        done = segment(sources, segmenter, outputs, workers, bool(args.register))
         check_labels(sources[0].labels)
         if distributed.is_main_process():
             network = f"{' '.join(map(str, weights))} by {segmenter.runtime}"
-            report(done, network, args.predictions, args.figure, args.report, record)
+            measured = [result.volumes for result in done if result.volumes["slices"]]
+            errors = (segmenter.expected_dsc_fit or {}).get("volume_errors")
+            register = args.register is not False
+            patients, notes = follow_all(
+                sources, measured, args.predictions, dates, errors, register, workers
+            )
+            write_growth(patients, notes, args.predictions / "growth.csv", segmenter.run)
+            report(done, patients, network, args.predictions, args.figure, args.report, record)
     return sum(result.error != "" for result in done)
 
 
@@ -248,6 +265,18 @@ def write_tables(done: list[Result], outputs: Outputs) -> None:
     update_table(outputs.folder / "metrics.csv", scores)
 
 
+def write_growth(patients: Sequence[Patient], notes: Sequence[str], path: Path, run: str) -> None:
+    """Write the rows of patients with several scans to growth.csv, and say what was left out."""
+    for note in notes:
+        print(note, file=sys.stderr)
+    rows: dict[str, dict | None] = {}
+    for patient in patients:
+        for row in patient.rows:
+            rows[row["case"]] = row | {RUN: run}
+    if rows:
+        update_table(path, rows)
+
+
 def check_outputs(
     sources: Sequence[Source | Case], predictions: Path, figure: Path, page: Path | None, seg: bool
 ) -> None:
@@ -263,11 +292,11 @@ def check_outputs(
         raise ValueError(f"{figure}: --figure must be a .png, .pdf, .svg or .jpg file")
     if page:
         check_page(page)
-    tables = predictions / "volumes.csv", predictions / "metrics.csv"
-    for path in (figure, predictions / "args.json", *tables):
-        check_ours(path)
-    for path in tables:
-        read_table(path)
+    for name in ("volumes.csv", "metrics.csv", "growth.csv"):
+        check_ours(predictions / name)
+        read_table(predictions / name)
+    check_ours(figure)
+    check_ours(predictions / "args.json")
     if seg:
         import_optional("highdicom", "--dicom-seg", "dicom")
         if not any(holds_dicom(source.folder) for source in sources):
@@ -281,7 +310,13 @@ def check_outputs(
 
 
 def report(
-    done: list[Result], network: str, folder: Path, figure: Path, page: Path | None, record: dict
+    done: list[Result],
+    patients: Sequence[Patient],
+    network: str,
+    folder: Path,
+    figure: Path,
+    page: Path | None,
+    record: dict,
 ) -> None:
     """Print the tables and a summary that names the `network`; draw the figure and the page."""
     rows = [result.volumes for result in done]
@@ -294,8 +329,11 @@ def report(
         marked = [row["case"] for row in scores if row["trained_on"]]
         save_dsc_figure(figure, {row["case"]: row["dsc"] for row in scores}, marked)
         print(f"table: {folder / 'metrics.csv'}   figure: {figure}")
+    if patients:
+        print(growth_table(patients, folder / "growth.csv").as_text(), end="\n\n")
     if page:
-        save_cohort(page, rows, [result.thumbnail for result in done], record)
+        sections = [growth_section(patient) for patient in patients]
+        save_cohort(page, rows, [result.thumbnail for result in done], record, sections)
         print(f"report: {page}")
     count = Counter(result.state for result in done)
     line = f"{count['segmented']} of {len(done)} cases segmented with {network}"

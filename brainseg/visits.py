@@ -69,7 +69,7 @@ class Patient:
 
 def follow_all(
     sources: Sequence[Source | Case],
-    rows: Mapping[str, dict],
+    measured: Sequence[dict],
     folder: Path,
     dates: Mapping[str, datetime.date],
     errors: dict | None,
@@ -78,12 +78,13 @@ def follow_all(
 ) -> tuple[list[Patient], list[str]]:
     """Measure the growth of every patient with two or more scans, from the masks in `folder`.
 
-    `rows` are those of volumes.csv, by case; cases that could not be read must not be in it. Also
-    returns sentences on what was left out. For `dates` and `errors`, see `in_order_of_time` and
+    `measured` are the rows of volumes.csv of the cases that could be read. Also returns sentences
+    on what was left out. For `dates` and `errors`, see `in_order_of_time` and
     `follow`.
     """
     cases: dict[str, list[Case]] = {}
-    counts = Counter(row["patient"] for row in rows.values())
+    rows = {row["case"]: row for row in measured}
+    counts = Counter(row["patient"] for row in measured)
     unreadable = []
     for source in sources:
         patient = rows[source.name]["patient"] if source.name in rows else ""

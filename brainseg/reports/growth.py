@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,6 +17,8 @@ import numpy as np
 from ..growth import YEAR, rate_until
 from ..io.pictures import new_figure
 from ..visits import Patient, View
+from .page import Table
+from .volumes import PRINTED
 
 if TYPE_CHECKING:  # slow to import
     from matplotlib.axes import Axes
@@ -68,6 +71,22 @@ def rate_text(patient: Patient) -> str:
     if not np.isnan(rate.low):
         text += f" (80 % interval {rate.low:+.1f} to {rate.high:+.1f})"
     return text
+
+
+def growth_table(patients: Sequence[Patient], path: Path) -> Table:
+    """Make the short table that a run prints; `path` holds all of it."""
+    rows = []
+    for patient in patients[:PRINTED]:
+        first, last = patient.visits[0], patient.visits[-1]
+        since = f"{first.date or first.case} to {last.date or last.case}"
+        change = _change_text(patient.rows[-1], "first")
+        rows.append([patient.name, str(len(patient.visits)), since, change, rate_text(patient)])
+    note = ""
+    if len(patients) > PRINTED:
+        note = f"... and {len(patients) - PRINTED} more in {path}"
+    title = "Growth: 1 patient" if len(patients) == 1 else f"Growth: {len(patients)} patients"
+    header = ["patient", "scans", "from", "volume since the first", "mean tumour diameter"]
+    return Table(title, header, rows, note, left=(0, 2, 3, 4))
 
 
 def growth_section(patient: Patient) -> dict:
