@@ -1,6 +1,7 @@
 """Make the README's pictures from phantoms that the demo's network has not seen.
 
 make demo && .venv/bin/python -m assets.make
+.venv/bin/python -m assets.make growth                              # growth.png: shipped weights
 python3 app.py & python3 -m assets.make http://127.0.0.1:7860       # those of the page (playwright)
 
 folds_dsc.png and folds_expected.png are scores.png and expected_dsc.png of evaluate.py, with
@@ -8,6 +9,7 @@ folds_dsc.png and folds_expected.png are scores.png and expected_dsc.png of eval
 into its cards.
 """
 
+import datetime
 import shutil
 import sys
 import tempfile
@@ -16,9 +18,15 @@ from pathlib import Path
 import imageio.v3 as iio
 import numpy as np
 
-from brainseg.io.pictures import outline, to_grey
+from brainseg.io.layouts import find_case
+from brainseg.io.pictures import outline, save_figure, to_grey
 from brainseg.phantom import make_volume
+from brainseg.phantom_patients import write_patients
+from brainseg.reports.growth import growth_figure
+from brainseg.reports.volumes import volume_row
 from brainseg.segmenter import Segmenter
+from brainseg.visits import Measured, follow
+from brainseg.weights import shipped_weights
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -35,6 +43,26 @@ def main() -> None:
         largest = truth.sum(axis=(1, 2)).argsort()[-SHOWN:]
         rows.append(np.concatenate(pictures[np.sort(largest)], axis=1))
     iio.imwrite(ROOT / "assets" / "outlines.png", np.concatenate(rows))
+
+
+def growth() -> None:
+    """The growth of a phantom patient's lesion, by the masks of the shipped weights."""
+    segmenter = Segmenter.from_weights(shipped_weights("unet"))
+    fit = segmenter.expected_dsc_fit
+    assert fit is not None
+    scans = []
+    with tempfile.TemporaryDirectory() as folder:
+        write_patients(Path(folder), patients=1, scans=4, growth=4, size=160, seed=3)
+        for path in sorted(Path(folder).glob("*_mask.nii.gz")):
+            case = find_case(path.with_name(path.name.replace("_mask", "")))
+            volume = case.read()
+            images, frame = segmenter.preprocess(volume, case.aspect)
+            found = segmenter.assess(segmenter.probabilities(images), frame)
+            row = volume_row(case, volume, found.mask, found.expected)
+            day = datetime.date.fromisoformat(case.name.rpartition("_")[2])
+            scans.append((Measured(case, found.mask, row), day))
+        patient, _ = follow(scans, fit["volume_errors"])
+    save_figure(ROOT / "assets" / "growth.png", growth_figure(patient), dpi=90)
 
 
 def screenshots(url: str) -> None:
@@ -80,4 +108,9 @@ def write_phantom(folder: Path, seed: int) -> tuple[Path, Path]:
 
 
 if __name__ == "__main__":
-    screenshots(sys.argv[1]) if sys.argv[1:] else main()
+    if sys.argv[1:] == ["growth"]:
+        growth()
+    elif sys.argv[1:]:
+        screenshots(sys.argv[1])
+    else:
+        main()

@@ -1,13 +1,18 @@
 """The dates of scans, the scans of a patient in order, and their registration to the first."""
 
+import csv
 import datetime
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import nibabel
 import numpy as np
 import pytest
+from conftest import ROOT, make_weights
 
+import inference
+from brainseg import phantom, phantom_patients
 from brainseg.growth import growth_rows
 from brainseg.io.dates import date_of, parse_date, read_dates, timepoint
 from brainseg.io.layouts import find_case, list_cases
@@ -17,6 +22,7 @@ from brainseg.reports.growth import growth_picture, rate_text
 from brainseg.reports.volumes import volume_row
 from brainseg.visits import Measured, follow, in_order_of_time
 
+COARSE = 64, 48  # rows and slices of the heads before they are scanned, to save time
 ERRORS = {"interval": [-2.3, 2.6]}
 EXPECTED = 0.9, 0.85, 0.95
 
@@ -183,7 +189,9 @@ def test_two_patients_under_one_name_are_left_out():
 def patient(tmp_path_factory) -> list[tuple[Measured, datetime.date]]:
     """Return three scans of a phantom patient with their true masks, the last of another one."""
     folder = tmp_path_factory.mktemp("patients")
-    write_patients(folder, patients=1, scans=3, growth=8, size=64)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(phantom_patients, "DETAIL", COARSE)
+        write_patients(folder, patients=1, scans=3, growth=8, size=64)
     scans = []
     for path in sorted(folder.glob("*_mask.nii.gz")):
         scan = find_case(path.with_name(path.name.replace("_mask", "")))
@@ -265,3 +273,81 @@ def test_lesion_of_a_phantom_has_its_volume():
     voxels, mask, grid = scan_head(np.random.default_rng(0), head.with_lesion(20.0), 64)
     assert voxels.shape[:3] == mask.shape == grid.shape
     assert mask.sum() * np.prod(grid.spacing) / 1000 == pytest.approx(20, rel=0.06)
+
+
+# The whole program
+
+
+@pytest.fixture(scope="module")
+def cohort(tmp_path_factory) -> Path:
+    """Return a folder with images of two phantom patients, and weights with a fit in their card."""
+    root = tmp_path_factory.mktemp("growth")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(phantom_patients, "DETAIL", COARSE)
+        write_patients(root / "images", patients=2, scans=2, growth=4, size=48)
+    weights = make_weights(root / "unet.pt")
+    shipped = next((ROOT / "weights" / "unet-folds").glob("*.json"))
+    fit = json.loads(shipped.read_text())["expected_dsc"] | {"min_volume": 0, "tta": False}
+    card = json.loads(weights.with_suffix(".json").read_text()) | {"expected_dsc": fit}
+    weights.with_suffix(".json").write_text(json.dumps(card))
+    return root
+
+
+def run(cohort: Path, out: Path, *flags: object) -> dict[str, dict[str, str]]:
+    """Run inference.py; return growth.csv by case."""
+    argv = ["--images", cohort / "images", "--weights", cohort / "unet.pt", "--predictions", out]
+    argv += ["--figure", out.with_suffix(".png"), "--device", "cpu", "--workers", 1, *flags]
+    inference.main([*map(str, argv)])
+    with open(out / "growth.csv", newline="") as file:
+        return {row["case"]: row for row in csv.DictReader(file)}
+
+
+def test_growth_of_a_cohort(cohort, tmp_path, capsys):
+    page = tmp_path / "page.html"
+    rows = run(cohort, tmp_path / "out", "--report", page)
+    names = sorted(path.name[:-7] for path in (cohort / "images").glob("*[0-9].nii.gz"))
+    assert sorted(rows) == names
+    later = rows[names[1]]
+    assert later["patient"] == "phantom_000" and int(later["days"]) >= 120
+    low, value, high = (float(later[f"mm_per_year{end}"]) for end in ("_low", "", "_high"))
+    assert low < value < high
+    with open(tmp_path / "out" / "volumes.csv", newline="") as file:
+        volumes = {row["case"]: row for row in csv.DictReader(file)}
+    assert later["lesion_ml"] == volumes[names[1]]["lesion_ml"]
+    said = capsys.readouterr().out
+    assert "Growth: 2 patients" in said and "mm a year" in said
+    text = page.read_text()
+    assert text.count('class="growth"') == 2 and "phantom_001:" in text
+    for verdict in ("progress", "respon", "stable"):
+        assert verdict not in text.partition("</style>")[2].lower()
+
+    # Dates by a table, and the rows of other patients stay.
+    dates = tmp_path / "dates.csv"
+    dates.write_text(f"case,date\n{names[1]},2020-01-01\n")
+    again = run(cohort, tmp_path / "out", "--cases", *names[:2], "--dates", dates, "--no-register")
+    assert again[names[1]]["date"] == "2020-01-01" and again[names[2]] == rows[names[2]]
+    assert f"{names[1]}: 2020-01-01 by --dates, but" in capsys.readouterr().err
+
+    # The settings of a run repeat it.
+    inference.main(["--config", str(tmp_path / "out" / "args.json")])
+
+
+def test_table_of_dates_is_read_before_the_long_work(cohort, tmp_path):
+    dates = tmp_path / "dates.csv"
+    dates.write_text("case,date\na,2014-02-30\n")
+    with pytest.raises(SystemExit, match="dates.csv: a: the date '2014-02-30' is not in"):
+        run(cohort, tmp_path / "out", "--dates", dates)
+    assert not (tmp_path / "out" / "volumes.csv").exists()
+
+
+def test_phantom_patients_of_the_command_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(phantom_patients, "DETAIL", COARSE)
+    phantom.main([str(tmp_path / "p"), "--patients", "1", "--scans", "2", "--size", "32"])
+    assert len(list((tmp_path / "p").glob("*_mask.nii.gz"))) == 2
+    with open(tmp_path / "p" / "truth.csv", newline="") as file:
+        first, second = csv.DictReader(file)
+    days = day(second["case"][-10:]) - day(first["case"][-10:])
+    grown = float(second["diameter_mm"]) - float(first["diameter_mm"])
+    assert grown == pytest.approx(4 * days.days / 365.25, abs=1e-3)
+    with pytest.raises(SystemExit):
+        phantom.main([str(tmp_path / "q"), "--patients", "1", "--scans", "1"])

@@ -1,5 +1,5 @@
 // Sorts the cards and the table of a cohort, and hides the cases that need no look.
-const body = document.querySelector("tbody"), cases = document.querySelector("#cases");
+const body = document.querySelector("#rows"), cases = document.querySelector("#cases");
 const heads = [...document.querySelectorAll("th[data-key]")];
 const sorts = [...document.querySelectorAll(".bar button")];
 function sort(key, down) {
