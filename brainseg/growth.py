@@ -25,7 +25,7 @@ LEAST_DAYS = 90  # between the first and last scan of a rate
 YEAR = 365.25  # days
 SIGMA = 1.2816  # half of an 80 % interval of a normal distribution, in standard deviations
 ALIKE = 1.5  # the ratio of pixel sizes or slice thicknesses up to which scans are comparable
-WITHIN = "within the error"
+WITHIN, BEYOND = "within the error", "beyond the error"
 
 
 @dataclass(frozen=True)
@@ -222,8 +222,8 @@ def _change(name: str, visit: Visit, earlier: Visit | None) -> dict:
     if earlier:
         ml = difference(visit.volume, earlier.volume)
         percent = percent_change(visit.volume, earlier.volume)
-        if ml.holds_zero or percent.holds_zero:
-            said = WITHIN
+        if not math.isnan(percent.low):
+            said = WITHIN if ml.holds_zero or percent.holds_zero else BEYOND
     columns = _columns(f"ml_since_{name}", ml) | _columns(f"percent_since_{name}", percent)
     return columns | {f"since_{name}": said}
 

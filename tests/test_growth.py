@@ -231,8 +231,8 @@ def test_rows_of_three_scans():
     )
     assert [row["days"] for row in rows] == [0, 181, 365]
     assert rows[0]["ml_since_previous"] is None and rows[0]["mm_per_year"] is None
-    assert rows[1]["since_previous"] == "within the error" and rows[1]["since_first"]
-    assert rows[2]["since_previous"] == rows[2]["since_first"] == ""
+    assert rows[1]["since_previous"] == rows[1]["since_first"] == "within the error"
+    assert rows[2]["since_previous"] == rows[2]["since_first"] == "beyond the error"
     assert rows[2]["ml_since_previous"] == pytest.approx(5.5)
     assert rows[2]["percent_since_first"] == pytest.approx(60)
     assert rows[2]["mm_per_year_low"] < rows[2]["mm_per_year"] < rows[2]["mm_per_year_high"]
@@ -272,4 +272,5 @@ def test_empty_mask_has_no_part_in_the_rate():
     rows = growth_rows([visit("2014-01-01", 10), empty, visit("2015-01-01", 16)])
     assert rows[1]["diameter_mm"] == 0 and rows[1]["lesion_ml_low"] is None
     assert rows[1]["percent_since_first"] is None and rows[1]["mm_per_year"] is None
+    assert rows[1]["since_first"] == ""
     assert rows[2]["mm_per_year"] == pytest.approx(mean_diameter(16) - mean_diameter(10), rel=0.01)

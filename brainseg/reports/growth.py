@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..growth import YEAR, rate_until
+from ..growth import WITHIN, YEAR, rate_until
 from ..io.pictures import new_figure
 from ..visits import Patient, View
 from .page import Table
@@ -116,8 +116,8 @@ def _change_text(row: dict, name: str) -> str:
     text = f"{row[column]:+.0f} %"
     if row[f"{column}_low"] is not None:
         text += f" ({row[f'{column}_low']:+.0f} to {row[f'{column}_high']:+.0f})"
-    if row[f"since_{name}"]:
-        text += f", {row[f'since_{name}']}"
+    if row[f"since_{name}"] == WITHIN:
+        text += f", {WITHIN}"
     return text
 
 
