@@ -56,7 +56,8 @@ from brainseg.io.files import (
     write_json,
 )
 from brainseg.io.labels import NO_LESION, Labels
-from brainseg.io.layouts import Source, find_sequences
+from brainseg.io.layouts import Source
+from brainseg.io.opening import find_sequences
 from brainseg.io.pictures import save_dsc_figure
 from brainseg.io.slices import Case
 from brainseg.optional import import_optional
@@ -219,8 +220,8 @@ def plan_outputs(
 
 def check_labels(labels: Labels) -> None:
     """Raise ValueError if a requested label is in none of the masks that the ranks have read."""
-    for of_rank in distributed.gather([labels.found]):
-        labels.found.update(of_rank)
+    for of_rank in distributed.gather([labels.by_case]):
+        labels.by_case.update(of_rank)
     labels.check()
 
 

@@ -248,7 +248,7 @@ def _make_entry(
     about = {
         "fingerprint": fingerprint,
         "source": str(case.folder.resolve()),
-        "labels": case.labels.found.get(case.name, []),
+        "labels": case.labels.by_case.get(case.name, []),
         "frame": asdict(frame),
     }
     try:

@@ -15,7 +15,7 @@ from typing import IO, NamedTuple
 
 from brainseg.io.files import disk_is_full
 from brainseg.io.formats import SUFFIXES, is_scan, scan_name
-from brainseg.io.layouts import find_case, find_sequences
+from brainseg.io.opening import find_case, find_sequences
 from brainseg.io.slices import SLICE_NAME, Case
 
 MIB = 2**20

@@ -358,7 +358,7 @@ def test_labels_stored_with_a_scale_are_whole(labelled, dtype, capsys):
         case = list_cases(root, labels=labels_of_run)[0].open()
         wanted = np.isin(labels, chosen or (1, 2, 4))
         assert np.array_equal(case.read_mask(), wanted)
-        assert labels_of_run.found == {"c1": [1, 2, 4]}
+        assert labels_of_run.by_case == {"c1": [1, 2, 4]}
 
 
 def grown(mask: np.ndarray, factor: float) -> np.ndarray:
@@ -407,7 +407,7 @@ def test_many_labels_stay_labels(labels, capsys):
     mask = areas(labels)
     run = Labels()
     assert np.array_equal(run.lesion(mask, "m", HERE), mask > 0)
-    assert run.found == {"m": list(labels)}
+    assert run.by_case == {"m": list(labels)}
     assert "its mask holds the labels" in capsys.readouterr().err
     chosen = labels[2]
     assert np.array_equal(Labels([chosen]).lesion(mask, "m", HERE), mask == chosen)

@@ -28,7 +28,8 @@ from pydicom import uid
 
 import inference
 from brainseg.io.files import MARK
-from brainseg.io.layouts import find_cases, find_sequences
+from brainseg.io.layouts import find_cases
+from brainseg.io.opening import find_sequences
 from brainseg.io.scans import Scan
 
 # The phantom FLAIR: 16 axial slices of 96 x 96, 6 mm apart, of pixels of 2 x 2 mm.

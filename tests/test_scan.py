@@ -17,7 +17,8 @@ from pydicom.uid import EnhancedMRImageStorage, ExplicitVRLittleEndian, MRImageS
 
 import inference
 from brainseg.io.grid import Grid
-from brainseg.io.layouts import find_case, find_cases, find_sequences, list_cases
+from brainseg.io.layouts import find_case, find_cases, list_cases
+from brainseg.io.opening import find_sequences
 from brainseg.io.scans import Scan, read_voxels
 from brainseg.phantom import make_volume, write_data_set
 from brainseg.segmenter import Segmenter

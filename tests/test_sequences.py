@@ -11,7 +11,8 @@ from conftest import make_weights
 from test_scan import edit, infer, read, write, write_series
 
 from brainseg.io.grid import Grid
-from brainseg.io.layouts import find_case, find_cases, find_sequences, list_cases
+from brainseg.io.layouts import find_case, find_cases, list_cases
+from brainseg.io.opening import find_sequences
 from brainseg.io.registration import foreground_points, move, register
 from brainseg.io.scans import registered
 from brainseg.metrics import dsc

@@ -13,11 +13,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import NamedTuple
 
 from .formats import is_scan, scan_name
 from .truth import OTHER_MASK
 
 Patterns = tuple[str, ...]  # the first that matches any file is used
+
+
+class Sequences(NamedTuple):
+    """The files of a case; None for those that are missing."""
+
+    flair: Path
+    pre: Path | None
+    post: Path | None
+    mask: Path | None
 
 
 @dataclass(frozen=True)
@@ -36,15 +46,24 @@ class Layout:
 
         The mask and the contrast-enhanced T1 have narrower patterns, so they come first.
         """
-        found: dict[str, list[Path]] = {}
+        files: dict[str, list[Path]] = {}
+        taken: set[Path] = set()
         for role in ("mask", "post", "flair", "pre"):
-            taken = [path for paths in found.values() for path in paths]
-            fitting = (_fitting(pattern, folder, root) for pattern in getattr(self, role))
-            left = ([path for path in paths if path not in taken] for paths in fitting)
-            if role == "mask" and not self.of_user:
-                left = ([p for p in paths if not OTHER_MASK.search(p.name)] for paths in left)
-            found[role] = next(filter(None, left), [])
-        return found
+            files[role] = []
+            for pattern in getattr(self, role):
+                for path in _fitting(pattern, folder, root):
+                    is_other = role == "mask" and not self.of_user and OTHER_MASK.search(path.name)
+                    if path not in taken and not is_other:
+                        files[role].append(path)
+                if files[role]:
+                    break
+            taken.update(files[role])
+        return files
+
+    def fits(self, folder: Path, root: Path) -> bool:
+        """Tell whether a folder holds a sequence of a case."""
+        files = self.files(folder, root)
+        return any(files[role] for role in ("flair", "pre", "post"))
 
 
 def _brain_lesion(*places: str) -> Patterns:
@@ -92,31 +111,45 @@ def parse_sequences(texts: Sequence[str] | None) -> Layout | None:
     return Layout("--sequences", **patterns, of_user=True)
 
 
-def sequences_in(
-    folder: Path, root: Path, layout: Layout | None = None
-) -> dict[str, Path | None] | None:
-    """Find the file of each sequence of a case and of its mask, None for those that are missing.
+def sequences_in(folder: Path, root: Path) -> Sequences | None:
+    """Find the sequences of a case by the layout in LAYOUTS that finds the most.
 
-    Without a `layout`, uses the one in LAYOUTS that finds the most; None if no FLAIR is found.
-    Raises ValueError, naming the files, if two match one sequence or a given layout finds no FLAIR.
+    Returns None if it finds no FLAIR. Raises ValueError, naming the files, if two match.
     """
-    tried = [(chosen, chosen.files(folder, root)) for chosen in ([layout] if layout else LAYOUTS)]
-    chosen, files = max(tried, key=lambda item: sum(map(bool, item[1].values())))
-    if not layout and not files["flair"]:
+    matching = [layout.files(folder, root) for layout in LAYOUTS]
+    counts = [sum(map(bool, files.values())) for files in matching]
+    most = counts.index(max(counts))
+    if not matching[most]["flair"]:
         return None
+    return _one_of_each(folder, LAYOUTS[most], matching[most])
+
+
+def find_in_layout(folder: Path, root: Path, layout: Layout) -> Sequences:
+    """Find the sequences of a case by a layout; ValueError unless it finds FLAIR."""
+    return _one_of_each(folder, layout, layout.files(folder, root))
+
+
+def _one_of_each(folder: Path, layout: Layout, matching: dict[str, list[Path]]) -> Sequences:
+    """Return the one file of each sequence among those that match.
+
+    Raises ValueError, naming the files, if two match one pattern, or none matches that of FLAIR.
+    """
+    files: dict[str, Path | None] = {}
     for role in ROLES:
-        patterns = getattr(chosen, role)
+        paths, patterns = matching[role], getattr(layout, role)
         shown = f"{role}={patterns[0]}" if patterns else role
-        if not files[role] and role == "flair":
-            remedy = "change --sequences" if chosen.of_user else "name it with --sequences"
-            raise ValueError(f"{folder}: no file matches {shown} ({chosen.name}); {remedy}")
-        if len(files[role]) > 1:
-            first, second = (_below(path, folder) for path in files[role][:2])
+        if not paths and role == "flair":
+            remedy = "change --sequences" if layout.of_user else "name it with --sequences"
+            raise ValueError(f"{folder}: no file matches {shown} ({layout.name}); {remedy}")
+        if len(paths) > 1:
+            first, second = _below(paths[0], folder), _below(paths[1], folder)
             raise ValueError(
-                f"{folder}: {first} and {second} both match {shown} ({chosen.name}); choose one "
+                f"{folder}: {first} and {second} both match {shown} ({layout.name}); choose one "
                 "with --sequences"
             )
-    return {role: paths[0] if paths else None for role, paths in files.items()}
+        files[role] = paths[0] if paths else None
+    assert files["flair"] is not None
+    return Sequences(files["flair"], files["pre"], files["post"], files["mask"])
 
 
 def absolute(path: Path) -> Path:
@@ -130,14 +163,14 @@ def _fitting(pattern: str, folder: Path, root: Path) -> list[Path]:
     for name, place in places.items():
         pattern = pattern.replace(f"{{{name}}}", glob.escape(str(place)))
     where, _, wanted = pattern.rpartition("/")
-    found = []
-    for directory in sorted(glob.glob(str(Path(glob.escape(str(folder)), where)))):
-        for path in sorted(Path(directory).iterdir()) if Path(directory).is_dir() else ():
-            names = {path.name.lower(), scan_name(path).lower()}
-            fits = any(fnmatch(name, wanted.lower()) for name in names)
+    wanted = wanted.lower()
+    fitting = []
+    for directory in map(Path, sorted(glob.glob(str(Path(glob.escape(str(folder)), where))))):
+        for path in sorted(directory.iterdir()) if directory.is_dir() else ():
+            fits = fnmatch(path.name.lower(), wanted) or fnmatch(scan_name(path).lower(), wanted)
             if fits and path.name[0] != "." and is_scan(path):
-                found.append(path)
-    return found
+                fitting.append(path)
+    return fitting
 
 
 def _below(path: Path, folder: Path) -> Path:

@@ -6,7 +6,7 @@ import filecmp
 import os
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -60,6 +60,10 @@ class Series:
     def words(self) -> str:
         return text(self.header, "SeriesDescription") or text(self.header, "ProtocolName")
 
+    @property
+    def quoted(self) -> str:
+        return repr(self.words or "no description")
+
     @cached_property
     def sequence(self) -> str:
         """Return one of SEQUENCES, "other" or "doubtful"; see `sequence_of`."""
@@ -82,12 +86,11 @@ class Series:
         if agent:
             facts.append(f"agent {agent}")
         place = os.path.relpath(self.path, folder) if self.path != folder else self.name
-        return f"{place} = {self.words or 'no description'!r} ({', '.join(facts)})"
+        return f"{place} = {self.quoted} ({', '.join(facts)})"
 
 
 File = Path | Series  # of a volume
 Image = tuple[Path, Dataset]  # a file, and the fields in IDENTITY
-Skip = Callable[[Path], bool]
 
 
 def series_or_file(path: File) -> File:
@@ -102,12 +105,12 @@ def series_or_file(path: File) -> File:
 
 @quiet  # here rather than for each field of many files
 def find_images(
-    folder: Path, skip: Skip | None = None, deep: bool = True
+    folder: Path, skip: Collection[Path] = (), deep: bool = True
 ) -> tuple[list[Image], list[Path]]:
     """Find the DICOM images in a folder and, if `deep`, below it; also list those damaged.
 
     Reads a part of each header. Files that hold no image, such as reports, are passed over, and
-    so are folders for which `skip` is true.
+    so are the folders to `skip`.
     """
     images, damaged = [], []
     for paths in _files_by_folder(folder, skip, deep):
@@ -134,7 +137,7 @@ def _was_image(path: Path) -> bool:
     return path.is_file() and path.stat().st_size <= 128 and not any(path.read_bytes())
 
 
-def _files_by_folder(top: Path, skip: Skip | None, deep: bool) -> Iterator[list[Path]]:
+def _files_by_folder(top: Path, skip: Collection[Path], deep: bool) -> Iterator[list[Path]]:
     """Yield the files of a folder and then, if `deep`, of those below it, sorted by name.
 
     Hidden files and folders are left out, and links back to a folder above them.
@@ -152,8 +155,7 @@ def _files_by_folder(top: Path, skip: Skip | None, deep: bool) -> Iterator[list[
         folders.clear()  # os.walk enters what is left in it
         for each in candidates:
             path = folder / each
-            is_new = each[0] not in "._" and path.resolve() not in above
-            if is_new and not (skip and skip(path)):
+            if each[0] not in "._" and path not in skip and path.resolve() not in above:
                 folders.append(each)
 
 

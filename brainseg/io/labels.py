@@ -26,7 +26,7 @@ class Labels:
 
     def __init__(self, chosen: Iterable[int] | None = None):
         self.chosen = tuple(sorted(set(chosen or ())))
-        self.found: dict[str, list[int] | None] = {}  # None: grey edges instead of labels
+        self.by_case: dict[str, list[int] | None] = {}  # None: grey edges instead of labels
         self._said: set[str] = set()
 
     def lesion(self, mask: np.ndarray, case: str, path: Path) -> np.ndarray:
@@ -55,32 +55,33 @@ class Labels:
             )
         return lesion
 
-    def note(self, case: str, labels: Sequence[int] | None) -> None:
+    def note(self, case: str, labels: list[int] | None) -> None:
         """Record the labels in the mask of a case (None: grey edges); say once what follows."""
-        self.found[case] = labels
+        self.by_case[case] = labels
         if labels is None:
             text = "its mask has grey edges; such masks are cut at half of their maximum"
+            self._say_once("grey", f"{case}: {text}")
         elif len(labels) > 1 and not self.chosen:
             text = (
                 f"its mask holds the labels {_listed(labels)}; in every case any label above 0 "
                 "counts as lesion (choose with --labels)"
             )
-        else:
-            return
-        kind = "grey" if labels is None else "labels"
+            self._say_once("labels", f"{case}: {text}")
+
+    def _say_once(self, kind: str, text: str) -> None:
         if kind not in self._said:
             self._said.add(kind)
-            tqdm.write(f"{case}: {text}", file=sys.stderr)
+            tqdm.write(text, file=sys.stderr)
 
     def check(self) -> None:
         """Raise ValueError if a chosen label is in none of the masks read so far."""
         held = set()
-        for labels in self.found.values():
+        for labels in self.by_case.values():
             held.update(labels or ())
         missing = sorted(set(self.chosen) - held)
-        if self.found and missing:
+        if self.by_case and missing:
             raise ValueError(
-                f"--labels {missing[0]}: none of the {len(self.found)} masks read holds this "
+                f"--labels {missing[0]}: none of the {len(self.by_case)} masks read holds this "
                 f"label; they hold {_listed(sorted(held)) or 'no label above 0'}"
             )
 
@@ -101,15 +102,16 @@ def find_labels(mask: np.ndarray, path: Path) -> list[int] | None:
     largest = values[-1]
     if largest < 0.5:
         raise ValueError(f"{path}: its values end at {largest:.2g}; save it with lesion as 1")
-    whole = bool((np.abs(values - np.rint(values)) < NEAR).all())
-    labels = sorted({int(value) for value in np.rint(values) if value > 0})
-    if whole and (len(values) <= FEW or largest < SMALL):
+    rounded = np.rint(values)
+    are_whole = bool((np.abs(values - rounded) < NEAR).all())
+    labels = sorted({int(value) for value in rounded if value > 0})
+    if are_whole and (len(values) <= FEW or largest < SMALL):
         return labels
-    low, high = (0.3, 0.7) if whole else (0.1, 0.9)  # JPEG rings beyond the former
+    low, high = (0.3, 0.7) if are_whole else (0.1, 0.9)  # JPEG rings beyond the former
     middle = (mask > low * largest) & (mask < high * largest)
     lowest_around = minimum_filter(np.where(mask > NEAR, mask, largest), 3)
     amid = middle & (maximum_filter(mask, 3) == lowest_around)
-    if whole:  # of a few voxels, one may be so by chance
+    if are_whole:  # of a few voxels, one may be so by chance
         return labels if amid.sum() > AREAS * max(middle.sum(), 500) else None
     if largest > 1 + NEAR and amid.sum() > BLENDED * middle.sum():
         raise ValueError(f"{path}: its labels are blended; resize them by nearest neighbour")

@@ -8,16 +8,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ..preprocess import SEQUENCES
-from .cohorts import BIDS, Layout, absolute, sequences_in
+from .cohorts import BIDS, Layout, absolute
 from .described import DescribedCase, described_cases
-from .dicom import Series, find_images
+from .dicom import find_images
 from .formats import check_format, is_scan, scan_name
 from .labels import Labels
+from .opening import find_case, holds_case, holds_slices, is_one_case, open_study
 from .scans import Scan
-from .sequences import contradiction
-from .slices import SLICE_NAME, Case, errors_name, find_slices
-from .studies import Study, find_studies, sort_study
-from .truth import check_not_only_masks, mask_of, mask_words, say_lost_masks, volumes_in
+from .slices import Case, errors_name
+from .studies import Study, find_studies
+from .truth import check_not_only_masks, say_lost_masks, volumes_in
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Source:
         """Open the case without reading voxels; ValueError, naming the file, if it is unusable."""
         with errors_name(self.folder):
             if self.study:
-                case = _open_study(self.study)
+                case = open_study(self.study)
             elif self.described:
                 files, mask = self.described.files, self.described.mask
                 case = Scan.open(self.name, files, mask)
@@ -100,18 +100,24 @@ def list_cases(
             f"{root}: holds no case folder, no volume file, no DICOM image and no slice named "
             "<anything>_<number>.tif or .png; give the folder that holds the cases, or one case"
         )
-    sources = [replace(source, labels=labels or Labels()) for source in sources]
-    found = {}
+    by_name: dict[str, Source] = {}
     for source in sources:
-        if any("\udc80" <= letter <= "\udcff" for letter in str(source.folder)):
-            raise ValueError(f"{ascii(str(source.folder))}: its name is not UTF-8; rename it")
-        if (first := found.setdefault(source.name, source)) != source:
+        if labels:
+            source = replace(source, labels=labels)
+        folder = str(source.folder)
+        if folder.encode(errors="ignore").decode() != folder:
+            raise ValueError(f"{ascii(folder)}: its name is not UTF-8; rename it")
+        first = by_name.setdefault(source.name, source)
+        if first != source:
             raise ValueError(
                 f"{first.folder} and {source.folder.name} have the same case name; rename one"
             )
-    if missing := sorted(set(names or ()) - found.keys()):
+    if names is None:
+        return list(by_name.values())
+    missing = sorted(set(names) - by_name.keys())
+    if missing:
         raise ValueError(f"{root}: holds no case {missing[0]!r}; check the name")
-    return [source for source in sources if names is None or source.name in names]
+    return [source for source in by_name.values() if source.name in names]
 
 
 def check_channels(channels: Sequence[int] | None) -> tuple[int, ...]:
@@ -127,15 +133,16 @@ def check_channels(channels: Sequence[int] | None) -> tuple[int, ...]:
 def _sources_in(
     root: Path, other_than: Path | None, layout: Layout | None, picked: tuple[int, ...]
 ) -> list[Source]:
-    whole = absolute(root)
+    path = absolute(root)
     if not root.is_dir():
-        return [Source(scan_name(whole), whole, whole.parent, picked=picked)]
+        return [replace(_source(path), picked=picked)]
     if layout and not is_scan(root):
-        return _by_patterns(whole, other_than, layout)
-    described = described_cases(whole, picked)
+        return _by_patterns(path, other_than, layout)
+    described = described_cases(path, picked)
     if described is not None:
-        return [_described_source(case, whole) for case in described]
-    if sessions := _bids_sessions(whole):
+        return [_described_source(case, path) for case in described]
+    sessions = _bids_sessions(path)
+    if sessions:
         return sessions
     if (root / "images_structural").is_dir():  # UPENN-GBM: it has other folders beside this one
         root = root / "images_structural"
@@ -151,13 +158,16 @@ def _described_source(case: DescribedCase, root: Path) -> Source:
 
 def _bids_sessions(root: Path) -> list[Source]:
     """List the sessions of a BIDS data set, or of one subject if `root` is its folder."""
-    top, subjects = root, root.glob("sub-*")
+    top, subjects = root, sorted(root.glob("sub-*"))
     if root.name.startswith("sub-"):
         root = root.resolve()  # if it is a link, its masks are beside its target
         top, subjects = root.parent, [root]
-    anats = [anat for each in subjects for at in ("anat", "ses-*/anat") for anat in each.glob(at)]
-    folders = sorted(anat.parent for anat in anats if anat.is_dir())
-    return [Source("_".join(each.relative_to(top).parts), each, top, BIDS) for each in folders]
+    folders = []
+    for subject in subjects:
+        for anat in [*subject.glob("anat"), *subject.glob("ses-*/anat")]:
+            if anat.is_dir():
+                folders.append(anat.parent)
+    return [_source_below(top, folder, BIDS) for folder in sorted(folders)]
 
 
 def _by_patterns(root: Path, other_than: Path | None, layout: Layout) -> list[Source]:
@@ -166,36 +176,30 @@ def _by_patterns(root: Path, other_than: Path | None, layout: Layout) -> list[So
     Folders of volume files that match no pattern are listed too: opening them raises ValueError.
     Raises ValueError if nothing matches.
     """
-
-    def fits(folder: Path) -> bool:
-        files = layout.files(folder, root if folder != root else root.parent)
-        return any(files[role] for role in ("flair", "pre", "post"))
-
-    found, lacking = [], []  # opening a case reports what it lacks
+    matching, lacking = [], []
     for folder in _folders_in(root, other_than):
-        if fits(folder):
-            found.append(folder)
-        elif inner := [each for each in _folders_in(folder, other_than) if fits(each)]:
-            found += inner
-        elif volumes_in(folder) and not _belongs_to_mask(folder, root, layout):
+        if layout.fits(folder, root):
+            matching.append(folder)
+            continue
+        inner = [each for each in _folders_in(folder, other_than) if layout.fits(each, root)]
+        matching += inner
+        if not inner and volumes_in(folder) and not _belongs_to_mask(folder, root, layout):
             lacking.append(folder)
-    if not found and fits(root):
-        return [Source(root.name, root, root.parent, layout)]
-    if not found:
-        raise ValueError(
-            f"{root}: no file in its folders matches flair={layout.flair[0]}; change --sequences"
-        )
-    matched = [layout.files(folder, root) for folder in found]
-    for role in ("pre", "post", "mask"):
+    if not matching and layout.fits(root, root.parent):
+        return [_source_below(root.parent, root, layout)]
+    files = [layout.files(folder, root) for folder in matching]
+    roles = ("pre", "post", "mask") if matching else ("flair",)  # a case reports a lack of FLAIR
+    for role in roles:
         patterns = getattr(layout, role)
-        if patterns and not any(files[role] for files in matched):
+        if patterns and not any(by_role[role] for by_role in files):
             raise ValueError(
                 f"{root}: no file in its folders matches {role}={patterns[0]}; change --sequences"
             )
-    return [
-        Source("_".join(folder.relative_to(root).parts), folder, root, layout)
-        for folder in sorted(found + lacking)
-    ]
+    return [_source_below(root, folder, layout) for folder in sorted(matching + lacking)]
+
+
+def _source_below(root: Path, folder: Path, layout: Layout) -> Source:
+    return Source("_".join(folder.relative_to(root).parts), folder, root, layout)
 
 
 def _belongs_to_mask(folder: Path, root: Path, layout: Layout) -> bool:
@@ -212,38 +216,41 @@ def _is_output(folder: Path) -> bool:
 
 
 def _folders_in(root: Path, other_than: Path | None) -> list[Path]:
-    folders = [p for p in sorted(root.iterdir()) if p.is_dir() and p.name[0] not in "._"]
-    folders = [p for p in folders if not _is_output(p)]
-    return [p for p in folders if not other_than or p.resolve() != other_than.resolve()]
+    folders = []
+    for path in sorted(root.iterdir()):
+        is_other = other_than is not None and path.resolve() == other_than.resolve()
+        if path.is_dir() and path.name[0] not in "._" and not is_other and not _is_output(path):
+            folders.append(path)
+    return folders
 
 
 def _cases_in(root: Path, other_than: Path | None) -> list[Source]:
     """List the volume files in a folder, the folders in it that are cases, and DICOM studies."""
-    whole, folders, volumes = absolute(root), _folders_in(root, other_than), volumes_in(root)
-    holding = [folder for folder in folders if _holds_case(folder)]
+    path, folders, volumes = absolute(root), _folders_in(root, other_than), volumes_in(root)
+    holding = list(filter(holds_case, folders))
     if holding and is_scan(root) and any(find_images(root, deep=False)):
         raise ValueError(
             f"{root}: holds DICOM files beside the case {holding[0].name}; give each case a folder"
         )
-    if volumes and (is_scan(root) or (len(volumes) > 1 and _is_one_case(whole))):
-        return [_source(whole)]
-    searched = {folder.name for folder in folders if not volumes_in(folder)}
-    studies = find_studies(
-        whole, lambda folder: folder.parent == whole and folder.name not in searched
-    )
-    cases = [Source(study.name, study.folder, whole, study=study) for study in studies]
-    if any(study.folder == whole for study in studies):
+    if volumes and (is_scan(root) or (len(volumes) > 1 and is_one_case(path))):
+        return [_source(path)]
+    searched = {path / folder.name for folder in folders if not volumes_in(folder)}
+    studies = find_studies(path, skip=set(path.iterdir()) - searched)
+    cases = [Source(study.name, study.folder, path, study=study) for study in studies]
+    if any(study.folder == path for study in studies):
         return cases
-    taken = {study.folder.relative_to(whole).parts[0] for study in studies}
-    others = [folder for folder in folders if folder.name not in taken]
-    if not (volumes or holding or studies) and _holds_slices(root):
-        return [_source(whole)]
+    if not (volumes or holding or studies) and holds_slices(root):
+        return [_source(path)]
     say_lost_masks(root, volumes)
+    taken = {study.folder.relative_to(path).parts[0] for study in studies}
+    others = [folder for folder in folders if folder.name not in taken]
     if not (volumes or holding or studies):
         _check_not_too_high(root, others)
-    if volumes:  # other folders beside them may be anything; else opening them says what they lack
-        others = volumes + [folder for folder in others if folder in holding]
-    cases += [_source(path) for path in others]
+    for folder in others:
+        # Beside volumes, other folders may be anything; else opening them says what they lack.
+        if folder in holding or not volumes:
+            cases.append(_source(folder))
+    cases += [_source(volume) for volume in volumes]
     return sorted(cases, key=lambda case: (case.folder, case.name))
 
 
@@ -251,7 +258,7 @@ def _check_not_too_high(root: Path, folders: Sequence[Path]) -> None:
     """Raise ValueError, naming the folder of the cases, if they are further down than expected."""
     for folder in folders:
         for place in (folder, *_folders_in(folder, None)):
-            inner = [each for each in _folders_in(place, None) if _holds_case(each)]
+            inner = list(filter(holds_case, _folders_in(place, None)))
             if len(inner) > 1:
                 raise ValueError(
                     f"{root}: holds no case itself; {place} holds them: give that folder"
@@ -260,105 +267,3 @@ def _check_not_too_high(root: Path, folders: Sequence[Path]) -> None:
 
 def _source(path: Path) -> Source:
     return Source(scan_name(path), path, path.parent)
-
-
-def _is_one_case(folder: Path) -> bool:
-    """Tell whether the volume files of a folder are one FLAIR and its other sequences."""
-    try:
-        files = sequences_in(folder, folder.parent)
-    except ValueError:  # two of a kind: the files of several cases
-        return False
-    return files is not None and bool(files["pre"] or files["post"])
-
-
-def _holds_case(folder: Path) -> bool:
-    return _holds_slices(folder) or bool(volumes_in(folder))
-
-
-def _holds_slices(folder: Path) -> bool:
-    return any(SLICE_NAME.match(path.name) for path in folder.iterdir())
-
-
-def find_case(path: Path, root: Path | None = None, layout: Layout | None = None) -> Case:
-    """Open the case in a folder or volume file; ValueError, naming the file, if it is unusable."""
-    root = root or path.parent
-    if layout:
-        return _in_layout(path, sequences_in(path, root, layout), layout)
-    if not path.is_dir():
-        return _find_scan(path)
-    volumes = volumes_in(path)
-    if is_scan(path) and volumes:
-        raise ValueError(f"{path}: holds DICOM files and {volumes[0].name}; move one of them away")
-    if not volumes:
-        studies = find_studies(absolute(path))
-        if len(studies) > 1:
-            names = " and ".join(study.name for study in studies)
-            raise ValueError(f"{path}: holds the DICOM studies {names}; give the folder of one")
-        if studies:
-            return _open_study(replace(studies[0], name=path.name, folder=path))
-        if not _holds_slices(path):
-            check_format(path)
-            check_not_only_masks(path)
-        return find_slices(path)
-    if _holds_slices(path):
-        raise ValueError(f"{path}: holds slices and {volumes[0].name}; move one of them away")
-    if len(volumes) == 1:
-        return replace(_find_scan(volumes[0]), name=path.name)
-    if files := sequences_in(path, root):
-        return _in_layout(path, files)
-    raise ValueError(
-        f"{path}: holds {volumes[0].name} and {volumes[1].name}; name its sequences with "
-        "--sequences, or with --flair, --pre and --post, or give each case one file of three "
-        "channels"
-    )
-
-
-def _in_layout(folder: Path, files: dict[str, Path | None], layout: Layout | None = None) -> Scan:
-    """Open the scan whose sequences a layout has found."""
-    mask = files["mask"]
-    if mask is None and not (layout and layout.of_user and layout.mask):
-        mask = mask_of(files["flair"])
-    return _with_notes(Scan.open(folder.name, [files["pre"], files["flair"], files["post"]], mask))
-
-
-def find_sequences(flair: Path, pre: Path | None, post: Path | None) -> Scan:
-    """Open the scan with one file per sequence, named after FLAIR and its folder."""
-    whole = absolute(flair)
-    name = f"{whole.parent.name}_{scan_name(whole)}"
-    return _with_notes(Scan.open(name, [pre, flair, post], mask_of(whole)))
-
-
-def _with_notes(scan: Scan) -> Scan:
-    """Note the sequences that are another one by their name, or by their DICOM header."""
-    notes = []
-    for role, path in zip(SEQUENCES, scan.slices, strict=True):
-        if role != "FLAIR" and path == scan.flair:
-            continue
-        is_series = isinstance(path, Series)
-        said = contradiction(role, path.words if is_series else scan_name(path))
-        if said:
-            notes.append(f"{role} is {path.name}, which says {said!r}: check the order")
-        elif is_series and role == "FLAIR" and not path.may_be_flair:
-            notes.append(f"{role} is {path.summary(path.path)}, which may be another sequence")
-    return replace(scan, chosen="; ".join(notes))
-
-
-def _open_study(study: Study) -> Scan:
-    """Open a DICOM study; its mask is <case>_mask, beside its folder or in it, or <FLAIR>_mask."""
-    series, said = sort_study(study)
-    files = [series.get(name) for name in SEQUENCES]
-    folder, name = study.folder, study.name
-    places = folder.with_name(name), folder / name, series["FLAIR"].path
-    masks = [mask_of(place) for place in places]
-    return Scan.open(name, files, next(filter(None, masks), None), said)
-
-
-def _find_scan(path: Path) -> Scan:
-    scan = Scan.open(scan_name(path), [path], mask_of(path))
-    said = contradiction("FLAIR", scan.name) or mask_words(scan.name)
-    if scan.channels == 1 and said:
-        raise ValueError(
-            f"{path}: its one channel would be used as FLAIR, but its name says {said!r}; name "
-            "the sequences with --flair, --pre and --post"
-        )
-    return scan

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import imageio.v3 as iio
 import numpy as np
-import skimage.transform
 import skimage.util
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
@@ -47,15 +46,15 @@ def outline(
     Small slices are enlarged by the integer that brings their longer side closest to `side`.
     """
     times = max(1, round(side / max(grey.shape[1:])))
-    grey, prediction, truth = (
-        array if array is None else array.repeat(times, axis=1).repeat(times, axis=2)
-        for array in (grey, prediction, truth)
-    )
-    pictures = np.repeat(grey[..., None], 3, axis=-1)
+    pictures = np.repeat(_enlarge(grey, times)[..., None], 3, axis=-1)
     if truth is not None:
-        pictures[edge(truth)] = GREEN
-    pictures[edge(prediction)] = RED
+        pictures[edge(_enlarge(truth, times))] = GREEN
+    pictures[edge(_enlarge(prediction, times))] = RED
     return pictures
+
+
+def _enlarge(slices: np.ndarray, times: int) -> np.ndarray:
+    return slices.repeat(times, axis=1).repeat(times, axis=2)
 
 
 def thumbnail(volume: np.ndarray, mask: np.ndarray, side: int = 240) -> bytes:
@@ -65,13 +64,11 @@ def thumbnail(volume: np.ndarray, mask: np.ndarray, side: int = 240) -> bytes:
     """
     areas = mask.sum(axis=(1, 2))
     k = int(areas.argmax()) if areas.any() else len(areas) // 2
-    picture = outline(to_grey(volume)[k : k + 1], mask[k : k + 1], side=side)[0]
-    height, width = picture.shape[:2]
-    if (times := side / max(height, width)) < 1:
-        shape = max(1, round(height * times)), max(1, round(width * times))
-        small = skimage.transform.resize(picture, shape, anti_aliasing=True, preserve_range=True)
-        picture = np.rint(small).astype(np.uint8)
-    return iio.imwrite("<bytes>", picture, extension=".jpg", quality=80)
+    picture = Image.fromarray(outline(to_grey(volume)[k : k + 1], mask[k : k + 1], side=side)[0])
+    picture.thumbnail((side, side))
+    content = io.BytesIO()
+    picture.save(content, "JPEG", quality=80)
+    return content.getvalue()
 
 
 def montage(pictures: np.ndarray) -> np.ndarray:
@@ -94,12 +91,13 @@ def save_png(path: Path, picture: np.ndarray) -> None:
 
 def save_figure(path: Path | str, figure: Figure, dpi: int) -> None:
     """Write a Matplotlib figure atomically, with our mark, in the format of the suffix."""
-    name = "Software" if Path(path).suffix.lower() == ".png" else "Creator"
-    options = {"metadata": {name: MARK}}
-    if Path(path).suffix.lower() in (".jpg", ".jpeg"):
-        options = {"pil_kwargs": {"comment": MARK.encode()}}
+    suffix = Path(path).suffix.lower()
     with atomic_write(path) as temporary:
-        figure.savefig(temporary, dpi=dpi, **options)
+        if suffix in (".jpg", ".jpeg"):
+            figure.savefig(temporary, dpi=dpi, pil_kwargs={"comment": MARK.encode()})
+        else:
+            name = "Software" if suffix == ".png" else "Creator"
+            figure.savefig(temporary, dpi=dpi, metadata={name: MARK})
 
 
 def save_gif(path: Path | str, pictures: np.ndarray) -> None:
@@ -112,12 +110,20 @@ def save_gif(path: Path | str, pictures: np.ndarray) -> None:
         shown[(pictures == colour).all(axis=-1)] = k
     palette = np.repeat(np.arange(256, dtype=np.uint8)[:, None], 3, axis=1)
     palette[254:] = GREEN, RED
-    first, *others = map(Image.fromarray, shown)
-    for frame in (first, *others):
+    frames = [Image.fromarray(frame) for frame in shown]
+    for frame in frames:
         frame.putpalette(palette.tobytes())
-    how = {"save_all": True, "append_images": others, "duration": 120, "loop": 0, "comment": MARK}
     with atomic_write(path) as temporary:
-        first.save(temporary, "GIF", optimize=False, **how)
+        frames[0].save(
+            temporary,
+            "GIF",
+            save_all=True,
+            append_images=frames[1:],
+            duration=120,
+            loop=0,
+            comment=MARK,
+            optimize=False,
+        )
 
 
 def new_figure(**options) -> Figure:
@@ -139,14 +145,14 @@ def save_dsc_figure(path: Path | str, scores: dict[str, float], marked: Sequence
 
     Marked cases, of patients that the weights were trained on, do not count in mean and median.
     """
-    names = sorted(scores, key=scores.get)
+    names = sorted(scores, key=lambda name: scores[name])
     counted = [scores[name] for name in names if name not in marked]
     figure = new_figure(figsize=(8, 1.4 + 0.26 * len(names)))
     axes = figure.add_subplot()
     colours = ["#b9c6d3" if name in marked else "#4c78a8" for name in names]
     axes.barh(names, [scores[name] for name in names], color=colours)
     if counted:
-        mean, median = np.mean(counted), np.median(counted)
+        mean, median = float(np.mean(counted)), float(np.median(counted))
         axes.axvline(mean, color="#e4572e", label=f"mean {mean:.3f}")
         axes.axvline(median, color="#2e933c", ls="--", label=f"median {median:.3f}")
     if marked:

@@ -26,6 +26,11 @@ def map_files(case: Case, kind: str) -> list[Path]:
     return [Path(case.name, f"{case.name}_{number}_{kind}.tif") for number in case.numbers]
 
 
+def picture_files(case: Case) -> list[Path]:
+    """List the files of the outlined slices."""
+    return [Path(case.name, f"{case.name}_{number}.png") for number in case.numbers]
+
+
 def seg_file(case: Case) -> Path:
     """Name the DICOM Segmentation of a case in a folder of predictions."""
     return Path(f"{case.name}_seg.dcm")
@@ -33,10 +38,9 @@ def seg_file(case: Case) -> Path:
 
 def outputs_of(case: Case) -> list[Path]:
     """List every file that a run may write or replace for a case, in a folder of predictions."""
-    files = [seg_file(case), Path(f"{case.name}.gif")]
+    files = [seg_file(case), Path(f"{case.name}.gif"), *picture_files(case)]
     for kind in KINDS:
         files += map_files(case, kind)
-    files += [Path(case.name, f"{case.name}_{number}.png") for number in case.numbers]
     return files
 
 
@@ -48,9 +52,11 @@ def find_masks(
     Also None if one of the `others`, files in `folder` that are wanted beside it, is missing.
     """
     paths = [folder / file for file in map_files(case, "mask")]
-    if not all(path.is_file() for path in [*paths, *(folder / file for file in others)]):
+    wanted = paths + [folder / file for file in others]
+    if not all(map(Path.is_file, wanted)):
         return None
-    if not all(has_mark(path, mark_of(run)) for path in paths):
+    mark = mark_of(run)
+    if not all(has_mark(path, mark) for path in paths):
         return None
     try:
         if isinstance(case, Scan):
@@ -86,16 +92,18 @@ def write_case(
     pictures = outline(to_grey(volume), mask, truth, side=256)
     save_gif(folder / f"{case.name}.gif", pictures)
     target = folder / case.name
+    files = picture_files(case)
     with name_in_errors(target), scratch(folder) as temporary:
-        for number, picture in zip(case.numbers, pictures, strict=True):
-            save_png(temporary / f"{case.name}_{number}.png", picture)
+        for file, picture in zip(files, pictures, strict=True):
+            save_png(temporary / file.name, picture)
         if not isinstance(case, Scan):
             for kind, values in {**maps, "mask": mask * np.uint8(255)}.items():
-                for file, slice_values in zip(map_files(case, kind), values, strict=True):
-                    save_tiff(temporary / file.name, slice_values, mark)
+                for file, image in zip(map_files(case, kind), values, strict=True):
+                    save_tiff(temporary / file.name, image, mark)
+                    files.append(file)
         target.mkdir(exist_ok=True)
-        for path in sorted(temporary.glob(f"{glob.escape(case.name)}_*")):
-            path.replace(target / path.name)
+        for file in files:
+            (temporary / file.name).replace(folder / file)
     if isinstance(case, Scan):
         for kind, values in {**maps, "mask": mask}.items():
             case.write_map(folder / map_files(case, kind)[0], values, mark)
@@ -107,17 +115,15 @@ def remove_earlier(folder: Path, case: Case) -> None:
     Maps and a DICOM Segmentation, and slices that the case no longer has: it may have been another
     scan of that name.
     """
-    replaced = {folder / file for file in map_files(case, "mask")}
-    replaced |= {folder / case.name / f"{case.name}_{number}.png" for number in case.numbers}
-    name = re.escape(case.name)
-    file_of_a_slice = re.compile(rf"{name}_\d+(\.png|_({'|'.join(KINDS)})\.tif)")
+    kinds = "|".join(KINDS)
+    of_a_slice = re.compile(rf"{re.escape(case.name)}_\d+(\.png|_({kinds})\.tif)")
     paths = [folder / seg_file(case)]
-    paths += [folder / f"{case.name}_{kind}.nii.gz" for kind in KINDS]
-    paths += [
-        path
-        for path in folder.glob(f"{glob.escape(case.name)}/*")
-        if file_of_a_slice.fullmatch(path.name)
-    ]
+    for kind in KINDS:
+        paths.append(folder / f"{case.name}_{kind}.nii.gz")
+    for path in folder.glob(f"{glob.escape(case.name)}/*"):
+        if of_a_slice.fullmatch(path.name):
+            paths.append(path)
+    replaced = {folder / file for file in map_files(case, "mask") + picture_files(case)}
     for path in paths:
         if path not in replaced and has_mark(path):
             remove(path)

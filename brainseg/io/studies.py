@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -27,28 +27,32 @@ class Study:
     series: tuple[Series, ...]
     damaged: tuple[Path, ...] = ()  # files in its folders that should be images
 
+    @property
+    def folders(self) -> set[Path]:
+        """Return the folders with files of its series."""
+        return {path.parent for series in self.series for path in series.files}
+
 
 # Which studies there are
 
 
-def find_studies(root: Path, skip: Callable[[Path], bool] | None = None) -> list[Study]:
-    """Find the studies in an absolute folder and below it; `skip` as in `find_images`.
+def find_studies(root: Path, skip: Collection[Path] = ()) -> list[Study]:
+    """Find the studies in an absolute folder and below it, but not in the folders to `skip`.
 
     A study is named after its folder in `root`, or one that has the PatientID as its name, if no
     other study is in that folder; else after the PatientID and the date. Damaged files that belong
     to no study make one of no series.
     """
     images, damaged = find_images(root, skip)
-    groups: dict[tuple[str, str], list[Series]] = {}
+    groups: dict[tuple[str, str], list[Series]] = defaultdict(list)
     for series in group_series(images):
         header = series.header
         study = text(header, "StudyInstanceUID") or str(_top(root, series.files[0].parent))
-        groups.setdefault((text(header, "PatientID"), study), []).append(series)
+        groups[text(header, "PatientID"), study].append(series)
     studies = []
     for group in groups.values():
-        folders = {path.parent for series in group for path in series.files}
-        common = Path(os.path.commonpath(folders))
-        studies.append(Study("", common, group[0].patient, tuple(group)))
+        study = Study("", root, group[0].patient, tuple(group))
+        studies.append(replace(study, folder=Path(os.path.commonpath(study.folders))))
     studies = _named(root, _without_others(root, studies))
     for path in damaged:
         _add_damaged(root, studies, path)
@@ -64,12 +68,9 @@ def _top(root: Path, folder: Path) -> Path:
 def _without_others(root: Path, studies: list[Study]) -> list[Study]:
     """Leave out studies without MR, such as CT, beside MR studies."""
     with_mr = {_top(root, study.folder) for study in studies if mr_series(study)}
-    kept = []
-    for study in studies:
-        is_beside = root in with_mr or _top(root, study.folder) in with_mr
-        if mr_series(study) or not is_beside:
-            kept.append(study)
-    return kept
+    if root in with_mr:
+        return [study for study in studies if mr_series(study)]
+    return [s for s in studies if mr_series(s) or _top(root, s.folder) not in with_mr]
 
 
 def mr_series(study: Study) -> list[Series]:
@@ -89,9 +90,9 @@ def _named(root: Path, studies: list[Study]) -> list[Study]:
     """Name the studies; each name is of one study."""
     counts: Counter[Path] = Counter()  # the studies in each folder
     for study in studies:
-        folders = {path.parent for series in study.series for path in series.files}
-        for folder in tuple(folders):
-            folders |= {above for above in folder.parents if above.is_relative_to(root)}
+        folders = set(study.folders)
+        for folder in study.folders:
+            folders.update(above for above in folder.parents if above.is_relative_to(root))
         counts.update(folders)
     is_flat = any(study.folder == root for study in studies)
     is_cd = any(path.name.upper() == "DICOMDIR" for path in root.iterdir())
@@ -162,7 +163,13 @@ def sort_study(study: Study) -> tuple[dict[str, Series], str]:
             "FLAIR, an MR series"
         )
     if len(series) == 1:
-        return {"FLAIR": series[0]}, _lone_flair(study, series[0])
+        flair = series[0]
+        if not flair.may_be_flair:
+            raise ValueError(
+                f"{flair}: would be used as FLAIR, but its header says otherwise: "
+                f"{flair.summary(study.folder)}; if it is FLAIR, give it as --flair"
+            )
+        return {"FLAIR": flair}, f"FLAIR is {flair.words!r}" if flair.words else ""
     chosen = {}
     for name in SEQUENCES:
         fitting = [one for one in series if one.sequence == name]
@@ -179,26 +186,20 @@ def sort_study(study: Study) -> tuple[dict[str, Series], str]:
 
 def _choice_text(study: Study, series: Sequence[Series], chosen: dict[str, Series]) -> str:
     """Say which series are used as which sequence, and which are not, and why."""
-    description = {one: repr(one.words or "no description") for one in series}
-    said = ", ".join(f"{name} is {description[one]}" for name, one in chosen.items())
-    unused = [one for one in series if one not in chosen.values()]
-    others = [description[one] for one in unused if one.sequence == "other"]
-    unclear = [one.summary(study.folder) for one in unused if one.sequence != "other"]
+    choice = ", ".join(f"{name} is {one.quoted}" for name, one in chosen.items())
+    others, unclear = [], []
+    for one in series:
+        if one in chosen.values():
+            continue
+        if one.sequence == "other":
+            others.append(one.quoted)
+        else:
+            unclear.append(one.summary(study.folder))
     if others:
-        said += f"; left out: {', '.join(others)}"
+        choice += f"; left out: {', '.join(others)}"
     if unclear:
-        said += (
+        choice += (
             f"; left out, as it is not certain which T1 each is: {', '.join(unclear)}: name them "
             "with --flair, --pre and --post"
         )
-    return said
-
-
-def _lone_flair(study: Study, series: Series) -> str:
-    """Return a note on the one series of a study; ValueError if it is not FLAIR by its header."""
-    if not series.may_be_flair:
-        raise ValueError(
-            f"{series}: would be used as FLAIR, but its header says otherwise: "
-            f"{series.summary(study.folder)}; if it is FLAIR, give it as --flair"
-        )
-    return f"FLAIR is {series.words!r}" if series.words else ""
+    return choice

@@ -40,48 +40,50 @@ def mask_of(scan: Path) -> Path | None:
     Beside the only scan of a folder, Segmentation or alike is one too. Raises ValueError, naming
     both, if there are two.
     """
-    beside = volumes_in(scan.parent, masks=True)
-    scans = [path for path in beside if not MASK_NAME.fullmatch(scan_name(path))]
-    names = [scan_name(scan)]
-    if scans == [scan]:
-        names.append("")
-    found = []
-    for path in beside:
-        if any(_may_be_mask(scan_name(path), name) for name in names):
-            found.append(path)
-    if len(found) > 1:
+    names = {scan_name(scan).lower(), _without_flair(scan)}
+    if volumes_in(scan.parent) == [scan]:
+        names.add("")
+    masks = []
+    for path in volumes_in(scan.parent, masks=True):
+        match = MASK_NAME.fullmatch(scan_name(path))
+        if match and match["scan"].lower() in names and not OTHER_MASK.search(scan_name(path)):
+            masks.append(path)
+    if len(masks) > 1:
         raise ValueError(
-            f"{scan}: {found[0].name} and {found[1].name} may both be its mask; move one away, or "
+            f"{scan}: {masks[0].name} and {masks[1].name} may both be its mask; move one away, or "
             "choose with --sequences"
         )
-    return found[0] if found else None
+    return masks[0] if masks else None
+
+
+def _without_flair(scan: Path) -> str:
+    """Return the name of a scan in small letters, up to FLAIR: of x_FLAIR, x_seg is a mask."""
+    return FLAIR_IN_NAME.sub("", scan_name(scan)).lower()
 
 
 def mask_words(name: str) -> str:
     """Return the words by which a file is named as a mask, first or last; empty if it is not."""
     first, last = MASK_START.match(name), MASK_NAME.fullmatch(name)
-    words = first[0] if first else name[last.end("scan") :] if last else ""
-    return words.strip("-_. ")
-
-
-def _may_be_mask(mask: str, scan: str) -> bool:
-    """Tell whether a mask is one of this scan, by their names: x_seg of x, or of x_FLAIR."""
-    match = MASK_NAME.fullmatch(mask)
-    names = {scan.lower(), FLAIR_IN_NAME.sub("", scan).lower()}
-    return bool(match) and not OTHER_MASK.search(mask) and match["scan"].lower() in names
+    if first:
+        return first[0].strip("-_. ")
+    if last:
+        return name[last.end("scan") :].strip("-_. ")
+    return ""
 
 
 def check_not_only_masks(folder: Path) -> None:
     """Raise ValueError, naming one, if there are masks in a folder that holds no case."""
-    masks = volumes_in(folder, masks=True) if folder.is_dir() else ()
+    masks = volumes_in(folder, masks=True) if folder.is_dir() else []
     if masks:
         raise ValueError(f"{masks[0]}: is named as a mask; put its scan beside it, or rename it")
 
 
 def say_lost_masks(folder: Path, volumes: Sequence[Path]) -> None:
     """Name on stderr what is left out as a mask, but of no volume file here: it may be a scan."""
-    starts = tuple(FLAIR_IN_NAME.sub("", scan_name(path)).lower() for path in volumes)
-    for path in volumes_in(folder, masks=True) if volumes else ():
+    if not volumes:
+        return
+    starts = tuple(map(_without_flair, volumes))
+    for path in volumes_in(folder, masks=True):
         name = scan_name(path).lower()
         match = MASK_NAME.fullmatch(name)
         if not match or name.startswith(starts) or (not match["scan"] and len(volumes) == 1):
