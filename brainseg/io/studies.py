@@ -15,6 +15,7 @@ from pydicom import uid
 from ..preprocess import SEQUENCES
 from .dicom import Series, find_images, group_series
 from .headers import damaged_text, text
+from .quiet import quiet
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class Study:
 # Which studies there are
 
 
+@quiet
 def find_studies(root: Path, skip: Collection[Path] = ()) -> list[Study]:
     """Find the studies in an absolute folder and below it, but not in the folders to `skip`.
 
@@ -146,6 +148,7 @@ def _add_damaged(root: Path, studies: list[Study], path: Path) -> None:
 # Which series of a study is which sequence
 
 
+@quiet
 def sort_study(study: Study) -> tuple[dict[str, Series], str]:
     """Choose FLAIR and, if there is one of each, the pre- and post-contrast T1 of a study.
 
