@@ -84,7 +84,9 @@ def run(args: argparse.Namespace, options: dict) -> None:
         print(f"only {queue} uploads at once, as `ulimit -n` is {files}", file=sys.stderr)
     service = Service(segmenter, limits)
     app = make_app(service, args.host, args.auth, queue)
-    family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
+    host, family = args.host, socket.AF_INET
+    if ":" in args.host:
+        host, family = f"[{args.host}]", socket.AF_INET6
     try:
         listener = socket.create_server((args.host, args.port), family=family)
     except OSError as error:
@@ -104,7 +106,6 @@ def run(args: argparse.Namespace, options: dict) -> None:
     )
     if not args.auth and not is_loopback(args.host):
         print("no --auth: anyone who can reach this machine can use it", file=sys.stderr)
-    host = f"[{args.host}]" if ":" in args.host else args.host
     print(f"http://{host}:{listener.getsockname()[1]}", flush=True)
     try:
         uvicorn.Server(config).run(sockets=[listener])

@@ -31,7 +31,7 @@ from pathlib import Path
 
 import cli
 from brainseg import distributed
-from brainseg.evaluation.report import case_table, save_gallery, save_page, save_scores, tables
+from brainseg.evaluation.report import case_table, save_gallery, save_scores, tables
 from brainseg.evaluation.scoring import (
     Model,
     NetworkModel,
@@ -45,7 +45,7 @@ from brainseg.io.files import check_ours, remove, write_json, write_table
 from brainseg.io.labels import NO_LESION
 from brainseg.io.slices import Case
 from brainseg.quality import FITTED_WITH, fit_and_save
-from brainseg.reports.page import check_page
+from brainseg.reports.page import check_page, write_page
 from brainseg.splits import SUBSETS, by_subset, count_patients, list_cohort
 from brainseg.weights import shipped_weights
 
@@ -145,7 +145,9 @@ def score(
         save_gallery(args.out / "gallery.png", rows, pictures)
     if args.report:
         title = f"brainseg: {', '.join(rows)}"
-        save_page(args.report, title, [*shown, case_table(rows)], figures, details)
+        shown.append(case_table(rows))
+        pngs = {name: path.read_bytes() for name, path in figures.items()}
+        write_page(args.report, "comparison.html", title, details, tables=shown, pictures=pngs)
     print(f"\ntables and pictures: {args.out}")
     if args.report:
         print(f"report: {args.report}")

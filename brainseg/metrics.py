@@ -180,9 +180,15 @@ def mean_text(summary: Mapping[str, float], sign: str = "") -> str:
     return text
 
 
-def one_mask_empty(row: Mapping[str, float]) -> bool:
-    """Tell whether exactly one mask of a row of scores is empty: its distances are the diagonal."""
-    return row["volume_error"] == -1 or math.isnan(row["volume_error"])
+def values_of(rows: Sequence[Mapping], name: str) -> np.ndarray:
+    """Take one column out of rows of scores."""
+    return np.array([row[name] for row in rows])
+
+
+def count_missed(rows: Sequence[Mapping]) -> int:
+    """Count the rows of which exactly one mask is empty: their distances are the diagonal."""
+    errors = values_of(rows, "volume_error")
+    return int(((errors == -1) | np.isnan(errors)).sum())
 
 
 def _count(mask: np.ndarray) -> int:

@@ -86,7 +86,7 @@ class Guard:
 
     def __init__(self, app: ASGIApp, most: int, auth: str | None = None):
         self.app, self.most = app, most
-        self.wanted = base64.b64encode(auth.encode()) if auth else b""
+        self.wanted = base64.b64encode((auth or "").encode())
         self.attempts = Attempts()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

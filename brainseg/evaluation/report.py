@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
 
 from ..io.pictures import new_figure, save_figure
-from ..metrics import FEW, mean_text
-from ..reports.page import Table, write_page
+from ..metrics import FEW, mean_text, values_of
+from ..reports.page import Table
 from .statistics import SCORES, SETTINGS
 
 
@@ -63,13 +64,13 @@ def _mean(score: Mapping[str, float], cases: int) -> str:
 
 
 def _difference_table(summary: Mapping[str, dict]) -> Table:
-    first, *others = summary
+    first = next(iter(summary))
     table = Table(
         f"Difference in DSC from {first}, case by case",
         ["model", "mean", "median", "better in", "worse in"],
         note="If the interval contains 0, these cases do not show a difference.",
     )
-    for name in others:
+    for name in list(summary)[1:]:
         difference = summary[name]["difference"]
         row = [name, mean_text(difference, "+"), f"{difference['median']:+.3f}"]
         row += [str(difference["better"]), str(difference["worse"])]
@@ -78,7 +79,7 @@ def _difference_table(summary: Mapping[str, dict]) -> Table:
 
 
 def _group_table(summary: Mapping[str, dict]) -> Table:
-    first, *others = summary
+    first, others = next(iter(summary)), list(summary)[1:]
     note = f"Exploratory: many groups, few cases in each. No interval below {FEW} patients."
     table = Table("DSC by group", ["group", "n", first], note=note)
     for name in others:
@@ -113,11 +114,10 @@ def case_table(models: Mapping[str, list[dict]]) -> Table:
     """List the DSC of every case, sorted from the worst of the first model."""
     table = Table("Every case", ["case", "slices", "lesion voxels", "missing"])
     table.header += [f"{name}: DSC" for name in models]
-    by_case = list(zip(*models.values(), strict=True))  # for each case, a row of each model
-    by_case.sort(key=lambda rows: rows[0]["dsc"])
-    for rows in by_case:
-        line = [str(rows[0][name]) for name in ("case", "slices", "lesion_voxels", "missing")]
-        line += [f"{row['dsc']:.3f}" for row in rows]
+    first = next(iter(models.values()))
+    for k in values_of(first, "dsc").argsort(kind="stable"):
+        line = [str(first[k][name]) for name in ("case", "slices", "lesion_voxels", "missing")]
+        line += [f"{rows[k]['dsc']:.3f}" for rows in models.values()]
         table.rows.append(line)
     return table
 
@@ -126,9 +126,7 @@ def save_scores(path: Path, models: Mapping[str, list[dict]]) -> None:
     """Draw a box plot of the DSCs of each model, with a point per case."""
     figure = new_figure(figsize=(2.2 + 1.3 * len(models), 4.2))
     axes = figure.add_subplot()
-    scores = []
-    for rows in models.values():
-        scores.append([row["dsc"] for row in rows])
+    scores = [values_of(rows, "dsc") for rows in models.values()]
     axes.boxplot(scores, widths=0.5, showfliers=False, medianprops={"color": "#e4572e"})
     for k, values in enumerate(scores, 1):
         spread = np.random.default_rng(k).uniform(-0.16, 0.16, len(values))
@@ -159,13 +157,5 @@ def save_gallery(
 
 def pick(rows: Sequence[dict]) -> dict[str, dict]:
     """Pick the rows of the worst, median and best DSC."""
-    rows = sorted(rows, key=lambda row: row["dsc"])
+    rows = sorted(rows, key=itemgetter("dsc"))
     return {"worst": rows[0], "median": rows[len(rows) // 2], "best": rows[-1]}
-
-
-def save_page(
-    path: Path, title: str, tables: Sequence[Table], pictures: Mapping[str, Path], details: dict
-) -> None:
-    """Write tables and pictures to one HTML page that needs no network."""
-    content = {name: file.read_bytes() for name, file in pictures.items()}
-    write_page(path, "comparison.html", title, details, tables=tables, pictures=content)

@@ -75,8 +75,11 @@ class NetworkModel:
     def score(self, case: Case, segmentation: Segmentation, truth: np.ndarray) -> dict:
         """Score a mask, also at other thresholds, and add what tells how good it may be."""
         files, patient = self.unseen(case), patient_of(case)
+        weights = f"{len(files)} in {self.path}"
+        if len(files) == 1:
+            weights = str(files[0])
         row = {
-            "weights": str(files[0]) if len(files) == 1 else f"{len(files)} in {self.path}",
+            "weights": weights,
             "chose_epoch": int(any(patient in self.chose_epoch_on[file] for file in files)),
             "predicted_voxels": int(segmentation.mask.sum()),
             RUN: self.segmenter_for(case).run,
@@ -127,8 +130,10 @@ def open_models(texts: Sequence[str], options: dict) -> list[Model]:
         path = Path(text)
         if equals and not path.exists():
             path = Path(rest)
+        elif path.is_file():
+            name = str(path.with_suffix(""))
         else:
-            name = str(path.with_suffix("") if path.is_file() else path)
+            name = str(path)
         if not path.exists():
             raise FileNotFoundError(f"{text}: no such file; give a path, or NAME=PATH")
         if not name or name in paths:
@@ -140,7 +145,7 @@ def open_models(texts: Sequence[str], options: dict) -> list[Model]:
     for name, path in paths.items():
         if path.suffix == ".csv":
             needed = [column for column in SCORES if not column.endswith("_mm")]
-            scores = read_scores(path, [*needed, "slices", "lesion_voxels"])
+            scores = read_scores(path, needed + ["slices", "lesion_voxels"])
             models.append(TableModel(name, path, scores))
         else:
             models.append(open_networks(name, path, options))
@@ -291,13 +296,15 @@ def segment(loaded: Loaded, networks: Sequence[NetworkModel]) -> Segmented:
 def score_case(segmented: Segmented, models: Sequence[Model]) -> tuple[list[dict], Pictures, bytes]:
     """Make a row per model, pictures of the largest lesion slice, and the SHA-256 of the data."""
     case, volume, truth, segmentations = segmented
-    missing = " and ".join(missing_sequences(volume)) or "none"
+    missing = "unknown"
+    if volume.shape[-1] == 3:
+        missing = " and ".join(missing_sequences(volume)) or "none"
     facts = {
         "case": case.name,
         "patient": patient_of(case),
         "subset": subset_of(case),
         "site": site_of(patient_of(case)),
-        "missing": missing if volume.shape[-1] == 3 else "unknown",
+        "missing": missing,
         "slices": len(truth),
         "lesion_voxels": int(truth.sum()),
     }

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from ..metrics import one_mask_empty, summarise
+from ..metrics import count_missed, summarise, values_of
 
 THRESHOLDS = (0.3, 0.4, 0.5, 0.6, 0.7)
 # Column of the scores: threshold, whether only the largest component is kept.
@@ -37,18 +37,21 @@ def compare(models: Mapping[str, list[dict]]) -> dict[str, dict]:
     in `scores`; `chose_epoch`, the number of cases that its epoch was chosen on.
     """
     first = next(iter(models.values()))
-    patients, first_dsc, groups = _column(first, "patient"), _column(first, "dsc"), _groups(first)
-    metrics = list(SCORES)
+    patients, groups = values_of(first, "patient"), _groups(first)
+    first_dsc = values_of(first, "dsc")
+    columns = set(SCORES)
     for rows in models.values():
-        metrics = [metric for metric in metrics if all(metric in row for row in rows)]
+        for row in rows:
+            columns &= row.keys()
+    metrics = [metric for metric in SCORES if metric in columns]
     summary = {}
     for name, rows in models.items():
-        dsc = _column(rows, "dsc")
+        dsc = values_of(rows, "dsc")
         change = dsc - first_dsc
         change[np.abs(change) < 1e-5] = 0  # tables hold six digits
         summary[name] = {
-            "scores": {metric: summarise(_column(rows, metric), patients) for metric in metrics},
-            "missed": sum(one_mask_empty(row) for row in rows),
+            "scores": {metric: summarise(values_of(rows, metric), patients) for metric in metrics},
+            "missed": count_missed(rows),
             "chose_epoch": sum(row.get("chose_epoch", 0) for row in rows),
             "groups": {},
         }
@@ -65,7 +68,7 @@ def compare(models: Mapping[str, list[dict]]) -> dict[str, dict]:
         if SETTINGS.keys() <= rows[0].keys():
             settings = {}
             for setting in SETTINGS:
-                values = _column(rows, setting)
+                values = values_of(rows, setting)
                 settings[setting] = _dsc_and_difference(values, values - dsc, patients)
             summary[name]["settings"] = settings
     return summary
@@ -75,16 +78,12 @@ def _dsc_and_difference(dsc: np.ndarray, change: np.ndarray, patients: np.ndarra
     return {"dsc": summarise(dsc, patients), "difference": summarise(change, patients)}
 
 
-def _column(rows: Sequence[dict], name: str) -> np.ndarray:
-    return np.array([row[name] for row in rows])
-
-
 def _groups(rows: Sequence[dict]) -> dict[str, dict[str, np.ndarray]]:
     """Divide the cases by hospital, missing sequence and lesion volume: a bool mask per value.
 
     What divides nothing is left out.
     """
-    voxels = _column(rows, "lesion_voxels")
+    voxels = values_of(rows, "lesion_voxels")
     low, high = np.quantile(voxels, (1 / 3, 2 / 3)).round().astype(int)
     sizes = {
         f"under {low}": voxels < low,
@@ -92,12 +91,12 @@ def _groups(rows: Sequence[dict]) -> dict[str, dict[str, np.ndarray]]:
         f"over {high}": voxels > high,
     }
     groups = {
-        "hospital": _by_value(_column(rows, "site")),
-        "missing": _by_value(_column(rows, "missing")),
+        "hospital": _by_value(values_of(rows, "site")),
+        "missing": _by_value(values_of(rows, "missing")),
         "lesion voxels": {size: cases for size, cases in sizes.items() if cases.any()},
     }
     return {group: members for group, members in groups.items() if len(members) > 1}
 
 
-def _by_value(column: np.ndarray) -> dict[str, np.ndarray]:
-    return {str(value): column == value for value in np.unique(column)}
+def _by_value(values: np.ndarray) -> dict[str, np.ndarray]:
+    return {str(value): values == value for value in np.unique(values)}

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..splits import counted
 from . import volumes
 from .page import write_page
 
@@ -31,17 +32,20 @@ def save_cohort(
     lines = []
     for place, row in enumerate(volumes.by_need(rows)):
         size = row["lesion_voxels"] if row["lesion_ml"] is None else row["lesion_ml"]
-        kind = "look" if row["warning"] else "rest"
-        lines.append(row | {"need": place, "size": size, "kind": kind})
+        lines.append(row | {"need": place, "size": size})
     read = [line for line in lines if thumbnails[line["case"]]]
-    unit = _unit(read)
-    column = "lesion_voxels" if unit == "voxels" else "lesion_ml"
-    counts, step = _histogram([line[column] for line in read if line[column] is not None])
-    title = "brainseg: 1 case" if len(rows) == 1 else f"brainseg: {len(rows)} cases"
+    sizes = [line["lesion_ml"] for line in read if line["lesion_ml"] is not None]
+    if len(sizes) == len(read):
+        unit = "ml"
+    elif sizes:
+        unit = "ml (voxels without spacing)"
+    else:
+        unit, sizes = "voxels", [line["lesion_voxels"] for line in read]
+    counts, step = _histogram(sizes)
     write_page(
         path,
         "cohort.html",
-        title,
+        f"brainseg: {counted(len(rows), 'case')}",
         details,
         tiles=_tiles(lines, read, unit),
         counts=counts,
@@ -54,23 +58,21 @@ def save_cohort(
     )
 
 
-def _unit(read: Sequence[dict]) -> str:
-    with_ml = [row["lesion_ml"] is not None for row in read]
-    if all(with_ml):
-        return "ml"
-    return "ml (voxels without spacing)" if any(with_ml) else "voxels"
-
-
 def _tiles(rows: Sequence[dict], read: Sequence[dict], unit: str) -> dict[str, object]:
     """Summarise all cases, and those that could be `read`: a value for each title."""
     sizes = [row["size"] for row in read if row["lesion_voxels"]]
     expected = [row["expected_dsc"] for row in rows if row["expected_dsc"] is not None]
+    median_size, median_expected = "-", "-"
+    if sizes:
+        median_size = f"{np.median(sizes):,.1f}".removesuffix(".0")
+    if expected:
+        median_expected = f"{np.median(expected):.2f}"
     return {
         "cases": len(rows),
         "need a look": sum(bool(row["warning"]) for row in rows),
-        "without a lesion": sum(not row["lesion_voxels"] for row in read),
-        f"median lesion, {unit}": f"{np.median(sizes):,.1f}".removesuffix(".0") if sizes else "-",
-        "median expected DSC": f"{np.median(expected):.2f}" if expected else "-",
+        "without a lesion": len(read) - len(sizes),
+        f"median lesion, {unit}": median_size,
+        "median expected DSC": median_expected,
     }
 
 

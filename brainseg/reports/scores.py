@@ -10,7 +10,7 @@ import numpy as np
 
 from ..io.files import RUN, read_rows
 from ..io.slices import Case
-from ..metrics import one_mask_empty, score, summarise
+from ..metrics import count_missed, score, summarise, values_of
 from ..splits import patient_named
 
 
@@ -56,8 +56,7 @@ def scores_text(rows: Sequence[dict]) -> str:
 
 def dsc_text(rows: Sequence[dict]) -> str:
     """Format mean, median and n of the DSCs, with the interval, or the range of few patients."""
-    patients = [row["patient"] for row in rows]
-    summary = summarise([row["dsc"] for row in rows], patients)
+    summary = summarise(values_of(rows, "dsc"), values_of(rows, "patient"))
     text = f"DSC mean {summary['mean']:.3f}"
     if "low" in summary:
         text += f" (95 % interval {summary['low']:.3f} to {summary['high']:.3f})"
@@ -69,8 +68,7 @@ def dsc_text(rows: Sequence[dict]) -> str:
 def distance_text(rows: Sequence[dict], name: str) -> str:
     """Format mean and median of a distance, such as `hd95_mm`, and how many are the diagonal."""
     kind, unit = name.split("_")
-    summary = summarise([row[name] for row in rows])
-    missed = sum(one_mask_empty(row) for row in rows)
+    summary, missed = summarise(values_of(rows, name)), count_missed(rows)
     text = (
         f"{kind.upper()} mean {summary['mean']:.1f} {unit}, median {summary['median']:.1f}, "
         f"n = {summary['n']}"

@@ -15,7 +15,7 @@ from ..io.layouts import Source
 from ..io.slices import Case
 from ..preprocess import CHANNELS, missing_sequences
 from ..quality import WARN_BELOW
-from ..splits import patient_of
+from ..splits import counted, patient_of
 from .page import Table
 
 PRINTED = 20  # rows; the file has all
@@ -102,14 +102,12 @@ def component_sizes(mask: np.ndarray) -> list[int]:
 
 def edge_warnings(mask: np.ndarray) -> list[str]:
     """Warn if the lesion reaches the first or the last slice, where the scan ends."""
-    if len(mask) == 1:
+    first, last = mask[0].any(), mask[-1].any()
+    if len(mask) == 1 or not (first or last):
         return []
-    ends = []
-    if mask[0].any():
-        ends.append("first")
-    if mask[-1].any():
-        ends.append("last")
-    return [f"the lesion reaches the {' and the '.join(ends)} slice"] if ends else []
+    if first and last:
+        return ["the lesion reaches the first and the last slice"]
+    return [f"the lesion reaches the {'first' if first else 'last'} slice"]
 
 
 def by_need(rows: Sequence[dict]) -> list[dict]:
@@ -165,7 +163,7 @@ def check_kept(folder: Path, rows: Mapping[str, dict], names: Iterable[str], run
 def volumes_table(rows: Sequence[dict], path: Path) -> Table:
     """Make the short table that a run prints, with at most PRINTED cases; `path` holds all."""
     header = ["case", "slices", "lesion", "components", "expected DSC", "needs a look because"]
-    table = Table("1 case" if len(rows) == 1 else f"{len(rows)} cases", header, left=(0, 5))
+    table = Table(counted(len(rows), "case"), header, left=(0, 5))
     warned = sum(bool(row["warning"]) for row in rows)
     if warned:
         table.title += f", {warned} to look at"
