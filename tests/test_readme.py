@@ -1,6 +1,7 @@
 """Run what the README tells a newcomer to type, exactly as written there."""
 
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -62,3 +63,39 @@ def test_files_that_the_readme_links_to_exist():
 def test_torch_of_constraints_is_that_of_the_image():
     (pin,) = re.findall(r"^torch==(\S+)$", (ROOT / "constraints.txt").read_text(), re.M)
     assert f"pytorch/pytorch:{pin}-cuda" in (ROOT / "Dockerfile").read_text()
+
+
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
+
+
+def places_of(file: str) -> list[Path]:
+    """Find what CONTRIBUTING.md names, which may leave out brainseg/ or brainseg/io/."""
+    folders = [ROOT, ROOT / "brainseg", ROOT / "brainseg" / "io", ROOT / "tests"]
+    return [folder / file for folder in folders if (folder / file).exists()]
+
+
+def test_files_and_names_of_contributing_exist():
+    for file, name in re.findall(r"`([\w/]+(?:\.py|/))(?:: (\w+))?`", CONTRIBUTING):
+        places = places_of(file)
+        assert places, file
+        if name:
+            assert re.search(rf"^(def |class )?{name}\b", places[0].read_text(), re.M), name
+
+
+def test_a_room_imports_only_from_the_rooms_below_it():
+    """A row of the table in CONTRIBUTING.md is a room; a file counts before its folder."""
+    rows = re.findall(r"^\| (`.*?) \|", CONTRIBUTING, re.M)
+    rooms = [(file, k) for k, row in enumerate(rows) for file in re.findall(r"`(.*?)`", row)]
+    height = {str(places_of(file)[0].relative_to(ROOT)): k for file, k in rooms}
+
+    def room_of(path: Path) -> int | None:
+        parents = [str(parent) for parent in (path, *path.parents)]
+        return next((height[name] for name in parents if name in height), None)
+
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("brainseg/**/*.py"), *ROOT.glob("server/*.py")]:
+        inside = path.relative_to(ROOT)
+        for level, module in re.findall(r"^from (\.*)(\w[\w.]*) import", path.read_text(), re.M):
+            folder = inside.parents[len(level) - 1] if level else Path()
+            room = room_of((folder / module.replace(".", "/")).with_suffix(".py"))
+            if room is not None and room_of(inside) is not None:
+                assert room >= room_of(inside), f"{inside} imports {level}{module}"
