@@ -1,36 +1,77 @@
 """Augmentation of a batch, on the device that holds it.
 
-Draws come from a generator on the CPU and are for the whole batch (`global_batch_size`), of which
-each rank may hold a part: they are the same on every device and for any number of ranks. No
-function modifies its arguments.
+Every number is drawn on the CPU and for the whole batch, of which each rank may hold a part: the
+draws are the same on every device and for any number of ranks. No function modifies its arguments.
 """
+
+from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Generator, Tensor
 
 from brainseg.devices import to_device
 from brainseg.distributed import shard_of_batch
 
 
-def augment(
+@dataclass(frozen=True)
+class Augmentation:
+    """How slices vary in training, for data of `sequences` channels a slice."""
+
+    scale: float  # of `move`
+    angle: float
+    drop: float  # probability of `drop_sequences`, if there are 3 sequences
+    intensity: float  # strength of `vary_intensity`
+    sequences: int
+    flip: float = 0.5
+
+    def __call__(
+        self, images: Tensor, masks: Tensor, generator: Generator, batch_size: int
+    ) -> tuple[Tensor, Tensor]:
+        """Draw for a batch of all ranks, and apply what falls to this rank's part of it.
+
+        `images` (N, C, H, W) and `masks` (N, 1, H, W) are float.
+        """
+        draws = shard_of_batch(self.draw(batch_size, generator))
+        images, masks = move(images, masks, draws[:, :3], self.scale, self.angle, self.flip)
+        if self.drop:
+            images = drop_sequences(images, draws[:, 3:5], self.drop)
+        if self.intensity:
+            images = vary_intensity(images, draws[:, 5:], self.intensity)
+        return images, masks
+
+    def draw(self, slices: int, generator: Generator) -> Tensor:
+        """Draw numbers in 0..1 for each slice: 3 for `move`, 2 to drop, the rest for intensity.
+
+        What is switched off draws none and has zeros.
+        """
+        draws = torch.zeros(slices, 5 + 2 * self.sequences)
+        draws[:, :3] = torch.rand(slices, 3, generator=generator)
+        if self.drop:
+            draws[:, 3:5] = torch.rand(slices, 2, generator=generator)
+        if self.intensity:
+            gains, shifts = torch.rand(2, slices, self.sequences, generator=generator)
+            draws[:, 5:] = torch.cat((gains, shifts), dim=1)
+        return draws
+
+
+def move(
     images: Tensor,
     masks: Tensor,
-    generator: torch.Generator,
+    draws: Tensor,
     scale: float = 0.05,
     angle: float = 15.0,
     flip: float = 0.5,
-    global_batch_size: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Scale, rotate and flip each slice of a batch at random, in one interpolation.
+    """Scale, rotate and flip each slice by its `draws` (N, 3), in one interpolation.
 
-    `images` (N, C, H, W) and `masks` (N, 1, H, W) are float. The factor is uniform in 1 ± `scale`,
-    the rotation in ± `angle` degrees; a horizontal flip has probability `flip`. Pixels from outside
-    the slice are background: the minimum of each slice and channel, not 0, which is tissue after
-    normalisation.
+    The factor is uniform in 1 ± `scale`, the rotation in ± `angle` degrees; a horizontal flip has
+    probability `flip`. Pixels from outside the slice are background: the minimum of each slice and
+    channel, not 0, which is tissue after normalisation.
     """
     n, _, height, width = images.shape
-    draws = _own(torch.rand(global_batch_size or n, 3, generator=generator), global_batch_size)
     zoom = 1 + scale * (2 * draws[:, 0] - 1)
     theta = torch.deg2rad(angle * (2 * draws[:, 1] - 1))
     mirror = torch.where(draws[:, 2] < flip, -1.0, 1.0)
@@ -49,66 +90,30 @@ def augment(
     return images + background, masks
 
 
-def augment_all(
-    images: Tensor,
-    masks: Tensor,
-    generator: torch.Generator,
-    scale: float,
-    angle: float,
-    drop: float,
-    intensity: float,
-    sequences: int = 3,
-    global_batch_size: int | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Apply `augment`, `drop_sequences` and `vary_intensity` to a training batch."""
-    size = global_batch_size
-    images, masks = augment(images, masks, generator, scale, angle, global_batch_size=size)
-    if drop:
-        images = drop_sequences(images, generator, drop, size)
-    if intensity:
-        images = vary_intensity(images, generator, intensity, sequences, size)
-    return images, masks
-
-
-def vary_intensity(
-    images: Tensor,
-    generator: torch.Generator,
-    strength: float,
-    sequences: int,
-    global_batch_size: int | None = None,
-) -> Tensor:
-    """Scale and shift each of the `sequences` of each slice (N, C, H, W), as other scanners would.
-
-    The factor is uniform in 1 ± `strength`, the shift in ± `strength` standard deviations. C is
-    `sequences` times the number of adjacent slices, which vary alike.
-    """
-    draws = torch.rand(2, global_batch_size or len(images), sequences, 1, 1, generator=generator)
-    draws = strength * (2 * draws - 1).repeat(1, 1, images.shape[1] // sequences, 1, 1)
-    factor, shift = (to_device(_own(part, global_batch_size), images.device) for part in draws)
-    return images * (1 + factor) + shift
-
-
-def drop_sequences(
-    images: Tensor,
-    generator: torch.Generator,
-    probability: float,
-    global_batch_size: int | None = None,
-) -> Tensor:
+def drop_sequences(images: Tensor, draws: Tensor, probability: float) -> Tensor:
     """Replace post-contrast (channel 2) by FLAIR (1), and half the time pre-contrast (0) too.
 
     This is how the LGG data set fills in a missing sequence. Each slice of (N, C, H, W) is changed
-    with `probability`; C is 3 times the number of adjacent slices, which change alike.
+    with `probability`, by its `draws` (N, 2); C is 3 times the number of adjacent slices, which
+    change alike.
     """
-    draws = torch.rand(global_batch_size or len(images), 2, generator=generator)
-    draws = to_device(_own(draws, global_batch_size), images.device)
+    draws = to_device(draws, images.device)
     post = draws[:, 0] < probability
     pre = post & (draws[:, 1] < 0.5)
-    keep = torch.zeros_like(post)
-    missing = torch.stack((pre, keep, post), dim=1)[:, None, :, None, None]  # (N, 1, 3, 1, 1)
+    never = torch.zeros_like(post)
+    missing = torch.stack((pre, never, post), dim=1)[:, None, :, None, None]  # (N, 1, 3, 1, 1)
     slices = images.unflatten(1, (-1, 3))  # (N, slices, 3, H, W)
     return torch.where(missing, slices[:, :, 1:2], slices).flatten(1, 2)
 
 
-def _own(draws: Tensor, global_batch_size: int | None) -> Tensor:
-    """Select the draws (global_batch_size, ...) of this rank's part of the batch."""
-    return draws if global_batch_size is None else shard_of_batch(draws)
+def vary_intensity(images: Tensor, draws: Tensor, strength: float) -> Tensor:
+    """Scale and shift each sequence of each slice (N, C, H, W), as other scanners would.
+
+    The factor is uniform in 1 ± `strength`, the shift in ± `strength` standard deviations, by
+    `draws` (N, 2 * sequences). C is the number of sequences times that of adjacent slices, which
+    vary alike.
+    """
+    changes = to_device(strength * (2 * draws - 1), images.device)
+    gains, shifts = changes[:, None, :, None, None].chunk(2, dim=2)  # (N, 1, sequences, 1, 1)
+    slices = images.unflatten(1, (-1, gains.shape[2]))  # (N, slices, sequences, H, W)
+    return (slices * (1 + gains) + shifts).flatten(1, 2)

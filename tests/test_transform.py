@@ -5,10 +5,19 @@ import pytest
 import torch
 from skimage.transform import SimilarityTransform, warp
 
-from transform import augment, drop_sequences, vary_intensity
+from transform import Augmentation, drop_sequences, move, vary_intensity
 from utils import make_generator
 
 STILL = {"scale": 0, "angle": 0, "flip": 0}
+
+
+def draws(slices: int, numbers: int, seed: int = 0) -> torch.Tensor:
+    return torch.rand(slices, numbers, generator=make_generator(seed))
+
+
+def augment(images: torch.Tensor, masks: torch.Tensor, seed: int = 0, **how):
+    """Move the slices by draws of a seed."""
+    return move(images, masks, draws(len(images), 3, seed), **how)
 
 
 def blobs(height: int, width: int) -> np.ndarray:
@@ -44,7 +53,7 @@ def place(pictures: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("height, width", [(64, 64), (48, 80), (33, 17)])
 def test_identity(height, width):
     images, masks = batch(2, height, width)
-    moved, moved_masks = augment(images, masks, make_generator(0), **STILL)
+    moved, moved_masks = augment(images, masks, **STILL)
     torch.testing.assert_close(moved, images, atol=1e-5, rtol=0)
     assert torch.equal(moved_masks, masks)
 
@@ -52,14 +61,14 @@ def test_identity(height, width):
 @pytest.mark.parametrize("height, width", [(64, 64), (48, 80), (33, 17)])
 def test_flip_alone_is_the_mirror_image(height, width):
     images, masks = batch(2, height, width)
-    moved, moved_masks = augment(images, masks, make_generator(0), scale=0, angle=0, flip=1)
+    moved, moved_masks = augment(images, masks, scale=0, angle=0, flip=1)
     torch.testing.assert_close(moved, images.flip(-1), atol=1e-5, rtol=0)
     assert torch.equal(moved_masks, masks.flip(-1))
 
 
 def test_about_half_are_flipped():
     images, masks = batch(200, 16, 16)
-    _, moved = augment(images, masks, make_generator(0), scale=0, angle=0)
+    _, moved = augment(images, masks, scale=0, angle=0)
     flipped = (moved == masks.flip(-1)).all(dim=(1, 2, 3))
     kept = (moved == masks).all(dim=(1, 2, 3))
     assert (flipped ^ kept).all()
@@ -68,7 +77,7 @@ def test_about_half_are_flipped():
 
 def test_same_generator_same_result_and_another_another():
     images, masks = batch(4)
-    one, again, other = (augment(images, masks, make_generator(seed)) for seed in (0, 0, 1))
+    one, again, other = (augment(images, masks, seed) for seed in (0, 0, 1))
     assert torch.equal(one[0], again[0]) and torch.equal(one[1], again[1])
     assert not torch.equal(one[0], other[0])
 
@@ -76,8 +85,8 @@ def test_same_generator_same_result_and_another_another():
 def test_each_slice_of_a_batch_and_each_batch_has_its_own_draws():
     """The same augmentation must not be repeated."""
     images, masks = batch(4)
-    generator = make_generator(0)
-    first, second = (augment(images, masks, generator)[0] for _ in range(2))
+    generator, augmentation = make_generator(0), Augmentation(0.05, 15, 0, 0, 3)
+    first, second = (augmentation(images, masks, generator, 4)[0] for _ in range(2))
     slices = torch.cat((first, second)).flatten(1)
     assert len(torch.unique(slices, dim=0)) == 8
 
@@ -86,7 +95,7 @@ def test_each_slice_of_a_batch_and_each_batch_has_its_own_draws():
 def test_rotation_and_scale_are_in_range_and_fill_it(height, width):
     images, masks = batch(300, height, width)
     images = images[:, :1]
-    moved, _ = augment(images, masks, make_generator(0), scale=0.1, angle=20, flip=0)
+    moved, _ = augment(images, masks, scale=0.1, angle=20, flip=0)
     change = place(moved[:, 0]) / place(images[:, 0])
     angle, zoom = torch.rad2deg(change.angle()), change.abs()
     assert -20.3 < angle.min() < -18 and 18 < angle.max() < 20.3
@@ -99,7 +108,7 @@ def test_rotation_and_scale_are_in_range_and_fill_it(height, width):
 def test_agrees_with_scikit_image(height, width, seed):
     """It is a similarity about the picture's centre, without shear even if it is not square."""
     images, masks = batch(1, height, width)
-    moved, _ = augment(images, masks, make_generator(seed), scale=0.2, angle=30, flip=0)
+    moved, _ = augment(images, masks, seed, scale=0.2, angle=30, flip=0)
     change = (place(moved[:, 0]) / place(images[:, 0])).item()
     assert abs(np.rad2deg(np.angle(change))) > 2, "choose a seed that moves something"
     centre = np.array([(width - 1) / 2, (height - 1) / 2])
@@ -116,7 +125,7 @@ def test_mask_moves_with_its_image():
     """A bright disk and its mask still coincide."""
     y, x = torch.meshgrid(torch.arange(64), torch.arange(64), indexing="ij")
     disk = ((y - 20) ** 2 + (x - 40) ** 2 < 100).float()[None, None].repeat(16, 1, 1, 1)
-    images, masks = augment(disk, disk, make_generator(0), scale=0.2, angle=40)
+    images, masks = augment(disk, disk, scale=0.2, angle=40)
     overlap = ((images > 0.5) & (masks > 0)).sum(dim=(1, 2, 3))
     size = (images > 0.5).sum(dim=(1, 2, 3)) + masks.sum(dim=(1, 2, 3))
     assert (2 * overlap / size > 0.9).all()
@@ -125,7 +134,7 @@ def test_mask_moves_with_its_image():
 
 def test_masks_stay_0_or_1():
     images, masks = batch(8)
-    _, moved = augment(images, masks, make_generator(0), scale=0.3, angle=45)
+    _, moved = augment(images, masks, scale=0.3, angle=45)
     assert set(moved.unique().tolist()) == {0.0, 1.0}
     assert moved.shape == masks.shape and moved.dtype == masks.dtype
 
@@ -137,7 +146,7 @@ def test_background_comes_in_from_outside(background):
     images = torch.ones(8, 3, 64, 64) * (least + 1)  # tissue up to the border ...
     images[:, :, 30:34, 30:34] = least  # ... and background inside
     masks = torch.ones(8, 1, 64, 64)
-    moved, moved_masks = augment(images, masks, make_generator(0), scale=0, angle=60)
+    moved, moved_masks = augment(images, masks, scale=0, angle=60)
     outside = moved_masks[:, 0] == 0
     assert outside.any(dim=(1, 2)).sum() >= 6, "the corners come from outside"
     far = -torch.nn.functional.max_pool2d(-outside[:, None].float(), 5, 1, 2)[:, 0] > 0
@@ -151,7 +160,7 @@ def test_background_comes_in_from_outside(background):
 def test_inputs_are_not_modified():
     images, masks = batch(4)
     before = images.clone(), masks.clone()
-    augment(images, masks, make_generator(0))
+    augment(images, masks)
     assert torch.equal(images, before[0]) and torch.equal(masks, before[1])
 
 
@@ -160,38 +169,49 @@ def test_global_random_state_is_left_alone():
     torch.manual_seed(0)
     expected = torch.rand(3)
     torch.manual_seed(0)
-    augment(images, masks, make_generator(5))
+    Augmentation(0.1, 10, 0.4, 0.2, 3)(images, masks, make_generator(5), 2)
     assert torch.equal(torch.rand(3), expected)
 
 
 def test_intensity_varies_by_slice_and_sequence_in_bounds():
     images = torch.ones(50, 3, 2, 2)
     before = images.clone()
-    varied = vary_intensity(images, make_generator(0), 0.1, 3)
+    varied = vary_intensity(images, draws(50, 6), 0.1)
     assert torch.equal(images, before)
     assert (varied.std(dim=(2, 3)) == 0).all() and len(varied[:, :, 0, 0].unique()) == 150
     assert 0.8 <= varied.min() < 0.85 and 1.15 < varied.max() <= 1.2
-    assert torch.equal(varied, vary_intensity(images, make_generator(0), 0.1, 3))
 
 
 def test_dropped_sequences_are_filled_with_flair():
     images = torch.arange(3.0)[None, :, None, None].repeat(2000, 1, 2, 2)
     before = images.clone()
-    dropped = drop_sequences(images, make_generator(0), 0.2)[:, :, 0, 0]
+    dropped = drop_sequences(images, draws(2000, 2), 0.2)[:, :, 0, 0]
     assert torch.equal(images, before)
     assert (dropped[:, 1] == 1).all()
     post, pre = dropped[:, 2] == 1, dropped[:, 0] == 1
     assert post.float().mean() == pytest.approx(0.2, abs=0.03)
     assert pre.float().mean() == pytest.approx(0.1, abs=0.03)
     assert not (pre & ~post).any()
-    assert torch.equal(drop_sequences(images, make_generator(0), 0.0), images)
+    assert torch.equal(drop_sequences(images, draws(2000, 2), 0.0), images)
 
 
 def test_slices_of_a_sample_vary_and_lose_sequences_alike():
     """The 9 channels are three slices of three sequences."""
     images = torch.arange(3.0)[None, :, None, None].repeat(400, 3, 2, 2)
-    dropped = drop_sequences(images, make_generator(0), 0.5)
-    alone = drop_sequences(images[:, :3], make_generator(0), 0.5)
+    dropped = drop_sequences(images, draws(400, 2), 0.5)
+    alone = drop_sequences(images[:, :3], draws(400, 2), 0.5)
     assert torch.equal(dropped, alone.repeat(1, 3, 1, 1))
-    varied = vary_intensity(images, make_generator(0), 0.1, 3)
+    varied = vary_intensity(images, draws(400, 6), 0.1)
     assert torch.equal(varied[:, :3], varied[:, 3:6]) and torch.equal(varied[:, :3], varied[:, 6:])
+
+
+def test_a_batch_is_augmented_by_the_same_draws_in_parts_and_what_is_off_draws_none():
+    """The random stream of each step is part of what a training can be repeated from."""
+    generator = make_generator(1)
+    moves, drops = torch.rand(5, 3, generator=generator), torch.rand(5, 2, generator=generator)
+    changes = torch.rand(2, 5, 3, generator=generator)
+    drawn = Augmentation(0.2, 15, 0.4, 0.2, 3).draw(5, make_generator(1))
+    assert torch.equal(drawn, torch.cat((moves, drops, *changes), dim=1))
+    changes = torch.rand(2, 5, 1, generator=make_generator(1))  # nothing is dropped
+    drawn = Augmentation(0.2, 15, 0, 0.2, 1).draw(5, make_generator(1))
+    assert torch.equal(drawn[:, :3], moves) and not drawn[:, 3:5].any()
