@@ -21,7 +21,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -40,7 +40,8 @@ from .io.files import (
 from .io.slices import Case, errors_name
 from .preprocess import VERSION, Frame, preprocess, preprocess_mask
 
-C, R = TypeVar("C"), TypeVar("R")
+C = TypeVar("C")
+R = TypeVar("R")
 ARRAYS = ("images", "mask", "truth")
 ENTRY = {"entry.json", *(f"{name}.npy" for name in ARRAYS)}  # the files of an entry
 FIELDS = {"fingerprint", "frame", "checksums"}  # of every entry.json
@@ -85,19 +86,20 @@ def prepare(
     `version` is that of the preprocessing. A case that cannot be read raises ValueError or
     OSError; with `skip_bad`, it is named on stderr and left out.
     """
-    cache = Path(cache) if cache else default_cache()
+    cache = Path(cache or default_cache())
     try:
         cache.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CacheError(f"{cache}: cannot be created; name another folder with --cache") from error
     clear_leftovers(cache)
-    one = partial(_prepare_one, image_size=image_size, version=version, cache=cache)
-    one = partial(unless_bad, one) if skip_bad else one
+    work = partial(_prepare, image_size=image_size, version=version, cache=cache)
+    if skip_bad:
+        work = partial(unless_bad, work)
+    quiet = None if progress else True  # None: quiet unless on a terminal
     with worker_threads(workers) as pool:
-        quiet = None if progress else True  # None: quiet unless on a terminal
-        bar = tqdm(pool.map(one, cases), "preprocessing", len(cases), unit="case", disable=quiet)
-        done = list(bar)
-    return [volume for volume in done if volume is not None]
+        volumes = pool.map(work, cases)
+        bar = tqdm(volumes, "preprocessing", len(cases), unit="case", disable=quiet)
+        return [volume for volume in bar if volume is not None]
 
 
 def unless_bad(work: Callable[[C], R], case: C) -> R | None:
@@ -111,19 +113,8 @@ def unless_bad(work: Callable[[C], R], case: C) -> R | None:
         return None
 
 
-def _prepare_one(case: Case, image_size: int, version: int, cache: Path) -> Prepared:
-    source = [case.folder.resolve(), image_size]
-    if version > 1:
-        source.append(version)
-    if case.labels.chosen:
-        source.append(case.labels.chosen)
-    if case.picked:
-        source.append(case.picked)
-    # Masks of several readers, in separate folders, are separate entries.
-    beside = {case.folder.resolve(), case.folder.resolve().parent}
-    source += sorted({path.resolve().parent for path in case.masks} - beside)
-    key = hashlib.sha256(" ".join(map(str, source)).encode()).hexdigest()[:16]
-    entry = cache / f"{case.name}-{key}"
+def _prepare(case: Case, image_size: int, version: int, cache: Path) -> Prepared:
+    entry = cache / f"{case.name}-{_key(case, image_size, version)}"
     fingerprint = _fingerprint(case, image_size, version)
     prepared = _open_entry(entry, case, fingerprint)
     if prepared is None:
@@ -132,12 +123,31 @@ def _prepare_one(case: Case, image_size: int, version: int, cache: Path) -> Prep
     return prepared
 
 
+def _key(case: Case, image_size: int, version: int) -> str:
+    """Tell the entries of a case apart: by where it lies, the settings, and the masks' folder.
+
+    Masks of several readers, in separate folders, are separate entries.
+    """
+    folder = case.folder.resolve()
+    parts = [str(folder), str(image_size)]
+    if version > 1:
+        parts.append(str(version))
+    if case.labels.chosen:
+        parts.append(str(case.labels.chosen))
+    if case.picked:
+        parts.append(str(case.picked))
+    mask_folders = {path.resolve().parent for path in case.masks}
+    for mask_folder in sorted(mask_folders - {folder, folder.parent}):
+        parts.append(str(mask_folder))
+    return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
+
+
 def _fingerprint(case: Case, image_size: int, version: int) -> str:
     """Identify what an entry is made from: the settings, and each file by place, size and time."""
     files = []
     for path in case.files:
-        about = path.stat()
-        files.append((str(path.resolve()), about.st_size, about.st_mtime_ns))
+        stat = path.stat()
+        files.append((str(path.resolve()), stat.st_size, stat.st_mtime_ns))
     revisions = REVISED.get(version, version), TRUTH
     settings = [revisions, image_size, case.aspect, files, case.labels.chosen]
     if case.picked:
@@ -148,23 +158,27 @@ def _fingerprint(case: Case, image_size: int, version: int) -> str:
 def _open_entry(entry: Path, case: Case, fingerprint: str) -> Prepared | None:
     """Open a cached volume; None if it is missing, stale or damaged."""
     try:
-        about = _read_entry(entry)
-        sums = about["checksums"]
-        if (about["fingerprint"], sums["frame"]) != (fingerprint, _frame_checksum(about["frame"])):
+        record = _read_record(entry)
+        checksums = record["checksums"]
+        if record["fingerprint"] != fingerprint:
+            return None
+        if checksums["frame"] != _frame_checksum(record["frame"]):
             return None
         stats = _of_arrays(_stat, entry)
-        if stats != about.get("stats"):
-            if not _of_arrays(_checksum, entry).items() <= sums.items():
+        if stats != record.get("stats"):  # a copy, or of an older version
+            if not _of_arrays(_checksum, entry).items() <= checksums.items():
                 return None
-            about |= {"stats": stats, "source": str(case.folder.resolve())}
+            record |= {"stats": stats, "source": str(case.folder.resolve())}
             with suppress(OSError), scratch(entry.parent) as folder:
-                (folder / "entry.json").write_text(json.dumps(about))
+                (folder / "entry.json").write_text(json.dumps(record))
                 (folder / "entry.json").replace(entry / "entry.json")
         arrays = _of_arrays(_map, entry)
-        if _read_entry(entry)["fingerprint"] != fingerprint:  # replaced by another process
+        if _read_record(entry)["fingerprint"] != fingerprint:  # replaced by another process
             return None
-        frame = {k: tuple(v) if isinstance(v, list) else v for k, v in about["frame"].items()}
-        case.labels.note(case.name, about.get("labels", ()))
+        frame: dict[str, Any] = {}
+        for name, value in record["frame"].items():
+            frame[name] = tuple(value) if isinstance(value, list) else value
+        case.labels.note(case.name, record.get("labels", ()))
         return Prepared(case, Frame(**frame), **arrays)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
@@ -182,54 +196,55 @@ def _map(path: Path) -> np.ndarray:
     torch.from_file closes it.
     """
     with ONE_AT_A_TIME:
-        about = np.load(path, mmap_mode="r")
-    size = about.offset + about.nbytes
+        array = np.load(path, mmap_mode="r")
+    size = array.offset + array.nbytes
     mapped = torch.from_file(str(path), size=size, dtype=torch.uint8).numpy()
-    return np.ndarray(about.shape, about.dtype, mapped, about.offset, about.strides)
+    return np.ndarray(array.shape, array.dtype, mapped, array.offset, array.strides)
 
 
 def _stat(path: Path) -> list[int]:
     """Return the size, modification time in ns, and CRC-32 of both ends of a file."""
     with open(path, "rb") as file:
-        about = os.fstat(file.fileno())
-        ends = file.read(ENDS)
-        file.seek(max(0, about.st_size - ENDS))
-        return [about.st_size, about.st_mtime_ns, zlib.crc32(file.read(), zlib.crc32(ends))]
+        stat = os.fstat(file.fileno())
+        start = file.read(ENDS)
+        file.seek(max(0, stat.st_size - ENDS))
+        return [stat.st_size, stat.st_mtime_ns, zlib.crc32(file.read(), zlib.crc32(start))]
 
 
-def prune(cache: Path | str | None = None) -> tuple[int, int]:
-    """Delete entries whose sources are gone; return how many, and their bytes.
+def prune(cache: Path | str | None = None) -> str:
+    """Delete entries whose sources are gone; say how many.
 
     What is not an entry by its content, or does not name a source, is kept.
     """
-    cache = Path(cache) if cache else default_cache()
+    cache = Path(cache or default_cache())
     clear_leftovers(cache)
     stale = [entry for entry in cache.glob("*") if _is_stale(entry)]
-    freed = sum(path.stat().st_size for entry in stale for path in entry.iterdir())
+    freed = 0
     for entry in stale:
+        freed += sum(path.stat().st_size for path in entry.iterdir())
         remove(entry, _is_entry)
-    return len(stale), freed
+    return f"cache: deleted {len(stale)} volumes whose sources are gone ({freed / 2**30:.1f} GiB)"
 
 
 def _is_stale(entry: Path) -> bool:
     try:
-        return _is_entry(entry) and not Path(_read_entry(entry)["source"]).exists()
+        return _is_entry(entry) and not Path(_read_record(entry)["source"]).exists()
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
 
 def _is_entry(folder: Path) -> bool:
     """Tell whether a folder is an entry by its entry.json, and holds nothing else."""
-    return _holds_only_ours(folder) and FIELDS <= _read_entry(folder).keys()
+    return _holds_only_ours(folder) and FIELDS <= _read_record(folder).keys()
 
 
 def _holds_only_ours(folder: Path) -> bool:
     return folder.is_dir() and {path.name for path in folder.iterdir()} <= ENTRY
 
 
-def _read_entry(entry: Path) -> dict:
-    about = json.loads((entry / "entry.json").read_text())
-    return about if isinstance(about, dict) else {}
+def _read_record(entry: Path) -> dict:
+    record = json.loads((entry / "entry.json").read_text())
+    return record if isinstance(record, dict) else {}
 
 
 def _make_entry(
@@ -245,27 +260,27 @@ def _make_entry(
         "mask": preprocess_mask(truth, frame).numpy(),
         "truth": truth,
     }
-    about = {
+    record = {
         "fingerprint": fingerprint,
         "source": str(case.folder.resolve()),
         "labels": case.labels.by_case.get(case.name, []),
         "frame": asdict(frame),
     }
     try:
-        _write_entry(entry, about, arrays)
-        return _open_entry(entry, case, fingerprint) or Prepared(case, frame, **arrays)
+        _write_entry(entry, record, arrays)
     except OSError as error:
-        made = _open_entry(entry, case, fingerprint)
-        if made:  # by another process meanwhile
-            return made
+        written = _open_entry(entry, case, fingerprint)
+        if written:  # by another process meanwhile
+            return written
         remedy = "free space or name" if disk_is_full(error) else "name"
         raise CacheError(
             f"{entry.parent}: cannot keep preprocessed volumes ({error.strerror}); {remedy} "
             "another folder with --cache"
         ) from error
+    return _open_entry(entry, case, fingerprint) or Prepared(case, frame, **arrays)
 
 
-def _write_entry(entry: Path, about: dict, arrays: dict[str, np.ndarray]) -> None:
+def _write_entry(entry: Path, record: dict, arrays: dict[str, np.ndarray]) -> None:
     """Write an entry in place of a stale one.
 
     Raises OSError, or CacheError if the stale one holds other files.
@@ -275,9 +290,10 @@ def _write_entry(entry: Path, about: dict, arrays: dict[str, np.ndarray]) -> Non
         new.mkdir()
         for name, array in arrays.items():
             save_array(new / f"{name}.npy", array)
-        sums = _of_arrays(_checksum, new) | {"frame": _frame_checksum(about["frame"])}
-        about = about | {"checksums": sums, "stats": _of_arrays(_stat, new)}
-        (new / "entry.json").write_text(json.dumps(about))
+        checksums = _of_arrays(_checksum, new)
+        checksums["frame"] = _frame_checksum(record["frame"])
+        record = record | {"checksums": checksums, "stats": _of_arrays(_stat, new)}
+        (new / "entry.json").write_text(json.dumps(record))
         try:  # its name is the hash of the source: with no other file in it, it is ours
             remove(entry, _holds_only_ours)
         except ValueError as error:

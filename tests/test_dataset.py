@@ -8,10 +8,10 @@ from conftest import SIZE, open_all, same
 from test_train import run, same_run
 
 import dataset
-from brainseg.io.layouts import find_cases
+from brainseg.io.layouts import find_cases, list_cases
 from brainseg.phantom import write_data_set
 from brainseg.preprocess import preprocess, preprocess_mask
-from dataset import BatchLoader, BrainSegmentationDataset
+from dataset import BatchLoader, BrainSegmentationDataset, train_and_validation
 from utils import make_generator
 
 
@@ -86,9 +86,7 @@ def test_number_of_workers_changes_nothing(two):
 
 
 def test_dataset_of_a_fold(phantoms, tmp_path):
-    parts = BrainSegmentationDataset.train_and_validation(
-        phantoms, 3, 1, image_size=SIZE, cache=tmp_path
-    )
+    parts = train_and_validation(list_cases(phantoms), 3, 1, image_size=SIZE, cache=tmp_path)
     names = [{volume.name for volume in part.volumes} for part in parts]
     assert [len(part) for part in names] == [8, 4]
     assert not names[0] & names[1]
