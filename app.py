@@ -29,18 +29,18 @@ from cli import add_segmenter_options, errors_in_one_sentence, fail, make_parser
 # fmt: off
 def get_parser() -> argparse.ArgumentParser:
     parser = make_parser(__doc__)
-    parser.add_argument(
-        "--weights", type=Path, nargs="+", help="as for inference.py (the shipped weights)"
-    )
+    parser.add("--weights", type=Path, nargs="+", help="as for inference.py (the shipped weights)")
     add_segmenter_options(parser, workers=False)
-    add, _ = parser.group("server")
+    parser.group("server")
+    add = parser.add
     add("--host", default="127.0.0.1", help="address to listen on")
-    add("--port", default=7860, least=0, below=2**16, help="port to listen on")
-    add("--auth", type=str, help="user:password to ask for (BRAINSEG_AUTH; none)")
-    add("--max-upload", default=256, least=1, help="largest upload in MiB")
-    add("--time-limit", default=300.0, least=1, below=1e6,
+    add("--port", type=int, default=7860, least=0, below=2**16, help="port to listen on")
+    add("--auth", help="user:password to ask for (BRAINSEG_AUTH; none)")
+    add("--max-upload", type=int, default=256, least=1, help="largest upload in MiB")
+    add("--time-limit", type=float, default=300.0, least=1, below=1e6,
         help="seconds to send, to read or to segment one")
-    add("--queue", default=64, least=1, help="uploads at once: one is segmented, others wait")
+    add("--queue", type=int, default=64, least=1,
+        help="uploads at once: one is segmented, others wait")
     return parser
 
 

@@ -12,28 +12,21 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 
 from brainseg.io.files import MARK, out_of_memory, sentence
 from utils import sigterm_interrupts
 
-
-class HomeParser(argparse.ArgumentParser):
-    """An ArgumentParser that expands ~ in PATH and NAME=PATH, as shells do only for some."""
-
-    def _get_value(self, action: argparse.Action, text: str) -> object:
-        name, equals, path = text.partition("=")
-        if text.startswith("~"):
-            text = os.path.expanduser(text)
-        elif path.startswith("~"):
-            text = name + equals + os.path.expanduser(path)
-        return super()._get_value(action, text)
+FLAGS, DEFAULTS = "the command line", "the defaults"  # where the value of a setting is from
+Layer = tuple[str, dict[str, Any]]  # where some settings are from, and their values
+# Not taken over by --resume: folder and machine may have changed.
+OF_THIS_CALL = ("weights", "device", "workers", "resume", "config", "prune_cache")
 
 
-class Parser(HomeParser):
-    """An ArgumentParser that takes defaults from --config FILE and supports recipes.
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that also reads --config FILE and remembers where each value is from.
 
     FILE is YAML (so JSON too): `batch-size: 8` or `batch_size: 8` is --batch-size 8, true and
     false switch a flag on and off, null leaves it at its default. Flags on the command line win.
@@ -41,104 +34,133 @@ class Parser(HomeParser):
     that names the file.
     """
 
-    def __init__(self, **options: object):
+    def __init__(self, **options: Any):
         super().__init__(allow_abbrev=False, **options)
+        self.settings: dict[str, argparse.Action] = {}
         self.recipe: list[str] = []  # settings that change the result of a training
-        self.presets: dict[str, dict] = {}  # defaults that --recipe NAME sets
+        self.classic: dict[str, Any] = {}  # values that --recipe classic sets
+        self.sources: dict[str, str] = {}  # where the value of each setting is from
+        self._group, self._in_recipe = self._optionals, False
 
-    def group(self, title: str) -> tuple[Callable, Callable]:
-        """Add a group to the help; return two versions of `add_argument`: `add` and `recipe`.
+    def group(self, title: str, recipe: bool = False) -> None:
+        """Begin a group of the help, for the options added from here on; maybe of the recipe."""
+        self._group, self._in_recipe = self.add_argument_group(title), recipe
 
-        What `recipe` adds is in the card, and a resumed run must keep it. Both take bounds, `least`
-        and `below`, for numbers; the help names the default, which sets the type if none is given.
+    def add(
+        self,
+        *flags: str,
+        help: str,
+        least: float | None = None,
+        below: float | None = None,
+        classic: Any = None,
+        **options: Any,
+    ) -> None:
+        """Add an option; its help names the default and the `classic` value, if it has one.
+
+        `least` and `below` are bounds of a number.
         """
-        group = self.add_argument_group(title)
-
-        def add(*flags: str, least: float | None = None, below: float | None = None, **options):
-            if "action" not in options:
-                options.setdefault("type", type(options.get("default", "")))
-            if least is not None or below is not None:
-                options["type"] = _number(options["type"], least, below)
-            default = options.get("default")
-            if default is not None and not isinstance(default, (bool, list)):
-                key = flags[0][2:].replace("-", "_")
-                others = [f"; {k}: {v[key]}" for k, v in self.presets.items() if key in v]
-                options["help"] += f" (%(default)s{''.join(others)})"
-            return group.add_argument(*flags, **options)
-
-        def recipe(*flags: str, **options) -> None:
-            self.recipe.append(add(*flags, **options).dest)
-
-        return add, recipe
+        if "action" not in options:
+            options.setdefault("type", str)
+        if least is not None or below is not None:
+            options["type"] = _number(options["type"], least, below)
+        default = options.get("default")
+        if classic is not None:
+            help += f" ({default}; classic: {classic})"
+        elif default is not None and not isinstance(default, (bool, list)):
+            help += f" ({default})"
+        action = self._group.add_argument(*flags, help=help, **options)
+        self.settings[action.dest] = action
+        if self._in_recipe:
+            self.recipe.append(action.dest)
+        if classic is not None:
+            self.classic[action.dest] = classic
 
     def parse_args(self, args: Sequence[str] | None = None, namespace=None) -> argparse.Namespace:
-        finder = HomeParser(add_help=False, allow_abbrev=False)
-        finder.add_argument("--config", type=Path)
-        finder.add_argument("--recipe")
-        finder.error = self.error
-        found = finder.parse_known_args(args)[0]
-        try:
-            settings = _read_config(found.config) if found.config else {}
-            for name in self.presets:
-                if name == settings.get("recipe"):
-                    self.set_defaults(**self.presets[name])
-            self._take_defaults(settings)
-            self.set_defaults(**self.presets.get(found.recipe, {}))  # flags win
-        except (ValueError, argparse.ArgumentError) as error:
-            self.error(f"{found.config}: {error}")
-        return super().parse_args(args, namespace)
+        """Read the command line and the file of --config; end with a usage error if it is bad."""
+        return self.resolve(self.read(args))
 
-    def parse_resumed(
-        self, argv: Sequence[str] | None, earlier: dict, path: Path
-    ) -> argparse.Namespace:
-        """Parse with the settings of an earlier run, from the checkpoint `path`, as defaults.
+    def read(self, argv: Sequence[str] | None) -> list[Layer]:
+        """Read what the command line sets, and what the file of --config sets."""
+        unset = argparse.Namespace(**dict.fromkeys(self.settings))
+        flags = vars(super().parse_args(argv, unset))
+        layers = [(FLAGS, flags)]
+        file = flags["config"]
+        if file:
+            try:
+                layers.append((str(file), read_config(file, self)))
+            except (ValueError, argparse.ArgumentError) as error:
+                self.error(f"{file}: {error}")
+        return layers
 
-        A setting newer than the checkpoint has its default; folder and machine may have changed.
-        Raises ValueError if the recipe would change.
-        """
-        earlier = {name: self.get_default(name) for name in self.recipe} | earlier
-        here = {"weights", "device", "workers", "resume", "config", "prune_cache"}
-        names = {action.dest for action in self._actions} & earlier.keys() - here
-        self.set_defaults(**{name: earlier[name] for name in names})
-        self.presets = {}  # `earlier` includes what they set
-        args = self.parse_args(argv)
-        for name in self.recipe:
-            before, now = earlier[name], plain(args)[name]
-            if now != before:
-                raise ValueError(
-                    f"{path}: was started with --{name.replace('_', '-')} {before}, not {now}; "
-                    "leave that out, or start a new run in another --weights folder"
-                )
+    def resolve(self, layers: Sequence[Layer]) -> argparse.Namespace:
+        """Give each setting the value of the first layer that has one, else its default."""
+        args = argparse.Namespace()
+        for name, action in self.settings.items():
+            self.sources[name], value = DEFAULTS, action.default
+            for source, values in layers:
+                if values.get(name) is not None:
+                    self.sources[name], value = source, values[name]
+                    break
+            if isinstance(value, str):
+                value = self._get_value(action, value)
+            setattr(args, name, value)
         return args
 
-    def _take_defaults(self, settings: dict) -> None:
-        """Call `set_defaults` after checking names and values."""
-        flags = {flag[2:]: action for flag, action in self._option_string_actions.items()}
-        known = {k: v for k, v in flags.items() if k not in ("", "help") and k[:3] != "no-"}
-        for key, value in settings.items():
-            name = str(key).replace("_", "-")
-            if name not in known:
-                near = difflib.get_close_matches(name, known, 1, 0.5)
-                hint = f"did you mean {near[0]}?" if near else "see --help"
-                raise ValueError(f"no setting is called {key!r}; {hint}")
-            if value is not None and name != "config":
-                self.set_defaults(**{known[name].dest: self._checked(known[name], value)})
-                known[name].required = False
-
-    def _checked(self, action: argparse.Action, value: object) -> object:
-        """Convert a value from the file as the command line would."""
-        if value is True and action.nargs == "?":
-            return action.const
+    def converted(self, action: argparse.Action, name: str, value: Any) -> Any:
+        """Convert the value of a setting in a file; ValueError or ArgumentError if it is bad."""
         if action.nargs == 0:
             if not isinstance(value, bool):
-                raise ValueError(f"{action.dest} takes true or false, not {value!r}")
+                raise ValueError(f"{name} takes true or false, not {value!r}")
             return value
-        several = isinstance(value, list) and action.nargs in ("+", "*") and value
-        values = value if several else [value]
-        if any(isinstance(each, (bool, list, dict)) for each in values):
-            name = action.dest.replace("_", "-")
+        if value is True and action.nargs == "?":
+            return action.const
+        values = [value]
+        if isinstance(value, list) and action.nargs == "+":
+            values = value
+        if not values or any(isinstance(each, (bool, list, dict)) for each in values):
             raise ValueError(f"{name} takes a value, not {value!r}")
-        return self._get_values(action, list(map(str, values)))
+        return self._get_values(action, [str(each) for each in values])
+
+    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
+        """Expand ~ in PATH and NAME=PATH, as shells do only for some, and convert the text."""
+        name, equals, path = arg_string.partition("=")
+        if arg_string.startswith("~"):
+            arg_string = os.path.expanduser(arg_string)
+        elif path.startswith("~"):
+            arg_string = name + equals + os.path.expanduser(path)
+        return super()._get_value(action, arg_string)
+
+
+def resume(parser: Parser, given: Sequence[Layer], earlier: dict, path: Path) -> argparse.Namespace:
+    """Resolve with the settings of an earlier run, from the checkpoint `path`, as defaults.
+
+    What it lacks is as in the classic recipe, from before there was a choice. Raises
+    ValueError if the recipe would change.
+    """
+    values = dict(parser.classic)
+    for name, value in earlier.items():
+        if value is not None and name not in OF_THIS_CALL:
+            values[name] = value
+    before = parser.resolve([(str(path), values)])
+    args = parser.resolve([*given, (str(path), values)])
+    for name in parser.recipe:
+        was, now = getattr(before, name), getattr(args, name)
+        if was != now:
+            raise ValueError(
+                f"{path}: was started with --{name.replace('_', '-')} {was}, not {now}; "
+                "leave that out, or start a new run in another --weights folder"
+            )
+    return args
+
+
+def summary(parser: Parser, args: argparse.Namespace) -> str:
+    """Say the values of the recipe: a line for each place that they are from."""
+    lines: dict[str, list[str]] = {}
+    for name in parser.recipe:
+        value = getattr(args, name)
+        if value is not None and value is not False:
+            lines.setdefault(parser.sources[name], []).append(f"{name.replace('_', ' ')} {value}")
+    return "\n".join(f"from {source}: {', '.join(lines[source])}" for source in lines)
 
 
 def _number(kind: type, least: float | None, below: float | None) -> Callable[[str], float]:
@@ -156,8 +178,8 @@ def _number(kind: type, least: float | None, below: float | None) -> Callable[[s
     return convert
 
 
-def _read_config(path: Path) -> dict:
-    """Read the settings in a file. Raises ValueError, without its name, if it has none."""
+def read_config(path: Path, parser: Parser) -> dict[str, Any]:
+    """Read the settings in a file, converted as flags are; ValueError or ArgumentError if bad."""
     import yaml  # slow, and only for --config
 
     try:
@@ -170,37 +192,55 @@ def _read_config(path: Path) -> dict:
         content = content.get("args", content)
     if not isinstance(content, dict):
         raise ValueError("contains no settings; write one `name: value` per line")
-    return content
+    actions = {}
+    for action in parser.settings.values():
+        for flag in action.option_strings:
+            if not flag.startswith("--no-"):
+                actions[flag.removeprefix("--")] = action
+    settings = {}
+    for key, value in content.items():
+        name = str(key).replace("_", "-")
+        if name not in actions:
+            near = difflib.get_close_matches(name, actions, 1, 0.5)
+            hint = f"did you mean {near[0]}?" if near else "see --help"
+            raise ValueError(f"no setting is called {key!r}; {hint}")
+        if value is not None and name != "config":
+            settings[actions[name].dest] = parser.converted(actions[name], name, value)
+    return settings
 
 
-def make_parser(doc: str) -> Parser:
+class Formatter(argparse.MetavarTypeHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Show types, and the description as it is."""
+
+    def __init__(self, prog: str, **_: Any):
+        super().__init__(prog, max_help_position=32, width=100)
+
+
+def make_parser(doc: str | None) -> Parser:
     """Make a parser whose --help is the script's docstring, then the options and their defaults."""
-
-    class Formatter(argparse.MetavarTypeHelpFormatter, argparse.RawDescriptionHelpFormatter):
-        def __init__(self, prog: str, **_: object):
-            super().__init__(prog, max_help_position=32, width=100)
-
     doc = f"{doc}\nDefaults are in parentheses."
     parser = Parser(usage="%(prog)s [options]", description=doc, formatter_class=Formatter)
-    parser.add_argument("--config", type=Path, help="YAML or args.json with any of these settings")
+    parser.add("--config", type=Path, help="YAML or args.json with any of these settings")
     return parser
 
 
 # fmt: off
-def add_cohort_options(add: Callable[..., object]) -> None:
-    """Add the options of scripts that read a cohort, with the `add` of a parser's group."""
-    add("--sequences", type=str, nargs="+",
+def add_cohort_options(parser: Parser) -> None:
+    """Add the options of scripts that read a cohort."""
+    add = parser.add
+    add("--sequences", nargs="+",
         help="file names in the folder of a case: flair='*_f.nii.gz' pre=... post=... mask=...")
     add("--channels", type=int, nargs="+", least=0,
         help="of files with several: those of pre-contrast, FLAIR, post-contrast, or FLAIR; from 0")
     add("--labels", type=int, nargs="+", least=1,
         help="mask labels that count as lesion (all above 0)")
-    add("--patients", type=str, help="CSV with the columns case and patient (from the names)")
+    add("--patients", help="CSV with the columns case and patient (from the names)")
 
 
 def add_segmenter_options(parser: Parser, workers: bool = True) -> None:
     """Add the options of scripts that segment; `segmenter_options` reads them."""
-    add, switch = parser.group("how")[0], argparse.BooleanOptionalAction
+    parser.group("how")
+    add, switch = parser.add, argparse.BooleanOptionalAction
     add("--image-size", type=int, help="side of a resized slice (as in training)")
     add("--threshold", type=float,
         help="lowest probability that counts as lesion (as in the card; 0.5 if it has no fit)")
@@ -211,11 +251,11 @@ def add_segmenter_options(parser: Parser, workers: bool = True) -> None:
     add("--tta", action=switch,
         help="average over a slice and its mirror image where there may be lesion (as in the card)")
     add("--batch-size", type=int, default=16, least=1, help="slices computed at once")
-    add("--device", type=str, help="cuda, cuda:1, mps, cpu (an accelerator if available)")
+    add("--device", help="cuda, cuda:1, mps, cpu (an accelerator if available)")
     add("--amp", action=switch, help="compute in half precision (if the device is faster that way)")
     if workers:
         add("--workers", type=int, least=1, help="threads that read and write (all cores)")
-    add("--providers", type=str, nargs="+", choices=("tensorrt", "cuda", "cpu"),
+    add("--providers", nargs="+", choices=("tensorrt", "cuda", "cpu"),
         help="ONNX Runtime providers for an .onnx file: tensorrt, cuda, cpu (all available)")
 
 

@@ -56,16 +56,17 @@ FILES = ("scores.csv", "summary.json", "scores.png", "gallery.png", *FITTED)
 # fmt: off
 def get_parser() -> argparse.ArgumentParser:
     parser = cli.make_parser(__doc__)
-    add, _ = parser.group("what")
+    parser.group("what")
+    add = parser.add
     add("--images", type=Path, default="./kaggle_3m", help="cases with masks")
     add("--subset", type=str, nargs="+", choices=("all", *SUBSETS), default=["validation"],
         help="all, train, validation, test, or several (validation)")
     add("--cases", type=str, nargs="+", help="only these cases")
-    cli.add_cohort_options(add)
+    cli.add_cohort_options(parser)
     add("--weights", type=str, nargs="+", help="the models, as above (the shipped weights)")
     add("--fit-expected-dsc", action="store_true", help="learn to predict the DSC of a mask")
     cli.add_segmenter_options(parser)
-    add, _ = parser.group("where to")
+    parser.group("where to")
     add("--out", type=Path, default="./evaluation", help="folder to write to")
     add("--report", type=Path, help="HTML page to write")
     return parser

@@ -54,8 +54,9 @@ TOLERANCES = {"float32": 1e-4, "float16": 5e-2}  # of a probability
 # fmt: off
 def get_parser() -> argparse.ArgumentParser:
     parser = make_parser(__doc__)
-    add, _ = parser.group("what")
-    add("--weights", type=Path, nargs="+", required=True,
+    parser.group("what")
+    add = parser.add
+    add("--weights", type=Path, nargs="+",
         help="file written by train.py, several, or a folder of them")
     add("--format", type=str, choices=("weights", *FORMATS), default="weights",
         help="weights, onnx or torch-export")
@@ -63,7 +64,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("--subset", type=str, choices=(*SUBSETS, "all"),
         help="with --metrics: which of its cases to count (validation)")
     add("--out", type=Path, help="folder to write to (that of --weights)")
-    add, _ = parser.group("onnx and torch-export")
+    parser.group("onnx and torch-export")
     add("--precision", type=str, choices=TOLERANCES,
         help="precision of the network: float32 or float16 (float32)")
     add("--images", type=Path,
@@ -75,6 +76,8 @@ def get_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     parser = get_parser()
     args = parser.parse_args(argv)
+    if not args.weights:
+        parser.error("--weights is missing: give what to export")
     if args.format == "weights" and (args.precision or args.images):
         parser.error("--precision and --images go with --format onnx or torch-export")
     if args.subset and not args.metrics:

@@ -85,7 +85,8 @@ SAVE_EVERY = 5.0  # seconds between writings of the tables
 # fmt: off
 def get_parser() -> argparse.ArgumentParser:
     parser = cli.make_parser(__doc__)
-    add, _ = parser.group("what")
+    parser.group("what")
+    add = parser.add
     add("--images", type=Path, help="folder of cases, or one case (./kaggle_3m)")
     add("--flair", type=Path, help="instead of --images: the FLAIR sequence of one scan")
     add("--pre", type=Path, help="with --flair: pre-contrast, on any grid (FLAIR)")
@@ -95,7 +96,7 @@ def get_parser() -> argparse.ArgumentParser:
         "first of them")
     add("--subset", type=str, default="all", help=f"all, {', '.join(SUBSETS)}")
     add("--cases", type=str, nargs="+", help="only these cases")
-    cli.add_cohort_options(add)
+    cli.add_cohort_options(parser)
     add("--dates", type=Path,
         help="CSV with the columns case and date (DICOM headers, BIDS tables, names)")
     add("--skip-existing", action="store_true",
@@ -104,7 +105,7 @@ def get_parser() -> argparse.ArgumentParser:
         help="weights or .onnx file; several are averaged, or those in a folder or, if none, "
         "in its folders (the shipped weights)")
     cli.add_segmenter_options(parser)
-    add, _ = parser.group("where to")
+    parser.group("where to")
     add("--predictions", type=Path, default="./predictions", help="folder to write to")
     add("--figure", type=Path, default="./dsc.png", help="bar chart of each case's DSC")
     add("--probabilities", action="store_true", help="also write maps of the lesion probability")
