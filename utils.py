@@ -48,14 +48,14 @@ def sigterm_interrupts() -> Iterator[None]:
 class Interruption(ExitStack):
     """Note the first SIGINT or SIGTERM within the block, so that a step can finish first."""
 
-    signal: int | None = None
+    signal = 0  # none yet
 
     def __enter__(self) -> Interruption:
-        self.enter_context(_handlers({s: self._note for s in (signal.SIGINT, signal.SIGTERM)}))
+        self.enter_context(_handlers({signal.SIGINT: self._note, signal.SIGTERM: self._note}))
         return self
 
     def _note(self, number: int, _frame: object) -> None:
-        if self.signal is not None:  # asked twice: do not wait
+        if self.signal:  # asked twice: do not wait
             raise KeyboardInterrupt
         self.signal = number
 

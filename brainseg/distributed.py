@@ -30,6 +30,7 @@ from .devices import available_cores
 from .io.files import check_writable, clear_leftovers, locked, out_of_memory, sentence
 
 T = TypeVar("T")
+Items = TypeVar("Items", Tensor, Sequence[Any])
 TIMEOUT = timedelta(minutes=30)  # for a rank that no longer answers
 PATIENCE = timedelta(days=1)  # for the rank that prepares data for the others
 GRACE = 3.0  # seconds that a rank leaves to the one that failed first
@@ -156,7 +157,7 @@ def local_rank_zero_first() -> Iterator[None]:
     if world_size() == 1:
         yield
         return
-    group = dist.new_group(backend="gloo", timeout=PATIENCE)
+    group: Any = dist.new_group(backend="gloo", timeout=PATIENCE)
     if local_rank() != 0:
         dist.barrier(group)
     yield
@@ -196,12 +197,12 @@ def rank_workers(workers: int | None) -> int | None:
     return max(1, available_cores() // local_world_size())
 
 
-def shard(items: Sequence[T]) -> Sequence[T]:
+def shard(items: Items) -> Items:
     """Return this rank's part of `items`: of n ranks, each takes every n-th."""
     return items[rank() :: world_size()]
 
 
-def shard_of_batch(batch: Sequence[T]) -> Sequence[T]:
+def shard_of_batch(batch: Items) -> Items:
     """Return `shard`, or if that is empty the first item as a stand-in that must not be counted.
 
     Every rank needs a slice to compute a step on, however small the batch.

@@ -5,14 +5,16 @@ from __future__ import annotations
 import platform
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from .cache import Prepared, prune
+from .cache import Prepared
 from .distributed import is_main_process, world_size
 from .io.files import sentence, write_json
 from .io.labels import odd_masks
@@ -31,12 +33,22 @@ from .splits import (
 from .training import TrainState
 from .weights import read_card, save_weights
 
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
-def prune_cache(cache: Path | None) -> None:
-    """Delete preprocessed volumes whose sources are gone, and say how many."""
-    if is_main_process():
-        count, freed = prune(cache)
-        print(f"cache: deleted {count} volumes whose sources are gone ({freed / 2**30:.1f} GiB)")
+
+@dataclass(frozen=True)
+class Validation:
+    """How good the network is after an epoch. Loss and DSC cover all ranks, masks this rank's."""
+
+    loss: float
+    scores: dict[str, float]  # DSC by case
+    masks: list[np.ndarray]  # (S, H, W), bool, in the source geometry
+    better: bool  # than after any epoch before
+
+    @property
+    def mean(self) -> float:
+        return sum(self.scores.values()) / len(self.scores)
 
 
 def report_cases(
@@ -46,7 +58,7 @@ def report_cases(
 
     Raises ValueError if no training case has a lesion.
     """
-    for volume in (*train, *validation):
+    for volume in list(train) + list(validation):
         for note in volume.frame.notes:
             print(f"{volume.case.folder}: {note}", file=sys.stderr)
     if not any(volume.mask.any() for volume in train):
@@ -70,113 +82,90 @@ def report_cases(
         print(question, file=sys.stderr)
 
 
-def start_run(
-    state: TrainState,
-    train: list[Case],
-    validation: list[Case],
-    settings: dict,
-    recipe: Sequence[str],
-    checkpoint: dict | None,
-    commit: str | None,
-) -> RunWriter:
-    """Load the checkpoint, if there is one, and make the card of the run and its writer.
-
-    `settings` are those of the command line; `recipe` names those that go into the card.
-    """
-    train_names = [case.name for case in train]
-    validation_names = [case.name for case in validation]
+def origin_of(init_weights: str | None, checkpoint: dict | None) -> dict | None:
+    """Return what the card of the start weights says of them; say so if there is none."""
     if checkpoint:
-        state.load(checkpoint, train_names, settings["images"])
-        report_changes(checkpoint, state, validation_names)
-        start = checkpoint["initialised_from"]
-    else:
-        start = read_start(first) if (first := settings["init_weights"]) else None
-        if start and not start["cases"]:
-            unknown = "no card says what it was trained on"
-            print(f"{first}: {unknown}; if on these patients, the validation DSC is too high")
-    chosen = {name: settings[name] for name in (*recipe, "epochs")} | {"amp": state.amp}
-    card = describe_run(state, chosen, train, validation, start) | {"commit": commit}
-    check_seen(card, settings["allow_seen"] or checkpoint is not None)
-    kept = {"initialised_from": start, "cases": train_names, "validation_cases": validation_names}
-    kept["args"] = settings | {"amp": state.amp}
-    kept["card"] = checkpoint.get("card") if checkpoint else None
-    if kept["card"]:
-        card["started"] = kept["card"].get("started")
-    patients = {case.name: patient_of(case) for case in validation}
-    return RunWriter(card, settings, kept, patients, state.epoch)
+        return checkpoint["initialised_from"]
+    if not init_weights:
+        return None
+    card = read_card(init_weights)
+    if not card.get("cases"):
+        unknown = "no card says what it was trained on"
+        print(f"{init_weights}: {unknown}; if on these patients, the validation DSC is too high")
+    names = ("recipe", "commit", "cases", "patients", "initialised_from")
+    return {name: card.get(name) for name in names}
 
 
-def read_start(path: Path | str) -> dict:
-    """Read from their card where the start weights come from."""
-    card = read_card(path)
-    kept = ("recipe", "commit", "cases", "patients", "initialised_from")
-    return {key: card.get(key) for key in kept}
-
-
-def check_seen(card: dict, allowed: bool) -> None:
-    """Raise ValueError, or warn if `allowed`, if the start weights saw validation patients."""
-    if seen := card.get("validation_seen"):
-        text = f"--init-weights was trained on patients of {len(seen)} validation cases ({seen[0]})"
-        if not allowed:
-            raise ValueError(
-                f"{text}, whose DSC would be too high; validate on others (--folds, --fold), or "
-                "add --allow-seen, which is noted in the card"
-            )
-        print(f"{text}: the validation DSC is too high")
-
-
-def describe_run(
+def make_card(
     state: TrainState, recipe: dict, train: list[Case], validation: list[Case], start: dict | None
-) -> dict:
+) -> dict[str, Any]:
     """Make the card of a run's weights: data, split, recipe, versions, device; no paths.
 
     The training cases of the weights that it started from count as seen by this network too.
     """
-    paths = [name for name in ("pretrained", "patients") if isinstance(recipe.get(name), str)]
-    recipe = recipe | {name: Path(recipe[name]).name for name in paths}
-    device = (
-        torch.cuda.get_device_name(state.device)
-        if state.device.type == "cuda"
-        else str(state.device)
-    )
-    about = {
+    recipe = dict(recipe)
+    for name in ("pretrained", "patients"):
+        if isinstance(recipe[name], str):
+            recipe[name] = Path(recipe[name]).name
+    device = str(state.device)
+    if state.device.type == "cuda":
+        device = torch.cuda.get_device_name(state.device)
+    card: dict[str, Any] = {
         "model": recipe["model"],
         "settings": state.model.settings,
-        **{name: recipe[name] for name in ("image_size", "neighbours", "preprocessing")},
-        "cases": {
-            "train": [case.name for case in train],
-            "validation": [case.name for case in validation],
-        },
+        "image_size": recipe["image_size"],
+        "neighbours": recipe["neighbours"],
+        "preprocessing": recipe["preprocessing"],
+        "cases": {"train": names_of(train), "validation": names_of(validation)},
         "recipe": recipe,
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "device": device,
         "processes": world_size(),
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
-    earlier = (start or {}).get("patients") or {}
-    patients = earlier | patients_by_case(train + validation)
-    if patients:
-        about["patients"] = patients
+    patients = patients_by_case(train + validation)
     if start:
-        earlier_cases = (start.get("cases") or {}).get("train", ())
-        about["cases"]["train"] = sorted({*about["cases"]["train"], *earlier_cases})
-        others = start.keys() - {"cases", "patients"}
-        about["initialised_from"] = {key: value for key, value in start.items() if key in others}
-        patients = patients_of_card(start, "train", cases=train + validation)
-        seen = [case.name for case in validation if patient_of(case) in patients]
-        if seen:
-            about["validation_seen"] = seen
-    return about
+        patients = (start.get("patients") or {}) | patients
+    if patients:
+        card["patients"] = patients
+    if start:
+        earlier = (start.get("cases") or {}).get("train", [])
+        card["cases"]["train"] = sorted(set(names_of(train)) | set(earlier))
+        origin = {name: start[name] for name in start if name not in ("cases", "patients")}
+        card["initialised_from"] = origin
+        trained_on = patients_of_card(start, "train", cases=train + validation)
+        not_new = [case.name for case in validation if patient_of(case) in trained_on]
+        if not_new:
+            card["validation_seen"] = not_new
+    return card
+
+
+def names_of(cases: Sequence[Case]) -> list[str]:
+    return [case.name for case in cases]
+
+
+def check_seen(card: dict, allowed: bool) -> None:
+    """Raise ValueError, or warn if `allowed`, if the start weights saw validation patients."""
+    cases = card.get("validation_seen")
+    if not cases:
+        return
+    text = f"--init-weights was trained on patients of {len(cases)} validation cases ({cases[0]})"
+    if not allowed:
+        raise ValueError(
+            f"{text}, whose DSC would be too high; validate on others (--folds, --fold), or "
+            "add --allow-seen, which is noted in the card"
+        )
+    print(f"{text}: the validation DSC is too high")
 
 
 def report_changes(checkpoint: dict, state: TrainState, validation: list[str]) -> None:
     """Print what differs in a resumed run."""
     before = checkpoint.get("validation_cases", validation)
     if before != validation:
-        new, gone = sorted({*validation} - {*before}), sorted({*before} - {*validation})
-        changes = f"new: {', '.join(new) or 'none'}; gone: {', '.join(gone) or 'none'}"
+        new = ", ".join(sorted(set(validation) - set(before))) or "none"
+        gone = ", ".join(sorted(set(before) - set(validation))) or "none"
         print(
-            f"the validation cases have changed ({changes}); the best DSC so far, "
+            f"the validation cases have changed (new: {new}; gone: {gone}); the best DSC so far, "
             f"{state.best:.3f}, is that of the earlier ones"
         )
     schedule, epochs = checkpoint["args"]["schedule"], checkpoint["args"]["epochs"]
@@ -186,15 +175,6 @@ def report_changes(checkpoint: dict, state: TrainState, validation: list[str]) -
             f"from {state.learning_rate(epochs):.3g} to {state.learning_rate():.3g}, then falls "
             f"to 0 at epoch {state.epochs}"
         )
-
-
-def headline(card: dict, slices: int) -> str:
-    """Describe network, device and data: the first line of a run."""
-    ranks = f"{card['processes']} x " if card["processes"] > 1 else ""
-    return (
-        f"{card['model']} on {ranks}{card['device']}{', half precision' * card['recipe']['amp']}: "
-        f"{slices} slices to train on"
-    )
 
 
 def how_to_resume(state: TrainState, weights: Path, model: str) -> str:
@@ -209,82 +189,115 @@ def how_to_resume(state: TrainState, weights: Path, model: str) -> str:
 class RunWriter:
     """Writes WEIGHTS/<model>.pt with its card, <model>.ckpt, and TensorBoard events in LOGS.
 
-    Only the main process writes.
+    `settings` are those of the command line, `recipe` the names of those for the card. Only the
+    main process writes. Raises ValueError if the start weights have seen validation patients.
     """
 
     def __init__(
-        self, card: dict, settings: dict, kept: dict, patients: dict[str, str], epochs_done: int
+        self,
+        state: TrainState,
+        train: list[Case],
+        validation: list[Case],
+        settings: dict,
+        recipe: Sequence[str],
+        checkpoint: dict | None,
+        commit: str | None,
     ):
-        self.card, self.settings, self.kept, self.epochs_done = card, settings, kept, epochs_done
-        self.patients = patients  # of the validation cases, by name
-        self.files = Path(settings["weights"]) / card["model"]
-        self.logs, self.log = Path(settings["logs"]), None
-
-    def __enter__(self) -> RunWriter:
+        start = origin_of(settings["init_weights"], checkpoint)
+        values = {name: settings[name] for name in recipe}
+        values |= {"epochs": settings["epochs"], "amp": state.amp}
+        self.card = make_card(state, values, train, validation, start)
+        self.card["commit"] = commit
+        check_seen(self.card, settings["allow_seen"] or checkpoint is not None)
+        best = None  # the card of the weights kept so far
+        if checkpoint and checkpoint.get("card"):
+            best = checkpoint["card"]
+            self.card["started"] = best.get("started")
+        self.more = {  # in each checkpoint
+            "initialised_from": start,
+            "cases": names_of(train),
+            "validation_cases": names_of(validation),
+            "args": settings | {"amp": state.amp},
+            "card": best,
+        }
+        self.patients = {case.name: patient_of(case) for case in validation}
+        self.files = Path(settings["weights"]) / settings["model"]
+        self.log: SummaryWriter | None = None
         if is_main_process():
             from torch.utils.tensorboard import SummaryWriter  # slow to import
 
-            write_json(self.logs / "args.json", self.card | {"args": self.settings})
-            self.log = SummaryWriter(self.logs, purge_step=self.epochs_done + 1)
+            logs = Path(settings["logs"])
+            write_json(logs / "args.json", self.card | {"args": settings})
+            self.log = SummaryWriter(logs, purge_step=state.epoch + 1)
+
+    def __enter__(self) -> RunWriter:
         return self
 
     def __exit__(self, *error: object) -> None:
         if self.log:
             self.log.close()
 
+    def headline(self, slices: int) -> str:
+        """Describe network, device and data in one line."""
+        device = self.card["device"]
+        if self.card["processes"] > 1:
+            device = f"{self.card['processes']} x {device}"
+        if self.card["recipe"]["amp"]:
+            device += ", half precision"
+        return f"{self.card['model']} on {device}: {slices} slices to train on"
+
     def checkpoint(self, state: TrainState) -> None:
-        if is_main_process():
-            state.save(self.files.with_suffix(".ckpt"), **self.kept)
+        if self.log:
+            state.save(self.files.with_suffix(".ckpt"), self.more)
 
     def weights(self, state: TrainState, scores: dict[str, float]) -> None:
         """Write the weights and their card, with the DSC of each validation case."""
-        if is_main_process():
-            patients = [self.patients[name] for name in scores]
-            summary = summarise(list(scores.values()), patients)
-            if seen := self.card.get("validation_seen"):
-                summary["seen_by_start_weights"] = len(seen)
-            card = self.card | {"epoch": state.epoch, "validation_dsc": summary}
-            path = self.files.with_suffix(".pt")
-            save_weights(path, state.trained.state_dict(), card)
-            self.kept["card"] = read_card(path)
+        if not self.log:
+            return
+        summary = summarise(list(scores.values()), [self.patients[name] for name in scores])
+        if "validation_seen" in self.card:
+            summary["seen_by_start_weights"] = len(self.card["validation_seen"])
+        card = self.card | {"epoch": state.epoch, "validation_dsc": summary}
+        path = self.files.with_suffix(".pt")
+        save_weights(path, state.trained.state_dict(), card)
+        self.more["card"] = read_card(path)
 
     def curves(
-        self,
-        state: TrainState,
-        speed: float,
-        train_loss: float,
-        loss: float | None,
-        scores: dict[str, float],
-        better: bool,
+        self, state: TrainState, train_loss: float, speed: float, validation: Validation | None
     ) -> None:
-        """Log the values of an epoch, and print them in one line; `loss` is None without scores."""
-        if not is_main_process():
+        """Log the values of an epoch, and print them in one line; `speed` is in slices/s."""
+        if not self.log:
             return
         rate = state.optimizer.param_groups[0]["lr"]
         values = {"loss/train": train_loss, "images_per_second": speed, "learning_rate": rate}
         line = f"epoch {state.epoch:3d}/{state.epochs}  loss {train_loss:.4f}"
-        if scores:
-            mean = sum(scores.values()) / len(scores)
-            values |= {"loss/validation": loss, "dsc/validation": mean}
-            values |= {f"dsc_by_case/{name}": score for name, score in scores.items()}
-            line += f"  validation loss {loss:.4f}  DSC {mean:.4f}{' *' if better else '  '}"
+        if validation:
+            loss, mean = validation.loss, validation.mean
+            values["loss/validation"] = loss
+            values["dsc/validation"] = mean
+            for name, score in validation.scores.items():
+                values[f"dsc_by_case/{name}"] = score
+            star = "*" if validation.better else " "
+            line += f"  validation loss {loss:.4f}  DSC {mean:.4f} {star}"
         for name, value in values.items():
             self.log.add_scalar(name, value, state.epoch)
         tqdm.write(f"{line}  {speed:.1f} images/s")
         sys.stdout.flush()
 
     def slices(
-        self, volumes: Sequence[Prepared], most: int, epoch: int, masks: Sequence[np.ndarray]
+        self, volumes: Sequence[Prepared], masks: Sequence[np.ndarray], most: int, epoch: int
     ) -> None:
         """Log up to `most` slices of the cases, outlined, in the source geometry.
 
         The images are read again, and may be gone: then there are no pictures.
         """
+        if not self.log:
+            return
         for volume, mask in zip(volumes, masks, strict=True):
             count = min(len(mask), most)
-            if count < 1 or not is_main_process():
-                return
             most -= count
+            if count < 1:
+                return
             try:
                 grey = to_grey(volume.case.read())[:count]
             except (OSError, ValueError) as error:

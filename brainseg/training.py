@@ -1,4 +1,4 @@
-"""The state of a training: network, optimiser, learning-rate schedule, averaged weights."""
+"""The state of a training: network, optimiser, learning rate, averaged weights."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from .devices import half_precision
 from .distributed import shard_of_batch, world_size
 from .io.files import out_of_memory, sentence
-from .preprocess import VERSION
 from .weights import (
     CARD_DEFAULTS,
     MODELS,
@@ -33,14 +34,8 @@ from .weights import (
 PROGRESS = ("epoch", "step", "loss_sum", "best")
 CHECKPOINT = {"args", "model", "ema", "optimizer", "cases", *PROGRESS}
 
-# The values published in 2019, for --recipe classic; the defaults are those of the shipped weights.
-CLASSIC = {
-    "lr": 1e-4, "schedule": "constant", "warmup": 0, "ema": 0.0, "loss": "dice", "background": 0.1,
-    "aug_scale": 0.05, "aug_intensity": 0, "drop_sequences": 0,
-}  # fmt: skip
 
-
-@dataclass
+@dataclass(kw_only=True)
 class TrainState:
     """A training between two steps: what it was set up with, and what a checkpoint holds."""
 
@@ -48,32 +43,31 @@ class TrainState:
     slices: int  # per epoch
     batch_size: int
     epochs: int
-    rate: Callable[[int, int], float]  # the learning rate, by step and number of all steps
+    lr: float  # at its peak
+    schedule: str = "constant"  # or cosine
+    warmup: int = 0  # steps
     weight_decay: float = 0.0
-    decay: float = 0.0  # of the moving average of the weights; 0: no average
+    ema: float = 0.0  # decay of the moving average of the weights; 0: no average
     amp: bool = False
     seed: int = 0
     neighbours: int = 0  # slices seen on either side of each
-    loss: Callable[..., Tensor] | None = None  # of logits and masks; see loss.py
-    augment: Callable[..., tuple[Tensor, Tensor]] | None = None  # of images and masks, at random
+    loss: Callable[..., Tensor]  # of logits and masks; see loss.py
+    augment: Callable[..., tuple[Tensor, Tensor]]  # images and masks; see transform.py
     epoch: int = 0  # finished epochs
     step: int = 0  # finished steps of the current epoch
     loss_sum: float = 0.0  # over the slices of these steps
     best: float = -1.0  # mean DSC; the first epoch is always better, and so kept
 
     def __post_init__(self) -> None:
-        self.network = self.model  # as called by a step: compiled, and shared by the ranks
-        self.ema = copy.deepcopy(self.model) if self.decay else None
+        self.network: Callable[..., Tensor] = self.model  # compiled, shared by the ranks
+        self.trained = self.model  # the network to validate and to keep: the moving average if any
+        if self.ema:
+            self.trained = copy.deepcopy(self.model)
         parameters = list(self.model.parameters())
         self.device = parameters[0].device
         self.optimizer = torch.optim.AdamW(parameters, weight_decay=self.weight_decay, fused=True)
         scaled = self.amp and half_precision(self.device) == torch.float16
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=scaled)
-
-    @property
-    def trained(self) -> nn.Module:
-        """The network to validate and to keep: the moving average if there is one."""
-        return self.ema or self.model
 
     @property
     def steps_per_epoch(self) -> int:
@@ -84,21 +78,63 @@ class TrainState:
         return self.epoch * self.steps_per_epoch + self.step
 
     def learning_rate(self, epochs: int | None = None) -> float:
-        """Compute the learning rate of the next step in a training of `epochs` (None: its own)."""
-        return self.rate(self.global_step, (epochs or self.epochs) * self.steps_per_epoch)
+        """Compute the learning rate of the next step in a training of `epochs` (None: its own).
 
-    def save(self, path: Path, **about: object) -> None:
-        """Write a checkpoint, with `about` for `load_checkpoint` to return; raises OSError."""
+        It warms up linearly, then stays or follows half a cosine to 0 at the last step.
+        """
+        rate = self.lr * min(1.0, (self.global_step + 1) / max(self.warmup, 1))
+        if self.schedule == "constant":
+            return rate
+        steps = (epochs or self.epochs) * self.steps_per_epoch
+        return rate * 0.5 * (1 + math.cos(math.pi * (self.global_step / steps)))
+
+    def autocast(self) -> torch.autocast:
+        """Compute in half precision in a `with` block, if `amp` says so."""
+        return torch.autocast(self.device.type, half_precision(self.device), enabled=self.amp)
+
+    @torch.no_grad()
+    def update_average(self) -> None:
+        """Move the exponential moving average of weights and statistics towards the model's.
+
+        The decay rises to `ema` as (1 + step) / (10 + step), as in TensorFlow's
+        ExponentialMovingAverage, so the initial random weights are soon forgotten.
+        """
+        decay = min(self.ema, (1 + self.global_step) / (10 + self.global_step))
+        averages, values = [], []
+        pairs = zip(
+            self.trained.state_dict().values(), self.model.state_dict().values(), strict=True
+        )
+        for average, value in pairs:
+            if average.is_floating_point():
+                averages.append(average)
+                values.append(value)
+            else:  # how many batches batch norm has seen
+                average.copy_(value)
+        get_ema_multi_avg_fn(decay)(averages, values, self.global_step)
+
+    def check_finite(self, loss: float) -> None:
+        """Raise ValueError if a loss is NaN or infinite, before anything of the epoch is saved."""
+        if not math.isfinite(loss):
+            raise ValueError(
+                f"the loss is not finite at epoch {self.epoch + 1}, step {self.step}; nothing "
+                "of this epoch was written: start again with a lower --lr, or with --no-amp"
+            )
+
+    def save(self, path: Path, more: dict) -> None:
+        """Write a checkpoint, with `more` for `load_checkpoint` to return; raises OSError."""
         content = {
             "model": self.model.state_dict(),
-            "ema": self.ema.state_dict() if self.ema else None,
+            "ema": None,
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
-            **{name: getattr(self, name) for name in PROGRESS},
         }
-        save_tensors(path, content | about)
+        if self.ema:
+            content["ema"] = self.trained.state_dict()
+        for name in PROGRESS:
+            content[name] = getattr(self, name)
+        save_tensors(path, content | more)
 
-    def load(self, checkpoint: dict, cases: list[str], images: Path) -> None:
+    def load(self, checkpoint: dict, cases: list[str], images: Path | str) -> None:
         """Continue from a checkpoint; ValueError if its training cases or channels differ."""
         if checkpoint["cases"] != cases:
             raise ValueError(
@@ -111,10 +147,10 @@ class TrainState:
                 f"{images}: has other channels than the checkpoint; give its --images"
             ) from error
         if self.ema:
-            self.ema.load_state_dict(checkpoint["ema"])
+            self.trained.load_state_dict(checkpoint["ema"])
         self.optimizer.load_state_dict(checkpoint["optimizer"])
-        if scaler := checkpoint.get("scaler"):
-            self.scaler.load_state_dict(scaler)
+        if checkpoint.get("scaler"):  # empty without float16; earlier versions had none
+            self.scaler.load_state_dict(checkpoint["scaler"])
         for name in PROGRESS:
             setattr(self, name, checkpoint[name])
 
@@ -136,49 +172,25 @@ def load_checkpoint(path: Path) -> dict:
     return checkpoint
 
 
-def learning_rate(peak: float, schedule: str, warmup: int, step: int, steps: int) -> float:
-    """Warm up linearly, then stay at `peak` or follow half a cosine to 0 at the last of `steps`."""
-    warm = min(1.0, (step + 1) / max(warmup, 1))
-    if schedule == "constant":
-        return peak * warm
-    return peak * warm * 0.5 * (1 + math.cos(math.pi * (step / steps)))
-
-
-@torch.no_grad()
-def update_average(state: TrainState) -> None:
-    """Move the exponential moving average of weights and statistics towards the model's.
-
-    The decay rises to `state.decay` as (1 + step) / (10 + step), as in TensorFlow's
-    ExponentialMovingAverage, so the initial random weights are soon forgotten.
-    """
-    step = state.global_step
-    decay = min(state.decay, (1 + step) / (10 + step))
-    average, model = state.ema.state_dict(), state.model.state_dict()
-    pairs = list(zip(average.values(), model.values(), strict=True))
-    averages, values = zip(*[pair for pair in pairs if pair[0].is_floating_point()], strict=True)
-    torch._foreach_lerp_(averages, values, 1 - decay)
-    for mean, value in pairs:
-        if not mean.is_floating_point():  # how many batches batch norm has seen
-            mean.copy_(value)
-
-
 def compile_ahead(state: TrainState, image_size: int) -> None:
     """Compile the network for the batches of an epoch, so that no step waits for it.
 
     The model's weights and statistics stay as they are. Raises ValueError if it cannot be compiled.
     """
     start = time.perf_counter()
-    model, device = state.model, state.device
+    model = state.model
+    channels = next(model.parameters()).shape[1]  # of the first convolution
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    mode = "reduce-overhead" if device.type == "cuda" else None  # CUDA graphs
+    mode = "reduce-overhead" if state.device.type == "cuda" else None  # CUDA graphs
     state.network = torch.compile(model, dynamic=False, mode=mode)
     model.train()
-    for size in (state.batch_size, state.slices % state.batch_size or state.batch_size):
-        own = len(shard_of_batch(range(size)))
-        images = torch.zeros((own, model.settings["in_channels"], image_size, image_size))
-        images = images.to(device, memory_format=torch.channels_last)
+    last = state.slices % state.batch_size or state.batch_size
+    for batch_size in (state.batch_size, last):
+        part = len(shard_of_batch(range(batch_size)))
+        images = torch.zeros(part, channels, image_size, image_size, device=state.device)
+        images = images.contiguous(memory_format=torch.channels_last)
         try:
-            with torch.autocast(device.type, half_precision(device), enabled=state.amp):
+            with state.autocast():
                 state.network(images, logits=True).sum().backward()
         except RuntimeError as error:
             if out_of_memory(error):
@@ -190,51 +202,45 @@ def compile_ahead(state: TrainState, image_size: int) -> None:
     print(f"compiled in {time.perf_counter() - start:.1f} s", flush=True)
 
 
-def parallel(state: TrainState) -> None:
+def share_gradients(state: TrainState) -> None:
     """Make the ranks, if there are several, end each step with the same gradients."""
     if world_size() == 1:
         return
-    known = inspect.signature(DistributedDataParallel).parameters
-    newer = "forward_sync_buffers"  # the name of broadcast_buffers in later versions of PyTorch
-    state.network = DistributedDataParallel(
-        state.network,
-        device_ids=[state.device] if state.device.type == "cuda" else None,
-        gradient_as_bucket_view=True,
-        **{newer if newer in known else "broadcast_buffers": False},
-    )
+    options: dict[str, Any] = {"gradient_as_bucket_view": True}
+    if state.device.type == "cuda":
+        options["device_ids"] = [state.device]
+    if "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters:
+        options["forward_sync_buffers"] = False
+    else:  # its name before PyTorch 2.13
+        options["broadcast_buffers"] = False
+    state.network = DistributedDataParallel(state.network, **options)
 
 
-def build_network(name: str, seed: int, init_weights: Path | None, **settings) -> nn.Module:
-    """Build a network with random weights from `seed`, or those of a file where they fit.
-
-    Settings that are None are left at the network's default.
-    """
-    settings = {key: value for key, value in settings.items() if value is not None}
+def build_network(
+    name: str,
+    in_channels: int,
+    features: int | None = None,
+    pretrained: str | bool | None = None,
+    seed: int = 0,
+    init_weights: Path | None = None,
+) -> nn.Module:
+    """Build a network with random weights from `seed`, or those of a file where they fit."""
+    settings: dict[str, Any] = {"in_channels": in_channels}
+    if features:
+        settings["init_features"] = features
+    if pretrained:
+        settings["pretrained"] = pretrained
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = build_model(name, **settings)
     if init_weights:
-        unused, random = (", ".join(part) for part in initialise(model, init_weights))
-        fault = f"not used: {unused or 'nothing'}; left at random: {random or 'nothing'}"
-        print(f"{init_weights}: {fault if unused or random else 'all weights were taken over'}")
+        unused, random = initialise(model, init_weights)
+        said = "all weights were taken over"
+        if unused or random:
+            said = f"not used: {', '.join(unused) or 'nothing'}; "
+            said += f"left at random: {', '.join(random) or 'nothing'}"
+        print(f"{init_weights}: {said}")
     return model
-
-
-def network_defaults(name: str, classic: bool, init_weights: Path | None) -> dict[str, int | None]:
-    """Return the defaults for settings of the network `name` and of its input.
-
-    They are those of the weights to start from, by their card; otherwise those of the shipped
-    weights, or of the published ones if `classic`.
-    """
-    if classic:
-        values = {"features": 32, **CARD_DEFAULTS}
-    else:
-        values = {"features": 16, "image_size": 192, "neighbours": 0, "preprocessing": VERSION}
-    if init_weights:
-        unet, card = MODELS["unet"].settings_of(load_state(init_weights)), read_card(init_weights)
-        values |= {key: card.get(key, value) for key, value in CARD_DEFAULTS.items()}
-        values["features"] = unet["init_features"] if unet else values["features"]
-    return values if name == "unet" else values | {"features": None}
 
 
 def on_device(model: nn.Module, device: torch.device, sync_bn: bool = False) -> nn.Module:
@@ -243,16 +249,18 @@ def on_device(model: nn.Module, device: torch.device, sync_bn: bool = False) -> 
         if device.type != "cuda":
             raise ValueError(f"--sync-bn is for CUDA devices, not for {device}; leave it out")
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    return model.to(device, memory_format=torch.channels_last)
+    # The stub of `to` lacks memory_format.
+    return model.to(device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
 
-def check_finite(loss: float, state: TrainState) -> None:
-    """Raise ValueError if a loss is NaN or infinite, before anything of the epoch is saved."""
-    if not math.isfinite(loss):
-        raise ValueError(
-            f"the loss is not finite at epoch {state.epoch + 1}, step {state.step}; nothing "
-            "of this epoch was written: start again with a lower --lr, or with --no-amp"
-        )
+def settings_of_weights(path: Path) -> dict[str, int]:
+    """Return the settings of the network in a weights file and of its input, by their card."""
+    unet = MODELS["unet"].settings_of(load_state(path))
+    card = CARD_DEFAULTS | read_card(path)
+    settings = {name: card[name] for name in CARD_DEFAULTS}
+    if unet:
+        settings["features"] = unet["init_features"]
+    return settings
 
 
 @contextmanager

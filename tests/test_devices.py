@@ -112,8 +112,7 @@ def test_old_cards_compute_in_float16(monkeypatch, name, capability, expected):
 
 
 def test_float16_resumes_with_its_gradient_scale(phantoms, tmp_path, monkeypatch):
-    for module in (train, training):
-        monkeypatch.setattr(module, "half_precision", lambda device: torch.float16)
+    monkeypatch.setattr(training, "half_precision", lambda device: torch.float16)
     scaler = torch.amp.GradScaler
     monkeypatch.setattr(torch.amp, "GradScaler", lambda *a, **k: scaler(*a, **k, growth_interval=3))
 

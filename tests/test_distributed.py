@@ -4,7 +4,6 @@ They are forked, communicate through gloo, and train narrow networks on the CPU.
 several processes needs CUDA, so networks whose gradients are compared do not have it.
 """
 
-import functools
 import os
 import shutil
 import signal
@@ -31,7 +30,7 @@ from brainseg.training import TrainState, build_network
 from brainseg.weights import load_state, load_tensors, read_card
 from dataset import BrainSegmentationDataset
 from loss import LOSSES
-from transform import augment_all
+from transform import Augmentation
 
 BATCHES = [[3, 17, 40, 41, 60], [3]]  # one that does not divide evenly, and one slice
 
@@ -125,15 +124,15 @@ def test_one_device_cannot_be_named_for_all(capfd):
 def gradients(phantoms: Path, loss: str) -> list[tuple[float, dict[str, np.ndarray]]]:
     """Return loss and gradients of a training step for each batch, whatever the processes."""
     dataset = BrainSegmentationDataset(phantoms, "all", 32, workers=1)
-    augment = functools.partial(augment_all, scale=0.05, angle=15, drop=0.4, intensity=0.3)
     results = []
     for indices in BATCHES:
-        model = build_network("unet", 42, None, in_channels=3, init_features=4)
+        model = build_network("unet", in_channels=3, features=4, seed=42)
         state = TrainState(
-            model, len(dataset), 16, 1, lambda step, steps: 1e-3, seed=42,
-            loss=LOSSES[loss], augment=augment,
+            model=model,
+            slices=len(dataset), batch_size=16, epochs=1, lr=1e-3, seed=42,
+            loss=LOSSES[loss], augment=Augmentation(0.05, 15, 0.4, 0.3, 3),
         )  # fmt: skip
-        training.parallel(state)
+        training.share_gradients(state)
         images, masks = dataset.batch(shard_of_batch(indices))
         value = train.train_step(state, images, masks, len(indices)).item()
         results.append((value, {k: p.grad.numpy() for k, p in model.named_parameters()}))
