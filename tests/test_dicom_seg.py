@@ -93,8 +93,8 @@ def write_segmentation(series: Path) -> Path:
     return path
 
 
-def places_by_highdicom(path: Path) -> np.ndarray:
-    volume = highdicom.seg.segread(path).get_volume(combine_segments=True)
+def places_by_highdicom(segmentation: highdicom.seg.Segmentation) -> np.ndarray:
+    volume = segmentation.get_volume(combine_segments=True)
     return places(volume.array > 0, volume.affine)
 
 
@@ -109,25 +109,26 @@ def places_by_dcmqi(path: Path) -> np.ndarray:
     return places(sitk.GetArrayFromImage(image).T > 0, matrix)
 
 
+FLIPS = [(0, 0, 0), (0, 1, 1), (1, 0, 1), (1, 1, 0)]  # with six orders of axes: either handedness
 ORIENTATIONS = [
-    "".join(letters)
+    "".join(letters[flip] for letters, flip in zip(axes, flips, strict=True))
     for axes in itertools.permutations(["LR", "PA", "SI"])
-    for letters in itertools.product(*axes)
+    for flips in FLIPS
 ]
 
 
 @pytest.mark.parametrize("orientation", ORIENTATIONS)
 def test_a_segmentation_lies_on_its_series(tmp_path, orientation):
-    """The slices of a series may be in either order along their normal: 24 orientations, twice."""
+    """The slices of a series may be in either order along their normal."""
     ours, wanted = (axcodes2ornt(axes) for axes in ("LPS", orientation))
     image = corner().as_reoriented(ornt_transform(ours, wanted))
     path = write_segmentation(write_series(tmp_path / "p7", image))
-    expected = lesion_places(image)
-    assert np.array_equal(places_by_highdicom(path), expected)
+    segmentation, expected = highdicom.seg.segread(path), lesion_places(image)
+    assert np.array_equal(places_by_highdicom(segmentation), expected)
     instances = [f"1.2.3.{k + 1}" for k in range(image.shape[2])]
-    planes = highdicom.seg.segread(path).get_pixels_by_source_instance(instances, [1])[..., 0]
+    planes = segmentation.get_pixels_by_source_instance(instances, [1])[..., 0]
     assert np.array_equal(planes.T, np.asarray(image.dataobj) == BRIGHT)
-    if ORIENTATIONS.index(orientation) % 7 == 0:  # each of the six orders of axes
+    if ORIENTATIONS.index(orientation) % 4 == 1:  # one of each order of axes
         assert np.array_equal(places_by_dcmqi(path), expected)
 
 
@@ -140,10 +141,11 @@ OTHER_KINDS.remove(
 @pytest.mark.parametrize("what", OTHER_KINDS)
 def test_a_segmentation_of_each_kind_of_series(tmp_path, what):
     path = write_segmentation(KINDS[what].make(tmp_path))
-    found = places_by_highdicom(path)
+    segmentation = highdicom.seg.segread(path)
+    found = places_by_highdicom(segmentation)
     assert len(found) == VOXELS and found.mean(axis=0) == pytest.approx(CENTRE, abs=0.1)
-    volume = highdicom.seg.segread(path).get_volume()
-    assert volume.voxel_volume * len(found) / 1000 == pytest.approx(ML, 1e-3)
+    voxel_volume = segmentation.get_volume_geometry().voxel_volume
+    assert voxel_volume * len(found) / 1000 == pytest.approx(ML, 1e-3)
     source = pydicom.dcmread(path).SourceImageSequence[0]
     assert source.ReferencedSOPClassUID == (
         EnhancedMRImageStorage if "enhanced" in what else MRImageStorage
@@ -202,7 +204,7 @@ def test_a_segmentation_is_valid_whatever_its_headers_say(tmp_path, fields, expe
     (measures,) = data.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence
     assert measures.SliceThickness == measures.SpacingBetweenSlices == SPACING[0]
     assert measures.PixelSpacing == [SPACING[1], SPACING[2]]
-    assert np.array_equal(places_by_highdicom(path), lesion_places(image))
+    assert np.array_equal(places_by_highdicom(highdicom.seg.segread(path)), lesion_places(image))
     if "SpacingBetweenSlices" in fields:  # dcmqi goes by it
         assert np.array_equal(places_by_dcmqi(path), lesion_places(image))
 
@@ -219,7 +221,7 @@ def test_a_segmentation_of_an_oblique_series_of_ge(tmp_path):
         data.ImageOrientationPatient = [value + odd for value in data.ImageOrientationPatient]
         data.save_as(path)
     path = write_segmentation(series)
-    for found in (places_by_highdicom(path), places_by_dcmqi(path)):
+    for found in (places_by_highdicom(highdicom.seg.segread(path)), places_by_dcmqi(path)):
         np.testing.assert_allclose(found, lesion_places(image), atol=0.02)
     positions = [
         frame.PlanePositionSequence[0].ImagePositionPatient
