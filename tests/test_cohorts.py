@@ -143,14 +143,10 @@ def segment(images: Path, out: Path, *more: object) -> object:
     return 0
 
 
-@pytest.fixture(scope="module", params=LAYOUTS)
-def cohort(request, tmp_path_factory) -> tuple[Path, Names, list[str]]:
-    root = tmp_path_factory.mktemp("cohort")
-    return root, LAYOUTS[request.param], write_cohort(root, LAYOUTS[request.param])
-
-
-def test_cohort_is_trained_on_segmented_and_scored(cohort, tmp_path, capsys):
-    root, names, cases = cohort
+@pytest.mark.parametrize("layout", ["BIDS", "any"])
+def test_cohort_is_trained_on_segmented_and_scored(tmp_path, capsys, layout):
+    root, names = tmp_path / "cohort", LAYOUTS[layout]
+    cases = write_cohort(root, names)
     test = root / place(names.flair, cases[-1])
     kept = test.read_bytes()
     test.write_bytes(b"damaged")  # a bad test case must not stop a training
@@ -170,12 +166,10 @@ def test_cohort_is_trained_on_segmented_and_scored(cohort, tmp_path, capsys):
     with open(tmp_path / "p" / "metrics.csv", newline="") as file:
         rows = {row["case"]: row for row in csv.DictReader(file)}
     assert rows.keys() == set(cases)
-    for name, (volume, mask) in zip(cases, VOLUMES, strict=True):
+    for name, (_, mask) in zip(cases, VOLUMES, strict=True):
         image = SimpleITK.ReadImage(str(tmp_path / "p" / f"{name}_mask.nii.gz"))
         assert image.GetSize() == mask.shape[::-1] and image.GetSpacing()[2] == 5
         assert float(rows[name]["lesion_voxels"]) == mask.sum()
-        (source,) = [s for s in sources_of(root, names) if s.name == name]
-        assert np.array_equal(source.open().read(), volume), "in the order pre, FLAIR, post"
     words = ["--images", root / names.images, "--weights", tmp_path / "w" / "unet.pt"]
     words += ["--out", tmp_path / "e", "--subset", "test", "--device", "cpu", *options]
     evaluate.main([str(word) for word in words])
@@ -194,9 +188,14 @@ BRATS = LAYOUTS["BraTS 2021"]
 
 
 @pytest.mark.parametrize("names", LAYOUTS.values(), ids=LAYOUTS)
-def test_a_relative_path_finds_the_same_files(tmp_path, monkeypatch, names):
-    write_cohort(tmp_path, names)
+def test_the_files_of_each_layout(tmp_path, monkeypatch, names):
+    pairs = dict(zip(write_cohort(tmp_path, names), VOLUMES, strict=True))
     whole = sources_of(tmp_path, names)
+    assert {source.name for source in whole} == set(pairs)
+    for source in whole:
+        volume, mask = source.open().read_pair()
+        assert np.array_equal(volume, pairs[source.name][0]), "in the order pre, FLAIR, post"
+        assert np.array_equal(mask, pairs[source.name][1])
     monkeypatch.chdir(tmp_path)
     for one, other in zip(whole, sources_of(Path(), names), strict=True):
         assert one.name == other.name and one.open().masks
