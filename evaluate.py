@@ -44,9 +44,10 @@ from brainseg.evaluation.statistics import compare
 from brainseg.io.files import check_ours, remove, write_json, write_table
 from brainseg.io.labels import NO_LESION
 from brainseg.io.slices import Case
+from brainseg.patients import SUBSETS, count_patients
 from brainseg.quality import FITTED_WITH, fit_and_save
 from brainseg.reports.page import check_page, write_page
-from brainseg.splits import SUBSETS, by_subset, count_patients, list_cohort
+from brainseg.splits import by_subset, list_cohort
 from brainseg.weights import shipped_weights
 
 FITTED = ("expected_dsc.png", "volume_errors.csv")

@@ -34,7 +34,7 @@ from brainseg.ensemble import load_ensemble
 from brainseg.io.files import atomic_write, check_ours, clear_leftovers
 from brainseg.onnx import HASH, OnnxNetwork
 from brainseg.optional import import_optional
-from brainseg.splits import SUBSETS
+from brainseg.patients import SUBSETS
 from brainseg.weights import (
     CARD_DEFAULTS,
     file_hash,

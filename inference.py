@@ -61,6 +61,7 @@ from brainseg.io.opening import find_sequences
 from brainseg.io.pictures import save_dsc_figure
 from brainseg.io.slices import Case
 from brainseg.optional import import_optional
+from brainseg.patients import SUBSETS, patients_of_card, with_patients
 from brainseg.pipeline import Outputs, Result, segment_all
 from brainseg.quality import FITTED_WITH
 from brainseg.reports.cohort import save_cohort
@@ -69,13 +70,7 @@ from brainseg.reports.page import check_page
 from brainseg.reports.scores import scores_text
 from brainseg.reports.volumes import check_kept, read_volumes, volumes_table
 from brainseg.segmenter import Segmenter
-from brainseg.splits import (
-    SUBSETS,
-    list_cohort,
-    patients_of_card,
-    select_cases,
-    with_patients,
-)
+from brainseg.splits import list_cohort, select_cases
 from brainseg.visits import Patient, follow_all
 from brainseg.weights import shipped_weights
 

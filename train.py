@@ -35,7 +35,7 @@ from brainseg.metrics import dsc
 from brainseg.preprocess import VERSION
 from brainseg.runs import RunWriter, Validation, how_to_resume, report_cases, report_changes
 from brainseg.segmenter import Segmenter
-from brainseg.splits import list_cohort
+from brainseg.splits import list_cohort, validate_on
 from brainseg.training import TrainState
 from brainseg.weights import CARD_DEFAULTS, MODELS
 from dataset import BatchLoader, SliceDataset, train_and_validation
@@ -80,6 +80,8 @@ def get_args_parser() -> cli.Parser:
         help="side of a resized slice; as in --init-weights")
     add("--preprocessing", type=int, choices=(1, 2), default=VERSION, classic=1,
         help="1: sequences scaled together; 2: apart; as in --init-weights")
+    add("--validation", type=str, nargs="+",
+        help="cases or patients to validate on; all others train, but those kept for testing")
     add("--folds", type=int, least=2, help="cross-validation: number of folds, split by patient")
     add("--fold", type=int, least=0, help="cross-validation: the fold to validate on, from 0")
 
@@ -134,6 +136,8 @@ def main(argv: list[str] | None = None) -> None:
         sources = list_cohort(
             args.images, args.sequences, args.labels, args.patients, channels=args.channels
         )
+        if args.validation:
+            sources = validate_on(sources, args.validation)
         claim = claimed(args.weights, args.logs, args.model, args.resume)
         advice = training.batch_advice(args.batch_size)
         with claim as checkpoint, utils.cudnn(args.deterministic), advice:
@@ -337,6 +341,8 @@ def get_args(argv: list[str] | None, parser: cli.Parser) -> Namespace:
     weights, stride = args.weights / f"{args.model}.pt", MODELS[args.model].stride
     if (args.folds is None) != (args.fold is None):
         parser.error("--folds and --fold go together, as in --folds 5 --fold 0")
+    if args.validation and args.folds:
+        parser.error("--validation and --folds both say what to validate on; give one")
     if args.weights.suffix == ".pt":
         parser.error(f"--weights {args.weights} must be a folder; the file is named after --model")
     if args.image_size % stride:

@@ -24,10 +24,11 @@ from .io.files import PROGRAM, RUN
 from .io.layouts import list_cases
 from .metrics import summarise
 from .onnx import CARD, INPUT, OUTPUT
+from .patients import patients_of_card
 from .phantom import make_volume
 from .preprocess import neighbourhoods, preprocess
 from .reports.scores import read_scores
-from .splits import is_lgg, patients_of_card, subset_of_patient
+from .splits import is_lgg, subset_of_patient
 from .weights import all_finite, file_hash, weights_id
 
 OPSET = 18  # the exporter's native one; ONNX Runtime reads it from 1.14 on

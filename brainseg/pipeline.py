@@ -23,11 +23,11 @@ from .io.pictures import thumbnail
 from .io.predictions import find_masks, map_files, outputs_of, seg_file, write_case
 from .io.scans import registered
 from .io.slices import Case, errors_name
+from .patients import patient_of
 from .preprocess import Frame
 from .reports.scores import table_row
 from .reports.volumes import scan_hash, unread_row, volume_row
 from .segmenter import Segmentation, Segmenter
-from .splits import patient_of
 
 
 @dataclass(frozen=True)

@@ -22,14 +22,8 @@ from .io.layouts import Source
 from .io.pictures import outline, to_grey
 from .io.slices import Case
 from .metrics import summarise
-from .splits import (
-    alike_names,
-    by_subset,
-    count_patients,
-    patient_of,
-    patients_by_case,
-    patients_of_card,
-)
+from .patients import alike_names, count_patients, patient_of, patients_by_case, patients_of_card
+from .splits import by_subset
 from .training import TrainState
 from .weights import read_card, save_weights
 

@@ -19,15 +19,9 @@ from brainseg.cache import prepare
 from brainseg.io.cohorts import parse_sequences
 from brainseg.io.labels import Labels
 from brainseg.io.layouts import find_case, find_cases, list_cases
+from brainseg.patients import patient_named, patient_of
 from brainseg.phantom import make_volume
-from brainseg.splits import (
-    SPLITS,
-    list_cohort,
-    patient_named,
-    patient_of,
-    subset_of,
-    subset_of_patient,
-)
+from brainseg.splits import SPLITS, list_cohort, subset_of, subset_of_patient
 from brainseg.weights import read_card
 
 VOLUMES = [make_volume((5, k), 4, 32) for k in range(4)]

@@ -20,9 +20,9 @@ from brainseg.io.grid import Grid
 from brainseg.io.layouts import find_case, find_cases, list_cases
 from brainseg.io.opening import find_sequences
 from brainseg.io.scans import Scan, read_voxels
+from brainseg.patients import patient_named
 from brainseg.phantom import make_volume, write_data_set
 from brainseg.segmenter import Segmenter
-from brainseg.splits import patient_named
 from dataset import BrainSegmentationDataset
 
 # From voxels (column, row, slice), which run left, posterior and up, to RAS: negated twice.

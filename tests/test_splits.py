@@ -8,19 +8,16 @@ import pytest
 
 from brainseg.io.layouts import find_cases
 from brainseg.io.slices import Case
+from brainseg.patients import SUBSETS, alike_names, patient_named, patient_of, with_patients
 from brainseg.splits import (
     SPLITS,
-    SUBSETS,
-    alike_names,
     by_subset,
-    patient_named,
-    patient_of,
     select_cases,
     share_small_cohort,
     split_folds,
     subset_of,
     subset_of_patient,
-    with_patients,
+    validate_on,
 )
 
 
@@ -282,3 +279,12 @@ def test_a_column_says_the_subset(tmp_path):
     cases = share_small_cohort(with_patients(made_up(["a", "b", "c"]), path))
     assert [subset_of(case) for case in cases] == ["test", "train", "validation"]
     assert names_of(split_folds(cases, 2, 0)[0] + split_folds(cases, 2, 0)[1]) == ["b", "c"][::-1]
+
+
+def test_named_cases_and_patients_are_validated_on():
+    cases = made_up(["anna_20200101", "anna_20210101", "bert", "carl", *listed("test")[:1]])
+    parts = by_subset(validate_on(cases, ["anna", "carl"]))
+    assert names_of(parts["validation"]) == ["anna_20200101", "anna_20210101", "carl"]
+    assert names_of(parts["train"]) == ["bert"] and len(parts["test"]) == 1
+    with pytest.raises(ValueError, match="--validation dora: no case or patient"):
+        validate_on(cases, ["anna", "dora"])

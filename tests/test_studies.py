@@ -9,7 +9,8 @@ from pydicom import uid
 
 from brainseg.io.layouts import list_cases
 from brainseg.io.sequences import sequence_of
-from brainseg.splits import list_cohort, patient_of, select_cases, subset_of_patient
+from brainseg.patients import patient_of
+from brainseg.splits import list_cohort, select_cases, subset_of_patient
 
 # Names and patients
 

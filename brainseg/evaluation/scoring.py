@@ -22,12 +22,13 @@ from ..io.layouts import Source
 from ..io.pictures import outline, to_grey
 from ..io.slices import Case
 from ..metrics import dsc, score
+from ..patients import patient_of, patients_of_card, site_of
 from ..preprocess import Frame, missing_sequences
 from ..quality import FEATURES, FITTED_WITH
 from ..reports.scores import read_scores
 from ..reports.volumes import EXPECTED
 from ..segmenter import Segmentation, Segmenter, to_mask
-from ..splits import patient_of, patients_of_card, site_of, subset_of
+from ..splits import subset_of
 from ..weights import read_card, weights_files
 from .statistics import SCORES, SETTINGS
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..splits import counted
+from ..patients import counted
 from . import volumes
 from .page import write_page
 

@@ -11,7 +11,7 @@ import numpy as np
 from ..io.files import RUN, read_rows
 from ..io.slices import Case
 from ..metrics import count_missed, score, summarise, values_of
-from ..splits import patient_named
+from ..patients import patient_named
 
 
 def table_row(case: Case, mask: np.ndarray, truth: np.ndarray) -> dict:

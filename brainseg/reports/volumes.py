@@ -13,9 +13,9 @@ import numpy as np
 from ..io.files import RUN, read_table, sentence
 from ..io.layouts import Source
 from ..io.slices import Case
+from ..patients import counted, patient_of
 from ..preprocess import CHANNELS, missing_sequences
 from ..quality import WARN_BELOW
-from ..splits import counted, patient_of
 from .page import Table
 
 PRINTED = 20  # rows; the file has all
