@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from .io.files import by
+from .io.sequences import SEQUENCES
 from .levels import BRIGHTEST, measure, oddities, order_note
 
 VERSION = 2  # of the preprocessing, for new weights
-SEQUENCES = ("pre-contrast", "FLAIR", "post-contrast")
 CHANNELS = {1: ("FLAIR",), 3: SEQUENCES}
 
 

@@ -14,9 +14,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..preprocess import SEQUENCES
 from .formats import is_scan, scan_name
-from .sequences import sequence_of
+from .sequences import SEQUENCES, sequence_of
 
 DESCRIPTION = "dataset.json"
 IMAGES = {"imagesTr": "labelsTr", "imagesTs": "labelsTs", "imagesVal": "labelsVal"}

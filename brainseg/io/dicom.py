@@ -232,13 +232,7 @@ def series_headers(series: Series) -> list[Dataset]:
 
     Raises ValueError, naming the file, if one is damaged.
     """
-    headers = []
-    for path in series.files:
-        header = read_header(path)
-        if "PixelData" not in header:
-            raise ValueError(damaged_text(path))
-        headers.append(header)
-    return sorted(headers, key=_height)
+    return sorted(map(read_header, series.files), key=_height)
 
 
 def _height(header: Dataset) -> float:

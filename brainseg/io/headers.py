@@ -25,14 +25,6 @@ IDENTITY = [
     "FrameOfReferenceUID", "Rows",
 ]  # fmt: skip
 UNDEFINED = 0xFFFFFFFF  # length of compressed pixels
-# Objects of these classes have pixels: without them, the file is cut short.
-IMAGES = (
-    uid.MRImageStorage,
-    uid.EnhancedMRImageStorage,
-    uid.EnhancedMRColorImageStorage,
-    uid.CTImageStorage,
-    uid.EnhancedCTImageStorage,
-)
 
 
 def is_dicom(path: Path) -> bool:
@@ -43,23 +35,20 @@ def is_dicom(path: Path) -> bool:
         return False
     with open(path, "rb") as file:
         head = file.read(132)
-    return head[128:] == b"DICM" or _has_no_preamble(path, head)
-
-
-@quiet
-def _has_no_preamble(path: Path, head: bytes) -> bool:
-    """Tell whether a file begins with its first fields, of group 2 or 8."""
-    if head[:2] not in (b"\2\0", b"\x08\0", b"\0\x08"):
+    if head[128:] == b"DICM":
+        return True
+    if head[:2] not in (b"\2\0", b"\x08\0", b"\0\x08"):  # the first fields, of group 2 or 8
         return False
     try:
-        start = pydicom.dcmread(path, stop_before_pixels=True, force=True)
-        return str(start.get("SOPClassUID")).startswith("1.2.840.10008.")
+        with quiet:
+            start = pydicom.dcmread(path, stop_before_pixels=True, force=True)
+            return str(start.get("SOPClassUID")).startswith("1.2.840.10008.")
     except Exception:  # of many kinds: it is another binary file
         return False
 
 
 def read_header(path: Path) -> Dataset:
-    """Read a DICOM file without its pixels; ValueError, naming it, if it is damaged.
+    """Read the header of a DICOM image; ValueError, naming it, if the image is damaged.
 
     Read fields with `text` and `numbers`, which do not fail on a field that is odd.
     """
@@ -73,15 +62,12 @@ def _read_header(path: Path, inode: int, changed: int, size: int) -> Dataset:
         header = pydicom.dcmread(path, defer_size=1024, force=True)
         _flatten(header)
     if "PixelData" not in header:
-        kind = _sop_class(header)
-        if not kind or kind in IMAGES:
-            raise ValueError(damaged_text(path))
-        return header
+        raise ValueError(damaged_text(path))
     pixels = pixel_data(header)
-    deflated = text(header.file_meta, "TransferSyntaxUID") == uid.DeflatedExplicitVRLittleEndian
-    if pixels.length != UNDEFINED and not deflated:
-        if pixels.value_tell + pixels.length > size:
-            raise ValueError(damaged_text(path))
+    is_deflated = text(header.file_meta, "TransferSyntaxUID") == uid.DeflatedExplicitVRLittleEndian
+    is_stored = pixels.length != UNDEFINED and not is_deflated
+    if is_stored and pixels.value_tell + pixels.length > size:
+        raise ValueError(damaged_text(path))
     return header
 
 
@@ -107,7 +93,7 @@ def read_identity(path: Path) -> Dataset | None:
         header = pydicom.dcmread(
             path, stop_before_pixels=True, specific_tags=list(IDENTITY), force=True
         )
-    kind = _sop_class(header)
+    kind = text(header, "SOPClassUID") or text(header.file_meta, "MediaStorageSOPClassUID")
     name = uid.UID(kind).name  # the UID itself if it is private, or cut short
     is_private = name == kind and "SOPInstanceUID" in header
     if is_private and "Rows" not in header:
@@ -117,10 +103,6 @@ def read_identity(path: Path) -> Dataset | None:
     if "Rows" not in header:
         raise ValueError(damaged_text(path))
     return header
-
-
-def _sop_class(header: Dataset) -> str:
-    return text(header, "SOPClassUID") or text(header.file_meta, "MediaStorageSOPClassUID")
 
 
 @contextmanager

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from ..preprocess import SEQUENCES
 from .cohorts import BIDS, Layout, absolute
 from .described import DescribedCase, described_cases
 from .dicom import find_images
@@ -15,6 +14,7 @@ from .formats import check_format, is_scan, scan_name
 from .labels import Labels
 from .opening import find_case, holds_case, holds_slices, is_one_case, open_study
 from .scans import Scan
+from .sequences import SEQUENCES
 from .slices import Case, errors_name
 from .studies import Study, find_studies
 from .truth import check_not_only_masks, say_lost_masks, volumes_in

@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from ..preprocess import SEQUENCES
 from .cohorts import Layout, Sequences, absolute, find_in_layout, sequences_in
 from .dicom import Series
 from .formats import check_format, is_scan, scan_name
 from .scans import Scan
-from .sequences import contradiction
+from .sequences import SEQUENCES, contradiction
 from .slices import SLICE_NAME, Case, find_slices
 from .studies import Study, find_studies, sort_study
 from .truth import check_not_only_masks, mask_of, mask_words, volumes_in

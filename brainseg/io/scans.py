@@ -15,7 +15,6 @@ from typing import ClassVar
 
 import numpy as np
 
-from ..preprocess import SEQUENCES
 from .dicom import File, Series, check_patient, other_frame, series_or_file
 from .files import MARK, by
 from .formats import read_grid, read_voxels
@@ -23,6 +22,7 @@ from .grid import Grid
 from .itk import voxel_file
 from .nifti import is_nifti, write_nifti
 from .registration import Movement, move, register
+from .sequences import SEQUENCES
 from .slices import Case
 
 MOST_ASPECT = 10.0  # of pixels: more is a damaged header

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from itertools import zip_longest
 
+SEQUENCES = ("pre-contrast", "FLAIR", "post-contrast")  # in the order of the channels
 LONG_ECHO, NULLS_CSF = 60.0, 1400.0  # minimum echo and inversion time of a FLAIR in ms
 
 # Each pattern is searched in plain text: small letters without accents.
@@ -33,37 +35,23 @@ OTHER_FILE = re.compile(
     r"|(?<![a-z0-9])(pre|post|gd|seg[a-z]*|label[a-z]*)$"
 )
 
-# Words before the name of a contrast agent that say whether it was given.
-WITHOUT = {
-    "English": "without wo no non not pre before",
-    "German": "ohne kein keine nicht vor pra prae",
-    "French": "sans avant non pas",
-    "Spanish": "sin antes previo",
-    "Italian": "senza prima",
-    "Portuguese": "sem nao antes",
-    "Dutch": "zonder geen niet voor",
-    "Polish": "bez przed",
-    "Czech": "ne pred",
-    "Scandinavian": "utan uden uten ikke inte ej fore før",
-    "Romanian": "fara inainte",
-    "Russian": "без до не нет",
+# Words before the name of a contrast agent that was not given, and of one that was.
+CONTRAST = {
+    "English": ("without wo no non not pre before", "with w post after plus"),
+    "German": ("ohne kein keine nicht vor pra prae", "mit m nach n"),
+    "French": ("sans avant non pas", "avec apres"),
+    "Spanish": ("sin antes previo", "con tras despues pos"),
+    "Italian": ("senza prima", "con dopo"),
+    "Portuguese": ("sem nao antes", "com apos pos"),
+    "Dutch": ("zonder geen niet voor", "met na"),
+    "Polish": ("bez przed", "z po"),
+    "Czech": ("ne pred", "s po"),
+    "Scandinavian": ("utan uden uten ikke inte ej fore før", "med efter etter"),
+    "Romanian": ("fara inainte", "cu dupa"),
+    "Russian": ("без до не нет", "с после"),
 }
-WITH = {
-    "English": "with w post after plus",
-    "German": "mit m nach n",
-    "French": "avec apres",
-    "Spanish": "con tras despues pos",
-    "Italian": "con dopo",
-    "Portuguese": "com apos pos",
-    "Dutch": "met na",
-    "Polish": "z po",
-    "Czech": "s po",
-    "Scandinavian": "med efter etter",
-    "Romanian": "cu dupa",
-    "Russian": "с после",
-}
-WITHOUT_WORDS = set(" ".join(WITHOUT.values()).split())
-WITH_WORDS = set(" ".join(WITH.values()).split())
+WITHOUT_WORDS = {word for without, _ in CONTRAST.values() for word in without.split()}
+WITH_WORDS = {word for _, with_it in CONTRAST.values() for word in with_it.split()}
 AFTER = set("post apres apos pos dopo nach efter etter".split())  # if no agent is named, too
 OPERATION = tuple("op surg chir rt rx tx srs rad chem treat ther resec biop proc bestr".split())
 # The beginnings of the names of agents; whole names; those that need a word above beside them.
@@ -115,7 +103,9 @@ def sequence_of(words: str, echo: float, inversion: float, agent: str) -> str:
             return "doubtful"
         return _which_t1(text, agent)
     if FLAIR.search(text):
-        return "doubtful" if echo < LONG_ECHO or 0 < inversion < NULLS_CSF else "FLAIR"
+        if echo < LONG_ECHO or 0 < inversion < NULLS_CSF:
+            return "doubtful"
+        return "FLAIR"
     if echo >= LONG_ECHO and inversion >= NULLS_CSF:
         return "FLAIR"
     if not text and 0 < echo < LONG_ECHO and not inversion >= NULLS_CSF:
@@ -133,15 +123,18 @@ def contradiction(role: str, words: str) -> str:
     """Return the word by which a name or description is not of `role`, one of SEQUENCES; or ""."""
     text = plain(words)
     flair, t1 = FLAIR.search(text), T1.search(text)
+    other = None
     if role == "FLAIR":
-        other = None if flair else OTHER_FILE.search(text)
-    elif t1 or not flair:
-        wrong = {"after"} if role == "pre-contrast" else {"before"}
-        if contrast_in(text) == wrong:
-            return words
-        other = None if t1 else T2.search(text) or OTHER.search(text)
-    else:
+        if not flair:
+            other = OTHER_FILE.search(text)
+    elif flair and not t1:
         other = flair
+    else:
+        wrong = "after" if role == "pre-contrast" else "before"
+        if contrast_in(text) == {wrong}:
+            return words
+        if not t1:
+            other = T2.search(text) or OTHER.search(text)
     return other[0] if other else ""
 
 
@@ -149,9 +142,7 @@ def _which_t1(text: str, agent: str) -> str:
     said = contrast_in(text)
     if has_agent(agent):
         said.add("after")
-    if not said and plain(agent).startswith(UNKNOWN):
-        return "doubtful"
-    if len(said) > 1:
+    if len(said) > 1 or (not said and plain(agent).startswith(UNKNOWN)):
         return "doubtful"
     return "post-contrast" if said == {"after"} else "pre-contrast"
 
@@ -160,11 +151,11 @@ def has_agent(agent: str) -> bool:
     """Tell whether a ContrastBolusAgent names an agent; "none", "N/A" and "unknown" do not."""
     text = plain(agent).strip("-.*()<>[] ")
     words = _split(text)
-    if not words or words[0] in (*WITHOUT_WORDS, "n", "na"):
+    if not words or words[0] in WITHOUT_WORDS | {"n", "na"}:
         return False
-    return not (
-        text.startswith(NO_AGENT + UNKNOWN + NATIVE) or re.fullmatch(r"[0., ]+[a-z]*", text)
-    )
+    if text.startswith(NO_AGENT + UNKNOWN + NATIVE):
+        return False
+    return not re.fullmatch(r"[0., ]+[a-z]*", text)
 
 
 def contrast_in(text: str) -> set[str]:
@@ -172,8 +163,8 @@ def contrast_in(text: str) -> set[str]:
     words = [word for word in _split(text) if word not in FILLERS]
     said = set()
     last, is_agent, negative = "", False, False
-    for k, word in enumerate(words):
-        following = words[k + 1] if k + 1 < len(words) else ""
+    for word, following in zip_longest(words, words[1:], fillvalue=""):
+        before_operation = following.startswith(OPERATION)
         if not is_agent:  # else "without" holds for the next one too: "sans injection de gado"
             negative = last in WITHOUT_WORDS
         is_agent = word.startswith(AGENTS) or word in ABBREVIATIONS
@@ -187,9 +178,11 @@ def contrast_in(text: str) -> set[str]:
         elif word in WITH_WORDS and following in WITHOUT_WORDS:
             said |= {"before", "after"}
         elif word in WITHOUT_WORDS and (word == "pre" or not following):
-            said |= set() if following.startswith(OPERATION) else {"before"}
+            if not before_operation:
+                said.add("before")
         elif word in AFTER:
-            said |= set() if following.startswith(OPERATION) else {"after"}
+            if not before_operation:
+                said.add("after")
         elif word in ("c", "pc") or (word in WITH_WORDS and len(word) > 1 and not following):
             said |= {"before", "after"}
         last = word

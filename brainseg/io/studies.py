@@ -12,10 +12,10 @@ from pathlib import Path
 
 from pydicom import uid
 
-from ..preprocess import SEQUENCES
 from .dicom import Series, find_images, group_series
 from .headers import damaged_text, text
 from .quiet import quiet
+from .sequences import SEQUENCES
 
 
 @dataclass(frozen=True)
