@@ -216,7 +216,7 @@ def make_answer(loaded: Loaded, segmentation: Segmentation, out: Path, run: str)
     files["montage.png"] = iio.imwrite("<bytes>", picture, extension=".png")
     files[f"{case.name}.gif"] = (out / f"{case.name}.gif").read_bytes()
     warnings = loaded.notes + segmentation.warnings
-    replaced = [*loaded.replaced, *segmentation.replaced]
+    replaced = list(loaded.replaced) + list(segmentation.replaced)
     summary = volume_row(case, volume, mask, segmentation.expected, warnings, run, replaced)
     summary |= {"shape": list(mask.shape), "notes": loaded.notes, "scores": None}
     if truth is not None:

@@ -26,7 +26,7 @@ class Table:
     left: tuple[int, ...] = (0,)
 
     def as_text(self) -> str:
-        lines = [self.header, *self.rows]
+        lines = [self.header] + self.rows
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         text = [self.title]
         for line in lines:

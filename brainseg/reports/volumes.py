@@ -47,7 +47,7 @@ def volume_row(
     names = CHANNELS.get(volume.shape[-1], ())
     copies = [name for name in missing_sequences(volume) if name not in replaced]
     replaced = [name for name in names if name in replaced or name in copies]
-    warnings = [*warnings, *edge_warnings(mask)]
+    warnings = list(warnings) + edge_warnings(mask)
     if copies:
         warnings.append(f"FLAIR stands in for {' and '.join(copies)}")
     sizes = component_sizes(mask)
