@@ -24,17 +24,19 @@ MOST = 0.5  # share of a device's free memory; a training step needs the rest
 class SliceDataset(Dataset):
     """Slices of prepared cases: item i is (image (C, N, N), mask (1, N, N)), float32.
 
-    They are not augmented. Raises ValueError, naming cases, if their numbers of channels differ.
+    They are not augmented. `targets` (S, N, N), from 0 to 1, replace the masks of the cases. Raises
+    ValueError, naming cases, if their numbers of channels differ.
     """
 
-    def __init__(self, volumes: Sequence[Prepared]):
+    def __init__(self, volumes: Sequence[Prepared], targets: Sequence[np.ndarray] | None = None):
         self.volumes = volumes
+        self.targets = targets or [volume.mask for volume in volumes]
         self.cases = [volume.case for volume in volumes]
         self.names = [volume.name for volume in volumes]
         self.in_channels = check_channels(volumes)
-        self._places = []  # the volume and the index in it of each item
-        for volume in volumes:
-            self._places += [(volume, index) for index in range(len(volume.mask))]
+        self._places = []  # the numbers of the volume and of the slice in it, of each item
+        for number, volume in enumerate(volumes):
+            self._places += [(number, index) for index in range(len(volume.mask))]
 
     def __len__(self) -> int:
         return len(self._places)
@@ -44,21 +46,23 @@ class SliceDataset(Dataset):
         return images[0].float(), masks[0].float()
 
     def batch(self, indices: Sequence[int], neighbours: int = 0) -> tuple[Tensor, Tensor]:
-        """Return several slices as stored: (B, C, N, N) float16 and (B, 1, N, N) bool.
+        """Return several slices as stored: (B, C, N, N) float16 and (B, 1, N, N) bool or float16.
 
         K `neighbours` on either side add their channels: (B, (2 K + 1) C, N, N).
         """
         images, masks = [], []
         for item in indices:
-            volume, index = self._places[item]
+            number, index = self._places[item]
+            volume = self.volumes[number]
             slices = neighbourhoods([len(volume.mask)], neighbours)[index].tolist()
             images.append(np.concatenate(volume.images[slices]))
-            masks.append(volume.mask[index][None])
+            masks.append(self.targets[number][index][None])
         return torch.from_numpy(np.stack(images)), torch.from_numpy(np.stack(masks))
 
     def locate(self, item: int) -> tuple[str, int]:
         """Return the case and the slice number of an item."""
-        volume, index = self._places[item]
+        number, index = self._places[item]
+        volume = self.volumes[number]
         return volume.name, volume.case.numbers[index]
 
     def sampling_weights(self, background: float) -> Tensor:
@@ -169,12 +173,13 @@ class BatchLoader:
         self.dataset, self.device = dataset, device
         self.neighbours, self.workers = neighbours, workers
         volumes = dataset.volumes
-        size = sum(volume.images.nbytes + volume.mask.nbytes for volume in volumes)
+        size = sum(volume.images.nbytes for volume in volumes)
+        size += sum(target.nbytes for target in dataset.targets)
         self.on_device = size <= MOST * free_memory(device)
         if self.on_device:
             self.place = f"{size / 2**20:,.0f} MiB of slices on {device}"
             self.images = concatenate([volume.images for volume in volumes], device)
-            self.masks = concatenate([volume.mask for volume in volumes], device)[:, None]
+            self.masks = concatenate(dataset.targets, device)[:, None]
             lengths = [len(volume.mask) for volume in volumes]
             self.slices = to_device(neighbourhoods(lengths, neighbours), device)
         else:

@@ -30,6 +30,7 @@ from brainseg import distributed, training
 from brainseg.cache import prune
 from brainseg.claims import claimed
 from brainseg.devices import has_bfloat16, pick_device, to_device
+from brainseg.distillation import soft_targets
 from brainseg.io.layouts import Source
 from brainseg.metrics import dsc
 from brainseg.preprocess import VERSION
@@ -118,6 +119,9 @@ def add_recipe_options(parser: cli.Parser) -> None:
     add("--aug-intensity", type=float, default=0.2, classic=0, least=0, help="gain, shift: ± this")
     add("--drop-sequences", type=float, default=0.4, classic=0, least=0, below=1,
         help="with 3 sequences: share of slices whose post-contrast is replaced by FLAIR")
+    add("--flair-alone", action=Switch, default=False,
+        help="replace pre-contrast in all of these slices, not in half of them (no)")
+    add("--teachers", type=Path, help="ensemble to learn from, beside the masks, as its student")
     add("--seed", type=int, default=42, least=0, help="seed of every random draw")
     add("--keep", choices=("best", "last"), default="best", help="epoch to keep, by validation DSC")
     add("--amp", action=Switch, help="bfloat16, or float16 on older GPUs (if bfloat16 is faster)")
@@ -173,6 +177,10 @@ def set_up(
         train_set, validation_set = train_and_validation(
             sources, args.folds, args.fold, args.skip_bad, cache=args.cache, **options
         )
+        if args.teachers:
+            teachers = Segmenter.from_weights(args.teachers, tta=True, device=device)
+            targets = soft_targets(train_set.volumes, teachers, args.cache, workers)
+            train_set = SliceDataset(train_set.volumes, targets)
         sequences = train_set.in_channels
         channels = sequences * (2 * args.neighbours + 1)
         model = training.build_network(
@@ -182,7 +190,8 @@ def set_up(
     utils.keep_freed_memory(device)
     augmentation = Augmentation(
         scale=args.aug_scale, angle=args.aug_angle, intensity=args.aug_intensity,
-        drop=args.drop_sequences if sequences == 3 else 0, sequences=sequences,
+        drop=args.drop_sequences if sequences == 3 else 0, drop_both=1 if args.flair_alone else 0.5,
+        sequences=sequences,
     )  # fmt: skip
     state = TrainState(
         model=training.on_device(model, device, args.sync_bn),

@@ -26,6 +26,7 @@ class Augmentation:
     intensity: float  # strength of `vary_intensity`
     sequences: int
     flip: float = 0.5
+    drop_both: float = 0.5  # share of the dropped whose pre-contrast is dropped too
 
     def __call__(
         self, images: Tensor, masks: Tensor, generator: Generator, batch_size: int
@@ -37,7 +38,7 @@ class Augmentation:
         draws = shard_of_batch(self.draw(batch_size, generator))
         images, masks = move(images, masks, draws[:, :3], self.scale, self.angle, self.flip)
         if self.drop:
-            images = drop_sequences(images, draws[:, 3:5], self.drop)
+            images = drop_sequences(images, draws[:, 3:5], self.drop, self.drop_both)
         if self.intensity:
             images = vary_intensity(images, draws[:, 5:], self.intensity)
         return images, masks
@@ -90,8 +91,8 @@ def move(
     return images + background, masks
 
 
-def drop_sequences(images: Tensor, draws: Tensor, probability: float) -> Tensor:
-    """Replace post-contrast (channel 2) by FLAIR (1), and half the time pre-contrast (0) too.
+def drop_sequences(images: Tensor, draws: Tensor, probability: float, both: float = 0.5) -> Tensor:
+    """Replace post-contrast (channel 2) by FLAIR (1), and in a share `both` pre-contrast (0) too.
 
     This is how the LGG data set fills in a missing sequence. Each slice of (N, C, H, W) is changed
     with `probability`, by its `draws` (N, 2); C is 3 times the number of adjacent slices, which
@@ -99,7 +100,7 @@ def drop_sequences(images: Tensor, draws: Tensor, probability: float) -> Tensor:
     """
     draws = to_device(draws, images.device)
     post = draws[:, 0] < probability
-    pre = post & (draws[:, 1] < 0.5)
+    pre = post & (draws[:, 1] < both)
     never = torch.zeros_like(post)
     missing = torch.stack((pre, never, post), dim=1)[:, None, :, None, None]  # (N, 1, 3, 1, 1)
     slices = images.unflatten(1, (-1, 3))  # (N, slices, 3, H, W)

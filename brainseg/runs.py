@@ -25,7 +25,7 @@ from .metrics import summarise
 from .patients import alike_names, count_patients, patient_of, patients_by_case, patients_of_card
 from .splits import by_subset
 from .training import TrainState
-from .weights import read_card, save_weights
+from .weights import file_hash, read_card, save_weights, weights_files
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -90,15 +90,34 @@ def origin_of(init_weights: str | None, checkpoint: dict | None) -> dict | None:
     return {name: card.get(name) for name in names}
 
 
+def origin_of_teachers(teachers: str | None) -> dict | None:
+    """Return the files, training cases and patients of an ensemble that is learnt from."""
+    if not teachers:
+        return None
+    files, cases, patients = {}, set(), {}
+    for path in weights_files(teachers):
+        card = read_card(path)
+        files[path.name] = file_hash(path)
+        cases.update((card.get("cases") or {}).get("train", []))
+        patients |= card.get("patients") or {}
+    return {"files": files, "cases": {"train": sorted(cases)}, "patients": patients}
+
+
 def make_card(
-    state: TrainState, recipe: dict, train: list[Case], validation: list[Case], start: dict | None
+    state: TrainState,
+    recipe: dict,
+    train: list[Case],
+    validation: list[Case],
+    start: dict | None,
+    teachers: dict | None,
 ) -> dict[str, Any]:
     """Make the card of a run's weights: data, split, recipe, versions, device; no paths.
 
-    The training cases of the weights that it started from count as seen by this network too.
+    The training cases of the weights that it started from, and of its teachers, count as seen by
+    this network too.
     """
     recipe = dict(recipe)
-    for name in ("pretrained", "patients"):
+    for name in ("pretrained", "patients", "teachers"):
         if isinstance(recipe[name], str):
             recipe[name] = Path(recipe[name]).name
     device = str(state.device)
@@ -118,19 +137,20 @@ def make_card(
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
     patients = patients_by_case(train + validation)
-    if start:
-        patients = (start.get("patients") or {}) | patients
+    trained_on: set[str] = set()
+    for name, origin in (("initialised_from", start), ("teachers", teachers)):
+        if not origin:
+            continue
+        patients = (origin.get("patients") or {}) | patients
+        earlier = (origin.get("cases") or {}).get("train", [])
+        card["cases"]["train"] = sorted(set(card["cases"]["train"]) | set(earlier))
+        card[name] = {key: origin[key] for key in origin if key not in ("cases", "patients")}
+        trained_on |= patients_of_card(origin, "train", cases=train + validation)
     if patients:
         card["patients"] = patients
-    if start:
-        earlier = (start.get("cases") or {}).get("train", [])
-        card["cases"]["train"] = sorted(set(names_of(train)) | set(earlier))
-        origin = {name: start[name] for name in start if name not in ("cases", "patients")}
-        card["initialised_from"] = origin
-        trained_on = patients_of_card(start, "train", cases=train + validation)
-        not_new = [case.name for case in validation if patient_of(case) in trained_on]
-        if not_new:
-            card["validation_seen"] = not_new
+    not_new = [case.name for case in validation if patient_of(case) in trained_on]
+    if not_new:
+        card["validation_seen"] = not_new
     return card
 
 
@@ -143,7 +163,7 @@ def check_seen(card: dict, allowed: bool) -> None:
     cases = card.get("validation_seen")
     if not cases:
         return
-    text = f"--init-weights was trained on patients of {len(cases)} validation cases ({cases[0]})"
+    text = f"start weights or teachers saw patients of {len(cases)} validation cases ({cases[0]})"
     if not allowed:
         raise ValueError(
             f"{text}, whose DSC would be too high; validate on others (--folds, --fold), or "
@@ -200,7 +220,8 @@ class RunWriter:
         start = origin_of(settings["init_weights"], checkpoint)
         values = {name: settings[name] for name in recipe}
         values |= {"epochs": settings["epochs"], "amp": state.amp}
-        self.card = make_card(state, values, train, validation, start)
+        teachers = origin_of_teachers(settings["teachers"])
+        self.card = make_card(state, values, train, validation, start, teachers)
         self.card["commit"] = commit
         check_seen(self.card, settings["allow_seen"] or checkpoint is not None)
         best = None  # the card of the weights kept so far

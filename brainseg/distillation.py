@@ -1,0 +1,65 @@
+"""Soft targets for a student: the true masks, averaged with what an ensemble of teachers predicts.
+
+One network that learns from the average of several comes close to it at the price of one: Hinton,
+Vinyals and Dean 2015 (https://arxiv.org/abs/1503.02531); for ensembles in medical image
+segmentation Noothout et al. 2022 (doi 10.1117/1.JMI.9.5.052407). True and predicted masks weigh the
+same here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from .cache import Prepared, prepare
+from .io.files import atomic_write, default_cache, save_array
+from .segmenter import Segmenter
+from .weights import weights_id
+
+
+def soft_targets(
+    volumes: Sequence[Prepared],
+    teachers: Segmenter,
+    cache: Path | None = None,
+    workers: int | None = None,
+) -> list[np.ndarray]:
+    """Return the targets (S, N, N), float16 between 0 and 1, of each prepared case.
+
+    The teachers see all sequences of a case at their own image size. Their predictions are kept in
+    the folder `cache`. Raises ValueError if they were trained on other channels.
+    """
+    teachers.check_channels(volumes[0].images.shape[1])
+    cases = [volume.case for volume in volumes]
+    seen_by_teachers = prepare(cases, teachers.image_size, cache, workers, version=teachers.version)
+    folder = (cache or default_cache()) / f"teachers-{weights_id(teachers.hashes.values())}"
+    folder.mkdir(parents=True, exist_ok=True)
+    targets = []
+    pairs = zip(volumes, seen_by_teachers, strict=True)
+    for volume, for_teachers in tqdm(pairs, "teachers", len(volumes), unit="case", disable=None):
+        predicted = _predictions(for_teachers, teachers, folder)
+        size = volume.mask.shape[1:]
+        resized = F.interpolate(
+            torch.from_numpy(predicted)[:, None].float(), size, mode="bilinear", antialias=True
+        )
+        target = (resized[:, 0].numpy() + volume.mask) / 2
+        targets.append(target.astype(np.float16))
+    return targets
+
+
+def _predictions(volume: Prepared, teachers: Segmenter, folder: Path) -> np.ndarray:
+    """Return the teachers' probabilities (S, T, T) of a case, float16, from `folder` if kept."""
+    content = hashlib.sha256(np.ascontiguousarray(volume.images).data).hexdigest()[:16]
+    path = folder / f"{content}.npy"
+    if path.exists():
+        return np.load(path)
+    probabilities = teachers.probabilities(torch.from_numpy(np.asarray(volume.images)))
+    predicted = probabilities[:, 0].cpu().numpy().astype(np.float16)
+    with atomic_write(path) as temporary:
+        save_array(temporary, predicted)
+    return predicted

@@ -1,0 +1,57 @@
+"""Test the training of a student on the predictions of teachers, beside the true masks."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import export
+import train
+from brainseg.cache import prepare
+from brainseg.distillation import soft_targets
+from brainseg.io.layouts import find_case
+from brainseg.segmenter import Segmenter
+from brainseg.unet import UNet
+from brainseg.weights import read_card
+from dataset import SliceDataset
+
+
+def test_a_student_learns_from_masks_and_teachers(phantoms, tmp_path):
+    """Its targets lie between both; its card counts what the teachers have seen."""
+    shared = ["--image-size", 32, "--features", 2, "--epochs", 1, "--vis-freq", 0, "--keep", "last"]
+    shared += ["--images", phantoms, "--cache", tmp_path / "c", "--logs", tmp_path / "l"]
+    for seed in (1, 2):
+        words = ["--weights", tmp_path / f"t{seed}", "--seed", seed, "--folds", 2, "--fold", 0]
+        train.main([str(word) for word in (*shared, *words)])
+    teachers = tmp_path / "teachers"
+    for seed in (1, 2):
+        words = ["--weights", tmp_path / f"t{seed}" / "unet.pt", "--out", teachers]
+        export.main([str(word) for word in words])
+    words = [*shared, "--teachers", teachers, "--flair-alone", "--weights", tmp_path / "s"]
+    words += ["--folds", 2, "--fold", 1]
+    with pytest.raises(SystemExit, match="teachers saw patients of . validation cases"):
+        train.main([str(word) for word in words])
+    train.main([str(word) for word in (*words, "--allow-seen")])
+    card = read_card(tmp_path / "s" / "unet.pt")
+    assert sorted(card["teachers"]["files"]) == sorted(path.name for path in teachers.glob("*.pt"))
+    assert card["recipe"]["teachers"] == "teachers" and len(card["cases"]["train"]) == 12
+    kept = list((tmp_path / "c").glob("teachers-*/*.npy"))
+    assert len(kept) == 6, "the predictions of each training case"
+
+
+def test_soft_targets_are_half_mask_and_half_prediction(phantoms, tmp_path, monkeypatch):
+    case = find_case(phantoms / "phantom_001")
+    (volume,) = prepare([case], 32, tmp_path)
+    teachers = Segmenter(UNet(init_features=2), image_size=48)
+    teachers.hashes = {tmp_path: "0" * 64}
+    (target,) = soft_targets([volume], teachers, tmp_path)
+    (larger,) = prepare([case], 48, tmp_path)
+    predicted = teachers.probabilities(torch.from_numpy(larger.images))[:, :1]
+    predicted = F.interpolate(predicted, (32, 32), mode="bilinear", antialias=True)[:, 0]
+    assert np.allclose(2 * target - volume.mask, predicted.numpy(), atol=2e-3)
+    monkeypatch.setattr(teachers, "probabilities", None)
+    assert np.array_equal(soft_targets([volume], teachers, tmp_path)[0], target), "it was kept"
+    data = SliceDataset([volume], [target])
+    lesion = int(volume.mask.sum(axis=(1, 2)).argmax())
+    assert data.batch([lesion])[1].dtype == torch.float16
+    assert torch.equal(data.sampling_weights(0.1), SliceDataset([volume]).sampling_weights(0.1))
