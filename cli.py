@@ -194,18 +194,18 @@ def read_config(path: Path, parser: Parser) -> dict[str, Any]:
         raise ValueError("contains no settings; write one `name: value` per line")
     actions = {}
     for action in parser.settings.values():
-        for flag in action.option_strings:
-            if not flag.startswith("--no-"):
-                actions[flag.removeprefix("--")] = action
+        actions |= dict.fromkeys(action.option_strings, action)
+    names = [flag[2:] for flag in actions if not flag.startswith("--no-")]
     settings = {}
     for key, value in content.items():
         name = str(key).replace("_", "-")
-        if name not in actions:
-            near = difflib.get_close_matches(name, actions, 1, 0.5)
+        if name not in names:
+            near = difflib.get_close_matches(name, names, 1, 0.5)
             hint = f"did you mean {near[0]}?" if near else "see --help"
             raise ValueError(f"no setting is called {key!r}; {hint}")
+        action = actions[f"--{name}"]
         if value is not None and name != "config":
-            settings[actions[name].dest] = parser.converted(actions[name], name, value)
+            settings[action.dest] = parser.converted(action, name, value)
     return settings
 
 

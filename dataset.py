@@ -75,7 +75,9 @@ class SliceDataset(Dataset):
         weights = []
         for volume in self.volumes:
             area = torch.from_numpy(volume.mask.sum(axis=(1, 2))).double()
-            weight = area + background * area.mean() if area.any() else torch.ones_like(area)
+            weight = area + background * area.mean()
+            if not area.any():
+                weight = torch.ones_like(area)
             weights.append(weight / weight.sum() / len(self.volumes))
         return torch.cat(weights)
 
@@ -117,7 +119,7 @@ def train_and_validation(
         check_folds(sources, folds, fold)
         chosen = outside_test(sources)
     cases = open_cases(chosen, skip_bad)
-    volumes = prepare(cases, skip_bad=skip_bad, progress=True, **options)
+    volumes = prepare(cases, skip_bad=skip_bad, **options)
     if folds is None or fold is None:
         names = {volume.name for volume in volumes if subset_of(volume.case) == "train"}
     else:

@@ -43,7 +43,7 @@ from .preprocess import VERSION, Frame, preprocess, preprocess_mask
 C = TypeVar("C")
 R = TypeVar("R")
 ARRAYS = ("images", "mask", "truth")
-ENTRY = {"entry.json", *(f"{name}.npy" for name in ARRAYS)}  # the files of an entry
+ENTRY = {"entry.json", "images.npy", "mask.npy", "truth.npy"}  # the files of an entry
 FIELDS = {"fingerprint", "frame", "checksums"}  # of every entry.json
 # numpy parses a file's header with ast, which no two threads may use at once in Python 3.11
 # (https://github.com/python/cpython/issues/106905).
@@ -77,7 +77,6 @@ def prepare(
     image_size: int = 256,
     cache: Path | str | None = None,
     workers: int | None = None,
-    progress: bool = False,
     version: int = VERSION,
     skip_bad: bool = False,
 ) -> list[Prepared]:
@@ -95,10 +94,9 @@ def prepare(
     work = partial(_prepare, image_size=image_size, version=version, cache=cache)
     if skip_bad:
         work = partial(unless_bad, work)
-    quiet = None if progress else True  # None: quiet unless on a terminal
     with worker_threads(workers) as pool:
         volumes = pool.map(work, cases)
-        bar = tqdm(volumes, "preprocessing", len(cases), unit="case", disable=quiet)
+        bar = tqdm(volumes, "preprocessing", len(cases), unit="case", disable=None)
         return [volume for volume in bar if volume is not None]
 
 
@@ -179,7 +177,7 @@ def _open_entry(entry: Path, case: Case, fingerprint: str) -> Prepared | None:
         for name, value in record["frame"].items():
             frame[name] = tuple(value) if isinstance(value, list) else value
         case.labels.note(case.name, record.get("labels", ()))
-        return Prepared(case, Frame(**frame), **arrays)
+        return Prepared(case, Frame(**frame), arrays["images"], arrays["mask"], arrays["truth"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
@@ -255,11 +253,8 @@ def _make_entry(
         images, frame = preprocess(volume, image_size, version, aspect=case.aspect)
     except ValueError as error:
         raise ValueError(f"{case.folder}: {error}") from error
-    arrays = {
-        "images": images.half().numpy(),
-        "mask": preprocess_mask(truth, frame).numpy(),
-        "truth": truth,
-    }
+    mask = preprocess_mask(truth, frame).numpy()
+    prepared = Prepared(case, frame, images.half().numpy(), mask, truth)
     record = {
         "fingerprint": fingerprint,
         "source": str(case.folder.resolve()),
@@ -267,7 +262,7 @@ def _make_entry(
         "frame": asdict(frame),
     }
     try:
-        _write_entry(entry, record, arrays)
+        _write_entry(entry, record, prepared)
     except OSError as error:
         written = _open_entry(entry, case, fingerprint)
         if written:  # by another process meanwhile
@@ -277,10 +272,10 @@ def _make_entry(
             f"{entry.parent}: cannot keep preprocessed volumes ({error.strerror}); {remedy} "
             "another folder with --cache"
         ) from error
-    return _open_entry(entry, case, fingerprint) or Prepared(case, frame, **arrays)
+    return _open_entry(entry, case, fingerprint) or prepared
 
 
-def _write_entry(entry: Path, record: dict, arrays: dict[str, np.ndarray]) -> None:
+def _write_entry(entry: Path, record: dict, prepared: Prepared) -> None:
     """Write an entry in place of a stale one.
 
     Raises OSError, or CacheError if the stale one holds other files.
@@ -288,8 +283,8 @@ def _write_entry(entry: Path, record: dict, arrays: dict[str, np.ndarray]) -> No
     with scratch(entry.parent) as folder:
         new = folder / entry.name  # unlike the scratch folder, it follows the umask
         new.mkdir()
-        for name, array in arrays.items():
-            save_array(new / f"{name}.npy", array)
+        for name in ARRAYS:
+            save_array(new / f"{name}.npy", getattr(prepared, name))
         checksums = _of_arrays(_checksum, new)
         checksums["frame"] = _frame_checksum(record["frame"])
         record = record | {"checksums": checksums, "stats": _of_arrays(_stat, new)}

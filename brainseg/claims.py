@@ -113,7 +113,7 @@ def _is_of_a_run(weights: Path) -> bool:
     if card.exists():
         hashes.add(json.loads(card.read_text()).get("sha256"))
     if checkpoint.exists():
-        kept = load_checkpoint(checkpoint).get("card", {})
-        if kept is not None:  # else no epoch was kept yet
-            hashes.add(kept.get("sha256"))
+        best = load_checkpoint(checkpoint).get("card", {})
+        if best is not None:  # else no epoch was kept yet
+            hashes.add(best.get("sha256"))
     return hashes == {None} or file_hash(weights) in hashes

@@ -1,11 +1,9 @@
 """Several ranks that work on one task, started by torchrun: one per GPU, or several on a CPU.
 
-Usually there is only one process: then the functions here change nothing. Hosts communicate
-through gloo, GPUs through NCCL. Rank 0, the main process, prints and writes.
-
-Every rank runs the same program on its shard and meets the others only to exchange data. A rank
-that fails says so in one sentence and ends; torchrun ends the others. Without torchrun they end
-too, when they lose their connection or after TIMEOUT.
+Usually there is only one process: then the functions here change nothing. Every rank runs the same
+program on its shard and meets the others only to exchange data, hosts through gloo, GPUs through
+NCCL. Rank 0, the main process, prints and writes. A rank that fails says so in one sentence and
+ends; the others end with torchrun, or when they lose their connection, or after TIMEOUT.
 """
 
 from __future__ import annotations
@@ -36,16 +34,12 @@ PATIENCE = timedelta(days=1)  # for the rank that prepares data for the others
 GRACE = 3.0  # seconds that a rank leaves to the one that failed first
 
 
-def _started() -> bool:
-    return dist.is_available() and dist.is_initialized()
-
-
 def rank() -> int:
-    return dist.get_rank() if _started() else 0
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
 def world_size() -> int:
-    return dist.get_world_size() if _started() else 1
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def is_main_process() -> bool:
@@ -54,11 +48,11 @@ def is_main_process() -> bool:
 
 def local_rank() -> int:
     """Return the number of this process on its machine, from 0."""
-    return int(os.environ.get("LOCAL_RANK", rank())) if _started() else 0
+    return int(os.environ.get("LOCAL_RANK", rank()))
 
 
 def local_world_size() -> int:
-    return int(os.environ.get("LOCAL_WORLD_SIZE", world_size())) if _started() else 1
+    return int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
 
 
 @contextlib.contextmanager
@@ -120,10 +114,12 @@ def _end_on_sigterm() -> None:
 def _leave(error: BaseException) -> NoReturn:
     """Report the error, unless another rank has failed first, and end this process."""
     _end_on_sigterm()
-    lost = isinstance(error, dist.DistError) or (
-        isinstance(error, RuntimeError) and "gloo" in str(error)
-    )
-    time.sleep(2 * GRACE if lost else 0 if is_main_process() else GRACE)
+    gloo = isinstance(error, RuntimeError) and "gloo" in str(error)
+    lost = gloo or isinstance(error, dist.DistError)
+    if lost:
+        time.sleep(2 * GRACE)
+    elif not is_main_process():
+        time.sleep(GRACE)
     if lost:
         text = (
             f"rank {rank()} lost another of the {world_size()} ranks; see above for the message of "
@@ -207,29 +203,35 @@ def shard_of_batch(batch: Items) -> Items:
 
     Every rank needs a slice to compute a step on, however small the batch.
     """
-    return shard(batch) if len(batch) > rank() else batch[:1]
+    if len(batch) <= rank():
+        return batch[:1]
+    return shard(batch)
 
 
-def gather(own: Sequence[T]) -> list[T]:
+def gather(items: Sequence[T]) -> list[T]:
     """Collect the items of every rank, in their order before `shard`."""
     if world_size() == 1:
-        return list(own)
+        return list(items)
     parts: list[Any] = [None] * world_size()
-    dist.all_gather_object(parts, list(own))
-    count = sum(map(len, parts))
-    return [parts[i % len(parts)][i // len(parts)] for i in range(count)]
+    dist.all_gather_object(parts, list(items))
+    gathered = []
+    for i in range(sum(map(len, parts))):
+        gathered.append(parts[i % len(parts)][i // len(parts)])
+    return gathered
 
 
 def all_reduce_max(number: int) -> int:
     """Return the largest of the ranks' numbers; hosts wait for it, GPUs keep working."""
     if world_size() == 1:
         return number
-    found = torch.tensor(number)
-    dist.all_reduce(found, op=dist.ReduceOp.MAX)
-    return int(found)
+    largest = torch.tensor(number)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return int(largest)
 
 
 class _AllReduceSum(torch.autograd.Function):
+    # PyTorch's own, torch.distributed.nn.functional.all_reduce, is deprecated since 2.13 in favour
+    # of a private one; it also adds up the gradients, which are equal here, in another exchange.
     @staticmethod
     def forward(context: Any, sums: Tensor) -> Tensor:
         sums = sums.clone()
@@ -244,10 +246,12 @@ class _AllReduceSum(torch.autograd.Function):
 def all_reduce_sum(sums: Tensor) -> Tensor:
     """Add up `sums` over the ranks, with a gradient.
 
-    A loss computed from these sums has the value of the whole batch on every rank, and
+    A loss computed from them has the value of the whole batch on every rank, and
     DistributedDataParallel ends up with the gradient of the whole batch.
     """
-    return _AllReduceSum.apply(sums) if world_size() > 1 else sums
+    if world_size() == 1:
+        return sums
+    return _AllReduceSum.apply(sums)  # pyright: ignore[reportReturnType] its stub says Any | None
 
 
 def broadcast_buffers(model: torch.nn.Module) -> None:

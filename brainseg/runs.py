@@ -52,7 +52,8 @@ def report_cases(
 
     Raises ValueError if no training case has a lesion.
     """
-    for volume in list(train) + list(validation):
+    both = list(train) + list(validation)
+    for volume in both:
         for note in volume.frame.notes:
             print(f"{volume.case.folder}: {note}", file=sys.stderr)
     if not any(volume.mask.any() for volume in train):
@@ -64,7 +65,7 @@ def report_cases(
         shares = {volume.name: volume.mask.mean() for volume in volumes}
         for oddity in odd_masks(shares, (volume.truth for volume in volumes)):
             print(f"{part}: {oddity}", file=sys.stderr)
-    used = {volume.name for volume in (*train, *validation)}
+    used = {volume.name for volume in both}
     subsets = {
         "train": [volume.case for volume in train],
         "validation": [volume.case for volume in validation],
