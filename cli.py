@@ -19,7 +19,7 @@ import torch
 from brainseg.io.files import MARK, out_of_memory, sentence
 from utils import sigterm_interrupts
 
-FLAGS, DEFAULTS = "the command line", "the defaults"  # where the value of a setting is from
+FLAGS, DEFAULTS = "given", "by default"  # where the value of a setting is from
 Layer = tuple[str, dict[str, Any]]  # where some settings are from, and their values
 # Not taken over by --resume: folder and machine may have changed.
 OF_THIS_CALL = ("weights", "device", "workers", "resume", "config", "prune_cache")
@@ -87,7 +87,7 @@ class Parser(argparse.ArgumentParser):
         file = flags["config"]
         if file:
             try:
-                layers.append((str(file), read_config(file, self)))
+                layers.append((f"from {file}", read_config(file, self)))
             except (ValueError, argparse.ArgumentError) as error:
                 self.error(f"{file}: {error}")
         return layers
@@ -141,8 +141,9 @@ def resume(parser: Parser, given: Sequence[Layer], earlier: dict, path: Path) ->
     for name, value in earlier.items():
         if value is not None and name not in OF_THIS_CALL:
             values[name] = value
-    before = parser.resolve([(str(path), values)])
-    args = parser.resolve([*given, (str(path), values)])
+    layer = (f"from {path}", values)
+    before = parser.resolve([layer])
+    args = parser.resolve([*given, layer])
     for name in parser.recipe:
         was, now = getattr(before, name), getattr(args, name)
         if was != now:
@@ -160,7 +161,7 @@ def summary(parser: Parser, args: argparse.Namespace) -> str:
         value = getattr(args, name)
         if value is not None and value is not False:
             lines.setdefault(parser.sources[name], []).append(f"{name.replace('_', ' ')} {value}")
-    return "\n".join(f"from {source}: {', '.join(lines[source])}" for source in lines)
+    return "\n".join(f"{', '.join(values)} ({source})" for source, values in lines.items())
 
 
 def _number(kind: type, least: float | None, below: float | None) -> Callable[[str], float]:

@@ -338,12 +338,12 @@ def get_args(argv: list[str] | None, parser: cli.Parser) -> Namespace:
     else:
         if args.recipe and parser.sources["recipe"] == cli.FLAGS:  # they win over the file, too
             values = {k: v for k, v in parser.classic.items() if k not in OF_NETWORK}
-            layers.insert(1, ("--recipe", values))
+            layers.insert(1, ("from --recipe", values))
         if args.init_weights:
             card = training.settings_of_weights(args.init_weights)
-            layers.append((f"the card of {args.init_weights}", card))
+            layers.append((f"from the card of {args.init_weights}", card))
         if args.recipe:
-            layers.append(("--recipe", parser.classic))
+            layers.append(("from --recipe", parser.classic))
         args = parser.resolve(layers)
     if args.model != "unet":
         args.features = None

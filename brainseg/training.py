@@ -179,7 +179,7 @@ def compile_ahead(state: TrainState, image_size: int) -> None:
     """
     start = time.perf_counter()
     model = state.model
-    channels = next(model.parameters()).shape[1]  # of the first convolution
+    settings: Any = model.settings
     before = {name: value.clone() for name, value in model.state_dict().items()}
     mode = "reduce-overhead" if state.device.type == "cuda" else None  # CUDA graphs
     state.network = torch.compile(model, dynamic=False, mode=mode)
@@ -187,7 +187,8 @@ def compile_ahead(state: TrainState, image_size: int) -> None:
     last = state.slices % state.batch_size or state.batch_size
     for batch_size in (state.batch_size, last):
         part = len(shard_of_batch(range(batch_size)))
-        images = torch.zeros(part, channels, image_size, image_size, device=state.device)
+        shape = (part, settings["in_channels"], image_size, image_size)
+        images = torch.zeros(shape, device=state.device)
         images = images.contiguous(memory_format=torch.channels_last)
         try:
             with state.autocast():

@@ -24,6 +24,7 @@ import tifffile
 import torch
 from conftest import FORK
 
+import cli
 import train
 from brainseg import training
 from brainseg.unet import UNet
@@ -593,8 +594,13 @@ def test_fine_tuning_takes_over_size_and_preprocessing(tmp_path, capsys):
     args = settings(["--init-weights", str(file)])
     assert (args.features, args.image_size, args.preprocessing) == (4, 256, 1)  # it has no card
     file.with_suffix(".json").write_text('{"image_size": 96, "preprocessing": 2, "neighbours": 1}')
-    args = settings(["--init-weights", str(file), "--image-size", "64"])
+    parser = train.get_args_parser()
+    args = train.get_args(["--init-weights", str(file), "--image-size", "64"], parser)
     assert (args.image_size, args.preprocessing, args.neighbours) == (64, 2, 1)
+    lines = cli.summary(parser, args).splitlines()
+    assert "image size 64 (given)" in lines
+    assert f"preprocessing 2, features 4, neighbours 1 (from the card of {file})" in lines
+    assert "model unet, batch size 16, lr 0.002" in lines[-1] and "(by default)" in lines[-1]
 
 
 def test_the_classic_recipe_is_the_published_one():
