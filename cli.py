@@ -19,6 +19,7 @@ import torch
 from brainseg.io.files import MARK, out_of_memory, sentence
 from utils import sigterm_interrupts
 
+SWITCH = argparse.BooleanOptionalAction  # --x and --no-x
 FLAGS, DEFAULTS = "given", "by default"  # where the value of a setting is from
 Layer = tuple[str, dict[str, Any]]  # where some settings are from, and their values
 # Not taken over by --resume: folder and machine may have changed.
@@ -241,19 +242,19 @@ def add_cohort_options(parser: Parser) -> None:
 def add_segmenter_options(parser: Parser, workers: bool = True) -> None:
     """Add the options of scripts that segment; `segmenter_options` reads them."""
     parser.group("how")
-    add, switch = parser.add, argparse.BooleanOptionalAction
+    add = parser.add
     add("--image-size", type=int, help="side of a resized slice (as in training)")
     add("--threshold", type=float,
         help="lowest probability that counts as lesion (as in the card; 0.5 if it has no fit)")
-    add("--largest-component", action=switch,
+    add("--largest-component", action=SWITCH,
         help="keep only the largest connected component (as in the card, or yes)")
     add("--min-volume", type=int, least=0,
         help="drop components of fewer voxels (as in the card; 200 for weights/unet-folds)")
-    add("--tta", action=switch,
+    add("--tta", action=SWITCH,
         help="average over a slice and its mirror image where there may be lesion (as in the card)")
     add("--batch-size", type=int, default=16, least=1, help="slices computed at once")
     add("--device", help="cuda, cuda:1, mps, cpu (an accelerator if available)")
-    add("--amp", action=switch, help="compute in half precision (if the device is faster that way)")
+    add("--amp", action=SWITCH, help="compute in half precision (if the device is faster that way)")
     if workers:
         add("--workers", type=int, least=1, help="threads that read and write (all cores)")
     add("--providers", nargs="+", choices=("tensorrt", "cuda", "cpu"),

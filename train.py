@@ -8,15 +8,13 @@
     python3 train.py --init-weights weights/unet-folds/unet-a5f30600.pt ...            fine-tune
     torchrun --nproc-per-node=4 train.py ...              on four GPUs of this machine
 
-Writes WEIGHTS/<model>.pt (with its card, <model>.json) and WEIGHTS/<model>.ckpt, and never
-touches the shipped weights.
+Writes <model>.pt, its card <model>.json and <model>.ckpt into WEIGHTS; no shipped weights change.
 """
 
 from __future__ import annotations
 
 import sys
 import time
-from argparse import BooleanOptionalAction as Switch
 from argparse import Namespace
 from pathlib import Path
 
@@ -61,8 +59,7 @@ def get_args_parser() -> cli.Parser:
     add("--cache", type=Path, help="folder of preprocessed volumes (~/.cache/brainseg)")
     add("--prune-cache", action="store_true", help="first delete cached volumes of missing sources")
     add("--init-weights", type=Path, help="weights to start from; used where name and shape fit")
-    add("--allow-seen", action="store_true",
-        help="allow validation on patients that --init-weights was trained on; the card says so")
+    add("--allow-seen", action="store_true", help="validate even on patients of --init-weights")
     add("--resume", action="store_true", help="resume from WEIGHTS/<model>.ckpt, with its settings")
     add("--epochs", type=int, default=100, least=1, help="each draws as many slices as there are")
     add("--weights", type=Path, default="./weights", help="folder to write to")
@@ -72,8 +69,8 @@ def get_args_parser() -> cli.Parser:
     add("--vis-freq", type=int, default=10, least=0, help="epochs between drawings; 0: never")
     add("--device", help="cuda, cuda:1, mps, cpu (an accelerator if available)")
     add("--workers", type=int, least=1, help="threads that read and preprocess (all cores)")
-    add("--compile", action=Switch, default=False, help="compile first: minutes, then faster (no)")
-    add("--deterministic", action=Switch, default=True, help="same seed and GPU, same result (yes)")
+    add("--compile", action=cli.SWITCH, default=False, help="compile first, for minutes (no)")
+    add("--deterministic", action=cli.SWITCH, default=True, help="same seed, same result (yes)")
 
     parser.group("data", recipe=True)
     cli.add_cohort_options(parser)
@@ -81,8 +78,7 @@ def get_args_parser() -> cli.Parser:
         help="side of a resized slice; as in --init-weights")
     add("--preprocessing", type=int, choices=(1, 2), default=VERSION, classic=1,
         help="1: sequences scaled together; 2: apart; as in --init-weights")
-    add("--validation", type=str, nargs="+",
-        help="cases or patients to validate on; all others train, but those kept for testing")
+    add("--validation", nargs="+", help="cases or patients to validate on; others train")
     add("--folds", type=int, least=2, help="cross-validation: number of folds, split by patient")
     add("--fold", type=int, least=0, help="cross-validation: the fold to validate on, from 0")
 
@@ -93,7 +89,6 @@ def get_args_parser() -> cli.Parser:
     add("--pretrained", nargs="?", const=True, help="resnext_unet: ImageNet weights, or their file")
     add("--neighbours", type=int, default=0, classic=0, least=0,
         help="adjacent slices seen on either side of each; as in --init-weights")
-
     add_recipe_options(parser)
     return parser
 
@@ -124,7 +119,7 @@ def add_recipe_options(parser: cli.Parser) -> None:
     add("--teachers", type=Path, help="ensemble to learn from, beside the masks, as its student")
     add("--seed", type=int, default=42, least=0, help="seed of every random draw")
     add("--keep", choices=("best", "last"), default="best", help="epoch to keep, by validation DSC")
-    add("--amp", action=Switch, help="bfloat16, or float16 on older GPUs (if bfloat16 is faster)")
+    add("--amp", action=cli.SWITCH, help="bfloat16, or float16 on older GPUs (if bfloat16 is fast)")
     add("--sync-bn", action="store_true", help="batch norm over the whole batch across GPUs")
 # fmt: on
 
@@ -289,8 +284,7 @@ def train_step(state: TrainState, images: Tensor, masks: Tensor, batch_size: int
     if batch_size <= distributed.rank():  # no slice is left for this rank: a stand-in
         logits, masks = logits[:0], masks[:0]
     loss = state.loss(logits, masks, total=distributed.all_reduce_sum)
-    for group in state.optimizer.param_groups:
-        group["lr"] = state.learning_rate()
+    state.optimizer.param_groups[0]["lr"] = state.learning_rate()
     state.optimizer.zero_grad(set_to_none=True)
     state.scaler.scale(loss).backward()
     state.scaler.step(state.optimizer)
