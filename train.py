@@ -114,7 +114,7 @@ def add_recipe_options(parser: cli.Parser) -> None:
     add("--aug-intensity", type=float, default=0.2, classic=0, least=0, help="gain, shift: ± this")
     add("--drop-sequences", type=float, default=0.4, classic=0, least=0, below=1,
         help="with 3 sequences: share of slices whose post-contrast is replaced by FLAIR")
-    add("--flair-alone", action=Switch, default=False,
+    add("--flair-alone", action=cli.SWITCH, default=False,
         help="replace pre-contrast in all of these slices, not in half of them (no)")
     add("--teachers", type=Path, help="ensemble to learn from, beside the masks, as its student")
     add("--seed", type=int, default=42, least=0, help="seed of every random draw")
