@@ -38,6 +38,7 @@ class Measured:
     case: Case
     mask: np.ndarray
     row: dict
+    flair: np.ndarray | None = None  # (S, H, W); None: in the case's file
 
 
 @dataclass(frozen=True)
@@ -256,8 +257,10 @@ def _flair(measured: Measured) -> sitk.Image | None:
     case = measured.case
     if not isinstance(case, Scan):
         return None
-    voxels = case.grid.to_axial(read_voxels(case.flair))
-    flair = np.ascontiguousarray(voxels[..., voxels.shape[-1] // 2])
+    flair = measured.flair
+    if flair is None:
+        voxels = case.grid.to_axial(read_voxels(case.flair))
+        flair = np.ascontiguousarray(voxels[..., voxels.shape[-1] // 2])
     return case.grid.axial.image(flair.T)
 
 

@@ -22,7 +22,7 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
 from .connections import report
-from .jobs import STOPPING, Job, Service, Unavailable, shortage
+from .jobs import STOPPING, Job, Service, Unavailable, shortage, zipped
 from .security import Guard, as_json, is_loopback
 
 WEB = Path(__file__).resolve().parents[1] / "web"
@@ -104,7 +104,7 @@ async def respond(service: Service, request: Request) -> Response:
                 if await request.is_disconnected():
                     raise ClientDisconnect
         answer = job.future.result()
-        archive = await asyncio.to_thread(answer.archive)
+        archive = await asyncio.to_thread(zipped, answer.files)
     except ClientDisconnect:
         raise
     except asyncio.TimeoutError:

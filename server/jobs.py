@@ -36,7 +36,9 @@ from brainseg.metrics import score
 from brainseg.phantom import make_volume
 from brainseg.reports.volumes import volume_row
 from brainseg.segmenter import Segmentation, Segmenter
+from brainseg.visits import Measured
 
+from .growth import GrowthAnswer, answer_growth, check_several, check_voxels, is_several_scans
 from .unpacking import Limits
 from .viewer import viewer_files
 
@@ -70,14 +72,6 @@ class Answer:
     masks: list[str]  # names of the files of the mask, in the geometry of the source
     viewer: dict  # what the page's viewer shows: see viewer_files
 
-    def archive(self, names: Sequence[str] | None = None) -> bytes:
-        """Pack some files, or all of them, in a zip archive."""
-        buffer = io.BytesIO()
-        with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
-            for name in names or self.files:
-                archive.writestr(name, self.files[name])
-        return buffer.getvalue()
-
     def shown(self) -> str:
         """Return all that the page shows as JSON, with the files in base64."""
         case = self.summary["case"]
@@ -85,7 +79,7 @@ class Answer:
         if len(self.masks) == 1:
             downloads[self.masks[0]] = self.files[self.masks[0]]
         else:
-            downloads[f"{case}_masks.zip"] = self.archive(self.masks)
+            downloads[f"{case}_masks.zip"] = zipped({n: self.files[n] for n in self.masks})
         downloads[f"{case}_montage.png"] = self.files["montage.png"]
         downloads[f"{case}.gif"] = self.files[f"{case}.gif"]
         shown = {"summary": self.summary, "viewer": self.viewer, "downloads": downloads}
@@ -98,7 +92,7 @@ class Job:
 
     done: float = 0.0  # fraction of its slices that are segmented
     abandoned: bool = False  # nobody waits for the answer
-    future: Future[Answer] = field(default_factory=Future)
+    future: Future[Answer | GrowthAnswer] = field(default_factory=Future)
 
 
 class Service:
@@ -153,7 +147,7 @@ class Service:
             print("stopped", file=sys.stderr, flush=True)
             os._exit(1)
 
-    def _run(self, parts: Parts | None, job: Job) -> Answer:
+    def _run(self, parts: Parts | None, job: Job) -> Answer | GrowthAnswer:
         with scratch(Path(tempfile.gettempdir()).resolve()) as folder:
             self.folder = folder
             try:
@@ -167,17 +161,40 @@ class Service:
                     "the scan needs more memory than the server has; crop it"
                 ) from None
 
-    def _segment(self, parts: Parts | None, folder: Path, job: Job) -> Answer:
+    def _segment(self, parts: Parts | None, folder: Path, job: Job) -> Answer | GrowthAnswer:
         if parts is None:
             volume, truth = make_volume(0, slices=24, size=192)
             case = Case("phantom", tuple(range(1, 25)), (), ())
             loaded = Loaded(case, [], [], volume, truth)
+        elif is_several_scans([file.filename or "" for file in parts.get("images", ())]):
+            return self._follow(parts, folder, job)
         else:
             loaded = self.reader.read(parts, folder)
-        start = time.monotonic()
+        segmentation = self._segmentation(loaded, job, time.monotonic())
+        return make_answer(loaded, segmentation, folder / "out", self.segmenter.run)
+
+    def _follow(self, parts: Parts, folder: Path, job: Job) -> GrowthAnswer:
+        """Segment several scans of one patient, one after the other, and measure its growth."""
+        files, start = parts["images"], time.monotonic()
+        check_several(parts, [file.filename or "" for file in files])
+        scans, voxels = [], 0
+        for k, file in enumerate(files):
+            place = folder / str(k)
+            place.mkdir()
+            loaded = self.reader.read({"images": [file]}, place)
+            voxels += math.prod(loaded.volume.shape[:3])
+            check_voxels(file.filename or "", voxels, self.limits)
+            segmentation = self._segmentation(loaded, job, start, k, len(files))
+            scans.append(measured(loaded, segmentation, self.segmenter.run))
+        return answer_growth(scans, self.segmenter.expected_dsc_fit, folder, self.segmenter.run)
+
+    def _segmentation(
+        self, loaded: Loaded, job: Job, start: float, scan: int = 0, scans: int = 1
+    ) -> Segmentation:
+        """Segment a scan of an upload of so many, which began at `start`, and report progress."""
 
         def progress(done: int, of: int) -> None:
-            job.done = done / of
+            job.done = (scan + done / of) / scans
             if self.reader.closed:
                 raise Unavailable(STOPPING)
             if job.abandoned:
@@ -192,9 +209,16 @@ class Service:
             images, frame = self.segmenter.preprocess(loaded.volume, loaded.case.aspect)
         except ValueError as error:
             raise ValueError(f"{loaded.case.name}: {error}") from error
-        probabilities = self.segmenter.probabilities(images, progress)
-        segmentation = self.segmenter.assess(probabilities, frame)
-        return make_answer(loaded, segmentation, folder / "out", self.segmenter.run)
+        return self.segmenter.assess(self.segmenter.probabilities(images, progress), frame)
+
+
+def zipped(files: Mapping[str, bytes]) -> bytes:
+    """Pack files, by name, in a zip archive."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    return buffer.getvalue()
 
 
 def shortage(error: Exception) -> str:
@@ -225,6 +249,15 @@ def make_answer(loaded: Loaded, segmentation: Segmentation, out: Path, run: str)
             summary["scores"][name] = None if math.isnan(value) else round(value, 4)
     files["summary.json"] = f"{json.dumps(summary, indent=2)}\n".encode()
     return Answer(summary, files, masks, viewer_files(case, volume, segmentation, truth))
+
+
+def measured(loaded: Loaded, segmentation: Segmentation, run: str) -> Measured:
+    """Keep what the growth needs of a scan."""
+    case, volume, mask = loaded.case, loaded.volume, segmentation.mask
+    warnings = [*loaded.notes, *segmentation.warnings]
+    replaced = [*loaded.replaced, *segmentation.replaced]
+    row = volume_row(case, volume, mask, segmentation.expected, warnings, run, replaced)
+    return Measured(case, mask, row, volume[..., volume.shape[3] // 2].copy())
 
 
 def _without(folder: Path, message: str) -> str:

@@ -87,12 +87,13 @@ function last(text) {
 
 function finish(answer) {
   for (const button of document.querySelectorAll("#send button")) button.disabled = false;
-  if (answer.summary) present(answer);
+  if (answer.growth) presentGrowth(answer.growth);
+  else if (answer.summary) present(answer);
   else fail(answer.error ?? "The server stopped answering; try again.");
 }
 
 function show(name) {
-  for (const part of ["busy", "error", "result"]) find("#" + part).hidden = part !== name;
+  for (const part of ["busy", "error", "result", "growth"]) find("#" + part).hidden = part !== name;
 }
 
 function wait(text, done) {
@@ -115,12 +116,26 @@ function make(tag, properties, ...inside) {
   return element;
 }
 
+function links(downloads) {
+  return ["Download:", ...Object.entries(downloads).map(([download, content]) =>
+    make("a", { href: `data:application/octet-stream;base64,${content}`, download }, download))];
+}
+
+function presentGrowth({ summary, lines, downloads }) {
+  find("#growth h2").textContent = `${summary.case}: ${summary.rate}`;
+  find("#growth .box").textContent = summary.notes.join("; ");
+  find("#growth img").src = `data:image/png;base64,${downloads["growth.png"]}`;
+  find("#growth tbody").replaceChildren(...lines.map((cells) => make("tr", {}, ...cells.map((cell) => make("td", {}, cell)))));
+  find("#growth .line").replaceChildren(...links(downloads));
+  show("growth");
+  find("section").scrollIntoView({ block: "nearest" });
+}
+
 async function present({ summary, viewer, downloads }) {
-  find("h2").textContent = summary.case;
+  find("#result h2").textContent = summary.case;
   find("#numbers").textContent = numbers(summary);
   find("#warning").textContent = summary.warning ?? "";
-  find("#links").replaceChildren("Download:", ...Object.entries(downloads).map(([download, content]) =>
-    make("a", { href: `data:application/octet-stream;base64,${content}`, download }, download)));
+  find("#links").replaceChildren(...links(downloads));
   find("#scores").replaceChildren(...Object.keys(SCORES).filter((name) => summary.scores?.[name] !== undefined).map((name) =>
     make("tr", {}, make("td", {}, SCORES[name]), make("td", {}, summary.scores[name]?.toFixed(3) ?? "not defined"))));
   find("#montage").src = `data:image/png;base64,${downloads[`${summary.case}_montage.png`]}`;
