@@ -80,7 +80,7 @@ def test_growth_on_the_page(server, scans, browser):  # noqa: F811
         page.locator("#files").set_input_files([str(path) for path in scans])
         page.get_by_role("button", name="Segment").click()
         page.locator("#growth:not([hidden])").wait_for()
-        assert "phantom_000: " in page.locator("#growth h2").inner_text()
+        assert "phantom_000: " in page.locator("#growth h3").inner_text()
         assert page.locator("#growth tbody tr").count() == 2
         assert page.locator("#growth img").evaluate("image => image.naturalWidth") > 500
         assert page.locator("#growth a").count() == 5

@@ -122,7 +122,7 @@ function links(downloads) {
 }
 
 function presentGrowth({ summary, lines, downloads }) {
-  find("#growth h2").textContent = `${summary.case}: ${summary.rate}`;
+  find("#growth h3").textContent = `${summary.case}: ${summary.rate}`;
   find("#growth .box").textContent = summary.notes.join("; ");
   find("#growth img").src = `data:image/png;base64,${downloads["growth.png"]}`;
   find("#growth tbody").replaceChildren(...lines.map((cells) => make("tr", {}, ...cells.map((cell) => make("td", {}, cell)))));
@@ -132,7 +132,7 @@ function presentGrowth({ summary, lines, downloads }) {
 }
 
 async function present({ summary, viewer, downloads }) {
-  find("#result h2").textContent = summary.case;
+  find("h2").textContent = summary.case;
   find("#numbers").textContent = numbers(summary);
   find("#warning").textContent = summary.warning ?? "";
   find("#links").replaceChildren(...links(downloads));
