@@ -125,6 +125,27 @@ def make_weights(path: Path, in_channels: int = 3, trained_on=TRAINED_ON) -> Pat
     return path
 
 
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory) -> Path:
+    """Return weights of `make_weights`, in a folder of their own. They must not be changed."""
+    return make_weights(tmp_path_factory.mktemp("weights") / "narrow.pt")
+
+
+def run_main(main: Callable[[list[str]], None], *words: object) -> str | int:
+    """Run a command; return its exit status, or its sentence for stderr with status 1."""
+    try:
+        main([str(word) for word in words])
+    except SystemExit as stop:
+        return stop.code
+    return 0
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Read all files below a folder but the locks, by their path there."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock"]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
 @contextlib.contextmanager
 def file_limit(size: int) -> Iterator[None]:
     """Let files of this process grow to `size` bytes only, as if the disk were full then."""

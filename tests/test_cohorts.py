@@ -10,6 +10,7 @@ import nibabel
 import numpy as np
 import pytest
 import SimpleITK
+from conftest import run_main
 from PIL import Image
 
 import evaluate
@@ -130,11 +131,7 @@ def tiny_training(images: Path, out: Path, *more: object) -> None:
 def segment(images: Path, out: Path, *more: object) -> object:
     words = ["--images", images, "--weights", out / "w" / "unet.pt", "--predictions", out / "p"]
     words += ["--figure", out / "dsc.png", "--device", "cpu", "--workers", 2, *more]
-    try:
-        inference.main([str(word) for word in words])
-    except SystemExit as stop:
-        return stop.code or 0
-    return 0
+    return run_main(inference.main, *words)
 
 
 @pytest.mark.parametrize("layout", ["BIDS", "any"])

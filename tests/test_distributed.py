@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 import torch._dynamo  # DistributedDataParallel needs it: import it once here, not in every process
-from conftest import in_processes
-from test_train import contents, flags, same, scalars
+from conftest import contents, in_processes
+from test_train import flags, same, scalars
 from torch import nn
 
 import train

@@ -84,15 +84,10 @@ def blank_weights(path: Path, trained_on: list[str]) -> Path:
 
 
 @pytest.fixture(scope="module")
-def weights(tmp_path_factory) -> Path:
-    return make_weights(tmp_path_factory.mktemp("weights") / "narrow.pt")
-
-
-@pytest.fixture(scope="module")
 def done(phantoms, weights, tmp_path_factory) -> Path:
     """Evaluate two models, with the report; phantom_001 and _002 were trained on."""
     out = tmp_path_factory.mktemp("evaluation")
-    blank = blank_weights(weights.with_name("blank.pt"), [])
+    blank = blank_weights(out / "blank.pt", [])
     models, handler = (f"narrow={weights}", f"blank={blank}"), signal.getsignal(signal.SIGTERM)
     run(phantoms, out, "--subset", "all", "--report", out / "r.html", "--weights", *models)
     assert signal.getsignal(signal.SIGTERM) == handler, "nothing is left behind in a notebook"
@@ -136,7 +131,7 @@ def test_settings_by_hand(phantoms, weights, done):
 
 
 def test_the_same_arguments_give_the_same_files(phantoms, done, weights, tmp_path):
-    models = f"narrow={weights}", f"blank={weights.with_name('blank.pt')}"
+    models = f"narrow={weights}", f"blank={done / 'blank.pt'}"
     run(phantoms, tmp_path, "--subset", "all", "--weights", *models)
     for name in ("scores.csv", "scores.png", "gallery.png"):
         assert (tmp_path / name).read_bytes() == (done / name).read_bytes(), name

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import tifffile
 import torch
-from conftest import TRAINED_ON, in_processes, make_weights
+from conftest import TRAINED_ON, contents, in_processes, make_weights, run_main
 from test_files import leave_scratch
 from test_weights import Evil
 
@@ -34,11 +34,6 @@ from brainseg.segmenter import Segmenter
 from brainseg.weights import file_hash
 
 
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory) -> Path:
-    return make_weights(tmp_path_factory.mktemp("weights") / "narrow.pt")
-
-
 def infer(images: Path, out: Path, weights: Path, *more: object) -> str | int:
     """Run to the end; return the exit status, or the sentence for stderr with status 1."""
     base = {
@@ -46,11 +41,7 @@ def infer(images: Path, out: Path, weights: Path, *more: object) -> str | int:
         "--figure": out / "dsc.png", "--device": "cpu",
     }  # fmt: skip
     words = [word for pair in base.items() for word in pair]
-    try:
-        inference.main([str(word) for word in (*words, *more)])
-    except SystemExit as stop:
-        return stop.code
-    return 0
+    return run_main(inference.main, *words, *more)
 
 
 def refused(*arguments: object) -> str:
@@ -64,11 +55,6 @@ def one_sentence(capsys) -> str:
     """Return the one line that a run wrote on stderr."""
     (line,) = capsys.readouterr().err.strip().splitlines()
     return line
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    files = [path for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock"]
-    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 def digest(folder: Path) -> str:

@@ -37,11 +37,6 @@ def run_export(weights: Path, out: Path, *options: object) -> None:
 
 
 @pytest.fixture(scope="module")
-def weights(tmp_path_factory) -> Path:
-    return make_weights(tmp_path_factory.mktemp("weights") / "narrow.pt")
-
-
-@pytest.fixture(scope="module")
 def onnx(weights) -> Path:
     if MISSING:
         pytest.skip(f"{', '.join(MISSING)} missing: pip install -r requirements-onnx.txt")

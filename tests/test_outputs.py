@@ -16,8 +16,8 @@ import pydicom
 import pytest
 import SimpleITK
 import tifffile
-from conftest import make_weights
-from test_inference import contents, infer, subset_copy, write_case
+from conftest import contents, make_weights
+from test_inference import infer, subset_copy, write_case
 from test_scan import edit, write, write_series
 
 from brainseg.io.dicom import series_at

@@ -1,10 +1,9 @@
 """Test the phantom: layout, determinism, and that a threshold does not solve it."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import tifffile
+from conftest import contents, run_main
 
 from brainseg import phantom
 
@@ -14,21 +13,12 @@ def volumes():
     return [phantom.make_volume((0, index)) for index in range(6)]
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
-
-
-def run(*arguments: object) -> int | str | None:
-    """Run the command; return None, its exit status, or its sentence for stderr."""
-    try:
-        phantom.main([*map(str, arguments)])
-    except SystemExit as stop:
-        return stop.code
-    return None
+def run(*arguments: object) -> str | int:
+    return run_main(phantom.main, *arguments)
 
 
 def test_layout_is_that_of_kaggle_3m(tmp_path):
-    assert run(tmp_path / "data", "--cases", 2, "--size", 48, "--slices", 11, "--seed", 3) is None
+    assert run(tmp_path / "data", "--cases", 2, "--size", 48, "--slices", 11, "--seed", 3) == 0
     names = [f"phantom_{i:03d}" for i in range(2)]
     expected = {
         f"{n}/{n}_{k}{end}.tif" for n in names for k in range(1, 12) for end in ("", "_mask")

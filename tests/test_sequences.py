@@ -7,7 +7,6 @@ import numpy as np
 import pydicom
 import pytest
 import SimpleITK
-from conftest import make_weights
 from test_scan import edit, infer, read, write, write_series
 
 from brainseg.io.grid import Grid
@@ -26,11 +25,6 @@ SPACED = np.diag([-3.0, -3.0, 6.0, 1.0])
 @pytest.fixture(scope="module")
 def head() -> tuple[np.ndarray, np.ndarray]:
     return make_volume(3, 24, 64)
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory) -> Path:
-    return make_weights(tmp_path_factory.mktemp("weights") / "narrow.pt")
 
 
 def image_of(sequence: np.ndarray) -> SimpleITK.Image:

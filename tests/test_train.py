@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 import tifffile
 import torch
-from conftest import FORK
+from conftest import FORK, contents
 
 import cli
 import train
@@ -82,11 +82,6 @@ def same_run(a: Path, b: Path) -> bool:
     parts = ("model", "ema", "optimizer", "epoch", "step", "best")
     kept = same(load_state(a / "unet.pt"), load_state(b / "unet.pt"))
     return kept and all(same(one[part], two[part]) for part in parts)
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    paths = [path for path in folder.iterdir() if path.suffix != ".lock"]
-    return {path.name: path.read_bytes() for path in paths}
 
 
 def interrupt(monkeypatch, step: int, number: int) -> None:
