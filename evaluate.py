@@ -9,8 +9,10 @@ Each of --weights is a model: a weights file, an .onnx file from export.py, a fo
 files (an ensemble), or a metrics.csv that inference.py wrote. NAME=PATH names it. An ensemble
 scores each case with the networks that were not trained on its patient: after cross-validation, one
 for the cross-validated cases, all for others. Models are compared with the first one, case by case.
-A case that any model was trained on is left out for all; a case on which train.py --keep best chose
-the epoch counts, but is marked. --threshold, --tta and the like do not change a metrics.csv.
+All have the threshold, components, minimum volume and mirroring of the first, unless with
+--own-settings; the run begins with those that differ. Nothing changes a metrics.csv. A case that
+any model was trained on is left out for all; a case on which train.py --keep best chose the epoch
+counts, but is marked.
 
 --fit-expected-dsc learns from these scores to predict the DSC of a mask without a truth, and how
 far its volume may be off, writes both into the cards of the weights (see brainseg/quality.py and
@@ -31,6 +33,11 @@ from pathlib import Path
 
 import cli
 from brainseg import distributed
+from brainseg.evaluation.fairness import (
+    differing_settings,
+    settings_table,
+    use_settings_of_first,
+)
 from brainseg.evaluation.report import case_table, save_gallery, save_scores, tables
 from brainseg.evaluation.scoring import (
     Model,
@@ -65,6 +72,8 @@ def get_parser() -> argparse.ArgumentParser:
     add("--cases", type=str, nargs="+", help="only these cases")
     cli.add_cohort_options(parser)
     add("--weights", type=str, nargs="+", help="the models, as above (the shipped weights)")
+    add("--own-settings", action="store_true",
+        help="compare each model at its own settings (at those of the first)")
     add("--fit-expected-dsc", action="store_true", help="learn to predict the DSC of a mask")
     cli.add_segmenter_options(parser)
     parser.group("where to")
@@ -95,7 +104,7 @@ def run(args: argparse.Namespace, options: dict) -> None:
     if not args.weights:
         shipped = shipped_weights("unet")
         args.weights = [f"{shipped.stem}={shipped}"]
-    models = open_models(args.weights, options)
+    models = open_models(args.weights, options, sources)
     if args.fit_expected_dsc:
         model_to_fit(models)
     else:
@@ -103,6 +112,11 @@ def run(args: argparse.Namespace, options: dict) -> None:
             if isinstance(model, NetworkModel):
                 for note in model.segmenter.notes:
                     print(f"{model.name}: {note}", file=sys.stderr)
+    differing = differing_settings(models)
+    if differing:
+        print(settings_table(differing, models, args.own_settings).as_text(), end="\n\n")
+        if not args.own_settings:
+            use_settings_of_first(models)
     cases, left_out = choose_cases(sources, args.subset, models, args.images)
     print(count_patients(by_subset(cases)), flush=True)
     for name in FILES:
@@ -110,11 +124,15 @@ def run(args: argparse.Namespace, options: dict) -> None:
     if args.report:
         check_page(args.report)
     with distributed.main_process_locks((args.out, "--out", "run")):
-        score(args, models, cases, left_out)
+        score(args, models, cases, left_out, differing)
 
 
 def score(
-    args: argparse.Namespace, models: Sequence[Model], cases: Sequence[Case], left_out: list[str]
+    args: argparse.Namespace,
+    models: Sequence[Model],
+    cases: Sequence[Case],
+    left_out: list[str],
+    differing: dict[str, dict[str, object]],
 ) -> None:
     """Score every model on every case, print the tables, write the files."""
     rows, pictures, digest = score_all(cases, models, args.workers)
@@ -134,6 +152,8 @@ def score(
 
     details = cli.provenance(args) | {
         "weights": {model.name: model.settings() for model in models},
+        "settings that differ": differing,
+        "compared at": "own settings" if args.own_settings else "settings of the first",
         "cases": [case.name for case in cases],
         "left out": left_out,
         "SHA-256 of the voxels and masks": digest,
@@ -148,6 +168,8 @@ def score(
     if args.report:
         title = f"brainseg: {', '.join(rows)}"
         shown.append(case_table(rows))
+        if differing:
+            shown.insert(0, settings_table(differing, models, args.own_settings))
         pngs = {name: path.read_bytes() for name, path in figures.items()}
         write_page(args.report, "comparison.html", title, details, tables=shown, pictures=pngs)
     print(f"\ntables and pictures: {args.out}")

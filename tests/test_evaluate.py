@@ -151,7 +151,73 @@ def test_fingerprint_is_of_the_voxels(phantoms, weights, tmp_path):
     assert first[key] == second[key] != third[key]
 
 
+# Settings
+
+
+@pytest.fixture
+def twins(weights, tmp_path) -> tuple[str, str]:
+    """Give one network twice: with a fit to other settings, and with the defaults."""
+    card = json.loads(weights.with_suffix(".json").read_text())
+    fit = {"features": ["overlap"], "mean": [0.0], "deviation": [1.0], "weights": [0.5]}
+    fit |= {"intercept": 0.4, "interval": [-0.1, 0.1], "threshold": 0.45, "min_volume": 200}
+    fitted = card | {"expected_dsc": fit | {"tta": True, "largest_component": True}}
+    for name, content in (("fitted", fitted), ("plain", card)):
+        shutil.copy(weights, tmp_path / f"{name}.pt")
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    return f"fitted={tmp_path / 'fitted.pt'}", f"plain={tmp_path / 'plain.pt'}"
+
+
+def test_models_are_compared_at_the_settings_of_the_first(phantoms, twins, tmp_path, capsys):
+    options = "--subset", "all", "--cases", *NAMES[3:6], "--report", tmp_path / "r.html"
+    summary = run(phantoms, tmp_path / "out", *options, "--weights", *twins)
+    said = capsys.readouterr().out
+    assert said.index("Settings that differ") < said.index("Scores")
+    assert re.search(r"minimum volume, voxels +200 +0 +200\n", said)
+    assert re.search(r"mirroring +yes +no +yes\n", said)
+    assert "Settings that differ" in (tmp_path / "r.html").read_text()
+    difference = summary["models"]["plain"]["difference"]
+    assert (difference["mean"], difference["better"], difference["worse"]) == (0, 0, 0)
+    assert summary["settings that differ"]["min_volume"] == {"fitted": 200, "plain": 0}
+    assert summary["compared at"] == "settings of the first"
+    (used,) = summary["weights"]["plain"].values()
+    assert (used["threshold"], used["min_volume"], used["tta"]) == (0.45, 200, True)
+    rows = scores(tmp_path / "out")
+    for fitted, plain in zip(rows[:3], rows[3:], strict=True):
+        assert fitted["dsc"] == plain["dsc"] and fitted["brainseg_run"] == plain["brainseg_run"]
+
+
+def test_the_fit_of_another_setting_is_dropped(phantoms, twins, tmp_path):
+    options = "--subset", "all", "--cases", *NAMES[3:6], "--weights", *reversed(twins)
+    run(phantoms, tmp_path / "out", *options)
+    rows = scores(tmp_path / "out")
+    assert rows[0]["dsc"] == rows[3]["dsc"] and not any(row["expected_dsc"] for row in rows)
+
+
+def test_own_settings_are_used_if_asked_for(phantoms, twins, tmp_path, capsys):
+    options = "--subset", "all", "--cases", *NAMES[3:6], "--own-settings", "--weights", *twins
+    summary = run(phantoms, tmp_path / "out", *options)
+    assert "leave out --own-settings" in capsys.readouterr().out
+    assert summary["compared at"] == "own settings"
+    (used,) = summary["weights"]["plain"].values()
+    assert (used["threshold"], used["min_volume"], used["tta"]) == (0.5, 0, False)
+    rows = scores(tmp_path / "out")
+    assert rows[0]["brainseg_run"] != rows[3]["brainseg_run"]
+
+
+def test_equal_settings_need_no_table(done):
+    assert json.loads((done / "summary.json").read_text())["settings that differ"] == {}
+
+
 # Folds and tables
+
+
+def test_a_patients_file_counts_against_cards(phantoms, tmp_path, weights):
+    """The weights have seen phantom_001, and so the patient that only the file names."""
+    patients = dict(zip(NAMES, NAMES, strict=True)) | {"phantom_001": "anna", "phantom_003": "anna"}
+    table = tmp_path / "patients.csv"
+    table.write_text("case,patient\n" + "".join(f"{k},{v}\n" for k, v in patients.items()))
+    options = "--subset", "all", "--weights", weights, "--patients", table
+    assert run(phantoms, tmp_path / "out", *options)["left out"] == [*TRAINED_ON, "phantom_003"]
 
 
 def test_each_case_is_scored_by_the_fold_that_left_it_out(phantoms, tmp_path):

@@ -123,8 +123,11 @@ class TableModel:
 Model = NetworkModel | TableModel
 
 
-def open_models(texts: Sequence[str], options: dict) -> list[Model]:
-    """Open each [NAME=]PATH; raise ValueError or FileNotFoundError if one cannot be used."""
+def open_models(texts: Sequence[str], options: dict, cases: Sequence[Source] = ()) -> list[Model]:
+    """Open each [NAME=]PATH; raise ValueError or FileNotFoundError if one cannot be used.
+
+    `cases` are those of today, for `patients_of_card`.
+    """
     paths = {}
     for text in texts:
         name, equals, rest = text.partition("=")
@@ -149,12 +152,14 @@ def open_models(texts: Sequence[str], options: dict) -> list[Model]:
             scores = read_scores(path, needed + ["slices", "lesion_voxels"])
             models.append(TableModel(name, path, scores))
         else:
-            models.append(open_networks(name, path, options))
+            models.append(open_networks(name, path, options, cases))
     return models
 
 
-def open_networks(name: str, path: Path, options: dict) -> NetworkModel:
-    """Open weights, an ONNX file, or a folder of folds."""
+def open_networks(
+    name: str, path: Path, options: dict, cases: Sequence[Source] = ()
+) -> NetworkModel:
+    """Open weights, an ONNX file, or a folder of folds; `cases` are those of today."""
     files = weights_files(path)
     if files[0].suffix != ".onnx":
         options = options | {"providers": None}
@@ -166,10 +171,10 @@ def open_networks(name: str, path: Path, options: dict) -> NetworkModel:
             if len(files) > 1:
                 raise ValueError(f"{fault}; it cannot be used as a fold")
             print(f"{fault}; no case is left out", file=sys.stderr)
-        trained_on[file] = patients_of_card(card, "train")
+        trained_on[file] = patients_of_card(card, "train", cases=cases)
         chose_epoch_on[file] = set()
         if card.get("recipe", {}).get("keep") == "best":
-            chose_epoch_on[file] = patients_of_card(card, "validation")
+            chose_epoch_on[file] = patients_of_card(card, "validation", cases=cases)
     segmenter = Segmenter.from_weights(files, **options)
     return NetworkModel(name, path, segmenter, trained_on, chose_epoch_on)
 

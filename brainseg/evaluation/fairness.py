@@ -1,0 +1,81 @@
+"""Compare networks at equal settings: say which differ, and give all those of the first."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from ..quality import FITTED_WITH
+from ..reports.page import Table
+from .scoring import Model, NetworkModel, TableModel
+
+WORDS = {
+    "image_size": "image size",
+    "threshold": "threshold",
+    "largest_component": "only the largest component",
+    "min_volume": "minimum volume, voxels",
+    "tta": "mirroring",
+}
+OWN, TO_COMPARE = "each its own", "used for all"
+
+
+def networks_among(models: Sequence[Model]) -> list[NetworkModel]:
+    """List the models that are networks; a table of scores has no settings to change."""
+    return [model for model in models if isinstance(model, NetworkModel)]
+
+
+def differing_settings(models: Sequence[Model]) -> dict[str, dict[str, object]]:
+    """Return the settings that differ between the networks, each with its value by model."""
+    differing = {}
+    for setting in WORDS:
+        values = {}
+        for model in networks_among(models):
+            values[model.name] = getattr(model.segmenter, setting)
+        if len(set(values.values())) > 1:
+            differing[setting] = values
+    return differing
+
+
+def use_settings_of_first(models: Sequence[Model]) -> None:
+    """Give every network the settings of the first, but for the image size, which is its own.
+
+    A fit of the expected DSC that was made for other settings is dropped.
+    """
+    first, *others = networks_among(models)
+    for model in others:
+        for setting in FITTED_WITH:
+            value = getattr(first.segmenter, setting)
+            if getattr(model.segmenter, setting) != value:
+                setattr(model.segmenter, setting, value)
+                model.segmenter.expected_dsc_fit = None
+
+
+def settings_table(
+    differing: Mapping[str, Mapping[str, object]], models: Sequence[Model], own: bool
+) -> Table:
+    """List the settings that differ, and which are used; `own`: each network has its own."""
+    networks = networks_among(models)
+    table = Table("Settings that differ between the models", ["setting"])
+    table.header += [model.name for model in networks] + [TO_COMPARE]
+    for setting, values in differing.items():
+        row = [WORDS[setting]] + [_word(value) for value in values.values()]
+        if own or setting == "image_size":
+            row.append(OWN)
+        else:
+            row.append(_word(values[networks[0].name]))
+        table.rows.append(row)
+    notes = []
+    if own:
+        notes.append("A difference in DSC may come from them: leave out --own-settings to see.")
+    elif differing.keys() & set(FITTED_WITH):
+        notes.append(f"Compared at those of {networks[0].name}, unless with --own-settings.")
+    for model in models:
+        if isinstance(model, TableModel):
+            notes.append(f"{model.name}: scores of an earlier run, with the settings of that run.")
+    table.note = "\n".join(notes)
+    return table
+
+
+def _word(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return str(value)
