@@ -36,7 +36,7 @@ def without_fill(voxels: np.ndarray) -> tuple[np.ndarray, list[float]]:
     scanned = ~np.isin(sample, values)
     # Interpolation may have mixed blocks of fill with what they touch.
     blocks = ndimage.binary_opening(~scanned, SQUARE)
-    unmixed = scanned & ~ndimage.binary_dilation(blocks, CUBE)
+    unmixed = scanned & np.logical_not(ndimage.binary_dilation(blocks, CUBE))
     if unmixed.sum() > 0.5 * scanned.sum():
         scanned = unmixed
     background = np.percentile(sample[scanned], 1, method="lower")
@@ -47,7 +47,8 @@ def without_fill(voxels: np.ndarray) -> tuple[np.ndarray, list[float]]:
         edges[:, 1:-1, 1:-1] = False
         outside = ndimage.binary_propagation(edges, SQUARE, filled)
         blocks = ndimage.binary_opening(outside, SQUARE)
-        changed[outside | ndimage.binary_dilation(blocks, SQUARE, iterations=2)] = background
+        mixed = ndimage.binary_dilation(blocks, SQUARE, iterations=2)
+        changed[np.logical_or(outside, mixed)] = background
     # There may be more, e.g. blank slices at 0 beside corners at -1000.
     changed, others = without_fill(changed)
     values += [value for value in others if value != background]
@@ -71,17 +72,17 @@ def _find_values(sample: np.ndarray) -> list[float]:
     lowest = slices.min().item()
     if (slices == lowest).mean() >= COMMON:
         candidates.insert(0, lowest)
-    found, best = [], 0.5
+    fill, best = [], 0.5
     for value in set(candidates[:1] + candidates[-1:]):
         score = _score(slices, value)
         if score > best:
-            found, best = [value], score
+            fill, best = [value], score
     if blank.any():
-        low, high = np.percentile(slices[~np.isin(slices, found)], (1, 99))
+        low, high = np.percentile(slices[~np.isin(slices, fill)], (1, 99))
         for value in np.unique(sample[blank]).tolist():
-            if abs(value - low) > GAP * (high - low) and value not in found:
-                found.append(value)
-    return found
+            if abs(value - low) > GAP * (high - low) and value not in fill:
+                fill.append(value)
+    return fill
 
 
 def _score(slices: np.ndarray, value: float) -> float:

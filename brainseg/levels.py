@@ -65,15 +65,15 @@ def _measure_scanned(voxels: np.ndarray) -> MeasuredSequence | None:
     A scan normalised after skull stripping has one value all around it, with tissue darker and
     brighter than that.
     """
-    found = _find_levels(voxels)
-    if found is None or found.flat <= FLAT:
-        return found
-    air = voxels == found.median
+    levels = _find_levels(voxels)
+    if levels is None or levels.flat <= FLAT:
+        return levels
+    air = voxels == levels.median
     around = min(air[:, [0, -1]].mean(), air[:, :, [0, -1]].mean())
-    if around < AROUND or found.median == voxels.max():
-        return found
+    if around < AROUND or levels.median == voxels.max():
+        return levels
     filled = _find_levels(np.where(air, np.percentile(voxels[~air], 0.1), voxels))
-    return filled and replace(filled, air=found.median)
+    return filled and replace(filled, air=levels.median)
 
 
 def _find_levels(voxels: np.ndarray) -> MeasuredSequence | None:
@@ -121,7 +121,8 @@ def oddities(
             f"{name} has one value in {sequence.flat:.0%} of its foreground; if it was normalised "
             "after skull stripping, give the file from before that"
         )
-    if (overlap := dsc(sequence.foreground, flair.foreground)) < OVERLAP:
+    overlap = dsc(sequence.foreground, flair.foreground)
+    if overlap < OVERLAP:
         yield (
             f"{name} covers a different region from {lead} (Dice {overlap:.2f}); "
             "are they registered?"
@@ -136,19 +137,18 @@ def order_note(sequences: Sequence[MeasuredSequence | None]) -> str:
     with FLAIR first and 71 with FLAIR last. Neither copies of FLAIR are compared, nor scans whose
     air has a value between those of tissue.
     """
-    if len(sequences) != 3 or None in sequences:
-        return ""
-    if any(sequence.air is not None for sequence in sequences):
+    compared = [each for each in sequences if each is not None and each.air is None]
+    if len(compared) != 3 or len(sequences) != 3:
         return ""
     thin = np.s_[:, ::4, ::4]
-    foregrounds = sum(sequence.foreground[thin].astype(np.uint8) for sequence in sequences)
-    head = foregrounds >= 2
-    for sequence in sequences:
+    foregrounds = np.array([sequence.foreground[thin] for sequence in compared])
+    head = foregrounds.sum(axis=0) >= 2
+    for sequence in compared:
         head &= sequence.voxels[thin] > sequence.background
     if not head.any():
         return ""
     darkest = []
-    for sequence in sequences:
+    for sequence in compared:
         tenth = float(np.percentile(sequence.voxels[thin][head], 10))
         darkest.append((tenth - sequence.background) / (sequence.median - sequence.background))
     pre, flair, post = darkest

@@ -137,7 +137,8 @@ def _lesion_share(rng: np.random.Generator, head: Array, brain: Array) -> Array:
     inner = (np.linalg.norm(head, axis=0) < 0.72) & (np.abs(head[2]) > 0.15)
     deep = np.argwhere(inner & (brain > 0.9))
     for _ in range(rng.choice((1, 2), p=(0.9, 0.1))):
-        centre = head[(slice(None), *rng.choice(deep))]
+        k, row, column = rng.choice(deep)
+        centre = head[:, k, row, column]
         frame = np.linalg.qr(rng.standard_normal((3, 3)))[0]  # a random orientation
         offsets = np.tensordot(frame, head - centre[:, None, None, None], axes=1)
         offsets /= rng.uniform(0.7, 1.3, size=3)[:, None, None, None]
@@ -238,12 +239,14 @@ def main(argv: list[str] | None = None) -> None:
         if args.patients:
             from .phantom_patients import write_patients
 
-            how = args.patients, args.scans, args.growth, args.size, args.seed
-            write_patients(Path(args.directory), *how)
+            write_patients(
+                Path(args.directory), args.patients, args.scans, args.growth, args.size, args.seed
+            )
             print(f"{args.patients} patients of {args.scans} scans, written to {args.directory}")
             return
-        sizes = args.cases, args.slices, args.size, args.seed, args.no_lesion
-        write_data_set(args.directory, *sizes)
+        write_data_set(
+            args.directory, args.cases, args.slices, args.size, args.seed, args.no_lesion
+        )
     except ValueError as error:
         parser.error(str(error))
     except OSError as error:

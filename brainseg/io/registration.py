@@ -58,16 +58,15 @@ def register(moving: sitk.Image, fixed: sitk.Image, path: File) -> Movement:
         if Grid.of(fixed).coverage(Grid.of(moving)) < 0.5 or fit(start) < LEAST:
             start = sitk.Euler3DTransform(sitk.CenteredTransformInitializer(fixed, moving, start))
         before = fit(start)
-        found = sitk.Euler3DTransform(
-            sitk.CompositeTransform(method.Execute(fixed, moving)).GetBackTransform()
-        )
-        after = fit(found)
+        best = sitk.CompositeTransform(method.Execute(fixed, moving)).GetBackTransform()
+        best = sitk.Euler3DTransform(best)
+        after = fit(best)
     except RuntimeError as error:  # too few samples inside, or one value everywhere
         raise ValueError(_failed(path, "the two have nothing in common")) from error
-    movement = _movement(found, before, after, head)
+    movement = _movement(best, before, after, head)
     if method.GetOptimizerIteration() >= ITERATIONS:
         raise ValueError(_failed(path, f"it did not converge in {ITERATIONS} steps"))
-    if not max(before, after) >= LEAST or _distance(start, found, head) > FARTHEST:
+    if not max(before, after) >= LEAST or _distance(start, best, head) > FARTHEST:
         raise ValueError(_failed(path, f"the result does not fit ({movement})"))
     if after < WORSE * before:
         raise ValueError(_failed(path, f"the result fits worse than the start ({movement})"))
