@@ -180,13 +180,27 @@ def _segmentation(
     sources: list[Dataset], frames: np.ndarray, algorithm: str, version: str
 ) -> Dataset:
     """Make the Segmentation of frames (S, rows, columns), 0 or 1, one per source."""
-    highdicom = import_optional("highdicom", "--dicom-seg", "dicom")
+    from pydicom.sr.codedict import codes
 
+    highdicom = import_optional("highdicom", "--dicom-seg", "dicom")
+    made_by = highdicom.AlgorithmIdentificationSequence(
+        name=algorithm, version=version, family=codes.DCM.ArtificialIntelligence
+    )
+    lesion = highdicom.seg.SegmentDescription(
+        segment_number=1,
+        segment_label=LABEL,
+        segmented_property_category=codes.SCT.MorphologicallyAbnormalStructure,
+        segmented_property_type=codes.SCT.Lesion,
+        algorithm_type=highdicom.seg.SegmentAlgorithmTypeValues.AUTOMATIC,
+        algorithm_identification=made_by,
+        anatomic_regions=[codes.SCT.Brain],
+        display_color=highdicom.color.CIELabColor(53.2, 80.1, 67.2),  # red
+    )
     return highdicom.seg.Segmentation(
         source_images=sources,
         pixel_array=frames,
         segmentation_type=highdicom.seg.SegmentationTypeValues.BINARY,
-        segment_descriptions=[_segment(algorithm, version)],
+        segment_descriptions=[lesion],
         series_instance_uid=highdicom.UID(),
         series_number=1 + int(sources[0].get("SeriesNumber", 0)),
         sop_instance_uid=highdicom.UID(),
@@ -200,26 +214,6 @@ def _segmentation(
         content_description=LABEL,
         content_creator_name=f"{PROGRAM}^",
         omit_empty_frames=False,  # they take one bit per voxel, and readers get the source's grid
-    )
-
-
-def _segment(algorithm: str, version: str) -> Dataset:
-    """Describe the one segment: what it shows, and what made it."""
-    highdicom = import_optional("highdicom", "--dicom-seg", "dicom")
-    from pydicom.sr.codedict import codes
-
-    made_by = highdicom.AlgorithmIdentificationSequence(
-        name=algorithm, version=version, family=codes.DCM.ArtificialIntelligence
-    )
-    return highdicom.seg.SegmentDescription(
-        segment_number=1,
-        segment_label=LABEL,
-        segmented_property_category=codes.SCT.MorphologicallyAbnormalStructure,
-        segmented_property_type=codes.SCT.Lesion,
-        algorithm_type=highdicom.seg.SegmentAlgorithmTypeValues.AUTOMATIC,
-        algorithm_identification=made_by,
-        anatomic_regions=[codes.SCT.Brain],
-        display_color=highdicom.color.CIELabColor(53.2, 80.1, 67.2),  # red
     )
 
 

@@ -60,7 +60,7 @@ class Grid:
     @property
     def axial(self) -> Grid:
         """Return the grid of the axial volume: X runs to the left, Y to the back, Z up."""
-        return Grid.of(sitk.DICOMOrient(self.image(np.zeros(self.shape, np.uint8)), "LPS"))
+        return Grid.of(sitk.DICOMOrient(self.blank, "LPS"))
 
     def to_axial(self, voxels: np.ndarray) -> np.ndarray:
         """Turn voxels (X, Y, Z, C) of the file into a volume (S, H, W, C)."""
@@ -72,11 +72,15 @@ class Grid:
         axes, backward = self._turn
         return np.flip(mask.transpose(2, 1, 0), backward).transpose(np.argsort(axes))
 
+    @property
+    def blank(self) -> sitk.Image:
+        return self.image(np.zeros(self.shape, np.uint8))
+
     def image(self, voxels: np.ndarray) -> sitk.Image:
         """Make a SimpleITK image of voxels (X, Y, Z) of the file."""
         image = sitk.GetImageFromArray(voxels.T)
-        image.SetSpacing([float(length) for length in self.spacing])
-        image.SetOrigin([float(place) for place in self.offset])
+        image.SetSpacing(list(map(float, self.spacing)))
+        image.SetOrigin(list(map(float, self.offset)))
         image.SetDirection(np.ravel(self.direction).tolist())
         return image
 
@@ -101,8 +105,8 @@ class Grid:
 
     def coverage(self, other: Grid) -> float:
         """Return the share (0 to 1) of this grid's field of view that `other` covers as well."""
-        ends = [np.linspace(-0.5, length - 0.5, 24) for length in self.shape]
-        index = np.stack(np.meshgrid(*ends, indexing="ij"), axis=-1).reshape(-1, 3)
+        x, y, z = (np.linspace(-0.5, length - 0.5, 24) for length in self.shape)
+        index = np.stack(np.meshgrid(x, y, z, indexing="ij"), axis=-1).reshape(-1, 3)
         points = index * self.spacing @ np.transpose(self.direction) + self.offset
         inside = (points - other.offset) @ other.direction / other.spacing
         return float((np.abs(inside * 2 + 1 - other.shape) <= other.shape).all(axis=1).mean())
@@ -125,7 +129,7 @@ def check_grid(
     offset = np.asarray(offset, float)
     direction = np.asarray(direction, float)
     if not (np.all(spacing >= SPACINGS[0]) and np.all(spacing <= SPACINGS[1])):  # NaN is neither
-        lengths = " x ".join(f"{length:g}" for length in spacing)
+        lengths = by(f"{length:g}" for length in spacing)
         raise ValueError(f"{path}: its spacing is {lengths} mm; correct its header")
     if not (np.isfinite(offset).all() and np.isfinite(direction).all()):
         raise ValueError(f"{path}: its position or orientation is not a number; correct its header")

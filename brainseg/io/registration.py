@@ -151,14 +151,7 @@ def _like(image: sitk.Image, voxels: np.ndarray) -> sitk.Image:
 
 def _resample(moving: sitk.Image, grid: Grid, transform: sitk.Transform | None) -> np.ndarray:
     """Resample an image linearly to a grid: voxels (X, Y, Z), its minimum outside it."""
-    moved = sitk.Resample(
-        moving,
-        [int(length) for length in grid.shape],
-        transform or sitk.Transform(3, sitk.sitkIdentity),
-        sitk.sitkLinear,
-        [float(place) for place in grid.offset],
-        [float(length) for length in grid.spacing],
-        np.ravel(grid.direction).tolist(),
-        float(sitk.GetArrayViewFromImage(moving).min()),
-    )
+    transform = transform or sitk.Transform(3, sitk.sitkIdentity)
+    lowest = float(sitk.GetArrayViewFromImage(moving).min())
+    moved = sitk.Resample(moving, grid.blank, transform, sitk.sitkLinear, lowest)
     return sitk.GetArrayFromImage(moved).T

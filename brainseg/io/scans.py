@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import ClassVar
 
@@ -63,7 +64,7 @@ class Scan(Case):
         masks = (mask,) if mask else ()
         scan = cls(name, numbers, tuple(slices), masks, grid, channels, chosen=chosen)
         if not 1 / MOST_ASPECT <= scan.aspect <= MOST_ASPECT:
-            raise ValueError(f"{flair}: its axial pixels are {scan.pixels}; correct its header")
+            raise ValueError(f"{flair}: its axial pixels are {_pixels(scan)}; correct its header")
         for file in scan.others.values():
             check_patient(file, flair)
         return scan
@@ -82,20 +83,12 @@ class Scan(Case):
 
     @property
     def files(self) -> list[Path]:
-        files = []
-        for file in self.slices + self.masks:
-            files += _files_of(file)
-        return files
+        return list(chain.from_iterable(map(_files_of, self.slices + self.masks)))
 
     @property
     def spacing(self) -> tuple[float, float, float]:
         x, y, z = self.grid.axes
         return self.grid.spacing[z], self.grid.spacing[y], self.grid.spacing[x]
-
-    @property
-    def pixels(self) -> str:
-        """Return the size of an axial pixel, for messages."""
-        return "{:.1f} x {:.1f} mm".format(*self.spacing[1:])
 
     @property
     def others(self) -> dict[str, File]:
@@ -169,6 +162,11 @@ def _copies(picked: tuple[int, ...]) -> list[str]:
     return [name for name, channel in pairs if name != "FLAIR" and channel == flair]
 
 
+def _pixels(scan: Scan) -> str:
+    _, height, width = scan.spacing
+    return f"{height:.1f} x {width:.1f} mm"
+
+
 def _files_of(file: File) -> list[Path]:
     """List the files that hold a volume: one, a header and its voxels, or a series."""
     if isinstance(file, Series):
@@ -185,7 +183,7 @@ def _notes_on(scan: Scan) -> list[str]:
     notes += scan.grid.notes
     if scan.aspect != 1:
         notes.append(
-            f"its axial pixels are {scan.pixels}; they are resampled to square ones for the "
+            f"its axial pixels are {_pixels(scan)}; they are resampled to square ones for the "
             "network, and the mask back to FLAIR's grid"
         )
     for name, file in scan.others.items():
