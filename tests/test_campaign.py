@@ -1,6 +1,7 @@
-"""Test benchmarks/campaign.py: trainings that continue where they stopped, and their results."""
+"""Test weights/campaign.py: trainings that continue where they stopped, and their results."""
 
 import contextlib
+import csv
 import importlib
 import io
 import json
@@ -17,13 +18,15 @@ from conftest import FORK, ROOT
 
 import evaluate
 import export
+import inference
 import train
 from brainseg import quality
 from brainseg.weights import read_card
 from weights import campaign, trainings
 
 SMALL = "--image-size 32 --epochs 1 --features 2 --batch-size 8".split()
-MAINS = {"train.py": train.main, "evaluate.py": evaluate.main, "export.py": export.main}
+SCRIPTS = (train, evaluate, export, inference)
+MAINS = {f"{script.__name__}.py": script.main for script in SCRIPTS}
 
 
 def words_of(images: Path, out: Path, *words: str, options: list[str] = SMALL) -> list[str]:
@@ -157,3 +160,20 @@ def test_a_signal_stops_the_trainings_which_save(phantoms, tmp_path):
     assert process.returncode == 1
     assert err.strip().endswith("run the same command to resume")
     assert "continue with" in (folder / "log.txt").read_text().splitlines()[-1]
+
+
+def test_a_student_is_compared_with_its_teachers(phantoms, tmp_path):
+    """On the patients of a fold that none of them has seen."""
+    status, out, err = run(phantoms, tmp_path, "--stage", "nested", "student", "--outer", "1")
+    assert status == 0, err
+    folder = tmp_path / "nested" / "fold1"
+    held_out = set(read_scores(folder / "student-scores" / "scores.csv"))
+    for card in map(read_card, [*(folder / "weights").glob("*.pt"), folder / "student/unet.pt"]):
+        assert held_out and not held_out & set(card["cases"]["train"])
+    assert read_card(folder / "student" / "unet.pt")["recipe"]["flair_alone"] is True
+    assert "| 1 | " in (tmp_path / "student.md").read_text()
+
+
+def read_scores(path: Path) -> list[str]:
+    with open(path, newline="") as file:
+        return [row["case"] for row in csv.DictReader(file)]

@@ -14,6 +14,9 @@ ship    The defaults, one network per fold, first on small slices, then on slice
 nested  For some of the five folds (--outer): four networks, each trained without that fold and
         without a quarter of the rest. No patient of the fold has been seen by any of them, so what
         is made of these networks can be scored on it. All are exported into OUT/nested/fold<k>.
+student For the same folds, one network that learns from these four (train.py --teachers) on all
+        patients outside the fold. Both are scored on the fold, case by case: the four averaged and
+        mirrored, the student as it is.
 
 Every training keeps its last epoch: nothing is chosen on the patients held out. With --start, each
 training continues from the network of that folder that has not seen them either, and ship skips the
@@ -33,6 +36,8 @@ from pathlib import Path
 
 from brainseg.claims import fits, is_card
 from brainseg.io.files import atomic_write, remove
+from brainseg.io.slices import Case
+from brainseg.metrics import mean_text
 from brainseg.splits import list_cohort, split_folds
 from brainseg.weights import read_card
 from cli import fail
@@ -62,8 +67,9 @@ CHANGES = {
     "wide": "--features 32",
     "large-slices": "--image-size 192",
 }
+STUDENT_SMALL = "--image-size 128 --epochs 45 --flair-alone".split()
+STUDENT_NATIVE = "--image-size 192 --epochs 15 --lr 1e-3 --seed 43 --flair-alone".split()
 MASKS = ["--tta", "--min-volume", "200"]  # how they are made: see MODEL_CARD.md
-HELD_OUT = ["--subset", "train", "validation"]  # of the fold that has not seen the patient
 
 
 def search(args: argparse.Namespace, pool: Pool) -> str:
@@ -77,18 +83,16 @@ def search(args: argparse.Namespace, pool: Pool) -> str:
         for k in range(SEARCH_FOLDS)
     ]
     train_all("search", trainings, pool)
-    cases = [case for t in trainings[:SEARCH_FOLDS] for case in t.card["cases"]["validation"]]
+    cases = held_out_by(trainings[:SEARCH_FOLDS])
     weights = [f"{name}={out / 'search' / name}" for name in changes]
-    words = ["--images", images, *HELD_OUT, "--cases", *cases, "--weights", *weights]
+    words = ["--images", images, *cases, "--weights", *weights]
     call(script("evaluate.py", *words, "--out", out / "search" / "scores"))
     models = read_summary(out / "search" / "scores")
-    return table(
-        ["change", "options", "DSC", "difference, case by case"],
-        [
-            [name, f"`{changes[name]}`" * bool(changes[name]), dsc(about), difference(about)]
-            for name, about in models.items()
-        ],
-    )
+    rows = []
+    for name, about in models.items():
+        options = f"`{changes[name]}`" if changes[name] else ""
+        rows.append([name, options, dsc(about), difference(about)])
+    return table(["change", "options", "DSC", "difference, case by case"], rows)
 
 
 def ship(args: argparse.Namespace, pool: Pool) -> str:
@@ -109,7 +113,8 @@ def ship(args: argparse.Namespace, pool: Pool) -> str:
         remove(earlier, fits)
         remove(earlier.with_suffix(".json"), is_card)
     call(script("export.py", "--weights", *[t.weights for t in trainings], "--out", weights))
-    words = ["--images", images, *HELD_OUT, "--weights", weights, "--fit-expected-dsc", *MASKS]
+    cases = held_out_by(trainings)
+    words = ["--images", images, *cases, "--weights", weights, "--fit-expected-dsc", *MASKS]
     call(script("evaluate.py", *words, "--out", scores, "--report", scores / "report.html"))
     (about,) = read_summary(scores).values()
     return table(["weights", "DSC of every patient, unseen"], [[str(weights), dsc(about)]])
@@ -139,10 +144,64 @@ def nested(args: argparse.Namespace, pool: Pool) -> str:
     return table(["fold that none has seen", "weights"], rows)
 
 
+def held_out_by(trainings: Sequence[Training]) -> list[str]:
+    """Return the options of evaluate.py that choose the patients held out by these trainings."""
+    names = []
+    for training in trainings:
+        names += training.card["cases"]["validation"]
+    return ["--subset", "all", "--cases", *names]
+
+
+def student(args: argparse.Namespace, pool: Pool) -> str:
+    """Train the student of each outer fold's networks, score both on the fold; return the table."""
+    rows = []
+    for outer in args.outer:
+        folder = args.out / "nested" / f"fold{outer}"
+        train, held_out = split_cases(args.images, outer)
+        options = argparse.Namespace(images=folder / "images", options=args.options)
+        # train.py wants somebody to validate on: one patient, whom the teachers have seen.
+        learn = ["--teachers", str(folder / "weights"), "--validation", train[0].name]
+        learn.append("--allow-seen")
+        small = student_training(options, folder / "student-small", STUDENT_SMALL, learn)
+        train_all(f"student of fold {outer}, small slices", [small], pool)
+        learn += ["--init-weights", str(small.weights)]
+        native = student_training(options, folder / "student", STUDENT_NATIVE, learn)
+        train_all(f"student of fold {outer}", [native], pool)
+        names = [case.name for case in held_out]
+        tables = []
+        for name, weights, more in (
+            ("teachers", folder / "weights", []),
+            ("student", native.weights, ["--no-tta"]),
+        ):
+            out = folder / f"{name}-masks"
+            words = ["--images", args.images, "--cases", *names, "--weights", weights]
+            call(script("inference.py", *words, "--predictions", out, *MASKS, *more))
+            tables.append(f"{name}={out / 'metrics.csv'}")
+        scores = folder / "student-scores"
+        words = ["--images", args.images, "--cases", *names, "--subset", "all"]
+        call(script("evaluate.py", *words, "--weights", *tables, "--out", scores))
+        models = read_summary(scores)
+        four, one = models["teachers"], models["student"]
+        rows.append([str(outer), dsc(four), dsc(one), difference(one)])
+    return table(["fold", "four, mirrored", "student", "difference, case by case"], rows)
+
+
+def student_training(
+    args: argparse.Namespace, folder: Path, options: Sequence[str], learn: Sequence[str]
+) -> Training:
+    words = ["--images", str(args.images), "--keep", "last", "--vis-freq", "0"]
+    words += ["--validate-every", "5", *options, *learn, *args.options]
+    return Training("unet", folder, tuple(words))
+
+
+def split_cases(images: Path, outer: int) -> tuple[list[Case], list[Case]]:
+    """Split the cases of `images` into those outside the fold `outer` and those in it."""
+    return split_folds([source.open() for source in list_cohort(images)], FOLDS, outer)
+
+
 def link_cases(images: Path, outer: int, folder: Path) -> None:
     """Fill `folder` with links to the cases of `images` that are not in the fold `outer`."""
-    cases = [source.open() for source in list_cohort(images)]
-    train, _ = split_folds(cases, FOLDS, outer)
+    train, _ = split_cases(images, outer)
     folder.mkdir(parents=True, exist_ok=True)
     for case in train:
         link = folder / case.name
@@ -150,7 +209,7 @@ def link_cases(images: Path, outer: int, folder: Path) -> None:
             link.symlink_to(case.folder.resolve())
 
 
-STAGES = {"search": search, "ship": ship, "nested": nested}
+STAGES = {"search": search, "ship": ship, "nested": nested, "student": student}
 
 
 def training(
@@ -189,14 +248,14 @@ def read_summary(folder: Path) -> dict[str, dict]:
 
 
 def dsc(about: dict) -> str:
-    said = "{mean:.3f} ({low:.3f} to {high:.3f}), median {median:.3f}, n = {n}"
-    return said.format(**about["scores"]["dsc"])
+    scores = about["scores"]["dsc"]
+    return f"{mean_text(scores)}, median {scores['median']:.3f}, n = {scores['n']}"
 
 
 def difference(about: dict) -> str:
     if "difference" not in about:
         return ""
-    return "{mean:+.3f} ({low:+.3f} to {high:+.3f})".format(**about["difference"])
+    return mean_text(about["difference"], "+")
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
@@ -214,7 +273,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--stage", nargs="+", choices=STAGES, default=["search", "ship"],
         help="what to run (search ship)")  # fmt: skip
     add("--outer", type=int, nargs="+", choices=range(FOLDS), default=[0, 1],
-        help="nested: the folds to leave out (0 1)")  # fmt: skip
+        help="nested, student: the folds to leave out (0 1)")  # fmt: skip
     add("--only", nargs="+", choices=CHANGES, help="only these changes in the search (all)")
     add("--start", type=Path, help="folder of networks to continue from, one per fold")
     add("--jobs", type=int, default=1, help="trainings at a time (%(default)s)")
