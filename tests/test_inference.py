@@ -26,8 +26,9 @@ from test_weights import Evil
 
 import inference
 from brainseg import metrics, pipeline
-from brainseg.io.files import locked
+from brainseg.io.files import check_ours, locked
 from brainseg.io.layouts import find_case, list_cases
+from brainseg.io.pictures import save_dsc_figure
 from brainseg.metrics import dsc
 from brainseg.phantom import make_volume
 from brainseg.segmenter import Segmenter
@@ -454,12 +455,16 @@ def test_a_figure_or_report_of_others_is_not_replaced(phantoms, weights, tmp_pat
 
 
 def test_what_was_written_may_be_written_again(phantoms, weights, tmp_path):
-    run = phantoms, tmp_path, weights, "--cases", "phantom_003", "--probabilities"
-    for suffix in ("png", "pdf", "svg", "jpg"):
-        more = "--figure", tmp_path / f"dsc.{suffix}", "--report", tmp_path / "report.html"
-        assert infer(*run, *more) == infer(*run, *more) == 0
-    assert infer(*run[:-1]) == 0
+    run = phantoms, tmp_path, weights, "--cases", "phantom_003"
+    report = "--report", tmp_path / "report.html"
+    for _ in range(2):
+        assert infer(*run, "--probabilities", *report) == 0
+    assert infer(*run, *report) == 0
     assert not list((tmp_path / "predictions").rglob("*probability*"))
+    for suffix in ("png", "pdf", "svg", "jpg"):
+        figure = tmp_path / f"dsc.{suffix}"
+        save_dsc_figure(figure, {"phantom_003": 0.5}, [])
+        check_ours(figure)
 
 
 def test_leftovers_of_a_killed_run_are_cleared(phantoms, weights, tmp_path):
@@ -801,9 +806,10 @@ def test_image_size_and_device_are_checked(phantoms, weights, tmp_path):
 def test_neighbours_are_read_from_the_card(phantoms, tmp_path, capsys):
     import train
 
+    few = subset_copy(phantoms, tmp_path / "few", "phantom_001", "phantom_003", "phantom_005")
     options = ["--features", "4", "--image-size", "32", "--epochs", "1", "--neighbours", "1"]
     options += ["--drop-sequences", "0.2", "--aug-intensity", "0.1", "--weights", str(tmp_path)]
-    train.main(["--images", str(phantoms), *options, "--logs", str(tmp_path / "logs")])
+    train.main(["--images", str(few), *options, "--logs", str(tmp_path / "logs")])
     only = "--cases", "phantom_003"
     assert infer(phantoms, tmp_path, tmp_path / "unet.pt", *only) == 0
     (tmp_path / "unet.json").unlink()  # without it, nothing says that 9 channels are 3 slices
@@ -821,9 +827,10 @@ def test_the_second_network_trains_and_segments_by_name(phantoms, tmp_path, monk
 
     layer = resnext_unet._layer
     monkeypatch.setattr(resnext_unet, "_layer", lambda i, o, blocks, stride: layer(i, o, 1, stride))
-    options = ["--model", "resnext_unet", "--image-size", "32", "--epochs", "1", "--folds", "6"]
+    few = subset_copy(phantoms, tmp_path / "few", "phantom_001", "phantom_005")
+    options = ["--model", "resnext_unet", "--image-size", "32", "--epochs", "1", "--folds", "2"]
     options += ["--fold", "0", "--weights", str(tmp_path), "--logs", str(tmp_path / "logs")]
-    train.main(["--images", str(phantoms), *options])
+    train.main(["--images", str(few), *options])
     only = "--cases", "phantom_003"
     assert infer(phantoms, tmp_path, tmp_path / "resnext_unet.pt", *only) == 0
 
