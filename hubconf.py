@@ -1,6 +1,18 @@
 """torch.hub entry points: the bare networks, and `segmenter`, raw volume in, mask out."""
 
-from brainseg import weights
+import pathlib
+
+import brainseg
+
+# Python keeps one package of a name: a second checkout would silently get the code of the first.
+_loaded = pathlib.Path(brainseg.__file__ or "").resolve().parent
+_here = pathlib.Path(__file__).resolve().parent
+if _loaded != _here / "brainseg":
+    raise ImportError(
+        f"{_here} cannot be loaded: the package brainseg of {_loaded.parent} is loaded already; "
+        "restart Python (in a notebook, the kernel), or load it in another process"
+    )
+from brainseg import weights  # noqa: E402
 
 dependencies = ["torch"]
 

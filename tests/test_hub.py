@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -125,6 +126,19 @@ def test_loads_beside_other_modules_of_the_same_names(tmp_path):
         cwd=tmp_path, capture_output=True, text=True, timeout=120, env=env,
     )  # fmt: skip
     assert [line for line in done.stdout.splitlines() if line in ORDERS] == ORDERS, done.stderr
+
+
+def test_a_second_checkout_is_refused(tmp_path):
+    """Its hubconf.py would otherwise run with the package, and the weights, of the first."""
+    for name in ("hubconf.py", "brainseg"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    assert torch.hub.load(str(tmp_path), "unet", source="local", init_features=4), "the same files"
+    (tmp_path / "hubconf.py").unlink()
+    shutil.copy(ROOT / "hubconf.py", tmp_path)
+    said = f"{tmp_path} cannot be loaded: .* of {ROOT} is loaded already; restart Python"
+    with pytest.raises(ImportError, match=said):
+        torch.hub.load(str(tmp_path), "unet", source="local", init_features=4)
+    assert str(tmp_path) not in sys.path
 
 
 def test_pretrained_checks_the_hash_and_the_channels(own_weights):
