@@ -31,13 +31,13 @@ import torch
 
 from brainseg import exporting
 from brainseg.ensemble import load_ensemble
+from brainseg.hashes import HASH, file_hash, named_by_hash
 from brainseg.io.files import atomic_write, check_ours, clear_leftovers
-from brainseg.onnx import HASH, OnnxNetwork
+from brainseg.onnx import OnnxNetwork
 from brainseg.optional import import_optional
 from brainseg.patients import SUBSETS
 from brainseg.weights import (
     CARD_DEFAULTS,
-    file_hash,
     load_state,
     model_from_state,
     pack,
@@ -58,10 +58,10 @@ def get_parser() -> argparse.ArgumentParser:
     add = parser.add
     add("--weights", type=Path, nargs="+",
         help="file written by train.py, several, or a folder of them")
-    add("--format", type=str, choices=("weights", *FORMATS), default="weights",
+    add("--format", type=str, choices=["weights"] + list(FORMATS), default="weights",
         help="weights, onnx or torch-export")
     add("--metrics", type=Path, help="metrics.csv that inference.py wrote with these weights")
-    add("--subset", type=str, choices=(*SUBSETS, "all"),
+    add("--subset", type=str, choices=SUBSETS + ("all",),
         help="with --metrics: which of its cases to count (validation)")
     add("--out", type=Path, help="folder to write to (that of --weights)")
     parser.group("onnx and torch-export")
@@ -86,16 +86,17 @@ def main(argv: list[str] | None = None) -> None:
         parser.error("--metrics goes with --format weights; export those, then their ONNX file")
     with errors_in_one_sentence("stopped; no incomplete file was left"):
         files = weights_files(args.weights)
-        for out in {args.out or path.parent for path in files}:
-            clear_leftovers(out)
-        if args.format != "weights":
-            write_network(files, args.weights, args.format, args.precision, args.images, args.out)
-        elif args.metrics and len(files) > 1:
+        if args.metrics and len(files) > 1:
             raise ValueError(f"{args.metrics}: --metrics goes with one weights file; name one")
-        else:
-            for path in files:
-                out, subset = args.out or path.parent, args.subset or "validation"
-                write_weights(path, out, args.metrics, subset)
+        for path in files:
+            clear_leftovers(args.out or path.parent)
+        if args.format != "weights":
+            precision = args.precision or "float32"
+            write_network(files, args.weights, args.format, precision, args.images, args.out)
+            return
+        for path in files:
+            out = args.out or path.parent
+            write_weights(path, out, args.metrics, args.subset or "validation")
 
 
 def write_weights(weights: Path, out: Path, metrics: Path | None, subset: str) -> None:
@@ -107,11 +108,12 @@ def write_weights(weights: Path, out: Path, metrics: Path | None, subset: str) -
         card.setdefault("scores", {})[subset] = exporting.scores_of_unseen(metrics, weights, subset)
     state = exporting.halve(state)
     content = pack(state)
-    path = exporting.named_by_hash(out, name, ".pt", content)
+    path = named_by_hash(out, name, ".pt", content)
     check_ours(path.with_suffix(".json"), exporting.is_card)  # of these weights, or in the way
     if path.exists():  # the same weights: their scores on other subsets stay
         scores = read_card(path).get("scores", {}) | card.get("scores", {})
-        card |= {"scores": scores} if scores else {}
+        if scores:
+            card["scores"] = scores
     save_weights(path, state, card)
     print(f"{path}, {len(content) / 2**20:.1f} MiB, and its card {path.with_suffix('.json').name}")
 
@@ -120,7 +122,7 @@ def write_network(
     files: Sequence[Path],
     given: Sequence[Path],
     form: str,
-    precision: str | None,
+    precision: str,
     images: Path | None,
     out: Path | None,
 ) -> None:
@@ -132,23 +134,22 @@ def write_network(
     if form == "onnx":
         for package in ("onnxscript", "onnxruntime"):
             import_optional(package, "--format onnx")
-    precision = precision or "float32"
     model, card = load_ensemble(files)
-    card = (
-        CARD_DEFAULTS
-        | exporting.with_licence(card)
-        | {"stride": model.stride, "precision": precision}
-    )
-    sources = [{"file": path.name, "sha256": file_hash(path)} for path in files]
-    card["weights"] = sources[0] if len(sources) == 1 else sources
+    card = CARD_DEFAULTS | exporting.with_licence(card)
+    card |= {"stride": model.stride, "precision": precision}
+    card["weights"] = [{"file": path.name, "sha256": file_hash(path)} for path in files]
+    if len(files) == 1:
+        card["weights"] = card["weights"][0]
     card.pop("sha256", None)  # of the weights
     case, slices = exporting.slices_to_compare(images, model, card)
     suffix, convert = FORMATS[form]
     content = convert(exporting.trace(model, precision), card)
-    stem = HASH.sub("", given[0].stem) if len(given) == 1 else "ensemble"
+    stem = "ensemble"
+    if len(given) == 1:
+        stem = HASH.sub("", given[0].stem)
     if precision == "float16":
         stem += "-float16"
-    path = exporting.named_by_hash(out or given[0].parent, stem, suffix, content)
+    path = named_by_hash(out or given[0].parent, stem, suffix, content)
     with atomic_write(path) as temporary:
         temporary.write_bytes(content)
         if form == "onnx":
@@ -162,11 +163,12 @@ def write_network(
                 f"those of {given[0]} on {case}; export it in float32, or with another version of "
                 "PyTorch"
             )
-    networks = f", {len(files)} networks" if len(files) > 1 else ""
+    size = f"{len(content) / 2**20:.1f} MiB"
+    if len(files) > 1:
+        size += f", {len(files)} networks"
     print(
-        f"{path}, {len(content) / 2**20:.1f} MiB{networks}; on {len(slices)} slices of {case} its "
-        f"probabilities are within {difference:.1e} of those of PyTorch "
-        f"({TOLERANCES[precision]:g} is allowed)"
+        f"{path}, {size}; on {len(slices)} slices of {case} its probabilities are within "
+        f"{difference:.1e} of those of PyTorch ({TOLERANCES[precision]:g} is allowed)"
     )
 
 

@@ -63,13 +63,12 @@ from brainseg.io.slices import Case
 from brainseg.optional import import_optional
 from brainseg.patients import SUBSETS, patients_of_card, with_patients
 from brainseg.pipeline import Outputs, Result, segment_all
-from brainseg.quality import FITTED_WITH
 from brainseg.reports.cohort import save_cohort
 from brainseg.reports.growth import growth_section, growth_table
 from brainseg.reports.page import check_page
 from brainseg.reports.scores import scores_text
 from brainseg.reports.volumes import check_kept, read_volumes, volumes_table
-from brainseg.segmenter import Segmenter
+from brainseg.segmenter import MASK_SETTINGS, Segmenter
 from brainseg.splits import list_cohort, select_cases
 from brainseg.visits import Patient, follow_all
 from brainseg.weights import shipped_weights
@@ -141,7 +140,7 @@ def run(args: argparse.Namespace, options: dict) -> int:
     dates = read_dates(args.dates) if args.dates else {}
     record = cli.provenance(args)
     record["weights"] = {str(file): digest for file, digest in segmenter.hashes.items()}
-    record["settings"] = {name: getattr(segmenter, name) for name in ("image_size", *FITTED_WITH)}
+    record["settings"] = {name: getattr(segmenter, name) for name in MASK_SETTINGS}
     record[RUN] = segmenter.run
     if distributed.is_main_process():
         print(f"settings: {segmenter.choices}", flush=True)
@@ -168,7 +167,7 @@ def run(args: argparse.Namespace, options: dict) -> int:
     return sum(result.error != "" for result in done)
 
 
-def list_sources(args: argparse.Namespace) -> list[Source | Case]:
+def list_sources(args: argparse.Namespace) -> Sequence[Source | Case]:
     """List the chosen cases. Raises ValueError or OSError if there is none, or one is unusable."""
     if args.flair:
         scan = find_sequences(args.flair, args.pre, args.post)
@@ -289,11 +288,11 @@ def check_outputs(
         raise ValueError(f"{figure}: --figure must be a .png, .pdf, .svg or .jpg file")
     if page:
         check_page(page)
-    for name in ("volumes.csv", "metrics.csv", "growth.csv"):
-        check_ours(predictions / name)
-        read_table(predictions / name)
-    check_ours(figure)
-    check_ours(predictions / "args.json")
+    tables = tuple(predictions / name for name in ("volumes.csv", "metrics.csv", "growth.csv"))
+    for path in (figure, predictions / "args.json") + tables:
+        check_ours(path)
+    for path in tables:
+        read_table(path)
     if seg:
         import_optional("highdicom", "--dicom-seg", "dicom")
         if not any(holds_dicom(source.folder) for source in sources):

@@ -38,7 +38,11 @@ class UNet(nn.Module):
         self.upconv1 = nn.ConvTranspose2d(2 * f, f, kernel_size=2, stride=2)
         self.decoder1 = _block(2 * f, f, "dec1")
         self.conv = nn.Conv2d(f, out_channels, kernel_size=1)
-        self.settings = self.settings_of(self.state_dict())
+        self.settings = {
+            "in_channels": in_channels,
+            "out_channels": out_channels,
+            "init_features": init_features,
+        }
 
     def forward(self, x: Tensor, logits: bool = False) -> Tensor:
         """Compute probabilities (or `logits`) (N, out, H, W) of slices (N, in, H, W).

@@ -15,7 +15,8 @@ from torch import Tensor
 if TYPE_CHECKING:  # torch.hub's bare networks need no NumPy
     import numpy as np
 
-T, R = TypeVar("T"), TypeVar("R")
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 def pick_device(name: torch.device | str | None = None) -> torch.device:
@@ -39,15 +40,21 @@ def has_bfloat16(device: torch.device) -> bool:
     """Tell whether the device multiplies matrices in bfloat16 faster than in float32."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type != "cpu":
+        return False
     # Fast with AVX-512's bfloat16 products or AMX tiles; other CPUs emulate it.
-    fast = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return device.type == "cpu" and any(getattr(torch.cpu, name, bool)() for name in fast)
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        supported = getattr(torch.cpu, name, None)
+        if supported and supported():
+            return True
+    return False
 
 
 def half_precision(device: torch.device) -> torch.dtype:
     """Choose the data type of --amp: float16 on a CUDA card without bfloat16, else bfloat16."""
-    old = device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0)
-    return torch.float16 if old else torch.bfloat16
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        return torch.float16
+    return torch.bfloat16
 
 
 def available_cores() -> int:
@@ -59,7 +66,9 @@ def available_cores() -> int:
 
 def free_memory(device: torch.device) -> int:
     """Return a GPU's free memory in bytes; 0 for a device that shares the host's."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
+    if device.type != "cuda":
+        return 0
+    return torch.cuda.mem_get_info(device)[0]
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
@@ -71,11 +80,13 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
 
 def concatenate(arrays: Sequence[np.ndarray], device: torch.device) -> Tensor:
     """Concatenate arrays (S, ...) on `device`, moving one at a time to save memory."""
-    shape = (sum(map(len, arrays)), *arrays[0].shape[1:])
-    whole = torch.from_numpy(arrays[0]).new_empty(shape, device=device)
-    for part, array in zip(whole.split([len(a) for a in arrays]), arrays, strict=True):
-        part.copy_(torch.from_numpy(array))
-    return whole
+    shape = (sum(map(len, arrays)),) + arrays[0].shape[1:]
+    joined = torch.from_numpy(arrays[0]).new_empty(shape, device=device)
+    start = 0
+    for array in arrays:
+        joined[start : start + len(array)].copy_(torch.from_numpy(array))
+        start += len(array)
+    return joined
 
 
 @contextmanager
@@ -101,11 +112,12 @@ def in_order(
     function: Callable[[T], R], items: Iterable[T], workers: int | None = None
 ) -> Iterator[R]:
     """Work like `map`, in threads; only `workers` results may wait to be taken, to save memory."""
+    workers = workers or available_cores()
     with worker_threads(workers) as pool:
         ahead: deque[Future[R]] = deque()
         for item in items:
             ahead.append(pool.submit(function, item))
-            if len(ahead) > (workers or available_cores()):
+            if len(ahead) > workers:
                 yield ahead.popleft().result()
         while ahead:
             yield ahead.popleft().result()

@@ -7,14 +7,14 @@ import warnings
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from .onnx import OnnxNetwork
-from .weights import CARD_DEFAULTS, load_state, model_from_state, read_card
+from .weights import CARD_DEFAULTS, Network, load_state, model_from_state, read_card
 
 FOLDED_ALIKE = 0.01  # of the largest logit; TF32 rounds to 0.001
 
@@ -25,27 +25,32 @@ class Ensemble(nn.Module):
     The output is the average (N, out, H, W); several networks add a channel (see `average`).
     """
 
-    def __init__(self, networks: Sequence[nn.Module]):
+    def __init__(self, networks: Sequence[Network]):
         super().__init__()
         self.networks = nn.ModuleList(networks)
-        self.settings = networks[0].settings
-        self.stride = max(network.stride for network in networks)  # powers of 2
+        self.settings: dict[str, int] = networks[0].settings
+        self.stride: int = max(network.stride for network in networks)  # powers of 2
 
     def forward(self, slices: Tensor) -> Tensor:
-        return average([net(slices, logits=True).float().sigmoid() for net in self.networks])
+        outputs = []
+        for network in self.networks:
+            outputs.append(network(slices, logits=True).float().sigmoid())
+        return average(outputs)
 
 
-def networks_of(model: nn.Module) -> list[nn.Module]:
+def networks_of(model: Network | Ensemble) -> list[Network]:
     """List the networks of an ensemble, or the one network."""
-    return list(model.networks) if isinstance(model, Ensemble) else [model]
+    if isinstance(model, Ensemble):
+        return cast("list[Network]", list(model.networks))
+    return [model]
 
 
-def for_inference(model: nn.Module) -> Ensemble:
+def for_inference(model: Network | Ensemble) -> Ensemble:
     """Copy a network, or those of an ensemble, with batch norms folded (see `fold_batch_norm`)."""
     return Ensemble([fold_batch_norm(network) for network in networks_of(model)]).eval()
 
 
-def fold_batch_norm(network: nn.Module) -> nn.Module:
+def fold_batch_norm(network: Network) -> Network:
     """Copy a network for inference, its batch norms folded into the convolutions before them.
 
     Outputs are equal up to rounding: W x + b, then g (. - m) / s + h, is one convolution with
@@ -60,7 +65,7 @@ def fold_batch_norm(network: nn.Module) -> nn.Module:
             if isinstance(conv, nn.Conv2d) and isinstance(norm, (nn.BatchNorm2d, nn.SyncBatchNorm)):
                 setattr(module, name, fuse_conv_bn_eval(conv, norm))
                 setattr(module, norm_name, nn.Identity())
-    difference = largest_difference(plain, folded)
+    difference = _relative_difference(plain, folded)
     if difference <= FOLDED_ALIKE:
         return folded
     warnings.warn(
@@ -72,7 +77,7 @@ def fold_batch_norm(network: nn.Module) -> nn.Module:
 
 
 @torch.inference_mode()
-def largest_difference(plain: nn.Module, folded: nn.Module) -> float:
+def _relative_difference(plain: Network, folded: Network) -> float:
     """Compare the logits of two networks on one random slice, relative to the largest of them."""
     draws = torch.Generator().manual_seed(0)
     side = 2 * plain.stride
@@ -85,7 +90,7 @@ def largest_difference(plain: nn.Module, folded: nn.Module) -> float:
 
 def open_network(
     files: Sequence[Path], providers: Sequence[str] | None, options: Mapping[str, Any]
-) -> tuple[nn.Module | OnnxNetwork, dict]:
+) -> tuple[Network | Ensemble | OnnxNetwork, dict]:
     """Open an ONNX file, or weights files as one network; return it and its card.
 
     Of the `options` of a Segmenter, an ONNX file needs device, batch_size and image_size. Raises
@@ -100,7 +105,7 @@ def open_network(
     return load_ensemble(files)
 
 
-def load_ensemble(paths: Sequence[Path]) -> tuple[nn.Module, dict]:
+def load_ensemble(paths: Sequence[Path]) -> tuple[Network | Ensemble, dict]:
     """Load one network, or several as an `Ensemble`, and their common card.
 
     The card has the training cases and patients of all members, and drops what differs between
@@ -113,11 +118,11 @@ def load_ensemble(paths: Sequence[Path]) -> tuple[nn.Module, dict]:
         names.append(name)
         networks.append(network)
         cards.append(read_card(path))
-    model, card = networks[0], cards[0]
-    if len(paths) > 1:
-        check_members(paths, cards, networks)
-        model, card = Ensemble(networks), common_card(cards)
-    return model, card | {"model": names[0], "settings": model.settings}
+    model_and_settings = {"model": names[0], "settings": networks[0].settings}
+    if len(paths) == 1:
+        return networks[0], cards[0] | model_and_settings
+    check_members(paths, cards, networks)
+    return Ensemble(networks), common_card(cards) | model_and_settings
 
 
 def common_card(cards: Sequence[dict]) -> dict:
@@ -138,7 +143,7 @@ def common_card(cards: Sequence[dict]) -> dict:
 
 
 def check_members(
-    paths: Sequence[Path], cards: Sequence[dict], networks: Sequence[nn.Module]
+    paths: Sequence[Path], cards: Sequence[dict], networks: Sequence[Network]
 ) -> None:
     """Raise ValueError, naming the file, unless inputs and outputs match those of the first."""
     first = _input_and_output(cards[0], networks[0])
@@ -156,7 +161,7 @@ def check_members(
                 )
 
 
-def _input_and_output(card: dict, network: nn.Module) -> dict:
+def _input_and_output(card: dict, network: Network) -> dict:
     values = {"in_channels": network.settings["in_channels"]}
     values["out_channels"] = network.settings["out_channels"]
     for name, default in CARD_DEFAULTS.items():

@@ -6,7 +6,6 @@ float32; an ensemble adds a channel (see `brainseg.ensemble.average`).
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import logging
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from .ensemble import Ensemble, for_inference
+from .hashes import file_hash, weights_id
 from .io.files import PROGRAM, RUN
 from .io.layouts import list_cases
 from .metrics import summarise
@@ -29,7 +29,7 @@ from .phantom import make_volume
 from .preprocess import neighbourhoods, preprocess
 from .reports.scores import read_scores
 from .splits import is_lgg, subset_of_patient
-from .weights import all_finite, file_hash, weights_id
+from .weights import Network, all_finite
 
 OPSET = 18  # the exporter's native one; ONNX Runtime reads it from 1.14 on
 
@@ -51,18 +51,17 @@ def is_card(path: Path) -> bool:
 
 def with_licence(card: dict) -> dict:
     """Add the licence of the LGG data to a card if the weights were trained on it."""
-    of_lgg = any(is_lgg(patient) for patient in patients_of_card(card, "train"))
-    return card | {"licence": LICENCE} if of_lgg else card
-
-
-def named_by_hash(out: Path, stem: str, suffix: str, content: bytes | memoryview) -> Path:
-    """Name a file after the first eight digits of the SHA-256 of its content."""
-    return out / f"{stem}-{hashlib.sha256(content).hexdigest()[:8]}{suffix}"
+    if any(is_lgg(patient) for patient in patients_of_card(card, "train")):
+        return card | {"licence": LICENCE}
+    return card
 
 
 def halve(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Convert kernels to half precision; keep batch norm and biases: small but sensitive."""
-    halved = {k: v.half() if v.is_floating_point() and v.ndim > 1 else v for k, v in state.items()}
+    halved = dict(state)
+    for name, value in state.items():
+        if value.is_floating_point() and value.ndim > 1:
+            halved[name] = value.half()
     check_finite(halved)
     return halved
 
@@ -73,27 +72,30 @@ def scores_of_unseen(path: Path, weights: Path, subset: str) -> dict:
     Raises ValueError if one of them in the metrics.csv at `path` was not made with these weights
     alone, if they were made with several settings, or if no such case is left.
     """
-    scores = {
-        case: row
-        for case, row in read_scores(path, ["dsc"]).items()
-        if not row["trained_on"] and subset in ("all", subset_of_patient(row["patient"]))
-    }
-    if not scores:
+    cases, patients, runs = {}, [], set()
+    for case, row in read_scores(path, ["dsc"]).items():
+        if row["trained_on"] or subset not in ("all", subset_of_patient(row["patient"])):
+            continue
+        cases[case] = round(row["dsc"], 4)
+        patients.append(row["patient"])
+        runs.add(row[RUN])
+    if not cases:
         raise ValueError(
             f"{path}: has no case of subset {subset} that the weights were not trained on; "
             "choose another --subset"
         )
-    runs = {row[RUN] for row in scores.values()}
-    wrong = [run for run in runs if run.partition("-")[0] != weights_id([file_hash(weights)])]
-    if wrong or len(runs) > 1:
-        what = "by other weights" if wrong else "with several settings"
+    fault = ""
+    if {run.partition("-")[0] for run in runs} != {weights_id([file_hash(weights)])}:
+        fault = "by other weights"
+    elif len(runs) > 1:
+        fault = "with several settings"
+    if fault:
         raise ValueError(
-            f"{path}: some of its cases were segmented {what}; run inference.py with "
+            f"{path}: some of its cases were segmented {fault}; run inference.py with "
             f"--weights {weights} into an empty folder"
         )
-    cases = {case: round(row["dsc"], 4) for case, row in scores.items()}
-    summary = summarise(list(cases.values()), [scores[case]["patient"] for case in cases])
-    return {"metric": "DSC per volume", **summary, "cases": cases}
+    summary = summarise(list(cases.values()), patients)
+    return {"metric": "DSC per volume"} | summary | {"cases": cases}
 
 
 class Probabilities(nn.Module):
@@ -108,18 +110,17 @@ class Probabilities(nn.Module):
         return self.network(slices.to(self.dtype))
 
 
-def trace(model: nn.Module, precision: str) -> ExportedProgram:
+def trace(model: Network | Ensemble, precision: str) -> ExportedProgram:
     """Trace a network into a program for any number of slices of any size that fits it.
 
     Raises ValueError if a weight is too large for the precision.
     """
     network = Probabilities(for_inference(model), getattr(torch, precision)).eval()
     check_finite(network.state_dict())
-    sides = {axis: model.stride * Dim(name) for axis, name in ((2, "rows"), (3, "columns"))}
-    example = torch.zeros(2, model.settings["in_channels"], 4 * model.stride, 3 * model.stride)
-    program = torch.export.export(
-        network, (example,), dynamic_shapes={"slices": {0: Dim("batch"), **sides}}
-    )
+    stride = model.stride
+    example = torch.zeros(2, model.settings["in_channels"], 4 * stride, 3 * stride)
+    shape = {0: Dim("batch"), 2: stride * Dim("rows"), 3: stride * Dim("columns")}
+    program = torch.export.export(network, (example,), dynamic_shapes={"slices": shape})
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # paths of this machine
     return program
@@ -144,6 +145,7 @@ def to_onnx(program: ExportedProgram, card: dict) -> bytes:
             external_data=False,
             verbose=False,
         )
+    assert exported is not None
     proto = exported.model_proto
     proto.producer_name, proto.producer_version = PROGRAM, f"torch {torch.__version__}"
     proto.doc_string = (
@@ -154,9 +156,10 @@ def to_onnx(program: ExportedProgram, card: dict) -> bytes:
     proto.metadata_props.add(key=CARD, value=json.dumps(card))
     graph = proto.graph
     graph.ClearField("value_info")
-    for part in (graph, *graph.node, *graph.input, *graph.output):
+    values = list(graph.input) + list(graph.output)
+    for part in [graph] + list(graph.node) + values:
         part.ClearField("metadata_props")  # from the exporter, half a page per layer
-    for value in (*graph.input, *graph.output):
+    for value in values:
         batch, _, rows, columns = value.type.tensor_type.shape.dim
         batch.dim_param, rows.dim_param, columns.dim_param = "batch", "rows", "columns"
     return proto.SerializeToString()
@@ -169,7 +172,9 @@ def to_pt2(program: ExportedProgram, card: dict) -> bytes:
     return buffer.getvalue()
 
 
-def slices_to_compare(images: Path | None, model: nn.Module, card: dict) -> tuple[str, Tensor]:
+def slices_to_compare(
+    images: Path | None, model: Network | Ensemble, card: dict
+) -> tuple[str, Tensor]:
     """Choose a case; return its name and four slices (4, C, N, N) as the network takes them."""
     name, volume = "a synthetic case", make_volume(0)[0]
     if images or Path("kaggle_3m").is_dir():
@@ -180,18 +185,19 @@ def slices_to_compare(images: Path | None, model: nn.Module, card: dict) -> tupl
     volume = volume[..., np.arange(channels) % volume.shape[-1]]
     prepared, _ = preprocess(volume, card["image_size"], card["preprocessing"])
     middle = len(prepared) // 2
-    seen = neighbourhoods([len(prepared)], neighbours)[max(middle - 2, 0) : middle + 2]
-    return name, prepared[seen].flatten(1, 2)
+    slices = neighbourhoods([len(prepared)], neighbours)[max(middle - 2, 0) : middle + 2]
+    return name, prepared[slices].flatten(1, 2)
 
 
 @torch.inference_mode()
 def largest_difference(
-    network: Callable[[Tensor], Tensor], model: nn.Module, slices: Tensor
+    network: Callable[[Tensor], Tensor], model: Network | Ensemble, slices: Tensor
 ) -> float:
     """Compute the largest difference between the probabilities of two networks, or NaN.
 
     A single slice of a different height and width is tried too.
     """
-    odd = nn.functional.pad(slices[:1], (0, model.stride, 0, 2 * model.stride))
-    differences = [(network(x) - model(x)).abs().flatten() for x in (slices, odd)]
-    return torch.cat(differences).max().item()
+    larger = nn.functional.pad(slices[:1], (0, model.stride, 0, 2 * model.stride))
+    of_slices = (network(slices) - model(slices)).abs().max()
+    of_larger = (network(larger) - model(larger)).abs().max()
+    return torch.maximum(of_slices, of_larger).item()  # NaN if either is

@@ -16,13 +16,17 @@ import numpy as np
 def dsc(prediction: np.ndarray, truth: np.ndarray) -> float:
     """Compute the Dice coefficient (Dice 1945), 2 |P and T| / (|P| + |T|); 1 if both are empty."""
     both = _count(prediction) + _count(truth)
-    return 2 * _count(prediction & truth) / both if both else 1.0
+    if not both:
+        return 1.0
+    return 2 * _count(prediction & truth) / both
 
 
 def iou(prediction: np.ndarray, truth: np.ndarray) -> float:
     """Compute intersection over union, |P and T| / |P or T|; 1 if both are empty (Jaccard 1912)."""
     either = _count(prediction | truth)
-    return _count(prediction & truth) / either if either else 1.0
+    if not either:
+        return 1.0
+    return _count(prediction & truth) / either
 
 
 def precision(prediction: np.ndarray, truth: np.ndarray) -> float:
@@ -47,22 +51,29 @@ def distances(
     """
     if len(prediction) == 1:  # in three dimensions all of its voxels would be surface
         prediction, truth, spacing = prediction[0], truth[0], spacing and spacing[1:]
+    if not prediction.any() and not truth.any():
+        return {"hd95": 0.0, "assd": 0.0}
     if not prediction.any() or not truth.any():
         diagonal = float(np.linalg.norm(np.multiply(prediction.shape, spacing or 1)))
-        return dict.fromkeys(DISTANCES, diagonal if prediction.any() or truth.any() else 0.0)
+        return {"hd95": diagonal, "assd": diagonal}
     from medpy.metric import binary
 
     # Beyond a margin of one voxel both masks are empty and cannot hold a surface.
     union = np.nonzero(prediction | truth)
-    box = tuple(slice(max(w.min() - 1, 0), w.max() + 2) for w in union)
-    masks = prediction[box], truth[box]
-    return {name: float(getattr(binary, name)(*masks, spacing)) for name in DISTANCES}
+    box = tuple(slice(max(axis.min() - 1, 0), axis.max() + 2) for axis in union)
+    prediction, truth = prediction[box], truth[box]
+    return {
+        "hd95": float(binary.hd95(prediction, truth, spacing)),
+        "assd": float(binary.assd(prediction, truth, spacing)),
+    }
 
 
 def volume_error(prediction: np.ndarray, truth: np.ndarray) -> float:
     """Compute (|P| - |T|) / |T|: above 0 is too much. 0 if both are empty, NaN if only T is."""
+    if not prediction.any() and not truth.any():
+        return 0.0
     if not truth.any():
-        return float("nan") if prediction.any() else 0.0
+        return math.nan
     return _count(prediction) / _count(truth) - 1
 
 
@@ -90,7 +101,6 @@ METRICS = {
     "lesion_recall": lesion_recall,
     "lesion_precision": lesion_precision,
 }
-DISTANCES = "hd95", "assd"
 FEW = 20  # patients; the interval from fewer covers less than 95 %, see docs/intervals.md
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from threading import Lock
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .devices import to_device
+from .hashes import contradicts_name
 from .io.files import default_cache
 from .optional import import_optional
 from .unet import check_input
@@ -28,11 +28,10 @@ PROVIDERS = {  # of ONNX Runtime, the fastest first
     "cuda": "CUDAExecutionProvider",
     "cpu": "CPUExecutionProvider",
 }
+DEVICES = {"tensorrt": "cuda", "cuda": "cuda", "cpu": "cpu"}
 INPUT, OUTPUT = "slices", "probabilities"
 REMEDY = "fetch it again, or make one with export.py --format onnx"
 CARD = "brainseg.card"  # key of the metadata that holds the card, JSON
-# Digits of a SHA-256 at the end of a name; without a letter, they are a date or a job's number.
-HASH = re.compile(r"-(?=\d*[a-f])([0-9a-f]{8})$")
 
 
 class OnnxNetwork:
@@ -61,11 +60,15 @@ class OnnxNetwork:
             chosen = pick_providers(providers, kind, available)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
-        options = {name: {} if name == "cpu" else {"device_id": gpu or "0"} for name in chosen}
-        if "tensorrt" in options:
-            size = image_size or self.card["image_size"]
-            options["tensorrt"] |= self._tensorrt_options(batch_size, size)
-        self._providers = [(PROVIDERS[name], options[name]) for name in chosen]
+        self._providers = []
+        for name in chosen:
+            options = {}
+            if name != "cpu":
+                options["device_id"] = gpu or "0"
+            if name == "tensorrt":
+                size = image_size or self.card["image_size"]
+                options |= self._tensorrt_options(batch_size, size)
+            self._providers.append((PROVIDERS[name], options))
         self._sessions: dict[int, Any] = {}
         self._lock = Lock()
         started = self._session().get_providers()
@@ -76,8 +79,9 @@ class OnnxNetwork:
                     "or leave out --providers to use the best one that does"
                 )
         self.provider = next(name for name in PROVIDERS if PROVIDERS[name] in started)
-        on_gpu = self.provider != "cpu" and torch.cuda.is_available()
-        self.device = torch.device(f"cuda:{gpu or 0}" if on_gpu else "cpu")
+        self.device = torch.device("cpu")
+        if self.provider != "cpu" and torch.cuda.is_available():
+            self.device = torch.device(f"cuda:{gpu or 0}")
 
     def __call__(self, x: Tensor) -> Tensor:
         """Run the network: slices (N, in, H, W) in, probabilities (N, out, H, W), float32, out.
@@ -89,12 +93,13 @@ class OnnxNetwork:
 
         check_input(x, self.settings["in_channels"], self.stride)
         images, session = to_device(x.float(), self.device).contiguous(), self._session()
-        shape = len(images), session.get_outputs()[0].shape[1], *images.shape[2:]
+        count, _, height, width = images.shape
+        shape = (count, session.get_outputs()[0].shape[1], height, width)
         probabilities = torch.empty(shape, device=self.device)
         binding = session.io_binding()  # reads and writes the tensors in place
-        how = self.device.type, self.device.index or 0, np.float32
-        binding.bind_input(INPUT, *how, images.shape, images.data_ptr())
-        binding.bind_output(OUTPUT, *how, shape, probabilities.data_ptr())
+        place, index = self.device.type, self.device.index or 0
+        binding.bind_input(INPUT, place, index, np.float32, images.shape, images.data_ptr())
+        binding.bind_output(OUTPUT, place, index, np.float32, shape, probabilities.data_ptr())
         try:
             if images.is_cuda:
                 torch.cuda.current_stream(self.device).synchronize()
@@ -144,7 +149,7 @@ def pick_providers(
     Raises ValueError, saying what is available, if one of `names` cannot be used or none is left.
     """
     here = [name for name in PROVIDERS if PROVIDERS[name] in available]
-    fitting = [name for name in here if not kind or kind == ("cpu" if name == "cpu" else "cuda")]
+    fitting = [name for name in here if kind in ("", DEVICES[name])]
     there = f"available: {', '.join(here)}"
     remedy = "for a GPU, install onnxruntime-gpu in place of onnxruntime, or leave out"
     for name in names or ():
@@ -169,8 +174,7 @@ def _read(path: Path | str) -> bytes:
 
 def _card(content: bytes, path: Path | str) -> dict:
     """Read the card in an ONNX file. Raises ValueError without one or if the hash is wrong."""
-    named = HASH.search(Path(path).stem)
-    if named and not hashlib.sha256(content).hexdigest().startswith(named[1]):
+    if contradicts_name(path, content):
         raise ValueError(f"{path}: is damaged: its SHA-256 is not the one in its name; {REMEDY}")
     session = _open(content, path, [(PROVIDERS["cpu"], {})], optimise=False)
     try:

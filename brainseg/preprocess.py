@@ -62,7 +62,8 @@ def preprocess(
     its width; the input's pixels are square. Raises ValueError for an unknown version, a wrong
     number of axes, NaN or infinity, or a constant volume that is not 0.
     """
-    if version not in (steps := {1: _preprocess_1, 2: _preprocess_2}):
+    steps = {1: _preprocess_1, 2: _preprocess_2}
+    if version not in steps:
         raise ValueError(f"preprocessing version {version} is not known; update the program")
     check_volume(volume)
     if not volume.any():
@@ -89,25 +90,28 @@ def _preprocess_2(
     the brain by 0.7 of its standard deviation; here by 0.03.) A constant sequence is replaced by
     FLAIR, as the LGG data set replaces a missing one.
     """
-    slices, *_, channels = volume.shape
-    names = CHANNELS.get(channels, [f"channel {k + 1}" for k in range(channels)])
-    lead = names.index("FLAIR") if "FLAIR" in names else 0
+    slices, rows, columns, channels = volume.shape
+    names = CHANNELS.get(channels) or tuple(f"channel {k + 1}" for k in range(channels))
+    lead = "FLAIR" if "FLAIR" in names else names[0]
     measured = [measure(volume[..., k]) for k in range(channels)]
-    flair = measured[lead]
+    flair = measured[names.index(lead)]
     if flair is None:
-        raise ValueError(f"{names[lead]} is constant: this is not an image")
+        raise ValueError(f"{lead} is constant: this is not an image")
     sequences, replaced, notes = [], [], []
+    foregrounds = np.zeros((slices, rows, columns), np.uint8)  # of how many sequences
     for name, sequence in zip(names, measured, strict=True):
-        sequences.append(sequence or flair)
+        notes += oddities(name, sequence, flair, lead)
         if sequence is None:
             replaced.append(name)
-        notes += oddities(name, sequence, flair, names[lead])
+            sequence = flair
+        sequences.append(sequence)
+        foregrounds += sequence.foreground
     order = order_note(measured)
     if order:
         notes.append(order)
-    head = sum(sequence.foreground.astype(np.uint8) for sequence in sequences) * 2 >= channels
-    box = _bounding_box(head.sum(axis=0) > 0.05 * slices)  # step 2
-    shape = volume.shape[:3]
+    head = foregrounds * 2 >= channels
+    box = _head_box(head.sum(axis=0) > 0.05 * slices)  # step 2
+    shape = (slices, rows, columns)
     frame = Frame(shape, box, image_size, False, tuple(notes), tuple(replaced), aspect)
     top, bottom, left, right = box
     crops = [sequence.scaled()[:, top:bottom, left:right] for sequence in sequences]  # step 1
@@ -115,14 +119,22 @@ def _preprocess_2(
     return resized.clip_(0, BRIGHTEST).sub_(1).mul_(2), frame  # step 4
 
 
-def _bounding_box(present: np.ndarray) -> tuple[int, int, int, int]:
-    """Find top, bottom, left, right of a map (H, W), ignoring specks of one or two pixels."""
+def _head_box(present: np.ndarray) -> tuple[int, int, int, int]:
+    """Find the box of a map (H, W), ignoring specks of one or two pixels if there is more."""
     from skimage.morphology import opening
 
-    for wanted in (opening(present, np.ones((3, 3), np.uint8)), present):
-        if wanted.any():
-            return (*_extent(wanted.any(axis=1)), *_extent(wanted.any(axis=0)))
+    without_specks = np.asarray(opening(present, np.ones((3, 3), np.uint8)))
+    if without_specks.any():
+        return _bounding_box(without_specks)
+    if present.any():
+        return _bounding_box(present)
     return (0, present.shape[0], 0, present.shape[1])
+
+
+def _bounding_box(present: np.ndarray) -> tuple[int, int, int, int]:
+    """Find top, bottom, left and right of what is true in a map (H, W)."""
+    rows, columns = np.flatnonzero(present.any(axis=1)), np.flatnonzero(present.any(axis=0))
+    return int(rows[0]), int(rows[-1]) + 1, int(columns[0]), int(columns[-1]) + 1
 
 
 def _preprocess_1(
@@ -138,14 +150,15 @@ def _preprocess_1(
     if largest <= 0:
         raise ValueError(f"no voxel is above 0 (the largest is {largest}): shift the intensities")
     least = 0.1 * float(largest)  # step 1
-    seen = volume.max(axis=0).max(axis=-1) >= least  # (H, W)
-    box = (*_extent(seen.any(axis=1)), *_extent(seen.any(axis=0)))
+    box = _bounding_box(volume.max(axis=0).max(axis=-1) >= least)
     frame = Frame(volume.shape[:3], box, image_size, aspect=aspect)  # step 2
     top, bottom, left, right = box
     crop = np.s_[:, top:bottom, left:right]
     voxels = np.where(volume[crop] >= least, volume[crop], 0).astype(np.float32)
-    padded = any(side != end - start for side, start, end, _ in frame.axes)
-    low = 0.0 if padded else float(voxels.min())
+    low = float(voxels.min())
+    for side, start, end, _ in frame.axes:
+        if side != end - start:  # it is padded, with 0
+            low = 0.0
     voxels = torch.from_numpy(voxels).permute(0, 3, 1, 2)  # (S, C, h, w)
     resized = _resize(voxels, frame, device).clip_(low, float(largest))  # step 3
     p10, p99 = np.percentile(resized.cpu().numpy(), (10, 99)).tolist()
@@ -161,10 +174,11 @@ def _resize(voxels: Tensor, frame: Frame, device: torch.device | str) -> Tensor:
 
     Padding with zeros adds nothing to a linear operator, so the padded square is never made.
     """
-    rows, columns = (
-        spline_operator(side, frame.size).to(device)[:, pad : pad + end - start]
-        for side, start, end, pad in frame.axes
-    )
+    operators = []
+    for side, start, end, pad in frame.axes:
+        operator = spline_operator(side, frame.size).to(device)
+        operators.append(operator[:, pad : pad + end - start])
+    rows, columns = operators
     return rows @ voxels.to(device) @ columns.T
 
 
@@ -197,7 +211,9 @@ def restore(output: Tensor, frame: Frame) -> Tensor:
         operators.append(operator.to(output.device))
     rows, columns = operators
     restored = rows @ output.float() @ columns.T  # (S, H, W)
-    return restored > 0.5 if output.dtype == torch.bool else restored
+    if output.dtype == torch.bool:
+        return restored > 0.5
+    return restored
 
 
 def neighbourhoods(lengths: Sequence[int], neighbours: int) -> Tensor:
@@ -206,11 +222,12 @@ def neighbourhoods(lengths: Sequence[int], neighbours: int) -> Tensor:
     `lengths` are those of consecutive volumes. Beyond the ends of a volume, its first or last slice
     is repeated.
     """
-    around, first, each = torch.arange(-neighbours, neighbours + 1), 0, []
+    around = torch.arange(-neighbours, neighbours + 1)
+    parts, first = [], 0
     for slices in lengths:
-        each.append(first + (torch.arange(slices)[:, None] + around).clamp(0, slices - 1))
+        parts.append(first + (torch.arange(slices)[:, None] + around).clamp(0, slices - 1))
         first += slices
-    return torch.cat(each)
+    return torch.cat(parts)
 
 
 def check_volume(volume: np.ndarray) -> None:
@@ -233,17 +250,11 @@ def spline_operator(source: int, target: int, order: int = 2, mode: str = "const
     from skimage.transform import resize
 
     identity, shape = np.eye(source), (target, source)
-    operator = resize(identity, shape, order, mode, clip=False, anti_aliasing=False)
+    operator = np.asarray(resize(identity, shape, order, mode, clip=False, anti_aliasing=False))
     # A spline fades but never ends; entries too small to matter would be subnormal numbers, on
     # which CPUs are ten times slower.
     operator[np.abs(operator) < 1e-12] = 0
     return torch.from_numpy(operator.astype(np.float32))
-
-
-def _extent(present: np.ndarray) -> tuple[int, int]:
-    """Find the first true entry of a line, and one past the last."""
-    (where,) = np.nonzero(present)
-    return int(where[0]), int(where[-1]) + 1
 
 
 def copies_of_flair(volume: np.ndarray) -> list[int]:

@@ -70,9 +70,11 @@ def expected_dsc(features: dict, fit: dict | None) -> tuple[float, float, float]
     """
     if not fit or not fit.get("features") or not features["voxels"]:
         return None
-    values = [features.get(name) for name in fit["features"]]
-    if None in values:
-        return None
+    values = []
+    for name in fit["features"]:
+        if features.get(name) is None:
+            return None
+        values.append(features[name])
     value = _predict(fit, values)
     low, high = fit["interval"]
     return value, max(value + low * _width(value), 0.0), min(value + high * _width(value), 1.0)
@@ -96,13 +98,13 @@ def fit_expected_dsc(features: Sequence[dict], dsc: Sequence[float]) -> dict:
             f"{len(masks)} case(s) with a mask, but {LEAST_CASES} are needed to learn to predict "
             "the DSC; choose more with --subset or --images"
         )
-    columns = {}
+    names, columns = [], []
     for name in FEATURES:
         column = [measured.get(name) for measured in masks]
         if None not in column:
-            columns[name] = column
-    names = list(columns)
-    x = np.column_stack([np.array(column, dtype=np.float64) for column in columns.values()])
+            names.append(name)
+            columns.append(column)
+    x = np.array(columns, dtype=np.float64).T.copy()  # (n, features)
     y = np.array(scores, dtype=np.float64)
     predicted = leave_one_out(names, x, y)
     fit = _regress(names, x, y)
@@ -160,7 +162,7 @@ def _agreement(predicted: np.ndarray, dsc: np.ndarray) -> dict:
 
     spearman = None
     if np.ptp(predicted) > 0 and np.ptp(dsc) > 0:
-        spearman = float(spearmanr(predicted, dsc).statistic)
+        spearman = float(spearmanr(predicted, dsc).statistic)  # pyright: ignore[reportAttributeAccessIssue]
     poor, warned = dsc < WARN_BELOW, predicted < WARN_BELOW
     return {
         "spearman": spearman,
@@ -216,8 +218,12 @@ def fit_and_save(files: Sequence[Path], options: dict, rows: Sequence[dict], fol
     fit |= options
     for file in files:
         write_json(file.with_suffix(".json"), read_card(file) | {"expected_dsc": fit})
-    rank = "undefined" if scores["spearman"] is None else f"{scores['spearman']:.2f}"
-    empty = f", {fit['empty']} empty mask(s) left out" if fit["empty"] else ""
+    rank = "undefined"
+    if scores["spearman"] is not None:
+        rank = f"{scores['spearman']:.2f}"
+    empty = ""
+    if fit["empty"]:
+        empty = f", {fit['empty']} empty mask(s) left out"
     return (
         f"expected DSC, fitted on {fit['cases']} cases{empty}; leave-one-out: rank "
         f"correlation (Spearman) {rank}, mean error {scores['mean_error']:.3f}, "

@@ -40,8 +40,9 @@ class ResNeXtUNet(nn.Module):
         self.decoder3 = _decoder(1024, 512)
         self.decoder2 = _decoder(512, 256)
         self.decoder1 = _decoder(256, 256)
-        head = OrderedDict(conv=nn.Conv2d(256, 128, 3, padding=1), relu=nn.ReLU(inplace=True))
-        self.head = nn.Sequential(head)
+        self.head = nn.Sequential(
+            OrderedDict(conv=nn.Conv2d(256, 128, 3, padding=1), relu=nn.ReLU(inplace=True))
+        )
         self.conv = nn.Conv2d(128, out_channels, 3, padding=1)
         _initialise(self)
         if pretrained:
@@ -129,8 +130,10 @@ class Bottleneck(nn.Module):
 def _layer(in_channels: int, out_channels: int, blocks: int, stride: int) -> nn.Sequential:
     """Stack bottlenecks; the first changes channels and size."""
     first = Bottleneck(in_channels, out_channels, stride)
-    others = (Bottleneck(out_channels, out_channels, stride=1) for _ in range(blocks - 1))
-    return nn.Sequential(first, *others)
+    layer = nn.Sequential(first)
+    for _ in range(blocks - 1):
+        layer.append(Bottleneck(out_channels, out_channels, stride=1))
+    return layer
 
 
 def _decoder(in_channels: int, out_channels: int) -> nn.Sequential:
@@ -167,7 +170,7 @@ def load_imagenet(encoder: ResNeXtEncoder, source: bool | str | Path = True) -> 
     Its classifier `fc` is left out, its stem adapted to the encoder's channels. Raises OSError if
     the file cannot be fetched or read, ValueError if it is damaged or contains another network.
     """
-    name = URL if source is True else source
+    name = URL if source is True else str(source)
     state = _open_imagenet(name)
     if not isinstance(state, dict) or getattr(state.get("conv1.weight"), "ndim", 0) != 4:
         raise ValueError(
@@ -183,23 +186,26 @@ def load_imagenet(encoder: ResNeXtEncoder, source: bool | str | Path = True) -> 
         raise ValueError(f"{name}: is not torchvision's resnext50_32x4d: {reason}") from error
 
 
-def _open_imagenet(name: str | Path) -> object:
+def _open_imagenet(name: str) -> object:
     """Load the file at `URL` (kept in torch.hub's cache) or a local one."""
-    how, fetched = {"map_location": "cpu", "weights_only": True}, name == URL
+    fetched = name == URL
     try:
         if fetched:  # the hash in its name is checked when it is fetched
-            return torch.hub.load_state_dict_from_url(URL, check_hash=True, **how)
-        return torch.load(name, **how)
+            return torch.hub.load_state_dict_from_url(
+                URL, map_location="cpu", weights_only=True, check_hash=True
+            )
+        return torch.load(name, map_location="cpu", weights_only=True)
     except OSError as error:
         problem = f"cannot be read ({error.strerror or error}); give the path of"
         if fetched:
             problem = "cannot be fetched (offline?); download it elsewhere and give the path of"
         raise OSError(f"{name}: {problem} a resnext50_32x4d .pth file") from error
     except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError) as error:
-        again = f"remove it from {torch.hub.get_dir()}/checkpoints and try again"
+        remedy = "fetch it again"
+        if fetched:
+            remedy = f"remove it from {torch.hub.get_dir()}/checkpoints and try again"
         raise ValueError(
-            f"{name}: is damaged, is not bare weights, or does not match its hash; "
-            f"{again if fetched else 'fetch it again'}"
+            f"{name}: is damaged, is not bare weights, or does not match its hash; {remedy}"
         ) from error
 
 

@@ -8,19 +8,20 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .devices import half_precision, has_bfloat16, pick_device
-from .ensemble import for_inference, open_network
+from .ensemble import Ensemble, for_inference, open_network
+from .hashes import file_hash, run_name
 from .io.files import by
 from .onnx import OnnxNetwork
 from .preprocess import VERSION, Frame, neighbourhoods, preprocess, restore
 from .quality import FITTED_WITH, expected_dsc, quality, quality_warnings
-from .weights import CARD_DEFAULTS, file_hash, run_name, shipped_files, weights_files
+from .weights import CARD_DEFAULTS, Network, shipped_files, weights_files
 
 MIRROR_ABOVE = 0.05  # probability; a slice without any as high is not mirrored
-# The settings that change a mask, in the order in which `Segmenter.run` names them.
-RUN_SETTINGS = ("image_size", "neighbours", "version", "amp", *FITTED_WITH)
+MASK_SETTINGS = ("image_size",) + FITTED_WITH  # of the options, those that change a mask
+RUN_SETTINGS = ("image_size", "neighbours", "version", "amp") + FITTED_WITH  # in `Segmenter.run`
 
 
 @dataclass
@@ -44,7 +45,7 @@ class Predictor:
 
     def __init__(
         self,
-        model: nn.Module | OnnxNetwork,
+        model: Network | Ensemble | OnnxNetwork,
         tta: bool,
         batch_size: int,
         device: torch.device | str | None,
@@ -62,12 +63,16 @@ class Predictor:
             self.on_cpu, self.runtime = model.provider == "cpu", f"ONNX Runtime ({model.provider})"
         else:
             self.device = pick_device(device)
-            self.model = for_inference(model).to(self.device, memory_format=torch.channels_last)
-            self.amp = has_bfloat16(self.device) if amp is None else amp
+            self.model = for_inference(model)
+            self.model.to(self.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+            if amp is None:
+                amp = has_bfloat16(self.device)
+            self.amp = amp
             self.on_cpu, self.runtime = self.device.type == "cpu", f"PyTorch ({self.device})"
         self.tta, self.neighbours = tta, neighbours
-        # Small batches stay in the cache of a CPU and take a fifth less time.
-        self.batch_size = min(batch_size, 4) if self.on_cpu else batch_size
+        if self.on_cpu:  # small batches stay in its cache and take a fifth less time
+            batch_size = min(batch_size, 4)
+        self.batch_size = batch_size
 
     @torch.inference_mode()
     def probabilities(
@@ -125,7 +130,7 @@ class Segmenter(Predictor):
 
     def __init__(
         self,
-        model: nn.Module | OnnxNetwork,
+        model: Network | Ensemble | OnnxNetwork,
         image_size: int = 256,
         threshold: float = 0.5,
         largest_component: bool = True,
@@ -259,7 +264,7 @@ def note_weights(segmenter: Segmenter, settings: dict) -> None:
         averaged = ", ".join(map(str, files))
         segmenter.notes.append(f"{len(files)} networks are averaged: {averaged}")
     changed = []
-    for name in ("image_size", *FITTED_WITH):
+    for name in MASK_SETTINGS:
         if name in settings and getattr(segmenter, name) != settings[name]:
             changed.append(f"{name} {settings[name]}".replace("_", " "))
     if changed and settings["expected_dsc_fit"].get("features"):
@@ -271,34 +276,22 @@ def note_weights(segmenter: Segmenter, settings: dict) -> None:
 
 
 def explain_choices(segmenter: Segmenter, given: dict) -> str:
-    """Say in a line which settings make the masks, and why these."""
-    files, size = list(segmenter.hashes), segmenter.image_size
-    words = {
-        "image_size": f"slices of {size} x {size}",
-        "threshold": f"threshold {segmenter.threshold:g}",
-        "largest_component": "largest component" if segmenter.largest_component else "components",
-        "min_volume": f"at least {segmenter.min_volume} voxels",
-        "tta": "mirrored too" if segmenter.tta else "not mirrored",
+    """Say in a line which options are in use, and why: given, of the card, or by default."""
+    of_card = {"image_size": segmenter.card.get("image_size")}
+    of_card |= segmenter.card.get("expected_dsc") or {}
+    reasons = {
+        "amp": "faster here" if segmenter.amp else "no faster here",
+        "device": "no accelerator" if segmenter.on_cpu else "accelerator",
     }
-    card = f"from the card of {files[0].name if len(files) == 1 else files[0].parent.name}"
-    stated = segmenter.card | (segmenter.card.get("expected_dsc") or {})
-    reasons: dict[str, list[str]] = {"given": [], card: [], "by default": []}
-    for name, text in words.items():
+    parts = []
+    for name in MASK_SETTINGS + ("amp", "device"):
+        reason = reasons.get(name, "default")
         if name in given:
-            reasons["given"].append(text)
-        elif name in stated:
-            reasons[card].append(text)
-        else:
-            reasons["by default"].append(text)
-    parts = [f"{', '.join(texts)} ({reason})" for reason, texts in reasons.items() if texts]
-    if isinstance(segmenter.model, OnnxNetwork):
-        return "; ".join([*parts, segmenter.runtime])
-    precision = "half precision" if segmenter.amp else "float32"
-    faster = "faster here" if segmenter.amp else "half precision is not faster here"
-    place = "no accelerator is available" if segmenter.on_cpu else "the accelerator"
-    parts.append(f"{precision} ({'given' if 'amp' in given else faster})")
-    parts.append(f"{segmenter.device} ({'given' if 'device' in given else place})")
-    return "; ".join(parts)
+            reason = "given"
+        elif of_card.get(name) is not None:
+            reason = "card"
+        parts.append(f"{name.replace('_', ' ')} {getattr(segmenter, name)} ({reason})")
+    return ", ".join(parts)
 
 
 def _restored(probabilities: Tensor, frame: Frame) -> Tensor:

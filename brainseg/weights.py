@@ -13,18 +13,20 @@ import io
 import json
 import pickle
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from .hashes import contradicts_name, file_hash
 from .io.files import atomic_write, write_json
 from .onnx import read_onnx_card
 from .resnext_unet import ResNeXtUNet
 from .unet import UNet
 
-MODELS = {"unet": UNet, "resnext_unet": ResNeXtUNet}
+Network = UNet | ResNeXtUNet
+MODELS: dict[str, type[UNet] | type[ResNeXtUNet]] = {"unet": UNet, "resnext_unet": ResNeXtUNet}
 OTHERS = {  # made from weights, but not weights
     ".onnx": "is an ONNX file, for inference.py and evaluate.py; give the weights it was made from",
     ".pt2": "is an exported program, refused because opening it could run code; give the weights "
@@ -32,10 +34,10 @@ OTHERS = {  # made from weights, but not weights
 }
 CARD_DEFAULTS = {"preprocessing": 1, "image_size": 256, "neighbours": 0}  # without a card
 FIT_TYPES = {  # of what is used of the fit of the expected DSC in a card
-    **dict.fromkeys(("features", "mean", "deviation", "weights", "interval"), list),
-    **{"intercept": float, "threshold": float, "min_volume": int},
-    **dict.fromkeys(("largest_component", "tta"), bool),
-}
+    "features": list, "mean": list, "deviation": list, "weights": list, "interval": list,
+    "intercept": float, "threshold": float, "min_volume": int, "largest_component": bool,
+    "tta": bool,
+}  # fmt: skip
 ROOT = Path(__file__).resolve().parents[1]
 # What comes with the project: the network of the 2019 paper's shape, for `unet` of torch.hub, and
 # the default ensemble, one network per fold.
@@ -43,13 +45,14 @@ PUBLISHED = {"unet": ROOT / "weights" / "unet-9485c275.pt"}
 SHIPPED = {"unet": ROOT / "weights" / "unet-folds"}
 
 
-def build_model(name: str, **settings) -> nn.Module:
-    """Build a network by name. Raises ValueError, listing what is known, if it is unknown."""
+def build_model(name: str, **settings) -> Network:
+    """Build a network by name. Raises ValueError, listing the choices, if it is unknown."""
     if name not in MODELS:
         raise ValueError(f"no model is called {name!r}; known: {', '.join(MODELS)}")
-    known = inspect.signature(MODELS[name]).parameters
-    if odd := [setting for setting in settings if setting not in known]:
-        raise ValueError(f"{name} has no setting {odd[0]!r}; it has: {', '.join(known)}")
+    possible = inspect.signature(MODELS[name]).parameters
+    for setting in settings:
+        if setting not in possible:
+            raise ValueError(f"{name} has no setting {setting!r}; it has: {', '.join(possible)}")
     return MODELS[name](**settings)
 
 
@@ -74,13 +77,14 @@ def load_state(path: Path | str) -> dict[str, Tensor]:
 
 def all_finite(state: dict[str, Tensor]) -> bool:
     """Return whether no weight is NaN or infinite."""
-    return all(torch.isfinite(value).all() for value in state.values())
+    return all(bool(torch.isfinite(value).all()) for value in state.values())
 
 
 def _is_plain(value: object) -> bool:
     """Return whether `value` is a dense tensor of ordinary numbers."""
-    dense = isinstance(value, Tensor) and value.layout == torch.strided
-    return dense and value.device.type == "cpu" and not value.is_quantized
+    if not isinstance(value, Tensor) or value.layout != torch.strided:
+        return False
+    return value.device.type == "cpu" and not value.is_quantized
 
 
 def load_tensors(path: Path | str) -> dict:
@@ -90,8 +94,8 @@ def load_tensors(path: Path | str) -> dict:
         raise FileNotFoundError(f"{path}: no such file; name a weights file (.pt)")
     if path.suffix in OTHERS:
         raise ValueError(f"{path}: {OTHERS[path.suffix]}")
-    shipped = path.name in {file.name for file in shipped_files()}
-    if shipped and not file_hash(path).startswith(path.stem[-8:]):
+    shipped = [file.name for file in shipped_files()]
+    if path.name in shipped and contradicts_name(path, path.read_bytes()):
         raise ValueError(f"{path}: its SHA-256 is not the one in its name; fetch it again")
     try:
         with warnings.catch_warnings():  # about a pickle that is refused just below
@@ -111,7 +115,7 @@ def load_tensors(path: Path | str) -> dict:
     return content
 
 
-def model_from_state(state: dict[str, Tensor], path: Path | str) -> tuple[str, nn.Module]:
+def model_from_state(state: dict[str, Tensor], path: Path | str) -> tuple[str, Network]:
     """Build the network that a state dict belongs to, in evaluation mode; return name and network.
 
     Raises ValueError, naming `path`, if it fits no known network.
@@ -120,7 +124,7 @@ def model_from_state(state: dict[str, Tensor], path: Path | str) -> tuple[str, n
         settings = network.settings_of(state)
         if settings is None:
             continue
-        model = network(**settings)
+        model = network(**settings)  # pyright: ignore[reportArgumentType] ("pretrained" is none)
         try:
             model.load_state_dict(state, strict=True)
         except RuntimeError as error:
@@ -133,21 +137,24 @@ def model_from_state(state: dict[str, Tensor], path: Path | str) -> tuple[str, n
     )
 
 
-def initialise(model: nn.Module, path: Path | str) -> tuple[list[str], list[str]]:
+def initialise(model: Network, path: Path | str) -> tuple[list[str], list[str]]:
     """Copy into `model` all weights of a file that fit by name and shape.
 
     Returns the names in the file that were not used, and those of the model left as they were.
     Raises ValueError, naming the file, if none fits.
     """
-    state, own = load_state(path), model.state_dict()
-    fitting = {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}
+    state, before = load_state(path), model.state_dict()
+    fitting = {}
+    for name, value in state.items():
+        if name in before and value.shape == before[name].shape:
+            fitting[name] = value
     if not any(key.endswith("weight") for key in fitting):
         raise ValueError(
             f"{path}: no weight in it fits the model; give weights of the same network and width "
             "(--model, --features)"
         )
     model.load_state_dict(fitting, strict=False)
-    return sorted(state.keys() - fitting.keys()), sorted(own.keys() - fitting.keys())
+    return sorted(state.keys() - fitting.keys()), sorted(before.keys() - fitting.keys())
 
 
 def save_weights(path: Path, state: dict[str, Tensor], card: dict) -> None:
@@ -157,9 +164,9 @@ def save_weights(path: Path, state: dict[str, Tensor], card: dict) -> None:
     """
     content = pack(state)
     card = card | {"sha256": hashlib.sha256(content).hexdigest()}
-    with atomic_write(path) as weights, atomic_write(path.with_suffix(".json")) as about:
+    with atomic_write(path) as weights, atomic_write(path.with_suffix(".json")) as description:
         weights.write_bytes(content)
-        write_json(about, card)
+        write_json(description, card)
 
 
 def save_tensors(path: Path, content: dict) -> None:
@@ -214,9 +221,14 @@ def weights_files(weights: Path | str | Sequence[Path | str]) -> list[Path]:
     weights of another format or of networks that do not belong together, or an ONNX file with
     others.
     """
+    if isinstance(weights, (str, Path)):
+        weights = [weights]
     files = []
-    for path in map(Path, [weights] if isinstance(weights, (str, Path)) else weights):
-        files += _files_in(path) if path.is_dir() else [path]
+    for path in map(Path, weights):
+        if path.is_dir():
+            files += _files_in(path)
+        else:
+            files.append(path)
     for file in files:
         if files.count(file) > 1:
             raise ValueError(f"{file}: is given twice; name each file once")
@@ -229,25 +241,26 @@ def weights_files(weights: Path | str | Sequence[Path | str]) -> list[Path]:
 
 
 def _files_in(folder: Path) -> list[Path]:
-    inside = _visible(folder, "*")
-    if not any(file.suffix == ".pt" for file in inside):
-        inside = _visible(folder, "**/*")
-    for file in inside:
-        if file.suffix in (".pth", ".safetensors", ".h5"):
-            raise ValueError(
-                f"{file}: is not a weights file of this project (.pt); take it out of {folder}"
-            )
-    files = [file for file in inside if file.suffix == ".pt"]
+    files = _weights_among(folder.glob("*"), folder) or _weights_among(folder.glob("**/*"), folder)
     if not files:
         raise FileNotFoundError(f"{folder}: no weights (.pt) in this folder; name a file")
     _check_together(files, folder)
     return files
 
 
-def _visible(folder: Path, pattern: str) -> list[Path]:
-    """List what is in a folder, but nothing that is hidden or in a hidden folder."""
-    paths = sorted(folder.glob(pattern))
-    return [path for path in paths if "/." not in f"/{path.relative_to(folder).as_posix()}"]
+def _weights_among(paths: Iterable[Path], folder: Path) -> list[Path]:
+    """List weights files in order, but none that is hidden; ValueError if others are among them."""
+    files = []
+    for path in sorted(paths):
+        if "/." in f"/{path.relative_to(folder).as_posix()}":
+            continue
+        if path.suffix == ".pt":
+            files.append(path)
+        elif path.suffix in (".pth", ".safetensors", ".h5"):
+            raise ValueError(
+                f"{path}: is not a weights file of this project (.pt); take it out of {folder}"
+            )
+    return files
 
 
 def _check_together(files: Sequence[Path], folder: Path) -> None:
@@ -287,46 +300,23 @@ def _find(name: str, shipped: dict[str, Path]) -> Path:
 
 def shipped_files() -> list[Path]:
     """List the shipped weights files, each of a single network."""
-    return [*PUBLISHED.values(), *sorted(f for d in SHIPPED.values() for f in d.glob("*.pt"))]
+    files = list(PUBLISHED.values())
+    for folder in SHIPPED.values():
+        files += sorted(folder.glob("*.pt"))
+    return files
 
 
-def load_pretrained(name: str, **settings: int) -> nn.Module:
+def load_pretrained(name: str, **settings: int) -> Network:
     """Build the network `name`, of the 2019 paper's shape, with its weights, in evaluation mode.
 
     Raises ValueError, before anything is loaded, if they were trained for other `settings`.
     """
     path = _find(name, PUBLISHED)
     trained = read_card(path).get("settings", {})
-    odd = [key for key, value in settings.items() if trained.get(key) != value]
-    if odd:
-        raise ValueError(
-            f"the pretrained {name} has {odd[0]}={trained.get(odd[0])}, not {settings[odd[0]]}; "
-            "keep that, or ask for pretrained=False"
-        )
+    for key, value in settings.items():
+        if trained.get(key) != value:
+            raise ValueError(
+                f"the pretrained {name} has {key}={trained.get(key)}, not {value}; keep that, or "
+                "ask for pretrained=False"
+            )
     return model_from_state(load_state(path), path)[1]
-
-
-def file_hash(path: Path | str) -> str:
-    """Compute the SHA-256 of a file, in hexadecimal digits."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
-
-
-def weights_id(hashes: Collection[str]) -> str:
-    """Return the eight digits that name the weights files with these SHA-256 in `run_name`.
-
-    Those of a single file are the ones in its own name.
-    """
-    if len(hashes) == 1:
-        return next(iter(hashes))[:8]
-    return _first_digits(" ".join(hashes))
-
-
-def run_name(hashes: Collection[str], settings: Sequence[object]) -> str:
-    """Name weights files, by their SHA-256, and the settings that make a mask; empty for none."""
-    if not hashes:
-        return ""
-    return f"{weights_id(hashes)}-{_first_digits(json.dumps(settings))}"
-
-
-def _first_digits(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:8]

@@ -11,7 +11,7 @@ from torch import nn
 
 from brainseg import weights
 from brainseg.ensemble import load_ensemble
-from brainseg.onnx import HASH
+from brainseg.hashes import HASH
 from brainseg.unet import UNet
 from brainseg.weights import (
     build_model,
