@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from .cache import Prepared
 from .distributed import is_main_process, world_size
+from .hashes import file_hash
 from .io.files import sentence, write_json
 from .io.labels import odd_masks
 from .io.layouts import Source
@@ -25,7 +26,7 @@ from .metrics import summarise
 from .patients import alike_names, count_patients, patient_of, patients_by_case, patients_of_card
 from .splits import by_subset
 from .training import TrainState
-from .weights import file_hash, read_card, save_weights, weights_files
+from .weights import read_card, save_weights, weights_files
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
