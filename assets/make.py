@@ -18,6 +18,7 @@ from pathlib import Path
 import imageio.v3 as iio
 import numpy as np
 
+from brainseg.alignment import Measured
 from brainseg.io.layouts import find_case
 from brainseg.io.pictures import outline, save_figure, to_grey
 from brainseg.phantom import make_volume
@@ -25,7 +26,7 @@ from brainseg.phantom_patients import write_patients
 from brainseg.reports.growth import growth_figure
 from brainseg.reports.volumes import volume_row
 from brainseg.segmenter import Segmenter
-from brainseg.visits import Measured, follow
+from brainseg.visits import follow
 from brainseg.weights import shipped_weights
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -60,8 +60,9 @@ def feret_diameters(piece: np.ndarray, pixel: Sequence[float]) -> tuple[float, f
     rows = np.flatnonzero(piece.any(axis=1))
     first = piece[rows].argmax(axis=1)
     last = piece.shape[1] - piece[rows, ::-1].argmax(axis=1)
-    corners = [(rows + down, column) for down in (0, 1) for column in (first, last)]
-    points = np.concatenate([np.stack(corner, axis=1) for corner in corners]) * np.asarray(pixel)
+    y = np.concatenate((rows, rows, rows + 1, rows + 1))
+    x = np.concatenate((first, last, first, last))
+    points = np.stack((y, x), axis=1) * np.asarray(pixel)
     points = points[ConvexHull(points).vertices]
     between = points[:, None] - points
     lengths = np.hypot(between[..., 0], between[..., 1])

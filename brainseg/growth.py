@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import datetime
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,6 +40,10 @@ class Estimate:
     def holds_zero(self) -> bool:
         return self.low <= 0 <= self.high
 
+    def mapped(self, function: Callable[[float], float]) -> Estimate:
+        """Return a rising function of the number, with its interval."""
+        return Estimate(function(self.value), function(self.low), function(self.high))
+
 
 UNKNOWN = Estimate(math.nan)
 
@@ -63,8 +67,7 @@ class Visit:
 
     @property
     def diameter(self) -> Estimate:
-        volume = self.volume
-        return Estimate(*map(mean_diameter, (volume.value, volume.low, volume.high)))
+        return self.volume.mapped(mean_diameter)
 
 
 def mean_diameter(ml: float) -> float:
@@ -76,7 +79,8 @@ def estimated_volume(ml: float | None, expected_dsc: float | None, errors: dict 
     """Return a volume with its interval, by the `errors` of the weights' card."""
     if ml is None:
         return UNKNOWN
-    return Estimate(ml, *volume_interval(ml, expected_dsc, errors))
+    low, high = volume_interval(ml, expected_dsc, errors)
+    return Estimate(ml, low, high)
 
 
 # Changes and rates
@@ -108,12 +112,8 @@ def percent_change(later: Estimate, earlier: Estimate) -> Estimate:
     """Return the change in % of the earlier one; not known if one of them is 0."""
     if not (later.value > 0 and earlier.value > 0):
         return UNKNOWN
-    ratio = difference(_logarithm(later), _logarithm(earlier))
-    return Estimate(*(100 * math.expm1(limit) for limit in (ratio.value, ratio.low, ratio.high)))
-
-
-def _logarithm(estimate: Estimate) -> Estimate:
-    return Estimate(math.log(estimate.value), math.log(estimate.low), math.log(estimate.high))
+    ratio = difference(later.mapped(math.log), earlier.mapped(math.log))
+    return ratio.mapped(lambda logarithm: 100 * math.expm1(logarithm))
 
 
 def growth_rate(days: Sequence[float], diameters: Sequence[Estimate]) -> Estimate:
@@ -129,7 +129,9 @@ def growth_rate(days: Sequence[float], diameters: Sequence[Estimate]) -> Estimat
     values = np.array([diameter.value for diameter in diameters])
     sigmas = np.array([diameter.high - diameter.low for diameter in diameters]) / (2 * SIGMA)
     have_errors = bool(np.isfinite(sigmas).all())
-    weights = 1 / sigmas**2 if have_errors else np.ones(len(days))
+    weights = np.ones(len(days))
+    if have_errors:
+        weights = 1 / sigmas**2
     times = years - np.average(years, weights=weights)
     rate = combine(weights * times / (weights * times**2).sum(), diameters)
     if len(days) > 2 and have_errors:
@@ -185,7 +187,9 @@ def growth_rows(visits: Sequence[Visit]) -> list[dict]:
         for name in ("previous", "first"):
             row |= _change(name, visit, earlier.get(name))
         row |= _columns("mm_per_year", rate_until(visits[: k + 1]))
-        row["bidimensional_mm2"] = visit.diameters.product if visit.diameters else None
+        row["bidimensional_mm2"] = None
+        if visit.diameters:
+            row["bidimensional_mm2"] = visit.diameters.product
         for name in ("previous", "first"):
             row[f"bidimensional_percent_since_{name}"] = _product_change(visit, earlier.get(name))
         reasons = []
@@ -193,8 +197,10 @@ def growth_rows(visits: Sequence[Visit]) -> list[dict]:
             reasons += differences(visit, other)
         reasons += visit.apart
         row["comparable"] = ""
-        if k:
-            row["comparable"] = "no" if reasons else "yes"
+        if reasons:
+            row["comparable"] = "no"
+        elif k:
+            row["comparable"] = "yes"
         row["why_not"] = "; ".join(dict.fromkeys(reasons))
         rows.append(row)
     return rows
@@ -236,5 +242,9 @@ def _product_change(visit: Visit, earlier: Visit | None) -> float | None:
 
 def _columns(name: str, estimate: Estimate) -> dict:
     """Make the columns of an estimate: empty where it is not known."""
-    values = {name: estimate.value, f"{name}_low": estimate.low, f"{name}_high": estimate.high}
-    return {key: None if math.isnan(value) else value for key, value in values.items()}
+    columns: dict[str, float | None] = {name: None, f"{name}_low": None, f"{name}_high": None}
+    if not math.isnan(estimate.value):
+        columns[name] = estimate.value
+    if not math.isnan(estimate.low):
+        columns |= {f"{name}_low": estimate.low, f"{name}_high": estimate.high}
+    return columns

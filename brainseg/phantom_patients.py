@@ -103,14 +103,15 @@ def scan_head(
     rng: np.random.Generator, painted: np.ndarray, size: int
 ) -> tuple[np.ndarray, np.ndarray, Grid]:
     """Scan a head with its lesion; return voxels (X, Y, Z, 3) uint8, mask (X, Y, Z) and grid."""
-    z, y, x = (float(length) for length in _voxel())
+    z, y, x = _voxel().tolist()
     source = sitk.GetImageFromArray(painted.astype(np.float32), isVector=True)
     source.SetSpacing((x, y, z))
     middle = [FIELD / 2, FIELD / 2, HEIGHT / 2]
     turn = sitk.Euler3DTransform()
     turn.SetCenter(middle)
-    turn.SetRotation(*(float(angle) for angle in rng.uniform(-0.12, 0.12, 3)))
-    turn.SetTranslation([float(shift) for shift in rng.uniform(-6, 6, 3)])
+    pitch, roll, yaw = rng.uniform(-0.12, 0.12, 3).tolist()
+    turn.SetRotation(pitch, roll, yaw)
+    turn.SetTranslation(rng.uniform(-6, 6, 3).tolist())
     thickness = float(rng.choice(THICKNESS))
     pixel = FIELD / size * float(rng.uniform(0.95, 1.1))
     slices = int(HEIGHT / thickness)
@@ -158,8 +159,9 @@ def write_patients(
                 path = directory / f"{name}{end}.nii.gz"
                 check_ours(path)
                 write_nifti(path, values, grid, directory, MARK)
-            true = {"ml": ml, "diameter_mm": mean_diameter(ml), "mm_per_year": growth}
-            rows.append({"patient": f"phantom_{index:03d}", "case": name, **true, RUN: "phantom"})
+            row = {"patient": f"phantom_{index:03d}", "case": name}
+            row |= {"ml": ml, "diameter_mm": mean_diameter(ml), "mm_per_year": growth}
+            rows.append(row | {RUN: "phantom"})
             day += datetime.timedelta(days=int(rng.integers(*DAYS)))
     check_ours(directory / "truth.csv")
     write_table(directory / "truth.csv", rows)

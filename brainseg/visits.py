@@ -11,41 +11,25 @@ from pathlib import Path
 import numpy as np
 import SimpleITK as sitk
 
+from .alignment import Measured, at_place, components_alone, grey_of, read_flair
 from .devices import in_order
 from .diameters import bidimensional
 from .growth import Visit, estimated_volume, growth_rows
 from .io.dates import date_of, timepoint
 from .io.files import RUN, sentence
-from .io.formats import read_voxels
-from .io.grid import Grid
 from .io.layouts import Source
-from .io.pictures import to_grey
 from .io.predictions import find_masks
 from .io.registration import register
-from .io.scans import Scan
 from .io.slices import Case
 from .quality import WARN_BELOW
 from .reports.volumes import edge_warnings
-
-NEAR = 5.0  # mm: a component has a partner if the other mask comes as near to its box
-LEAST_ML = 0.2  # of a component that needs a partner
-
-
-@dataclass(frozen=True)
-class Measured:
-    """A case that was segmented: its mask (S, H, W) and its row of volumes.csv."""
-
-    case: Case
-    mask: np.ndarray
-    row: dict
-    flair: np.ndarray | None = None  # (S, H, W); None: in the case's file
 
 
 @dataclass(frozen=True)
 class View:
     """A scan at the place of the first scan's largest lesion slice: arrays (H, W)."""
 
-    case: str
+    label: str  # its date, or the name of its case
     grey: np.ndarray  # uint8
     mask: np.ndarray  # bool
     first: np.ndarray  # bool, the mask of the first scan
@@ -80,22 +64,9 @@ def follow_all(
     """Measure the growth of every patient with two or more scans, from the masks in `folder`.
 
     `measured` are the rows of volumes.csv of the cases that could be read. Also returns sentences
-    on what was left out. For `dates` and `errors`, see `in_order_of_time` and
-    `follow`.
+    on what was left out. For `dates` and `errors`, see `in_order_of_time` and `follow`.
     """
-    cases: dict[str, list[Case]] = {}
-    rows = {row["case"]: row for row in measured}
-    counts = Counter(row["patient"] for row in measured)
-    unreadable = []
-    for source in sources:
-        patient = rows[source.name]["patient"] if source.name in rows else ""
-        if counts[patient] < 2:
-            continue
-        try:
-            case = source.open() if isinstance(source, Source) else source
-            cases.setdefault(patient, []).append(case)
-        except (ValueError, OSError) as error:  # it was there a moment ago
-            unreadable.append(sentence(error))
+    rows, cases, unreadable = _with_several_scans(sources, measured)
     ordered, notes = in_order_of_time(cases, dates)
     notes = unreadable + notes
 
@@ -118,6 +89,29 @@ def follow_all(
         if patient:
             patients.append(patient)
     return patients, notes
+
+
+def _with_several_scans(
+    sources: Sequence[Source | Case], measured: Sequence[dict]
+) -> tuple[dict[str, dict], dict[str, list[Case]], list[str]]:
+    """Return rows by case, the open cases of patients with several, and what cannot be opened."""
+    cases: dict[str, list[Case]] = {}
+    rows, counts = {}, Counter()
+    for row in measured:
+        rows[row["case"]] = row
+        counts[row["patient"]] += 1
+    unreadable = []
+    for source in sources:
+        if source.name not in rows:
+            continue
+        patient = rows[source.name]["patient"]
+        if counts[patient] < 2 or not isinstance(source, Source):
+            continue
+        try:
+            cases.setdefault(patient, []).append(source.open())
+        except (ValueError, OSError) as error:  # it was there a moment ago
+            unreadable.append(sentence(error))
+    return rows, cases, unreadable
 
 
 def in_order_of_time(
@@ -151,8 +145,9 @@ def in_order_of_time(
             elif len(scans) > 1:
                 without.append(patient)
             continue
-        by_name = {case.name: case for case in scans}
-        ordered[patient] = [(by_name[name], day) for day, name in dated]
+        ordered[patient] = []
+        for day, name in dated:
+            ordered[patient] += [(case, day) for case in scans if case.name == name]
         notes += _oddities(patient, days, dated)
     if without:
         notes.append(
@@ -201,15 +196,22 @@ def follow(
     for measured, day in scans:
         visits.append(_visit(measured, day, errors))
     first = scans[0][0]
-    fixed = _flair(first) if with_registration else None
+    fixed = None
+    if with_registration:
+        fixed = read_flair(first)
     if fixed is None:
         return Patient(tuple(visits), (), 1.0), notes
     areas = first.mask.sum(axis=(1, 2))
-    place = int(areas.argmax()) if areas.any() else len(areas) // 2
-    own = first.mask[place]
-    views = [View(first.case.name, _window(sitk.GetArrayFromImage(fixed))[place], own, own)]
-    for k, (measured, _) in enumerate(scans[1:], 1):
-        moving = _flair(measured)
+    place = len(areas) // 2
+    if areas.any():
+        place = int(areas.argmax())
+    outline = first.mask[place]
+    views = [
+        View(_label(scans[0]), grey_of(sitk.GetArrayFromImage(fixed))[place], outline, outline)
+    ]
+    for k, scan in enumerate(scans[1:], 1):
+        measured = scan[0]
+        moving = read_flair(measured)
         if moving is None:
             continue
         try:
@@ -221,9 +223,10 @@ def follow(
                 "stays, its picture is left out"
             )
             continue
-        apart = _components_alone(first, measured, moving, transform)
+        apart = components_alone(first, measured, moving, transform)
         visits[k] = replace(visits[k], apart=tuple(apart))
-        views.append(_view(measured, moving, fixed, transform, place, own))
+        grey, mask = at_place(measured, moving, fixed, transform, place)
+        views.append(View(_label(scan), grey, mask, outline))
     _, height, width = fixed.GetSpacing()[::-1]
     return Patient(tuple(visits), tuple(views), height / width), notes
 
@@ -249,85 +252,5 @@ def _visit(measured: Measured, day: datetime.date | None, errors: dict | None) -
     )
 
 
-# Registration, in the axial frame of each scan
-
-
-def _flair(measured: Measured) -> sitk.Image | None:
-    """Read FLAIR as an axial image; None if the files of the case state no positions."""
-    case = measured.case
-    if not isinstance(case, Scan):
-        return None
-    flair = measured.flair
-    if flair is None:
-        voxels = case.grid.to_axial(read_voxels(case.flair))
-        flair = np.ascontiguousarray(voxels[..., voxels.shape[-1] // 2])
-    return case.grid.axial.image(flair.T)
-
-
-def _view(
-    measured: Measured,
-    moving: sitk.Image,
-    fixed: sitk.Image,
-    transform: sitk.Transform,
-    place: int,
-    first: np.ndarray,
-) -> View:
-    """Show a scan in the slice `place` of the first one."""
-    whole = Grid.of(fixed)
-    step = np.asarray(whole.direction)[:, 2] * whole.spacing[2] * place
-    offset = tuple((np.asarray(whole.offset) + step).tolist())
-    grid = replace(whole, shape=(*whole.shape[:2], 1), offset=offset)
-    grey = _resampled(_window(sitk.GetArrayFromImage(moving)), moving, grid, transform)
-    mask = _resampled(measured.mask, moving, grid, transform) > 0.5
-    return View(measured.case.name, grey[0].astype(np.uint8), mask[0], first)
-
-
-def _window(flair: np.ndarray) -> np.ndarray:
-    return to_grey(flair[..., None])
-
-
-def _resampled(
-    voxels: np.ndarray, moving: sitk.Image, grid: Grid, transform: sitk.Transform
-) -> np.ndarray:
-    """Resample voxels (S, H, W) on the grid of `moving` linearly to another grid; 0 outside."""
-    image = sitk.GetImageFromArray(voxels.astype(np.float32))
-    image.CopyInformation(moving)
-    moved = sitk.Resample(
-        image,
-        list(grid.shape),
-        transform,
-        sitk.sitkLinear,
-        [float(place) for place in grid.offset],
-        [float(length) for length in grid.spacing],
-        np.ravel(grid.direction).tolist(),
-    )
-    return sitk.GetArrayFromImage(moved)
-
-
-def _components_alone(
-    first: Measured, later: Measured, moving: sitk.Image, transform: sitk.Transform
-) -> list[str]:
-    """Say which components of one mask have no partner in the other, in the first scan's frame."""
-    assert isinstance(first.case, Scan)
-    grid = first.case.grid.axial
-    moved = _resampled(later.mask, moving, grid, transform) > 0.5
-    spacing = np.array(grid.spacing[::-1])
-    alone = [(later.case.name, ml) for ml in _without_partner(moved, first.mask, spacing)]
-    alone += [(first.case.name, ml) for ml in _without_partner(first.mask, moved, spacing)]
-    return [f"{name}: a component of {ml:.1f} ml without a partner" for name, ml in alone]
-
-
-def _without_partner(mask: np.ndarray, other: np.ndarray, spacing: np.ndarray) -> list[float]:
-    """Return the volumes, in ml, of the components of a mask that are far from another mask."""
-    from skimage.measure import label, regionprops  # slow to import
-
-    margin = np.ceil(NEAR / spacing).astype(int)
-    volumes = []
-    for component in regionprops(np.asarray(label(mask))):
-        start = np.maximum(np.array(component.bbox[:3]) - margin, 0)
-        end = np.array(component.bbox[3:]) + margin
-        near = other[start[0] : end[0], start[1] : end[1], start[2] : end[2]].any()
-        ml = float(component.area * spacing.prod() / 1000)
-        if not near and ml >= LEAST_ML:
-            volumes.append(ml)
-    return volumes
+def _label(scan: tuple[Measured, datetime.date | None]) -> str:
+    return str(scan[1] or scan[0].case.name)

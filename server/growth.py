@@ -8,15 +8,16 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from brainseg.alignment import Measured
 from brainseg.growth import growth_rows
 from brainseg.io.files import RUN, write_table
 from brainseg.io.formats import SUFFIXES
 from brainseg.io.predictions import map_files, mark_of
 from brainseg.io.scans import Scan
 from brainseg.io.slices import Case
+from brainseg.patients import patient_of
 from brainseg.reports.growth import growth_section
-from brainseg.splits import patient_of
-from brainseg.visits import Measured, follow, in_order_of_time
+from brainseg.visits import follow, in_order_of_time
 
 from .unpacking import Limits
 

@@ -26,6 +26,7 @@ import imageio.v3 as iio
 import numpy as np
 from starlette.datastructures import UploadFile
 
+from brainseg.alignment import Measured
 from brainseg.io.files import disk_is_full, out_of_memory, remove, scratch
 from brainseg.io.grid import Grid
 from brainseg.io.pictures import montage, outline, to_grey
@@ -36,7 +37,6 @@ from brainseg.metrics import score
 from brainseg.phantom import make_volume
 from brainseg.reports.volumes import volume_row
 from brainseg.segmenter import Segmentation, Segmenter
-from brainseg.visits import Measured
 
 from .growth import GrowthAnswer, answer_growth, check_several, check_voxels, is_several_scans
 from .unpacking import Limits

@@ -8,19 +8,24 @@ from pathlib import Path
 
 import nibabel
 import numpy as np
+import pydicom
 import pytest
 from conftest import ROOT, make_weights
 
 import inference
 from brainseg import phantom, phantom_patients
+from brainseg.alignment import Measured
 from brainseg.growth import growth_rows
 from brainseg.io.dates import date_of, parse_date, read_dates, timepoint
+from brainseg.io.dicom import Series
+from brainseg.io.grid import Grid
 from brainseg.io.layouts import find_case, list_cases
+from brainseg.io.scans import Scan
 from brainseg.io.slices import Case
 from brainseg.phantom_patients import Head, scan_head, write_patients
 from brainseg.reports.growth import growth_picture, rate_text
 from brainseg.reports.volumes import volume_row
-from brainseg.visits import Measured, follow, in_order_of_time
+from brainseg.visits import follow, in_order_of_time
 
 COARSE = 64, 48  # rows and slices of the heads before they are scanned, to save time
 ERRORS = {"interval": [-2.3, 2.6]}
@@ -99,6 +104,23 @@ def test_table_goes_before_the_name_and_says_so():
     assert notes == [
         "p_20140302: 2014-03-05 by --dates, but 2014-03-02 by its name; 2014-03-05 is used"
     ]
+
+
+def test_dates_of_dicom_headers():
+    header = pydicom.Dataset()
+    header.StudyDate = "20140302"
+    grid = Grid((4, 4, 4), (1.0, 1.0, 1.0), (0.0, 0.0, 0.0), np.eye(3))
+    series = Series(Path("p/series"), (Path("p/series/1.dcm"),), header)
+    scan = Scan("p_20140302", (1, 2, 3, 4), (series,), (), grid, 1)
+    assert date_of(scan, {}) == (day("2014-03-02"), [])
+    found, notes = date_of(replace(scan, name="p_20140401"), {})
+    assert found == day("2014-03-02")
+    assert "2014-03-02 by its DICOM header, but 2014-04-01 by its name" in notes[0]
+    found, notes = date_of(scan, {"p_20140302": day("2014-05-01")})
+    assert found == day("2014-05-01") and len(notes) == 2
+    header.StudyDate = "20990101"
+    found, notes = date_of(replace(scan, name="p"), {})
+    assert found is None and "is in the future (its DICOM header)" in notes[0]
 
 
 def bids_session(root: Path, session: str) -> Path:
@@ -203,9 +225,7 @@ def patient(tmp_path_factory) -> list[tuple[Measured, datetime.date]]:
 
 def test_phantom_patient_grows_as_it_should(patient):
     followed, notes = follow(patient, ERRORS)
-    assert not notes and [view.case for view in followed.views] == [
-        measured.case.name for measured, _ in patient
-    ]
+    assert not notes and [view.label for view in followed.views] == [str(d) for _, d in patient]
     rows = followed.rows
     assert rows[-1]["mm_per_year"] == pytest.approx(8, abs=1.5)
     assert rows[-1]["mm_per_year_low"] < 8 < rows[-1]["mm_per_year_high"]

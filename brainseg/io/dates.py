@@ -80,8 +80,8 @@ def date_of(
             notes.append(f"{case.name}: {error} ({place}); correct it with --dates")
     if not stated:
         return None, notes
-    (trusted, day), *others = stated.items()
-    for place, other in others:
+    trusted, day = next(iter(stated.items()))
+    for place, other in stated.items():
         if other != day:
             notes.append(f"{case.name}: {day} by {trusted}, but {other} by {place}; {day} is used")
     return day, notes
@@ -125,6 +125,5 @@ def _bids_date(flair: Path) -> tuple[str, str]:
 
 def timepoint(name: str, patient: str) -> int | None:
     """Return the last number in the name of a case after that of its patient: it gives an order."""
-    rest = name[len(patient) :] if name.startswith(patient) else name
-    number = LAST_NUMBER.search(rest)
+    number = LAST_NUMBER.search(name.removeprefix(patient))
     return int(number[0]) if number else None

@@ -16,6 +16,7 @@ import numpy as np
 
 from ..growth import WITHIN, YEAR, rate_until
 from ..io.pictures import new_figure
+from ..patients import counted
 from ..visits import Patient, View
 from .page import Table
 from .volumes import PRINTED
@@ -25,9 +26,10 @@ if TYPE_CHECKING:  # slow to import
     from matplotlib.figure import Figure
 
 SPEEDS = (4, 8, 12)  # mm a year, between the four classes
-SHADES = ("#f7f7f7", "#e8e8e8", "#d9d9d9", "#cacaca")
+SHADES = {4: "#f7f7f7", 8: "#e8e8e8", 12: "#d9d9d9", 1000: "#cacaca"}  # of slower ones
 THRESHOLDS = (25, -25, -50)  # % of the product
 BLUE, ORANGE, YELLOW, SKY = "#0072B2", "#E69F00", "#F0E442", "#56B4E9"
+GAINED, LOST = (230, 159, 0, 170), (0, 114, 178, 170)  # orange and blue, two thirds opaque
 LEAST_WINDOW = 0.12  # of the slice, shown on each side of the lesion
 MOST_VIEWS = 6  # beside each other; of more, the first and the last ones
 
@@ -36,21 +38,22 @@ def growth_figure(patient: Patient) -> Figure:
     """Draw the curve, the product of the diameters, and the scans at the same place."""
     views = patient.views
     if len(views) > MOST_VIEWS:
-        views = (views[0], *views[1 - MOST_VIEWS :])
-    rows = 2 if len(views) > 1 else 1
+        views = views[:1] + views[1 - MOST_VIEWS :]
+    rows = 1
+    if len(views) > 1:
+        rows = 2
     figure = new_figure(figsize=(10, 3.3 * rows))
     parts = figure.subfigures(rows, 1, squeeze=False)[:, 0]
     curve, product = parts[0].subplots(1, 2, width_ratios=(2, 1))
     _draw_curve(curve, patient)
     _draw_product(product, patient)
     if rows == 2:
-        labels = {visit.case: str(visit.date or visit.case) for visit in patient.visits}
         panels = parts[1].subplots(1, len(views), squeeze=False)[0]
         window = _window(views)
         for axes, view in zip(panels, views, strict=True):
             _draw_view(axes, view, patient.aspect)
             axes.set(xlim=window[1], ylim=window[0][::-1])
-            axes.set_title(labels[view.case], fontsize=8, parse_math=False)
+            axes.set_title(view.label, fontsize=8, parse_math=False)
         _draw_legend(parts[1])
     return figure
 
@@ -84,7 +87,7 @@ def growth_table(patients: Sequence[Patient], path: Path) -> Table:
     note = ""
     if len(patients) > PRINTED:
         note = f"... and {len(patients) - PRINTED} more in {path}"
-    title = "Growth: 1 patient" if len(patients) == 1 else f"Growth: {len(patients)} patients"
+    title = f"Growth: {counted(len(patients), 'patient')}"
     header = ["patient", "scans", "from", "volume since the first", "mean tumour diameter"]
     return Table(title, header, rows, note, left=(0, 2, 3, 4))
 
@@ -93,9 +96,10 @@ def growth_section(patient: Patient) -> dict:
     """Make what a page shows of a patient: name, rate, picture (PNG) and lines of a table."""
     lines = []
     for row in patient.rows:
-        since = [_change_text(row, name) for name in ("previous", "first")]
-        size = _range_text(row, "lesion_ml", "ml"), _range_text(row, "diameter_mm", "mm")
-        lines.append([row["case"], str(row["date"] or ""), *size, *since, row["why_not"]])
+        line = [row["case"], str(row["date"] or "")]
+        line += [_range_text(row, "lesion_ml", "ml"), _range_text(row, "diameter_mm", "mm")]
+        line += [_change_text(row, "previous"), _change_text(row, "first"), row["why_not"]]
+        lines.append(line)
     picture = growth_picture(patient)
     return {"name": patient.name, "rate": rate_text(patient), "picture": picture, "lines": lines}
 
@@ -121,6 +125,14 @@ def _change_text(row: dict, name: str) -> str:
     return text
 
 
+def _unit(patient: Patient) -> str:
+    return "years" if patient.visits[0].date else "scan"
+
+
+def _labels(patient: Patient) -> list[str]:
+    return [str(visit.date or visit.case) for visit in patient.visits]
+
+
 def _places(patient: Patient) -> np.ndarray:
     """Return years since the first scan, or numbers of the scans if they have no dates."""
     days = [visit.date.toordinal() for visit in patient.visits if visit.date]
@@ -131,9 +143,8 @@ def _places(patient: Patient) -> np.ndarray:
 
 def _draw_curve(axes: Axes, patient: Patient) -> None:
     places = _places(patient)
-    values = np.array([visit.diameter.value for visit in patient.visits])
-    lows = np.array([visit.diameter.low for visit in patient.visits])
-    highs = np.array([visit.diameter.high for visit in patient.visits])
+    diameters = [visit.diameter for visit in patient.visits]
+    values, lows, highs = np.array([(d.value, d.low, d.high) for d in diameters]).T
     rate = rate_until(patient.visits)
     top = np.nanmax(np.fmax(values, highs))
     bottom = np.nanmin(np.fmin(values, lows))
@@ -148,8 +159,7 @@ def _draw_curve(axes: Axes, patient: Patient) -> None:
     pad = 0.06 * max(top - bottom, 1.0)
     axes.set_ylim(bottom - pad, top + pad)
     axes.set_xlim(-0.04 * max(places[-1], 0.1), 1.2 * places[-1])
-    labels = [str(visit.date or visit.case) for visit in patient.visits]
-    axes.set_xticks(places, labels, fontsize=7, rotation=20, parse_math=False)
+    axes.set_xticks(places, _labels(patient), fontsize=7, rotation=20, parse_math=False)
     axes.set_ylabel("mean tumour diameter, mm")
     axes.set_title(rate_text(patient), fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
@@ -158,7 +168,7 @@ def _draw_curve(axes: Axes, patient: Patient) -> None:
 def _draw_classes(axes: Axes, start: float, end: float, top: float) -> None:
     """Shade where a lesion of the first size would be at the speeds of each class."""
     far = 1.2 * end
-    for fast, shade in zip((*SPEEDS, 1000), SHADES, strict=True):
+    for fast, shade in SHADES.items():
         axes.fill_between((0, far), start, (start, start + fast * far), color=shade, zorder=-fast)
     for speed in SPEEDS:
         axes.plot((0, far), (start, start + speed * far), color="white", lw=1, zorder=-speed)
@@ -171,17 +181,18 @@ def _draw_classes(axes: Axes, start: float, end: float, top: float) -> None:
 
 def _draw_product(axes: Axes, patient: Patient) -> None:
     """Draw the change of the product of the diameters, with the thresholds of RANO-LGG."""
-    products = [visit.diameters.product if visit.diameters else 0.0 for visit in patient.visits]
-    if products[0]:
-        changes = 100 * (np.array(products) / products[0] - 1)
-        axes.plot(_places(patient), changes, "o-", color=BLUE)
+    column = "bidimensional_percent_since_first"
+    changes = [0.0]
+    for row in patient.rows[1:]:
+        changes.append(np.nan if row[column] is None else row[column])
+    axes.plot(_places(patient), changes, "o-", color=BLUE)
     for threshold in THRESHOLDS:
         axes.axhline(threshold, color="0.4", lw=1, ls="--")
         axes.annotate(
             f"RANO-LGG {threshold:+d} %", (0.02, threshold), xycoords=("axes fraction", "data"),
             va="bottom", fontsize=7, color="0.3",
         )  # fmt: skip
-    axes.set_xlabel("years" if patient.visits[0].date else "scan", fontsize=8)
+    axes.set_xlabel(_unit(patient), fontsize=8)
     axes.set_ylabel("product of diameters,\n% since the first", fontsize=8)
     axes.margins(y=0.15)
     axes.spines[["top", "right"]].set_visible(False)
@@ -205,11 +216,11 @@ def _window(views: Sequence[View]) -> list[tuple[float, float]]:
 
 def _draw_view(axes: Axes, view: View, aspect: float) -> None:
     axes.imshow(view.grey, cmap="gray", aspect=aspect, vmin=0, vmax=255)
-    for mask, colour in ((view.mask & ~view.first, ORANGE), (view.first & ~view.mask, BLUE)):
-        red, green, blue = (int(colour[k : k + 2], 16) for k in (1, 3, 5))
-        layer = np.zeros((*mask.shape, 4), np.uint8)
-        layer[mask] = red, green, blue, 170
-        axes.imshow(layer, aspect=aspect, interpolation="nearest")
+    height, width = view.mask.shape
+    layer = np.zeros((height, width, 4), np.uint8)
+    layer[view.mask & ~view.first] = GAINED
+    layer[view.first & ~view.mask] = LOST
+    axes.imshow(layer, aspect=aspect, interpolation="nearest")
     for mask, colour in ((view.first, SKY), (view.mask, YELLOW)):
         if mask.any():
             axes.contour(mask, levels=[0.5], colors=colour, linewidths=1)
