@@ -1,22 +1,22 @@
-"""Options shared by the commands, settings from a file, and one sentence for each error."""
+"""Options of the commands, settings from a file, and one sentence for each error."""
 
 from __future__ import annotations
 
 import argparse
 import difflib
-import json
 import os
-import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from importlib.metadata import PackageNotFoundError, version
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 
-from brainseg.io.files import MARK, out_of_memory, sentence
+from brainseg.io.files import out_of_memory, sentence
+from brainseg.preprocess import VERSION
+from brainseg.weights import MODELS
+from loss import LOSSES
 from utils import sigterm_interrupts
 
 SWITCH = argparse.BooleanOptionalAction  # --x and --no-x
@@ -239,6 +239,63 @@ def add_cohort_options(parser: Parser) -> None:
     add("--patients", help="CSV with the columns case and patient (from the names)")
 
 
+def add_recipe_options(parser: Parser) -> None:
+    """Add what changes the result of a training, each with its default and its classic value.
+
+    The card has these settings, and a resumed training must keep them.
+    """
+    add = parser.add
+    parser.group("data", recipe=True)
+    add_cohort_options(parser)
+    add("--image-size", type=int, default=192, classic=256, least=32,
+        help="side of a resized slice; as in --init-weights")
+    add("--preprocessing", type=int, choices=(1, 2), default=VERSION, classic=1,
+        help="1: sequences scaled together; 2: apart; as in --init-weights")
+    add("--validation", nargs="+", help="cases or patients to validate on; others train")
+    add("--folds", type=int, least=2, help="cross-validation: number of folds, split by patient")
+    add("--fold", type=int, least=0, help="cross-validation: the fold to validate on, from 0")
+
+    parser.group("network", recipe=True)
+    add("--model", choices=MODELS, default="unet", help="the network")
+    add("--features", type=int, default=16, classic=32, least=1,
+        help="unet: channels of the first level; as in --init-weights")
+    add("--pretrained", nargs="?", const=True, help="resnext_unet: ImageNet weights, or their file")
+    add("--neighbours", type=int, default=0, classic=0, least=0,
+        help="adjacent slices seen on either side of each; as in --init-weights")
+
+    add_sampling_options(parser)
+
+
+def add_sampling_options(parser: Parser) -> None:
+    """Add the settings of sampling, augmentation, optimisation and precision."""
+    add = parser.add
+    parser.group("recipe", recipe=True)
+    add("--recipe", choices=("classic",), help="the values published in 2019 as defaults")
+    add("--batch-size", type=int, default=16, least=1, help="slices per step")
+    add("--lr", type=float, default=2e-3, classic=1e-4, least=0, help="peak learning rate")
+    add("--schedule", choices=("constant", "cosine"), default="cosine",
+        classic="constant", help="learning-rate schedule; cosine falls to 0 at the last epoch")
+    add("--warmup", type=int, default=100, classic=0, least=0, help="steps of linear warm-up")
+    add("--ema", type=float, default=0.998, classic=0.0, least=0, below=1,
+        help="decay of the averaged weights; 0: off")
+    add("--weight-decay", type=float, default=0, least=0, help="for AdamW; 0: plain Adam")
+    add("--loss", choices=LOSSES, default="bce-dice", classic="dice", help="loss function")
+    add("--background", type=float, default=0.5, classic=0.1, least=0, below=1e6,
+        help="draw slices in proportion to lesion area plus this times the case's mean area")
+    add("--aug-scale", type=float, default=0.2, classic=0.05, least=0, below=1, help="1 ± this")
+    add("--aug-angle", type=float, default=15, least=0, help="rotation, ± degrees")
+    add("--aug-intensity", type=float, default=0.2, classic=0, least=0, help="gain, shift: ± this")
+    add("--drop-sequences", type=float, default=0.4, classic=0, least=0, below=1,
+        help="with 3 sequences: share of slices whose post-contrast is replaced by FLAIR")
+    add("--flair-alone", action=SWITCH, default=False,
+        help="replace pre-contrast in all of these slices, not in half of them (no)")
+    add("--teachers", type=Path, help="ensemble to learn from, beside the masks, as its student")
+    add("--seed", type=int, default=42, least=0, help="seed of every random draw")
+    add("--keep", choices=("best", "last"), default="best", help="epoch to keep, by validation DSC")
+    add("--amp", action=SWITCH, help="bfloat16, or float16 on older GPUs (if bfloat16 is fast)")
+    add("--sync-bn", action="store_true", help="batch norm over the whole batch across GPUs")
+
+
 def add_segmenter_options(parser: Parser, workers: bool = True) -> None:
     """Add the options of scripts that segment; `segmenter_options` reads them."""
     parser.group("how")
@@ -268,31 +325,6 @@ def segmenter_options(parser: argparse.ArgumentParser, args: argparse.Namespace)
         parser.error("--threshold must be a probability between 0 and 1")
     names = "image_size threshold largest_component min_volume tta batch_size device amp providers"
     return {name: getattr(args, name) for name in names.split()}
-
-
-def plain(args: argparse.Namespace) -> dict:
-    """Convert the arguments to types that JSON and a checkpoint can hold."""
-    return json.loads(json.dumps(vars(args), default=str))
-
-
-def provenance(args: argparse.Namespace) -> dict:
-    """Describe a run for args.json: arguments (a valid --config), commit and versions."""
-    versions = {}
-    for name in ("torch", "numpy", "scikit-image", "medpy"):
-        with suppress(PackageNotFoundError):
-            versions[name] = version(name)
-    commit = git_commit()
-    return {"program": MARK, "args": plain(args), "commit": commit, "versions": versions}
-
-
-def git_commit() -> str | None:
-    """Return the commit of this repository, marked if files differ; None outside git."""
-    root = Path(__file__).resolve().parent
-    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
 
 
 @contextmanager

@@ -32,6 +32,7 @@ from itertools import chain
 from pathlib import Path
 
 import cli
+import utils
 from brainseg import distributed
 from brainseg.evaluation.fairness import (
     differing_settings,
@@ -150,7 +151,7 @@ def score(
         options = {name: getattr(model.segmenter, name) for name in FITTED_WITH}
         print("\n" + fit_and_save(list(model.trained_on), options, rows[model.name], args.out))
 
-    details = cli.provenance(args) | {
+    details = utils.provenance(args) | {
         "weights": {model.name: model.settings() for model in models},
         "settings that differ": differing,
         "compared at": "own settings" if args.own_settings else "settings of the first",

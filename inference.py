@@ -42,6 +42,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 import cli
+import utils
 from brainseg import distributed
 from brainseg.io.dates import read_dates
 from brainseg.io.dicom_seg import holds_dicom
@@ -138,7 +139,7 @@ def run(args: argparse.Namespace, options: dict) -> int:
         sources = list_sources(args)
         check_outputs(sources, args.predictions, args.figure, args.report, args.dicom_seg)
     dates = read_dates(args.dates) if args.dates else {}
-    record = cli.provenance(args)
+    record = utils.provenance(args)
     record["weights"] = {str(file): digest for file, digest in segmenter.hashes.items()}
     record["settings"] = {name: getattr(segmenter, name) for name in MASK_SETTINGS}
     record[RUN] = segmenter.run

@@ -19,7 +19,7 @@ from argparse import Namespace
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 import cli
@@ -31,7 +31,6 @@ from brainseg.devices import has_bfloat16, pick_device, to_device
 from brainseg.distillation import soft_targets
 from brainseg.io.layouts import Source
 from brainseg.metrics import dsc
-from brainseg.preprocess import VERSION
 from brainseg.runs import RunWriter, Validation, how_to_resume, report_cases, report_changes
 from brainseg.segmenter import Segmenter
 from brainseg.splits import list_cohort, validate_on
@@ -47,10 +46,7 @@ SYNC = 20  # steps on a CUDA GPU between reads of the loss, for which host and G
 
 # fmt: off
 def get_args_parser() -> cli.Parser:
-    """Define every setting, its default, and its value in the classic recipe.
-
-    Those of a group with `recipe` change the result: the card has them, and --resume keeps them.
-    """
+    """Define the settings; those that change the result are in `cli.add_recipe_options`."""
     parser = cli.make_parser(__doc__)
     add = parser.add
     parser.group("run")
@@ -71,56 +67,8 @@ def get_args_parser() -> cli.Parser:
     add("--workers", type=int, least=1, help="threads that read and preprocess (all cores)")
     add("--compile", action=cli.SWITCH, default=False, help="compile first, for minutes (no)")
     add("--deterministic", action=cli.SWITCH, default=True, help="same seed, same result (yes)")
-
-    parser.group("data", recipe=True)
-    cli.add_cohort_options(parser)
-    add("--image-size", type=int, default=192, classic=256, least=32,
-        help="side of a resized slice; as in --init-weights")
-    add("--preprocessing", type=int, choices=(1, 2), default=VERSION, classic=1,
-        help="1: sequences scaled together; 2: apart; as in --init-weights")
-    add("--validation", nargs="+", help="cases or patients to validate on; others train")
-    add("--folds", type=int, least=2, help="cross-validation: number of folds, split by patient")
-    add("--fold", type=int, least=0, help="cross-validation: the fold to validate on, from 0")
-
-    parser.group("network", recipe=True)
-    add("--model", choices=MODELS, default="unet", help="the network")
-    add("--features", type=int, default=16, classic=32, least=1,
-        help="unet: channels of the first level; as in --init-weights")
-    add("--pretrained", nargs="?", const=True, help="resnext_unet: ImageNet weights, or their file")
-    add("--neighbours", type=int, default=0, classic=0, least=0,
-        help="adjacent slices seen on either side of each; as in --init-weights")
-    add_recipe_options(parser)
+    cli.add_recipe_options(parser)
     return parser
-
-
-def add_recipe_options(parser: cli.Parser) -> None:
-    """Add the options for sampling, augmentation and optimisation."""
-    add = parser.add
-    parser.group("recipe", recipe=True)
-    add("--recipe", choices=("classic",), help="the values published in 2019 as defaults")
-    add("--batch-size", type=int, default=16, least=1, help="slices per step")
-    add("--lr", type=float, default=2e-3, classic=1e-4, least=0, help="peak learning rate")
-    add("--schedule", choices=("constant", "cosine"), default="cosine",
-        classic="constant", help="learning-rate schedule; cosine falls to 0 at the last epoch")
-    add("--warmup", type=int, default=100, classic=0, least=0, help="steps of linear warm-up")
-    add("--ema", type=float, default=0.998, classic=0.0, least=0, below=1,
-        help="decay of the averaged weights; 0: off")
-    add("--weight-decay", type=float, default=0, least=0, help="for AdamW; 0: plain Adam")
-    add("--loss", choices=LOSSES, default="bce-dice", classic="dice", help="loss function")
-    add("--background", type=float, default=0.5, classic=0.1, least=0, below=1e6,
-        help="draw slices in proportion to lesion area plus this times the case's mean area")
-    add("--aug-scale", type=float, default=0.2, classic=0.05, least=0, below=1, help="1 ± this")
-    add("--aug-angle", type=float, default=15, least=0, help="rotation, ± degrees")
-    add("--aug-intensity", type=float, default=0.2, classic=0, least=0, help="gain, shift: ± this")
-    add("--drop-sequences", type=float, default=0.4, classic=0, least=0, below=1,
-        help="with 3 sequences: share of slices whose post-contrast is replaced by FLAIR")
-    add("--flair-alone", action=cli.SWITCH, default=False,
-        help="replace pre-contrast in all of these slices, not in half of them (no)")
-    add("--teachers", type=Path, help="ensemble to learn from, beside the masks, as its student")
-    add("--seed", type=int, default=42, least=0, help="seed of every random draw")
-    add("--keep", choices=("best", "last"), default="best", help="epoch to keep, by validation DSC")
-    add("--amp", action=cli.SWITCH, help="bfloat16, or float16 on older GPUs (if bfloat16 is fast)")
-    add("--sync-bn", action="store_true", help="batch norm over the whole batch across GPUs")
 # fmt: on
 
 
@@ -145,8 +93,8 @@ def main(argv: list[str] | None = None) -> None:
                 print(f"all {args.epochs} epochs are done; raise --epochs to continue")
                 return
             cases = loader.dataset.cases, validation_set.cases
-            settings = cli.plain(args) | {"resume": False}
-            commit = cli.git_commit()
+            settings = utils.plain(args) | {"resume": False}
+            commit = utils.git_commit()
             with RunWriter(state, *cases, settings, parser.recipe, checkpoint, commit) as writer:
                 print(cli.summary(parser, args))
                 print(f"{writer.headline(state.slices)}; {loader.place}", flush=True)
@@ -162,43 +110,74 @@ def set_up(
 ) -> tuple[TrainState, BatchLoader, SliceDataset]:
     """Read the data and build the network; return the state and what to train and validate on."""
     workers = distributed.rank_workers(args.workers)
-    options = {"image_size": args.image_size, "version": args.preprocessing, "workers": workers}
     start, pretrained = args.init_weights, args.pretrained
     if checkpoint:
         start, pretrained = None, None
     if args.prune_cache and distributed.is_main_process():
         print(prune(args.cache))
     with distributed.local_rank_zero_first():  # it fills the cache, the others read it
-        train_set, validation_set = train_and_validation(
-            sources, args.folds, args.fold, args.skip_bad, cache=args.cache, **options
-        )
-        if args.teachers:
-            teachers = Segmenter.from_weights(args.teachers, tta=True, device=device)
-            targets = soft_targets(train_set.volumes, teachers, args.cache, workers)
-            train_set = SliceDataset(train_set.volumes, targets)
-        sequences = train_set.in_channels
-        channels = sequences * (2 * args.neighbours + 1)
+        train_set, validation_set = open_data(args, sources, device, workers)
+        channels = train_set.in_channels * (2 * args.neighbours + 1)
         model = training.build_network(
             args.model, channels, args.features, pretrained, args.seed, start
         )
     report_cases(train_set.volumes, validation_set.volumes, sources)
     utils.keep_freed_memory(device)
-    augmentation = Augmentation(
-        scale=args.aug_scale, angle=args.aug_angle, intensity=args.aug_intensity,
-        drop=args.drop_sequences if sequences == 3 else 0, drop_both=1 if args.flair_alone else 0.5,
-        sequences=sequences,
-    )  # fmt: skip
-    state = TrainState(
-        model=training.on_device(model, device, args.sync_bn),
-        loss=LOSSES[args.loss], augment=augmentation, seed=args.seed, neighbours=args.neighbours,
-        slices=len(train_set), batch_size=args.batch_size, epochs=args.epochs, ema=args.ema,
-        lr=args.lr, schedule=args.schedule, warmup=args.warmup, weight_decay=args.weight_decay,
-        amp=has_bfloat16(device) if args.amp is None else args.amp,
-    )  # fmt: skip
+    state = make_state(args, training.on_device(model, device, args.sync_bn), train_set)
     if checkpoint:
         state.load(checkpoint, train_set.names, args.images)
         report_changes(checkpoint, state, validation_set.names)
     return state, BatchLoader(train_set, device, args.neighbours, workers), validation_set
+
+
+def open_data(
+    args: Namespace, sources: list[Source], device: torch.device, workers: int | None
+) -> tuple[SliceDataset, SliceDataset]:
+    """Preprocess what to train and to validate on, and make the targets of --teachers."""
+    train_set, validation_set = train_and_validation(
+        sources,
+        args.folds,
+        args.fold,
+        args.skip_bad,
+        image_size=args.image_size,
+        version=args.preprocessing,
+        cache=args.cache,
+        workers=workers,
+    )
+    if args.teachers:
+        teachers = Segmenter.from_weights(args.teachers, tta=True, device=device)
+        targets = soft_targets(train_set.volumes, teachers, args.cache, workers)
+        train_set = SliceDataset(train_set.volumes, targets)
+    return train_set, validation_set
+
+
+def make_state(args: Namespace, model: nn.Module, data: SliceDataset) -> TrainState:
+    """Make the state before the first step, for a network that is on its device."""
+    device, sequences = next(model.parameters()).device, data.in_channels
+    augmentation = Augmentation(
+        scale=args.aug_scale,
+        angle=args.aug_angle,
+        drop=args.drop_sequences if sequences == 3 else 0,
+        drop_both=1 if args.flair_alone else 0.5,
+        intensity=args.aug_intensity,
+        sequences=sequences,
+    )
+    return TrainState(
+        model=model,
+        slices=len(data),
+        batch_size=args.batch_size,
+        epochs=args.epochs,
+        lr=args.lr,
+        schedule=args.schedule,
+        warmup=args.warmup,
+        weight_decay=args.weight_decay,
+        ema=args.ema,
+        amp=has_bfloat16(device) if args.amp is None else args.amp,
+        seed=args.seed,
+        neighbours=args.neighbours,
+        loss=LOSSES[args.loss],
+        augment=augmentation,
+    )
 
 
 def fit(

@@ -1,15 +1,22 @@
-"""Seeds, signals and settings of the process."""
+"""Seeds, signals, and what a run was made with."""
 
 from __future__ import annotations
 
+import argparse
 import ctypes
+import json
 import signal
+import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import numpy as np
 import torch
+
+from brainseg.io.files import MARK
 
 
 def make_generator(seed: int, *stream: int) -> torch.Generator:
@@ -83,3 +90,28 @@ def cudnn(deterministic: bool) -> Iterator[None]:
         yield
     finally:
         flags.deterministic, flags.benchmark = before
+
+
+def plain(args: argparse.Namespace) -> dict:
+    """Convert the arguments to types that JSON and a checkpoint can hold."""
+    return json.loads(json.dumps(vars(args), default=str))
+
+
+def provenance(args: argparse.Namespace) -> dict:
+    """Describe a run for args.json: arguments (a valid --config), commit and versions."""
+    versions = {}
+    for name in ("torch", "numpy", "scikit-image", "medpy"):
+        with suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    commit = git_commit()
+    return {"program": MARK, "args": plain(args), "commit": commit, "versions": versions}
+
+
+def git_commit() -> str | None:
+    """Return the commit of this repository, marked if files differ; None outside git."""
+    root = Path(__file__).resolve().parent
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

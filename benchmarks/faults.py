@@ -34,7 +34,7 @@ from tqdm import tqdm
 from brainseg.devices import available_cores
 from brainseg.io.files import read_table
 from brainseg.phantom import make_volume, write_data_set
-from cli import git_commit
+from utils import git_commit
 
 from .clients import ask, pack_slices, serving
 from .timing import ROOT, processor

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 
 from brainseg.devices import available_cores, has_bfloat16
-from cli import git_commit
+from utils import git_commit
 
 ROOT = Path(__file__).resolve().parents[1]
 

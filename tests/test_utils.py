@@ -199,7 +199,7 @@ def test_missing_and_binary_files(tmp_path, capsys):
 
 
 def test_args_json_is_a_config(tmp_path):
-    from cli import provenance
+    from utils import provenance
 
     args = get_args_parser().parse_args(["--lr", "0.1", "--no-amp", "--pretrained", "--seed", "3"])
     path = tmp_path / "args.json"
