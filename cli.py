@@ -302,7 +302,7 @@ def add_segmenter_options(parser: Parser, workers: bool = True) -> None:
     add = parser.add
     add("--image-size", type=int, help="side of a resized slice (as in training)")
     add("--threshold", type=float,
-        help="lowest probability that counts as lesion (as in the card; 0.5 if it has no fit)")
+        help="lowest probability that counts as lesion (as in the card, or 0.5)")
     add("--largest-component", action=SWITCH,
         help="keep only the largest connected component (as in the card, or yes)")
     add("--min-volume", type=int, least=0,

@@ -164,6 +164,9 @@ def run(args: argparse.Namespace, options: dict) -> int:
                 sources, measured, args.predictions, dates, errors, register, workers
             )
             write_growth(patients, notes, args.predictions / "growth.csv", segmenter.run)
+            rows = [result.volumes for result in done]
+            table = volumes_table(rows, args.predictions / "volumes.csv", segmenter.no_expected_dsc)
+            print(table.as_text(), end="\n\n")
             report(done, patients, network, args.predictions, args.figure, args.report, record)
     return sum(result.error != "" for result in done)
 
@@ -315,9 +318,7 @@ def report(
     page: Path | None,
     record: dict,
 ) -> None:
-    """Print the tables and a summary that names the `network`; draw the figure and the page."""
-    rows = [result.volumes for result in done]
-    print(volumes_table(rows, folder / "volumes.csv").as_text(), end="\n\n")
+    """Print scores, growth and a summary that names the `network`; draw the figure and the page."""
     scores = [result.scores for result in done if result.scores]
     if scores:
         print(scores_text(scores))
@@ -330,6 +331,7 @@ def report(
         print(growth_table(patients, folder / "growth.csv").as_text(), end="\n\n")
     if page:
         sections = [growth_section(patient) for patient in patients]
+        rows = [result.volumes for result in done]
         save_cohort(page, rows, [result.thumbnail for result in done], record, sections)
         print(f"report: {page}")
     count = Counter(result.state for result in done)

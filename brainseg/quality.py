@@ -175,6 +175,12 @@ def _agreement(predicted: np.ndarray, dsc: np.ndarray) -> dict:
     }
 
 
+def mask_settings(card: dict) -> dict:
+    """Return the settings of masks in a card: of its fit or, without one, of the start weights."""
+    stated = card.get("expected_dsc") or card.get("mask_settings") or {}
+    return {name: stated[name] for name in FITTED_WITH if name in stated}
+
+
 def quality_warnings(
     features: dict, expected: tuple[float, float, float] | None, notes: Sequence[str] = ()
 ) -> list[str]:

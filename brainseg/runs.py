@@ -24,6 +24,7 @@ from .io.pictures import outline, to_grey
 from .io.slices import Case
 from .metrics import summarise
 from .patients import alike_names, count_patients, patient_of, patients_by_case, patients_of_card
+from .quality import mask_settings
 from .splits import by_subset
 from .training import TrainState
 from .weights import read_card, save_weights, weights_files
@@ -89,7 +90,7 @@ def origin_of(init_weights: str | None, checkpoint: dict | None) -> dict | None:
         unknown = "no card says what it was trained on"
         print(f"{init_weights}: {unknown}; if on these patients, the validation DSC is too high")
     names = ("recipe", "commit", "cases", "patients", "initialised_from")
-    return {name: card.get(name) for name in names}
+    return {name: card.get(name) for name in names} | {"mask_settings": mask_settings(card)}
 
 
 def origin_of_teachers(teachers: str | None) -> dict | None:
@@ -116,7 +117,7 @@ def make_card(
     """Make the card of a run's weights: data, split, recipe, versions, device; no paths.
 
     The training cases of the weights that it started from, and of its teachers, count as seen by
-    this network too.
+    this network too. It makes masks with the settings of those that it started from.
     """
     recipe = dict(recipe)
     for name in ("pretrained", "patients", "teachers"):
@@ -146,10 +147,13 @@ def make_card(
         patients = (origin.get("patients") or {}) | patients
         earlier = (origin.get("cases") or {}).get("train", [])
         card["cases"]["train"] = sorted(set(card["cases"]["train"]) | set(earlier))
-        card[name] = {key: origin[key] for key in origin if key not in ("cases", "patients")}
+        elsewhere = ("cases", "patients", "mask_settings")
+        card[name] = {key: origin[key] for key in origin if key not in elsewhere}
         trained_on |= patients_of_card(origin, "train", cases=train + validation)
     if patients:
         card["patients"] = patients
+    if start and start.get("mask_settings"):
+        card["mask_settings"] = start["mask_settings"]
     not_new = [case.name for case in validation if patient_of(case) in trained_on]
     if not_new:
         card["validation_seen"] = not_new

@@ -16,9 +16,10 @@ from .hashes import file_hash, run_name
 from .io.files import by
 from .onnx import OnnxNetwork
 from .preprocess import VERSION, Frame, neighbourhoods, preprocess, restore
-from .quality import FITTED_WITH, expected_dsc, quality, quality_warnings
+from .quality import FITTED_WITH, expected_dsc, mask_settings, quality, quality_warnings
 from .weights import CARD_DEFAULTS, Network, shipped_files, weights_files
 
+NO_FIT = "this network has no fit; evaluate.py --fit-expected-dsc makes one"
 MIRROR_ABOVE = 0.05  # probability; a slice without any as high is not mirrored
 MASK_SETTINGS = ("image_size",) + FITTED_WITH  # of the options, those that change a mask
 RUN_SETTINGS = ("image_size", "neighbours", "version", "amp") + FITTED_WITH  # in `Segmenter.run`
@@ -153,6 +154,7 @@ class Segmenter(Predictor):
         self.hashes: dict[Path, str] = {}  # the SHA-256 of each weights file
         self.card: dict = {}  # of the weights, as far as they agree
         self.choices = ""  # the settings and where each is from
+        self.no_expected_dsc = NO_FIT  # why there is none; empty if there is one
         self.notes: list[str] = []  # what a user should know about the weights, a sentence each
 
     @classmethod
@@ -248,7 +250,7 @@ def settings_of_card(card: dict) -> dict:
     stated = CARD_DEFAULTS | card
     settings = {"image_size": stated["image_size"], "neighbours": stated["neighbours"]}
     settings |= {"version": stated["preprocessing"], "expected_dsc_fit": fit}
-    return settings | {name: fit[name] for name in FITTED_WITH if name in fit}
+    return settings | mask_settings(card)
 
 
 def note_weights(segmenter: Segmenter, settings: dict) -> None:
@@ -267,18 +269,21 @@ def note_weights(segmenter: Segmenter, settings: dict) -> None:
     for name in MASK_SETTINGS:
         if name in settings and getattr(segmenter, name) != settings[name]:
             changed.append(f"{name} {settings[name]}".replace("_", " "))
-    if changed and settings["expected_dsc_fit"].get("features"):
+    if not settings["expected_dsc_fit"].get("features"):
+        return
+    segmenter.no_expected_dsc = ""
+    if changed:
         segmenter.expected_dsc_fit = None
+        segmenter.no_expected_dsc = f"the card's fit is for {', '.join(changed)}"
         segmenter.notes.append(
-            f"no expected DSC, as the card's fit is for {', '.join(changed)}: leave out what "
-            "changes it"
+            f"no expected DSC, as {segmenter.no_expected_dsc}: leave out what changes it"
         )
 
 
 def explain_choices(segmenter: Segmenter, given: dict) -> str:
     """Say in a line which options are in use, and why: given, of the card, or by default."""
     of_card = {"image_size": segmenter.card.get("image_size")}
-    of_card |= segmenter.card.get("expected_dsc") or {}
+    of_card |= mask_settings(segmenter.card)
     reasons = {
         "amp": "faster here" if segmenter.amp else "no faster here",
         "device": "no accelerator" if segmenter.on_cpu else "accelerator",

@@ -200,9 +200,10 @@ def read_card(path: Path | str) -> dict:
         for name in CARD_DEFAULTS:
             if not isinstance(content.get(name, 0), int):
                 raise TypeError(name)
-        for name, value in (content.get("expected_dsc") or {}).items():
-            if not isinstance(value, FIT_TYPES.get(name, object)):
-                raise TypeError(name)
+        for part in ("expected_dsc", "mask_settings"):
+            for name, value in (content.get(part) or {}).items():
+                if not isinstance(value, FIT_TYPES.get(name, object)):
+                    raise TypeError(name)
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{card}: is not the JSON card of {Path(path).name}; remove it") from error
     if content.get("sha256") not in (None, file_hash(path)):

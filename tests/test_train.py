@@ -27,6 +27,7 @@ from conftest import FORK, contents
 import cli
 import train
 from brainseg import training
+from brainseg.segmenter import Segmenter
 from brainseg.unet import UNet
 from brainseg.weights import load_state, load_tensors, model_from_state, read_card
 from dataset import SliceDataset
@@ -596,6 +597,27 @@ def test_fine_tuning_takes_over_size_and_preprocessing(tmp_path, capsys):
     assert "image size 64 (given)" in lines
     assert f"preprocessing 2, features 4, neighbours 1 (from the card of {file})" in lines
     assert "model unet, batch size 16, lr 0.002" in lines[-1] and "(by default)" in lines[-1]
+
+
+def test_fine_tuned_weights_make_masks_as_those_they_started_from(phantoms, tmp_path, capsys):
+    """Of the start's fit they have the settings alone, also when resumed and fine-tuned again."""
+    file = saved(UNet(init_features=4), tmp_path / "start.pt")
+    used = {"threshold": 0.4, "largest_component": False, "min_volume": 200, "tta": True}
+    card = {"image_size": 32, "preprocessing": 2, "expected_dsc": used | {"features": ["overlap"]}}
+    file.with_suffix(".json").write_text(json.dumps(card))
+    weights = run(phantoms, tmp_path, "--init-weights", file, "--keep", "last")
+    run(phantoms, tmp_path, "--resume", "--epochs", 2)
+    again = run(phantoms, tmp_path / "b", "--init-weights", weights / "unet.pt", "--allow-seen")
+    for folder in (weights, again):
+        card = read_card(folder / "unet.pt")
+        assert card["mask_settings"] == used and "expected_dsc" not in card
+        assert "mask_settings" not in card["initialised_from"]
+        segmenter = Segmenter.from_weights(folder / "unet.pt", device="cpu")
+        assert {name: getattr(segmenter, name) for name in used} == used
+        assert "this network has no fit" in segmenter.no_expected_dsc
+        assert "threshold 0.4" in segmenter.choices
+    assert Segmenter.from_weights(weights / "unet.pt", min_volume=0, device="cpu").min_volume == 0
+    assert "mask_settings" not in read_card(run(phantoms, tmp_path / "c") / "unet.pt")
 
 
 def test_the_classic_recipe_is_the_published_one():

@@ -160,8 +160,11 @@ def check_kept(folder: Path, rows: Mapping[str, dict], names: Iterable[str], run
         )
 
 
-def volumes_table(rows: Sequence[dict], path: Path) -> Table:
-    """Make the short table that a run prints, with at most PRINTED cases; `path` holds all."""
+def volumes_table(rows: Sequence[dict], path: Path, no_expected_dsc: str = "") -> Table:
+    """Make the short table that a run prints, with at most PRINTED cases; `path` holds all.
+
+    `no_expected_dsc` says why there is no expected DSC, as the segmenter does.
+    """
     header = ["case", "slices", "lesion", "components", "expected DSC", "needs a look because"]
     table = Table(counted(len(rows), "case"), header, left=(0, 5))
     warned = sum(bool(row["warning"]) for row in rows)
@@ -176,7 +179,7 @@ def volumes_table(rows: Sequence[dict], path: Path) -> Table:
         notes.append(f"... and {len(rows) - PRINTED} more in {path}")
     lesions = [row for row in rows if row["lesion_voxels"]]
     if lesions and all(row["expected_dsc"] is None for row in lesions):
-        notes.append("No expected DSC: the card of the weights has no fit for these options.")
+        notes.append(f"No expected DSC: {no_expected_dsc or 'the fit is for an ensemble'}.")
     table.note = "\n".join(notes)
     return table
 
