@@ -42,10 +42,7 @@ class Layout:
     of_user: bool = False
 
     def files(self, folder: Path, root: Path) -> dict[str, list[Path]]:
-        """Find the matching files of a case, by sequence; each file counts once.
-
-        The mask and the contrast-enhanced T1 have narrower patterns, so they come first.
-        """
+        """Find a case's matching files by sequence, each once; the narrower patterns come first."""
         files: dict[str, list[Path]] = {}
         taken: set[Path] = set()
         for role in ("mask", "post", "flair", "pre"):
@@ -112,10 +109,7 @@ def parse_sequences(texts: Sequence[str] | None) -> Layout | None:
 
 
 def sequences_in(folder: Path, root: Path) -> Sequences | None:
-    """Find the sequences of a case by the layout in LAYOUTS that finds the most.
-
-    Returns None if it finds no FLAIR. Raises ValueError, naming the files, if two match.
-    """
+    """Find a case's files by the layout in LAYOUTS that finds the most; None without FLAIR."""
     matching = [layout.files(folder, root) for layout in LAYOUTS]
     counts = [sum(map(bool, files.values())) for files in matching]
     most = counts.index(max(counts))
@@ -130,10 +124,7 @@ def find_in_layout(folder: Path, root: Path, layout: Layout) -> Sequences:
 
 
 def _one_of_each(folder: Path, layout: Layout, matching: dict[str, list[Path]]) -> Sequences:
-    """Return the one file of each sequence among those that match.
-
-    Raises ValueError, naming the files, if two match one pattern, or none matches that of FLAIR.
-    """
+    """Return the one match of each pattern; ValueError if there are two, or none of FLAIR."""
     files: dict[str, Path | None] = {}
     for role in ROLES:
         paths, patterns = matching[role], getattr(layout, role)

@@ -94,10 +94,7 @@ Image = tuple[Path, Dataset]  # a file, and the fields in IDENTITY
 
 
 def series_or_file(path: File) -> File:
-    """Return the series that a folder or a DICOM file stands for; other files stay what they are.
-
-    Raises ValueError as `series_at` does.
-    """
+    """Return the series (`series_at`) that a folder or DICOM file stands for; others stay."""
     if isinstance(path, Path) and (path.is_dir() or is_dicom(path)):
         return series_at(path)
     return path
@@ -228,10 +225,7 @@ def series_at(path: Path) -> Series:
 
 
 def series_headers(series: Series) -> list[Dataset]:
-    """Read the headers of a DICOM series, in the order of their positions.
-
-    Raises ValueError, naming the file, if one is damaged.
-    """
+    """Read the headers of a DICOM series, by position; ValueError, naming a damaged file."""
     return sorted(map(read_header, series.files), key=_height)
 
 

@@ -61,10 +61,7 @@ def itk_voxels(path: Path) -> np.ndarray:
 
 
 def voxel_file(path: Path) -> Path | None:
-    """Return the separate file that a header names for its voxels, or None.
-
-    Raises ValueError if it is not there.
-    """
+    """Return the separate file that a header names for its voxels; ValueError if it is lost."""
     field, _ = _text_header(path)
     name = field.get("ElementDataFile") or field.get("datafile") or "LOCAL"
     if name.upper() == "LOCAL" or re.match(r"LIST\b|.*%", name):  # here, or in many files
@@ -76,10 +73,7 @@ def voxel_file(path: Path) -> Path | None:
 
 
 def _text_header(path: Path) -> tuple[dict[str, str], int]:
-    """Read the fields of a header, and its length in bytes.
-
-    The names of NRRD's fields are in small letters and without spaces.
-    """
+    """Read the fields of a header (NRRD's names in small letters, without spaces), and its size."""
     with open(path, "rb") as file:
         head = file.read(HEADER)
     is_nrrd = head.startswith(b"NRRD")

@@ -145,10 +145,7 @@ def _type_of(path: Path, header: nibabel.Nifti1Header) -> np.dtype:
 
 
 def nifti_grid(path: Path) -> tuple[Grid, int]:
-    """Return the grid of the sform if there is one, as nibabel does, else of the qform.
-
-    Also return the number of channels. Raises ValueError, naming the file, if it is unusable.
-    """
+    """Return the grid of the sform or, without one, of the qform, and the number of channels."""
     header = nifti_header(path)
     shape = _shape_of(path, header)
     channels = shape[3]

@@ -142,10 +142,7 @@ class Scan(Case):
         return np.ascontiguousarray(self.labels.lesion(mask, self.name, path))
 
     def write_map(self, path: Path, values: np.ndarray, mark: str = MARK) -> None:
-        """Write values (S, H, W) on the scan's grid, whole or not at all; bool as 0 and 1.
-
-        `mark` says in the header what made them.
-        """
+        """Write values (S, H, W), bool as 0 and 1, on the scan's grid; `mark`: what made them."""
         if values.dtype == bool:
             values = values.view(np.uint8)
         voxels = np.ascontiguousarray(self.grid.from_axial(values))

@@ -40,8 +40,7 @@ Notes = tuple[str, ...]
 def series_grid(series: Series) -> Grid:
     """Read the grid of a DICOM series.
 
-    Raises ValueError, naming file and tag, unless each file states its geometry and holds its
-    pixels, and the slices are one regular stack.
+    Raises ValueError, naming file and tag, unless each file is complete and all make one stack.
     """
     headers = series_headers(series)
     first = headers[0]

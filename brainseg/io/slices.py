@@ -107,10 +107,7 @@ class Case:
 
 @contextmanager
 def errors_name(path: Path) -> Iterator[None]:
-    """Raise what goes wrong with a case, if it is no sentence yet, as a ValueError that names it.
-
-    Libraries raise errors of every kind on a damaged file, and one file must not end a cohort.
-    """
+    """Raise what goes wrong with a case, of whatever kind, as a ValueError that names it."""
     try:
         yield
     except (ValueError, OSError):
@@ -250,10 +247,7 @@ def _black_is_zero(images: np.ndarray, path: Path) -> np.ndarray:
 
 
 def _painted(colours: np.ndarray, opacity: np.ndarray, path: Path) -> np.ndarray:
-    """Return the colours (S, H, W, C) of a drawing, 0 where it is see-through.
-
-    Raises ValueError, naming `path`, if it is painted in black.
-    """
+    """Return colours (S, H, W, C), 0 where they are see-through; ValueError if they are black."""
     opaque = opacity > opacity.max() / 2
     visible = colours * opaque
     if opaque.any() and not opaque.all() and not visible.any():
@@ -289,10 +283,7 @@ def _read_png(path: Path) -> np.ndarray:
 
 
 def _read_tiff(path: Path) -> tuple[np.ndarray, bool]:
-    """Read the one page of a TIFF, and whether its tag says that white is zero.
-
-    Several pages give an array of 4 axes, which `_read_image` rejects.
-    """
+    """Read a TIFF, and whether its tag says that white is zero; several pages give 4 axes."""
     white_is_zero = False
     try:
         with tifffile.TiffFile(path) as tiff:
@@ -324,10 +315,7 @@ def _read_tiff(path: Path) -> tuple[np.ndarray, bool]:
 
 
 def _decode(path: Path, kind: str) -> np.ndarray:
-    """Read a PNG or a TIFF by Pillow; without `kind`, the content would choose among 40 decoders.
-
-    Several frames give an array of 4 axes, which `_read_image` rejects.
-    """
+    """Read an image by Pillow (else its content would choose the `kind`); frames give 4 axes."""
     frames = []
     with Image.open(path, formats=[kind]) as image:
         for frame in ImageSequence.Iterator(image):
