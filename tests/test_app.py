@@ -367,46 +367,50 @@ def test_too_little_memory_is_one_sentence(files, monkeypatch, fault):
     service.close()
 
 
-def test_failed_uploads_free_their_places_in_the_queue(files, tmp_path):
+@pytest.fixture(scope="module")
+def small_server(files, tmp_path_factory):
+    """Return the host and port of a server with two places that may open 128 files."""
+    folder = tmp_path_factory.mktemp("small")
+    options = "--queue", "2", "--max-upload", "1"
+    process, url = start(folder, files / "unet.pt", *options, files=128)
+    yield url.removeprefix("http://").split(":")
+    stop(process)
+    log = (folder / "server.log").read_text()
+    assert "Traceback" not in log and len(log) < 1000, log
+
+
+def test_failed_uploads_free_their_places_in_the_queue(files, small_server):
     """Aborted, too large and broken uploads outnumber the places."""
-    process, url = start(tmp_path, files / "unet.pt", "--queue", "2", "--max-upload", "1")
-    try:
-        host, port = url.removeprefix("http://").split(":")
-        head = (
-            f"POST /api/segment HTTP/1.1\r\nHost: {host}\r\n"
-            "Content-Type: multipart/form-data; boundary=x\r\n"
-        ).encode()
-        for k in range(6):
-            with socket.create_connection((host, int(port))) as client:
-                if k % 2:  # the client leaves halfway through
-                    client.sendall(head + b"Content-Length: 1000\r\n\r\n--x\r\n")
-                    time.sleep(0.2)
-                else:  # too much, in chunks without a total length
-                    chunk = b"10000\r\n" + bytes(0x10000) + b"\r\n"
-                    client.sendall(head + b"Transfer-Encoding: chunked\r\n\r\n")
-                    with contextlib.suppress(OSError):
-                        for _ in range(40):
-                            client.sendall(chunk)
-        post(url, files={"images": ("a.nii", b"rubbish")})
+    host, port = small_server
+    head = (
+        f"POST /api/segment HTTP/1.1\r\nHost: {host}\r\n"
+        "Content-Type: multipart/form-data; boundary=x\r\n"
+    ).encode()
+    for k in range(6):
+        with socket.create_connection((host, int(port))) as client:
+            if k % 2:  # the client leaves halfway through
+                client.sendall(head + b"Content-Length: 1000\r\n\r\n--x\r\n")
+                time.sleep(0.2)
+            else:  # too much, in chunks without a total length
+                chunk = b"10000\r\n" + bytes(0x10000) + b"\r\n"
+                client.sendall(head + b"Transfer-Encoding: chunked\r\n\r\n")
+                with contextlib.suppress(OSError):
+                    for _ in range(40):
+                        client.sendall(chunk)
+    url = f"http://{host}:{port}"
+    post(url, files={"images": ("a.nii", b"rubbish")})
+    unpacked(post(url, files={"images": open(files / "head.nii.gz", "rb")}))
+
+
+def test_idle_connections_make_room(files, small_server):
+    host, port = small_server
+    url = f"http://{host}:{port}"
+    with contextlib.ExitStack() as stack:
+        for _ in range(140):
+            stack.enter_context(socket.create_connection((host, port)))
+        for _ in range(3):
+            assert httpx.get(url, timeout=20).status_code == 200
         unpacked(post(url, files={"images": open(files / "head.nii.gz", "rb")}))
-    finally:
-        stop(process)
-    assert "Traceback" not in (tmp_path / "server.log").read_text()
-
-
-def test_idle_connections_make_room(files, tmp_path):
-    process, url = start(tmp_path, files / "unet.pt", files=128)
-    place = url.removeprefix("http://").split(":")
-    try:
-        with contextlib.ExitStack() as stack:
-            for _ in range(140):
-                stack.enter_context(socket.create_connection(place))
-            for _ in range(3):
-                assert httpx.get(url, timeout=20).status_code == 200
-            unpacked(post(url, files={"images": open(files / "head.nii.gz", "rb")}))
-    finally:
-        stop(process)
-    assert (tmp_path / "server.log").stat().st_size < 1000
 
 
 def test_too_many_open_files_are_logged_once(caplog):
