@@ -440,6 +440,14 @@ def test_a_disk_that_is_full_when_the_volume_is_saved(order, phantom, monkeypatc
     assert attend(order)["full"]
 
 
+SMALL = make_volume(0, slices=24, size=48)  # in place of the server's phantom, which takes long
+
+
+@pytest.fixture(autouse=True)
+def small_phantom(monkeypatch):
+    monkeypatch.setattr("server.jobs.make_volume", lambda *_, **__: SMALL)
+
+
 @pytest.fixture
 def service():
     service = Service(Segmenter(UNet(init_features=2), image_size=32, device="cpu"), LIMITS)
