@@ -371,25 +371,25 @@ def reaches_limit(write, path, content):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-@pytest.mark.parametrize("full, suffix", [(raises_no_space, ".pt"), (reaches_limit, ".ckpt")])
-def test_full_disk_leaves_the_old_file_whole(phantoms, tmp_path, monkeypatch, full, suffix):
-    recipe = "--epochs", 2, "--keep", "last"
+def test_full_disk_leaves_the_old_file_whole(phantoms, straight, tmp_path, monkeypatch):
+    recipe, write = ("--epochs", 3, "--keep", "last"), Path.write_bytes
     weights = run(phantoms, tmp_path, "--keep", "last")
-    before, write = contents(weights), Path.write_bytes
+    before = contents(weights)
+    for full, suffix in (raises_no_space, ".pt"), (reaches_limit, ".ckpt"):
 
-    def full_disk(path, content):
-        return full(write, path, content) if path.suffix == suffix else write(path, content)
+        def full_disk(path, content, full=full, suffix=suffix):
+            return full(write, path, content) if path.suffix == suffix else write(path, content)
 
-    monkeypatch.setattr(Path, "write_bytes", full_disk)
-    message = refused(phantoms, tmp_path, "--resume", *recipe)
-    assert str(weights / f"unet{suffix}") in message
-    after = contents(weights)
-    assert sorted(after) == sorted(before), "no temporary file is left"
-    assert after["unet.ckpt"] == before["unet.ckpt"]
-    assert suffix == ".ckpt" or after == before
-    monkeypatch.undo()
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "write_bytes", full_disk)
+            message = refused(phantoms, tmp_path, "--resume", *recipe)
+        assert str(weights / f"unet{suffix}") in message
+        after = contents(weights)
+        assert sorted(after) == sorted(before), "no temporary file is left"
+        assert after["unet.ckpt"] == before["unet.ckpt"]
+        assert suffix == ".ckpt" or after == before
     run(phantoms, tmp_path, "--resume", *recipe)  # when the disk has space again
-    assert same_run(weights, run(phantoms, tmp_path / "straight", *recipe))
+    assert same_run(weights, straight / "weights")
 
 
 # Twice at once, killed, or beside the files of others
