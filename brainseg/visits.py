@@ -243,7 +243,7 @@ def _visit(measured: Measured, day: datetime.date | None, errors: dict | None) -
         case.name,
         row["patient"],
         day,
-        estimated_volume(row["lesion_ml"], expected, errors),
+        estimated_volume(_as_written(row["lesion_ml"]), _as_written(expected), errors),
         bidimensional(mask, case.spacing) if case.spacing else None,
         case.spacing,
         row["sequences"],
@@ -254,3 +254,8 @@ def _visit(measured: Measured, day: datetime.date | None, errors: dict | None) -
 
 def _label(scan: tuple[Measured, datetime.date | None]) -> str:
     return str(scan[1] or scan[0].case.name)
+
+
+def _as_written(number: float | None) -> float | None:
+    """Return a number as tables hold it: masks that are kept have the growth they had before."""
+    return None if number is None else float(f"{number:.6g}")
