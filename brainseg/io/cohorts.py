@@ -8,6 +8,7 @@ folder below it and `{name}` the last part of that path.
 from __future__ import annotations
 
 import glob
+import itertools
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -66,7 +67,8 @@ class Layout:
 def _brain_lesion(*places: str) -> Patterns:
     """List patterns of lesion masks in BIDS derivatives; OTHER_MASK rules out brain and tissues."""
     names = ("*lesion*", "*tumo*r*", "*_roi")  # *_mask may be of anything
-    return tuple(f"{{root}}/derivatives/{place}/{name}" for name in names for place in places)
+    pairs = itertools.product(names, places)
+    return tuple(f"{{root}}/derivatives/{place}/{name}" for name, place in pairs)
 
 
 # fmt: off
@@ -156,8 +158,9 @@ def _fitting(pattern: str, folder: Path, root: Path) -> list[Path]:
     where, _, wanted = pattern.rpartition("/")
     wanted = wanted.lower()
     fitting = []
-    for directory in map(Path, sorted(glob.glob(str(Path(glob.escape(str(folder)), where))))):
-        for path in sorted(directory.iterdir()) if directory.is_dir() else ():
+    directories = glob.glob(str(Path(glob.escape(str(folder)), where)))
+    for directory in filter(Path.is_dir, map(Path, sorted(directories))):
+        for path in sorted(directory.iterdir()):
             fits = fnmatch(path.name.lower(), wanted) or fnmatch(scan_name(path).lower(), wanted)
             if fits and path.name[0] != "." and is_scan(path):
                 fitting.append(path)

@@ -53,8 +53,10 @@ class Series:
     @property
     def patient(self) -> str:
         """Return the PatientID, fit for the name of a file; empty if it names nobody."""
-        given = text(self.header, "PatientID")
-        return "" if NOBODY.match(given) else re.sub(r"[^\w.-]+", "-", given).strip("-._")
+        patient = text(self.header, "PatientID")
+        if NOBODY.match(patient):
+            return ""
+        return re.sub(r"[^\w.-]+", "-", patient).strip("-._")
 
     @property
     def words(self) -> str:
@@ -189,7 +191,8 @@ def group_series(images: Sequence[Image]) -> list[Series]:
         is_alone = {path.parent for path in files} == {folder} and len(beside[folder]) == 1
         complete = [header for _, header in group if all(_identifiers(header))]
         header = complete[0] if complete else group[0][1]
-        series.append(Series(folder if is_alone else files[0], files, header))
+        path = folder if is_alone else files[0]
+        series.append(Series(path, files, header))
     return sorted(series, key=lambda one: (number(one.header, "SeriesNumber", 0), str(one)))
 
 

@@ -52,7 +52,9 @@ LAST_NUMBER = 2**31 - 1
 
 def holds_dicom(path: Path) -> bool:
     """Tell whether a case's folder or file contains a DICOM image."""
-    return any(map(is_dicom, path.rglob("*") if path.is_dir() else [path]))
+    if not path.is_dir():
+        return is_dicom(path)
+    return any(map(is_dicom, path.rglob("*")))
 
 
 def series_of(case: Case) -> Series | None:

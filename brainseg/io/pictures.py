@@ -25,7 +25,7 @@ GREEN, RED = (0, 255, 0), (255, 0, 0)
 
 def to_grey(volume: np.ndarray) -> np.ndarray:
     """Return FLAIR (channel 1, or the only one) of a volume (S, H, W, C) as (S, H, W) uint8."""
-    flair, _ = without_fill(volume[..., 1 if volume.shape[-1] >= 2 else 0])
+    flair, _ = without_fill(volume[..., min(1, volume.shape[-1] - 1)])
     flair = flair.astype(np.float32)
     low, high = flair.min(), np.percentile(flair, 99.8)
     return (255 * np.clip((flair - low) / max(high - low, 1e-6), 0, 1)).astype(np.uint8)

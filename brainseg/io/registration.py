@@ -123,7 +123,9 @@ def foreground_points(image: sitk.Image) -> np.ndarray:
     """Return the positions (N, 3), in mm, of a sample of foreground voxels."""
     voxels = sitk.GetArrayViewFromImage(image)
     index = np.argwhere(voxels > voxels.mean())
-    index = index[:: max(1, len(index) // 500)] if len(index) else np.array(voxels.shape)[None] // 2
+    if len(index) == 0:
+        index = np.array(voxels.shape)[None] // 2
+    index = index[:: max(1, len(index) // 500)]
     return np.array([image.TransformIndexToPhysicalPoint(i) for i in index[:, ::-1].tolist()])
 
 

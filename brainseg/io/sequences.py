@@ -50,8 +50,11 @@ CONTRAST = {
     "Romanian": ("fara inainte", "cu dupa"),
     "Russian": ("без до не нет", "с после"),
 }
-WITHOUT_WORDS = {word for without, _ in CONTRAST.values() for word in without.split()}
-WITH_WORDS = {word for _, with_it in CONTRAST.values() for word in with_it.split()}
+WITHOUT_WORDS: set[str] = set()
+WITH_WORDS: set[str] = set()
+for without, with_it in CONTRAST.values():
+    WITHOUT_WORDS.update(without.split())
+    WITH_WORDS.update(with_it.split())
 AFTER = set("post apres apos pos dopo nach efter etter".split())  # if no agent is named, too
 OPERATION = tuple("op surg chir rt rx tx srs rad chem treat ther resec biop proc bestr".split())
 # The beginnings of the names of agents; whole names; those that need a word above beside them.

@@ -8,6 +8,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 
 from pydicom import uid
@@ -31,7 +32,8 @@ class Study:
     @property
     def folders(self) -> set[Path]:
         """Return the folders with files of its series."""
-        return {path.parent for series in self.series for path in series.files}
+        files = chain.from_iterable(series.files for series in self.series)
+        return {path.parent for path in files}
 
 
 # Which studies there are
@@ -70,9 +72,12 @@ def _top(root: Path, folder: Path) -> Path:
 def _without_others(root: Path, studies: list[Study]) -> list[Study]:
     """Leave out studies without MR, such as CT, beside MR studies."""
     with_mr = {_top(root, study.folder) for study in studies if mr_series(study)}
-    if root in with_mr:
-        return [study for study in studies if mr_series(study)]
-    return [s for s in studies if mr_series(s) or _top(root, s.folder) not in with_mr]
+    remaining = []
+    for study in studies:
+        is_beside = root in with_mr or _top(root, study.folder) in with_mr
+        if mr_series(study) or not is_beside:
+            remaining.append(study)
+    return remaining
 
 
 def mr_series(study: Study) -> list[Series]:
@@ -172,7 +177,8 @@ def sort_study(study: Study) -> tuple[dict[str, Series], str]:
                 f"{flair}: would be used as FLAIR, but its header says otherwise: "
                 f"{flair.summary(study.folder)}; if it is FLAIR, give it as --flair"
             )
-        return {"FLAIR": flair}, f"FLAIR is {flair.words!r}" if flair.words else ""
+        choice = f"FLAIR is {flair.words!r}" if flair.words else ""
+        return {"FLAIR": flair}, choice
     chosen = {}
     for name in SEQUENCES:
         fitting = [one for one in series if one.sequence == name]
