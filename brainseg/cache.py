@@ -1,11 +1,8 @@
-"""Preprocessed volumes, kept on disk.
+"""Preprocessed volumes, kept on disk in half precision and mapped into memory.
 
-Volumes are read and preprocessed once, on all cores, kept in half precision and mapped into
-memory: a second start takes seconds, and a data set larger than memory still trains. A stale or
-damaged entry is made again. The folder may be deleted at any time.
-
-A file whose size, time and first and last bytes are as recorded is trusted without reading the
-rest. One with a different time, such as a copy, is checked against its checksum once.
+A second start takes seconds, and a data set larger than memory still trains. A stale or damaged
+entry is made again; the folder may be deleted at any time. A file whose size, time and first and
+last bytes are as recorded is trusted; one of another time, such as a copy, is read whole once.
 """
 
 from __future__ import annotations
@@ -158,9 +155,8 @@ def _open_entry(entry: Path, case: Case, fingerprint: str) -> Prepared | None:
     try:
         record = _read_record(entry)
         checksums = record["checksums"]
-        if record["fingerprint"] != fingerprint:
-            return None
-        if checksums["frame"] != _frame_checksum(record["frame"]):
+        changed = checksums["frame"] != _checksum_of(record["frame"])
+        if changed or record["fingerprint"] != fingerprint:
             return None
         stats = _of_arrays(_stat, entry)
         if stats != record.get("stats"):  # a copy, or of an older version
@@ -216,23 +212,17 @@ def prune(cache: Path | str | None = None) -> str:
     """
     cache = Path(cache or default_cache())
     clear_leftovers(cache)
-    stale = [entry for entry in cache.glob("*") if _is_stale(entry)]
-    freed = 0
-    for entry in stale:
-        freed += sum(path.stat().st_size for path in entry.iterdir())
-        remove(entry, _is_entry)
-    return f"cache: deleted {len(stale)} volumes whose sources are gone ({freed / 2**30:.1f} GiB)"
-
-
-def _is_stale(entry: Path) -> bool:
-    try:
-        return _is_entry(entry) and not Path(_read_record(entry)["source"]).exists()
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
+    count, freed = 0, 0
+    for entry in list(cache.glob("*")):
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            if _is_entry(entry) and not Path(_read_record(entry)["source"]).exists():
+                size = sum(path.stat().st_size for path in entry.iterdir())
+                remove(entry, _is_entry)
+                count, freed = count + 1, freed + size
+    return f"cache: deleted {count} volumes whose sources are gone ({freed / 2**30:.1f} GiB)"
 
 
 def _is_entry(folder: Path) -> bool:
-    """Tell whether a folder is an entry by its entry.json, and holds nothing else."""
     return _holds_only_ours(folder) and FIELDS <= _read_record(folder).keys()
 
 
@@ -286,8 +276,8 @@ def _write_entry(entry: Path, record: dict, prepared: Prepared) -> None:
         for name in ARRAYS:
             save_array(new / f"{name}.npy", getattr(prepared, name))
         checksums = _of_arrays(_checksum, new)
-        checksums["frame"] = _frame_checksum(record["frame"])
-        record = record | {"checksums": checksums, "stats": _of_arrays(_stat, new)}
+        checksums["frame"] = _checksum_of(record["frame"])
+        record |= {"checksums": checksums, "stats": _of_arrays(_stat, new)}
         (new / "entry.json").write_text(json.dumps(record))
         try:  # its name is the hash of the source: with no other file in it, it is ours
             remove(entry, _holds_only_ours)
@@ -296,7 +286,7 @@ def _write_entry(entry: Path, record: dict, prepared: Prepared) -> None:
         new.rename(entry)
 
 
-def _frame_checksum(frame: dict) -> int:
+def _checksum_of(frame: dict) -> int:
     return zlib.crc32(json.dumps(frame).encode())
 
 

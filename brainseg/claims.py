@@ -97,7 +97,7 @@ def _is_checkpoint(path: Path) -> bool:
 
 
 def is_card(path: Path) -> bool:
-    """Tell whether a JSON file is what `describe_run` makes."""
+    """Tell whether a JSON file is what `make_card` makes."""
     try:
         return {"model", "settings", "cases", "recipe"} <= json.loads(path.read_text()).keys()
     except (OSError, ValueError, AttributeError):

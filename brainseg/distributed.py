@@ -118,17 +118,16 @@ def _leave(error: BaseException) -> NoReturn:
     lost = gloo or isinstance(error, dist.DistError)
     if lost:
         time.sleep(2 * GRACE)
-    elif not is_main_process():
-        time.sleep(GRACE)
-    if lost:
         text = (
             f"rank {rank()} lost another of the {world_size()} ranks; see above for the message of "
             "that rank or torchrun. Files are complete as last written"
         )
-    elif isinstance(error, (ValueError, OSError)) or out_of_memory(error):
-        text = sentence(error)
     else:
         text = "".join(traceback.format_exception(error))
+        if isinstance(error, (ValueError, OSError)) or out_of_memory(error):
+            text = sentence(error)
+        if not is_main_process():
+            time.sleep(GRACE)
     print(f"error: {text}", file=sys.__stderr__, flush=True)
     os._exit(1)  # an orderly end would wait for the other ranks
 
@@ -136,14 +135,11 @@ def _leave(error: BaseException) -> NoReturn:
 @contextlib.contextmanager
 def only_main_process_prints() -> Iterator[None]:
     """Silence the other ranks: their output and progress bars."""
-    if int(os.environ.get("RANK", 0)) == 0 or int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        yield
-        return
-    with (
-        open(os.devnull, "w") as nowhere,
-        contextlib.redirect_stdout(nowhere),
-        contextlib.redirect_stderr(nowhere),
-    ):
+    with contextlib.ExitStack() as silence:
+        if int(os.environ.get("RANK", 0)) > 0 and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            nowhere = silence.enter_context(open(os.devnull, "w"))
+            silence.enter_context(contextlib.redirect_stdout(nowhere))
+            silence.enter_context(contextlib.redirect_stderr(nowhere))
         yield
 
 
