@@ -111,7 +111,7 @@ def test_an_offset_where_above_0_changes_nothing(sequences):
 
 
 @pytest.mark.parametrize("value", [-1000, 0, 4095])
-def test_fill_that_interpolation_mixed_with_air_changes_no_level(volume, value):
+def test_fill_mixed_with_air_changes_no_level(volume, value):
     def turned(outside: float, order: int) -> np.ndarray:
         return ndimage.rotate(volume, 20, (1, 2), reshape=False, order=order, cval=outside)
 

@@ -132,7 +132,7 @@ def test_diameters_of_a_tilted_ellipse(degrees):
     assert found.across == pytest.approx(16, abs=0.6)
 
 
-def test_diameters_are_of_one_piece_in_the_slice_with_the_longest():
+def test_diameters_are_of_one_piece_in_one_slice():
     mask = np.zeros((3, 40, 40), bool)
     mask[0, 0, 0] = mask[0, 39, 39] = True  # far apart, and not one piece
     mask[1, 5:9, 5:9] = True

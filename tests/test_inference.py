@@ -479,7 +479,7 @@ def test_leftovers_of_a_killed_run_are_cleared(phantoms, weights, tmp_path):
 
 
 @pytest.mark.parametrize("step", ["preprocess", "probabilities", "assess"])
-def test_a_case_too_large_for_the_memory_does_not_stop_the_others(
+def test_a_case_too_large_does_not_stop_the_others(
     phantoms, weights, tmp_path, monkeypatch, capsys, step
 ):
     work, calls = getattr(Segmenter, step), []

@@ -89,7 +89,7 @@ def test_volumes_are_those_of_the_mask(pair, weights, tmp_path, capsys):
     assert f"{value:.2f} ({low:.2f} to {high:.2f})" in capsys.readouterr().out
 
 
-def test_other_options_than_those_of_the_fit_give_no_expected_dsc(pair, weights, tmp_path, capsys):
+def test_other_options_than_the_fits_give_no_expected_dsc(pair, weights, tmp_path, capsys):
     write(tmp_path / "a.nii.gz", pair[0])
     card = json.loads(weights.with_suffix(".json").read_text())
     fit = {"threshold": 0.5, "largest_component": False, "min_volume": 2, "tta": False}

@@ -599,7 +599,7 @@ def test_fine_tuning_takes_over_size_and_preprocessing(tmp_path, capsys):
     assert "model unet, batch size 16, lr 0.002" in lines[-1] and "(by default)" in lines[-1]
 
 
-def test_fine_tuned_weights_make_masks_as_those_they_started_from(phantoms, tmp_path, capsys):
+def test_fine_tuned_weights_are_used_as_their_start_was(phantoms, tmp_path, capsys):
     """Of the start's fit they have the settings alone, also when resumed and fine-tuned again."""
     file = saved(UNet(init_features=4), tmp_path / "start.pt")
     used = {"threshold": 0.4, "largest_component": False, "min_volume": 200, "tta": True}

@@ -205,7 +205,7 @@ def test_slices_of_a_sample_vary_and_lose_sequences_alike():
     assert torch.equal(varied[:, :3], varied[:, 3:6]) and torch.equal(varied[:, :3], varied[:, 6:])
 
 
-def test_a_batch_is_augmented_by_the_same_draws_in_parts_and_what_is_off_draws_none():
+def test_parts_of_a_batch_are_augmented_by_the_same_draws():
     """The random stream of each step is part of what a training can be repeated from."""
     generator = make_generator(1)
     moves, drops = torch.rand(5, 3, generator=generator), torch.rand(5, 2, generator=generator)
