@@ -73,6 +73,7 @@ def run(args: argparse.Namespace, options: dict) -> None:
 
     logging.getLogger("python_multipart").setLevel(logging.CRITICAL)  # the response says it all
     segmenter = Segmenter.from_weights(args.weights or shipped_weights("unet"), **options)
+    print(f"settings: {segmenter.choices}", flush=True)
     for note in segmenter.notes:
         print(note, file=sys.stderr)
     limits = Limits(upload=args.max_upload * MIB, seconds=args.time_limit)

@@ -111,6 +111,7 @@ def run(args: argparse.Namespace, options: dict) -> None:
     else:
         for model in models:
             if isinstance(model, NetworkModel):
+                print(f"{model.name}: {model.segmenter.choices}")
                 for note in model.segmenter.notes:
                     print(f"{model.name}: {note}", file=sys.stderr)
     differing = differing_settings(models)

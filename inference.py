@@ -209,6 +209,7 @@ def plan_outputs(
         algorithm = f"{PROGRAM} {stems}", commit or "unknown"
     return Outputs(
         args.predictions,
+        segmenter.run,
         earlier=earlier,
         trained_on=patients_of_card(segmenter.card, "train", cases=sources),
         probabilities=args.probabilities,

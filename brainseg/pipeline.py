@@ -35,6 +35,7 @@ class Outputs:
     """The folder to write to, and what to write there beside masks and pictures."""
 
     folder: Path
+    run: str  # names weights and settings (`Segmenter.run`)
     earlier: dict[str, dict]  # rows of volumes.csv by case; masks that these describe are kept
     trained_on: set[str]  # patients
     probabilities: bool  # maps, too
@@ -103,16 +104,16 @@ def segment_case(
     try:
         with errors_name(source.folder):
             loaded = read(source, outputs, register)
-            mask = earlier_mask(loaded, segmenter.run, outputs)
+            mask = earlier_mask(loaded, outputs)
             if mask is not None:
-                return keep(loaded, mask, segmenter.run, outputs)
+                return keep(loaded, mask, outputs)
             images, frame = prepare(loaded, segmenter)
             with turn:
                 probabilities = predict(segmenter, images)
             del images  # of some size, and drawing takes a while
             segmentation = segmenter.assess(probabilities, frame)  # restore, threshold, components
             del probabilities
-            return write(loaded, segmentation, segmenter.run, outputs)
+            return write(loaded, segmentation, outputs)
     except ValueError as error:
         return Result("unread", unread_row(source, error), error=sentence(error))
 
@@ -144,30 +145,29 @@ def check_not_overwritten(case: Case, folder: Path) -> None:
         check_ours(path)
 
 
-def earlier_mask(loaded: Loaded, run: str, outputs: Outputs) -> np.ndarray | None:
-    """Read the mask that an earlier `run` made of the same scan, or None if it is to be made."""
+def earlier_mask(loaded: Loaded, outputs: Outputs) -> np.ndarray | None:
+    """Read the mask that an earlier run made of the same scan in the same way, or return None."""
     case, volume = loaded.case, loaded.volume
     row = outputs.earlier.get(case.name)
-    if row is None or row[RUN] != run or row["scan_hash"] != scan_hash(volume):
+    if row is None or row[RUN] != outputs.run or row["scan_hash"] != scan_hash(volume):
         return None
     others = map_files(case, "probability") if outputs.probabilities else []
     if outputs.algorithm and series_of(case):
         others.append(seg_file(case))
-    mask = find_masks(outputs.folder, case, run, others)
+    mask = find_masks(outputs.folder, case, outputs.run, others)
     if mask is None or mask.shape != volume.shape[:3]:
         return None
     return mask
 
 
-def keep(loaded: Loaded, mask: np.ndarray, run: str, outputs: Outputs) -> Result:
+def keep(loaded: Loaded, mask: np.ndarray, outputs: Outputs) -> Result:
     """Return the result of a case whose mask is kept, with its earlier row if that describes it."""
     case = loaded.case
-    row = volume_row(case, loaded.volume, mask, None, case.notes, run, case.replaced)
+    row = volume_row(case, loaded.volume, mask, None, case.notes, outputs.run, case.replaced)
     earlier = outputs.earlier[case.name]  # with values from the probabilities
     if earlier["lesion_voxels"] == row["lesion_voxels"]:
         row = earlier | {"patient": row["patient"]}
-    scores = score_row(loaded, mask, run, outputs)
-    return Result("kept", row, scores, picture(loaded, mask, outputs))
+    return result_of("kept", loaded, mask, row, outputs)
 
 
 def prepare(loaded: Loaded, segmenter: Segmenter) -> tuple[Tensor, Frame]:
@@ -206,7 +206,7 @@ def predict(segmenter: Segmenter, images: Tensor) -> Tensor:
         )
 
 
-def write(loaded: Loaded, segmentation: Segmentation, run: str, outputs: Outputs) -> Result:
+def write(loaded: Loaded, segmentation: Segmentation, outputs: Outputs) -> Result:
     """Write the mask of a case and what `outputs` asks for; return its result."""
     case, mask, error = loaded.case, segmentation.mask, ""
     maps = {}
@@ -214,15 +214,14 @@ def write(loaded: Loaded, segmentation: Segmentation, run: str, outputs: Outputs
         maps["probability"] = segmentation.probabilities
         if segmentation.deviation is not None:
             maps["disagreement"] = segmentation.deviation
-    write_case(outputs.folder, case, loaded.volume, mask, loaded.truth, maps, run)
+    write_case(outputs.folder, case, loaded.volume, mask, loaded.truth, maps, outputs.run)
     if outputs.algorithm and series_of(case):
         error = write_seg(outputs.folder / seg_file(case), case, mask, outputs.algorithm)
-    warnings = [*case.notes, *segmentation.warnings]
-    replaced = [*case.replaced, *segmentation.replaced]
+    warnings = list(case.notes) + segmentation.warnings
+    replaced = list(case.replaced) + list(segmentation.replaced)
     expected = segmentation.expected
-    row = volume_row(case, loaded.volume, mask, expected, warnings, run, replaced)
-    scores = score_row(loaded, mask, run, outputs)
-    return Result("segmented", row, scores, picture(loaded, mask, outputs), error)
+    row = volume_row(case, loaded.volume, mask, expected, warnings, outputs.run, replaced)
+    return result_of("segmented", loaded, mask, row, outputs, error)
 
 
 def write_seg(path: Path, case: Case, mask: np.ndarray, algorithm: tuple[str, str]) -> str:
@@ -240,19 +239,19 @@ def write_seg(path: Path, case: Case, mask: np.ndarray, algorithm: tuple[str, st
     return ""
 
 
-def score_row(loaded: Loaded, mask: np.ndarray, run: str, outputs: Outputs) -> dict | None:
-    """Make the row of metrics.csv of a case, or None if it has no true mask."""
-    if loaded.truth is None:
-        return None
-    patient = patient_of(loaded.case)
-    row = table_row(loaded.case, mask, loaded.truth)
-    row |= {"patient": patient, "trained_on": int(patient in outputs.trained_on), RUN: run}
-    return row
-
-
-def picture(loaded: Loaded, mask: np.ndarray, outputs: Outputs) -> bytes | None:
-    """Draw the thumbnail of a case, if the run asks for them."""
-    return thumbnail(loaded.volume, mask) if outputs.thumbnails else None
+def result_of(
+    state: str, loaded: Loaded, mask: np.ndarray, row: dict, outputs: Outputs, error: str = ""
+) -> Result:
+    """Score a mask if there is a true one, and draw it if the run asks for that."""
+    scores = picture = None
+    if loaded.truth is not None:
+        patient = patient_of(loaded.case)
+        scores = table_row(loaded.case, mask, loaded.truth)
+        scores |= {"patient": patient, "trained_on": int(patient in outputs.trained_on)}
+        scores[RUN] = outputs.run
+    if outputs.thumbnails:
+        picture = thumbnail(loaded.volume, mask)
+    return Result(state, row, scores, picture, error)
 
 
 def say(text: str) -> None:

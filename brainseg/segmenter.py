@@ -288,8 +288,10 @@ def explain_choices(segmenter: Segmenter, given: dict) -> str:
         "amp": "faster here" if segmenter.amp else "no faster here",
         "device": "no accelerator" if segmenter.on_cpu else "accelerator",
     }
-    parts = []
-    for name in MASK_SETTINGS + ("amp", "device"):
+    names, parts = MASK_SETTINGS, []
+    if not isinstance(segmenter.model, OnnxNetwork):  # which has its own precision and device
+        names += ("amp", "device")
+    for name in names:
         reason = reasons.get(name, "default")
         if name in given:
             reason = "given"
