@@ -1,7 +1,7 @@
 # make demo   a synthetic data set, a one-minute training, masks and scores, in demo/
 # make test   the test suite
 # make test-lowest   the same with the lowest versions that are allowed, before a bound is changed
-# make lint   ruff check and ruff format --check
+# make lint   ruff check, ruff format --check, and pyright's basic checks (as basedpyright)
 PYTHON ?= python3
 BIN := .venv/bin
 LOWEST := .venv-lowest/bin/python
@@ -40,6 +40,7 @@ test-lowest:
 lint: .venv/installed-dev
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
+	@$(BIN)/basedpyright
 
 .venv/installed: requirements.txt constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \

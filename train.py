@@ -19,7 +19,7 @@ from argparse import Namespace
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 import cli
@@ -35,7 +35,7 @@ from brainseg.runs import RunWriter, Validation, how_to_resume, report_cases, re
 from brainseg.segmenter import Segmenter
 from brainseg.splits import list_cohort, validate_on
 from brainseg.training import TrainState
-from brainseg.weights import CARD_DEFAULTS, MODELS
+from brainseg.weights import CARD_DEFAULTS, MODELS, Network
 from dataset import BatchLoader, SliceDataset, train_and_validation
 from loss import LOSSES
 from transform import Augmentation
@@ -151,7 +151,7 @@ def open_data(
     return train_set, validation_set
 
 
-def make_state(args: Namespace, model: nn.Module, data: SliceDataset) -> TrainState:
+def make_state(args: Namespace, model: Network, data: SliceDataset) -> TrainState:
     """Make the state before the first step, for a network that is on its device."""
     device, sequences = next(model.parameters()).device, data.in_channels
     augmentation = Augmentation(

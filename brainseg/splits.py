@@ -143,18 +143,18 @@ def select_cases(cases: Sequence[Named], subset: str) -> list[Named]:
 
 
 def split_folds(
-    cases: Sequence[Named],
+    cases: Sequence[Case],
     folds: int,
     fold: int,
     workers: int | None = None,
-    voxels: Callable[[Named], int] | None = None,
-) -> tuple[list[Named], list[Named]]:
+    voxels: Callable[[Case], int] | None = None,
+) -> tuple[list[Case], list[Case]]:
     """Split cases for cross-validation into those to train on and those that `fold` holds out.
 
     Folds are by patient, balanced over hospitals (for LGG) and lesion volumes, and the same on
     every machine for the same cases and masks; cases that the user or the LGG lists set aside for
-    testing are in none. `voxels` returns the lesion
-    volume of a case; by default its mask is read. Raises ValueError as `check_folds` does.
+    testing are in none. `voxels` returns the lesion volume of a case; by default its mask is read.
+    Raises ValueError as `check_folds` does.
     """
     check_folds(cases, folds, fold)
     pool = outside_test(cases)
@@ -173,7 +173,7 @@ def outside_test(cases: Iterable[Named]) -> list[Named]:
     return [case for case in cases if subset_of(case) != "test" or not is_placed(case)]
 
 
-def check_folds(cases: Iterable[Case | Source], folds: int, fold: int | None) -> None:
+def check_folds(cases: Iterable[Named], folds: int, fold: int | None) -> None:
     """Raise ValueError unless 0 <= fold < folds and 2 <= folds <= patients outside test."""
     patients = {patient_of(case) for case in outside_test(cases)}
     if len(patients) < 2:

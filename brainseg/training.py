@@ -23,6 +23,7 @@ from .io.files import out_of_memory, sentence
 from .weights import (
     CARD_DEFAULTS,
     MODELS,
+    Network,
     build_model,
     initialise,
     load_state,
@@ -39,7 +40,7 @@ CHECKPOINT = {"args", "model", "ema", "optimizer", "cases", *PROGRESS}
 class TrainState:
     """A training between two steps: what it was set up with, and what a checkpoint holds."""
 
-    model: nn.Module
+    model: Network
     slices: int  # per epoch
     batch_size: int
     epochs: int
@@ -224,7 +225,7 @@ def build_network(
     pretrained: str | bool | None = None,
     seed: int = 0,
     init_weights: Path | None = None,
-) -> nn.Module:
+) -> Network:
     """Build a network with random weights from `seed`, or those of a file where they fit."""
     settings: dict[str, Any] = {"in_channels": in_channels}
     if features:
@@ -244,12 +245,12 @@ def build_network(
     return model
 
 
-def on_device(model: nn.Module, device: torch.device, sync_bn: bool = False) -> nn.Module:
+def on_device(model: Network, device: torch.device, sync_bn: bool = False) -> Network:
     """Move the network to its device; with `sync_bn`, batch norm over the batch of all ranks."""
     if sync_bn:
         if device.type != "cuda":
             raise ValueError(f"--sync-bn is for CUDA devices, not for {device}; leave it out")
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)  # its batch norms are replaced in place
     # The stub of `to` lacks memory_format.
     return model.to(device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
