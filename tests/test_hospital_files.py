@@ -179,6 +179,7 @@ for what, refused, noted, fields in [
     ("pixdim NaN", "is 2 x nan x 6 mm", "", {"sform_code": 0, "pixdim": pixdim(2, np.nan, 6)}),
     ("millimetres called metres", "is 2000 x 2000 x 6000 mm", "", {"xyzt_units": 1}),
     ("a quaternion of length 1.4", "is not a number", "", {"sform_code": 0, "quatern_b": 1}),
+    ("skewed axes", "not at right angles", "", {"srow_x": [-2, 0.4, 0, 95]}),
     ("NaN in its sform", "its spacing is nan", "", {"srow_x": [np.nan, 0, 0, 95]}),
     ("sform and qform of code 0", "no orientation", "", {"sform_code": 0, "qform_code": 0}),
     ("sform of code 9", "sform_code is 9", "", {"sform_code": 9}),
@@ -267,6 +268,7 @@ for what, refused, fields in [
     ("of spacings alone", "no orientation", SPACED + OFFSET),
     ("without spacings", "no spacing", TURN + OFFSET),
     ("at skewed axes", "not at right angles", SPACED + TURN.replace("= 1 0", "= 1 .1") + OFFSET),
+    ("of spacing 0", "spacing is 0", SPACED.replace("= 2", "= 0") + TURN + OFFSET),
     ("of spacing -2", "spacing is -2 x 2 x 6 mm", SPACED.replace("= 2", "= -2") + TURN + OFFSET),
     ("of spacing NaN", "its spacing is 0", SPACED.replace("= 2", "= nan") + TURN + OFFSET),
 ]:
@@ -681,6 +683,19 @@ def enhanced(folder: Path) -> Path:
         data.SharedFunctionalGroupsSequence = [shared]
         data.PerFrameFunctionalGroupsSequence = [frame]
     return save(folder, series)
+
+
+@kind("DICOM: an enhanced image of several frames", refused="holds several frames; convert")
+def frames(folder: Path) -> Path:
+    path = min(enhanced(folder).iterdir())
+    data = pydicom.dcmread(path)
+    data.NumberOfFrames, data.PixelData = 2, 2 * data.PixelData
+    data.PerFrameFunctionalGroupsSequence.append(data.PerFrameFunctionalGroupsSequence[0])
+    data.save_as(path)
+    for other in folder.iterdir():
+        if other != path:
+            other.unlink()
+    return folder
 
 
 def move(data: pydicom.Dataset, *tags: str) -> pydicom.Dataset:

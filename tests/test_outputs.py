@@ -369,22 +369,14 @@ def test_a_report_that_is_a_folder_is_refused_at_once(phantoms, weights, tmp_pat
     assert "is a folder" in said and not list(tmp_path.rglob("*_mask.tif"))
 
 
-def test_rows_of_other_cases_are_kept(phantoms, weights, tmp_path):
-    both = "--cases", "phantom_003", "phantom_004"
-    assert infer(phantoms, tmp_path, weights, *both) == 0
-    before = table(tmp_path)
-    assert infer(phantoms, tmp_path, weights, *both[:2], "--skip-existing") == 0
-    assert table(tmp_path) == before and len(before) == 2
-
-
-def test_scores_of_other_cases_are_kept(phantoms, weights, tmp_path):
+def test_rows_and_scores_of_other_cases_are_kept(phantoms, weights, tmp_path):
     images = subset_copy(phantoms, tmp_path / "in", "phantom_003", "phantom_004")
     scores = tmp_path / "predictions" / "metrics.csv"
     assert infer(images, tmp_path, weights) == 0
-    both = scores.read_text()
+    both, rows = scores.read_text(), table(tmp_path)
     again = images, tmp_path, weights, "--skip-existing"
     assert infer(*again, "--cases", "phantom_003") == 0
-    assert scores.read_text() == both
+    assert scores.read_text() == both and table(tmp_path) == rows and len(rows) == 2
     (images / "phantom_004" / "phantom_004_4.tif").unlink()
     assert infer(*again) == 1
     assert scores.read_text().splitlines() == both.splitlines()[:2], "it has no score any more"

@@ -13,7 +13,7 @@ import torch
 from conftest import file_limit, run_main
 from medpy.io import load, save
 from pydicom.dataset import FileMetaDataset
-from pydicom.uid import EnhancedMRImageStorage, ExplicitVRLittleEndian, MRImageStorage
+from pydicom.uid import ExplicitVRLittleEndian, MRImageStorage
 
 import inference
 from brainseg.io.grid import Grid
@@ -289,7 +289,10 @@ def test_flair_with_three_channels_is_refused(pair, weights, tmp_path, capsys):
     assert f"{path}: 3 channels; give it alone, with --images" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["p1_t1", "p1-T1ce", "x_seg", "a_t2w", "t1ce"])
+OTHERS = "p1_t1 p1-T1ce x_seg a_t2w t1ce p3_T2_axial DWI_b1000 p5_ADC_map".split()
+
+
+@pytest.mark.parametrize("name", [*OTHERS, "p8 T1 MPRAGE"])
 def test_a_file_named_as_another_sequence_is_not_flair(pair, tmp_path, name):
     path = write(tmp_path / f"{name}.nii.gz", pair[0][..., 1])
     with pytest.raises(
@@ -301,42 +304,6 @@ def test_a_file_named_as_another_sequence_is_not_flair(pair, tmp_path, name):
 
 
 # Headers that cannot be trusted
-
-
-@pytest.mark.parametrize("codes", [(1, 2), (1, 4), (2, 1)])
-@pytest.mark.parametrize("orientation", ["LPS", "RAS", "ASR"])
-def test_sform_is_taken_where_qform_disagrees(pair, tmp_path, codes, orientation):
-    """ITK chooses one of them by their codes; nibabel always takes the sform."""
-    image = nibabel.load(write(tmp_path / "a.nii.gz", pair[0], orientation))
-    moved = image.affine.copy()
-    moved[:3, 3] += 7
-    image.set_qform(image.affine, codes[0])
-    image.set_sform(moved, codes[1])
-    nibabel.save(image, tmp_path / "b.nii.gz")
-    scan = find_case(tmp_path / "b.nii.gz")
-    assert scan.notes == ["its sform and qform disagree; the sform is used"]
-    assert np.array_equal(scan.read(), pair[0])
-    scan.write_map(tmp_path / "mask.nii.gz", pair[1])
-    np.testing.assert_allclose(read(tmp_path / "mask.nii.gz")[1], moved, atol=1e-4)
-    assert find_case(tmp_path / "a.nii.gz").notes == []
-
-
-def test_skewed_sform_is_refused(pair, tmp_path):
-    image = nibabel.load(write(tmp_path / "a.nii.gz", pair[0]))
-    skewed = LPS.copy()
-    skewed[0, 1] = 0.4
-    image.set_qform(LPS, 1)
-    image.set_sform(skewed, 2)
-    nibabel.save(image, tmp_path / "b.nii.gz")
-    with pytest.raises(ValueError, match="b.nii.gz: its axes are not at right angles"):
-        find_case(tmp_path / "b.nii.gz")
-
-
-def test_no_orientation_is_refused(pair, tmp_path):
-    image = nibabel.Nifti1Image(pair[0].transpose(2, 1, 0, 3), None)
-    nibabel.save(image, tmp_path / "a.nii.gz")
-    with pytest.raises(ValueError, match="a.nii.gz: its header gives no orientation"):
-        find_case(tmp_path / "a.nii.gz")
 
 
 @pytest.mark.parametrize("limit", [0, 100])
@@ -645,33 +612,6 @@ def test_a_damaged_file_at_the_end_of_a_series_is_not_left_out(pair, tmp_path, l
         find_case(folder)
 
 
-def test_several_frames_in_a_dicom_file_are_refused(pair, tmp_path):
-    volume = pair[0][..., 1]
-    folder = write_series(tmp_path / "p1", volume[:1])
-    (path,) = folder.iterdir()
-    data = pydicom.dcmread(path)
-    for name in ("PixelSpacing", "SliceThickness", "ImageOrientationPatient"):
-        delattr(data, name)
-    del data.ImagePositionPatient
-    data.SOPClassUID = data.file_meta.MediaStorageSOPClassUID = EnhancedMRImageStorage
-    data.NumberOfFrames, data.PixelData = len(volume), volume.astype("<u2").tobytes()
-    plane = pydicom.Dataset(), pydicom.Dataset()
-    plane[0].PixelSpacing, plane[0].SliceThickness = [0.9, 0.9], 5
-    plane[1].ImageOrientationPatient = [1, 0, 0, 0, 1, 0]
-    shared = pydicom.Dataset()
-    shared.PixelMeasuresSequence, shared.PlaneOrientationSequence = [plane[0]], [plane[1]]
-    data.SharedFunctionalGroupsSequence, frames = [shared], []
-    for k in range(len(volume)):
-        frame, place = pydicom.Dataset(), pydicom.Dataset()
-        place.ImagePositionPatient = [0, 0, 5 * k]
-        frame.PlanePositionSequence = [place]
-        frames.append(frame)
-    data.PerFrameFunctionalGroupsSequence = frames
-    data.save_as(path)
-    with pytest.raises(ValueError, match=f"{folder}: {path.name} holds several frames"):
-        find_case(folder)
-
-
 def test_dicom_beside_other_cases_hides_none(pair, tmp_path):
     flair = pair[0][..., 1]
     write_series(tmp_path / "a", flair)
@@ -692,14 +632,6 @@ def test_a_study_beside_volume_files_is_listed(pair, tmp_path):
     assert [source.name for source in list_cases(tmp_path)] == ["a", "b"]
 
 
-@pytest.mark.parametrize(
-    "name", ["p3_T2_axial", "DWI_b1000", "p5_ADC_map", "p8 T1 MPRAGE", "x_seg"]
-)
-def test_files_named_as_other_sequences_are_refused(pair, tmp_path, name):
-    with pytest.raises(ValueError, match="would be used as FLAIR"):
-        find_case(write(tmp_path / f"{name}.nii.gz", pair[0][..., 1]))
-
-
 @pytest.mark.parametrize("name", ["p3_T2_FLAIR", "anna-t2f", "scan1", "pre_op_scan"])
 def test_files_that_may_be_flair_are_not(pair, tmp_path, name):
     assert find_case(write(tmp_path / f"{name}.nii.gz", pair[0][..., 1])).name == name
@@ -709,22 +641,6 @@ def test_files_that_may_be_flair_are_not(pair, tmp_path, name):
 def test_the_mask_of_a_brain_extraction_is_no_truth(pair, tmp_path, name):
     write(tmp_path / f"{name}_mask.nii.gz", (pair[0][..., 1] > 40).astype(np.uint8))
     assert not find_case(write(tmp_path / f"{name}.nii.gz", pair[0][..., 1])).masks
-
-
-def test_a_spacing_of_zero_is_refused(pair, tmp_path):
-    path, voxels = tmp_path / "a.mha", np.ascontiguousarray(pair[0][..., 1])
-    path.write_bytes(
-        b"ObjectType = Image\nNDims = 3\nDimSize = 52 60 7\nElementSpacing = 0 0.9 5\n"
-        b"TransformMatrix = 1 0 0 0 1 0 0 0 1\nElementType = MET_UCHAR\nElementDataFile = LOCAL\n"
-        + voxels.tobytes()
-    )
-    with pytest.raises(ValueError, match=f"{path}: its spacing is 0"):
-        find_case(path)
-
-
-def test_a_gz_that_is_not_compressed_is_read(pair, tmp_path):
-    path = write(tmp_path / "a.nii", pair[0][..., 1]).rename(tmp_path / "a.nii.gz")
-    assert np.array_equal(find_case(path).read()[..., 1], pair[0][..., 1])
 
 
 def test_a_name_that_is_not_utf8_is_refused(pair, tmp_path):
