@@ -1,4 +1,7 @@
-"""torch.hub entry points: the bare networks, and `segmenter`, raw volume in, mask out."""
+"""torch.hub entry points: the bare networks, and `segmenter`, raw volume in, mask out.
+
+The weights are those of this checkout; Python can hold only one of them (see below).
+"""
 
 import pathlib
 
@@ -43,14 +46,26 @@ def resnext_unet(in_channels=3, out_channels=1, pretrained=False):
 
 
 def segmenter(network="unet", device=None, **options):
-    """Pretrained: raw volume (slices, H, W, 3) in, boolean mask (slices, H, W) out.
+    """Pretrained: raw volume in, boolean mask (slices, H, W) out.
 
-    Channels are pre-contrast, FLAIR, post-contrast, of any numeric type; needs numpy and
-    scikit-image.
+    A volume is (slices, H, W, 3) with the channels pre-contrast, FLAIR, post-contrast, or FLAIR
+    alone, (slices, H, W) or (slices, H, W, 1), of any numeric type; needs numpy and scikit-image.
     network: "unet", the five networks of weights/unet-folds, which are averaged.
     device: by default an accelerator if available.
     options: threshold=None, largest_component=None, min_volume=None, tta=None (None: as in the
     cards), batch_size=16, amp=None.
+
+        segment = torch.hub.load(repository, "segmenter")
+        mask = segment(volume)
+        result = segment.assess(volume, spacing=(5, 0.9, 0.9))
+
+    `assess` takes the mm from slice to slice, row to row and column to column, and returns
+    mask: (slices, H, W), bool; with square pixels, that of `segment(volume)`.
+    probabilities: of lesion, (slices, H, W), float32.
+    ml: the volume of the mask; None without a spacing.
+    expected_dsc, expected_dsc_low, expected_dsc_high: the DSC to expect and its 80 % interval; None
+    for an empty mask and for options that the fit in the cards is not for.
+    warnings: a list of sentences; empty if nothing calls for a second look.
     """
     from brainseg.segmenter import Segmenter  # needs more than torch
 

@@ -22,4 +22,4 @@ def segment_unseen(model: NetworkModel, case: str, volume: np.ndarray) -> Segmen
         raise SystemExit(f"error: {model.path}: trained on {case}; choose another --subset")
     segmenter = model.segmenter_for(case)
     images, frame = segmenter.preprocess(volume)
-    return segmenter.assess(segmenter.probabilities(images), frame)
+    return segmenter.rate(segmenter.probabilities(images), frame)

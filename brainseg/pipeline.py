@@ -111,7 +111,7 @@ def segment_case(
             with turn:
                 probabilities = predict(segmenter, images)
             del images  # of some size, and drawing takes a while
-            segmentation = segmenter.assess(probabilities, frame)  # restore, threshold, components
+            segmentation = segmenter.rate(probabilities, frame)  # restore, threshold, components
             del probabilities
             return write(loaded, segmentation, outputs)
     except ValueError as error:

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .arrays import Assessment, as_volume, aspect_of, volume_of
 from .devices import half_precision, has_bfloat16, pick_device
 from .ensemble import Ensemble, for_inference, open_network
 from .hashes import file_hash, run_name
-from .io.files import by
 from .onnx import OnnxNetwork
 from .preprocess import VERSION, Frame, neighbourhoods, preprocess, restore
 from .quality import FITTED_WITH, expected_dsc, mask_settings, quality, quality_warnings
@@ -102,12 +102,16 @@ class Predictor:
                 progress(done, len(images))
         return torch.cat(parts)
 
+    @property
+    def channels(self) -> int:
+        """Return the number of channels, or sequences, of a volume."""
+        return self.model.settings["in_channels"] // (2 * self.neighbours + 1)
+
     def check_channels(self, channels: int) -> None:
         """Raise ValueError unless the network takes this number of channels."""
-        wanted = self.model.settings["in_channels"] // (2 * self.neighbours + 1)
-        if channels != wanted:
+        if channels != self.channels:
             raise ValueError(
-                f"{channels} channel(s), but the model was trained on {wanted}; "
+                f"{channels} channel(s), but the model was trained on {self.channels}; "
                 "give the sequences it was trained on, with FLAIR in place of a missing one"
             )
 
@@ -121,12 +125,12 @@ class Segmenter(Predictor):
     """A network, or an `Ensemble`, with its preprocessing: a raw volume in, its mask out.
 
     `image_size` is the side of a resized slice, `threshold` the lowest probability that counts as
-    lesion. `largest_component` keeps only the largest one, `min_volume` drops those of fewer
-    voxels. `tta` averages over a slice and its mirror image where the slice may have lesion; `amp`
-    computes in half precision (None: if bfloat16 is faster); `batch_size` limits the slices at
-    once. `neighbours` (slices seen on either side), preprocessing `version` and `expected_dsc_fit`
-    are those of the card. The network is copied. An ONNX network has its own device and precision.
-    Raises ValueError for a wrong option.
+    lesion. `largest_component` keeps the largest, `min_volume` drops those of fewer voxels. `tta`
+    averages over a slice and its mirror image where there may be lesion; `amp` computes in half
+    precision (None: if bfloat16 is faster); `batch_size` limits the slices at once. `neighbours`
+    (slices seen on either side), preprocessing `version` and `expected_dsc_fit` are those of the
+    card. The network is copied. ONNX has its own device and precision. Raises ValueError for a
+    wrong option.
     """
 
     def __init__(
@@ -167,9 +171,8 @@ class Segmenter(Predictor):
         """Open a weights file, an ONNX file, or several weights files or a folder as an ensemble.
 
         Image size, threshold, components and `tta` are those of the card unless given; if others
-        are, its fit of the expected DSC is not used, and `notes` says so. For `providers`, see
-        `OnnxNetwork`. Raises FileNotFoundError or ValueError, naming the file, if one cannot be
-        used.
+        are, its fit of the expected DSC is not used, and `notes` says so. `providers` are those of
+        `OnnxNetwork`. Raises FileNotFoundError or ValueError, naming a file that cannot be used.
         """
         files = weights_files(weights)
         given = {name: value for name, value in options.items() if value is not None}
@@ -188,21 +191,24 @@ class Segmenter(Predictor):
         return run_name(self.hashes.values(), [getattr(self, name) for name in RUN_SETTINGS])
 
     def __call__(self, volume: np.ndarray, aspect: float = 1.0) -> np.ndarray:
-        """Segment a raw volume (S, H, W, C); return its mask (S, H, W), bool.
+        """Segment a raw volume (S, H, W, C), or FLAIR alone (S, H, W); return its mask, bool.
 
         Channels are pre-contrast, FLAIR, post-contrast, of any numeric type. `aspect` is the height
-        of a pixel over its width. Raises ValueError, also for slices more than four times as long
-        as wide, a sign that the axes are in another order.
+        of a pixel over its width. Raises ValueError, as `as_volume` does for axes in another order.
         """
-        volume = np.asarray(volume)
-        sides = volume.shape[1:3]
-        if volume.ndim == 4 and max(sides) > 4 * min(sides):
-            raise ValueError(
-                f"slices of {by(sides)} pixels are too narrow for a volume (slices, rows, "
-                "columns, channels); move the axis of the slices to the front"
-            )
-        images, frame = self.preprocess(volume, aspect)
+        images, frame = self.preprocess(as_volume(volume, self.channels), aspect)
         return self.finish(self.probabilities(images), frame)
+
+    def assess(self, volume: np.ndarray, spacing: Sequence[float] | None = None) -> Assessment:
+        """Segment as a call does, and rate the mask; `spacing` is in mm: slices, rows, columns."""
+        volume = as_volume(volume, self.channels)
+        images, frame = self.preprocess(volume, aspect_of(spacing))
+        result = self.rate(self.probabilities(images), frame)
+        ml = volume_of(result.mask, spacing)
+        expected, low, high = result.expected or (None, None, None)
+        return Assessment(
+            result.mask, result.probabilities, ml, expected, low, high, result.warnings
+        )
 
     def preprocess(self, volume: np.ndarray, aspect: float = 1.0) -> tuple[Tensor, Frame]:
         """Make the network's input (S, C, N, N), on its device if it fits, and the frame.
@@ -217,7 +223,7 @@ class Segmenter(Predictor):
         """Turn probabilities (S, K, N, N) into a mask (S, H, W), bool, in the source geometry."""
         return self._to_mask(_restored(probabilities[:, 0], frame))
 
-    def assess(self, probabilities: Tensor, frame: Frame) -> Segmentation:
+    def rate(self, probabilities: Tensor, frame: Frame) -> Segmentation:
         """Turn probabilities (S, K, N, N) into a mask, and estimate how good it is."""
         restored = _restored(probabilities[:, 0], frame).cpu()  # (S, H, W)
         deviation = None

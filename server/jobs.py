@@ -209,7 +209,7 @@ class Service:
             images, frame = self.segmenter.preprocess(loaded.volume, loaded.case.aspect)
         except ValueError as error:
             raise ValueError(f"{loaded.case.name}: {error}") from error
-        return self.segmenter.assess(self.segmenter.probabilities(images, progress), frame)
+        return self.segmenter.rate(self.segmenter.probabilities(images, progress), frame)
 
 
 def zipped(files: Mapping[str, bytes]) -> bytes:

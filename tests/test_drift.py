@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from brainseg.phantom import make_volume
+from brainseg.preprocess import restore
 from brainseg.segmenter import Segmenter
 from brainseg.weights import PUBLISHED, SHIPPED
 
@@ -30,8 +31,8 @@ def outputs(weights: Path, volume: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Compute probabilities (S, H, W) and mask (S, H, W), in float32 on the CPU."""
     segmenter = Segmenter.from_weights(weights, device="cpu", amp=False)
     images, frame = segmenter.preprocess(volume)
-    result = segmenter.assess(segmenter.probabilities(images), frame)
-    return result.probabilities, result.mask
+    probabilities = segmenter.probabilities(images)
+    return restore(probabilities[:, 0], frame).numpy(), segmenter.finish(probabilities, frame)
 
 
 @pytest.mark.parametrize("name", sorted(NAMES))

@@ -311,7 +311,7 @@ def test_fitting_writes_the_cards(phantoms, folder, tmp_path, capsys, monkeypatc
     fit = segmenter.expected_dsc_fit
     assert fit["cases"] == 12 and fit["threshold"] == 0.5
     images, frame = segmenter.preprocess(find_case(phantoms / NAMES[0]).read())
-    made = segmenter.assess(segmenter.probabilities(images), frame)
+    made = segmenter.rate(segmenter.probabilities(images), frame)
     assert made.expected and made.mask.any() and made.expected[0] < 0.7 and made.warnings
 
 

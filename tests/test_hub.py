@@ -163,8 +163,8 @@ def check_segmenter(segmenter) -> None:
     assert np.array_equal(segmenter(volume[:, :, :40]), mask), "whatever mode it was left in"
     assert np.array_equal(volume, before)
     assert not segmenter(np.zeros_like(volume)).any()
-    with pytest.raises(ValueError, match="1 channel.*trained on 3"):
-        segmenter(volume[..., :1])
+    with pytest.raises(ValueError, match="2 channel.*trained on 3"):
+        segmenter(volume[..., :2])
 
 
 def test_segmenter_takes_a_raw_volume(own_weights):
@@ -177,6 +177,61 @@ def test_segmenter_takes_a_raw_volume(own_weights):
     with pytest.raises(FileNotFoundError, match="'resnext_unet', only for unet"):
         load("segmenter", network="resnext_unet")
     check_segmenter(segmenter)
+
+
+def test_flair_alone_stands_in_for_the_others(own_weights):
+    segmenter = load("segmenter", device="cpu", threshold=0.4)
+    volume, _ = make_volume(0, slices=4, size=48)
+    flair = volume[..., 1]
+    mask = segmenter(volume[..., [1, 1, 1]])
+    assert mask.any() and not mask.all()
+    for alone in (flair, flair[..., None], torch.from_numpy(flair)):
+        assert np.array_equal(segmenter(alone), mask)
+
+
+def test_assess_gives_all_that_is_known_of_a_volume(own_weights):
+    fit = {"features": ["confidence"], "mean": [0.5], "deviation": [0.5], "weights": [0.1]}
+    fit |= {"intercept": 0.5, "interval": [-0.2, 0.2], "threshold": 0.4, "min_volume": 0}
+    card = json.loads(own_weights.with_suffix(".json").read_text())
+    own_weights.with_suffix(".json").write_text(json.dumps(card | {"expected_dsc": fit}))
+    segmenter = load("segmenter", device="cpu")
+    volume, _ = make_volume(0, slices=4, size=48)
+    result = segmenter.assess(volume, spacing=(5, 0.5, 0.5))
+    assert np.array_equal(result.mask, segmenter(volume)) and result.mask.any()
+    assert result.ml == pytest.approx(result.mask.sum() * 5 * 0.25 / 1000)
+    assert result.probabilities.shape == volume.shape[:3]
+    assert result.probabilities.dtype == np.float32
+    assert (result.probabilities[result.mask] >= 0.4).all()
+    assert 0 <= result.expected_dsc_low < result.expected_dsc < result.expected_dsc_high <= 1
+    assert any("probably poor" in warning for warning in result.warnings)
+    bare = segmenter.assess(volume[..., 1])
+    assert bare.ml is None and bare.mask.any()
+    wide = segmenter.assess(volume, spacing=(5, 1, 0.5))
+    assert np.array_equal(wide.mask, segmenter(volume, aspect=2))
+    other = load("segmenter", device="cpu", threshold=0.45).assess(volume)
+    assert other.expected_dsc is None and other.expected_dsc_low is None
+
+
+@pytest.mark.parametrize(
+    "shape, said",
+    [((48, 40), r"one whole scan \(slice\[None\]"), ((1, 4, 48, 40, 3), "one whole scan"),
+     ((48, 40, 3), r"looks like one slice with its channels.* slice\[None\]"),
+     ((4, 3, 48, 40), r"numpy.moveaxis\(volume, 1, -1\)"),
+     ((3, 4, 48, 40), r"numpy.moveaxis\(volume, 0, -1\)"),
+     ((48, 40, 4), "move the axis of the slices to the front"),
+     ((4, 48, 40, 4), "4 channel.*trained on 3")],
+)  # fmt: skip
+def test_other_shapes_are_refused_with_the_remedy(own_weights, shape, said):
+    segmenter = load("segmenter", device="cpu")
+    for call in (segmenter, segmenter.assess):
+        with pytest.raises(ValueError, match=said):
+            call(np.ones(shape, np.uint8))
+
+
+@pytest.mark.parametrize("spacing", [(1, 1), (5, 0, 1), (5, 1, float("nan"))])
+def test_a_spacing_that_is_none_is_refused(own_weights, spacing):
+    with pytest.raises(ValueError, match="must be three lengths in mm"):
+        load("segmenter", device="cpu").assess(np.ones((4, 48, 40)), spacing)
 
 
 def test_without_shipped_weights_one_sentence(tmp_path, monkeypatch):

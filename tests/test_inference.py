@@ -267,13 +267,13 @@ def test_finished_cases_are_skipped_and_still_scored(
     assert infer(*again) == 0
     first = contents(tmp_path / "predictions")
 
-    segmented, assess = [], Segmenter.assess
+    segmented, rate = [], Segmenter.rate
 
     def spy(self, probabilities, frame):
         segmented.append(frame)
-        return assess(self, probabilities, frame)
+        return rate(self, probabilities, frame)
 
-    monkeypatch.setattr(Segmenter, "assess", spy)
+    monkeypatch.setattr(Segmenter, "rate", spy)
     assert infer(*again) == 0
     assert not segmented, "the network does not run again"
     assert contents(tmp_path / "predictions") == first
@@ -477,7 +477,7 @@ def test_leftovers_of_a_killed_run_are_cleared(phantoms, weights, tmp_path):
     assert not list(tmp_path.glob("*/.brainseg-*/"))
 
 
-@pytest.mark.parametrize("step", ["preprocess", "probabilities", "assess"])
+@pytest.mark.parametrize("step", ["preprocess", "probabilities", "rate"])
 def test_a_case_too_large_does_not_stop_the_others(
     phantoms, weights, tmp_path, monkeypatch, capsys, step
 ):

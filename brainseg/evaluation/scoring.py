@@ -295,7 +295,7 @@ def segment(loaded: Loaded, networks: Sequence[NetworkModel]) -> Segmented:
     for model in networks:
         segmenter = model.segmenter_for(case)
         images, frame = inputs[model.name]
-        segmentations[model.name] = segmenter.assess(segmenter.probabilities(images), frame)
+        segmentations[model.name] = segmenter.rate(segmenter.probabilities(images), frame)
     return case, volume, truth, segmentations
 
 
