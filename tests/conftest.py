@@ -29,7 +29,7 @@ TRAINED_ON = ["phantom_001", "phantom_002"]
 Items = list[tuple[torch.Tensor, torch.Tensor]]  # images and masks of a data set
 FORK = multiprocessing.get_context("fork")
 # These take longest: a worker that got one of them last would finish long after the others.
-SLOW = ["campaign", "app", "inference", "train", "notebook", "onnx", "upload"]
+SLOW = "app inference train onnx campaign evaluate distributed hospital_files notebook".split()
 SHARED = Path(os.environ.get("LGG", ROOT.parent / "shared" / "lgg"))
 
 

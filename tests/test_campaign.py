@@ -2,7 +2,6 @@
 
 import contextlib
 import csv
-import importlib
 import io
 import json
 import os
@@ -47,9 +46,11 @@ def main_of(command: list[str], file) -> int:
     return 0
 
 
-# Import what train.py imports late once here, not once in every fork.
-for name in ("torch._dynamo", "torch.utils.tensorboard"):
-    importlib.import_module(name)
+@pytest.fixture(scope="module", autouse=True)
+def late_imports():
+    """Import what train.py imports late once here, not once in every fork."""
+    import torch._dynamo
+    import torch.utils.tensorboard  # noqa: F401
 
 
 class Forked:

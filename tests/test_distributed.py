@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch._dynamo  # DistributedDataParallel needs it: import it once here, not in every process
 from conftest import contents, in_processes
 from test_train import flags, same, scalars
 from torch import nn
@@ -31,6 +30,13 @@ from brainseg.weights import load_state, load_tensors, read_card
 from dataset import BrainSegmentationDataset
 from loss import LOSSES
 from transform import Augmentation
+
+
+@pytest.fixture(scope="module", autouse=True)
+def dynamo():
+    """Import what DistributedDataParallel needs here, not in every process."""
+    import torch._dynamo  # noqa: F401
+
 
 BATCHES = [[3, 17, 40, 41, 60], [3]]  # one that does not divide evenly, and one slice
 

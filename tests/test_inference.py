@@ -277,6 +277,13 @@ def test_finished_cases_are_skipped_and_still_scored(
     assert infer(*again) == 0
     assert not segmented, "the network does not run again"
     assert contents(tmp_path / "predictions") == first
+    path = tmp_path / "predictions" / "volumes.csv"
+    path.write_text("damaged")
+    assert f"{path}: is in the way" in infer(*again)
+    path.unlink()
+    assert infer(*again) == 0 and len(segmented) == 3, "a case without its row is made anew"
+    assert contents(tmp_path / "predictions") == first
+    segmented.clear()
 
     folder = tmp_path / "predictions"
     (folder / names[0] / f"{names[0]}_8_mask.tif").unlink()

@@ -156,21 +156,6 @@ def test_components_are_counted_largest_first():
     assert "reaches the first and the last slice" in row["warning"]
 
 
-def test_kept_cases_keep_their_rows(phantoms, weights, tmp_path):
-    run = phantoms, tmp_path, weights, "--skip-existing", "--cases", "phantom_003", "phantom_005"
-    assert infer(*run, "--probabilities") == 0
-    before = contents(tmp_path / "predictions")
-    assert infer(*run, "--probabilities") == 0
-    after = contents(tmp_path / "predictions")
-    assert after == before
-    path = tmp_path / "predictions" / "volumes.csv"
-    path.write_text("damaged")
-    assert f"{path}: is in the way" in infer(*run, "--probabilities")
-    path.unlink()
-    assert infer(*run, "--probabilities") == 0
-    assert contents(tmp_path / "predictions") == before, "a case without its row is made anew"
-
-
 def test_rows_come_back_from_the_file(pair, tmp_path):
     case = Case("1000", tuple(range(7)), (), ())
     rows = {"1000": volume_row(case, pair[0], pair[1], (0.8, 0.7, 0.9))}
