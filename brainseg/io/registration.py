@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,6 +37,33 @@ class Movement:
         )
 
 
+class _OneThread:
+    """While any thread of this process is in the block, ITK computes each result with one.
+
+    The sums of several threads differ from run to run, also within the parts of a registration that
+    SetNumberOfThreads does not reach.
+    """
+
+    def __init__(self) -> None:
+        self.lock, self.users, self.before = threading.Lock(), 0, 1
+
+    def __enter__(self) -> None:
+        with self.lock:
+            if self.users == 0:
+                self.before = sitk.ProcessObject.GetGlobalDefaultNumberOfThreads()
+                sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
+            self.users += 1
+
+    def __exit__(self, *error: object) -> None:
+        with self.lock:
+            self.users -= 1
+            if self.users == 0:
+                sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(self.before)
+
+
+one_thread = _OneThread()
+
+
 def register(moving: sitk.Image, fixed: sitk.Image, path: File) -> Movement:
     """Find the rigid movement that makes `moving`, read from `path`, fit `fixed`.
 
@@ -44,7 +72,11 @@ def register(moving: sitk.Image, fixed: sitk.Image, path: File) -> Movement:
     if that is elsewhere. Raises ValueError if it does not converge, or the result is too far from
     the start, too dissimilar or worse than the start. If the start fits as well, it is kept.
     """
-    moving, fixed = _prepare(moving), _prepare(fixed)
+    with one_thread:
+        return _register(_prepare(moving), _prepare(fixed), path)
+
+
+def _register(moving: sitk.Image, fixed: sitk.Image, path: File) -> Movement:
     head = foreground_points(fixed)
     start = sitk.Euler3DTransform()
     start.SetCenter(head.mean(axis=0).tolist())
@@ -96,7 +128,6 @@ def _failed(path: File, reason: str) -> str:
 
 def _method(fixed: sitk.Image) -> sitk.ImageRegistrationMethod:
     method = sitk.ImageRegistrationMethod()
-    method.SetNumberOfThreads(1)  # sums of several threads differ from run to run
     method.SetMetricAsMattesMutualInformation(numberOfHistogramBins=32)
     method.SetMetricSamplingStrategy(method.RANDOM)
     share = min(1.0, SAMPLES / fixed.GetNumberOfPixels())
