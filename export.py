@@ -144,9 +144,7 @@ def write_network(
     case, slices = exporting.slices_to_compare(images, model, card)
     suffix, convert = FORMATS[form]
     content = convert(exporting.trace(model, precision), card)
-    stem = "ensemble"
-    if len(given) == 1:
-        stem = HASH.sub("", given[0].stem)
+    stem = HASH.sub("", given[0].stem) if len(given) == 1 else "ensemble"
     if precision == "float16":
         stem += "-float16"
     path = named_by_hash(out or given[0].parent, stem, suffix, content)
