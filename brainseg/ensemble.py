@@ -85,7 +85,7 @@ def _relative_difference(plain: Network, folded: Network) -> float:
     batch = batch.to(next(plain.parameters()))
     expected = plain(batch, logits=True)
     difference = (folded(batch, logits=True) - expected).abs().max()
-    return float(difference / expected.abs().max())
+    return float(difference / expected.abs().max().clamp(min=1e-6))
 
 
 def open_network(
@@ -97,8 +97,8 @@ def open_network(
     FileNotFoundError or ValueError, naming the file, if one cannot be used.
     """
     if files[0].suffix == ".onnx":
-        wanted = options.keys() & {"device", "batch_size", "image_size"}
-        model = OnnxNetwork(files[0], providers, **{name: options[name] for name in wanted})
+        batch_size, size = options.get("batch_size", 16), options.get("image_size")
+        model = OnnxNetwork(files[0], providers, options.get("device"), batch_size, size)
         return model, model.card
     if providers:
         raise ValueError(f"{files[0]}: is not an ONNX file; leave out --providers, or give one")
