@@ -13,17 +13,18 @@
     python3 inference.py --images ./dicom --dicom-seg            also a DICOM Segmentation
     python3 inference.py --config settings.yaml                  flag names as keys; flags win
 
-For each source slice, PREDICTIONS/<case>/ gets <case>_<k>_mask.tif (0 or 255, height and width
-of the source) and <case>_<k>.png with outlines (truth green, prediction red);
-PREDICTIONS/<case>.gif animates them. A volume file gets one mask on its own grid instead of the
-TIFFs, PREDICTIONS/<case>_mask.nii.gz. volumes.csv has a row per case: what was found, its volume,
-the expected DSC, and a warning if the mask needs checking or the case could not be read. If cases
-have masks, metrics.csv and a figure of sorted DSCs are written too, with the cases that the weights
-were trained on marked. For patients with two or more dated scans, growth.csv has the mean tumour
-diameter, its changes and mm a year, with intervals (brainseg/growth.py). Tables keep the rows of
-other cases; their last column names the weights and settings that made each mask. args.json records
-how the last run was made. Files that this program did not write are never replaced, and only one
-run at a time writes to a folder.
+For each source slice, PREDICTIONS/<case>/ gets <case>_<k>_mask.tif (0 or 255, height and width of
+the source) and <case>_<k>.png with outlines (truth green, prediction red); PREDICTIONS/<case>.gif
+animates them. A volume file gets one mask on its own grid instead of the TIFFs,
+PREDICTIONS/<case>_mask.nii.gz. volumes.csv has a row per case: what was found, its volume, the
+expected DSC, notes on what happened to the scan, and a warning if somebody should look: a mask
+that is empty, at an end of the scan or probably poor, a scan unlike most of the run, or unread. If
+cases have masks, metrics.csv and a figure of sorted DSCs are written too, with the cases that the
+weights were trained on marked. For patients with two or more dated scans, growth.csv has the mean
+tumour diameter, its changes and mm a year, with intervals (brainseg/growth.py). Tables keep the
+rows of other cases; their last column names the weights and settings that made each mask.
+args.json records how the last run was made. Files that this program did not write are never
+replaced, and only one run at a time writes to a folder.
 
 --probabilities adds <case>_probability.nii.gz (float32) or <case>_<k>_probability.tif and, for an
 ensemble, _disagreement: the standard deviation over its networks. --dicom-seg adds <case>_seg.dcm.
@@ -68,7 +69,7 @@ from brainseg.reports.cohort import save_cohort
 from brainseg.reports.growth import growth_section, growth_table
 from brainseg.reports.page import check_page
 from brainseg.reports.scores import scores_text
-from brainseg.reports.volumes import check_kept, read_volumes, volumes_table
+from brainseg.reports.volumes import check_kept, read_volumes, volumes_table, warn_of_unlike
 from brainseg.segmenter import MASK_SETTINGS, Segmenter
 from brainseg.splits import list_cohort, select_cases
 from brainseg.visits import Patient, follow_all
@@ -248,6 +249,8 @@ def segment(
                 write_tables(done, outputs)
                 saved = time.monotonic()
         done = distributed.gather(done)
+        spacings = {result.volumes["case"]: result.spacing for result in done}
+        warn_of_unlike([result.volumes for result in done], spacings)
     finally:
         write_tables(done, outputs)
     return done

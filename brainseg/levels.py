@@ -96,10 +96,8 @@ def _find_levels(voxels: np.ndarray) -> MeasuredSequence | None:
     return MeasuredSequence(voxels, background, threshold, median, saturated, flat)
 
 
-def oddities(
-    name: str, sequence: MeasuredSequence | None, flair: MeasuredSequence, lead: str
-) -> Iterator[str]:
-    """Say what is odd about a sequence (None: constant) compared with FLAIR, called `lead`."""
+def treatments(name: str, sequence: MeasuredSequence | None) -> Iterator[str]:
+    """Say what is done to a sequence (None: constant), a sentence each."""
     if sequence is None:
         yield f"FLAIR stands in for {name}, which is constant"
         return
@@ -114,6 +112,12 @@ def oddities(
             f"{name} was normalised after skull stripping: {sequence.air:.3g}, a value between "
             "those of its tissue, is taken as background"
         )
+
+
+def oddities(
+    name: str, sequence: MeasuredSequence, flair: MeasuredSequence, lead: str
+) -> Iterator[str]:
+    """Say what makes a sequence doubtful, compared with FLAIR, called `lead`."""
     if sequence.saturated > SATURATED:
         yield f"{name} is saturated: {sequence.saturated:.0%} of it is at the maximum"
     if sequence.flat > FLAT:

@@ -26,7 +26,7 @@ from .io.slices import Case, errors_name
 from .patients import patient_of
 from .preprocess import Frame
 from .reports.scores import table_row
-from .reports.volumes import scan_hash, unread_row, volume_row
+from .reports.volumes import UNLIKE, scan_hash, unread_row, volume_row
 from .segmenter import Segmentation, Segmenter
 
 
@@ -60,6 +60,7 @@ class Result:
     volumes: dict  # its row of volumes.csv
     scores: dict | None = None  # its row of metrics.csv, if it has a truth
     thumbnail: bytes | None = None  # a JPEG for the report
+    spacing: tuple[float, float, float] | None = None  # mm: slices, rows, columns
     error: str = ""  # why it could not be read, or what could not be written
 
 
@@ -163,10 +164,14 @@ def earlier_mask(loaded: Loaded, outputs: Outputs) -> np.ndarray | None:
 def keep(loaded: Loaded, mask: np.ndarray, outputs: Outputs) -> Result:
     """Return the result of a case whose mask is kept, with its earlier row if that describes it."""
     case = loaded.case
-    row = volume_row(case, loaded.volume, mask, None, case.notes, outputs.run, case.replaced)
+    notes = notes_of(case, outputs)
+    row = volume_row(
+        case, loaded.volume, mask, None, case.doubts, outputs.run, case.replaced, notes
+    )
     earlier = outputs.earlier[case.name]  # with values from the probabilities
     if earlier["lesion_voxels"] == row["lesion_voxels"]:
-        row = earlier | {"patient": row["patient"]}
+        warning = earlier["warning"].partition(UNLIKE)[0].removesuffix("; ")
+        row = earlier | {"patient": row["patient"], "warning": warning}
     return result_of("kept", loaded, mask, row, outputs)
 
 
@@ -217,11 +222,20 @@ def write(loaded: Loaded, segmentation: Segmentation, outputs: Outputs) -> Resul
     write_case(outputs.folder, case, loaded.volume, mask, loaded.truth, maps, outputs.run)
     if outputs.algorithm and series_of(case):
         error = write_seg(outputs.folder / seg_file(case), case, mask, outputs.algorithm)
-    warnings = list(case.notes) + segmentation.warnings
+    warnings = list(case.doubts) + segmentation.warnings
     replaced = list(case.replaced) + list(segmentation.replaced)
+    notes = notes_of(case, outputs) + list(segmentation.notes)
     expected = segmentation.expected
-    row = volume_row(case, loaded.volume, mask, expected, warnings, outputs.run, replaced)
+    row = volume_row(case, loaded.volume, mask, expected, warnings, outputs.run, replaced, notes)
     return result_of("segmented", loaded, mask, row, outputs, error)
+
+
+def notes_of(case: Case, outputs: Outputs) -> list[str]:
+    """Say how a case was read, and whether the weights were trained on its patient."""
+    notes = [note for note in case.notes if note not in case.doubts]
+    if patient_of(case) in outputs.trained_on:
+        notes.append("the weights were trained on this patient: new scans have worse masks")
+    return notes
 
 
 def write_seg(path: Path, case: Case, mask: np.ndarray, algorithm: tuple[str, str]) -> str:
@@ -251,7 +265,7 @@ def result_of(
         scores[RUN] = outputs.run
     if outputs.thumbnails:
         picture = thumbnail(loaded.volume, mask)
-    return Result(state, row, scores, picture, error)
+    return Result(state, row, scores, picture, loaded.case.spacing, error)
 
 
 def say(text: str) -> None:

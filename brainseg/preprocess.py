@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .io.files import by
 from .io.sequences import SEQUENCES
-from .levels import BRIGHTEST, measure, oddities, order_note
+from .levels import BRIGHTEST, measure, oddities, order_note, treatments
 
 VERSION = 2  # of the preprocessing, for new weights
 CHANNELS = {1: ("FLAIR",), 3: SEQUENCES}
@@ -31,6 +31,7 @@ class Frame:
     size: int  # side of the preprocessed slice
     blank: bool = False  # the source is all zero: nothing to segment
     notes: tuple[str, ...] = ()  # what is odd about the sequences, a sentence each
+    doubts: tuple[str, ...] = ()  # those of the notes that call for a look at the scan
     replaced: tuple[str, ...] = ()  # constant sequences, which FLAIR stands in for
     aspect: float = 1.0  # height of a source pixel over its width, in mm
 
@@ -93,26 +94,40 @@ def _preprocess_2(
     slices, rows, columns, channels = volume.shape
     names = CHANNELS.get(channels) or tuple(f"channel {k + 1}" for k in range(channels))
     lead = "FLAIR" if "FLAIR" in names else names[0]
-    measured = [measure(volume[..., k]) for k in range(channels)]
-    flair = measured[names.index(lead)]
+    flair = measure(volume[..., names.index(lead)])
     if flair is None:
         raise ValueError(f"{lead} is constant: this is not an image")
-    sequences, replaced, notes = [], [], []
+    copies = missing_sequences(volume)  # noted once, as FLAIR
+    measured, sequences, replaced, notes, doubts = [], [], [], [], []
     foregrounds = np.zeros((slices, rows, columns), np.uint8)  # of how many sequences
-    for name, sequence in zip(names, measured, strict=True):
-        notes += oddities(name, sequence, flair, lead)
+    for k, name in enumerate(names):
+        is_flair = name == lead or name in copies
+        sequence = flair if is_flair else measure(volume[..., k])
+        measured.append(sequence)
+        if name not in copies:
+            notes += treatments(name, sequence)
         if sequence is None:
             replaced.append(name)
             sequence = flair
+        elif name not in copies:
+            doubts += oddities(name, sequence, flair, lead)
         sequences.append(sequence)
         foregrounds += sequence.foreground
     order = order_note(measured)
     if order:
-        notes.append(order)
+        doubts.append(order)
     head = foregrounds * 2 >= channels
     box = _head_box(head.sum(axis=0) > 0.05 * slices)  # step 2
     shape = (slices, rows, columns)
-    frame = Frame(shape, box, image_size, False, tuple(notes), tuple(replaced), aspect)
+    frame = Frame(
+        shape,
+        box,
+        image_size,
+        notes=tuple(notes + doubts),
+        doubts=tuple(doubts),
+        replaced=tuple(replaced),
+        aspect=aspect,
+    )
     top, bottom, left, right = box
     crops = [sequence.scaled()[:, top:bottom, left:right] for sequence in sequences]  # step 1
     resized = _resize(torch.from_numpy(np.stack(crops, axis=1)), frame, device)  # step 3

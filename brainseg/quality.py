@@ -182,17 +182,19 @@ def mask_settings(card: dict) -> dict:
 
 
 def quality_warnings(
-    features: dict, expected: tuple[float, float, float] | None, notes: Sequence[str] = ()
+    features: dict, expected: tuple[float, float, float] | None, doubts: Sequence[str] = ()
 ) -> list[str]:
-    """List in words what calls for a second look; `notes` are those of the `Frame`."""
-    warnings = [f"unusual input: {note}" for note in notes]
+    """List in words what calls for a second look; `doubts` are those of the `Frame`."""
+    warnings = [f"unusual input: {doubt}" for doubt in doubts]
     if not features["voxels"] and features["certain"]:
         warnings.append(
             f"the mask is empty: components of {features['certain']} voxels in all are smaller "
-            "than the minimum volume (--min-volume); look at it"
+            "than the minimum volume and were dropped (--min-volume); look at it"
         )
     elif not features["voxels"]:
-        warnings.append("the mask is empty: the scan has no lesion, or it was missed; look at it")
+        warnings.append(
+            "the mask is empty: there may be no tumour in this scan, or it was missed; look at it"
+        )
     elif expected and expected[0] < WARN_BELOW:
         value, low, high = expected
         warnings.append(

@@ -36,6 +36,7 @@ class Segmentation:
     expected: tuple[float, float, float] | None  # DSC and its 80 % interval, if known
     warnings: list[str]  # a sentence each; empty if nothing calls for a second look
     replaced: Sequence[str] = ()  # sequences that preprocessing has replaced by FLAIR
+    notes: Sequence[str] = ()  # what else happened to the scan, a sentence each
 
 
 class Predictor:
@@ -232,9 +233,10 @@ class Segmenter(Predictor):
         mask = self._to_mask(restored)
         features = quality(restored.numpy(), mask, deviation)
         expected = expected_dsc(features, self.expected_dsc_fit)
-        warnings = quality_warnings(features, expected, frame.notes)
+        warnings = quality_warnings(features, expected, frame.doubts)
+        notes = [note for note in frame.notes if note not in frame.doubts]
         return Segmentation(
-            mask, restored.numpy(), deviation, features, expected, warnings, frame.replaced
+            mask, restored.numpy(), deviation, features, expected, warnings, frame.replaced, notes
         )
 
     def _to_mask(self, restored: Tensor) -> np.ndarray:

@@ -22,7 +22,7 @@ from .io.predictions import find_masks
 from .io.registration import register
 from .io.slices import Case
 from .quality import WARN_BELOW
-from .reports.volumes import edge_warnings
+from .reports.volumes import edge_notes
 
 
 @dataclass(frozen=True)
@@ -233,7 +233,7 @@ def follow(
 
 def _visit(measured: Measured, day: datetime.date | None, errors: dict | None) -> Visit:
     case, mask, row = measured.case, measured.mask, measured.row
-    concerns = edge_warnings(mask)
+    concerns = edge_notes(mask)
     expected = row["expected_dsc"]
     if not mask.any():
         concerns.append("the mask is empty")

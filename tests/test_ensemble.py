@@ -332,7 +332,7 @@ def test_a_mask_emptied_by_the_minimum_volume_says_so():
     probabilities = np.zeros((2, 8, 8), np.float32)
     empty = np.zeros(probabilities.shape, bool)
     (said,) = quality_warnings(quality(probabilities, empty), None)
-    assert "no lesion, or it was missed" in said
+    assert "there may be no tumour in this scan" in said
     probabilities[0, :2, :3] = 0.9
     (said,) = quality_warnings(quality(probabilities, empty), None)
     assert "components of 6 voxels in all are smaller than the minimum volume" in said

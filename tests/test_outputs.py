@@ -30,9 +30,11 @@ from brainseg.reports.cohort import save_cohort
 from brainseg.reports.volumes import (
     by_need,
     component_sizes,
+    confined_to,
     read_volumes,
     unread_row,
     volume_row,
+    warn_of_unlike,
 )
 
 EXPECTED = {
@@ -128,9 +130,13 @@ def test_cases_that_need_a_look_come_first(pair, weights, tmp_path, capsys):
     write_case(tmp_path / "images" / "a", inner)
     write_case(tmp_path / "images" / "b", flair)
     write_case(tmp_path / "images" / "c", np.zeros_like(pair[0]))
+    for name in "def":
+        write_case(tmp_path / "images" / name, inner)
     assert infer(tmp_path / "images", tmp_path, weights) == 0
-    a, b, c = table(tmp_path)
-    assert b["replaced"] == "pre-contrast, post-contrast" and "stands in" in b["warning"]
+    a, b, c, *_ = table(tmp_path)
+    assert b["replaced"] == "pre-contrast, post-contrast" and "stands in" in b["notes"]
+    unlike = "unlike most cases of this run: it has no pre-contrast and it has no post-contrast"
+    assert b["warning"] == unlike and not a["warning"]
     assert "the mask is empty" in c["warning"] and c["lesion_voxels"] == "0"
     printed = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line]
     assert printed.index("b") < printed.index("a") and printed.index("c") < printed.index("a")
@@ -143,8 +149,8 @@ def test_a_constant_sequence_is_among_the_replaced(pair, weights, tmp_path):
     assert infer(tmp_path / "a.nii.gz", tmp_path, weights) == 0
     (row,) = table(tmp_path)
     assert row["replaced"] == "pre-contrast, post-contrast" and row["sequences"] == "FLAIR"
-    assert "FLAIR stands in for pre-contrast, which is constant" in row["warning"]
-    assert "FLAIR stands in for post-contrast" in row["warning"]
+    assert "FLAIR stands in for pre-contrast, which is constant" in row["notes"]
+    assert "FLAIR stands in for post-contrast" in row["notes"] and not row["warning"]
 
 
 def test_components_are_counted_largest_first():
@@ -153,7 +159,46 @@ def test_components_are_counted_largest_first():
     assert component_sizes(mask) == [32, 2, 1]
     row = volume_row(Case("x", tuple(range(6)), (), ()), np.zeros((6, 20, 20, 3)), mask)
     assert [row[f"component_{k}_voxels"] for k in (1, 2, 3)] == [32, 2, 1]
-    assert "reaches the first and the last slice" in row["warning"]
+    assert "reaches the first and the last slice" in row["notes"] and not row["warning"]
+    for places, end in (([0], "first"), ([5], "last"), ([0, 1], ""), ([2], "")):
+        mask[:], mask[places, 3, 3] = False, True
+        assert confined_to(mask) == end
+
+
+def spaced_rows(*spacings):
+    rows, by_case = [], {}
+    for k, spacing in enumerate(spacings):
+        case = Case(f"c{k}", tuple(range(6)), (), ())
+        rows.append(volume_row(case, np.random.rand(6, 9, 9, 3), np.zeros((6, 9, 9), bool)))
+        by_case[case.name] = spacing
+    warn_of_unlike(rows, by_case)
+    return [row["warning"] for row in rows]
+
+
+def test_spacing_unlike_that_of_most_cases_is_a_warning():
+    thin, thick = (1.0, 1.0, 1.0), (5.0, 1.0, 1.0)
+    *others, unlike = spaced_rows(thin, thin, thin, thin, None, thick)
+    assert not any(others) and "its voxels are 5 x 1 x 1 mm, theirs 1 x 1 x 1 mm" in unlike
+    assert not any(spaced_rows(thin, thick)), "none of two is typical"
+    assert not any(spaced_rows(thin, thick, thin, thick, thin)), "a mixed cohort"
+    assert not any(spaced_rows(thin, thick, thin, thick)), "a mixed cohort"
+    assert not any(spaced_rows(thin, thin, thin, (1.4, 1.0, 1.0)))
+    assert not any(spaced_rows(None, None, thin))
+
+
+def test_flair_alone_in_every_case_is_no_warning(pair, weights, tmp_path, capsys):
+    saturated = np.minimum(pair[0][..., 1:2], np.percentile(pair[0][..., 1], 80))
+    for name in ("a", "b", "c"):
+        write_case(tmp_path / "images" / name, np.repeat(pair[0][..., 1:2], 3, axis=3))
+    assert infer(tmp_path / "images", tmp_path, weights) == 0
+    assert not any("stands in" in row["warning"] for row in table(tmp_path))
+    assert all("stands in for pre-contrast and post" in row["notes"] for row in table(tmp_path))
+    assert "needs a look" in capsys.readouterr().out
+    shutil.rmtree(tmp_path / "images")
+    write_case(tmp_path / "images" / "a", np.repeat(saturated, 3, axis=3))
+    assert infer(tmp_path / "images" / "a", tmp_path, weights) == 0
+    row = table(tmp_path)[0]
+    assert row["warning"].count("unusual input") == 1 and "FLAIR is saturated" in row["warning"]
 
 
 def test_rows_come_back_from_the_file(pair, tmp_path):

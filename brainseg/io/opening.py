@@ -68,7 +68,7 @@ def find_sequences(flair: Path, pre: Path | None, post: Path | None) -> Scan:
     """Open the scan with one file per sequence, named after FLAIR and its folder."""
     path = absolute(flair)
     name = f"{path.parent.name}_{scan_name(path)}"
-    return _with_notes(Scan.open(name, [pre, flair, post], mask_of(path)))
+    return _with_doubts(Scan.open(name, [pre, flair, post], mask_of(path)))
 
 
 def _in_layout(folder: Path, files: Sequences, layout: Layout | None = None) -> Scan:
@@ -76,22 +76,22 @@ def _in_layout(folder: Path, files: Sequences, layout: Layout | None = None) -> 
     mask = files.mask
     if mask is None and not (layout and layout.of_user and layout.mask):
         mask = mask_of(files.flair)
-    return _with_notes(Scan.open(folder.name, [files.pre, files.flair, files.post], mask))
+    return _with_doubts(Scan.open(folder.name, [files.pre, files.flair, files.post], mask))
 
 
-def _with_notes(scan: Scan) -> Scan:
-    """Note the sequences that are another one by their name, or by their DICOM header."""
-    notes = []
+def _with_doubts(scan: Scan) -> Scan:
+    """Doubt the sequences that are another one by their name, or by their DICOM header."""
+    doubts = []
     for role, file in zip(SEQUENCES, scan.slices, strict=True):
         if role != "FLAIR" and file == scan.flair:
             continue
         words = file.words if isinstance(file, Series) else scan_name(file)
         wrong = contradiction(role, words)
         if wrong:
-            notes.append(f"{role} is {file.name}, which says {wrong!r}: check the order")
+            doubts.append(f"{role} is {file.name}, which says {wrong!r}: check the order")
         elif role == "FLAIR" and isinstance(file, Series) and not file.may_be_flair:
-            notes.append(f"{role} is {file.summary(file.path)}, which may be another sequence")
-    return replace(scan, chosen="; ".join(notes))
+            doubts.append(f"{role} is {file.summary(file.path)}, which may be another sequence")
+    return replace(scan, doubts=tuple(doubts))
 
 
 def _find_study(folder: Path) -> Scan | None:

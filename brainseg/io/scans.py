@@ -174,7 +174,9 @@ def _files_of(file: File) -> list[Path]:
 
 def _notes_on(scan: Scan) -> list[str]:
     """Say what the user should know about how a scan is read, a sentence each."""
-    notes = [scan.chosen] if scan.chosen else []
+    notes = list(scan.doubts)
+    if scan.chosen:
+        notes.append(scan.chosen)
     if scan.replaced:
         notes.append(f"FLAIR stands in for {' and '.join(scan.replaced)}")
     notes += scan.grid.notes

@@ -43,6 +43,7 @@ class Case:
     # What a --patients file says, or the size of the cohort asks for; see splits.
     patient: str = field(default="", kw_only=True, compare=False)
     subset: str = field(default="", kw_only=True, compare=False)
+    doubts: tuple[str, ...] = field(default=(), kw_only=True)  # notes that call for a look
     # The channels to use of files with several: pre-contrast, FLAIR, post-contrast, or FLAIR.
     picked: tuple[int, ...] = field(default=(), kw_only=True)
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from ..io.files import RUN, read_table, sentence
+from ..io.files import RUN, by, read_table, sentence
 from ..io.layouts import Source
 from ..io.slices import Case
 from ..patients import counted, patient_of
@@ -19,13 +20,25 @@ from ..quality import WARN_BELOW
 from .page import Table
 
 PRINTED = 20  # rows; the file has all
+TYPICAL = 2 / 3  # of the cases: what so many have is typical of the run
+SPACING_RATIO = 1.5  # of a spacing to that of most cases, from which on it is another
+UNLIKE = "unlike most cases of this run: "  # in a warning
 EXPECTED = ("expected_dsc", "expected_dsc_low", "expected_dsc_high")
 COLUMNS = """case patient slices sequences replaced lesion_voxels lesion_ml components
     component_1_voxels component_1_ml component_2_voxels component_2_ml component_3_voxels
-    component_3_ml slices_touched expected_dsc expected_dsc_low expected_dsc_high warning
-    scan_hash""".split()
+    component_3_ml slices_touched expected_dsc expected_dsc_low expected_dsc_high notes
+    warning scan_hash""".split()
 COLUMNS.append(RUN)
-TEXTS = ("case", "patient", "sequences", "replaced", "warning", "scan_hash", RUN)  # no numbers
+TEXTS = (
+    "case",
+    "patient",
+    "sequences",
+    "replaced",
+    "notes",
+    "warning",
+    "scan_hash",
+    RUN,
+)  # no numbers
 
 
 def volume_row(
@@ -36,20 +49,27 @@ def volume_row(
     warnings: Sequence[str] = (),
     run: str = "",
     replaced: Sequence[str] = (),
+    notes: Sequence[str] = (),
 ) -> dict:
     """Make the row of volumes.csv for a case; the server's summary.json holds the same.
 
     `volume` is (S, H, W, C), `mask` (S, H, W) bool, `expected` the expected DSC of the mask and
-    its interval, `warnings` one sentence each, `run` that of the segmenter, `replaced` the
-    sequences that FLAIR stands in for by the warnings. What is unknown is None: millilitres
-    without a spacing, components that do not exist, a DSC without a fit.
+    its interval, `warnings` why to look at it and `notes` what happened to the scan, one sentence
+    each, `run` that of the segmenter, `replaced` the sequences that FLAIR stands in for by the
+    notes. What is unknown is None: millilitres without a spacing, components that do not exist, a
+    DSC without a fit.
     """
     names = CHANNELS.get(volume.shape[-1], ())
     copies = [name for name in missing_sequences(volume) if name not in replaced]
     replaced = [name for name in names if name in replaced or name in copies]
-    warnings = list(warnings) + edge_warnings(mask)
+    notes, warnings = list(notes), list(warnings)
     if copies:
-        warnings.append(f"FLAIR stands in for {' and '.join(copies)}")
+        notes.append(f"FLAIR stands in for {' and '.join(copies)}")
+    end = confined_to(mask)
+    if end:
+        warnings.append(f"the mask is confined to the {end} slices of the scan; look at it")
+    else:
+        notes += edge_notes(mask)
     sizes = component_sizes(mask)
     row: dict = dict.fromkeys(COLUMNS)
     row |= {
@@ -60,6 +80,7 @@ def volume_row(
         "replaced": ", ".join(replaced),
         "components": len(sizes),
         "slices_touched": [case.numbers[k] for k in np.flatnonzero(mask.any(axis=(1, 2)))],
+        "notes": "; ".join(notes),
         "warning": "; ".join(warnings),
         "scan_hash": scan_hash(volume),
         RUN: run,
@@ -100,8 +121,61 @@ def component_sizes(mask: np.ndarray) -> list[int]:
     return sorted(np.bincount(labels.ravel())[1:].tolist(), reverse=True)
 
 
-def edge_warnings(mask: np.ndarray) -> list[str]:
-    """Warn if the lesion reaches the first or the last slice, where the scan ends."""
+def confined_to(mask: np.ndarray) -> str:
+    """Say "first" or "last" if all of a mask (S, H, W) is in that tenth of the slices, else ""."""
+    (places,) = np.nonzero(mask.any(axis=(1, 2)))
+    end = max(1, len(mask) // 10)
+    if not len(places) or len(mask) < 3:
+        return ""
+    if places[-1] < end:
+        return "first"
+    return "last" if places[0] >= len(mask) - end else ""
+
+
+def warn_of_unlike(rows: Sequence[dict], spacings: Mapping[str, Sequence[float] | None]) -> None:
+    """Add a warning to each row whose input is unlike that of most cases of a run.
+
+    That is, it lacks a sequence or has another spacing than two thirds of the cases; `spacings`
+    (mm: slices, rows, columns) are by case.
+    """
+    read = [row for row in rows if row["slices"] is not None]
+    counts = Counter(name for row in read for name in row["sequences"].split(", "))
+    typical = _typical_spacing([spacings[row["case"]] for row in read])
+    for row in read:
+        reasons = []
+        for name in filter(None, row["replaced"].split(", ")):
+            if counts[name] >= TYPICAL * len(read):
+                reasons.append(f"it has no {name}")
+        spacing = spacings[row["case"]]
+        if spacing and typical and _ratio(spacing, typical) > SPACING_RATIO:
+            reasons.append(f"its voxels are {_in_mm(spacing)}, theirs {_in_mm(typical)}")
+        if reasons:
+            text = UNLIKE + " and ".join(reasons)
+            row["warning"] = f"{row['warning']}; {text}" if row["warning"] else text
+
+
+def _typical_spacing(spacings: Sequence[Sequence[float] | None]) -> Sequence[float] | None:
+    """Return the median spacing; None if less than two thirds of the cases are near it."""
+    stated = [spacing for spacing in spacings if spacing]
+    if len(stated) < 3:
+        return None
+    typical = np.median(stated, axis=0).tolist()
+    near = sum(_ratio(spacing, typical) <= SPACING_RATIO for spacing in stated)
+    return typical if near >= TYPICAL * len(spacings) else None
+
+
+def _ratio(one: Sequence[float], other: Sequence[float]) -> float:
+    """Return the greatest ratio, of one to the other or the reverse, of two spacings."""
+    ratios = np.divide(one, other)
+    return float(np.maximum(ratios, 1 / ratios).max())
+
+
+def _in_mm(spacing: Sequence[float]) -> str:
+    return by(f"{length:.2g}" for length in spacing) + " mm"
+
+
+def edge_notes(mask: np.ndarray) -> list[str]:
+    """Say if the lesion reaches the first or the last slice, where the scan ends."""
     first, last = mask[0].any(), mask[-1].any()
     if len(mask) == 1 or not (first or last):
         return []
