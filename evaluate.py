@@ -36,13 +36,13 @@ import utils
 from brainseg import distributed
 from brainseg.evaluation.fairness import (
     differing_settings,
+    networks_among,
     settings_table,
     use_settings_of_first,
 )
 from brainseg.evaluation.report import case_table, save_gallery, save_scores, tables
 from brainseg.evaluation.scoring import (
     Model,
-    NetworkModel,
     choose_cases,
     model_to_fit,
     open_models,
@@ -108,17 +108,16 @@ def run(args: argparse.Namespace, options: dict) -> None:
     models = open_models(args.weights, options, sources)
     if args.fit_expected_dsc:
         model_to_fit(models)
-    else:
-        for model in models:
-            if isinstance(model, NetworkModel):
-                print(f"{model.name}: {model.segmenter.choices}")
-                for note in model.segmenter.notes:
-                    print(f"{model.name}: {note}", file=sys.stderr)
     differing = differing_settings(models)
     if differing:
         print(settings_table(differing, models, args.own_settings).as_text(), end="\n\n")
         if not args.own_settings:
             use_settings_of_first(models)
+    if not args.fit_expected_dsc:
+        for model in networks_among(models):
+            print(f"{model.name}: {model.segmenter.choices}")
+            for note in model.segmenter.notes:
+                print(f"{model.name}: {note}", file=sys.stderr)
     cases, left_out = choose_cases(sources, args.subset, models, args.images)
     print(count_patients(by_subset(cases)), flush=True)
     for name in FILES:

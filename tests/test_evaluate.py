@@ -171,7 +171,8 @@ def test_models_are_compared_at_the_settings_of_the_first(phantoms, twins, tmp_p
     options = "--subset", "all", "--cases", *NAMES[3:6], "--report", tmp_path / "r.html"
     summary = run(phantoms, tmp_path / "out", *options, "--weights", *twins)
     said = capsys.readouterr().out
-    assert said.index("Settings that differ") < said.index("Scores")
+    assert said.startswith("Settings that differ between the models")
+    assert "plain: settings of fitted, but image size 32" in said
     assert re.search(r"minimum volume, voxels +200 +0 +200\n", said)
     assert re.search(r"mirroring +yes +no +yes\n", said)
     assert "Settings that differ" in (tmp_path / "r.html").read_text()
