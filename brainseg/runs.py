@@ -32,6 +32,8 @@ from .weights import read_card, save_weights, weights_files
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
+FEW_TO_CHOOSE = 3  # validation patients; with fewer, the best epoch is hardly chosen
+
 
 @dataclass(frozen=True)
 class Validation:
@@ -74,6 +76,13 @@ def report_cases(
         "test": [case for case in by_subset(sources)["test"] if case.name not in used],
     }
     print(count_patients(subsets), flush=True)
+    patients = {patient_of(volume.case) for volume in validation}
+    if len(patients) < FEW_TO_CHOOSE:
+        print(
+            f"validation has {len(patients)} patient(s): its DSC says little about others; "
+            "cross-validate for a score (--folds, --fold)",
+            file=sys.stderr,
+        )
     question = alike_names(sources)
     if question:
         print(question, file=sys.stderr)
