@@ -31,7 +31,14 @@ from brainseg.devices import has_bfloat16, pick_device, to_device
 from brainseg.distillation import soft_targets
 from brainseg.io.layouts import Source
 from brainseg.metrics import dsc
-from brainseg.runs import RunWriter, Validation, how_to_resume, report_cases, report_changes
+from brainseg.runs import (
+    RunWriter,
+    Validation,
+    headline,
+    how_to_resume,
+    report_cases,
+    report_changes,
+)
 from brainseg.segmenter import Segmenter
 from brainseg.splits import list_cohort, validate_on
 from brainseg.training import TrainState
@@ -97,7 +104,7 @@ def main(argv: list[str] | None = None) -> None:
             commit = utils.git_commit()
             with RunWriter(state, *cases, settings, parser.recipe, checkpoint, commit) as writer:
                 print(cli.summary(parser, args))
-                print(f"{writer.headline(state.slices)}; {loader.place}", flush=True)
+                print(f"{headline(writer.card, state.slices)}; {loader.place}", flush=True)
                 stop = fit(args, state, loader, validation_set, writer)
         if stop:
             print(how_to_resume(state, args.weights, args.model))

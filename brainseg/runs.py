@@ -102,10 +102,8 @@ def origin_of(init_weights: str | None, checkpoint: dict | None) -> dict | None:
     return {name: card.get(name) for name in names} | {"mask_settings": mask_settings(card)}
 
 
-def origin_of_teachers(teachers: str | None) -> dict | None:
+def origin_of_teachers(teachers: str) -> dict:
     """Return the files, training cases and patients of an ensemble that is learnt from."""
-    if not teachers:
-        return None
     files, cases, patients = {}, set(), {}
     for path in weights_files(teachers):
         card = read_card(path)
@@ -120,8 +118,7 @@ def make_card(
     recipe: dict,
     train: list[Case],
     validation: list[Case],
-    start: dict | None,
-    teachers: dict | None,
+    origins: dict[str, dict],
 ) -> dict[str, Any]:
     """Make the card of a run's weights: data, split, recipe, versions, device; no paths.
 
@@ -150,9 +147,7 @@ def make_card(
     }
     patients = patients_by_case(train + validation)
     trained_on: set[str] = set()
-    for name, origin in (("initialised_from", start), ("teachers", teachers)):
-        if not origin:
-            continue
+    for name, origin in origins.items():
         patients = (origin.get("patients") or {}) | patients
         earlier = (origin.get("cases") or {}).get("train", [])
         card["cases"]["train"] = sorted(set(card["cases"]["train"]) | set(earlier))
@@ -161,8 +156,9 @@ def make_card(
         trained_on |= patients_of_card(origin, "train", cases=train + validation)
     if patients:
         card["patients"] = patients
-    if start and start.get("mask_settings"):
-        card["mask_settings"] = start["mask_settings"]
+    mask_settings = origins.get("initialised_from", {}).get("mask_settings")
+    if mask_settings:
+        card["mask_settings"] = mask_settings
     not_new = [case.name for case in validation if patient_of(case) in trained_on]
     if not_new:
         card["validation_seen"] = not_new
@@ -206,6 +202,16 @@ def report_changes(checkpoint: dict, state: TrainState, validation: list[str]) -
         )
 
 
+def headline(card: dict, slices: int) -> str:
+    """Describe network, device and data in one line."""
+    device = card["device"]
+    if card["processes"] > 1:
+        device = f"{card['processes']} x {device}"
+    if card["recipe"]["amp"]:
+        device += ", half precision"
+    return f"{card['model']} on {device}: {slices} slices to train on"
+
+
 def how_to_resume(state: TrainState, weights: Path, model: str) -> str:
     """Say where a run was stopped, and the command that resumes it."""
     python = "python3" if world_size() == 1 else "torchrun, as before, with:"
@@ -235,8 +241,12 @@ class RunWriter:
         start = origin_of(settings["init_weights"], checkpoint)
         values = {name: settings[name] for name in recipe}
         values |= {"epochs": settings["epochs"], "amp": state.amp}
-        teachers = origin_of_teachers(settings["teachers"])
-        self.card = make_card(state, values, train, validation, start, teachers)
+        origins = {}
+        if start:
+            origins["initialised_from"] = start
+        if settings["teachers"]:
+            origins["teachers"] = origin_of_teachers(settings["teachers"])
+        self.card = make_card(state, values, train, validation, origins)
         self.card["commit"] = commit
         check_seen(self.card, settings["allow_seen"] or checkpoint is not None)
         best = None  # the card of the weights kept so far
@@ -266,15 +276,6 @@ class RunWriter:
     def __exit__(self, *error: object) -> None:
         if self.log:
             self.log.close()
-
-    def headline(self, slices: int) -> str:
-        """Describe network, device and data in one line."""
-        device = self.card["device"]
-        if self.card["processes"] > 1:
-            device = f"{self.card['processes']} x {device}"
-        if self.card["recipe"]["amp"]:
-            device += ", half precision"
-        return f"{self.card['model']} on {device}: {slices} slices to train on"
 
     def checkpoint(self, state: TrainState) -> None:
         if self.log:
