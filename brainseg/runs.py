@@ -129,9 +129,6 @@ def make_card(
     for name in ("pretrained", "patients", "teachers"):
         if isinstance(recipe[name], str):
             recipe[name] = Path(recipe[name]).name
-    device = str(state.device)
-    if state.device.type == "cuda":
-        device = torch.cuda.get_device_name(state.device)
     card: dict[str, Any] = {
         "model": recipe["model"],
         "settings": state.model.settings,
@@ -141,7 +138,7 @@ def make_card(
         "cases": {"train": names_of(train), "validation": names_of(validation)},
         "recipe": recipe,
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "device": device,
+        "device": device_name(state.device),
         "processes": world_size(),
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
@@ -163,6 +160,10 @@ def make_card(
     if not_new:
         card["validation_seen"] = not_new
     return card
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
 
 
 def names_of(cases: Sequence[Case]) -> list[str]:

@@ -202,8 +202,7 @@ class Segmenter(Predictor):
 
     def assess(self, volume: np.ndarray, spacing: Sequence[float] | None = None) -> Assessment:
         """Segment as a call does, and rate the mask; `spacing` is in mm: slices, rows, columns."""
-        volume = as_volume(volume, self.channels)
-        images, frame = self.preprocess(volume, aspect_of(spacing))
+        images, frame = self.preprocess(as_volume(volume, self.channels), aspect_of(spacing))
         result = self.rate(self.probabilities(images), frame)
         ml = volume_of(result.mask, spacing)
         expected, low, high = result.expected or (None, None, None)
@@ -222,7 +221,8 @@ class Segmenter(Predictor):
 
     def finish(self, probabilities: Tensor, frame: Frame) -> np.ndarray:
         """Turn probabilities (S, K, N, N) into a mask (S, H, W), bool, in the source geometry."""
-        return self._to_mask(_restored(probabilities[:, 0], frame))
+        restored = _restored(probabilities[:, 0], frame)
+        return to_mask(restored, self.threshold, self.largest_component, self.min_volume)
 
     def rate(self, probabilities: Tensor, frame: Frame) -> Segmentation:
         """Turn probabilities (S, K, N, N) into a mask, and estimate how good it is."""
@@ -230,7 +230,7 @@ class Segmenter(Predictor):
         deviation = None
         if probabilities.shape[1] > self.model.settings["out_channels"]:  # see `average`
             deviation = _restored(probabilities[:, -1], frame).cpu().numpy()
-        mask = self._to_mask(restored)
+        mask = to_mask(restored, self.threshold, self.largest_component, self.min_volume)
         features = quality(restored.numpy(), mask, deviation)
         expected = expected_dsc(features, self.expected_dsc_fit)
         warnings = quality_warnings(features, expected, frame.doubts)
@@ -238,9 +238,6 @@ class Segmenter(Predictor):
         return Segmentation(
             mask, restored.numpy(), deviation, features, expected, warnings, frame.replaced, notes
         )
-
-    def _to_mask(self, restored: Tensor) -> np.ndarray:
-        return to_mask(restored, self.threshold, self.largest_component, self.min_volume)
 
 
 def check_image_size(size: int, stride: int) -> None:
