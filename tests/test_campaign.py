@@ -4,16 +4,13 @@ import contextlib
 import csv
 import io
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import FORK, ROOT
+from conftest import FORK
 
 import evaluate
 import export
@@ -43,6 +40,8 @@ def main_of(command: list[str], file) -> int:
             if isinstance(stop.code, str):
                 print(stop.code)
             return int(stop.code is not None and stop.code != 0)
+        finally:
+            file.flush()  # a fork ends without it
     return 0
 
 
@@ -74,6 +73,7 @@ def run(*arguments, **options) -> tuple[int, str, str]:
         patch.setattr(trainings, "subprocess", SimpleNamespace(Popen=Forked, run=run_forked))
         patch.setattr(signal, "signal", lambda *_: None)  # the process goes on afterwards
         patch.setattr(quality, "LEAST_CASES", 3)
+        patch.setattr(campaign, "SEARCH_FOLDS", 2)
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             try:
                 campaign.main(words_of(*arguments, **options))
@@ -98,7 +98,7 @@ def test_a_search_compares_each_change_case_by_case(whole):
     models = json.loads((whole / "search/scores/summary.json").read_text())["models"]
     assert list(models) == ["defaults", "dice"] and "difference" in models["dice"]
     cards = [json.loads(path.read_text()) for path in whole.glob("search/dice/*/unet.json")]
-    assert len(cards) == 3 and {card["recipe"]["loss"] for card in cards} == {"dice"}
+    assert len(cards) == 2 and {card["recipe"]["loss"] for card in cards} == {"dice"}
     held_out = [set(card["cases"]["validation"]) for card in cards]
     assert not held_out[0] & held_out[1]
     assert models["dice"]["scores"]["dsc"]["n"] == len(set().union(*held_out))
@@ -125,7 +125,7 @@ def test_start_continues_from_the_network_of_the_fold(whole, phantoms, tmp_path)
     status, _, err = run(phantoms, tmp_path, *map(str, words))
     assert status == 0, err
     networks = {read_card(path)["recipe"]["fold"]: path for path in whole.glob("weights/*.pt")}
-    for k in range(3):
+    for k in range(2):
         options = json.loads((tmp_path / f"search/dice/fold{k}/options.json").read_text())
         assert str(networks[k]) in options["options"]
         card = read_card(tmp_path / f"search/dice/fold{k}/unet.pt")
@@ -144,22 +144,29 @@ def test_changed_settings_need_another_folder(whole, phantoms):
 
 
 def test_a_signal_stops_the_trainings_which_save(phantoms, tmp_path):
-    """Use real processes, as started from a shell."""
     long = [*SMALL, "--epochs", "100000"]
     words = words_of(phantoms, tmp_path, "--stage", "search", "--only", "dice", options=long)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "weights.campaign", *words],
-        stderr=subprocess.PIPE, text=True, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+
+    def work() -> None:
+        trainings.subprocess = SimpleNamespace(Popen=Forked)
+        with open(tmp_path / "err", "w") as file, contextlib.redirect_stderr(file):
+            try:
+                campaign.main(words)
+            except SystemExit as stop:
+                print(stop.code, file=file)
+                raise
+
+    process = FORK.Process(target=work)
+    process.start()
     folder = tmp_path / "search/defaults/fold0"
     for _ in range(600):
         if (folder / "unet.ckpt").exists():
             break
         time.sleep(0.2)
-    process.send_signal(signal.SIGTERM)
-    err = process.communicate(timeout=900)[1]
-    assert process.returncode == 1
-    assert err.strip().endswith("run the same command to resume")
+    process.terminate()
+    process.join(900)
+    assert process.exitcode == 1
+    assert (tmp_path / "err").read_text().endswith("run the same command to resume\n")
     assert "continue with" in (folder / "log.txt").read_text().splitlines()[-1]
 
 
