@@ -24,6 +24,7 @@ from brainseg.io.files import clear_leftovers
 from brainseg.segmenter import Segmenter
 from brainseg.weights import shipped_weights
 from cli import add_segmenter_options, errors_in_one_sentence, fail, make_parser, segmenter_options
+from utils import git_commit
 
 
 # fmt: off
@@ -84,7 +85,7 @@ def run(args: argparse.Namespace, options: dict) -> None:
     if queue < args.queue:
         print(f"only {queue} uploads at once, as `ulimit -n` is {files}", file=sys.stderr)
     service = Service(segmenter, limits)
-    app = make_app(service, args.host, args.auth, queue)
+    app = make_app(service, args.host, args.auth, queue, git_commit())
     host, family = args.host, socket.AF_INET
     if ":" in args.host:
         host, family = f"[{args.host}]", socket.AF_INET6

@@ -17,12 +17,14 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import FileResponse, Response, StreamingResponse
+from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
+from .answers import zipped
 from .connections import report
-from .jobs import STOPPING, Job, Service, Unavailable, shortage, zipped
+from .jobs import STOPPING, Job, Service, Unavailable, shortage
+from .openapi import DESCRIPTION
 from .security import Guard, as_json, is_loopback
 
 WEB = Path(__file__).resolve().parents[1] / "web"
@@ -30,11 +32,15 @@ LINES = "application/x-ndjson"
 
 
 def make_app(
-    service: Service, host: str = "127.0.0.1", auth: str | None = None, queue: int = 64
+    service: Service,
+    host: str = "127.0.0.1",
+    auth: str | None = None,
+    queue: int = 64,
+    version: str | None = None,
 ) -> Starlette:
     """Make the app with the page at / and the API at /api/segment, for `queue` uploads at once.
 
-    It closes the service on shutdown.
+    It closes the service on shutdown. `version` is the commit that GET /api/health states.
     """
 
     @contextlib.asynccontextmanager
@@ -47,9 +53,21 @@ def make_app(
     if is_loopback(host):  # else a page of another host could reach it by DNS rebinding
         ours = ["localhost", "127.0.0.1", "[::1]", host]
         middleware.insert(0, Middleware(TrustedHostMiddleware, allowed_hosts=ours))
+    segment = Segment(service, queue)
+
+    def health(request: Request) -> JSONResponse:
+        if service.reader.closed:
+            return as_json(unavailable(STOPPING))
+        weights = {path.name: digest for path, digest in service.segmenter.hashes.items()}
+        state = {"ready": True, "version": version, "weights": weights}
+        state["queue"] = {"uploads": segment.uploads, "places": queue}
+        return JSONResponse(state)
+
     routes = [
         Route("/api", lambda request: FileResponse(WEB / "api.txt")),
-        Route("/api/segment", Segment(service, queue)),
+        Route("/api/health", health),
+        Route("/api/openapi.json", lambda request: JSONResponse(DESCRIPTION)),
+        Route("/api/segment", segment),
         Mount("/", StaticFiles(directory=WEB, html=True)),
     ]
     return Starlette(routes=routes, middleware=middleware, lifespan=lifespan)
@@ -60,7 +78,7 @@ class Segment:
 
     def __init__(self, service: Service, queue: int):
         self.service, self.queue = service, queue
-        self.places = asyncio.Semaphore(queue)
+        self.uploads = 0  # that have a place
 
     async def __call__(self, scope, receive, send) -> None:
         request, response = Request(scope, receive), None
@@ -68,17 +86,18 @@ class Segment:
             if scope["method"] != "POST":
                 error = "send an upload by POST; GET /api lists its fields"
                 raise HTTPException(405, error, {"Allow": "POST"})
-            if self.places.locked():
+            if self.uploads >= self.queue:
                 error = f"{self.queue} uploads are already waiting; try again in a minute"
                 raise unavailable(error)
-            async with self.places:
-                try:
-                    response = await respond(self.service, request)
-                    # Each upload may take `seconds` to be read and again to be segmented.
-                    longest = 2 * self.service.limits.seconds * (self.queue + 1)
-                    await asyncio.wait_for(response(scope, receive, send), longest)
-                finally:
-                    await request.close()  # its temporary files
+            self.uploads += 1
+            try:
+                response = await respond(self.service, request)
+                # Each upload may take `seconds` to be read and again to be segmented.
+                longest = 2 * self.service.limits.seconds * (self.queue + 1)
+                await asyncio.wait_for(response(scope, receive, send), longest)
+            finally:
+                self.uploads -= 1
+                await request.close()  # its temporary files
         except HTTPException as error:
             await as_json(error)(scope, receive, send)
         except (ClientDisconnect, asyncio.TimeoutError):
@@ -180,8 +199,8 @@ async def progress(service: Service, job: Job) -> AsyncGenerator[dict, None]:
             raise Unavailable(STOPPING)
         answer.result()
     finally:
-        answer.cancel()  # if it still waits
-        job.abandoned = True
+        if answer.cancel():  # else it is done
+            service.abandon(job)
 
 
 async def lines(service: Service, job: Job) -> AsyncIterator[str]:

@@ -11,15 +11,17 @@ from pathlib import Path
 from brainseg.alignment import Measured
 from brainseg.growth import growth_rows
 from brainseg.io.files import RUN, write_table
-from brainseg.io.formats import SUFFIXES
+from brainseg.io.formats import SUFFIXES, scan_name
 from brainseg.io.predictions import map_files, mark_of
 from brainseg.io.scans import Scan
+from brainseg.io.sequences import contradiction
 from brainseg.io.slices import Case
 from brainseg.patients import patient_of
 from brainseg.reports.growth import growth_section
 from brainseg.visits import follow, in_order_of_time
 
 from .unpacking import Limits
+from .wording import in_page_words
 
 MOST_SCANS = 12  # of one patient in an upload
 
@@ -42,8 +44,13 @@ class GrowthAnswer:
 
 
 def is_several_scans(names: Sequence[str]) -> bool:
-    """Tell whether uploaded files are scans of a patient: two or more, all of them volume files."""
-    return len(names) > 1 and all(name.lower().endswith(SUFFIXES) for name in names)
+    """Tell whether uploaded files are scans of a patient: volume files, all FLAIR by their names.
+
+    Files that name other sequences, or a mask, make one case.
+    """
+    if len(names) < 2 or not all(name.lower().endswith(SUFFIXES) for name in names):
+        return False
+    return not any(contradiction("FLAIR", scan_name(Path(name))) for name in names)
 
 
 def check_several(parts: Collection[str], names: Sequence[str]) -> None:
@@ -99,6 +106,11 @@ def answer_growth(
     write_table(out / "growth.csv", rows)
     files["growth.csv"] = (out / "growth.csv").read_bytes()
     files["growth.png"] = section["picture"]
-    summary = {"case": name, "rate": section["rate"], "notes": notes + said, "growth": rows}
+    summary = {
+        "case": name,
+        "rate": section["rate"],
+        "notes": [in_page_words(note) for note in notes + said],
+        "growth": rows,
+    }
     files["summary.json"] = f"{json.dumps(summary, indent=2, default=str)}\n".encode()
     return GrowthAnswer(json.loads(files["summary.json"]), files, section["lines"])

@@ -1,20 +1,18 @@
-"""Segment uploads one at a time, and make the answer to each."""
+"""Segment uploads one at a time, in a queue."""
 
 from __future__ import annotations
 
-import base64
 import errno
-import io
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import sys
 import tempfile
 import threading
 import time
-import zipfile
 from collections.abc import Mapping, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
@@ -22,25 +20,22 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from subprocess import PIPE, Popen
 
-import imageio.v3 as iio
 import numpy as np
 from starlette.datastructures import UploadFile
 
 from brainseg.alignment import Measured
 from brainseg.io.files import disk_is_full, out_of_memory, remove, scratch
 from brainseg.io.grid import Grid
-from brainseg.io.pictures import montage, outline, to_grey
-from brainseg.io.predictions import map_files, write_case
 from brainseg.io.scans import Scan
 from brainseg.io.slices import Case
-from brainseg.metrics import score
+from brainseg.patients import patients_of_card
 from brainseg.phantom import make_volume
-from brainseg.reports.volumes import volume_row
 from brainseg.segmenter import Segmentation, Segmenter
 
+from .answers import Answer, Loaded, make_answer, measured
 from .growth import GrowthAnswer, answer_growth, check_several, check_voxels, is_several_scans
 from .unpacking import Limits
-from .viewer import viewer_files
+from .wording import in_page_words
 
 ROOT = Path(__file__).resolve().parents[1]
 STOPPING = "the server is stopping; try again later"
@@ -50,40 +45,6 @@ Parts = Mapping[str, Sequence[UploadFile]]  # by field, as `unpack` takes them
 
 class Unavailable(Exception):
     """The server cannot segment an upload now, but may later."""
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """A case in memory; its files last as long as its job."""
-
-    case: Case
-    notes: list[str]
-    replaced: list[str]  # sequences that FLAIR stands in for, by the notes
-    volume: np.ndarray  # (S, H, W, C)
-    truth: np.ndarray | None  # (S, H, W) bool
-
-
-@dataclass
-class Answer:
-    """The result of one upload."""
-
-    summary: dict  # numbers and text
-    files: dict[str, bytes]  # by name: the masks, montage.png, <case>.gif, summary.json
-    masks: list[str]  # names of the files of the mask, in the geometry of the source
-    viewer: dict  # what the page's viewer shows: see viewer_files
-
-    def shown(self) -> str:
-        """Return all that the page shows as JSON, with the files in base64."""
-        case = self.summary["case"]
-        downloads = {}
-        if len(self.masks) == 1:
-            downloads[self.masks[0]] = self.files[self.masks[0]]
-        else:
-            downloads[f"{case}_masks.zip"] = zipped({n: self.files[n] for n in self.masks})
-        downloads[f"{case}_montage.png"] = self.files["montage.png"]
-        downloads[f"{case}.gif"] = self.files[f"{case}.gif"]
-        shown = {"summary": self.summary, "viewer": self.viewer, "downloads": downloads}
-        return json.dumps(shown, default=lambda content: base64.b64encode(content).decode())
 
 
 @dataclass
@@ -130,6 +91,11 @@ class Service:
         except ValueError:  # just done
             return 0
 
+    def abandon(self, job: Job) -> None:
+        """End a job that nobody waits for, even while its upload is read."""
+        job.abandoned = True
+        self.reader.interrupt(job)
+
     def close(self) -> None:
         """Cancel the waiting and the running jobs, and leave nothing behind.
 
@@ -153,7 +119,7 @@ class Service:
             try:
                 return self._segment(parts, folder, job)
             except ValueError as error:
-                raise ValueError(_without(folder, str(error))) from None
+                raise ValueError(in_page_words(_without(folder, str(error)))) from None
             except (MemoryError, RuntimeError) as error:
                 if not out_of_memory(error):
                     raise
@@ -169,9 +135,11 @@ class Service:
         elif is_several_scans([file.filename or "" for file in parts.get("images", ())]):
             return self._follow(parts, folder, job)
         else:
-            loaded = self.reader.read(parts, folder)
+            loaded = self.reader.read(parts, folder, job)
         segmentation = self._segmentation(loaded, job, time.monotonic())
-        return make_answer(loaded, segmentation, folder / "out", self.segmenter.run)
+        card = self.segmenter.card
+        trained_on = patients_of_card(card, "train", cases=[loaded.case])
+        return make_answer(loaded, segmentation, folder / "out", self.segmenter.run, trained_on)
 
     def _follow(self, parts: Parts, folder: Path, job: Job) -> GrowthAnswer:
         """Segment several scans of one patient, one after the other, and measure its growth."""
@@ -181,7 +149,7 @@ class Service:
         for k, file in enumerate(files):
             place = folder / str(k)
             place.mkdir()
-            loaded = self.reader.read({"images": [file]}, place)
+            loaded = self.reader.read({"images": [file]}, place, job)
             voxels += math.prod(loaded.volume.shape[:3])
             check_voxels(file.filename or "", voxels, self.limits)
             segmentation = self._segmentation(loaded, job, start, k, len(files))
@@ -202,23 +170,16 @@ class Service:
             if time.monotonic() - start > self.limits.seconds:
                 raise ValueError(
                     f"{loaded.case.name}: segmenting it took more than "
-                    f"{self.limits.seconds:.0f} s; crop it, or run inference.py"
+                    f"{self.limits.seconds:.0f} s; crop it"
                 )
 
+        if job.abandoned:
+            raise CancelledError
         try:
             images, frame = self.segmenter.preprocess(loaded.volume, loaded.case.aspect)
         except ValueError as error:
             raise ValueError(f"{loaded.case.name}: {error}") from error
         return self.segmenter.rate(self.segmenter.probabilities(images, progress), frame)
-
-
-def zipped(files: Mapping[str, bytes]) -> bytes:
-    """Pack files, by name, in a zip archive."""
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, content in files.items():
-            archive.writestr(name, content)
-    return buffer.getvalue()
 
 
 def shortage(error: Exception) -> str:
@@ -230,41 +191,11 @@ def shortage(error: Exception) -> str:
     return ""
 
 
-def make_answer(loaded: Loaded, segmentation: Segmentation, out: Path, run: str) -> Answer:
-    """Make the numbers, files and pictures of a case; `run` names weights and settings."""
-    case, volume, truth, mask = loaded.case, loaded.volume, loaded.truth, segmentation.mask
-    write_case(out, case, volume, mask, truth, run=run)
-    files = {path.name: (out / path).read_bytes() for path in map_files(case, "mask")}
-    masks = list(files)
-    picture = montage(outline(to_grey(volume), mask, truth))
-    files["montage.png"] = iio.imwrite("<bytes>", picture, extension=".png")
-    files[f"{case.name}.gif"] = (out / f"{case.name}.gif").read_bytes()
-    warnings = loaded.notes + segmentation.warnings
-    replaced = list(loaded.replaced) + list(segmentation.replaced)
-    summary = volume_row(case, volume, mask, segmentation.expected, warnings, run, replaced)
-    summary |= {"shape": list(mask.shape), "notes": loaded.notes, "scores": None}
-    if truth is not None:
-        summary["scores"] = {}
-        for name, value in score(mask, truth, case.spacing).items():
-            summary["scores"][name] = None if math.isnan(value) else round(value, 4)
-    files["summary.json"] = f"{json.dumps(summary, indent=2)}\n".encode()
-    return Answer(summary, files, masks, viewer_files(case, volume, segmentation, truth))
-
-
-def measured(loaded: Loaded, segmentation: Segmentation, run: str) -> Measured:
-    """Keep what the growth needs of a scan."""
-    case, volume, mask = loaded.case, loaded.volume, segmentation.mask
-    warnings = [*loaded.notes, *segmentation.warnings]
-    replaced = [*loaded.replaced, *segmentation.replaced]
-    row = volume_row(case, volume, mask, segmentation.expected, warnings, run, replaced)
-    return Measured(case, mask, row, volume[..., volume.shape[3] // 2].copy())
-
-
 def _without(folder: Path, message: str) -> str:
     """Remove the paths of this machine from a message."""
-    for path in (folder / "received", folder / "out", folder):
-        message = message.replace(f"{path}/", "").replace(str(path), "the upload")
-    return message
+    place = re.escape(str(folder))
+    message = re.sub(rf"{place}/(\d+/)?((received|out)/)?(?=\w)", "", message)
+    return re.sub(rf"{place}(/\d+)?(/received|/out)?", "the upload", message)
 
 
 class Reader:
@@ -273,14 +204,15 @@ class Reader:
     def __init__(self, limits: Limits):
         self.limits = limits
         self.closed = False
-        self._lock = threading.Lock()  # of `closed` and `_process`: no process starts once closed
+        self.job: Job | None = None  # whose upload is read
+        self._lock = threading.Lock()  # of these and `_process`: no process starts once closed
         self._process = self._start()
 
     def _start(self) -> Popen[str]:
         command = [sys.executable, "-m", "server.uploads"]
         return Popen(command, stdin=PIPE, stdout=PIPE, text=True, cwd=ROOT, start_new_session=True)
 
-    def read(self, parts: Parts, folder: Path) -> Loaded:
+    def read(self, parts: Parts, folder: Path, job: Job | None = None) -> Loaded:
         """Read the case that files make (see `unpack`), unpacking them into an empty folder.
 
         Raises ValueError, naming the file, if it cannot be used, OSError if the disk is full.
@@ -295,7 +227,7 @@ class Reader:
                 file.file.close()  # and its space on the disk is free again
                 sent[part].append((file.filename, str(path)))
         order = {"folder": str(folder), "parts": sent, "limits": asdict(self.limits)}
-        answer = self._ask(order)
+        answer = self._ask(order, job)
         if answer.get("full"):
             raise OSError(errno.ENOSPC, answer["error"])
         if "error" in answer:
@@ -304,10 +236,13 @@ class Reader:
         volume = np.load(folder / "volume.npy")
         return Loaded(case_of(answer), answer["notes"], answer["replaced"], volume, truth)
 
-    def _ask(self, order: dict) -> dict:
+    def _ask(self, order: dict, job: Job | None) -> dict:
         with self._lock:
             if self.closed:
                 raise Unavailable(STOPPING)
+            if job and job.abandoned:
+                raise CancelledError
+            self.job = job
             if self._process.poll() is not None:
                 self._process = self._start()
         try:
@@ -320,6 +255,15 @@ class Reader:
                 if self.closed:
                     raise Unavailable(STOPPING) from None
             raise Unavailable("the upload could not be read now; try again later") from None
+        finally:
+            with self._lock:
+                self.job = None
+
+    def interrupt(self, job: Job) -> None:
+        """Kill the process if it is reading the upload of a job."""
+        with self._lock:
+            if self.job is job:
+                self._kill()
 
     def close(self) -> None:
         """Kill the process, even while it is reading."""
@@ -336,10 +280,11 @@ class Reader:
 def case_of(answer: dict) -> Case:
     """Rebuild a case from what uploads.read returns, as far as its results need it."""
     name, numbers, grid = answer["name"], tuple(answer["numbers"]), answer["grid"]
+    patient = answer["patient"]
     if not grid:
-        return Case(name, numbers, (), ())
+        return Case(name, numbers, (), (), patient=patient)
     for part in ("shape", "spacing", "offset", "notes"):
         grid[part] = tuple(grid[part])
     grid["direction"] = np.array(grid["direction"])
     flair = Path(answer["flair"])  # the mask's file takes over what its header says
-    return Scan(name, numbers, (flair,), (), Grid(**grid), channels=3)
+    return Scan(name, numbers, (flair,), (), Grid(**grid), channels=3, patient=patient)

@@ -5,6 +5,7 @@ Runs in the process of uploads.py, with its limits.
 
 from __future__ import annotations
 
+import os
 import re
 import stat
 import zipfile
@@ -97,15 +98,16 @@ def _place_slices(files: Sequence[Sent], folder: Path, limits: Limits) -> Path:
 
 
 def _case_name(case: Path, names: Sequence[str], first: str) -> str:
-    """Name a case after its slices, or the one folder that it was sent in, or its first file."""
+    """Name a case after its slices, the folder that all of its files are in, or its first file."""
     for path in sorted(case.iterdir()):
         match = SLICE_NAME.match(path.name)
         if match:
             return match["stem"]
-    parents = {PurePosixPath(name).parent.name for name in names}
-    if len(parents) == 1 and parents != {""}:
-        return parents.pop()
-    return Path(_plain(first)).stem
+    common = os.path.commonpath([PurePosixPath(name).parent for name in names])
+    if common:
+        return PurePosixPath(common).name
+    first = _plain(first)
+    return scan_name(Path(first)) if _is_volume(first) else Path(first).stem
 
 
 def _place_mask(masks: Sequence[Sent], scan: Path, limits: Limits) -> None:
@@ -132,9 +134,9 @@ def _write_all(files: Sequence[Sent], folder: Path, limits: Limits) -> list[str]
         try:
             for name, content in _members(file, limits):
                 path = folder / _plain(name)
-                if path.exists() and path.suffix.lower() in ("", ".dcm", ".ima"):
+                if path.exists() and not SLICE_NAME.match(path.name) and not _is_volume(path.name):
                     # The series of a study share file names; their headers tell them apart.
-                    path = folder / _plain("-".join(PurePosixPath(name).parts))
+                    path = folder / f"{len(names)}-{path.name}"
                 if path.exists():
                     raise ValueError(f"{file.name}: {path.name} was sent twice; send one case")
                 left -= _write(content, path, left)
@@ -156,9 +158,10 @@ def _write_all(files: Sequence[Sent], folder: Path, limits: Limits) -> list[str]
 def _members(file: Sent, limits: Limits) -> Iterator[tuple[str, IO[bytes]]]:
     """Yield the file itself, or the files in a zip archive, without hidden ones."""
     if not file.name.lower().endswith(".zip"):
-        if not PurePosixPath(file.name).name.startswith("."):
+        parts = re.split(r"[/\\]+", file.name)
+        if not _is_hidden(parts):
             with open(file.path, "rb") as content:
-                yield file.name, content
+                yield "/".join(part for part in parts if part), content
         return
     try:
         archive = zipfile.ZipFile(file.path)
@@ -175,9 +178,14 @@ def _members(file: Sent, limits: Limits) -> Iterator[tuple[str, IO[bytes]]]:
                 raise ValueError(f"{file.name}: contains a path that leads out of it; zip it again")
             if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
                 raise ValueError(f"{file.name}: {DAMAGED}")
-            if not any(part.startswith((".", "__MACOSX")) for part in parts):
+            if not _is_hidden(parts):
                 with archive.open(member) as content:
                     yield "/".join(parts), content
+
+
+def _is_hidden(parts: Sequence[str]) -> bool:
+    """Tell whether a file, or a folder on the way to it, is hidden; `..` counts as hidden."""
+    return any(part.startswith((".", "__MACOSX")) for part in parts)
 
 
 def _write(content: IO[bytes], path: Path, most: int) -> int:

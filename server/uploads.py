@@ -22,10 +22,13 @@ import numpy as np
 
 from brainseg.io.dicom import File
 from brainseg.io.files import by, disk_is_full, out_of_memory, save_array, sentence
-from brainseg.io.formats import read_grid
+from brainseg.io.formats import SUFFIXES, read_grid
 from brainseg.io.scans import Scan, registered
+from brainseg.io.slices import Case
+from brainseg.patients import patient_of
 
 from .unpacking import MIB, Limits, Sent, unpack
+from .wording import CHOOSE
 
 FORK = multiprocessing.get_context("fork")
 BROKEN = "the upload cannot be read, as it is damaged or too large; export it again, or crop it"
@@ -97,6 +100,7 @@ def read(parts: dict[str, list[Sent]], folder: Path, limits: Limits) -> dict:
     received = folder / "received"
     received.mkdir()
     case = unpack(parts, received, limits)
+    left_out = unused(case, received)
     if "register" in parts:
         case = registered(case)
     if isinstance(case, Scan):
@@ -117,13 +121,23 @@ def read(parts: dict[str, list[Sent]], folder: Path, limits: Limits) -> dict:
         save_array(folder / "truth.npy", truth)
     return {
         "name": case.name,
+        "patient": patient_of(case),
         "numbers": case.numbers,
-        "notes": case.notes,
+        "notes": [*case.notes, *left_out],
         "replaced": case.replaced,
         "grid": asdict(case.grid) if isinstance(case, Scan) else None,
         "flair": str(case.folder),
         "truth": truth is not None,
     }
+
+
+def unused(case: Case, received: Path) -> list[str]:
+    """Say which volume files of an upload are not in its case, and how to use them."""
+    files = [path for path in received.rglob("*") if path.name.lower().endswith(SUFFIXES)]
+    names = sorted(path.name for path in files if path.is_file() and path not in case.files)
+    if not names:
+        return []
+    return [f"not used, as their names do not say what they are: {', '.join(names)}; {CHOOSE}"]
 
 
 def check_size(path: File, shape: Sequence[int], limits: Limits) -> None:

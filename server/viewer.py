@@ -17,6 +17,7 @@ from brainseg.preprocess import copies_of_flair
 from brainseg.segmenter import Segmentation
 
 SIDE = 384  # voxels: longer axes are thinned out for the viewer
+MOST = 12  # components that the page lists
 
 
 def viewer_files(
@@ -26,7 +27,8 @@ def viewer_files(
 
     `scan`: a frame of 0..255 for each of `sequences`. `probability`: 0..255. `labels`: 1 for the
     mask alone, 2 for the true mask alone, 3 for both. `numbers`: those of the axial slices.
-    `focus`: the middle of the lesion, in mm to the right, front and up.
+    `focus`: the middle of the lesion, in mm to the right, front and up. `components`: the volume
+    and the focus of each of the MOST largest.
     """
     mask = segmentation.mask
     steps = [math.ceil(length / SIDE) for length in mask.shape]
@@ -40,15 +42,38 @@ def viewer_files(
     probability = np.rint(255 * segmentation.probabilities[thin].clip(0, 1)).astype(np.uint8)
     sequences = _sequences(volume)
     grey = [to_grey(volume[..., [channel]])[thin] for channel in sequences.values()]
-    left, back, up = grid.direction * grid.spacing @ _middle(mask)[::-1] + grid.offset
     return {
         "sequences": list(sequences),
         "scan": _nifti(shown, grey),
         "probability": _nifti(shown, [probability]),
         "labels": _nifti(shown, [labels[thin]]),
         "numbers": case.numbers[thin[0]],
-        "focus": [-left, -back, up],
+        "focus": _place(grid, _middle(mask)),
+        "components": _components(case, mask, grid),
     }
+
+
+def _components(case: Case, mask: np.ndarray, grid: Grid) -> list[dict]:
+    """List the components (26 neighbours) of a mask (S, H, W), the largest first."""
+    from skimage.measure import label
+
+    labels = np.asarray(label(mask))
+    sizes = np.bincount(labels.ravel())[1:]
+    components = []
+    for k in np.argsort(-sizes, kind="stable")[:MOST]:
+        middle = _middle(labels == k + 1)
+        component = {"voxels": int(sizes[k]), "ml": None, "focus": _place(grid, middle)}
+        if case.spacing:
+            component["ml"] = component["voxels"] * math.prod(case.spacing) / 1000
+        component["slice"] = case.numbers[round(middle[0])]
+        components.append(component)
+    return components
+
+
+def _place(grid: Grid, voxel: np.ndarray) -> list[float]:
+    """Return where a voxel (slice, row, column) is, in mm to the right, front and up."""
+    left, back, up = grid.direction * grid.spacing @ voxel[::-1] + grid.offset
+    return [-left, -back, up]
 
 
 def _head(shape: tuple[int, int, int]) -> Grid:

@@ -1,8 +1,12 @@
 """Test the server as its users see it: HTTP API, page in a real browser, and limits."""
 
+import ast
 import asyncio
 import contextlib
+import csv
 import errno
+import gzip
+import hashlib
 import io
 import json
 import os
@@ -15,14 +19,16 @@ import sys
 import threading
 import time
 import zipfile
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest.mock import Mock
 
+import nibabel
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, make_weights
+from conftest import ROOT, TRAINED_ON, make_weights
 from test_files import leave_scratch
 
 import inference
@@ -141,12 +147,21 @@ def test_a_scan_gets_the_mask_of_inference_to_the_byte(server, files):
         "mask": open(files / "head_mask.nii.gz", "rb"),
     }
     answer = unpacked(post(server[0], files=sent))
-    assert sorted(answer) == ["head.gif", "head_mask.nii.gz", "montage.png", "summary.json"]
+    assert sorted(answer) == [
+        "head.gif", "head_mask.nii.gz", "head_probability.nii.gz", "montage.png", "summary.csv",
+        "summary.json",
+    ]  # fmt: skip
     assert answer["head_mask.nii.gz"] == (files / "expected/head_mask.nii.gz").read_bytes()
     summary = json.loads(answer["summary.json"])
     assert summary["case"] == "head" and summary["shape"] == [8, 64, 64]
     assert summary["lesion_ml"] == pytest.approx(summary["lesion_voxels"] * 9 / 1000)
     assert 0 < summary["scores"]["dsc"] <= 1 and "hd95_mm" in summary["scores"]
+    (row,) = csv.DictReader(io.StringIO(answer["summary.csv"].decode()))
+    assert float(row["dsc"]) == pytest.approx(summary["scores"]["dsc"])
+    probability = nibabel.Nifti1Image.from_bytes(gzip.decompress(answer["head_probability.nii.gz"]))
+    mask = nibabel.Nifti1Image.from_bytes(gzip.decompress(answer["head_mask.nii.gz"]))
+    assert np.array_equal(probability.affine, mask.affine)
+    assert np.asarray(probability.dataobj)[np.asarray(mask.dataobj) > 0].min() >= 0.499
 
 
 def test_slices_in_an_archive_too(server, files):
@@ -201,6 +216,7 @@ def test_the_example_of_the_documentation(server, files, tmp_path, monkeypatch):
     "sent, says",
     [
         ({"files": {"images": ("a.nii.gz", b"rubbish")}}, "a.nii.gz: not a readable volume"),
+        ({"files": {"images": ("a.doc", b"rubbish")}}, "holds no scan; choose a volume file"),
         ({"files": {"picture": ("a.nii", b"rubbish")}}, "'picture' is not a field"),
         ({"files": {"images": (None, "text")}}, "images: is not a file"),
         ({}, "send multipart/form-data"),
@@ -285,6 +301,141 @@ def test_progress_and_result_as_lines(server, files):
     assert "a.nii: not a readable" in json.loads(response.text.splitlines()[-1])["error"]
 
 
+def test_health(server, files):
+    answer = httpx.get(f"{server[0]}/api/health")
+    state = answer.json()
+    assert answer.status_code == 200 and state["ready"]
+    assert state["queue"] == {"uploads": 0, "places": 60}
+    assert state["weights"] == {
+        "unet.pt": hashlib.sha256((files / "unet.pt").read_bytes()).hexdigest()
+    }
+    schema = httpx.get(f"{server[0]}/api/openapi.json").json()["components"]["schemas"]["Health"]
+    assert state.keys() == schema["properties"].keys()
+
+
+def references(part: object) -> Iterator[str]:
+    """Yield every $ref in a description."""
+    if isinstance(part, dict):
+        if "$ref" in part:
+            yield part["$ref"]
+        part = list(part.values())
+    if isinstance(part, list):
+        for each in part:
+            yield from references(each)
+
+
+def test_the_openapi_description(server, files):
+    """Check what a generator of clients needs; openapi-spec-validator is no dependency."""
+    described = httpx.get(f"{server[0]}/api/openapi.json").json()
+    assert described["openapi"] == "3.1.0" and {"title", "version"} <= described["info"].keys()
+    for reference in references(described):
+        place = described
+        assert reference.startswith("#/")
+        for key in reference[2:].split("/"):
+            place = place[key]
+    names = set()
+    for path, item in described["paths"].items():
+        assert path.startswith("/api/")
+        for method, operation in item.items():
+            names.add(operation["operationId"])
+            statuses = operation["responses"]
+            assert all(response["description"] for response in statuses.values())
+            assert "Retry-After" in statuses["503"]["headers"]
+            answer = httpx.request("GET" if method == "get" else "POST", f"{server[0]}{path}")
+            assert str(answer.status_code) in statuses
+    assert names == {"segment", "health"}
+    fields = described["components"]["schemas"]["Upload"]["properties"]
+    told = httpx.get(f"{server[0]}/api").text
+    for field in fields:
+        assert f"\n  {field}" in told, "api.txt lists it too"
+    response = post(server[0], files={field: (None, "x") for field in [*fields, "other"]})
+    assert "'other'" in response.text or "is not a file" in response.text
+    sent = {"images": open(files / "head.nii.gz", "rb")}
+    summary = json.loads(unpacked(post(server[0], files=sent))["summary.json"])
+    assert described["components"]["schemas"]["Summary"]["properties"].keys() < summary.keys()
+
+
+def test_no_message_names_an_option():
+    """Look at every sentence of the rooms that an upload passes through."""
+    from server.wording import in_page_words
+
+    option = re.compile(r"(?<![\w-])--[a-z]")
+    told = 0
+    rooms = [
+        *ROOT.glob("brainseg/io/*.py"),
+        ROOT / "brainseg/quality.py",
+        ROOT / "brainseg/visits.py",
+    ]
+    for path in [*rooms, *ROOT.glob("server/*.py")]:
+        if path.name == "wording.py":
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            text = ""
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                text = node.value
+            elif isinstance(node, ast.JoinedStr):
+                parts = [
+                    part.value if isinstance(part, ast.Constant) else "x" for part in node.values
+                ]
+                text = "".join(map(str, parts))
+            if option.search(text) and "\n" not in text:
+                told += 1
+                assert not option.search(in_page_words(text)), text
+    assert told > 20
+
+
+@pytest.mark.parametrize(
+    "names, used",
+    [
+        (("pre", "flair", "post"), "pre-contrast, FLAIR, post-contrast"),
+        (("a_pre", "a_flair", "a_post"), "FLAIR"),
+        (("a_t1", "a_t2", "a_post"), ""),
+    ],
+)
+def test_sequences_sent_as_files_make_one_case(server, files, tmp_path, names, used):
+    import SimpleITK
+
+    head, sent = SimpleITK.ReadImage(str(files / "head.nii.gz")), []
+    for k, name in enumerate(names):
+        path = tmp_path / f"{name}.nii.gz"
+        SimpleITK.WriteImage(SimpleITK.VectorIndexSelectionCast(head, k), str(path))
+        sent.append(("images", (path.name, path.read_bytes())))
+    response = post(server[0], files=sent)
+    if not used:
+        assert response.status_code == 400
+        assert 'under "One file per sequence"' in response.json()["error"]
+        return
+    summary = json.loads(unpacked(response)["summary.json"])
+    assert summary["sequences"] == used
+    left_out = "not used, as their names do not say what they are: a_post.nii.gz, a_pre.nii.gz"
+    assert (left_out in str(summary["notes"])) == (used == "FLAIR")
+
+
+def test_a_training_patient_is_marked(server, files, tmp_path):
+    name = f"{TRAINED_ON[0]}.nii.gz"
+    shutil.copy(files / "head.nii.gz", tmp_path / name)
+    for path, marked in ((tmp_path / name, True), (files / "head.nii.gz", False)):
+        answer = unpacked(post(server[0], files={"images": open(path, "rb")}))
+        assert json.loads(answer["summary.json"])["trained_on"] == marked
+
+
+def test_a_client_that_leaves_frees_its_place(server):
+    with httpx.stream(
+        "POST",
+        f"{server[0]}/api/segment",
+        files={"phantom": (None, "1")},
+        headers={"Accept": "application/x-ndjson"},
+        timeout=60,
+    ) as response:
+        next(response.iter_lines())
+    for _ in range(100):
+        if httpx.get(f"{server[0]}/api/health").json()["queue"]["uploads"] == 0:
+            break
+        time.sleep(0.1)
+    else:
+        raise AssertionError("the place is not free")
+
+
 def test_another_host_name_is_refused(server):
     response = httpx.get(f"{server[0]}/", headers={"Host": "elsewhere.example"})
     assert response.status_code == 400
@@ -361,7 +512,7 @@ def test_too_little_memory_is_one_sentence(service, monkeypatch, fault):
         patch.setattr(service.segmenter, "probabilities", Mock(side_effect=fault))
         with pytest.raises(ValueError, match="more memory than the server has; crop it"):
             service.submit(None).future.result()
-    assert service.submit(None).future.result().masks, "the next is segmented"
+    assert service.submit(None).future.result().maps["mask"], "the next is segmented"
 
 
 @pytest.fixture(scope="module")
@@ -674,11 +825,12 @@ def drawn(page) -> bytes:
 
 def touch(page, x: int, y: int) -> None:
     """Touch the viewer for a moment; Playwright's tap is too short."""
+    page.locator("canvas").evaluate("canvas => canvas.scrollIntoView()")
     canvas, device = page.locator("canvas").bounding_box(), page.context.new_cdp_session(page)
     finger = {"x": canvas["x"] + x, "y": canvas["y"] + y}
     for kind, points in (("touchStart", [finger]), ("touchEnd", [])):
         device.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
-        page.wait_for_timeout(100)
+        page.evaluate("() => new Promise(next => setTimeout(next, 100))")  # once it is handled
 
 
 def slice_shown(page) -> str:
@@ -706,7 +858,9 @@ def test_a_scan_in_the_viewer(page, server, files):
     drop(page, files / "head.nii.gz")
     wait_for_viewer(page)
     assert page.locator("h2").inner_text() == "head"
-    assert re.search(r"Lesion: [\d.]+ ml \(\d+ voxels\)", page.locator("#numbers").inner_text())
+    assert re.search(
+        r"a lesion of [\d.]+ ml \(\d+ voxels\), on \d of 8", page.locator("#numbers").inner_text()
+    )
     assert page.locator("#plain").inner_text() == ""
     mask = downloaded(page, "head_mask.nii.gz")
     assert mask == (files / "expected/head_mask.nii.gz").read_bytes()
@@ -748,6 +902,85 @@ def test_what_the_viewer_can_do(page, files):
     assert slice_after(page, lambda: page.mouse.wheel(0, 100)) != first, "the wheel turns slices"
 
 
+def focused(page) -> str:
+    return page.evaluate("document.activeElement.id || document.activeElement.tagName")
+
+
+def test_the_keyboard_and_the_cancel_button(page, server, files):
+    page.locator("#files").set_input_files(str(files / "head.nii.gz"))
+    page.locator("button.first").focus()
+    held = []
+    page.route("**/api/segment", held.append)  # neither sent nor answered
+    page.keyboard.press("Enter")
+    page.locator("#busy:not([hidden])").wait_for()
+    assert focused(page) == "cancel" and "brainseg" != page.title()
+    page.keyboard.press("Enter")
+    page.locator("#busy").wait_for(state="hidden")
+    assert page.evaluate("document.activeElement.textContent") == "Segment"
+    assert page.title() == "brainseg"
+    page.unroute("**/api/segment")
+    page.keyboard.press("Enter")
+    wait_for_viewer(page)
+    assert focused(page) == "H2" and page.title() == "head – brainseg"
+    page.locator("#files").set_input_files([])
+    page.locator("button.first").focus()
+    page.keyboard.press("Enter")
+    assert focused(page) == "error" and page.title() == "error – brainseg"
+
+
+def test_components_millimetres_and_the_ruler(page, files):
+    drop(page, files / "head.nii.gz")
+    wait_for_viewer(page)
+    page.get_by_text("Axial", exact=True).click()
+    first = slice_shown(page)
+    page.locator("canvas").press("ArrowUp")
+    component = page.locator("#components button").first
+    assert re.fullmatch(r"1: [\d.]+ ml, slice \d", component.inner_text())
+    assert slice_after(page, component.click) == first
+    box = page.locator("canvas").bounding_box()
+    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    page.mouse.move(x, y)
+    there = page.locator("#under").inner_text()
+    assert re.fullmatch(r"[LR] [\d.]+, [AP] [\d.]+, [IS] [\d.]+ mm", there)
+    page.mouse.move(x + 40, y)
+    assert page.locator("#under").inner_text() != there
+    page.mouse.move(5, 5)
+    crosshair = page.locator("#under").inner_text()
+    before = drawn(page)
+    page.locator("#ruler label").click()
+    page.mouse.move(x, y)
+    page.mouse.down()
+    page.mouse.move(x + 60, y + 20, steps=3)
+    page.mouse.up()
+    page.mouse.move(5, 5)
+    assert drawn(page) != before and page.locator("#under").inner_text() == crosshair
+
+
+def contrast(*colours: str) -> float:
+    """Return the contrast of two colours by WCAG 2, from 1 to 21."""
+    lights = []
+    for colour in colours:
+        digits = colour[1:] if len(colour) == 7 else "".join(2 * digit for digit in colour[1:])
+        channels = np.array([int(digits[k : k + 2], 16) for k in (0, 2, 4)]) / 255
+        linear = np.where(
+            channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4
+        )
+        lights.append(linear @ (0.2126, 0.7152, 0.0722) + 0.05)
+    return max(lights) / min(lights)
+
+
+def test_borders_and_text_stand_out():
+    css = (ROOT / "web/page.css").read_text()
+    colours = dict(
+        (name, pair.split(", ")) for name, pair in re.findall(r"--(\w+): light-dark\((.*?)\)", css)
+    )
+    for k in (0, 1):
+        for ground in ("paper", "card"):
+            assert contrast(colours["line"][k], colours[ground][k]) >= 3
+            for text in ("ink", "soft", "blue"):
+                assert contrast(colours[text][k], colours[ground][k]) >= 4.5
+
+
 def test_the_phantom_on_a_phone(browser, server):
     with visit(browser, server[0], 390, 844, has_touch=True, is_mobile=True) as page:
         page.get_by_role("button", name="Try a phantom").click()
@@ -755,8 +988,7 @@ def test_the_phantom_on_a_phone(browser, server):
         wait_for_viewer(page)
         assert page.evaluate("document.documentElement.scrollWidth") <= 390, "nothing sticks out"
         before = slice_shown(page)
-        touch(page, 60, 400)  # the coronal plane
-        assert slice_shown(page) != before
+        assert slice_after(page, lambda: touch(page, 60, 400)) != before, "the coronal plane"
         page.get_by_text("All slices").click()
         assert page.locator("#montage").evaluate("image => image.naturalWidth") > 0
         assert len(downloaded(page, "phantom_masks.zip")) > 1000
@@ -782,7 +1014,8 @@ def test_expected_dsc_and_warning_on_the_page(page, server, files):
     page.route("**/api/segment", lambda route: route.fulfill(body=json.dumps(answer)))
     drop(page, files / "head.nii.gz")
     page.locator("#warning").get_by_text("This mask may be poor.").wait_for()
-    assert "0.71 (0.50 to 0.83)" in page.locator("#numbers").inner_text()
+    told = page.locator("#quality").inner_text()
+    assert "0.71 (0.50 to 0.83 in 8 of 10 scans)" in told and "reach about 0.84" in told
 
 
 def test_sequences_in_separate_files(page, files, tmp_path):
@@ -829,7 +1062,16 @@ def test_errors_are_shown_on_the_page(page, tmp_path):
 def test_a_folder_in_a_browser(page, files):
     page.locator("#folder").set_input_files(str(files / "slices/phantom_000"))
     page.locator("[data-chosen=images]").get_by_text("16 files").wait_for()
+    page.evaluate("""() => {  // note what is sent
+        const append = FormData.prototype.append;
+        window.sent = [];
+        FormData.prototype.append = function (...part) {
+            window.sent.push(part[2]);
+            append.apply(this, part);
+        };
+    }""")
     page.get_by_role("button", name="Segment").click()
+    assert "phantom_000/phantom_000_1.tif" in page.evaluate("window.sent"), "with its path"
     page.locator("#scores").get_by_text("DSC").wait_for()
     with zipfile.ZipFile(io.BytesIO(downloaded(page, "phantom_000_masks.zip"))) as archive:
         for name in archive.namelist():

@@ -5,6 +5,8 @@ import errno
 import io
 import os
 import signal
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -29,8 +31,9 @@ pytest.importorskip("starlette", reason="pip install -r requirements-app.txt")
 from starlette.datastructures import UploadFile
 
 from server import unpacking, uploads
+from server.answers import Loaded
 from server.api import lines, make_app
-from server.jobs import Job, Loaded, Reader, Service, Unavailable
+from server.jobs import Job, Reader, Service, Unavailable
 from server.unpacking import MIB, Limits
 from server.uploads import attend
 
@@ -161,6 +164,32 @@ def test_a_dicom_series(phantom, receive, tmp_path, packed):
     assert loaded.case.spacing is not None
     if packed:
         assert loaded.case.name == "series"
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_study_in_folders_whose_files_share_names(phantom, receive, tmp_path, packed):
+    """Send a study as the page does when it is dropped: each file with its path."""
+    import pydicom
+    from test_scan import write_series
+
+    names = ("T1 pre", "FLAIR", "T1 post gd")
+    files = {}
+    for k, words in enumerate(names):
+        folder = write_series(tmp_path / words, phantom[0][..., k])
+        for path in folder.iterdir():
+            header = pydicom.dcmread(path)
+            header.StudyInstanceUID, header.PatientID = "1.2.3", "p1"
+            header.SeriesInstanceUID = f"1.2.3.{k}"
+            header.SeriesDescription, header.SeriesNumber = words, k
+            header.FrameOfReferenceUID = "1.2.4"
+            header.SOPInstanceUID = f"{header.SOPInstanceUID}.{k}"
+            header.save_as(path)
+            files[f"study/{words}/{path.name}"] = path.read_bytes()
+    assert len({name.rpartition("/")[2] for name in files}) == len(files) // 3, "as in the title"
+    if packed:
+        files = {"scan.zip": zipped(files)}
+    loaded = receive({"images": named(**files)})
+    assert np.array_equal(loaded.volume, phantom[0]) and loaded.case.name == "study"
 
 
 def test_a_mask_beside_sequences_is_not_a_sequence(phantom, receive, tmp_path):
@@ -472,7 +501,7 @@ def post(service: Service, **sent) -> httpx.Response:
         "tempfile.TemporaryFile",
         "server.jobs.shutil.copyfileobj",
         "server.jobs.Reader._ask",
-        "server.jobs.write_case",
+        "server.answers.write_case",
     ],
 )
 @pytest.mark.parametrize(
@@ -565,6 +594,34 @@ def test_an_abandoned_job_is_stopped(monkeypatch):
         job.future.result()
     assert 0 < job.done < 1
     service.close()
+
+
+def test_an_abandoned_upload_is_read_no_further(service, monkeypatch):
+    begun, start = threading.Event(), service.reader._start
+
+    def slow() -> subprocess.Popen:
+        command = [sys.executable, "-c", "import time; time.sleep(600)"]
+        begun.set()
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    service.reader._kill()
+    monkeypatch.setattr(service.reader, "_start", slow)
+    job = service.submit({"images": named(**{"a.nii": b"x"})})
+    begun.wait(20)
+    monkeypatch.setattr(service.reader, "_start", start)
+    while service.reader.job is None:
+        time.sleep(0.01)
+    service.abandon(job)
+    with pytest.raises(Unavailable):
+        job.future.result(20)
+    with pytest.raises(ValueError, match="not a readable volume"):
+        service.submit({"images": named(**{"a.nii": b"x"})}).future.result(60)
 
 
 def test_a_reader_has_bounded_memory(receive):

@@ -24,7 +24,11 @@ for (const input of document.querySelectorAll("input[type=file]")) {
 }
 
 async function filesIn(entry) {
-  if (entry.isFile) return [await new Promise((done, fail) => entry.file(done, fail))];
+  if (entry.isFile) {
+    const file = await new Promise((done, fail) => entry.file(done, fail));
+    file.place = entry.fullPath.slice(1); // files in several folders may share a name
+    return [file];
+  }
   const reader = entry.createReader(), files = [];
   for (;;) {
     const some = await new Promise((done, fail) => reader.readEntries(done, fail));
@@ -56,28 +60,45 @@ find("#theme").addEventListener("click", () => {
 find("#send").addEventListener("submit", (event) => {
   event.preventDefault();
   if (!chosen.images?.length && !chosen.flair?.length) return fail("No scan yet: drop one first, or try a phantom.");
-  const parts = Object.entries(chosen).flatMap(([field, files]) => files.map((file) => [field, file]));
+  const parts = Object.entries(chosen).flatMap(([field, files]) =>
+    files.map((file) => [field, file, file.place || file.webkitRelativePath || file.name]));
   send(find("#register").checked ? [...parts, ["register", "1"]] : parts);
 });
 find("#phantom").addEventListener("click", () => send([["phantom", "1"]]));
 
+let request; // the one under way
+
 function send(parts) {
-  const form = new FormData(), request = new XMLHttpRequest();
+  const form = new FormData();
+  request = new XMLHttpRequest();
   for (const part of parts) form.append(...part);
   request.open("POST", "api/segment");
   request.setRequestHeader("Accept", "application/x-ndjson");
   request.upload.onprogress = (e) => wait(`sending, ${Math.round(100 * e.loaded / e.total)} %`);
-  request.onprogress = () => {
-    const text = request.responseText, end = text.lastIndexOf("\n");
-    if (request.status !== 200 || end < 0) return;
+  request.onprogress = ({ target }) => {
+    const text = target.responseText, end = text.lastIndexOf("\n");
+    if (target.status !== 200 || end < 0) return;
     const line = JSON.parse(text.slice(text.lastIndexOf("\n", end - 1) + 1, end));
     wait(line.waiting, line.done);
   };
-  request.onload = () => finish(last(request.responseText));
+  request.onload = ({ target }) => finish(last(target.responseText));
   request.onerror = () => finish({ error: "The server does not answer, or the upload is too large." });
-  for (const button of document.querySelectorAll("#send button")) button.disabled = true;
+  enable(false);
   wait("sending");
+  find("#cancel").focus();
   request.send(form);
+}
+
+find("#cancel").addEventListener("click", () => {
+  request.abort(); // the server ends what nobody waits for
+  enable(true);
+  show("nothing");
+  document.title = "brainseg";
+  find("button.first").focus();
+});
+
+function enable(on) {
+  for (const button of document.querySelectorAll("#send button")) button.disabled = !on;
 }
 
 // The answer is one or more lines of JSON.
@@ -86,7 +107,7 @@ function last(text) {
 }
 
 function finish(answer) {
-  for (const button of document.querySelectorAll("#send button")) button.disabled = false;
+  enable(true);
   if (answer.growth) presentGrowth(answer.growth);
   else if (answer.summary) present(answer);
   else fail(answer.error ?? "The server stopped answering; try again.");
@@ -101,11 +122,20 @@ function wait(text, done) {
   if (done) find("progress").value = done;
   else find("progress").removeAttribute("value");
   show("busy");
+  document.title = `${text} – brainseg`;
+}
+
+// Tell those who do not see the page, or have turned to another, that it is done.
+function arrive(element, title) {
+  document.title = `${title} – brainseg`;
+  element.focus({ preventScroll: true });
+  find("section").scrollIntoView({ block: "nearest" });
 }
 
 function fail(error) {
   find("#error").textContent = error;
   show("error");
+  arrive(find("#error"), "error");
 }
 
 // Showing
@@ -123,45 +153,59 @@ function links(downloads) {
 
 function presentGrowth({ summary, lines, downloads }) {
   find("#growth h3").textContent = `${summary.case}: ${summary.rate}`;
-  find("#growth .box").textContent = summary.notes.join("; ");
+  find("#visits").textContent = summary.notes.join("; ");
   find("#growth img").src = `data:image/png;base64,${downloads["growth.png"]}`;
   find("#growth tbody").replaceChildren(...lines.map((cells) => make("tr", {}, ...cells.map((cell) => make("td", {}, cell)))));
   find("#growth .line").replaceChildren(...links(downloads));
   show("growth");
-  find("section").scrollIntoView({ block: "nearest" });
+  arrive(find("#growth h3"), summary.case);
 }
 
 async function present({ summary, viewer, downloads }) {
   find("h2").textContent = summary.case;
   find("#numbers").textContent = numbers(summary);
+  find("#quality").textContent = quality(summary);
   find("#warning").textContent = summary.warning ?? "";
+  find("#notes").replaceChildren(...notes(summary).map((note) => make("li", {}, note)));
   find("#links").replaceChildren(...links(downloads));
   find("#scores").replaceChildren(...Object.keys(SCORES).filter((name) => summary.scores?.[name] !== undefined).map((name) =>
     make("tr", {}, make("td", {}, SCORES[name]), make("td", {}, summary.scores[name]?.toFixed(3) ?? "not defined"))));
   find("#montage").src = `data:image/png;base64,${downloads[`${summary.case}_montage.png`]}`;
   find("#plain").textContent = "";
   show("result");
+  arrive(find("h2"), summary.case);
   Object.assign(find("#look"), { hidden: false, ariaBusy: true });
   try {
-    await (await import("./viewer.js")).look(viewer, NAMES, Boolean(summary.scores));
+    await (await import("./viewer.js")).look(viewer, NAMES, summary);
     find("#look").ariaBusy = false;
   } catch (error) {
     find("#look").hidden = true;
     find("#plain").textContent = `The viewer cannot start: ${error.message}. The mask can be downloaded below.`;
     find("#result details").open = true;
   }
-  find("section").scrollIntoView({ block: "nearest" });
 }
 
 function numbers(summary) {
-  const touched = summary.slices_touched, voxels = `${summary.lesion_voxels} voxels`, said = ["No lesion was found."];
-  if (touched.length) {
-    const size = summary.lesion_ml === null ? voxels : `${summary.lesion_ml.toFixed(2)} ml (${voxels})`;
-    said[0] = `Lesion: ${size} on ${touched.length} of ${summary.shape[0]} slices, ${touched[0]} to ${touched.at(-1)}.`;
-  }
+  const touched = summary.slices_touched, voxels = `${summary.lesion_voxels} voxels`;
+  if (!touched.length) return "The network found no lesion.";
+  const size = summary.lesion_ml === null ? voxels : `${summary.lesion_ml.toFixed(2)} ml (${voxels})`;
+  return `The network found a lesion of ${size}, on ${touched.length} of ${summary.shape[0]} slices: ${touched[0]} to ${touched.at(-1)}.`;
+}
+
+function quality(summary) {
+  const said = [], truth = summary.scores?.dsc;
   if (summary.expected_dsc != null) {
     const [dsc, low, high] = ["", "_low", "_high"].map((part) => summary[`expected_dsc${part}`]?.toFixed(2));
-    said.push(`Expected DSC with an expert's mask: ${dsc}${low && high ? ` (${low} to ${high})` : ""}.`);
+    const range = low && high ? ` (${low} to ${high} in 8 of 10 scans)` : "";
+    said.push(`The mask would probably reach a DSC of ${dsc}${range} with an expert's.`);
   }
+  if (truth != null) said.push(`With the true mask that was sent, its DSC is ${truth.toFixed(2)}.`);
+  if (said.length) said.push("DSC says how far two masks agree: 0 is no overlap, 1 is the same mask. Two experts who outline the same tumour reach about 0.84.");
+  if (summary.trained_on) said.push("The network was trained on this patient: it has seen the right answer, so its DSC does not count.");
   return said.join(" ");
+}
+
+function notes(summary) {
+  if (summary.spacing) return summary.notes;
+  return [...summary.notes, "These slices do not say how large a pixel is or how far apart they are: sizes are in voxels, and the viewer draws them about as tall as a head."];
 }

@@ -1,12 +1,13 @@
 // The viewer: three planes and a rendering of one scan, drawn by NiiVue.
 const form = document.querySelector("#look"), canvas = form.querySelector("canvas");
-const PAN = 3, CROSSHAIR = 6, WINDOWING = 9, ALL = 3, RENDERING = 4; // as NiiVue numbers them
+const MEASURING = 2, PAN = 3, CROSSHAIR = 8, WINDOWING = 9, ALL = 3, RENDERING = 4; // as NiiVue numbers them
 // Left, top, width and height of axial, coronal and sagittal plane and rendering, on a laptop and on a phone.
 const WIDE = [[0, 0, 0.5, 1], [0.5, 0, 0.25, 0.5], [0.75, 0, 0.25, 0.5], [0.5, 0.5, 0.5, 0.5]];
 const TALL = [[0, 0, 1, 0.6], [0, 0.6, 1 / 3, 0.4], [1 / 3, 0.6, 1 / 3, 0.4], [2 / 3, 0.6, 1 / 3, 0.4]];
 const LABELS = { R: [0, 255, 53, 255], G: [0, 74, 208, 210], B: [0, 61, 79, 60], A: [0, 255, 255, 255] };
 const FILL = 0.35, UNSEEN = 0.004; // opacities of the mask within its outline
-let nv, files, at, said, due; // NiiVue, what is shown, the voxel at the crosshair, the values there, the next frame
+const YELLOW = [1, 0.85, 0.25, 1], SIDES = [["L", "R"], ["P", "A"], ["I", "S"]];
+let nv, files, measures, at, said, due; // NiiVue, what is shown, whether its size is known, the voxel at the crosshair, the values there, the next frame
 
 async function start() {
   if (!document.createElement("canvas").getContext("webgl2")) throw new Error("WebGL2 is missing or turned off in this browser");
@@ -14,8 +15,7 @@ async function start() {
   nv = new Niivue({
     logLevel: "error", dragAndDropEnabled: false, isRadiologicalConvention: true, sagittalNoseLeft: true, viewModeHotKey: "", smoothDrawing: 2,
     crosshairColor: [0.3, 0.65, 1, 0.8], crosshairWidth: 0.7, crosshairGap: 6, fontColor: [0.75, 0.8, 0.85, 1],
-    mouseEventConfig: { leftButton: { primary: CROSSHAIR }, rightButton: WINDOWING, centerButton: PAN },
-    touchEventConfig: { singleTouch: CROSSHAIR, doubleTouch: PAN },
+    rulerColor: YELLOW, measureLineColor: YELLOW, measureTextColor: YELLOW, rulerWidth: 3,
   });
   nv.image = NVImage;
   nv.onLocationChange = ({ vox, values }) => { at = vox; tell(values); };
@@ -35,15 +35,22 @@ async function start() {
     this.drawOpacity = opacity;
   };
   canvas.addEventListener("keydown", key, true); // before NiiVue's own keys
+  canvas.addEventListener("pointermove", ({ offsetX, offsetY }) => {
+    const place = nv.canvasPos2frac([offsetX * nv.uiData.dpr, offsetY * nv.uiData.dpr]);
+    under(place[0] < 0 ? nv.scene.crosshairPos : place);
+  });
+  canvas.addEventListener("pointerleave", () => under(nv.scene.crosshairPos));
   await nv.attachToCanvas(canvas);
   form.addEventListener("input", ({ target }) => set[target.name](target));
   form.addEventListener("reset", () => setTimeout(reset));
   window.addEventListener("resize", () => set.view(form.view));
 }
 
-export async function look(viewer, names, compared) {
+export async function look(viewer, names, summary) {
   if (!nv) await start();
   files = viewer;
+  measures = Boolean(summary.spacing);
+  form.querySelector("#ruler").hidden = !measures;
   for (const volume of [...nv.volumes]) nv.removeVolume(volume);
   const open = (name, options) => nv.image.loadFromBase64({ base64: viewer[name], name: `${name}.nii.gz`, ...options });
   nv.addVolume(await open("scan"));
@@ -52,9 +59,16 @@ export async function look(viewer, names, compared) {
   nv.setDrawColormap(LABELS);
   form.querySelector("#sequences").innerHTML = "<legend>Sequence</legend>" + viewer.sequences.map((name, k) =>
     `<label><input type="radio" name="sequence" value="${k}" ${k ? "" : "checked"}>${names[name]}</label>`).join("");
-  form.querySelector("#legend").innerHTML = (compared ?
+  form.querySelector("#legend").innerHTML = (summary.scores ?
     '<span class="both">both masks</span><span class="mask">network only</span><span class="truth">true mask only</span>'
     : '<span class="mask">mask</span>') + '<span class="heat">probability, 0 to 1</span>';
+  const components = viewer.components.map(({ ml, voxels, slice, focus }, k) => {
+    const button = Object.assign(document.createElement("button"), { type: "button" });
+    button.textContent = `${k + 1}: ${ml === null ? `${voxels} voxels` : `${ml.toFixed(2)} ml`}, slice ${slice}`;
+    button.addEventListener("click", () => go(focus));
+    return button;
+  });
+  form.querySelector("#components").replaceChildren(...(components.length ? ["Go to component", ...components] : []));
   reset();
 }
 
@@ -72,6 +86,12 @@ const set = {
     nv.drawOpacity = { outline: UNSEEN, fill: FILL, off: 0 }[value];
     nv.drawRimOpacity = 1;
     nv.drawScene();
+  },
+  ruler({ checked }) {
+    const primary = checked ? MEASURING : CROSSHAIR;
+    nv.setMouseEventConfig({ leftButton: { primary }, rightButton: WINDOWING, centerButton: PAN });
+    nv.setTouchEventConfig({ singleTouch: primary, doubleTouch: PAN });
+    if (!checked) nv.clearAllMeasurements();
   },
   slice({ value }) {
     const step = [0, 0, 0];
@@ -92,11 +112,23 @@ const set = {
 };
 
 function reset() {
-  nv.scene.crosshairPos = nv.mm2frac(files.focus);
-  nv.createOnLocationChange();
+  go(files.focus);
   nv.setPan2Dxyzmm([0, 0, 0, 1]);
   nv.setRenderAzimuthElevation(200, 15);
-  for (const name of ["view", "sequence", "marks", "probability", "level", "zoom"]) set[name](form[name]);
+  for (const name of ["view", "sequence", "marks", "probability", "ruler", "level", "zoom"]) set[name](form[name]);
+}
+
+// Put the crosshair at a place in mm.
+function go(place) {
+  nv.scene.crosshairPos = nv.mm2frac(place);
+  nv.createOnLocationChange();
+  nv.drawScene();
+}
+
+// Say where a place of the volume is.
+function under(place) {
+  const far = nv.frac2mm(place).slice(0, 3), text = [...far].map((mm, k) => `${SIDES[k][Number(mm >= 0)]} ${Math.abs(mm).toFixed(1)}`);
+  form.querySelector("#under").textContent = measures ? `${text.join(", ")} mm` : "";
 }
 
 // The axis that the slider moves along: that of the plane shown, else the axial one.
@@ -110,6 +142,7 @@ function tell(values = said) {
   const slice = k === 2 ? `${files.numbers[at[2]]} of ${files.numbers.at(-1)}` : `${at[k] + 1} of ${slices}`;
   form.querySelector("output").textContent = `Slice ${slice}, probability ${(values[1].value / 255).toFixed(2)}`;
   said = values;
+  under(nv.scene.crosshairPos);
 }
 
 function key(event) {
