@@ -77,14 +77,13 @@ def run(args: argparse.Namespace, options: dict) -> None:
     print(f"settings: {segmenter.choices}", flush=True)
     for note in segmenter.notes:
         print(note, file=sys.stderr)
-    limits = Limits(upload=args.max_upload * MIB, seconds=args.time_limit)
     clear_leftovers(Path(tempfile.gettempdir()))
     files = open_files_limit()
     connections = files // 2  # uploads that are kept in files take the others
     queue = min(args.queue, connections // 2)
     if queue < args.queue:
         print(f"only {queue} uploads at once, as `ulimit -n` is {files}", file=sys.stderr)
-    service = Service(segmenter, limits)
+    service = Service(segmenter, Limits(upload=args.max_upload * MIB, seconds=args.time_limit))
     app = make_app(service, args.host, args.auth, queue, git_commit())
     host, family = args.host, socket.AF_INET
     if ":" in args.host:

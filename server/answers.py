@@ -14,6 +14,7 @@ from pathlib import Path
 import imageio.v3 as iio
 import numpy as np
 
+from brainseg.alignment import Measured
 from brainseg.io.files import write_table
 from brainseg.io.pictures import montage, outline, to_grey
 from brainseg.io.predictions import map_files, write_case
@@ -22,7 +23,6 @@ from brainseg.metrics import score
 from brainseg.patients import patient_of
 from brainseg.reports.volumes import volume_row
 from brainseg.segmenter import Segmentation
-from brainseg.visits import Measured
 
 from .viewer import viewer_files
 from .wording import in_page_words

@@ -24,7 +24,6 @@ from starlette.staticfiles import StaticFiles
 from .answers import zipped
 from .connections import report
 from .jobs import STOPPING, Job, Service, Unavailable, shortage
-from .openapi import DESCRIPTION
 from .security import Guard, as_json, is_loopback
 
 WEB = Path(__file__).resolve().parents[1] / "web"
@@ -66,7 +65,7 @@ def make_app(
     routes = [
         Route("/api", lambda request: FileResponse(WEB / "api.txt")),
         Route("/api/health", health),
-        Route("/api/openapi.json", lambda request: JSONResponse(DESCRIPTION)),
+        Route("/api/openapi.json", lambda request: FileResponse(WEB / "openapi.json")),
         Route("/api/segment", segment),
         Mount("/", StaticFiles(directory=WEB, html=True)),
     ]

@@ -23,7 +23,6 @@ from subprocess import PIPE, Popen
 import numpy as np
 from starlette.datastructures import UploadFile
 
-from brainseg.alignment import Measured
 from brainseg.io.files import disk_is_full, out_of_memory, remove, scratch
 from brainseg.io.grid import Grid
 from brainseg.io.scans import Scan
@@ -39,6 +38,7 @@ from .wording import in_page_words
 
 ROOT = Path(__file__).resolve().parents[1]
 STOPPING = "the server is stopping; try again later"
+TOO_LARGE = "the scan needs more memory than the server has; crop it"
 GRACE = 2.0  # seconds for a running job to end when the server stops
 Parts = Mapping[str, Sequence[UploadFile]]  # by field, as `unpack` takes them
 
@@ -123,9 +123,7 @@ class Service:
             except (MemoryError, RuntimeError) as error:
                 if not out_of_memory(error):
                     raise
-                raise ValueError(
-                    "the scan needs more memory than the server has; crop it"
-                ) from None
+                raise ValueError(TOO_LARGE) from None
 
     def _segment(self, parts: Parts | None, folder: Path, job: Job) -> Answer | GrowthAnswer:
         if parts is None:
@@ -173,8 +171,6 @@ class Service:
                     f"{self.limits.seconds:.0f} s; crop it"
                 )
 
-        if job.abandoned:
-            raise CancelledError
         try:
             images, frame = self.segmenter.preprocess(loaded.volume, loaded.case.aspect)
         except ValueError as error:
