@@ -110,11 +110,15 @@ def summary_of(
     """Return the row of volumes.csv of a case, its scores if there is a truth, and its notes."""
     case, truth, mask = loaded.case, loaded.truth, segmentation.mask
     summary = row_of(loaded, segmentation, run)
+    notes = [*loaded.notes, *segmentation.notes]
+    further = summary["notes"].removeprefix("; ".join(notes)).removeprefix("; ")
+    if further:
+        notes.append(further)
     summary["warning"] = in_page_words(summary["warning"])
     summary |= {
         "shape": list(mask.shape),
         "spacing": list(case.spacing) if case.spacing else None,
-        "notes": [in_page_words(note) for note in loaded.notes],
+        "notes": [in_page_words(note) for note in notes],
         "trained_on": patient_of(case) in trained_on,
         "scores": None,
     }
@@ -126,12 +130,18 @@ def summary_of(
 
 
 def row_of(loaded: Loaded, segmentation: Segmentation, run: str) -> dict:
-    """Return the row of volumes.csv of a case; notes are no reason to look."""
-    replaced = [*loaded.replaced, *segmentation.replaced]
+    """Return the row of volumes.csv of a case."""
+    case = loaded.case
     return volume_row(
-        loaded.case, loaded.volume, segmentation.mask, segmentation.expected,
-        segmentation.warnings, run, replaced,
-    )  # fmt: skip
+        case,
+        loaded.volume,
+        segmentation.mask,
+        segmentation.expected,
+        [*case.doubts, *segmentation.warnings],
+        run,
+        [*loaded.replaced, *segmentation.replaced],
+        [*loaded.notes, *segmentation.notes],
+    )
 
 
 def measured(loaded: Loaded, segmentation: Segmentation, run: str) -> Measured:

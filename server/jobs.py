@@ -276,11 +276,11 @@ class Reader:
 def case_of(answer: dict) -> Case:
     """Rebuild a case from what uploads.read returns, as far as its results need it."""
     name, numbers, grid = answer["name"], tuple(answer["numbers"]), answer["grid"]
-    patient = answer["patient"]
+    read = {"patient": answer["patient"], "doubts": tuple(answer["doubts"])}
     if not grid:
-        return Case(name, numbers, (), (), patient=patient)
+        return Case(name, numbers, (), (), **read)
     for part in ("shape", "spacing", "offset", "notes"):
         grid[part] = tuple(grid[part])
     grid["direction"] = np.array(grid["direction"])
     flair = Path(answer["flair"])  # the mask's file takes over what its header says
-    return Scan(name, numbers, (flair,), (), Grid(**grid), channels=3, patient=patient)
+    return Scan(name, numbers, (flair,), (), Grid(**grid), channels=3, **read)

@@ -100,7 +100,7 @@ def read(parts: dict[str, list[Sent]], folder: Path, limits: Limits) -> dict:
     received = folder / "received"
     received.mkdir()
     case = unpack(parts, received, limits)
-    left_out = unused(case, received)
+    notes = unused(case, received)
     if "register" in parts:
         case = registered(case)
     if isinstance(case, Scan):
@@ -119,11 +119,13 @@ def read(parts: dict[str, list[Sent]], folder: Path, limits: Limits) -> dict:
     save_array(folder / "volume.npy", volume)
     if truth is not None:
         save_array(folder / "truth.npy", truth)
+    notes = [note for note in case.notes if note not in case.doubts] + notes
     return {
         "name": case.name,
         "patient": patient_of(case),
         "numbers": case.numbers,
-        "notes": [*case.notes, *left_out],
+        "notes": notes,
+        "doubts": case.doubts,
         "replaced": case.replaced,
         "grid": asdict(case.grid) if isinstance(case, Scan) else None,
         "flair": str(case.folder),

@@ -212,6 +212,13 @@ def test_flair_alone(phantom, receive, tmp_path):
     assert loaded.notes == ["FLAIR stands in for pre-contrast and post-contrast"]
 
 
+def test_a_name_of_another_sequence_is_a_doubt(phantom, receive, tmp_path):
+    flair = volume_file(phantom[0][..., 1], tmp_path / "flair.nii.gz")
+    loaded = receive({"flair": named(**{"a_t1.nii.gz": flair})})
+    assert "says 't1': check the order" in loaded.case.doubts[0]
+    assert loaded.notes == ["FLAIR stands in for pre-contrast and post-contrast"]
+
+
 def test_a_name_cannot_leave_the_folder(phantom, receive, tmp_path):
     scan = volume_file(phantom[0], tmp_path / "scan.nii.gz")
     loaded = receive({"images": named(**{"../../..\\x/<b>:|\n.nii.gz": scan})})
