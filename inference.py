@@ -23,11 +23,13 @@ cases have masks, metrics.csv and a figure of sorted DSCs are written too, with 
 weights were trained on marked. For patients with two or more dated scans, growth.csv has the mean
 tumour diameter, its changes and mm a year, with intervals (brainseg/growth.py). Tables keep the
 rows of other cases; their last column names the weights and settings that made each mask.
-args.json records how the last run was made. Files that this program did not write are never
-replaced, and only one run at a time writes to a folder.
+args.json (a valid --config) and run.json (settings and where each is from, files, seconds, exit
+status) record how the last run was made. Files that this program did not write are never replaced,
+and only one run at a time writes to a folder.
 
 --probabilities adds <case>_probability.nii.gz (float32) or <case>_<k>_probability.tif and, for an
 ensemble, _disagreement: the standard deviation over its networks. --dicom-seg adds <case>_seg.dcm.
+--no-pictures leaves out pictures, GIFs and the figure; --spacing gives slices their millimetres.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ import argparse
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -54,7 +56,6 @@ from brainseg.io.files import (
     check_writable,
     clear_leftovers,
     read_table,
-    update_table,
     write_json,
 )
 from brainseg.io.labels import NO_LESION, Labels
@@ -70,6 +71,7 @@ from brainseg.reports.growth import growth_section, growth_table
 from brainseg.reports.page import check_page
 from brainseg.reports.scores import scores_text
 from brainseg.reports.volumes import check_kept, read_volumes, volumes_table, warn_of_unlike
+from brainseg.run_files import TABLES, recorded, write_growth, write_tables
 from brainseg.segmenter import MASK_SETTINGS, Segmenter
 from brainseg.splits import list_cohort, select_cases
 from brainseg.visits import Patient, follow_all
@@ -79,7 +81,7 @@ SAVE_EVERY = 5.0  # seconds between writings of the tables
 
 
 # fmt: off
-def get_parser() -> argparse.ArgumentParser:
+def get_parser() -> cli.Parser:
     parser = cli.make_parser(__doc__)
     parser.group("what")
     add = parser.add
@@ -93,6 +95,8 @@ def get_parser() -> argparse.ArgumentParser:
     add("--subset", type=str, default="all", help=f"all, {', '.join(SUBSETS)}")
     add("--cases", type=str, nargs="+", help="only these cases")
     cli.add_cohort_options(parser)
+    add("--spacing", type=float, nargs="+", least=0.01,
+        help="of slices, which state none: mm from slice to slice, row to row, column to column")
     add("--dates", type=Path,
         help="CSV with the columns case and date (DICOM headers, BIDS tables, names)")
     add("--skip-existing", action="store_true",
@@ -104,6 +108,8 @@ def get_parser() -> argparse.ArgumentParser:
     parser.group("where to")
     add("--predictions", type=Path, default="./predictions", help="folder to write to")
     add("--figure", type=Path, default="./dsc.png", help="bar chart of each case's DSC")
+    add("--pictures", action=argparse.BooleanOptionalAction, default=True,
+        help="draw outlined slices, GIFs and the figure; --no-pictures: masks and tables alone")
     add("--probabilities", action="store_true", help="also write maps of the lesion probability")
     add("--dicom-seg", action="store_true", help="also write a Segmentation of each DICOM series")
     add("--report", type=Path, help="HTML page to write: each case at its slice with most lesion")
@@ -120,17 +126,20 @@ def main(argv: list[str] | None = None) -> None:
             parser.error("--pre and --post go with --flair")
         if args.flair and (args.images or args.cases or args.sequences or args.subset != "all"):
             parser.error("--flair is one scan; leave out --images, --cases, --sequences, --subset")
+        if args.spacing and (args.flair or len(args.spacing) != 3):
+            parser.error("--spacing takes three lengths in mm, for slices; files state their own")
     stopped = "stopped; finished cases are kept: continue with --skip-existing"
     with cli.errors_in_one_sentence(stopped), distributed.process_group():
-        failed = run(args, options)
+        failed = run(args, options, parser.sources)
     if failed:
         sys.exit(1)
 
 
-def run(args: argparse.Namespace, options: dict) -> int:
+def run(args: argparse.Namespace, options: dict, given_by: Mapping[str, str]) -> int:
     """Segment the chosen cases, write and report; return the number of cases with an error.
 
-    Several processes share the cases; the main one writes the tables and reports on all.
+    Several processes share the cases; the main one writes the tables and reports on all. `given_by`
+    says where each of the `args` is from.
     """
     weights = args.weights or [shipped_weights("unet")]
     # The first rank of a machine caches what TensorRT builds, for the others.
@@ -139,6 +148,7 @@ def run(args: argparse.Namespace, options: dict) -> int:
         segmenter = Segmenter.from_weights(weights, **options)
         sources = list_sources(args)
         check_outputs(sources, args.predictions, args.figure, args.report, args.dicom_seg)
+        check_ours(args.predictions / "run.json")
     dates = read_dates(args.dates) if args.dates else {}
     record = utils.provenance(args)
     record["weights"] = {str(file): digest for file, digest in segmenter.hashes.items()}
@@ -148,28 +158,30 @@ def run(args: argparse.Namespace, options: dict) -> int:
         print(f"settings: {segmenter.choices}", flush=True)
         for note in segmenter.notes:
             print(note, file=sys.stderr)
-    with distributed.main_process_locks((args.predictions, "--predictions", "run")):
+    locks = distributed.main_process_locks((args.predictions, "--predictions", "run"))
+    with locks, recorded(args.predictions / "run.json", record, given_by, segmenter) as outcome:
         outputs = plan_outputs(args, segmenter, sources, record["commit"])
         distributed.barrier()  # every rank has read the earlier volumes.csv
         if distributed.is_main_process():
             write_json(args.predictions / "args.json", record)
         workers = distributed.rank_workers(args.workers)
-        done = segment(sources, segmenter, outputs, workers, bool(args.register))
+        segment(sources, segmenter, outputs, workers, bool(args.register), outcome.results)
         check_labels(sources[0].labels)
         if distributed.is_main_process():
-            network = f"{' '.join(map(str, weights))} by {segmenter.runtime}"
-            measured = [result.volumes for result in done if result.volumes["slices"]]
+            measured = [row for row in outcome.rows if row["slices"]]
             errors = (segmenter.expected_dsc_fit or {}).get("volume_errors")
             register = args.register is not False
             patients, notes = follow_all(
                 sources, measured, args.predictions, dates, errors, register, workers
             )
             write_growth(patients, notes, args.predictions / "growth.csv", segmenter.run)
-            rows = [result.volumes for result in done]
-            table = volumes_table(rows, args.predictions / "volumes.csv", segmenter.no_expected_dsc)
-            print(table.as_text(), end="\n\n")
-            report(done, patients, network, args.predictions, args.figure, args.report, record)
-    return sum(result.error != "" for result in done)
+            table = args.predictions / "volumes.csv"
+            text = volumes_table(outcome.rows, table, segmenter.no_expected_dsc).as_text()
+            print(text, end="\n\n")
+            network = f"{' '.join(map(str, weights))} by {segmenter.runtime}"
+            report(args, outcome.results, patients, network, record)
+            outcome.files += [args.figure, args.report] if args.report else [args.figure]
+    return len(outcome.failed)
 
 
 def list_sources(args: argparse.Namespace) -> Sequence[Source | Case]:
@@ -186,6 +198,8 @@ def list_sources(args: argparse.Namespace) -> Sequence[Source | Case]:
         args.predictions,
         args.channels,
     )
+    if args.spacing:
+        sources = [replace(source, given_spacing=tuple(args.spacing)) for source in sources]
     return select_cases(sources, args.subset)
 
 
@@ -214,6 +228,7 @@ def plan_outputs(
         earlier=earlier,
         trained_on=patients_of_card(segmenter.card, "train", cases=sources),
         probabilities=args.probabilities,
+        pictures=args.pictures,
         thumbnails=args.report is not None,
         algorithm=algorithm,
     )
@@ -232,13 +247,13 @@ def segment(
     outputs: Outputs,
     workers: int | None,
     register: bool,
-) -> list[Result]:
-    """Segment this process's share of the cases, write the tables; return the results of all."""
+    done: list[Result],
+) -> None:
+    """Segment this process's share of the cases, write the tables; put all results into `done`."""
     share = distributed.shard(sources)
     results = segment_all(share, segmenter, outputs, workers, register)
     if distributed.is_main_process():
         results = tqdm(results, "segmenting", len(share), unit="case", disable=None)
-    done: list[Result] = []
     saved = time.monotonic()
     try:
         for result in results:
@@ -248,37 +263,11 @@ def segment(
             if time.monotonic() - saved > SAVE_EVERY:
                 write_tables(done, outputs)
                 saved = time.monotonic()
-        done = distributed.gather(done)
+        done[:] = distributed.gather(done)
         spacings = {result.volumes["case"]: result.spacing for result in done}
         warn_of_unlike([result.volumes for result in done], spacings)
     finally:
         write_tables(done, outputs)
-    return done
-
-
-def write_tables(done: list[Result], outputs: Outputs) -> None:
-    """Write volumes.csv and metrics.csv, if this is the main process."""
-    if not distributed.is_main_process():
-        return
-    volumes, scores = {}, {}
-    for result in done:
-        case = result.volumes["case"]
-        volumes[case] = result.volumes
-        scores[case] = result.scores
-    update_table(outputs.folder / "volumes.csv", volumes)
-    update_table(outputs.folder / "metrics.csv", scores)
-
-
-def write_growth(patients: Sequence[Patient], notes: Sequence[str], path: Path, run: str) -> None:
-    """Write the rows of patients with several scans to growth.csv, and say what was left out."""
-    for note in notes:
-        print(note, file=sys.stderr)
-    rows: dict[str, dict | None] = {}
-    for patient in patients:
-        for row in patient.rows:
-            rows[row["case"]] = row | {RUN: run}
-    if rows:
-        update_table(path, rows)
 
 
 def check_outputs(
@@ -296,7 +285,7 @@ def check_outputs(
         raise ValueError(f"{figure}: --figure must be a .png, .pdf, .svg or .jpg file")
     if page:
         check_page(page)
-    tables = tuple(predictions / name for name in ("volumes.csv", "metrics.csv", "growth.csv"))
+    tables = tuple(predictions / name for name in TABLES)
     for path in (figure, predictions / "args.json") + tables:
         check_ours(path)
     for path in tables:
@@ -314,35 +303,37 @@ def check_outputs(
 
 
 def report(
+    args: argparse.Namespace,
     done: list[Result],
     patients: Sequence[Patient],
     network: str,
-    folder: Path,
-    figure: Path,
-    page: Path | None,
     record: dict,
 ) -> None:
     """Print scores, growth and a summary that names the `network`; draw the figure and the page."""
+    folder = args.predictions
     scores = [result.scores for result in done if result.scores]
     if scores:
         print(scores_text(scores))
         if not any(row["lesion_voxels"] for row in scores):
             print(NO_LESION.format(len(scores)), file=sys.stderr)
         marked = [row["case"] for row in scores if row["trained_on"]]
-        save_dsc_figure(figure, {row["case"]: row["dsc"] for row in scores}, marked)
-        print(f"table: {folder / 'metrics.csv'}   figure: {figure}")
+        line = f"table: {folder / 'metrics.csv'}"
+        if args.pictures:
+            save_dsc_figure(args.figure, {row["case"]: row["dsc"] for row in scores}, marked)
+            line += f"   figure: {args.figure}"
+        print(line)
     if patients:
         print(growth_table(patients, folder / "growth.csv").as_text(), end="\n\n")
-    if page:
+    if args.report:
         sections = [growth_section(patient) for patient in patients]
         rows = [result.volumes for result in done]
-        save_cohort(page, rows, [result.thumbnail for result in done], record, sections)
-        print(f"report: {page}")
+        save_cohort(args.report, rows, [result.thumbnail for result in done], record, sections)
+        print(f"report: {args.report}")
     count = Counter(result.state for result in done)
     line = f"{count['segmented']} of {len(done)} cases segmented with {network}"
     if count["kept"]:
         line += f", {count['kept']} kept from an earlier run"
-    print(f"{line}; masks and pictures: {folder}")
+    print(f"{line}; {'masks and pictures' if args.pictures else 'masks'}: {folder}")
 
 
 if __name__ == "__main__":

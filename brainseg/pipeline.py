@@ -39,6 +39,7 @@ class Outputs:
     earlier: dict[str, dict]  # rows of volumes.csv by case; masks that these describe are kept
     trained_on: set[str]  # patients
     probabilities: bool  # maps, too
+    pictures: bool  # outlined slices and a GIF
     thumbnails: bool  # for a report
     algorithm: tuple[str, str] | None  # its name and version in DICOM; None: no Segmentation
 
@@ -62,6 +63,7 @@ class Result:
     thumbnail: bytes | None = None  # a JPEG for the report
     spacing: tuple[float, float, float] | None = None  # mm: slices, rows, columns
     error: str = ""  # why it could not be read, or what could not be written
+    files: tuple[Path, ...] = ()  # written, in the folder of the outputs
 
 
 def segment_all(
@@ -150,7 +152,11 @@ def earlier_mask(loaded: Loaded, outputs: Outputs) -> np.ndarray | None:
     """Read the mask that an earlier run made of the same scan in the same way, or return None."""
     case, volume = loaded.case, loaded.volume
     row = outputs.earlier.get(case.name)
-    if row is None or row[RUN] != outputs.run or row["scan_hash"] != scan_hash(volume):
+    if (
+        row is None
+        or row[RUN] != outputs.run
+        or row["scan_hash"] != scan_hash(volume, case.given_spacing)
+    ):
         return None
     others = map_files(case, "probability") if outputs.probabilities else []
     if outputs.algorithm and series_of(case):
@@ -219,15 +225,18 @@ def write(loaded: Loaded, segmentation: Segmentation, outputs: Outputs) -> Resul
         maps["probability"] = segmentation.probabilities
         if segmentation.deviation is not None:
             maps["disagreement"] = segmentation.deviation
-    write_case(outputs.folder, case, loaded.volume, mask, loaded.truth, maps, outputs.run)
+    files = write_case(
+        outputs.folder, case, loaded.volume, mask, loaded.truth, maps, outputs.run, outputs.pictures
+    )
     if outputs.algorithm and series_of(case):
+        files.append(seg_file(case))
         error = write_seg(outputs.folder / seg_file(case), case, mask, outputs.algorithm)
     warnings = list(case.doubts) + segmentation.warnings
     replaced = list(case.replaced) + list(segmentation.replaced)
     notes = notes_of(case, outputs) + list(segmentation.notes)
     expected = segmentation.expected
     row = volume_row(case, loaded.volume, mask, expected, warnings, outputs.run, replaced, notes)
-    return result_of("segmented", loaded, mask, row, outputs, error)
+    return result_of("segmented", loaded, mask, row, outputs, error, files)
 
 
 def notes_of(case: Case, outputs: Outputs) -> list[str]:
@@ -254,7 +263,13 @@ def write_seg(path: Path, case: Case, mask: np.ndarray, algorithm: tuple[str, st
 
 
 def result_of(
-    state: str, loaded: Loaded, mask: np.ndarray, row: dict, outputs: Outputs, error: str = ""
+    state: str,
+    loaded: Loaded,
+    mask: np.ndarray,
+    row: dict,
+    outputs: Outputs,
+    error: str = "",
+    files: Sequence[Path] = (),
 ) -> Result:
     """Score a mask if there is a true one, and draw it if the run asks for that."""
     scores = picture = None
@@ -265,7 +280,7 @@ def result_of(
         scores[RUN] = outputs.run
     if outputs.thumbnails:
         picture = thumbnail(loaded.volume, mask)
-    return Result(state, row, scores, picture, loaded.case.spacing, error)
+    return Result(state, row, scores, picture, loaded.case.spacing, error, tuple(files))
 
 
 def say(text: str) -> None:

@@ -74,7 +74,7 @@ class Segmenter(Predictor):
         self.largest_component, self.expected_dsc_fit = largest_component, expected_dsc_fit
         self.hashes: dict[Path, str] = {}  # the SHA-256 of each weights file
         self.card: dict = {}  # of the weights, as far as they agree
-        self.choices = ""  # the settings and where each is from
+        self.reasons: dict[str, str] = {}  # where each setting is from
         self.no_expected_dsc = NO_FIT  # why there is none; empty if there is one
         self.notes: list[str] = []  # what a user should know about the weights, a sentence each
 
@@ -98,9 +98,17 @@ class Segmenter(Predictor):
         segmenter = cls(model, **settings | given)
         segmenter.card = card
         segmenter.hashes = {file: file_hash(file) for file in files}
-        segmenter.choices = explain_choices(segmenter, given)
+        segmenter.reasons = explain_choices(segmenter, given)
         note_weights(segmenter, settings)
         return segmenter
+
+    @property
+    def choices(self) -> str:
+        """Say in a line which settings are in use, and why."""
+        parts = []
+        for name, reason in self.reasons.items():
+            parts.append(f"{name.replace('_', ' ')} {getattr(self, name)} ({reason})")
+        return ", ".join(parts)
 
     @property
     def run(self) -> str:
@@ -201,15 +209,15 @@ def note_weights(segmenter: Segmenter, settings: dict) -> None:
         )
 
 
-def explain_choices(segmenter: Segmenter, given: dict) -> str:
-    """Say in a line which options are in use, and why: given, of the card, or by default."""
+def explain_choices(segmenter: Segmenter, given: dict) -> dict[str, str]:
+    """Say where each option in use is from: given, of the card, by default, or why else."""
     of_card = {"image_size": segmenter.card.get("image_size")}
     of_card |= mask_settings(segmenter.card)
     reasons = {
         "amp": "faster here" if segmenter.amp else "no faster here",
         "device": "no accelerator" if segmenter.on_cpu else "accelerator",
     }
-    names, parts = MASK_SETTINGS, []
+    names, sources = MASK_SETTINGS, {}
     if not isinstance(segmenter.model, OnnxNetwork):  # which has its own precision and device
         names += ("amp", "device")
     for name in names:
@@ -218,8 +226,8 @@ def explain_choices(segmenter: Segmenter, given: dict) -> str:
             reason = "given"
         elif of_card.get(name) is not None:
             reason = "card"
-        parts.append(f"{name.replace('_', ' ')} {getattr(segmenter, name)} ({reason})")
-    return ", ".join(parts)
+        sources[name] = reason
+    return sources
 
 
 def _restored(probabilities: Tensor, frame: Frame) -> Tensor:

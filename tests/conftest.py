@@ -141,8 +141,9 @@ def run_main(main: Callable[[list[str]], None], *words: object) -> str | int:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Read all files below a folder but the locks, by their path there."""
+    """Read all files below a folder, by their path there, but locks and run.json, with its time."""
     files = [path for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock"]
+    files = [path for path in files if path.name != "run.json"]
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 

@@ -1,6 +1,7 @@
 """Test what inference.py writes beside masks: volumes.csv, maps, DICOM, the report."""
 
 import csv
+import hashlib
 import html
 import json
 import os
@@ -397,6 +398,47 @@ def test_full_disk_keeps_the_earlier_report(phantoms, weights, tmp_path, monkeyp
 def test_a_report_that_is_a_folder_is_refused_at_once(phantoms, weights, tmp_path):
     said = infer(phantoms, tmp_path, weights, "--report", tmp_path)
     assert "is a folder" in said and not list(tmp_path.rglob("*_mask.tif"))
+
+
+def test_masks_alone_with_a_given_spacing(two, weights, tmp_path):
+    assert infer(two, tmp_path, weights) == 0
+    out = tmp_path / "predictions"
+    assert list(out.rglob("*.png")) and list(out.glob("*.gif"))
+    (tmp_path / "dsc.png").unlink()
+    options = "--no-pictures", "--spacing", "6", "1", "0.5", "--skip-existing"
+    assert infer(two, tmp_path, weights, *options) == 0
+    assert not list(tmp_path.rglob("*.png")) and not list(out.glob("*.gif"))
+    rows = table(tmp_path)
+    assert [float(row["lesion_ml"]) for row in rows] == pytest.approx(
+        [int(row["lesion_voxels"]) * 0.003 for row in rows], rel=1e-4
+    )
+    assert "hd95_mm" in (out / "metrics.csv").read_text().splitlines()[0]
+    assert infer(two, tmp_path, weights, "--spacing", "6", "1") == 2
+    write(tmp_path / "a.nii.gz", np.random.rand(6, 32, 32, 3))
+    assert infer(tmp_path / "a.nii.gz", tmp_path, weights, "--spacing", "6", "1", "1") == 1
+    assert "states its voxel spacing itself" in table(tmp_path)[0]["warning"]
+
+
+def test_run_json_tells_programs_what_a_run_did(two, weights, tmp_path):
+    (two / "phantom_002" / "phantom_002_4.tif").unlink()
+    (tmp_path / "settings.yaml").write_text("min-volume: 3")
+    options = "--config", tmp_path / "settings.yaml", "--report", tmp_path / "r.html"
+    assert infer(two, tmp_path, weights, *options, "--threshold", "0.4") == 1
+    out = tmp_path / "predictions"
+    record = json.loads((out / "run.json").read_text())
+    assert list(record["weights"].values()) == [hashlib.sha256(weights.read_bytes()).hexdigest()]
+    settings = {name: each["from"] for name, each in record["settings"].items()}
+    assert settings["threshold"] == "given" and "settings.yaml" in settings["min_volume"]
+    assert settings["image_size"] == "card" and settings["batch_size"] == "by default"
+    assert record["settings"]["image_size"]["value"] == 32
+    assert record["exit_status"] == 1 and record["seconds"] > 0 and not record["error"]
+    assert record["cases"] == {"phantom_001": "segmented", "phantom_002": "unread"}
+    assert "slice 4 is missing" in record["failed"]["phantom_002"]
+    written = {str(out / name) for name in contents(out)}
+    written |= {str(tmp_path / "r.html"), str(tmp_path / "dsc.png")}
+    assert {str(out / name) for name in record["files"]} == written
+    assert "--labels 7" in str(infer(two, tmp_path, weights, "--labels", "7"))
+    assert "--labels 7" in json.loads((out / "run.json").read_text())["error"], "ended by an error"
 
 
 def test_rows_and_scores_of_other_cases_are_kept(phantoms, weights, tmp_path):

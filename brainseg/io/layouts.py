@@ -37,6 +37,7 @@ class Source:
     subset: str = field(default="", compare=False)
     picked: tuple[int, ...] = ()  # as in Case
     described: DescribedCase | None = field(default=None, repr=False)  # by a dataset.json
+    given_spacing: tuple[float, float, float] | None = None  # as in Case
 
     @property
     def patient_id(self) -> str:
@@ -53,8 +54,11 @@ class Source:
                 case = Scan.open(self.name, files, mask)
             else:
                 case = find_case(self.folder, self.root, self.layout)
+        if self.given_spacing and isinstance(case, Scan):
+            raise ValueError(f"{self.folder}: states its voxel spacing itself; leave out --spacing")
         return replace(
             case,
+            given_spacing=self.given_spacing,
             name=self.name,
             labels=self.labels,
             patient=self.patient,

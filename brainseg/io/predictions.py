@@ -79,8 +79,9 @@ def write_case(
     truth: np.ndarray | None,
     maps: Mapping[str, np.ndarray] | None = None,
     run: str = "",
-) -> None:
-    """Write masks, outlined slices, the GIF and maps, each atomically.
+    with_pictures: bool = True,
+) -> list[Path]:
+    """Write masks, outlined slices, the GIF and maps, each atomically; list them, in `folder`.
 
     What belongs to an earlier mask of the case is removed; other files stay. `volume` is
     (S, H, W, C), `mask` and `truth` are (S, H, W), bool. `maps`, (S, H, W) float32 by kind (see
@@ -88,28 +89,36 @@ def write_case(
     """
     maps = maps or {}
     mark = mark_of(run)
-    remove_earlier(folder, case)
-    pictures = outline(to_grey(volume), mask, truth, side=256)
-    save_gif(folder / f"{case.name}.gif", pictures)
+    gif = Path(f"{case.name}.gif")
+    remove_earlier(folder, case, with_pictures)
+    files, whole = [], []
     target = folder / case.name
-    files = picture_files(case)
     with name_in_errors(target), scratch(folder) as temporary:
-        for file, picture in zip(files, pictures, strict=True):
-            save_png(temporary / file.name, picture)
+        if with_pictures:
+            pictures = outline(to_grey(volume), mask, truth, side=256)
+            save_gif(folder / gif, pictures)
+            whole.append(gif)
+            files += picture_files(case)
+            for file, picture in zip(files, pictures, strict=True):
+                save_png(temporary / file.name, picture)
         if not isinstance(case, Scan):
             for kind, values in {**maps, "mask": mask * np.uint8(255)}.items():
                 for file, image in zip(map_files(case, kind), values, strict=True):
                     save_tiff(temporary / file.name, image, mark)
                     files.append(file)
-        target.mkdir(exist_ok=True)
+        if files:
+            target.mkdir(exist_ok=True)
         for file in files:
             (temporary / file.name).replace(folder / file)
     if isinstance(case, Scan):
         for kind, values in {**maps, "mask": mask}.items():
-            case.write_map(folder / map_files(case, kind)[0], values, mark)
+            (file,) = map_files(case, kind)
+            case.write_map(folder / file, values, mark)
+            whole.append(file)
+    return whole + files
 
 
-def remove_earlier(folder: Path, case: Case) -> None:
+def remove_earlier(folder: Path, case: Case, with_pictures: bool = True) -> None:
     """Remove our files of an earlier mask of a case that a new mask and its pictures leave there.
 
     Maps and a DICOM Segmentation, and slices that the case no longer has: it may have been another
@@ -123,7 +132,11 @@ def remove_earlier(folder: Path, case: Case) -> None:
     for path in folder.glob(f"{glob.escape(case.name)}/*"):
         if of_a_slice.fullmatch(path.name):
             paths.append(path)
-    replaced = {folder / file for file in map_files(case, "mask") + picture_files(case)}
+    replaced = {folder / file for file in map_files(case, "mask")}
+    if with_pictures:
+        replaced |= {folder / file for file in picture_files(case)}
+    else:
+        paths.append(folder / f"{case.name}.gif")
     for path in paths:
         if path not in replaced and has_mark(path):
             remove(path)

@@ -32,8 +32,6 @@ class Case:
     mask_name: ClassVar[str] = "<slice>_mask.tif"
     notes: ClassVar[Sequence[str]] = ()  # what the user should know about how it is read
     replaced: ClassVar[Sequence[str]] = ()  # sequences that FLAIR stands in for
-    # Millimetres from slice to slice, row to row, column to column; None: not recorded.
-    spacing: ClassVar[tuple[float, float, float] | None] = None
     patient_id: ClassVar[str] = ""  # in DICOM headers
     name: str
     numbers: tuple[int, ...]
@@ -46,6 +44,12 @@ class Case:
     doubts: tuple[str, ...] = field(default=(), kw_only=True)  # notes that call for a look
     # The channels to use of files with several: pre-contrast, FLAIR, post-contrast, or FLAIR.
     picked: tuple[int, ...] = field(default=(), kw_only=True)
+    given_spacing: tuple[float, float, float] | None = field(default=None, kw_only=True)
+
+    @property
+    def spacing(self) -> tuple[float, float, float] | None:
+        """Return mm from slice to slice, row to row, column to column; None: not recorded."""
+        return self.given_spacing
 
     @property
     def folder(self) -> Path:

@@ -82,7 +82,7 @@ def volume_row(
         "slices_touched": [case.numbers[k] for k in np.flatnonzero(mask.any(axis=(1, 2)))],
         "notes": "; ".join(notes),
         "warning": "; ".join(warnings),
-        "scan_hash": scan_hash(volume),
+        "scan_hash": scan_hash(volume, case.given_spacing),
         RUN: run,
     }
     voxels_of = {"lesion": sum(sizes)}
@@ -97,9 +97,11 @@ def volume_row(
     return row
 
 
-def scan_hash(volume: np.ndarray) -> str:
-    """Return 16 digits of the SHA-256 of a volume's voxels, to know it again."""
+def scan_hash(volume: np.ndarray, spacing: Sequence[float] | None = None) -> str:
+    """Return 16 digits of the SHA-256 of a volume's voxels, and of a given spacing, if any."""
     kind = f"{volume.dtype.str} {volume.shape}".encode()
+    if spacing:
+        kind += f" {spacing}".encode()
     return hashlib.sha256(kind + np.ascontiguousarray(volume).data).hexdigest()[:16]
 
 

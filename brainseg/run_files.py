@@ -1,0 +1,120 @@
+"""What a run of inference.py writes beside the files of its cases: its tables and run.json."""
+
+from __future__ import annotations
+
+import datetime
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from . import distributed
+from .io.files import RUN, sentence, update_table, write_json
+from .pipeline import Outputs, Result
+from .segmenter import Segmenter
+from .visits import Patient
+
+TABLES = ("volumes.csv", "metrics.csv", "growth.csv")
+
+
+@dataclass
+class Outcome:
+    """The results of a run, as far as it came."""
+
+    results: list[Result] = field(default_factory=list)
+    files: list[Path] = field(default_factory=list)  # beside those of the cases
+
+    @property
+    def rows(self) -> list[dict]:
+        """Return the rows of volumes.csv."""
+        return [each.volumes for each in self.results]
+
+    @property
+    def failed(self) -> dict[str, str]:
+        """Return why cases have no mask, or not all files, by case."""
+        return {each.volumes["case"]: each.error for each in self.results if each.error}
+
+
+def settings_and_sources(
+    args: Mapping[str, object], sources: Mapping[str, str], segmenter: Segmenter
+) -> dict[str, dict]:
+    """Return each setting of a run and where it is from: the command line, a file or the card."""
+    settings = {}
+    for name, value in args.items():
+        settings[name] = {"value": value, "from": sources[name]}
+    for name, reason in segmenter.reasons.items():
+        value = getattr(segmenter, name)
+        settings[name]["value"] = value if isinstance(value, (bool, int, float)) else str(value)
+        if reason != "given":
+            settings[name]["from"] = reason
+    return settings
+
+
+def write_tables(done: list[Result], outputs: Outputs) -> None:
+    """Write volumes.csv and metrics.csv, if this is the main process."""
+    if not distributed.is_main_process():
+        return
+    volumes, scores = {}, {}
+    for result in done:
+        case = result.volumes["case"]
+        volumes[case] = result.volumes
+        scores[case] = result.scores
+    update_table(outputs.folder / "volumes.csv", volumes)
+    update_table(outputs.folder / "metrics.csv", scores)
+
+
+def write_growth(patients: Sequence[Patient], notes: Sequence[str], path: Path, run: str) -> None:
+    """Write the rows of patients with several scans to growth.csv, and say what was left out."""
+    for note in notes:
+        print(note, file=sys.stderr)
+    rows: dict[str, dict | None] = {}
+    for patient in patients:
+        for row in patient.rows:
+            rows[row["case"]] = row | {RUN: run}
+    if rows:
+        update_table(path, rows)
+
+
+@contextmanager
+def recorded(
+    path: Path, record: dict, sources: Mapping[str, str], segmenter: Segmenter
+) -> Iterator[Outcome]:
+    """Write run.json when the block ends, also if an error or Ctrl-C ends it: by the main process.
+
+    It holds the `record` of args.json, with the place that each setting is from (`sources` of the
+    arguments), and the `Outcome` that the block fills in.
+    """
+    outcome, error = Outcome(), ""
+    began, start = datetime.datetime.now(datetime.timezone.utc), time.monotonic()
+    try:
+        yield outcome
+    except BaseException as reason:
+        error = sentence(reason) or type(reason).__name__
+        raise
+    finally:
+        if distributed.is_main_process():
+            content = {name: value for name, value in record.items() if name != "args"}
+            content["settings"] = settings_and_sources(record["args"], sources, segmenter)
+            content |= {"began": began.isoformat(timespec="seconds")}
+            content["seconds"] = round(time.monotonic() - start, 1)
+            content["exit_status"] = 1 if error or outcome.failed else 0
+            content["error"] = error
+            content["cases"] = {each.volumes["case"]: each.state for each in outcome.results}
+            content["failed"] = outcome.failed
+            content["files"] = _written(outcome, path.parent, began.timestamp())
+            write_json(path, content)
+
+
+def _written(outcome: Outcome, folder: Path, since: float) -> list[str]:
+    """List the files that a run has written; those in `folder` by their path there."""
+    files = [folder / name for name in (*TABLES, "args.json")] + outcome.files
+    for result in outcome.results:
+        files += [folder / file for file in result.files]
+    names = []
+    for file in files:
+        if file.is_file() and file.stat().st_mtime > since - 2:  # clocks of file systems are coarse
+            inside = file.is_relative_to(folder)
+            names.append(str(file.relative_to(folder) if inside else file))
+    return names
