@@ -37,6 +37,7 @@ class Loaded:
     replaced: list[str]  # sequences that FLAIR stands in for, by the notes
     volume: np.ndarray  # (S, H, W, C)
     truth: np.ndarray | None  # (S, H, W) bool
+    is_dicom: bool = False  # FLAIR is a series
 
 
 @dataclass
@@ -57,6 +58,9 @@ class Answer:
             if len(files) > 1:
                 files = {f"{case}_{name}.zip": zipped(files)}
             downloads |= files
+        segmentation = f"{case}_seg.dcm"
+        if segmentation in self.files:
+            downloads[segmentation] = self.files[segmentation]
         for name in ("summary.json", "summary.csv", "montage.png"):
             downloads[f"{case}_{name}"] = self.files[name]
         downloads[f"{case}.gif"] = self.files[f"{case}.gif"]
@@ -79,7 +83,8 @@ def make_answer(
     """Make the numbers, files and pictures of a case; `run` names weights and settings.
 
     The files are those of the mask and of the probability, rounded to 0.001, in the geometry of
-    the source; montage.png, <case>.gif, summary.json and summary.csv. `trained_on` are the patients
+    the source; montage.png, <case>.gif, summary.json and summary.csv; of a DICOM series also its
+    Segmentation, <case>_seg.dcm, if there is a seg.dcm beside `out`. `trained_on` are the patients
     whose scores do not count.
     """
     case, volume, truth, mask = loaded.case, loaded.volume, loaded.truth, segmentation.mask
@@ -94,6 +99,8 @@ def make_answer(
     picture = montage(outline(to_grey(volume), mask, truth))
     files["montage.png"] = iio.imwrite("<bytes>", picture, extension=".png")
     files[f"{case.name}.gif"] = (out / f"{case.name}.gif").read_bytes()
+    if (out.parent / "seg.dcm").exists():
+        files[f"{case.name}_seg.dcm"] = (out.parent / "seg.dcm").read_bytes()
     summary = summary_of(loaded, segmentation, run, trained_on)
     files["summary.json"] = f"{json.dumps(summary, indent=2)}\n".encode()
     row = dict(summary)

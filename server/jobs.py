@@ -17,13 +17,14 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from subprocess import PIPE, Popen
 
 import numpy as np
 from starlette.datastructures import UploadFile
 
-from brainseg.io.files import disk_is_full, out_of_memory, remove, scratch
+from brainseg.io.files import PROGRAM, disk_is_full, out_of_memory, remove, scratch
 from brainseg.io.grid import Grid
 from brainseg.io.scans import Scan
 from brainseg.io.slices import Case
@@ -135,8 +136,11 @@ class Service:
         else:
             loaded = self.reader.read(parts, folder, job)
         segmentation = self._segmentation(loaded, job, time.monotonic())
-        card = self.segmenter.card
+        card, names = self.segmenter.card, [path.stem for path in self.segmenter.hashes]
         trained_on = patients_of_card(card, "train", cases=[loaded.case])
+        if loaded.is_dicom and find_spec("highdicom"):
+            algorithm = f"{PROGRAM} {' '.join(names)}", self.segmenter.run or "unknown"
+            self.reader.write_seg(loaded, segmentation.mask, folder, algorithm, job)
         return make_answer(loaded, segmentation, folder / "out", self.segmenter.run, trained_on)
 
     def _follow(self, parts: Parts, folder: Path, job: Job) -> GrowthAnswer:
@@ -230,7 +234,18 @@ class Reader:
             raise ValueError(answer["error"])
         truth = np.load(folder / "truth.npy") if answer["truth"] else None
         volume = np.load(folder / "volume.npy")
-        return Loaded(case_of(answer), answer["notes"], answer["replaced"], volume, truth)
+        case, notes, replaced = case_of(answer), answer["notes"], answer["replaced"]
+        return Loaded(case, notes, replaced, volume, truth, answer["dicom"])
+
+    def write_seg(
+        self, loaded: Loaded, mask: np.ndarray, folder: Path, algorithm: tuple[str, str], job: Job
+    ) -> None:
+        """Write a mask (S, H, W) as the DICOM Segmentation seg.dcm, or note why it cannot be."""
+        np.save(folder / "mask.npy", mask)
+        order = {"folder": str(folder), "parts": {}, "limits": asdict(self.limits)}
+        error = self._ask(order | {"algorithm": algorithm}, job).get("error")
+        if error:
+            loaded.notes.append(f"no DICOM Segmentation: {_without(folder, error)}")
 
     def _ask(self, order: dict, job: Job | None) -> dict:
         with self._lock:

@@ -21,8 +21,10 @@ from pathlib import Path
 import numpy as np
 
 from brainseg.io.dicom import File
+from brainseg.io.dicom_seg import series_of, write_dicom_seg
 from brainseg.io.files import by, disk_is_full, out_of_memory, save_array, sentence
 from brainseg.io.formats import SUFFIXES, read_grid
+from brainseg.io.opening import find_case
 from brainseg.io.scans import Scan, registered
 from brainseg.io.slices import Case
 from brainseg.patients import patient_of
@@ -43,7 +45,8 @@ def main() -> None:
 def attend(order: dict) -> dict:
     """Read one upload in a separate process; return what is known of the case, or an `error`.
 
-    `order` holds the `folder` of the upload, its `parts` ([name, file] by field) and `limits`.
+    `order` holds the `folder` of the upload, its `parts` ([name, file] by field) and `limits`. With
+    `algorithm`, the upload has been read before: see `write_seg`.
     """
     seconds = order["limits"]["seconds"]
     names = [files[0][0] for files in order["parts"].values() if files]
@@ -75,7 +78,10 @@ def work(order: dict, sender: Connection) -> None:
         parts = {}
         for part, files in order["parts"].items():
             parts[part] = [Sent(name, Path(path)) for name, path in files]
-        answer = read(parts, folder, limits)
+        if "algorithm" in order:
+            answer = write_seg(folder, *order["algorithm"])
+        else:
+            answer = read(parts, folder, limits)
     except (ValueError, OSError) as error:
         answer = {"error": sentence(error), "full": disk_is_full(error)}
     except Exception as error:  # raised by a library
@@ -130,7 +136,17 @@ def read(parts: dict[str, list[Sent]], folder: Path, limits: Limits) -> dict:
         "grid": asdict(case.grid) if isinstance(case, Scan) else None,
         "flair": str(case.folder),
         "truth": truth is not None,
+        "dicom": series_of(case) is not None,
     }
+
+
+def write_seg(folder: Path, algorithm: str, version: str) -> dict:
+    """Write mask.npy as a DICOM Segmentation of the FLAIR series of an upload: seg.dcm."""
+    (place,) = (folder / "received").iterdir()
+    write_dicom_seg(
+        folder / "seg.dcm", find_case(place), np.load(folder / "mask.npy"), algorithm, version
+    )
+    return {}
 
 
 def unused(case: Case, received: Path) -> list[str]:

@@ -27,6 +27,7 @@ PHRASES = (
      "(API: flair)"),
     ("name them with --flair, --pre and --post", f"save them as NIfTI and {CHOOSE}"),
     (", or choose with --sequences", ""),
+    ("(;|, or) leave out --dicom-seg", ""),
     ("(give them|correct it) with --dates", "name each file after its date (p1_2014-03-02.nii.gz)"),
     ("tell them apart with --patients", "send one patient at a time"),
 )  # fmt: skip

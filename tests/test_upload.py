@@ -3,6 +3,7 @@
 import asyncio
 import errno
 import io
+import json
 import os
 import signal
 import subprocess
@@ -524,6 +525,34 @@ def test_what_the_server_lacks_is_its_fault(service, monkeypatch, caplog, where,
     assert response.status_code == 503 and response.headers["retry-after"] == "60"
     assert says in response.json()["error"] and "try again later" in response.json()["error"]
     assert not caplog.records, "no traceback"
+
+
+@pytest.mark.parametrize("valid", [True, False])
+def test_a_dicom_upload_gets_a_segmentation(service, phantom, tmp_path, valid):
+    import pydicom
+    from test_scan import write_series
+
+    pytest.importorskip("highdicom", reason="pip install -r requirements-dicom.txt")
+    folder = write_series(tmp_path / "series", phantom[0][..., 1])
+    files = []
+    for path in sorted(folder.iterdir()):
+        header = pydicom.dcmread(path)
+        if valid:
+            header.FrameOfReferenceUID = "1.2.4"
+        header.save_as(path)
+        files.append(("images", (f"series/{path.name}", path.read_bytes())))
+    with zipfile.ZipFile(io.BytesIO(post(service, files=files).content)) as archive:
+        summary = json.loads(archive.read("summary.json"))
+        assert ("series_seg.dcm" in archive.namelist()) == valid
+        if valid:
+            written = pydicom.dcmread(io.BytesIO(archive.read("series_seg.dcm")))
+            assert (
+                written.Modality == "SEG"
+                and int(written.pixel_array.sum()) == summary["lesion_voxels"]
+            )
+        else:
+            assert "no DICOM Segmentation: " in str(summary["notes"])
+            assert str(tmp_path) not in str(summary) and "--" not in str(summary)
 
 
 def test_refused_uploads_leave_no_file_open(service, monkeypatch):
