@@ -60,8 +60,7 @@ class Job:
 class Service:
     """Segments uploads one at a time, in order of arrival, with bounded size and time.
 
-    Nothing of an upload is left on disk once its answer is ready. `pending` are the jobs that wait
-    or run, in order.
+    Nothing of an upload stays on disk. `pending` are the jobs that wait or run, in order.
     """
 
     def __init__(self, segmenter: Segmenter, limits: Limits):
@@ -136,10 +135,9 @@ class Service:
         else:
             loaded = self.reader.read(parts, folder, job)
         segmentation = self._segmentation(loaded, job, time.monotonic())
-        card, names = self.segmenter.card, [path.stem for path in self.segmenter.hashes]
-        trained_on = patients_of_card(card, "train", cases=[loaded.case])
+        trained_on = patients_of_card(self.segmenter.card, "train", cases=[loaded.case])
         if loaded.is_dicom and find_spec("highdicom"):
-            algorithm = f"{PROGRAM} {' '.join(names)}", self.segmenter.run or "unknown"
+            algorithm = algorithm_of(self.segmenter)
             self.reader.write_seg(loaded, segmentation.mask, folder, algorithm, job)
         return make_answer(loaded, segmentation, folder / "out", self.segmenter.run, trained_on)
 
@@ -180,6 +178,12 @@ class Service:
         except ValueError as error:
             raise ValueError(f"{loaded.case.name}: {error}") from error
         return self.segmenter.rate(self.segmenter.probabilities(images, progress), frame)
+
+
+def algorithm_of(segmenter: Segmenter) -> tuple[str, str]:
+    """Name the algorithm and its version for a DICOM Segmentation."""
+    names = " ".join(path.stem for path in segmenter.hashes)
+    return f"{PROGRAM} {names}".strip(), segmenter.run or "unknown"
 
 
 def shortage(error: Exception) -> str:
