@@ -89,6 +89,7 @@ def make_answer(
     """
     case, volume, truth, mask = loaded.case, loaded.volume, loaded.truth, segmentation.mask
     probability = np.round(segmentation.probabilities, 3)  # whole zeros make the file small
+    out.mkdir()
     write_case(out, case, volume, mask, truth, {"probability": probability}, run)
     maps, files = {}, {}
     for kind in ("mask", "probability"):
