@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .io.files import by
 from .io.sequences import SEQUENCES
-from .levels import BRIGHTEST, measure, oddities, order_note, treatments
+from .levels import BRIGHTEST, MeasuredSequence, measure, oddities, order_note, treatments
 
 VERSION = 2  # of the preprocessing, for new weights
 CHANNELS = {1: ("FLAIR",), 3: SEQUENCES}
@@ -97,41 +97,52 @@ def _preprocess_2(
     flair = measure(volume[..., names.index(lead)])
     if flair is None:
         raise ValueError(f"{lead} is constant: this is not an image")
-    copies = missing_sequences(volume)  # noted once, as FLAIR
-    measured, sequences, replaced, notes, doubts = [], [], [], [], []
-    foregrounds = np.zeros((slices, rows, columns), np.uint8)  # of how many sequences
+    copies = missing_sequences(volume)
+    measured = []
     for k, name in enumerate(names):
         is_flair = name == lead or name in copies
-        sequence = flair if is_flair else measure(volume[..., k])
-        measured.append(sequence)
-        if name not in copies:
-            notes += treatments(name, sequence)
-        if sequence is None:
-            replaced.append(name)
-            sequence = flair
-        elif name not in copies:
-            doubts += oddities(name, sequence, flair, lead)
-        sequences.append(sequence)
+        measured.append(flair if is_flair else measure(volume[..., k]))
+    sequences = [sequence or flair for sequence in measured]
+    foregrounds = np.zeros((slices, rows, columns), np.uint8)  # of how many sequences
+    for sequence in sequences:
         foregrounds += sequence.foreground
-    order = order_note(measured)
-    if order:
-        doubts.append(order)
     head = foregrounds * 2 >= channels
     box = _head_box(head.sum(axis=0) > 0.05 * slices)  # step 2
-    shape = (slices, rows, columns)
+    notes, doubts = _observe(names, measured, lead, copies)
     frame = Frame(
-        shape,
+        (slices, rows, columns),
         box,
         image_size,
         notes=tuple(notes + doubts),
         doubts=tuple(doubts),
-        replaced=tuple(replaced),
+        replaced=tuple(
+            name for name, sequence in zip(names, measured, strict=True) if sequence is None
+        ),
         aspect=aspect,
     )
     top, bottom, left, right = box
     crops = [sequence.scaled()[:, top:bottom, left:right] for sequence in sequences]  # step 1
     resized = _resize(torch.from_numpy(np.stack(crops, axis=1)), frame, device)  # step 3
     return resized.clip_(0, BRIGHTEST).sub_(1).mul_(2), frame  # step 4
+
+
+def _observe(
+    names: Sequence[str], measured: Sequence[MeasuredSequence | None], lead: str, copies: list[str]
+) -> tuple[list[str], list[str]]:
+    """Say how the sequences are treated, and what is doubtful about them; copies are as FLAIR."""
+    flair = measured[names.index(lead)]
+    assert flair is not None
+    notes, doubts = [], []
+    for name, sequence in zip(names, measured, strict=True):
+        if name in copies:
+            continue
+        notes += treatments(name, sequence)
+        if sequence is not None:
+            doubts += oddities(name, sequence, flair, lead)
+    order = order_note(measured)
+    if order:
+        doubts.append(order)
+    return notes, doubts
 
 
 def _head_box(present: np.ndarray) -> tuple[int, int, int, int]:
