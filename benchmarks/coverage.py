@@ -19,7 +19,7 @@ FAILS = 0.1  # share of the cases with a DSC of 0, in the second column
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--cases", type=int, nargs="+", default=[5, 10, 13, 20, 36, 88])
     parser.add_argument("--cohorts", type=int, default=2000, help="of each size (2000)")
     parser.add_argument("--resamples", type=int, default=2000, help="of each cohort (2000)")

@@ -93,6 +93,7 @@ def true_rate(images: Path, patient: str) -> Estimate:
     visits = []
     for path in sorted(images.glob(f"{patient}_*_mask.nii.gz")):
         case = find_case(path.with_name(path.name.replace("_mask", "")))
+        assert case.spacing is not None  # of a NIfTI file
         ml = float(case.read_mask().sum() * np.prod(case.spacing) / 1000)
         day = datetime.date.fromisoformat(case.name.rpartition("_")[2])
         visits.append(visit(day, Estimate(ml)))

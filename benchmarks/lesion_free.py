@@ -79,10 +79,10 @@ def main() -> None:
     scores, marked = ({setting: [] for setting in SETTINGS} for _ in range(2))
     for source in tqdm(sources, unit="case", disable=None):
         volume, truth = source.open().read_pair()
-        probabilities = torch.from_numpy(segment_unseen(model, source.name, volume).probabilities)
+        probabilities = torch.from_numpy(segment_unseen(model, source, volume).probabilities)
         healthy = without_lesion(volume, truth)
         if healthy is not None:
-            wrong = torch.from_numpy(segment_unseen(model, source.name, healthy).probabilities)
+            wrong = torch.from_numpy(segment_unseen(model, source, healthy).probabilities)
         for threshold, least in SETTINGS:
             mask = to_mask(probabilities, threshold, True, least)
             scores[threshold, least].append(dsc(mask, truth))

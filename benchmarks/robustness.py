@@ -58,7 +58,8 @@ def without_skull(volume: np.ndarray) -> np.ndarray:
     bright = volume.max(axis=-1) > 0.1 * np.percentile(volume, 99.9)
     square = np.ones((1, 3, 3), bool)
     head = ndimage.binary_opening(bright, square, iterations=2)
-    head = np.stack([ndimage.binary_fill_holes(each) for each in head])
+    within_slices = ndimage.generate_binary_structure(2, 1)[None]
+    head = ndimage.binary_fill_holes(head, within_slices)
     brain = ndimage.binary_erosion(head, square, iterations=14)
     return np.where(brain[..., None], volume, 0)
 
@@ -171,9 +172,9 @@ def main() -> None:
     for source in tqdm(sources, unit="case", disable=None):
         volume, truth = source.open().read_pair()
         for name in names:
-            result = segment_unseen(model, source.name, CHANGES[name](volume))
+            result = segment_unseen(model, source, CHANGES[name](volume))
             scores[name].append(dsc(result.mask, truth))
-        files = model.unseen(source.name)
+        files = model.unseen(source)
         for shown, name in by_file.items():
             mask = by_inference(CHANGES[name](volume), files, args.device)
             scores[shown].append(dsc(mask, truth))

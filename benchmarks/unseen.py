@@ -16,10 +16,10 @@ def cases_of(images: Path, subsets: Sequence[str]) -> list[Source]:
     return [s for subset in subsets for s in select_cases(list_cases(images), subset)]
 
 
-def segment_unseen(model: NetworkModel, case: str, volume: np.ndarray) -> Segmentation:
-    """Segment a raw volume (S, H, W, C) made from the case named `case`, as evaluate.py does."""
-    if not model.unseen(case):
-        raise SystemExit(f"error: {model.path}: trained on {case}; choose another --subset")
-    segmenter = model.segmenter_for(case)
+def segment_unseen(model: NetworkModel, source: Source, volume: np.ndarray) -> Segmentation:
+    """Segment a raw volume (S, H, W, C) made from a case, as evaluate.py does."""
+    if not model.unseen(source):
+        raise SystemExit(f"error: {model.path}: trained on {source.name}; choose another --subset")
+    segmenter = model.segmenter_for(source)
     images, frame = segmenter.preprocess(volume)
     return segmenter.rate(segmenter.probabilities(images), frame)

@@ -1,8 +1,8 @@
-"""Test benchmarks/gpu.py on the CPU, without its trainings."""
+"""Test benchmarks that will be run again, at their smallest."""
 
 from conftest import make_weights
 
-from benchmarks import gpu
+from benchmarks import gpu, lesion_free, robustness
 from benchmarks.timing import Measured
 
 
@@ -23,3 +23,16 @@ def test_gpu_benchmark_goes_on_after_a_failure(phantoms, tmp_path, monkeypatch, 
     assert "| train.py, 2x32, --amp --compile | failed: train.py failed; see above |" in rows
     (speed,) = [row.split("|")[2] for row in rows if row.startswith("| PyTorch, float32 |")]
     assert float(speed) > 0
+
+
+def test_robustness_and_heads_without_a_lesion(phantoms, tmp_path, monkeypatch, capsys):
+    weights = make_weights(tmp_path / "unet.pt", trained_on=[])
+    words = ["x", "--images", phantoms, "--weights", weights, "--device", "cpu"]
+    words += ["--subset", "validation"]
+    monkeypatch.setattr("sys.argv", [str(word) for word in words])
+    lesion_free.main()
+    assert "| 0.5 | 0 | " in capsys.readouterr().out
+    monkeypatch.setattr("sys.argv", [*map(str, words), "--only", "skull taken away"])
+    robustness.main()
+    rows = capsys.readouterr().out.splitlines()
+    assert [row.split(" | ")[0] for row in rows[-2:]] == ["| as published", "| skull taken away"]
