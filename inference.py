@@ -14,10 +14,10 @@
     python3 inference.py --config settings.yaml                  flag names as keys; flags win
 
 For each source slice, PREDICTIONS/<case>/ gets <case>_<k>_mask.tif (0 or 255, height and width of
-the source) and <case>_<k>.png with outlines (truth green, prediction red); PREDICTIONS/<case>.gif
-animates them. A volume file gets one mask on its own grid instead of the TIFFs,
-PREDICTIONS/<case>_mask.nii.gz. volumes.csv has a row per case: what was found, its volume, the
-expected DSC, notes on what happened to the scan, and a warning if somebody should look: a mask
+the source) and <case>_<k>.png with outlines (truth dashed green, prediction red);
+PREDICTIONS/<case>.gif animates them. A volume file gets one mask on its own grid instead of the
+TIFFs, PREDICTIONS/<case>_mask.nii.gz. volumes.csv has a row per case: what was found, its volume,
+the expected DSC, notes on what happened to the scan, and a warning if somebody should look: a mask
 that is empty, at an end of the scan or probably poor, a scan unlike most of the run, or unread. If
 cases have masks, metrics.csv and a figure of sorted DSCs are written too, with the cases that the
 weights were trained on marked. For patients with two or more dated scans, growth.csv has the mean
@@ -327,7 +327,8 @@ def report(
     if args.report:
         sections = [growth_section(patient) for patient in patients]
         rows = [result.volumes for result in done]
-        save_cohort(args.report, rows, [result.thumbnail for result in done], record, sections)
+        pictures = [result.thumbnail for result in done]
+        save_cohort(args.report, rows, pictures, record, sections, scores)
         print(f"report: {args.report}")
     count = Counter(result.state for result in done)
     line = f"{count['segmented']} of {len(done)} cases segmented with {network}"

@@ -279,7 +279,7 @@ def result_of(
         scores |= {"patient": patient, "trained_on": int(patient in outputs.trained_on)}
         scores[RUN] = outputs.run
     if outputs.thumbnails:
-        picture = thumbnail(loaded.volume, mask)
+        picture = thumbnail(loaded.volume, mask, loaded.truth)
     return Result(state, row, scores, picture, loaded.case.spacing, error, tuple(files))
 
 

@@ -434,6 +434,8 @@ def test_run_json_tells_programs_what_a_run_did(two, weights, tmp_path):
     assert record["exit_status"] == 1 and record["seconds"] > 0 and not record["error"]
     assert record["cases"] == {"phantom_001": "segmented", "phantom_002": "unread"}
     assert "slice 4 is missing" in record["failed"]["phantom_002"]
+    page = (tmp_path / "r.html").read_text()
+    assert "true DSC 0." in page and "(trained on)" in page and "dashed green" in page
     written = {str(out / name) for name in contents(out)}
     written |= {str(tmp_path / "r.html"), str(tmp_path / "dsc.png")}
     assert {str(out / name) for name in record["files"]} == written
@@ -486,7 +488,7 @@ def test_a_case_that_cannot_be_read_has_a_row(phantoms, weights, tmp_path, monke
     assert second["warning"] == fault and f"error: {fault}" in said.err
     assert second["lesion_voxels"] == second["slices"] == "" and third["slices"] == "8"
     assert "3 cases, " in said.out and "1 of 3 cases segmented" in said.out
-    assert page.read_text().count("<tr id=") == 3 and page.read_text().count("<img ") == 1
+    assert page.read_text().count("<tr id=") == 3 and page.read_text().count("<img loading") == 1
 
 
 def test_weights_without_a_card_are_reported(phantoms, weights, tmp_path, capsys):

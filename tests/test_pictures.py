@@ -45,7 +45,9 @@ def test_outline_colours(masks):
     pictures = outline(grey, prediction, truth)
     assert pictures.shape == (*grey.shape, 3) and pictures.dtype == np.uint8
     red, green = edge(prediction), edge(truth) & ~edge(prediction)
-    assert (pictures[red] == RED).all() and (pictures[green] == GREEN).all()
+    dashes = (pictures[green] == GREEN).all(axis=-1)
+    assert (pictures[red] == RED).all() and 0.3 < dashes.mean() < 0.7
+    assert not pictures[green][~dashes].any(), "black between the dashes"
     rest = ~(red | green)
     assert (pictures[rest] == grey[rest][:, None]).all()
     assert not (outline(grey, prediction) == GREEN).all(axis=-1).any(), "no truth, no green"

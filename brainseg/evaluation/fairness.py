@@ -47,8 +47,7 @@ def use_settings_of_first(models: Sequence[Model]) -> None:
             if getattr(model.segmenter, setting) != value:
                 setattr(model.segmenter, setting, value)
                 model.segmenter.expected_dsc_fit = None
-                size = model.segmenter.image_size
-                model.segmenter.choices = f"settings of {first.name}, but image size {size}"
+                model.segmenter.reasons[setting] = f"that of {first.name}"
 
 
 def settings_table(

@@ -20,7 +20,8 @@ from .files import MARK, atomic_write
 if TYPE_CHECKING:  # slow to import
     from matplotlib.figure import Figure
 
-GREEN, RED = (0, 255, 0), (255, 0, 0)
+GREEN, RED, BLACK = (0, 255, 0), (255, 0, 0), (0, 0, 0)
+DASH = 6  # pixels; dashes tell the truth from the prediction where colours do not
 
 
 def to_grey(volume: np.ndarray) -> np.ndarray:
@@ -41,14 +42,17 @@ def edge(mask: np.ndarray) -> np.ndarray:
 def outline(
     grey: np.ndarray, prediction: np.ndarray, truth: np.ndarray | None = None, side: int = 1
 ) -> np.ndarray:
-    """Draw slices (S, H, W) uint8 as RGB (S, H, W, 3): green truth, red prediction on top.
+    """Draw slices (S, H, W) uint8 as RGB (S, H, W, 3): dashed green truth, red prediction on top.
 
     Small slices are enlarged by the integer that brings their longer side closest to `side`.
     """
     times = max(1, round(side / max(grey.shape[1:])))
     pictures = np.repeat(_enlarge(grey, times)[..., None], 3, axis=-1)
     if truth is not None:
-        pictures[edge(_enlarge(truth, times))] = GREEN
+        line = edge(_enlarge(truth, times))
+        _, rows, columns = np.nonzero(line)
+        gaps = (rows + 2 * columns) // DASH % 2 == 1
+        pictures[line] = np.where(gaps[:, None], BLACK, GREEN)
     pictures[edge(_enlarge(prediction, times))] = RED
     return pictures
 
@@ -57,17 +61,25 @@ def _enlarge(slices: np.ndarray, times: int) -> np.ndarray:
     return slices.repeat(times, axis=1).repeat(times, axis=2)
 
 
-def thumbnail(volume: np.ndarray, mask: np.ndarray, side: int = 240) -> bytes:
+def thumbnail(
+    volume: np.ndarray, mask: np.ndarray, truth: np.ndarray | None = None, side: int = 480
+) -> bytes:
     """Draw the FLAIR slice with the largest mask, outlined, as a JPEG of at most `side` pixels.
 
-    `volume` is (S, H, W, C), `mask` (S, H, W) bool; if it is empty, the middle slice is drawn.
+    `volume` is (S, H, W, C), `mask` and `truth` are (S, H, W) bool; if the mask is empty, the slice
+    with the largest truth is drawn, or the middle one.
     """
     areas = mask.sum(axis=(1, 2))
+    if truth is not None and not areas.any():
+        areas = truth.sum(axis=(1, 2))
     k = int(areas.argmax()) if areas.any() else len(areas) // 2
-    picture = Image.fromarray(outline(to_grey(volume)[k : k + 1], mask[k : k + 1], side=side)[0])
+    shown = slice(k, k + 1)
+    if truth is not None:
+        truth = truth[shown]
+    picture = Image.fromarray(outline(to_grey(volume)[shown], mask[shown], truth, side=256)[0])
     picture.thumbnail((side, side))
     content = io.BytesIO()
-    picture.save(content, "JPEG", quality=80)
+    picture.save(content, "JPEG", quality=80, subsampling=0)  # colours of thin lines stay
     return content.getvalue()
 
 

@@ -21,18 +21,20 @@ def save_cohort(
     pictures: Sequence[bytes | None],
     details: dict,
     patients: Sequence[dict] = (),
+    scores: Sequence[dict] = (),
 ) -> None:
     """Write the page of a cohort: `rows` of volumes.csv, a JPEG for each, and how it was made.
 
     A case without a picture could not be read; only the table lists it. `patients` are sections on
-    those with several scans (see `growth_section`).
+    those with several scans (see `growth_section`), `scores` the rows of metrics.csv.
     Raises OSError, naming `path`, if it cannot be written; an existing page is kept.
     """
     thumbnails = {row["case"]: picture for row, picture in zip(rows, pictures, strict=True)}
+    true_dsc = {row["case"]: row["dsc"] for row in scores}
     lines = []
     for place, row in enumerate(volumes.by_need(rows)):
         size = row["lesion_voxels"] if row["lesion_ml"] is None else row["lesion_ml"]
-        lines.append(row | {"need": place, "size": size})
+        lines.append(row | {"need": place, "size": size, "dsc": true_dsc.get(row["case"])})
     read = [line for line in lines if thumbnails[line["case"]]]
     sizes = [line["lesion_ml"] for line in read if line["lesion_ml"] is not None]
     if len(sizes) == len(read):
@@ -47,7 +49,7 @@ def save_cohort(
         "cohort.html",
         f"brainseg: {counted(len(rows), 'case')}",
         details,
-        tiles=_tiles(lines, read, unit),
+        tiles=_tiles(lines, read, unit) | _score_tiles(scores),
         counts=counts,
         step=step,
         unit=unit,
@@ -55,6 +57,7 @@ def save_cohort(
         thumbnails=thumbnails,
         volumes=volumes,
         patients=patients,
+        trained_on={row["case"] for row in scores if row["trained_on"]},
     )
 
 
@@ -74,6 +77,14 @@ def _tiles(rows: Sequence[dict], read: Sequence[dict], unit: str) -> dict[str, o
         f"median lesion, {unit}": median_size,
         "median expected DSC": median_expected,
     }
+
+
+def _score_tiles(scores: Sequence[dict]) -> dict[str, str]:
+    """Summarise the scores of patients that the weights were not trained on, if there are any."""
+    values = [row["dsc"] for row in scores if not row["trained_on"]]
+    if not values:
+        return {}
+    return {f"median DSC, n = {len(values)}": f"{np.median(values):.2f}"}
 
 
 def _histogram(sizes: Sequence[float]) -> tuple[list[int], float]:
