@@ -172,11 +172,7 @@ def test_models_are_compared_at_the_settings_of_the_first(phantoms, twins, tmp_p
     summary = run(phantoms, tmp_path / "out", *options, "--weights", *twins)
     said = capsys.readouterr().out
     assert said.startswith("Settings that differ between the models")
-<<<<<<< Updated upstream
     assert "(that of fitted)" in said and "plain: image size 32 (" in said
-=======
-    assert "min volume 200 (of fitted)" in said and "plain: image size 32 (card)" in said
->>>>>>> Stashed changes
     assert re.search(r"minimum volume, voxels +200 +0 +200\n", said)
     assert re.search(r"mirroring +yes +no +yes\n", said)
     assert "Settings that differ" in (tmp_path / "r.html").read_text()

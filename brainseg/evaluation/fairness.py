@@ -47,11 +47,7 @@ def use_settings_of_first(models: Sequence[Model]) -> None:
             if getattr(model.segmenter, setting) != value:
                 setattr(model.segmenter, setting, value)
                 model.segmenter.expected_dsc_fit = None
-<<<<<<< Updated upstream
                 model.segmenter.reasons[setting] = f"that of {first.name}"
-=======
-                model.segmenter.reasons[setting] = f"of {first.name}"
->>>>>>> Stashed changes
 
 
 def settings_table(
