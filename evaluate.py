@@ -49,6 +49,7 @@ from brainseg.evaluation.scoring import (
     score_all,
 )
 from brainseg.evaluation.statistics import compare
+from brainseg.io.archives import unpacked
 from brainseg.io.files import check_ours, remove, write_json, write_table
 from brainseg.io.labels import NO_LESION
 from brainseg.io.slices import Case
@@ -67,7 +68,7 @@ def get_parser() -> argparse.ArgumentParser:
     parser = cli.make_parser(__doc__)
     parser.group("what")
     add = parser.add
-    add("--images", type=Path, default="./kaggle_3m", help="cases with masks")
+    add("--images", type=Path, default="./kaggle_3m", help="folder or .zip of cases with masks")
     add("--subset", type=str, nargs="+", choices=("all", *SUBSETS), default=["validation"],
         help="all, train, validation, test, or several (validation)")
     add("--cases", type=str, nargs="+", help="only these cases")
@@ -89,13 +90,14 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     options = cli.segmenter_options(parser, args)
     with cli.errors_in_one_sentence("stopped before all cases were scored; run it again"):
-        run(args, options)
+        with unpacked(args.images) as images:
+            run(args, options, images)
 
 
-def run(args: argparse.Namespace, options: dict) -> None:
-    """Open models and cases, then score every model on every case."""
+def run(args: argparse.Namespace, options: dict, images: Path) -> None:
+    """Open models and the cases in `images`, then score every model on every case."""
     sources = list_cohort(
-        args.images,
+        images,
         args.sequences,
         args.labels,
         args.patients,

@@ -47,6 +47,7 @@ from tqdm import tqdm
 import cli
 import utils
 from brainseg import distributed
+from brainseg.io.archives import unpacked
 from brainseg.io.dates import read_dates
 from brainseg.io.dicom_seg import holds_dicom
 from brainseg.io.files import (
@@ -85,7 +86,7 @@ def get_parser() -> cli.Parser:
     parser = cli.make_parser(__doc__)
     parser.group("what")
     add = parser.add
-    add("--images", type=Path, help="folder of cases, or one case (./kaggle_3m)")
+    add("--images", type=Path, help="folder or .zip of cases, or one case (./kaggle_3m)")
     add("--flair", type=Path, help="instead of --images: the FLAIR sequence of one scan")
     add("--pre", type=Path, help="with --flair: pre-contrast, on any grid (FLAIR)")
     add("--post", type=Path, help="with --flair: post-contrast, on any grid (FLAIR)")
@@ -130,13 +131,14 @@ def main(argv: list[str] | None = None) -> None:
             parser.error("--spacing takes three lengths in mm, for slices; files state their own")
     stopped = "stopped; finished cases are kept: continue with --skip-existing"
     with cli.errors_in_one_sentence(stopped), distributed.process_group():
-        failed = run(args, options, parser.sources)
+        with unpacked(args.images or Path("kaggle_3m")) as images:
+            failed = run(args, options, parser.sources, images)
     if failed:
         sys.exit(1)
 
 
-def run(args: argparse.Namespace, options: dict, given_by: Mapping[str, str]) -> int:
-    """Segment the chosen cases, write and report; return the number of cases with an error.
+def run(args: argparse.Namespace, options: dict, given_by: Mapping[str, str], images: Path) -> int:
+    """Segment cases in `images`, write and report; return the number of cases with an error.
 
     Several processes share the cases; the main one writes the tables and reports on all. `given_by`
     says where each of the `args` is from.
@@ -146,7 +148,7 @@ def run(args: argparse.Namespace, options: dict, given_by: Mapping[str, str]) ->
     with distributed.local_rank_zero_first():
         options["device"] = distributed.rank_device(options["device"])
         segmenter = Segmenter.from_weights(weights, **options)
-        sources = list_sources(args)
+        sources = list_sources(args, images)
         check_outputs(sources, args.predictions, args.figure, args.report, args.dicom_seg)
         check_ours(args.predictions / "run.json")
     dates = read_dates(args.dates) if args.dates else {}
@@ -184,13 +186,13 @@ def run(args: argparse.Namespace, options: dict, given_by: Mapping[str, str]) ->
     return len(outcome.failed)
 
 
-def list_sources(args: argparse.Namespace) -> Sequence[Source | Case]:
+def list_sources(args: argparse.Namespace, images: Path) -> Sequence[Source | Case]:
     """List the chosen cases. Raises ValueError or OSError if there is none, or one is unusable."""
     if args.flair:
         scan = find_sequences(args.flair, args.pre, args.post)
         return with_patients([replace(scan, labels=Labels(args.labels))], args.patients)
     sources = list_cohort(
-        args.images or Path("kaggle_3m"),
+        images,
         args.sequences,
         args.labels,
         args.patients,

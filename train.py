@@ -29,6 +29,7 @@ from brainseg.cache import prune
 from brainseg.claims import claimed
 from brainseg.devices import has_bfloat16, pick_device, to_device
 from brainseg.distillation import soft_targets
+from brainseg.io.archives import unpacked
 from brainseg.io.layouts import Source
 from brainseg.metrics import dsc
 from brainseg.runs import (
@@ -57,7 +58,7 @@ def get_args_parser() -> cli.Parser:
     parser = cli.make_parser(__doc__)
     add = parser.add
     parser.group("run")
-    add("--images", type=Path, default="./kaggle_3m", help="folder of cases")
+    add("--images", type=Path, default="./kaggle_3m", help="folder or .zip of cases")
     add("--skip-bad", action="store_true", help="skip cases that cannot be read, and name them")
     add("--cache", type=Path, help="folder of preprocessed volumes (~/.cache/brainseg)")
     add("--prune-cache", action="store_true", help="first delete cached volumes of missing sources")
@@ -86,30 +87,36 @@ def main(argv: list[str] | None = None) -> None:
     with errors, quiet, distributed.process_group():
         parser = get_args_parser()
         args = get_args(argv, parser)
-        device = pick_device(distributed.rank_device(args.device))
-        sources = list_cohort(
-            args.images, args.sequences, args.labels, args.patients, channels=args.channels
-        )
-        if args.validation:
-            sources = validate_on(sources, args.validation)
-        claim = claimed(args.weights, args.logs, args.model, args.resume)
-        advice = training.batch_advice(args.batch_size)
-        with claim as checkpoint, utils.cudnn(args.deterministic), advice:
-            state, loader, validation_set = set_up(args, checkpoint, device, sources)
-            if state.epoch >= args.epochs:
-                print(f"all {args.epochs} epochs are done; raise --epochs to continue")
-                return
-            cases = loader.dataset.cases, validation_set.cases
-            settings = utils.plain(args) | {"resume": False}
-            commit = utils.git_commit()
-            with RunWriter(state, *cases, settings, parser.recipe, checkpoint, commit) as writer:
-                print(cli.summary(parser, args))
-                print(f"{headline(writer.card, state.slices)}; {loader.place}", flush=True)
-                stop = fit(args, state, loader, validation_set, writer)
-        if stop:
-            print(how_to_resume(state, args.weights, args.model))
-            sys.exit(128 + stop)
-        print(f"weights: {args.weights / args.model}.pt   logs: tensorboard --logdir {args.logs}")
+        with unpacked(args.images) as images:
+            train(args, parser, images)
+
+
+def train(args: Namespace, parser: cli.Parser, images: Path) -> None:
+    """Train on the cases in `images`, or continue; a signal ends the program after an epoch."""
+    device = pick_device(distributed.rank_device(args.device))
+    sources = list_cohort(
+        images, args.sequences, args.labels, args.patients, channels=args.channels
+    )
+    if args.validation:
+        sources = validate_on(sources, args.validation)
+    claim = claimed(args.weights, args.logs, args.model, args.resume)
+    advice = training.batch_advice(args.batch_size)
+    with claim as checkpoint, utils.cudnn(args.deterministic), advice:
+        state, loader, validation_set = set_up(args, checkpoint, device, sources)
+        if state.epoch >= args.epochs:
+            print(f"all {args.epochs} epochs are done; raise --epochs to continue")
+            return
+        cases = loader.dataset.cases, validation_set.cases
+        settings = utils.plain(args) | {"resume": False}
+        commit = utils.git_commit()
+        with RunWriter(state, *cases, settings, parser.recipe, checkpoint, commit) as writer:
+            print(cli.summary(parser, args))
+            print(f"{headline(writer.card, state.slices)}; {loader.place}", flush=True)
+            stop = fit(args, state, loader, validation_set, writer)
+    if stop:
+        print(how_to_resume(state, args.weights, args.model))
+        sys.exit(128 + stop)
+    print(f"weights: {args.weights / args.model}.pt   logs: tensorboard --logdir {args.logs}")
 
 
 def set_up(

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import os
 import re
-import stat
-import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import IO, NamedTuple
 
+from brainseg.io.archives import DAMAGED, is_hidden, open_archive
 from brainseg.io.files import disk_is_full
 from brainseg.io.formats import SUFFIXES, is_scan, scan_name
 from brainseg.io.opening import find_case, find_sequences
@@ -21,7 +20,6 @@ from brainseg.io.slices import SLICE_NAME, Case
 
 MIB = 2**20
 HDF5 = b"\x89HDF\r\n\x1a\n"  # at byte 0, 512, 1024, 2048 ...; its data may be in other files
-DAMAGED = "is damaged, encrypted or compressed in an unsupported way; zip it again"
 
 
 @dataclass(frozen=True)
@@ -159,33 +157,16 @@ def _members(file: Sent, limits: Limits) -> Iterator[tuple[str, IO[bytes]]]:
     """Yield the file itself, or the files in a zip archive, without hidden ones."""
     if not file.name.lower().endswith(".zip"):
         parts = re.split(r"[/\\]+", file.name)
-        if not _is_hidden(parts):
+        if not is_hidden(parts):
             with open(file.path, "rb") as content:
                 yield "/".join(part for part in parts if part), content
         return
-    try:
-        archive = zipfile.ZipFile(file.path)
-    except ValueError as error:  # such as a negative offset in the file
-        raise zipfile.BadZipFile from error
-    with archive:
-        members = [member for member in archive.infolist() if not member.is_dir()]
+    with open_archive(file.path, file.name) as (archive, members):
         if len(members) > limits.files:
             raise ValueError(f"{file.name}: more than {limits.files} files; send one case")
-        for member in members:
-            parts = PurePosixPath(member.filename.replace("\\", "/")).parts
-            linked = stat.S_ISLNK(member.external_attr >> 16)
-            if not parts or ".." in parts or parts[0] == "/" or ":" in parts[0] or linked:
-                raise ValueError(f"{file.name}: contains a path that leads out of it; zip it again")
-            if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-                raise ValueError(f"{file.name}: {DAMAGED}")
-            if not _is_hidden(parts):
-                with archive.open(member) as content:
-                    yield "/".join(parts), content
-
-
-def _is_hidden(parts: Sequence[str]) -> bool:
-    """Tell whether a file, or a folder on the way to it, is hidden; `..` counts as hidden."""
-    return any(part.startswith((".", "__MACOSX")) for part in parts)
+        for name, member in members.items():
+            with archive.open(member) as content:
+                yield name, content
 
 
 def _write(content: IO[bytes], path: Path, most: int) -> int:
