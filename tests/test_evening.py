@@ -1,0 +1,128 @@
+"""A newcomer's evening: four own cases in each layout, by the commands of the README.
+
+They are fine-tuned on for two epochs, segmented, compared with the weights before, and reported.
+"""
+
+import csv
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pydicom
+import pytest
+from conftest import ROOT, run_main
+from test_layouts import DECATHLON, NNUNET, write
+from test_scan import write_series
+
+import evaluate
+import inference
+import train
+from brainseg.io.opening import find_case
+from brainseg.phantom import make_volume, write_data_set
+
+START = "weights/unet-folds/unet-a5f30600.pt"
+NAMES = ("anna", "ben", "cleo", "dora")
+COMMANDS = (  # in the README, up to further options
+    "train.py --images ./mine --init-weights " + START,
+    "inference.py --images ./mine --weights weights/unet.pt --report report.html",
+    f"evaluate.py --images ./mine --weights old={START} new=weights/unet.pt",
+)
+
+
+def volumes() -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Return four small heads, by name: volume (S, H, W, C) and lesion (S, H, W)."""
+    return {name: make_volume(k, slices=8, size=48) for k, name in enumerate(NAMES)}
+
+
+def slices(root: Path) -> None:
+    write_data_set(root, cases=4, slices=8, size=48, seed=0)
+
+
+def plain_names(root: Path) -> None:
+    for case, (volume, mask) in volumes().items():
+        for name, k in (("t1", 0), ("flair", 1), ("t1ce", 2)):
+            write(root / case / f"{name}.nii.gz", volume[..., k])
+        write(root / case / "mask.nii.gz", mask.astype(np.uint8))
+
+
+def brats_names(root: Path) -> None:
+    for number, (volume, mask) in enumerate(volumes().values(), 1):
+        case = f"BraTS-GLI-{number:05d}-000"
+        for name, k in (("t1n", 0), ("t2f", 1), ("t1c", 2)):
+            write(root / case / f"{case}-{name}.nii.gz", volume[..., k])
+        write(root / case / f"{case}-seg.nii.gz", mask.astype(np.uint8))
+
+
+def nnunet(root: Path) -> None:
+    for case, (volume, mask) in volumes().items():
+        for channel, k in enumerate((1, 0, 2)):
+            write(root / "imagesTr" / f"{case}_{channel:04d}.nii.gz", volume[..., k])
+        write(root / "labelsTr" / f"{case}.nii.gz", mask.astype(np.uint8))
+    names = {number: NNUNET["channel_names"][number] for number in "012"}
+    (root / "dataset.json").write_text(json.dumps(NNUNET | {"channel_names": names}))
+
+
+def decathlon(root: Path) -> None:
+    for case, (volume, mask) in volumes().items():
+        write(root / "imagesTr" / f"{case}.nii.gz", volume[..., [1, 0, 2, 1]])
+        write(root / "labelsTr" / f"{case}.nii.gz", mask.astype(np.uint8))
+    (root / "dataset.json").write_text(json.dumps(DECATHLON))
+
+
+def zipped_dicom(root: Path) -> None:
+    """Write a study of FLAIR alone for each case, and all of them as root.zip."""
+    for k, (case, (volume, mask)) in enumerate(volumes().items()):
+        folder = write_series(root / case, volume[..., 1], f"1.2.{k}.3")
+        for file in folder.iterdir():
+            header = pydicom.dcmread(file)
+            header.StudyInstanceUID, header.PatientID = f"1.2.{k}", case
+            header.SeriesDescription = "AX FLAIR"
+            header.save_as(file)
+        find_case(folder).write_map(root / f"{case}_mask.nii.gz", mask)
+    shutil.make_archive(str(root), "zip", root)
+    shutil.rmtree(root)
+
+
+@pytest.mark.parametrize(
+    ("make", "images"),
+    [
+        (slices, "mine"),
+        (plain_names, "mine"),
+        (brats_names, "mine"),
+        (nnunet, "mine"),
+        (decathlon, "mine"),
+        (zipped_dicom, "mine.zip"),
+    ],
+)
+def test_an_evening_with_four_cases(
+    make: Callable[[Path], None], images: str, tmp_path, monkeypatch, capsys
+):
+    make(tmp_path / "mine")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights/unet-folds").symlink_to(ROOT / "weights/unet-folds")
+    readme = re.sub(r"  +#.*", "", (ROOT / "README.md").read_text())
+    small = "--image-size", "32", "--device", "cpu", "--workers", "1"
+    options = {
+        train.main: ("--epochs", "2", "--batch-size", "8", "--cache", "cache", *small),
+        inference.main: ("--no-pictures", *small),
+        evaluate.main: (*small, "--report", "comparison.html"),
+    }
+    for command, (main, further) in zip(COMMANDS, options.items(), strict=True):
+        assert f"python3 {command}\n" in readme, "a command of the README"
+        words = command.replace("./mine", f"./{images}").split()[1:]
+        assert run_main(main, *words, *further) == 0, capsys.readouterr()
+    said = capsys.readouterr().out
+    assert "train 2 cases of 2 patients" in said or "train 3 cases of 3 patients" in said
+    assert "4 of 4 cases segmented" in said and "new" in said
+    with open("predictions/volumes.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 4 and all(row["lesion_voxels"] for row in rows)
+    assert not any("stands in" in row["warning"] for row in rows)
+    assert sum("trained on this patient" in row["notes"] for row in rows) in (2, 3)
+    assert Path("report.html").read_text().count("true DSC") == 4
+    assert Path("comparison.html").is_file()
+    assert json.loads(Path("predictions/run.json").read_text())["exit_status"] == 0
