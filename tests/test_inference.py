@@ -119,7 +119,14 @@ def test_every_slice_gets_a_mask_and_a_picture(phantoms, done):
     predictions, found = out / "predictions", 0
     names = sorted(folder.name for folder in phantoms.iterdir())
     assert sorted(p.name for p in predictions.iterdir() if p.suffix != ".lock") == sorted(
-        [*names, *(f"{name}.gif" for name in names), "metrics.csv", "volumes.csv", "args.json"]
+        [
+            *names,
+            *(f"{name}.gif" for name in names),
+            "metrics.csv",
+            "volumes.csv",
+            "args.json",
+            "run.json",
+        ]
     )
     for name in names:
         masks = read_masks(out, name)
@@ -621,7 +628,7 @@ def test_each_process_segments_its_own_cases_only(phantoms, weights, tmp_path, m
     def spy(folder, case, *more):
         with open(written, "a") as file:
             file.write(f"{os.getpid()} {case.name}\n")
-        write(folder, case, *more)
+        return write(folder, case, *more)
 
     monkeypatch.setattr(pipeline, "write_case", spy)
     cases = "--cases", "phantom_003", "phantom_004", "phantom_005"
@@ -756,7 +763,7 @@ def test_full_disk_leaves_no_half_written_case(phantoms, weights, tmp_path, monk
     message = refused(phantoms, tmp_path, weights, "--cases", "phantom_003")
     assert "phantom_003" in message and "space" in message.lower()
     names = sorted(path.name for path in (tmp_path / "predictions").iterdir())
-    assert names == [".brainseg-run.lock", "args.json", "phantom_003.gif"]
+    assert names == [".brainseg-run.lock", "args.json", "phantom_003.gif", "run.json"]
 
 
 # Bad weights and settings
