@@ -6,7 +6,7 @@ import datetime
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -94,17 +94,21 @@ def recorded(
         error = sentence(reason) or type(reason).__name__
         raise
     finally:
+        content = {name: value for name, value in record.items() if name != "args"}
+        content |= {
+            "settings": settings_and_sources(record["args"], sources, segmenter),
+            "began": began.isoformat(timespec="seconds"),
+            "seconds": round(time.monotonic() - start, 1),
+            "exit_status": 1 if error or outcome.failed else 0,
+            "error": error,
+            "cases": {each.volumes["case"]: each.state for each in outcome.results},
+            "failed": outcome.failed,
+            "files": _written(outcome, path.parent, began.timestamp()),
+        }
         if distributed.is_main_process():
-            content = {name: value for name, value in record.items() if name != "args"}
-            content["settings"] = settings_and_sources(record["args"], sources, segmenter)
-            content |= {"began": began.isoformat(timespec="seconds")}
-            content["seconds"] = round(time.monotonic() - start, 1)
-            content["exit_status"] = 1 if error or outcome.failed else 0
-            content["error"] = error
-            content["cases"] = {each.volumes["case"]: each.state for each in outcome.results}
-            content["failed"] = outcome.failed
-            content["files"] = _written(outcome, path.parent, began.timestamp())
-            write_json(path, content)
+            # If the disk is full, the error of the block is the one to report.
+            with suppress(OSError) if error else nullcontext():
+                write_json(path, content)
 
 
 def _written(outcome: Outcome, folder: Path, since: float) -> list[str]:
