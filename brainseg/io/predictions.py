@@ -91,13 +91,13 @@ def write_case(
     mark = mark_of(run)
     gif = Path(f"{case.name}.gif")
     remove_earlier(folder, case, with_pictures)
-    files, whole = [], []
+    files, single = [], []
     target = folder / case.name
     with name_in_errors(target), scratch(folder) as temporary:
         if with_pictures:
             pictures = outline(to_grey(volume), mask, truth, side=256)
             save_gif(folder / gif, pictures)
-            whole.append(gif)
+            single.append(gif)
             files += picture_files(case)
             for file, picture in zip(files, pictures, strict=True):
                 save_png(temporary / file.name, picture)
@@ -114,8 +114,8 @@ def write_case(
         for kind, values in {**maps, "mask": mask}.items():
             (file,) = map_files(case, kind)
             case.write_map(folder / file, values, mark)
-            whole.append(file)
-    return whole + files
+            single.append(file)
+    return single + files
 
 
 def remove_earlier(folder: Path, case: Case, with_pictures: bool = True) -> None:

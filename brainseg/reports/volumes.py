@@ -85,16 +85,23 @@ def volume_row(
         "scan_hash": scan_hash(volume, case.given_spacing),
         RUN: run,
     }
-    voxels_of = {"lesion": sum(sizes)}
-    for k, size in enumerate(sizes[:3], 1):
-        voxels_of[f"component_{k}"] = size
-    for name, voxels in voxels_of.items():
-        row[f"{name}_voxels"] = voxels
-        if case.spacing:
-            row[f"{name}_ml"] = voxels * math.prod(case.spacing) / 1000
+    row |= _columns_of_sizes(sizes, case.spacing)
     if expected:
         row |= zip(EXPECTED, expected, strict=True)
     return row
+
+
+def _columns_of_sizes(sizes: Sequence[int], spacing: Sequence[float] | None) -> dict:
+    """Return the columns of the lesion and its largest components: voxels and, if known, ml."""
+    voxels_of = {"lesion": sum(sizes)}
+    for k, size in enumerate(sizes[:3], 1):
+        voxels_of[f"component_{k}"] = size
+    columns = {}
+    for name, voxels in voxels_of.items():
+        columns[f"{name}_voxels"] = voxels
+        if spacing:
+            columns[f"{name}_ml"] = voxels * math.prod(spacing) / 1000
+    return columns
 
 
 def scan_hash(volume: np.ndarray, spacing: Sequence[float] | None = None) -> str:
