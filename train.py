@@ -92,7 +92,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def train(args: Namespace, parser: cli.Parser, images: Path) -> None:
-    """Train on the cases in `images`, or continue; a signal ends the program after an epoch."""
+    """Train on the cases in `images`, or continue; a signal ends the program after a step."""
     device = pick_device(distributed.rank_device(args.device))
     sources = list_cohort(
         images, args.sequences, args.labels, args.patients, channels=args.channels
