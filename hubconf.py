@@ -58,6 +58,7 @@ def segmenter(network="unet", device=None, **options):
         segment = torch.hub.load(repository, "segmenter")
         mask = segment(volume)
         result = segment.assess(volume, spacing=(5, 0.9, 0.9))
+        rows = segment.growth([("2020-03-02", first, (5, 1, 1)), ("2021-04-12", later, (5, 1, 1))])
 
     `assess` takes the mm from slice to slice, row to row and column to column, and returns
     mask: (slices, H, W), bool; with square pixels, that of `segment(volume)`.
@@ -66,7 +67,12 @@ def segmenter(network="unet", device=None, **options):
     expected_dsc, expected_dsc_low, expected_dsc_high: the DSC to expect and its 80 % interval; None
     for an empty mask and for options that the fit in the cards is not for.
     warnings: a list of sentences; empty if nothing calls for a second look.
-    """
-    from brainseg.segmenter import Segmenter  # needs more than torch
 
-    return Segmenter.from_weights(weights.shipped_weights(network), device=device, **options)
+    `growth` takes a date, a volume and its spacing for each of several scans of one patient, and
+    returns the rows of growth.csv: a dict per scan, with volume, diameters, changes and mm a year.
+    """
+    from brainseg.notebook import NotebookSegmenter  # needs more than torch
+
+    return NotebookSegmenter.from_weights(
+        weights.shipped_weights(network), device=device, **options
+    )

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .arrays import Assessment, as_volume, aspect_of, volume_of
+from .arrays import as_volume
 from .ensemble import Ensemble, open_network
 from .hashes import file_hash, run_name
 from .onnx import OnnxNetwork
@@ -123,16 +123,6 @@ class Segmenter(Predictor):
         """
         images, frame = self.preprocess(as_volume(volume, self.channels), aspect)
         return self.finish(self.probabilities(images), frame)
-
-    def assess(self, volume: np.ndarray, spacing: Sequence[float] | None = None) -> Assessment:
-        """Segment as a call does, and rate the mask; `spacing` is in mm: slices, rows, columns."""
-        images, frame = self.preprocess(as_volume(volume, self.channels), aspect_of(spacing))
-        result = self.rate(self.probabilities(images), frame)
-        ml = volume_of(result.mask, spacing)
-        expected, low, high = result.expected or (None, None, None)
-        return Assessment(
-            result.mask, result.probabilities, ml, expected, low, high, result.warnings
-        )
 
     def preprocess(self, volume: np.ndarray, aspect: float = 1.0) -> tuple[Tensor, Frame]:
         """Make the network's input (S, C, N, N), on its device if it fits, and the frame.

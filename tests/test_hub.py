@@ -1,5 +1,6 @@
 """Test the torch.hub entries, from this repository and from anywhere else."""
 
+import datetime
 import hashlib
 import json
 import os
@@ -204,12 +205,22 @@ def test_assess_gives_all_that_is_known_of_a_volume(own_weights):
     assert (result.probabilities[result.mask] >= 0.4).all()
     assert 0 <= result.expected_dsc_low < result.expected_dsc < result.expected_dsc_high <= 1
     assert any("probably poor" in warning for warning in result.warnings)
+    assert not any("confined" in warning for warning in result.warnings)
     bare = segmenter.assess(volume[..., 1])
     assert bare.ml is None and bare.mask.any()
     wide = segmenter.assess(volume, spacing=(5, 1, 0.5))
     assert np.array_equal(wide.mask, segmenter(volume, aspect=2))
     other = load("segmenter", device="cpu", threshold=0.45).assess(volume)
     assert other.expected_dsc is None and other.expected_dsc_low is None
+
+
+def test_assess_warns_of_a_mask_at_an_end_of_the_scan(own_weights, monkeypatch):
+    volume, _ = make_volume(0, slices=4, size=48)
+    mask = np.zeros(volume.shape[:3], bool)
+    mask[-1, 20:24, 20:24] = True
+    monkeypatch.setattr("brainseg.segmenter.to_mask", lambda *_: mask)
+    warnings = load("segmenter", device="cpu").assess(volume).warnings
+    assert "the mask is confined to the last slices of the scan; look at it" in warnings
 
 
 @pytest.mark.parametrize(
@@ -232,6 +243,25 @@ def test_other_shapes_are_refused_with_the_remedy(own_weights, shape, said):
 def test_a_spacing_that_is_none_is_refused(own_weights, spacing):
     with pytest.raises(ValueError, match="must be three lengths in mm"):
         load("segmenter", device="cpu").assess(np.ones((4, 48, 40)), spacing)
+
+
+def test_growth_of_arrays(own_weights):
+    segmenter = load("segmenter", device="cpu", threshold=0.4)
+    volume, _ = make_volume(0, slices=4, size=48)
+    first, later = ("20200302", volume, (5, 1, 1)), (datetime.date(2021, 4, 12), volume, (5, 1, 1))
+    with pytest.warns(UserWarning, match="scan 1 and scan 3 are both of 2020-03-02"):
+        rows = segmenter.growth([first, later, first])
+    assert [row["days"] for row in rows] == [0, 0, 406]
+    assert rows[2]["lesion_ml"] > 0 and rows[2]["percent_since_first"] == pytest.approx(0)
+    assert rows[2]["mm_per_year"] == pytest.approx(0, abs=1e-9)
+    for scans, said in [
+        ([first], "two scans or more, not 1"),
+        ([first, ("2021-02-30", volume, (5, 1, 1))], "not in the calendar"),
+        ([first, ("2021-02-03", volume, None)], "scan 2: has no spacing"),
+        ([first, ("2021-02-03", volume, (5, 1))], "three lengths"),
+    ]:
+        with pytest.raises(ValueError, match=said):
+            segmenter.growth(scans)
 
 
 def test_without_shipped_weights_one_sentence(tmp_path, monkeypatch):

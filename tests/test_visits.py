@@ -22,6 +22,7 @@ from brainseg.io.grid import Grid
 from brainseg.io.layouts import find_case, list_cases
 from brainseg.io.scans import Scan
 from brainseg.io.slices import Case
+from brainseg.notebook import NotebookSegmenter
 from brainseg.phantom_patients import Head, scan_head, write_patients
 from brainseg.reports.growth import growth_picture, rate_text
 from brainseg.reports.volumes import volume_row
@@ -322,6 +323,23 @@ def run(cohort: Path, out: Path, *flags: object) -> dict[str, dict[str, str]]:
         return {row["case"]: row for row in csv.DictReader(file)}
 
 
+def check_notebook_agrees(cohort: Path, rows: list[dict[str, str]]) -> None:
+    """The hub's segmenter gives the numbers of growth.csv, whatever the order of the scans."""
+    segmenter = NotebookSegmenter.from_weights(cohort / "unet.pt", device="cpu")
+    scans = []
+    for row in rows:
+        scan = find_case(cohort / "images" / f"{row['case']}.nii.gz")
+        scans.append((row["date"], scan.read(), scan.spacing))
+    measured = segmenter.growth(scans[::-1], patient=rows[0]["patient"])
+    assert [row.pop("case") for row in measured] == ["scan 2", "scan 1"]
+    for row, written in zip(measured, rows, strict=True):
+        for name, value in row.items():
+            if isinstance(value, float):
+                assert value == pytest.approx(float(written[name]), rel=1e-4), name
+            elif name != "why_not":  # which names the cases
+                assert str("" if value is None else value) == written[name], name
+
+
 def test_growth_of_a_cohort(cohort, tmp_path, capsys):
     page = tmp_path / "page.html"
     rows = run(cohort, tmp_path / "out", "--report", page)
@@ -349,6 +367,7 @@ def test_growth_of_a_cohort(cohort, tmp_path, capsys):
     again = run(cohort, tmp_path / "out", "--cases", *names[:2], "--dates", dates, "--no-register")
     assert again[names[1]]["date"] == "2020-01-01" and again[names[2]] == rows[names[2]]
     assert f"{names[1]}: 2020-01-01 by --dates, but" in capsys.readouterr().err
+    check_notebook_agrees(cohort, [again[name] for name in names[:2]])
 
     # The settings of a run repeat it.
     inference.main(["--config", str(tmp_path / "out" / "args.json")])

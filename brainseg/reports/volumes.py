@@ -65,10 +65,9 @@ def volume_row(
     notes, warnings = list(notes), list(warnings)
     if copies:
         notes.append(f"FLAIR stands in for {' and '.join(copies)}")
-    end = confined_to(mask)
-    if end:
-        warnings.append(f"the mask is confined to the {end} slices of the scan; look at it")
-    else:
+    at_end = end_warnings(mask)
+    warnings += at_end
+    if not at_end:
         notes += edge_notes(mask)
     sizes = component_sizes(mask)
     row: dict = dict.fromkeys(COLUMNS)
@@ -139,6 +138,14 @@ def confined_to(mask: np.ndarray) -> str:
     if places[-1] < end:
         return "first"
     return "last" if places[0] >= len(mask) - end else ""
+
+
+def end_warnings(mask: np.ndarray) -> list[str]:
+    """Return a sentence if a mask (S, H, W) is confined to one end of the scan, else []."""
+    end = confined_to(mask)
+    if not end:
+        return []
+    return [f"the mask is confined to the {end} slices of the scan; look at it"]
 
 
 def warn_of_unlike(rows: Sequence[dict], spacings: Mapping[str, Sequence[float] | None]) -> None:

@@ -1,0 +1,75 @@
+"""What torch.hub's `segmenter` offers beside masks: how good they are, how fast a lesion grows."""
+
+from __future__ import annotations
+
+import datetime
+import warnings
+from collections.abc import Sequence
+
+import numpy as np
+
+from .alignment import Measured
+from .arrays import Assessment, as_volume, aspect_of, volume_of
+from .growth import growth_rows
+from .io.dates import parse_date
+from .io.slices import Case
+from .reports.volumes import end_warnings, volume_row
+from .segmenter import Segmenter
+from .visits import follow, in_order_of_time
+
+Date = datetime.date | str  # as 2014-03-02 or 20140302
+Spacing = Sequence[float]  # mm from slice to slice, row to row, column to column
+
+
+class NotebookSegmenter(Segmenter):
+    """A Segmenter of arrays, without files."""
+
+    def assess(self, volume: np.ndarray, spacing: Spacing | None = None) -> Assessment:
+        """Segment as a call does, and rate the mask; `spacing` is in mm: slices, rows, columns."""
+        images, frame = self.preprocess(as_volume(volume, self.channels), aspect_of(spacing))
+        result = self.rate(self.probabilities(images), frame)
+        ml = volume_of(result.mask, spacing)
+        expected, low, high = result.expected or (None, None, None)
+        reasons = result.warnings + end_warnings(result.mask)
+        return Assessment(result.mask, result.probabilities, ml, expected, low, high, reasons)
+
+    def growth(
+        self, scans: Sequence[tuple[Date, np.ndarray, Spacing]], patient: str = "patient"
+    ) -> list[dict]:
+        """Segment several scans of one patient; return the rows of growth.csv, in order of time.
+
+        Each scan is its date, its volume and its spacing in mm: slices, rows, columns. Arrays state
+        no positions, so the scans are not registered. Raises ValueError for fewer than two scans,
+        a date that cannot be right and a spacing that is none.
+        """
+        if len(scans) < 2:
+            raise ValueError(f"growth needs two scans or more, not {len(scans)}")
+        dates, measured = {}, {}
+        for number, (date, volume, spacing) in enumerate(scans, 1):
+            name = f"scan {number}"
+            dates[name] = parse_date(str(date))
+            measured[name] = self._measure(name, patient, volume, spacing)
+        cases = {patient: [scan.case for scan in measured.values()]}
+        ordered, notes = in_order_of_time(cases, dates)
+        for note in notes:
+            warnings.warn(note, stacklevel=2)
+        errors = (self.expected_dsc_fit or {}).get("volume_errors")
+        in_order = [(measured[case.name], date) for case, date in ordered[patient]]
+        followed, _ = follow(in_order, errors, with_registration=False)
+        return growth_rows(followed.visits)
+
+    def _measure(self, name: str, patient: str, array: np.ndarray, spacing: Spacing) -> Measured:
+        """Segment one scan of a patient, and keep what its growth needs."""
+        if spacing is None:
+            raise ValueError(f"{name}: has no spacing; give mm from slice to slice, row, column")
+        aspect_of(spacing)  # raises ValueError
+        volume = as_volume(array, self.channels)
+        across, down, along = map(float, spacing)
+        numbers = tuple(range(1, len(volume) + 1))
+        case = Case(name, numbers, (), (), patient=patient, given_spacing=(across, down, along))
+        images, frame = self.preprocess(volume, case.aspect)
+        result = self.rate(self.probabilities(images), frame)
+        row = volume_row(
+            case, volume, result.mask, result.expected, result.warnings, replaced=result.replaced
+        )
+        return Measured(case, result.mask, row)
