@@ -175,6 +175,7 @@ def make_state(args: Namespace, model: Network, data: SliceDataset) -> TrainStat
         drop_both=1 if args.flair_alone else 0.5,
         intensity=args.aug_intensity,
         sequences=sequences,
+        strip=args.strip_skulls,
     )
     return TrainState(
         model=model,

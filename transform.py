@@ -15,6 +15,9 @@ from torch import Generator, Tensor
 from brainseg.devices import to_device
 from brainseg.distributed import shard_of_batch
 
+THINNEST, THICKEST = 0.04, 0.09  # scalp and skull, as a share of a slice's side
+DARK = 0.1  # of a slice's maximum: darker pixels are air, unless there is head on all sides
+
 
 @dataclass(frozen=True)
 class Augmentation:
@@ -25,6 +28,7 @@ class Augmentation:
     drop: float  # probability of `drop_sequences`, if there are 3 sequences
     intensity: float  # strength of `vary_intensity`
     sequences: int
+    strip: float = 0  # probability of `strip_skulls`
     flip: float = 0.5
     drop_both: float = 0.5  # share of the dropped whose pre-contrast is dropped too
 
@@ -36,25 +40,33 @@ class Augmentation:
         `images` (N, C, H, W) and `masks` (N, 1, H, W) are float.
         """
         draws = shard_of_batch(self.draw(batch_size, generator))
-        images, masks = move(images, masks, draws[:, :3], self.scale, self.angle, self.flip)
+        zoom = None
+        if self.strip:
+            widths = widths_to_strip(draws[:, -2:], self.strip)
+            images, masks = strip_skulls(images, masks, widths)
+            zoom = 1 / (1 - 2 * widths)  # brain extraction comes before the crop to the head
+        images, masks = move(images, masks, draws[:, :3], self.scale, self.angle, self.flip, zoom)
         if self.drop:
             images = drop_sequences(images, draws[:, 3:5], self.drop, self.drop_both)
         if self.intensity:
-            images = vary_intensity(images, draws[:, 5:], self.intensity)
+            images = vary_intensity(images, draws[:, 5:-2], self.intensity)
         return images, masks
 
     def draw(self, slices: int, generator: Generator) -> Tensor:
-        """Draw numbers in 0..1 for each slice: 3 for `move`, 2 to drop, the rest for intensity.
+        """Draw numbers in 0..1 for each slice: 3 for `move`, 2 to drop sequences, two for the
+        intensity of each sequence, 2 to strip skulls.
 
         What is switched off draws none and has zeros.
         """
-        draws = torch.zeros(slices, 5 + 2 * self.sequences)
+        draws = torch.zeros(slices, 7 + 2 * self.sequences)
         draws[:, :3] = torch.rand(slices, 3, generator=generator)
         if self.drop:
             draws[:, 3:5] = torch.rand(slices, 2, generator=generator)
         if self.intensity:
             gains, shifts = torch.rand(2, slices, self.sequences, generator=generator)
-            draws[:, 5:] = torch.cat((gains, shifts), dim=1)
+            draws[:, 5:-2] = torch.cat((gains, shifts), dim=1)
+        if self.strip:
+            draws[:, -2:] = torch.rand(slices, 2, generator=generator)
         return draws
 
 
@@ -65,20 +77,23 @@ def move(
     scale: float = 0.05,
     angle: float = 15.0,
     flip: float = 0.5,
+    zoom: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Scale, rotate and flip each slice by its `draws` (N, 3), in one interpolation.
 
-    The factor is uniform in 1 ± `scale`, the rotation in ± `angle` degrees; a horizontal flip has
-    probability `flip`. Pixels from outside the slice are background: the minimum of each slice and
-    channel, not 0, which is tissue after normalisation.
+    The factor is uniform in 1 ± `scale`, times `zoom` (N,) if given; the rotation in ± `angle`
+    degrees; a horizontal flip has probability `flip`. Pixels from outside the slice are background:
+    the minimum of each slice and channel, not 0, which is tissue after normalisation.
     """
     n, _, height, width = images.shape
-    zoom = 1 + scale * (2 * draws[:, 0] - 1)
+    factor = 1 + scale * (2 * draws[:, 0] - 1)
+    if zoom is not None:
+        factor = factor * zoom
     theta = torch.deg2rad(angle * (2 * draws[:, 1] - 1))
     mirror = torch.where(draws[:, 2] < flip, -1.0, 1.0)
 
     # Output to input coordinates, both in -1..1: columns first, as in affine_grid.
-    cos, sin, aspect = theta.cos() / zoom, theta.sin() / zoom, height / width
+    cos, sin, aspect = theta.cos() / factor, theta.sin() / factor, height / width
     affine = torch.zeros(n, 2, 3)
     affine[:, 0, 0], affine[:, 0, 1] = mirror * cos, -sin * aspect
     affine[:, 1, 0], affine[:, 1, 1] = mirror * sin / aspect, cos
@@ -89,6 +104,58 @@ def move(
     images = F.grid_sample(images - background, grid, mode="bilinear", align_corners=False)
     masks = F.grid_sample(masks, grid, mode="nearest", align_corners=False)
     return images + background, masks
+
+
+def widths_to_strip(draws: Tensor, probability: float) -> Tensor:
+    """Draw how much of each slice's edge to strip, as a share of its side, by `draws` (N, 2).
+
+    It is uniform from 4 % to 9 % with `probability`, and otherwise 0.
+    """
+    widths = THINNEST + (THICKEST - THINNEST) * draws[:, 1]
+    return torch.where(draws[:, 0] < probability, widths, 0.0)
+
+
+def strip_skulls(images: Tensor, masks: Tensor, widths: Tensor) -> tuple[Tensor, Tensor]:
+    """Make background of all within `widths` (N,), shares of the side, of the edge of each head.
+
+    This removes scalp and skull crudely, so that stripped heads are not new to the network.
+    """
+    stripped = widths > 0
+    if not stripped.any():
+        return images, masks
+    pixels = (widths[stripped] * images.shape[-1]).round()
+    chosen = to_device(stripped.nonzero()[:, 0], images.device)
+    some = images[chosen]
+    background = some.amin(dim=(2, 3), keepdim=True)
+    depth = depth_in_head((some - background).amax(dim=1, keepdim=True), int(pixels.max()))
+    brain = depth >= to_device(pixels, images.device)[:, None, None, None]
+    images = images.index_copy(0, chosen, torch.where(brain, some, background))
+    return images, masks.index_copy(0, chosen, masks[chosen] * brain)
+
+
+def depth_in_head(bright: Tensor, most: int) -> Tensor:
+    """Count the pixels from each pixel to the edge of the head, up to `most`: (N, 1, H, W).
+
+    `bright` (N, 1, H, W) is the brightest sequence less its background. What has head on all four
+    sides is head: ventricles and sulci are dark.
+    """
+    head = (bright > DARK * bright.amax(dim=(2, 3), keepdim=True)).float()
+    head = F.max_pool2d(erode(erode(head)), 5, stride=1, padding=2)  # without specks in the air
+    between = torch.ones_like(head)
+    for axis in (2, 3):
+        before = head.cummax(dim=axis).values
+        after = head.flip(axis).cummax(dim=axis).values.flip(axis)
+        between = between * before * after
+    depth = torch.zeros_like(head)
+    for _ in range(most):
+        between = erode(between)
+        depth = depth + between
+    return depth
+
+
+def erode(head: Tensor) -> Tensor:
+    """Take a pixel from the edge of a map (N, 1, H, W) of 0 and 1; outside the slice is 0."""
+    return 1 - F.max_pool2d(F.pad(1 - head, (1, 1, 1, 1), value=1.0), 3, stride=1)
 
 
 def drop_sequences(images: Tensor, draws: Tensor, probability: float, both: float = 0.5) -> Tensor:

@@ -24,38 +24,11 @@ from brainseg.metrics import dsc, mean_text, summarise
 from brainseg.segmenter import to_mask
 from brainseg.weights import shipped_weights
 from cli import errors_in_one_sentence
+from weights.negatives import without_lesion
 
 from .unseen import cases_of, segment_unseen
 
-ONE_SIDE = 0.98  # of the lesion's pixels in a slice, for the other half to be healthy
-LEAST_SLICES = 8
 SETTINGS = [(t, n) for t in (0.5, 0.7) for n in (0, 100, 200, 400, 800)]
-
-
-def without_lesion(volume: np.ndarray, mask: np.ndarray) -> np.ndarray | None:
-    """Mirror the healthy half of each slice with lesion: (S, H, W, C); None if too little is left.
-
-    `volume` (S, H, W, C), `mask` (S, H, W) bool. The midline is that of the whole head.
-    """
-    columns = np.flatnonzero((volume.max(axis=(0, 1, 3))) > 0.1 * np.percentile(volume, 99.9))
-    left, right = columns[0], columns[-1] + 1
-    middle = (left + right) // 2
-    half = min(middle - left, right - middle)
-    slices = []
-    for image, lesion in zip(volume, mask, strict=True):
-        on_left, everywhere = lesion[:, :middle].sum(), lesion.sum()
-        image = image.copy()
-        if everywhere:
-            share = on_left / everywhere
-            if max(share, 1 - share) < ONE_SIDE:
-                continue
-            healthy = image[:, middle - half : middle + half]
-            if share > 0.5:
-                healthy[:, :half] = healthy[:, half:][:, ::-1]
-            else:
-                healthy[:, half:] = healthy[:, :half][:, ::-1]
-        slices.append(image)
-    return np.stack(slices) if len(slices) >= LEAST_SLICES else None
 
 
 def main() -> None:

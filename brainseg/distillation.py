@@ -3,7 +3,7 @@
 One network that learns from the average of several comes close to it at the price of one: Hinton,
 Vinyals and Dean 2015 (https://arxiv.org/abs/1503.02531); for ensembles in medical image
 segmentation Noothout et al. 2022 (doi 10.1117/1.JMI.9.5.052407). True and predicted masks weigh the
-same here.
+same here. A case without lesion keeps its empty mask: there the teachers can only be wrong.
 """
 
 from __future__ import annotations
@@ -42,6 +42,9 @@ def soft_targets(
     targets = []
     pairs = zip(volumes, seen_by_teachers, strict=True)
     for volume, for_teachers in tqdm(pairs, "teachers", len(volumes), unit="case", disable=None):
+        if not volume.mask.any():
+            targets.append(np.zeros(volume.mask.shape, np.float16))
+            continue
         predicted = _predictions(for_teachers, teachers, folder)
         size = volume.mask.shape[1:]
         resized = F.interpolate(

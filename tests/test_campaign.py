@@ -4,12 +4,14 @@ import contextlib
 import csv
 import io
 import json
+import shutil
 import signal
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import SimpleITK
 from conftest import FORK
 
 import evaluate
@@ -17,6 +19,7 @@ import export
 import inference
 import train
 from brainseg import quality
+from brainseg.phantom import make_volume
 from brainseg.weights import read_card
 from weights import campaign, trainings
 
@@ -172,13 +175,27 @@ def test_a_signal_stops_the_trainings_which_save(phantoms, tmp_path):
 
 def test_a_student_is_compared_with_its_teachers(phantoms, tmp_path):
     """On the patients of a fold that none of them has seen."""
-    status, out, err = run(phantoms, tmp_path, "--stage", "nested", "student", "--outer", "1")
+    healthy = tmp_path / "healthy" / "mary"
+    healthy.mkdir(parents=True)
+    flair = SimpleITK.GetImageFromArray(make_volume(1, 16, 96, False)[0][..., 1])
+    SimpleITK.WriteImage(flair, str(healthy / "flair.nii.gz"))
+    shutil.copytree(healthy, tmp_path / "healthy" / "martha")
+    more = ["--negatives", str(tmp_path / "healthy"), "--hold-back", "martha"]
+    words = ["--stage", "nested", "student", "one", "--outer", "1", *more]
+    teachers = ["--start", str(tmp_path / "nested/fold1/weights")]
+    status, out, err = run(phantoms, tmp_path, *words, *teachers)
     assert status == 0, err
     folder = tmp_path / "nested" / "fold1"
     held_out = set(read_scores(folder / "student-scores" / "scores.csv"))
     for card in map(read_card, [*(folder / "weights").glob("*.pt"), folder / "student/unet.pt"]):
         assert held_out and not held_out & set(card["cases"]["train"])
-    assert read_card(folder / "student" / "unet.pt")["recipe"]["flair_alone"] is True
+    card = read_card(folder / "student" / "unet.pt")
+    assert card["recipe"]["flair_alone"] is True and card["recipe"]["strip_skulls"] == 0.33
+    trained_on = card["cases"]["train"]
+    assert "mary" in trained_on and "martha" not in trained_on
+    assert any(name.endswith("_mirrored") for name in trained_on)
+    (weights,) = (tmp_path / "one" / "weights").glob("*.pt")
+    assert held_out < set(read_card(weights)["cases"]["train"])
     assert "| 1 | " in (tmp_path / "student.md").read_text()
 
 

@@ -5,7 +5,14 @@ import pytest
 import torch
 from skimage.transform import SimilarityTransform, warp
 
-from transform import Augmentation, drop_sequences, move, vary_intensity
+from transform import (
+    Augmentation,
+    drop_sequences,
+    move,
+    strip_skulls,
+    vary_intensity,
+    widths_to_strip,
+)
 from utils import make_generator
 
 STILL = {"scale": 0, "angle": 0, "flip": 0}
@@ -211,7 +218,56 @@ def test_parts_of_a_batch_are_augmented_by_the_same_draws():
     moves, drops = torch.rand(5, 3, generator=generator), torch.rand(5, 2, generator=generator)
     changes = torch.rand(2, 5, 3, generator=generator)
     drawn = Augmentation(0.2, 15, 0.4, 0.2, 3).draw(5, make_generator(1))
-    assert torch.equal(drawn, torch.cat((moves, drops, *changes), dim=1))
+    assert torch.equal(drawn[:, :-2], torch.cat((moves, drops, *changes), dim=1))
     changes = torch.rand(2, 5, 1, generator=make_generator(1))  # nothing is dropped
     drawn = Augmentation(0.2, 15, 0, 0.2, 1).draw(5, make_generator(1))
     assert torch.equal(drawn[:, :3], moves) and not drawn[:, 3:5].any()
+
+
+def heads(n: int, side: int = 100) -> tuple[torch.Tensor, torch.Tensor]:
+    """Make round heads of radius 40 with a dark ventricle on air at -2; all of a head is mask."""
+    y, x = np.mgrid[:side, :side] - side / 2 + 0.5
+    radius = torch.from_numpy(np.hypot(y, x)).float()
+    head = (radius < 40).float()
+    image = 2 * head * (radius > 10) - 2
+    return image.expand(n, 3, side, side).clone(), head.expand(n, 1, side, side).clone()
+
+
+def test_a_stripped_head_loses_its_edge_and_keeps_its_ventricle():
+    images, masks = heads(3)
+    before = images.clone()
+    stripped, lesion = strip_skulls(images, masks, torch.tensor([0.0, 0.05, 0.08]))
+    assert torch.equal(images, before), "the arguments are not modified"
+    assert torch.equal(stripped[0], images[0]) and torch.equal(lesion[0], masks[0])
+    for k, width in ((1, 5), (2, 8)):
+        half = lesion[k, 0, 50].sum() / 2  # pixels of the middle row
+        assert abs(half - (40 - width)) <= 1
+        brain = lesion[k].bool().expand(3, -1, -1)
+        assert torch.equal(stripped[k][brain], images[k][brain])
+        assert (stripped[k][~brain] == -2).all()
+
+
+def test_widths_are_drawn_for_the_share_of_slices():
+    widths = widths_to_strip(draws(4000, 2), 0.3)
+    drawn = widths[widths > 0]
+    assert abs(len(drawn) / 4000 - 0.3) < 0.03
+    assert 0.04 <= drawn.min() < 0.045 and 0.085 < drawn.max() <= 0.09
+
+
+def test_stripping_changes_no_other_draw():
+    options = {"scale": 0.2, "angle": 15, "drop": 0.4, "intensity": 0.2, "sequences": 3}
+    with_skull = Augmentation(**options).draw(8, make_generator(0))
+    without = Augmentation(**options, strip=0.3).draw(8, make_generator(0))
+    assert torch.equal(with_skull[:, :-2], without[:, :-2])
+    assert not with_skull[:, -2:].any() and without[:, -2:].any()
+
+
+def test_a_stripped_head_is_enlarged_as_the_crop_to_the_brain_would():
+    images, masks = heads(1)
+    options = {"scale": 0, "angle": 0, "drop": 0, "intensity": 0, "sequences": 3, "flip": 0}
+    augment_all = Augmentation(**options, strip=0.999)
+    (width,) = widths_to_strip(augment_all.draw(1, make_generator(3))[:, -2:], 0.999)
+    moved, lesion = augment_all(images, masks, make_generator(3), 1)
+    radius = lesion[0, 0, 50].sum() / 2
+    assert abs(radius - (40 - 100 * width) / (1 - 2 * width)) <= 1.5
+    assert moved.min() == -2

@@ -15,8 +15,13 @@ nested  For some of the five folds (--outer): four networks, each trained withou
         without a quarter of the rest. No patient of the fold has been seen by any of them, so what
         is made of these networks can be scored on it. All are exported into OUT/nested/fold<k>.
 student For the same folds, one network that learns from these four (train.py --teachers) on all
-        patients outside the fold. Both are scored on the fold, case by case: the four averaged and
-        mirrored, the student as it is.
+        patients outside the fold, as long as each of them did. Both are scored on the fold, case by
+        case: the four averaged and mirrored, the student as it is.
+one     One network that learns from the five of ship on all patients: what is used by default.
+
+Students see FLAIR alone in two fifths of the slices and no skull in a third, and learn to leave
+heads without a lesion empty: every fourth case mirrored (weights/negatives.py), and the scans of
+people without a tumour in --negatives.
 
 Every training keeps its last epoch: nothing is chosen on the patients held out. With --start, each
 training continues from the network of that folder that has not seen them either, and ship skips the
@@ -38,10 +43,11 @@ from brainseg.claims import fits, is_card
 from brainseg.io.files import atomic_write, remove
 from brainseg.io.slices import Case
 from brainseg.metrics import mean_text
-from brainseg.splits import list_cohort, split_folds
+from brainseg.splits import list_cohort, outside_test, split_folds
 from brainseg.weights import read_card
 from cli import fail
 
+from .negatives import link_scans, write_mirrored
 from .trainings import Pool, Training, call, script
 
 FOLDS, SEARCH_FOLDS = 5, 3
@@ -67,8 +73,8 @@ CHANGES = {
     "wide": "--features 32",
     "large-slices": "--image-size 192",
 }
-STUDENT_SMALL = "--image-size 128 --epochs 45 --flair-alone".split()
-STUDENT_NATIVE = "--image-size 192 --epochs 15 --lr 1e-3 --seed 43 --flair-alone".split()
+STUDENT = "--keep last --vis-freq 0 --validate-every 5 --flair-alone --strip-skulls 0.33".split()
+MIRRORED = 4  # every so many cases, one is written without its lesion
 MASKS = ["--tta", "--min-volume", "200"]  # how they are made: see MODEL_CARD.md
 
 
@@ -125,7 +131,7 @@ def nested(args: argparse.Namespace, pool: Pool) -> str:
     rows = []
     for outer in args.outer:
         folder = args.out / "nested" / f"fold{outer}"
-        link_cases(args.images, outer, folder / "images")
+        link_cases(split_cases(args.images, outer)[0], folder / "images")
         inner = argparse.Namespace(images=folder / "images", options=args.options)
         folds = ["--folds", str(INNER_FOLDS)]
         small = []
@@ -158,23 +164,16 @@ def student(args: argparse.Namespace, pool: Pool) -> str:
     for outer in args.outer:
         folder = args.out / "nested" / f"fold{outer}"
         train, held_out = split_cases(args.images, outer)
-        options = argparse.Namespace(images=folder / "images", options=args.options)
-        # train.py wants somebody to validate on: one patient, whom the teachers have seen.
-        learn = ["--teachers", str(folder / "weights"), "--validation", train[0].name]
-        learn.append("--allow-seen")
-        small = student_training(options, folder / "student-small", STUDENT_SMALL, learn)
-        train_all(f"student of fold {outer}, small slices", [small], pool)
-        learn += ["--init-weights", str(small.weights)]
-        native = student_training(options, folder / "student", STUDENT_NATIVE, learn)
-        train_all(f"student of fold {outer}", [native], pool)
+        lengths = INNER_SMALL, INNER_NATIVE
+        weights = train_student(args, folder, train, folder / "weights", lengths, pool)
         names = [case.name for case in held_out]
         tables = []
-        for name, weights, more in (
+        for name, network, more in (
             ("teachers", folder / "weights", []),
-            ("student", native.weights, ["--no-tta"]),
+            ("student", weights, ["--no-tta"]),
         ):
             out = folder / f"{name}-masks"
-            words = ["--images", args.images, "--cases", *names, "--weights", weights]
+            words = ["--images", args.images, "--cases", *names, "--weights", network]
             call(script("inference.py", *words, "--predictions", out, *MASKS, *more))
             tables.append(f"{name}={out / 'metrics.csv'}")
         scores = folder / "student-scores"
@@ -186,12 +185,42 @@ def student(args: argparse.Namespace, pool: Pool) -> str:
     return table(["fold", "four, mirrored", "student", "difference, case by case"], rows)
 
 
-def student_training(
-    args: argparse.Namespace, folder: Path, options: Sequence[str], learn: Sequence[str]
-) -> Training:
-    words = ["--images", str(args.images), "--keep", "last", "--vis-freq", "0"]
-    words += ["--validate-every", "5", *options, *learn, *args.options]
-    return Training("unet", folder, tuple(words))
+def one(args: argparse.Namespace, pool: Pool) -> str:
+    """Train and export the student of all patients, whose teachers are those of ship."""
+    folder = args.out / "one"
+    cases = [source.open() for source in outside_test(list_cohort(args.images))]
+    teachers = args.start or args.out / "weights"
+    weights = train_student(args, folder, cases, teachers, (SMALL, NATIVE), pool)
+    call(script("export.py", "--weights", weights, "--out", folder / "weights"))
+    return table(["weights", "cases"], [[str(folder / "weights"), str(len(cases))]])
+
+
+def train_student(
+    args: argparse.Namespace,
+    folder: Path,
+    cases: Sequence[Case],
+    teachers: Path,
+    lengths: tuple[Sequence[str], Sequence[str]],
+    pool: Pool,
+) -> Path:
+    """Train on `cases` and heads without lesion, on small slices first; return the weights."""
+    images = folder / "student-images"
+    link_cases(cases, images)
+    write_mirrored(cases[1::MIRRORED], images)  # the first is validated on
+    if args.negatives:
+        link_scans(args.negatives, images, args.hold_back)
+    # train.py wants somebody to validate on: one patient, whom the teachers have seen.
+    words = ["--images", images, *STUDENT, "--teachers", teachers, "--allow-seen"]
+    words += ["--validation", cases[0].name]
+    weights = None
+    for name, length in zip(("student-small", "student"), lengths, strict=True):
+        start = ["--init-weights", weights] if weights else []
+        options = tuple(str(word) for word in (*words, *length, *start, *args.options))
+        training = Training("unet", folder / name, options)
+        train_all(f"{folder.name}, {name}", [training], pool)
+        weights = training.weights
+    assert weights is not None
+    return weights
 
 
 def split_cases(images: Path, outer: int) -> tuple[list[Case], list[Case]]:
@@ -199,17 +228,16 @@ def split_cases(images: Path, outer: int) -> tuple[list[Case], list[Case]]:
     return split_folds([source.open() for source in list_cohort(images)], FOLDS, outer)
 
 
-def link_cases(images: Path, outer: int, folder: Path) -> None:
-    """Fill `folder` with links to the cases of `images` that are not in the fold `outer`."""
-    train, _ = split_cases(images, outer)
+def link_cases(cases: Sequence[Case], folder: Path) -> None:
+    """Fill `folder` with links to the folders of cases."""
     folder.mkdir(parents=True, exist_ok=True)
-    for case in train:
+    for case in cases:
         link = folder / case.name
         if not link.is_symlink():
             link.symlink_to(case.folder.resolve())
 
 
-STAGES = {"search": search, "ship": ship, "nested": nested, "student": student}
+STAGES = {"search": search, "ship": ship, "nested": nested, "student": student, "one": one}
 
 
 def training(
@@ -275,7 +303,11 @@ def main(argv: list[str] | None = None) -> None:
     add("--outer", type=int, nargs="+", choices=range(FOLDS), default=[0, 1],
         help="nested, student: the folds to leave out (0 1)")  # fmt: skip
     add("--only", nargs="+", choices=CHANGES, help="only these changes in the search (all)")
-    add("--start", type=Path, help="folder of networks to continue from, one per fold")
+    add("--start", type=Path,
+        help="folder of networks to continue from, one per fold; teachers of one")  # fmt: skip
+    add("--negatives", type=Path, help="scans of people without a tumour, for students")
+    add("--hold-back", nargs="+", default=[], metavar="NAME",
+        help="those of --negatives whose names begin so: not to be trained on")  # fmt: skip
     add("--jobs", type=int, default=1, help="trainings at a time (%(default)s)")
     add("options", nargs="*", help="options of train.py, after --")
     args = parser.parse_args(argv)
