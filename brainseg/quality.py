@@ -23,6 +23,7 @@ FEATURES = {"overlap": 1, "confidence": 1, "log_share": 1, "kept": 1, "disagreem
 LEAST_CASES = 20  # for a fit
 # Options that a fit is for, beside the image size.
 FITTED_WITH = ("threshold", "largest_component", "min_volume", "tta")
+FIT_OF_ENSEMBLE = "the fit is for an ensemble"  # why one network has no expected DSC
 RIDGE, HUBER = 1.0, 0.1  # the ridge weighs as one case; residuals above HUBER count linearly
 
 

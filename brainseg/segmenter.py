@@ -16,7 +16,14 @@ from .hashes import file_hash, run_name
 from .onnx import OnnxNetwork
 from .predictor import Predictor
 from .preprocess import VERSION, Frame, preprocess, restore
-from .quality import FITTED_WITH, expected_dsc, mask_settings, quality, quality_warnings
+from .quality import (
+    FIT_OF_ENSEMBLE,
+    FITTED_WITH,
+    expected_dsc,
+    mask_settings,
+    quality,
+    quality_warnings,
+)
 from .weights import CARD_DEFAULTS, Network, shipped_files, weights_files
 
 NO_FIT = "this network has no fit; evaluate.py --fit-expected-dsc makes one"
@@ -36,6 +43,7 @@ class Segmentation:
     warnings: list[str]  # a sentence each; empty if nothing calls for a second look
     replaced: Sequence[str] = ()  # sequences that preprocessing has replaced by FLAIR
     notes: Sequence[str] = ()  # what else happened to the scan, a sentence each
+    no_expected_dsc: str = ""  # why a mask that is not empty has none
 
 
 class Segmenter(Predictor):
@@ -149,8 +157,19 @@ class Segmenter(Predictor):
         expected = expected_dsc(features, self.expected_dsc_fit)
         warnings = quality_warnings(features, expected, frame.doubts)
         notes = [note for note in frame.notes if note not in frame.doubts]
+        missing = ""
+        if expected is None and features["voxels"]:
+            missing = self.no_expected_dsc or FIT_OF_ENSEMBLE
         return Segmentation(
-            mask, restored.numpy(), deviation, features, expected, warnings, frame.replaced, notes
+            mask,
+            restored.numpy(),
+            deviation,
+            features,
+            expected,
+            warnings,
+            frame.replaced,
+            notes,
+            missing,
         )
 
 

@@ -127,6 +127,7 @@ def summary_of(
         "shape": list(mask.shape),
         "spacing": list(case.spacing) if case.spacing else None,
         "notes": [in_page_words(note) for note in notes],
+        "no_expected_dsc": in_page_words(segmentation.no_expected_dsc),
         "trained_on": patient_of(case) in trained_on,
         "scores": None,
     }

@@ -69,11 +69,12 @@ def check_voxels(name: str, voxels: int, limits: Limits) -> None:
 
 
 def answer_growth(
-    scans: Sequence[Measured], fit: dict | None, folder: Path, run: str
+    scans: Sequence[Measured], fit: dict | None, folder: Path, run: str, no_expected_dsc: str
 ) -> GrowthAnswer:
     """Measure the growth over the scans of one patient, by the card's fit of volume errors.
 
-    Raises ValueError if they are of several patients, or nothing tells their order.
+    `no_expected_dsc` says why there is none, and so no intervals. Raises ValueError if the scans
+    are of several patients, or nothing tells their order.
     """
     patients: dict[str, list[Case]] = {}
     for scan in scans:
@@ -94,6 +95,8 @@ def answer_growth(
     ((name, in_order),) = ordered.items()
     errors = (fit or {}).get("volume_errors")
     patient, said = follow([(by_case[case.name], day) for case, day in in_order], errors)
+    if no_expected_dsc:
+        said.append(f"no expected DSC, and so no intervals: {no_expected_dsc}")
     rows = [row | {RUN: run} for row in growth_rows(patient.visits)]
     section = growth_section(patient)
     out, files = folder / "out", {}

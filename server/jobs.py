@@ -145,7 +145,7 @@ class Service:
         """Segment several scans of one patient, one after the other, and measure its growth."""
         files, start = parts["images"], time.monotonic()
         check_several(parts, [file.filename or "" for file in files])
-        scans, voxels = [], 0
+        scans, voxels, no_expected_dsc = [], 0, ""
         for k, file in enumerate(files):
             place = folder / str(k)
             place.mkdir()
@@ -153,8 +153,10 @@ class Service:
             voxels += math.prod(loaded.volume.shape[:3])
             check_voxels(file.filename or "", voxels, self.limits)
             segmentation = self._segmentation(loaded, job, start, k, len(files))
+            no_expected_dsc = no_expected_dsc or segmentation.no_expected_dsc
             scans.append(measured(loaded, segmentation, self.segmenter.run))
-        return answer_growth(scans, self.segmenter.expected_dsc_fit, folder, self.segmenter.run)
+        fit, run = self.segmenter.expected_dsc_fit, self.segmenter.run
+        return answer_growth(scans, fit, folder, run, no_expected_dsc)
 
     def _segmentation(
         self, loaded: Loaded, job: Job, start: float, scan: int = 0, scans: int = 1

@@ -29,6 +29,7 @@ PHRASES = (
     (", or choose with --sequences", ""),
     ("(;|, or) leave out --dicom-seg", ""),
     ("(give them|correct it) with --dates", "name each file after its date (p1_2014-03-02.nii.gz)"),
+    ("evaluate.py --fit-expected-dsc makes one", "evaluate.py makes one"),
     ("tell them apart with --patients", "send one patient at a time"),
 )  # fmt: skip
 # What is left of a sentence with an option, from one colon or semicolon to the next.

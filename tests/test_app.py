@@ -156,6 +156,8 @@ def test_a_scan_gets_the_mask_of_inference_to_the_byte(server, files):
     assert summary["case"] == "head" and summary["shape"] == [8, 64, 64]
     assert summary["lesion_ml"] == pytest.approx(summary["lesion_voxels"] * 9 / 1000)
     assert 0 < summary["scores"]["dsc"] <= 1 and "hd95_mm" in summary["scores"]
+    assert summary["expected_dsc"] is None, "these weights have no fit"
+    assert summary["no_expected_dsc"] == "this network has no fit; evaluate.py makes one"
     (row,) = csv.DictReader(io.StringIO(answer["summary.csv"].decode()))
     assert float(row["dsc"]) == pytest.approx(summary["scores"]["dsc"])
     probability = nibabel.Nifti1Image.from_bytes(gzip.decompress(answer["head_probability.nii.gz"]))
@@ -865,6 +867,8 @@ def test_a_scan_in_the_viewer(page, server, files):
     assert re.search(
         r"a lesion of [\d.]+ ml \(\d+ voxels\), on \d of 8", page.locator("#numbers").inner_text()
     )
+    told = page.locator("#quality").inner_text()
+    assert "not known: this network has no fit; evaluate.py makes one." in told
     assert page.locator("#plain").inner_text() == ""
     mask = downloaded(page, "head_mask.nii.gz")
     assert mask == (files / "expected/head_mask.nii.gz").read_bytes()
@@ -992,6 +996,7 @@ def test_the_phantom_on_a_phone(browser, server):
         assert page.evaluate("document.documentElement.scrollWidth") <= 390, "nothing sticks out"
         before = slice_shown(page)
         assert slice_after(page, lambda: touch(page, 60, 400)) != before, "the coronal plane"
+        assert not page.locator("#measuring").is_visible(), "slices have no mm to measure"
         page.get_by_text("All slices").click()
         assert page.locator("#montage").evaluate("image => image.naturalWidth") > 0
         assert len(downloaded(page, "phantom_masks.zip")) > 1000

@@ -57,6 +57,7 @@ def test_growth_is_that_of_inference(server, scans):
     assert files["growth.csv"] == (made / "growth.csv").read_bytes()
     assert files["growth.png"][:4] == b"\x89PNG"
     summary = json.loads(files["summary.json"])
+    assert "no expected DSC, and so no intervals: this network has no fit" in summary["notes"][-1]
     rows = list(csv.DictReader(io.StringIO(files["growth.csv"].decode())))
     assert summary["case"] == "phantom_000" and "mm a year" in summary["rate"]
     assert [row["case"] for row in summary["growth"]] == [row["case"] for row in rows]

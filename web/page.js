@@ -199,6 +199,7 @@ function quality(summary) {
     const range = low && high ? ` (${low} to ${high} in 8 of 10 scans)` : "";
     said.push(`The mask would probably reach a DSC of ${dsc}${range} with an expert's.`);
   }
+  else if (summary.no_expected_dsc) said.push(`How good the mask probably is, is not known: ${summary.no_expected_dsc}.`);
   if (truth != null) said.push(`Compared with the true mask, its DSC is ${truth.toFixed(2)}.`);
   if (said.length) said.push("DSC says how far two masks agree: 0 is no overlap, 1 is the same mask. Two experts who outline the same tumour reach about 0.84.");
   if (summary.trained_on) said.push("The network was trained on this patient: it has seen the right answer, so its DSC does not count.");

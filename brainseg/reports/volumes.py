@@ -16,7 +16,7 @@ from ..io.layouts import Source
 from ..io.slices import Case
 from ..patients import counted, patient_of
 from ..preprocess import CHANNELS, missing_sequences
-from ..quality import WARN_BELOW
+from ..quality import FIT_OF_ENSEMBLE, WARN_BELOW
 from .page import Table
 
 PRINTED = 20  # rows; the file has all
@@ -269,7 +269,7 @@ def volumes_table(rows: Sequence[dict], path: Path, no_expected_dsc: str = "") -
         notes.append(f"... and {len(rows) - PRINTED} more in {path}")
     lesions = [row for row in rows if row["lesion_voxels"]]
     if lesions and all(row["expected_dsc"] is None for row in lesions):
-        notes.append(f"No expected DSC: {no_expected_dsc or 'the fit is for an ensemble'}.")
+        notes.append(f"No expected DSC: {no_expected_dsc or FIT_OF_ENSEMBLE}.")
     table.note = "\n".join(notes)
     return table
 
