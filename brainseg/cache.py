@@ -33,6 +33,7 @@ from .io.files import (
     save_array,
     scratch,
     sentence,
+    with_archives,
 )
 from .io.slices import Case, errors_name
 from .preprocess import VERSION, Frame, preprocess, preprocess_mask
@@ -124,7 +125,7 @@ def _key(case: Case, image_size: int, version: int) -> str:
     Masks of several readers, in separate folders, are separate entries.
     """
     folder = case.folder.resolve()
-    parts = [str(folder), str(image_size)]
+    parts = [_place(folder), str(image_size)]
     if version > 1:
         parts.append(str(version))
     if case.labels.chosen:
@@ -133,8 +134,13 @@ def _key(case: Case, image_size: int, version: int) -> str:
         parts.append(str(case.picked))
     mask_folders = {path.resolve().parent for path in case.masks}
     for mask_folder in sorted(mask_folders - {folder, folder.parent}):
-        parts.append(str(mask_folder))
+        parts.append(_place(mask_folder))
     return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
+
+
+def _place(path: Path) -> str:
+    """Return where a file or folder lies: of one from an archive, in the archive."""
+    return str(Path(with_archives(str(path.resolve()))).resolve())
 
 
 def _fingerprint(case: Case, image_size: int, version: int) -> str:
@@ -142,7 +148,7 @@ def _fingerprint(case: Case, image_size: int, version: int) -> str:
     files = []
     for path in case.files:
         stat = path.stat()
-        files.append((str(path.resolve()), stat.st_size, stat.st_mtime_ns))
+        files.append((_place(path), stat.st_size, stat.st_mtime_ns))
     revisions = REVISED.get(version, version), TRUTH
     settings = [revisions, image_size, case.aspect, files, case.labels.chosen]
     if case.picked:
@@ -162,7 +168,7 @@ def _open_entry(entry: Path, case: Case, fingerprint: str) -> Prepared | None:
         if stats != record.get("stats"):  # a copy, or of an older version
             if not _of_arrays(_checksum, entry).items() <= checksums.items():
                 return None
-            record |= {"stats": stats, "source": str(case.folder.resolve())}
+            record |= {"stats": stats, "source": _place(case.folder)}
             with suppress(OSError), scratch(entry.parent) as folder:
                 (folder / "entry.json").write_text(json.dumps(record))
                 (folder / "entry.json").replace(entry / "entry.json")
@@ -215,11 +221,17 @@ def prune(cache: Path | str | None = None) -> str:
     count, freed = 0, 0
     for entry in list(cache.glob("*")):
         with suppress(OSError, ValueError, KeyError, TypeError):
-            if _is_entry(entry) and not Path(_read_record(entry)["source"]).exists():
+            if _is_entry(entry) and not _exists(_read_record(entry)["source"]):
                 size = sum(path.stat().st_size for path in entry.iterdir())
                 remove(entry, _is_entry)
                 count, freed = count + 1, freed + size
     return f"cache: deleted {count} volumes whose sources are gone ({freed / 2**30:.1f} GiB)"
+
+
+def _exists(source: str) -> bool:
+    """Tell whether a folder or file exists, or the archive that it is in."""
+    path = Path(source)
+    return path.exists() or any(parent.is_file() for parent in path.parents)
 
 
 def _is_entry(folder: Path) -> bool:
@@ -247,7 +259,7 @@ def _make_entry(
     prepared = Prepared(case, frame, images.half().numpy(), mask, truth)
     record = {
         "fingerprint": fingerprint,
-        "source": str(case.folder.resolve()),
+        "source": _place(case.folder),
         "labels": case.labels.by_case.get(case.name, []),
         "frame": asdict(frame),
     }

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from .devices import in_order
 from .io.dicom_seg import series_of, write_dicom_seg
-from .io.files import RUN, check_ours, sentence
+from .io.files import RUN, check_ours, sentence, with_archives
 from .io.layouts import Source
 from .io.pictures import thumbnail
 from .io.predictions import find_masks, map_files, outputs_of, seg_file, write_case
@@ -285,4 +285,4 @@ def result_of(
 
 def say(text: str) -> None:
     """Print a line on stderr, above the progress bar."""
-    tqdm.write(text, file=sys.stderr)
+    tqdm.write(with_archives(text), file=sys.stderr)

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from .cache import Prepared
 from .distributed import is_main_process, world_size
 from .hashes import file_hash
-from .io.files import sentence, write_json
+from .io.files import sentence, with_archives, write_json
 from .io.labels import odd_masks
 from .io.layouts import Source
 from .io.pictures import outline, to_grey
@@ -59,7 +59,7 @@ def report_cases(
     both = list(train) + list(validation)
     for volume in both:
         for note in volume.frame.notes:
-            print(f"{volume.case.folder}: {note}", file=sys.stderr)
+            print(with_archives(f"{volume.case.folder}: {note}"), file=sys.stderr)
     if not any(volume.mask.any() for volume in train):
         raise ValueError(
             f"{train[0].case.folder}: has no lesion in its mask, and neither has any other of the "

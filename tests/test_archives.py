@@ -1,16 +1,20 @@
 """--images scans.zip: unpacked into a temporary folder that goes with the run, or refused."""
 
+import os
 import shutil
 import stat
 import tempfile
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import contents
 from test_inference import infer
 
+from brainseg.cache import Prepared, prepare, prune
 from brainseg.io.archives import unpacked
+from brainseg.io.layouts import list_cases
 
 
 @pytest.fixture(autouse=True)
@@ -50,6 +54,35 @@ def test_one_case_in_a_zip_is_named_after_it(two, weights, tmp_path):
     slices = contents(two / "phantom_001")
     assert infer(archive_of(tmp_path / "p 7.zip", slices), tmp_path, weights) == 0
     assert "\np 7," in (tmp_path / "predictions" / "volumes.csv").read_text()
+
+
+def test_errors_name_the_archive_and_the_file_in_it(two, weights, tmp_path, temporary, capsys):
+    members = contents(two)
+    members["phantom_001/phantom_001_3.tif"] = b"no image"
+    path = archive_of(tmp_path / "scans.zip", members)
+    infer(path, tmp_path, weights)
+    said = capsys.readouterr().err + (tmp_path / "predictions" / "volumes.csv").read_text()
+    assert said.count(f"{path}/phantom_001/phantom_001_3.tif: ") == 2
+    assert str(temporary) not in said
+
+
+def test_volumes_of_a_zip_are_preprocessed_once(two, tmp_path, monkeypatch):
+    path, cache = archive_of(tmp_path / "scans.zip", contents(two)), tmp_path / "cache"
+
+    def prepared() -> list[Prepared]:
+        with unpacked(path) as images:
+            return prepare([source.open() for source in list_cases(images)], 32, cache, workers=1)
+
+    first = prepared()
+    monkeypatch.setattr("brainseg.cache.preprocess", None)  # it would fail
+    for one, other in zip(first, prepared(), strict=True):
+        assert np.array_equal(one.images, other.images)
+    assert prune(cache).startswith("cache: deleted 0 ")
+    os.utime(path, (0, 0))  # as if it were another
+    with pytest.raises(ValueError, match="NoneType"):
+        prepared()
+    path.unlink()
+    assert prune(cache).startswith("cache: deleted 2 ")
 
 
 def symlink() -> zipfile.ZipInfo:

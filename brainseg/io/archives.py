@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import stat
 import tempfile
@@ -11,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
 from ..distributed import world_size
-from .files import clear_leftovers, disk_is_full, scratch
+from .files import ARCHIVES, clear_leftovers, disk_is_full, scratch
 
 DAMAGED = "is damaged, encrypted or compressed in an unsupported way; zip it again"
 ENCRYPTED = 1  # of the flags of a member
@@ -62,18 +63,23 @@ def unpacked(path: Path) -> Iterator[Path]:
     """Unpack a zip archive into a temporary folder, deleted when the block ends; yield the folder.
 
     If one folder in the archive holds everything, that one. Anything but a .zip file is yielded as
-    it is. Raises ValueError, naming the archive, if it is damaged, unsafe or too large.
+    it is. Files have the archive's time: they change if it does. Messages name the archive and the
+    place in it (`with_archives`). Raises ValueError if it is damaged, unsafe or too large.
     """
     if path.suffix.lower() != ".zip" or not path.is_file():
         yield path
         return
     if world_size() > 1:
-        raise ValueError(f"{path}: several processes cannot share an archive; unpack it first")
-    parent = Path(tempfile.gettempdir())
+        raise ValueError(
+            f"{path}: several processes cannot share an archive; unpack it, and name its folder "
+            "with --images"
+        )
+    parent = Path(tempfile.gettempdir()).resolve()
     clear_leftovers(parent)
     with scratch(parent) as temporary:
         folder = temporary / path.stem
         folder.mkdir()
+        ARCHIVES[str(folder)] = str(path)
         _extract(path, folder)
         inside = list(folder.iterdir())
         if len(inside) == 1 and inside[0].is_dir() and not inside[0].name.startswith("sub-"):
@@ -92,10 +98,11 @@ def _extract(path: Path, folder: Path) -> None:
                 f"{path}: needs {needed / GIB:.1f} GiB unpacked, but {folder.parent.parent} has "
                 f"{free / GIB:.1f}; unpack it elsewhere, or name a larger disk in TMPDIR"
             )
+        time = path.stat().st_mtime_ns
         try:
             for name, member in members.items():
                 member.filename = name
-                archive.extract(member, folder)
+                os.utime(archive.extract(member, folder), ns=(time, time))
         except Exception as error:  # damaged archives raise nearly anything
             if disk_is_full(error):
                 raise

@@ -313,7 +313,19 @@ def sentence(error: BaseException | str) -> str:
         message = f"out of memory: {message.splitlines()[0]}" if message else "out of memory"
     if isinstance(error, OSError) and error.strerror and error.filename:
         message = f"{error.filename}: {error.strerror.lower()}"
-    return message.encode(errors="replace").decode()
+    return with_archives(message).encode(errors="replace").decode()
+
+
+# Archives by the temporary folder that each is unpacked into. They stay when it is deleted, as
+# errors are told after that.
+ARCHIVES: dict[str, str] = {}
+
+
+def with_archives(text: str) -> str:
+    """Replace the folders that archives are unpacked into by the archives, in a path or message."""
+    for folder, archive in ARCHIVES.items():
+        text = text.replace(folder, archive)
+    return text
 
 
 def by(shape: Iterable[object]) -> str:
