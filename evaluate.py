@@ -37,6 +37,7 @@ from brainseg import distributed
 from brainseg.evaluation.fairness import (
     differing_settings,
     networks_among,
+    notes_on_tables,
     settings_table,
     use_settings_of_first,
 )
@@ -145,6 +146,7 @@ def score(
         print(NO_LESION.format(len(cases)), file=sys.stderr)
     summary = compare(rows)
     shown = tables(summary)
+    shown[0].note = "\n".join([shown[0].note, *notes_on_tables(models)])
     print("\n\n".join(table.as_text() for table in shown))
     if left_out:
         print(f"\n{len(left_out)} cases left out: a model was trained on their patients")

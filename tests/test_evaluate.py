@@ -304,9 +304,12 @@ def table(phantoms, weights, tmp_path) -> Path:
     return tmp_path / "p" / "metrics.csv"
 
 
-def test_a_table_of_scores_is_a_model(phantoms, weights, table, tmp_path):
-    options = "--cases", *NAMES[2:6], "--subset", "all", "--weights"
+def test_a_table_of_scores_is_a_model(phantoms, weights, table, tmp_path, capsys):
+    page = tmp_path / "page.html"
+    options = "--cases", *NAMES[2:6], "--subset", "all", "--report", page, "--weights"
     summary = run(phantoms, tmp_path / "out", *options, f"table={table}", f"net={weights}")
+    said = "table: scores of an earlier run, at the settings of that run; a difference in DSC"
+    assert said in capsys.readouterr().out and said in page.read_text()
     assert summary["left out"] == ["phantom_002"]
     difference = summary["models"]["net"]["difference"]
     assert (difference["mean"], difference["better"], difference["worse"]) == (0, 0, 0)

@@ -69,11 +69,20 @@ def settings_table(
         notes.append("A difference in DSC may come from them: leave out --own-settings to see.")
     elif differing.keys() & set(FITTED_WITH):
         notes.append(f"Compared at those of {networks[0].name}, unless with --own-settings.")
-    for model in models:
-        if isinstance(model, TableModel):
-            notes.append(f"{model.name}: scores of an earlier run, with the settings of that run.")
     table.note = "\n".join(notes)
     return table
+
+
+def notes_on_tables(models: Sequence[Model]) -> list[str]:
+    """Say in a comparison which scores were not made at its settings: those read from a table."""
+    notes = []
+    for model in models:
+        if isinstance(model, TableModel) and len(models) > 1:
+            notes.append(
+                f"{model.name}: scores of an earlier run, at the settings of that run; a "
+                "difference in DSC may come from them."
+            )
+    return notes
 
 
 def _word(value: object) -> str:
