@@ -165,3 +165,62 @@ def test_one_folder_too_high_names_the_folder_of_the_cases(tmp_path, above):
         SimpleITK.WriteImage(image, str(folder / f"{case}_1.tif"))
     with pytest.raises(ValueError, match=f"archive/{above} holds them: give that folder"):
         list_cases(tmp_path / "archive")
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_numbers_that_masks_have_too_are_of_cases(tmp_path, channels):
+    """A Decathlon whose cases end with four digits, as the channels of nnU-Net do."""
+    for case in range(4):
+        voxels = VOLUME if channels == 4 else VOLUME[..., 0]
+        write(tmp_path / "imagesTr" / f"head_{case:04d}.nii.gz", voxels)
+        write(tmp_path / "labelsTr" / f"head_{case:04d}.nii.gz", MASK)
+    names = {
+        number: name for number, name in DECATHLON["modality"].items() if int(number) < channels
+    }
+    (tmp_path / "dataset.json").write_text(json.dumps({"modality": names}))
+    names, volume, _ = as_read(tmp_path)
+    assert names == [f"head_{case:04d}" for case in range(4)]
+    assert sorted(volume[..., 1].ravel()) == sorted(VOLUME[..., 0].ravel())
+
+
+def test_numbers_after_the_last_channel_are_asked_about(tmp_path):
+    write_nnunet(tmp_path, {"channel_names": {"0": "FLAIR"}})
+    with pytest.raises(ValueError, match="head_0_0003.nii.gz is of channel 3 by its name"):
+        list_cases(tmp_path)
+
+
+@pytest.mark.parametrize("folder", ["imagesTr", "labelsTr"])
+@pytest.mark.parametrize("make", [write_nnunet, write_decathlon])
+def test_two_files_of_one_case_are_refused(tmp_path, folder, make):
+    make(tmp_path)
+    path = min(path for path in (tmp_path / folder).iterdir() if path.name[0] != ".")
+    write(path.with_suffix(""), MASK)
+    with pytest.raises(ValueError, match=r"\.nii and .*\.nii\.gz have the same case name"):
+        list_cases(tmp_path)
+
+
+def test_a_case_may_lack_a_channel(tmp_path, capsys):
+    write_nnunet(tmp_path, cases=3)
+    (tmp_path / "imagesTr" / "head_1_0001.nii.gz").unlink()
+    (tmp_path / "imagesTr" / "head_2_0000.nii.gz").unlink()
+    first, no_pre, no_flair = list_cases(tmp_path)
+    assert first.open().replaced == [] and no_pre.open().replaced == ["pre-contrast"]
+    with pytest.raises(ValueError, match="head_2 has no FLAIR; add its file"):
+        no_flair.open()
+
+
+def test_dataset_json_of_a_windows_editor(tmp_path):
+    write_nnunet(tmp_path, None)
+    (tmp_path / "dataset.json").write_text(json.dumps(NNUNET), encoding="utf-8-sig")
+    assert len(list_cases(tmp_path)) == 2
+
+
+@pytest.mark.parametrize("make", [write_nnunet, write_decathlon])
+def test_labels_are_no_cases_without_a_description(tmp_path, make):
+    make(tmp_path)
+    (tmp_path / "dataset.json").unlink()
+    if make is write_nnunet:
+        with pytest.raises(ValueError, match="no dataset.json beside it says which is FLAIR"):
+            list_cases(tmp_path)
+    _, volume, mask = as_read(tmp_path, channels=(1, 0, 2))
+    assert (mask == (volume[..., 1] > 700)).all()

@@ -11,8 +11,10 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 from .formats import is_scan, scan_name
 from .sequences import SEQUENCES, sequence_of
@@ -35,6 +37,10 @@ class DescribedCase:
     channels: tuple[int, ...]
     mask: Path | None
 
+    @property
+    def flair(self) -> Path | None:
+        return self.files[len(self.files) // 2]
+
 
 def described_cases(root: Path, chosen: tuple[int, ...] = ()) -> list[DescribedCase] | None:
     """List the cases of the data set in `root`, or in its folder of images; None if it is none.
@@ -44,63 +50,66 @@ def described_cases(root: Path, chosen: tuple[int, ...] = ()) -> list[DescribedC
     naming the file or folder, if it is not known which channel is FLAIR.
     """
     folder = root
-    description = root.parent / DESCRIPTION
-    if (root / DESCRIPTION).is_file() and (root / "imagesTr").is_dir():
+    if (root / "imagesTr").is_dir():
         folder = root / "imagesTr"
-        description = root / DESCRIPTION
     if folder.name not in IMAGES:
         return None
-    files = _files_by_channel(folder)
-    if not description.is_file():
-        if not any(len(by_channel) > 1 for by_channel in files.values()):
+    masks = _masks_in(folder.with_name(IMAGES[folder.name]))
+    files = _files_by_channel(folder, masks)
+    description = folder.with_name(DESCRIPTION)
+    channels = chosen
+    if description.is_file() and not chosen:
+        names = read_channel_names(description)
+        channels = channels_of(names, description)
+        _check_numbers(folder, files, max(names))
+    elif not description.is_file():
+        one_each = all(len(by_channel) == 1 for by_channel in files.values())
+        if not files or (one_each and folder == root):
             return None
-        if not chosen:
+        if not one_each and not chosen:
             raise ValueError(
                 f"{folder}: holds one file per channel, but no {DESCRIPTION} beside it says which "
                 "is FLAIR; say with --channels which are pre-contrast, FLAIR and post-contrast"
             )
-    channels = chosen or read_channels(description)
-    labels = folder.with_name(IMAGES[folder.name])
+    _check_present(folder, files, channels)
     cases = []
     for name, by_channel in files.items():
-        mask = _mask_in(labels, name)
+        mask = masks.get(name)
         if ALL in by_channel:
             cases.append(DescribedCase(name, (by_channel[ALL],), channels, mask))
             continue
-        paths = [by_channel.get(channel) for channel in channels]
-        if None in paths:
-            missing = channels[paths.index(None)]
-            raise ValueError(
-                f"{folder}: {name} has no channel {missing:04d}; add the file, or choose others "
-                "with --channels"
-            )
-        flair = paths[len(paths) // 2]
-        sequences = tuple(None if path == flair else path for path in paths)
+        paths = tuple(by_channel.get(channel) for channel in channels)
+        if not channels:
+            paths = tuple(by_channel.values())  # the only one
         if len(paths) == 3:
-            cases.append(DescribedCase(name, (sequences[0], flair, sequences[2]), (), mask))
-        else:
-            cases.append(DescribedCase(name, (flair,), (), mask))
+            pre, flair, post = paths
+            paths = (None if pre == flair else pre, flair, None if post == flair else post)
+        cases.append(DescribedCase(name, paths, (), mask))
     return cases
 
 
-def read_channels(description: Path) -> tuple[int, ...]:
-    """Read which channels are pre-contrast, FLAIR and post-contrast from a dataset.json.
-
-    FLAIR stands in for a missing one.
-    """
+def read_channel_names(description: Path) -> dict[int, str]:
+    """Read the names of the channels from a dataset.json, by their number."""
     try:
-        content = json.loads(description.read_text(encoding="utf-8"))
+        content = json.loads(description.read_text(encoding="utf-8-sig"))
         names = content.get("channel_names") or content.get("modality") or {}
         if isinstance(names, list):
             names = dict(enumerate(names))
-        named = {int(number): str(name) for number, name in names.items()}
+        return {int(number): str(name) for number, name in names.items()}
     except (ValueError, AttributeError) as error:
         raise ValueError(
             f"{description}: is not the description of a data set; write channel_names as in "
             '{"0": "FLAIR", "1": "T1"}'
         ) from error
+
+
+def channels_of(names: Mapping[int, str], description: Path) -> tuple[int, ...]:
+    """Return which of the channels are pre-contrast, FLAIR and post-contrast, by their names.
+
+    FLAIR stands in for a missing one. Raises ValueError if none is FLAIR, or two are the same.
+    """
     channels: dict[str, int] = {}
-    for number, name in sorted(named.items()):
+    for number, name in sorted(names.items()):
         sequence = sequence_of(name, math.nan, math.nan, "")
         if sequence not in SEQUENCES:
             continue
@@ -111,7 +120,7 @@ def read_channels(description: Path) -> tuple[int, ...]:
             )
         channels[sequence] = number
     if "FLAIR" not in channels:
-        listed = ", ".join(named.values()) or "none"
+        listed = ", ".join(names.values()) or "none"
         raise ValueError(
             f"{description}: names no FLAIR among its channels ({listed}); correct it, or say "
             "with --channels which are pre-contrast, FLAIR and post-contrast"
@@ -119,25 +128,65 @@ def read_channels(description: Path) -> tuple[int, ...]:
     return tuple(channels.get(name, channels["FLAIR"]) for name in SEQUENCES)
 
 
-def _files_by_channel(folder: Path) -> dict[str, dict[int, Path]]:
-    """Group the volume files of a folder by case and by the channel in their names, or ALL."""
+def _files_by_channel(folder: Path, masks: Mapping[str, Path]) -> dict[str, dict[int, Path]]:
+    """Group the volume files of a folder by case and by the channel in their names, or ALL.
+
+    A number at the end of a name is part of it if there is a mask of the whole name.
+    """
     files: dict[str, dict[int, Path]] = {}
-    for path in sorted(folder.iterdir()):
-        if path.is_dir() or not is_scan(path):
-            continue
-        name = scan_name(path)
-        numbered = CHANNEL.match(name)
-        if numbered:
-            files.setdefault(numbered["case"], {})[int(numbered["channel"])] = path
-        else:
-            files.setdefault(name, {})[ALL] = path
+    for path in _scans_in(folder):
+        case, channel = scan_name(path), ALL
+        numbered = CHANNEL.match(case)
+        if numbered and case not in masks:
+            case, channel = numbered["case"], int(numbered["channel"])
+        by_channel = files.setdefault(case, {})
+        if channel in by_channel:
+            _refuse_both(by_channel[channel], path)
+        by_channel[channel] = path
     return files
 
 
-def _mask_in(labels: Path, name: str) -> Path | None:
+def _check_numbers(folder: Path, files: Mapping[str, dict[int, Path]], last: int) -> None:
+    """Raise ValueError if a file has a number after that of the last channel: it may be a case."""
+    for by_channel in files.values():
+        number = max(by_channel)
+        if number > last:
+            raise ValueError(
+                f"{folder}: {by_channel[number].name} is of channel {number} by its name, but "
+                f"{DESCRIPTION} has none of this number; name it there or, if the number is of a "
+                "case, rename the files (case_0001a)"
+            )
+
+
+def _check_present(
+    folder: Path, files: Mapping[str, dict[int, Path]], channels: Sequence[int]
+) -> None:
+    """Raise ValueError if no case has one of the channels; of a single case, it is missing."""
+    present: set[int] = set()
+    for by_channel in files.values():
+        present.update(by_channel)
+    for channel in channels:
+        if ALL not in present and channel not in present:
+            raise ValueError(
+                f"{folder}: {min(files)} has no channel {channel:04d}, nor has any case; add the "
+                "files, or choose others with --channels"
+            )
+
+
+def _masks_in(labels: Path) -> dict[str, Path]:
+    """List the masks in a folder by case; none if there is no such folder."""
+    masks: dict[str, Path] = {}
     if not labels.is_dir():
-        return None
-    for path in sorted(labels.iterdir()):
-        if is_scan(path) and scan_name(path) == name:
-            return path
-    return None
+        return masks
+    for path in _scans_in(labels):
+        if masks.setdefault(scan_name(path), path) != path:
+            _refuse_both(masks[scan_name(path)], path)
+    return masks
+
+
+def _scans_in(folder: Path) -> list[Path]:
+    return [path for path in sorted(folder.iterdir()) if path.is_file() and is_scan(path)]
+
+
+def _refuse_both(first: Path, other: Path) -> NoReturn:
+    raise ValueError(f"{first} and {other.name} have the same case name; remove one")

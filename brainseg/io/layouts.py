@@ -50,8 +50,9 @@ class Source:
             if self.study:
                 case = open_study(self.study)
             elif self.described:
-                files, mask = self.described.files, self.described.mask
-                case = Scan.open(self.name, files, mask)
+                if not self.described.flair:
+                    raise ValueError(f"{self.root}: {self.name} has no FLAIR; add its file")
+                case = Scan.open(self.name, self.described.files, self.described.mask)
             else:
                 case = find_case(self.folder, self.root, self.layout)
         if self.given_spacing and isinstance(case, Scan):
@@ -155,9 +156,8 @@ def _sources_in(
 
 
 def _described_source(case: DescribedCase, root: Path) -> Source:
-    flair = case.files[len(case.files) // 2]
-    assert flair is not None
-    return Source(case.name, flair, root, picked=case.channels, described=case)
+    folder = case.flair or root  # FLAIR may be missing
+    return Source(case.name, folder, root, picked=case.channels, described=case)
 
 
 def _bids_sessions(root: Path) -> list[Source]:
