@@ -176,7 +176,9 @@ def run(args: argparse.Namespace, options: dict, given_by: Mapping[str, str], im
             patients, notes = follow_all(
                 sources, measured, args.predictions, dates, errors, register, workers
             )
-            write_growth(patients, notes, args.predictions / "growth.csv", segmenter.run)
+            cases = [row["case"] for row in outcome.rows]
+            growth = args.predictions / "growth.csv"
+            write_growth(patients, notes, growth, segmenter.run, cases)
             table = args.predictions / "volumes.csv"
             text = volumes_table(outcome.rows, table, segmenter.no_expected_dsc).as_text()
             print(text, end="\n\n")

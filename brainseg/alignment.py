@@ -34,7 +34,7 @@ def read_flair(measured: Measured) -> sitk.Image | None:
         return None
     flair = measured.flair
     if flair is None:
-        voxels = case.grid.to_axial(read_voxels(case.flair))
+        voxels = case.grid.to_axial(case.pick(read_voxels(case.flair)))
         flair = np.ascontiguousarray(voxels[..., voxels.shape[-1] // 2])
     return case.grid.axial.image(flair.T)
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import datetime
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from . import distributed
-from .io.files import RUN, sentence, update_table, write_json
+from .io.files import RUN, read_table, remove, sentence, update_table, write_json, write_table
 from .pipeline import Outputs, Result
 from .segmenter import Segmenter
 from .visits import Patient
@@ -65,16 +65,32 @@ def write_tables(done: list[Result], outputs: Outputs) -> None:
     update_table(outputs.folder / "metrics.csv", scores)
 
 
-def write_growth(patients: Sequence[Patient], notes: Sequence[str], path: Path, run: str) -> None:
-    """Write the rows of patients with several scans to growth.csv, and say what was left out."""
+def write_growth(
+    patients: Sequence[Patient],
+    notes: Sequence[str],
+    path: Path,
+    run: str,
+    cases: Collection[str],
+) -> None:
+    """Write the rows of patients with several scans to growth.csv, and say what was left out.
+
+    They are sorted by patient, and in order of time. Earlier rows of these patients and of the
+    `cases` of the run are replaced: they may be of other dates or of another patient.
+    """
     for note in notes:
         print(note, file=sys.stderr)
-    rows: dict[str, dict | None] = {}
+    names = {patient.name for patient in patients}
+    rows: list[dict] = []
+    for case, row in read_table(path).items():
+        if case not in cases and row["patient"] not in names:
+            rows.append(row)
     for patient in patients:
-        for row in patient.rows:
-            rows[row["case"]] = row | {RUN: run}
+        rows += [row | {RUN: run} for row in patient.rows]
+    rows.sort(key=lambda row: row["patient"])
     if rows:
-        update_table(path, rows)
+        write_table(path, rows)
+    else:
+        remove(path)
 
 
 @contextmanager

@@ -10,23 +10,26 @@ import nibabel
 import numpy as np
 import pydicom
 import pytest
+import SimpleITK as sitk
 from conftest import ROOT, make_weights
 
 import inference
 from brainseg import phantom, phantom_patients
-from brainseg.alignment import Measured
-from brainseg.growth import growth_rows
+from brainseg.alignment import Measured, read_flair
+from brainseg.growth import Estimate, Visit, growth_rows
 from brainseg.io.dates import date_of, parse_date, read_dates, timepoint
 from brainseg.io.dicom import Series
+from brainseg.io.files import read_table
 from brainseg.io.grid import Grid
 from brainseg.io.layouts import find_case, list_cases
 from brainseg.io.scans import Scan
 from brainseg.io.slices import Case
 from brainseg.notebook import NotebookSegmenter
 from brainseg.phantom_patients import Head, scan_head, write_patients
-from brainseg.reports.growth import growth_picture, rate_text
+from brainseg.reports.growth import growth_picture, growth_table, rate_text
 from brainseg.reports.volumes import volume_row
-from brainseg.visits import follow, in_order_of_time
+from brainseg.run_files import write_growth
+from brainseg.visits import Patient, follow, in_order_of_time
 
 COARSE = 64, 48  # rows and slices of the heads before they are scanned, to save time
 ERRORS = {"interval": [-2.3, 2.6]}
@@ -338,6 +341,48 @@ def check_notebook_agrees(cohort: Path, rows: list[dict[str, str]]) -> None:
                 assert value == pytest.approx(float(written[name]), rel=1e-4), name
             elif name != "why_not":  # which names the cases
                 assert str("" if value is None else value) == written[name], name
+
+
+def visit_of(name: str, patient: str, ml: float = 8, spacing=(5.0, 1.0, 1.0), date=None) -> Visit:
+    volume = Estimate(ml, ml / 1.2, ml * 1.2)
+    return Visit(name, patient, date, volume, None, spacing, "FLAIR", "", "")
+
+
+def test_growth_csv_is_in_order_of_time_and_forgets_other_patients(tmp_path, capsys):
+    path = tmp_path / "growth.csv"
+    names = ["p_tp1", "p_tp2", "p_tp10"]
+    p = Patient(tuple(visit_of(name, "p") for name in names), (), 1.0)
+    q = Patient((visit_of("q_1", "q"), visit_of("q_2", "q")), (), 1.0)
+    write_growth([q, p], ["said"], path, "run", names + ["q_1", "q_2"])
+    assert list(read_table(path)) == [*names, "q_1", "q_2"]
+    assert capsys.readouterr().err == "said\n"
+
+    # The scans of p turn out to be of two patients; q is not in this run.
+    write_growth([], [], path, "run", names)
+    assert list(read_table(path)) == ["q_1", "q_2"]
+    write_growth([], [], path, "run", ["q_1", "q_2"])
+    assert not path.exists()
+
+
+def test_growth_without_a_pixel_size(tmp_path):
+    visits = []
+    for date in ("2014-03-02", "2015-03-02"):
+        visits.append(visit_of(date, "p", np.nan, None, day(date)))
+    patient = Patient(tuple(visits), (), 1.0)
+    assert rate_text(patient).endswith("the pixel size is not known; give it with --spacing")
+    assert growth_picture(patient)[:4] == b"\x89PNG"
+    table = growth_table([patient], tmp_path / "growth.csv")
+    assert table.note.startswith("Scans that are hard to compare: of p (why_not in")
+
+
+def test_growth_looks_at_the_flair_that_was_chosen(tmp_path):
+    """Of four channels, FLAIR may be the first."""
+    volume = np.arange(4 * 6 * 20 * 24, dtype=np.int16).reshape(4, 6, 20, 24)
+    images = [sitk.GetImageFromArray(channel) for channel in volume]
+    sitk.WriteImage(sitk.JoinSeries(images), str(tmp_path / "head.nii.gz"))
+    (source,) = list_cases(tmp_path / "head.nii.gz", channels=(1, 0, 2))
+    flair = read_flair(Measured(source.open(), volume[0] > 0, {}))
+    assert flair is not None and (sitk.GetArrayFromImage(flair) == volume[0]).all()
 
 
 def test_growth_of_a_cohort(cohort, tmp_path, capsys):

@@ -69,6 +69,8 @@ def rate_text(patient: Patient) -> str:
     """Say how fast the diameter grows."""
     rate = rate_until(patient.visits)
     if np.isnan(rate.value):
+        if any(visit.spacing is None for visit in patient.visits):
+            return "no rate: the pixel size is not known; give it with --spacing"
         return "no rate: it needs two dates 90 days apart, and a lesion on both"
     text = f"{rate.value:+.1f} mm a year"
     if not np.isnan(rate.low):
@@ -84,12 +86,19 @@ def growth_table(patients: Sequence[Patient], path: Path) -> Table:
         since = f"{first.date or first.case} to {last.date or last.case}"
         change = _change_text(patient.rows[-1], "first")
         rows.append([patient.name, str(len(patient.visits)), since, change, rate_text(patient)])
-    note = ""
+    notes = []
     if len(patients) > PRINTED:
-        note = f"... and {len(patients) - PRINTED} more in {path}"
+        notes.append(f"... and {len(patients) - PRINTED} more in {path}")
+    doubtful = []
+    for patient in patients:
+        if any(row["comparable"] == "no" for row in patient.rows):
+            doubtful.append(patient.name)
+    if doubtful:
+        which = ", ".join(doubtful[:PRINTED])
+        notes.append(f"Scans that are hard to compare: of {which} (why_not in {path}).")
     title = f"Growth: {counted(len(patients), 'patient')}"
     header = ["patient", "scans", "from", "volume since the first", "mean tumour diameter"]
-    return Table(title, header, rows, note, left=(0, 2, 3, 4))
+    return Table(title, header, rows, "\n".join(notes), left=(0, 2, 3, 4))
 
 
 def growth_section(patient: Patient) -> dict:
@@ -145,6 +154,10 @@ def _draw_curve(axes: Axes, patient: Patient) -> None:
     places = _places(patient)
     diameters = [visit.diameter for visit in patient.visits]
     values, lows, highs = np.array([(d.value, d.low, d.high) for d in diameters]).T
+    if np.isnan(values).all():
+        axes.set_axis_off()
+        axes.set_title(rate_text(patient), fontsize=9)
+        return
     rate = rate_until(patient.visits)
     top = np.nanmax(np.fmax(values, highs))
     bottom = np.nanmin(np.fmin(values, lows))
