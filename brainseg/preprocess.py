@@ -7,13 +7,14 @@ trained again. So each version stays as it is, and the card of the weights names
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from .appearance import looks
 from .io.files import by
 from .io.sequences import SEQUENCES
 from .levels import BRIGHTEST, MeasuredSequence, measure, oddities, order_note, treatments
@@ -34,6 +35,7 @@ class Frame:
     doubts: tuple[str, ...] = ()  # those of the notes that call for a look at the scan
     replaced: tuple[str, ...] = ()  # constant sequences, which FLAIR stands in for
     aspect: float = 1.0  # height of a source pixel over its width, in mm
+    looks: tuple[float, ...] = ()  # of the input, see `looks`
 
     @cached_property
     def axes(self) -> tuple[tuple[int, int, int, int], tuple[int, int, int, int]]:
@@ -123,7 +125,8 @@ def _preprocess_2(
     top, bottom, left, right = box
     crops = [sequence.scaled()[:, top:bottom, left:right] for sequence in sequences]  # step 1
     resized = _resize(torch.from_numpy(np.stack(crops, axis=1)), frame, device)  # step 3
-    return resized.clip_(0, BRIGHTEST).sub_(1).mul_(2), frame  # step 4
+    images = resized.clip_(0, BRIGHTEST).sub_(1).mul_(2)  # step 4
+    return images, replace(frame, looks=looks(images, names.index(lead)))
 
 
 def _observe(

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
+from .appearance import fit_looks, unlikeness
 from .io.files import RUN, write_json, write_table
 from .io.pictures import new_figure, save_figure
-from .volume_errors import fit_volume_errors
+from .volume_errors import conformal_limits, fit_volume_errors
 from .weights import read_card
 
 WARN_BELOW = 0.7  # a mask with a lower expected DSC needs checking
@@ -66,8 +67,9 @@ def quality(
 def expected_dsc(features: dict, fit: dict | None) -> tuple[float, float, float] | None:
     """Predict the DSC of a mask from its `quality`: expected value and 80 % interval.
 
-    None without a fit, for an empty mask (right only if the scan has no lesion, which is unknown),
-    and if the fit needs a feature that is None.
+    The interval is wider for a scan that looks unlike those of the fit (`unlikeness`). None without
+    a fit, for an empty mask (right only if the scan has no lesion, which is unknown), and if the
+    fit needs a feature that is None.
     """
     if not fit or not fit.get("features") or not features["voxels"]:
         return None
@@ -78,22 +80,28 @@ def expected_dsc(features: dict, fit: dict | None) -> tuple[float, float, float]
         values.append(features[name])
     value = _predict(fit, values)
     low, high = fit["interval"]
-    return value, max(value + low * _width(value), 0.0), min(value + high * _width(value), 1.0)
+    width = _width(value) * unlikeness(features, fit.get("looks"))
+    return value, max(value + low * width, 0.0), min(value + high * width, 1.0)
 
 
-def fit_expected_dsc(features: Sequence[dict], dsc: Sequence[float]) -> dict:
+def fit_expected_dsc(
+    features: Sequence[dict], dsc: Sequence[float], patients: Sequence[str] | None = None
+) -> dict:
     """Fit a linear regression of the DSC on `quality`, for cases that no network has seen.
 
     No weight may have the wrong sign (non-negative least squares with a ridge): a small sample
     cannot turn a warning into praise. The Huber loss keeps one completely missed lesion from
-    bending the rest. The 80 % interval holds quantiles of the leave-one-out residuals over
-    `_width`. Empty masks are left out. Raises ValueError for fewer than 20 cases.
+    bending the rest. The 80 % interval is conformal (`conformal_limits`), of residuals over
+    `_width` in predictions by a fit to the other patients (Barber et al. 2021, jackknife). Without
+    `patients`, each case is one. Empty masks are left out. Raises ValueError for fewer than 20
+    cases.
     """
-    masks, scores = [], []
-    for measured, score in zip(features, dsc, strict=True):
+    masks, scores, owners = [], [], []
+    for k, (measured, score) in enumerate(zip(features, dsc, strict=True)):
         if measured["voxels"]:
             masks.append(measured)
             scores.append(score)
+            owners.append(patients[k] if patients else str(k))
     if len(masks) < LEAST_CASES:
         raise ValueError(
             f"{len(masks)} case(s) with a mask, but {LEAST_CASES} are needed to learn to predict "
@@ -107,20 +115,39 @@ def fit_expected_dsc(features: Sequence[dict], dsc: Sequence[float]) -> dict:
             columns.append(column)
     x = np.array(columns, dtype=np.float64).T.copy()  # (n, features)
     y = np.array(scores, dtype=np.float64)
-    predicted = leave_one_out(names, x, y)
+    predicted = leave_one_out(names, x, y, np.array(owners))
     fit = _regress(names, x, y)
-    fit["interval"] = np.quantile((y - predicted) / _width(predicted), (0.1, 0.9)).tolist()
+    fit["looks"] = fit_looks(masks)
+    widths = _width(predicted) * np.array([unlikeness(mask, fit["looks"]) for mask in masks])
+    residuals = (y - predicted) / widths
+    fit["interval"] = list(conformal_limits(residuals))
     fit |= {"cases": len(y), "empty": len(dsc) - len(y)}
-    return fit | {"leave_one_out": _agreement(predicted, y)}
+    agreement = _agreement(predicted, y)
+    agreement["coverage"] = coverage(residuals, np.array(owners))
+    return fit | {"leave_one_out": agreement}
 
 
-def leave_one_out(names: Sequence[str], x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Predict each case (n,) by a regression on the others; `x` is (n, features), `y` (n,)."""
+def leave_one_out(
+    names: Sequence[str], x: np.ndarray, y: np.ndarray, patients: np.ndarray
+) -> np.ndarray:
+    """Predict each case (n,) by a regression on those of other patients.
+
+    `x` is (n, features), `y` (n,), `patients` (n,) names.
+    """
     predicted = []
     for k in range(len(y)):
-        others = np.arange(len(y)) != k
+        others = patients != patients[k]
         predicted.append(_predict(_regress(names, x[others], y[others]), x[k]))
     return np.array(predicted)
+
+
+def coverage(residuals: np.ndarray, patients: np.ndarray) -> float:
+    """Compute the share of cases within the conformal limits of the other patients' residuals."""
+    inside = 0
+    for k, residual in enumerate(residuals):
+        low, high = conformal_limits(residuals[patients != patients[k]])
+        inside += low <= residual <= high
+    return inside / len(residuals)
 
 
 def _regress(names: Sequence[str], x: np.ndarray, y: np.ndarray) -> dict:
@@ -200,7 +227,7 @@ def quality_warnings(
         value, low, high = expected
         warnings.append(
             f"the mask is probably poor: expected DSC {value:.2f} ({low:.2f} to {high:.2f}); "
-            "check it against the scan"
+            "or there may be no tumour in this scan: check it against the scan"
         )
     return warnings
 
@@ -213,11 +240,12 @@ def fit_and_save(files: Sequence[Path], options: dict, rows: Sequence[dict], fol
     Raises ValueError for too few cases.
     """
     features = [row | {"voxels": row["predicted_voxels"]} for row in rows]
-    fit = fit_expected_dsc(features, [row["dsc"] for row in rows])
+    patients = [row["patient"] for row in rows]
+    fit = fit_expected_dsc(features, [row["dsc"] for row in rows], patients)
     scores = fit["leave_one_out"]
     predicted, true = scores.pop("predicted"), scores.pop("dsc")
     save_scatter(folder / "expected_dsc.png", predicted, true)
-    volumes = volume_rows(rows, predicted)
+    volumes = volume_rows(rows, predicted, fit["looks"])
     write_table(folder / "volume_errors.csv", volumes)
     fit["volume_errors"] = fit_volume_errors(
         predicted,
@@ -237,20 +265,23 @@ def fit_and_save(files: Sequence[Path], options: dict, rows: Sequence[dict], fol
         f"expected DSC, fitted on {fit['cases']} cases{empty}; leave-one-out: rank "
         f"correlation (Spearman) {rank}, mean error {scores['mean_error']:.3f}, "
         f"{scores['warned']} of {scores['poor']} masks under {WARN_BELOW} get a warning, with "
-        f"{scores['false_alarms']} false alarms; saved in the card of {len(files)} file(s)"
+        f"{scores['false_alarms']} false alarms, the 80 % interval covers "
+        f"{scores['coverage']:.2f}; saved in the card of {len(files)} file(s)"
     )
 
 
-def volume_rows(rows: Sequence[dict], predicted: Sequence[float]) -> list[dict]:
-    """List volumes and the DSC expected by a fit to the other cases, of masks that are not empty.
+def volume_rows(rows: Sequence[dict], predicted: Sequence[float], usual: dict | None) -> list[dict]:
+    """List volumes, DSC and the DSC expected by a fit to the others, of masks that are not empty.
 
-    `rows` are those of scores.csv, `predicted` holds that DSC for each mask that is not empty.
+    `rows` are those of scores.csv, `predicted` holds the expected DSC of each mask that is not
+    empty, `usual` is what `fit_looks` learnt.
     """
     drawn = [row for row in rows if row["predicted_voxels"]]
-    columns = ("case", "patient", "predicted_voxels", "lesion_voxels", RUN)
+    columns = ("case", "patient", "predicted_voxels", "lesion_voxels", RUN, "dsc")
     table = []
     for row, expected in zip(drawn, predicted, strict=True):
-        table.append({name: row[name] for name in columns} | {"expected_dsc": expected})
+        forecast = {"expected_dsc": expected, "unlikeness": unlikeness(row, usual)}
+        table.append({name: row[name] for name in columns} | forecast)
     return table
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .appearance import LOOKS, unlikeness
 from .arrays import as_volume
 from .ensemble import Ensemble, open_network
 from .hashes import file_hash, run_name
@@ -28,6 +29,7 @@ from .weights import CARD_DEFAULTS, Network, shipped_files, weights_files
 
 NO_FIT = "this network has no fit; evaluate.py --fit-expected-dsc makes one"
 MASK_SETTINGS = ("image_size",) + FITTED_WITH  # of the options, those that change a mask
+NOTED = 1.5  # a scan so many times as unlike those of the fit as usual ones at most are
 RUN_SETTINGS = ("image_size", "neighbours", "version", "amp") + FITTED_WITH  # in `Segmenter.run`
 
 
@@ -154,9 +156,16 @@ class Segmenter(Predictor):
             deviation = _restored(probabilities[:, -1], frame).cpu().numpy()
         mask = to_mask(restored, self.threshold, self.largest_component, self.min_volume)
         features = quality(restored.numpy(), mask, deviation)
+        features |= dict(zip(LOOKS, frame.looks, strict=False))  # none of a blank scan
         expected = expected_dsc(features, self.expected_dsc_fit)
         warnings = quality_warnings(features, expected, frame.doubts)
         notes = [note for note in frame.notes if note not in frame.doubts]
+        wider = unlikeness(features, (self.expected_dsc_fit or {}).get("looks"))
+        if expected and wider > NOTED:
+            notes.append(
+                f"the scan looks unlike those that the expected DSC was fitted on: its interval is "
+                f"{wider:.1f} times as wide as theirs"
+            )
         missing = ""
         if expected is None and features["voxels"]:
             missing = self.no_expected_dsc or FIT_OF_ENSEMBLE

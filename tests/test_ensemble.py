@@ -14,6 +14,7 @@ import evaluate
 import export
 from brainseg import quality as rating
 from brainseg import weights as weights_module
+from brainseg.appearance import LOOKS
 from brainseg.ensemble import Ensemble, average, load_ensemble
 from brainseg.io.layouts import find_case
 from brainseg.phantom import make_volume
@@ -259,6 +260,31 @@ def test_a_fit_predicts_cases_it_has_not_seen():
     assert fit["leave_one_out"]["spearman"] > 0.9 and fit["leave_one_out"]["warned"] > 0
 
 
+def test_an_interval_is_wider_for_a_scan_that_looks_unlike_those_of_the_fit():
+    features, dsc = masks_of(40)
+    rng = np.random.default_rng(0)
+    for each in features:
+        each |= dict(zip(LOOKS, rng.normal(size=len(LOOKS)), strict=True))
+    fit = json.loads(json.dumps(fit_expected_dsc(features, dsc)))
+    assert 0.75 <= fit["leave_one_out"]["coverage"] <= 0.85
+    usual = features[0] | dict.fromkeys(LOOKS, 0.0)
+    value, low, high = expected_dsc(usual, fit)
+    same, lower, higher = expected_dsc(usual | {"flair_bright": 9.0}, fit)
+    assert same == value and lower < low and (higher > high or high == 1)
+    assert expected_dsc({k: v for k, v in usual.items() if k not in LOOKS}, fit)[1] == low
+
+
+def test_a_fit_leaves_out_all_cases_of_a_patient():
+    """With each case twice, one per patient would let it predict itself."""
+    features, dsc = masks_of(20)
+    once = fit_expected_dsc(features, dsc)["leave_one_out"]
+    patients = [str(k) for k in range(20)] * 2
+    twice = fit_expected_dsc(features * 2, dsc * 2, patients)["leave_one_out"]
+    alone = fit_expected_dsc(features * 2, dsc * 2)["leave_one_out"]
+    assert alone["mean_error"] < twice["mean_error"]
+    assert twice["mean_error"] == pytest.approx(once["mean_error"], rel=0.05)
+
+
 def test_weights_of_a_fit_point_the_right_way():
     features, dsc = masks_of(20)
     worse = fit_expected_dsc(features, [1 - value for value in dsc])
@@ -282,7 +308,7 @@ def test_warnings_in_words():
     assert quality_warnings(features[0], (0.9, 0.8, 1.0)) == []
     assert quality_warnings(features[0], None) == []
     (poor,) = quality_warnings(features[0], (0.6, 0.4, 0.7))
-    assert "expected DSC 0.60 (0.40 to 0.70)" in poor
+    assert "expected DSC 0.60 (0.40 to 0.70)" in poor and "may be no tumour" in poor
     odd, empty = quality_warnings({"voxels": 0, "certain": 0}, None, ["FLAIR is saturated"])
     assert odd == "unusual input: FLAIR is saturated" and "mask is empty" in empty
 

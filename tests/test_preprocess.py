@@ -5,6 +5,7 @@ import pytest
 import torch
 from scipy import ndimage
 
+from brainseg.appearance import LOOKS
 from brainseg.io.layouts import find_case, find_cases
 from brainseg.phantom import make_volume
 from brainseg.preprocess import preprocess, preprocess_mask
@@ -213,3 +214,20 @@ def test_the_order_of_real_cases(lgg):
             kind = "right" if order == (0, 1, 2) else "wrong"
             doubted[kind] += any("FLAIR looks like T1" in note for note in notes)
     assert doubted["right"] == 0 and doubted["wrong"] >= 4
+
+
+def test_the_looks_of_a_scan_do_not_depend_on_its_scale_but_on_its_skull(volume):
+    """The fat of the scalp is among the brightest of a whole head."""
+    images, frame = preprocess(volume, SIZE)
+    measured = dict(zip(LOOKS, frame.looks, strict=True))
+    _, scaled = preprocess(7 * volume.astype(np.float32) + 100, SIZE)
+    assert scaled.looks == pytest.approx(frame.looks, abs=0.02)
+    assert measured["log_slices"] == pytest.approx(np.log10(12))
+    assert measured["head_share"] == pytest.approx(
+        float((images[:, 1] > -1.6).float().mean()), abs=1e-3
+    )
+    head = ndimage.binary_fill_holes(volume.max(axis=(0, 3)) > 30)
+    brain = ndimage.binary_erosion(head, iterations=12)
+    _, stripped = preprocess(volume * brain[..., None], SIZE)
+    bare = dict(zip(LOOKS, stripped.looks, strict=True))
+    assert bare["flair_bright"] < measured["flair_bright"] - 0.5

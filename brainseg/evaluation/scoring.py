@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ..appearance import LOOKS
 from ..devices import in_order
 from ..ensemble import Ensemble, networks_of
 from ..io.files import RUN
@@ -90,7 +91,7 @@ class NetworkModel:
         for column, (threshold, largest) in SETTINGS.items():
             mask = to_mask(probabilities, threshold, largest, self.segmenter.min_volume)
             row[column] = dsc(mask, truth)
-        row |= {name: segmentation.features[name] for name in FEATURES}
+        row |= {name: segmentation.features.get(name) for name in (*FEATURES, *LOOKS)}
         return row | dict(zip(EXPECTED, segmentation.expected or (None, None, None), strict=True))
 
 
