@@ -151,7 +151,9 @@ def run(args: argparse.Namespace, options: dict, given_by: Mapping[str, str], im
         sources = list_sources(args, images)
         check_outputs(sources, args.predictions, args.figure, args.report, args.dicom_seg)
         check_ours(args.predictions / "run.json")
-    dates = read_dates(args.dates) if args.dates else {}
+    dates = {}
+    if args.dates:
+        dates = read_dates(args.dates, [source.name for source in sources])
     record = utils.provenance(args)
     record["weights"] = {str(file): digest for file, digest in segmenter.hashes.items()}
     record["settings"] = {name: getattr(segmenter, name) for name in MASK_SETTINGS}

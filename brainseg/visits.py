@@ -21,6 +21,7 @@ from .io.layouts import Source
 from .io.predictions import find_masks
 from .io.registration import register
 from .io.slices import Case
+from .patients import counted
 from .quality import WARN_BELOW
 from .reports.volumes import edge_notes
 
@@ -69,6 +70,11 @@ def follow_all(
     rows, cases, unreadable = _with_several_scans(sources, measured)
     ordered, notes = in_order_of_time(cases, dates)
     notes = unreadable + notes
+    if dates and not cases:
+        notes.append(
+            "--dates: each case is of another patient, so there is no growth to measure; say with "
+            "--patients which are scans of one"
+        )
 
     def followed(patient: str) -> tuple[Patient | None, list[str]]:
         scans = []
@@ -151,8 +157,8 @@ def in_order_of_time(
         notes += _oddities(patient, days, dated)
     if without:
         notes.append(
-            f"{len(without)} patient(s) with several scans, such as {without[0]}, but without two "
-            "dates: give them with --dates to have their growth"
+            f"{counted(len(without), 'patient')} with several scans, such as {without[0]}, but "
+            "without two dates: give them with --dates to have their growth"
         )
     return ordered, notes
 

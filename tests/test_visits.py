@@ -21,7 +21,7 @@ from brainseg.io.dates import date_of, parse_date, read_dates, timepoint
 from brainseg.io.dicom import Series
 from brainseg.io.files import read_table
 from brainseg.io.grid import Grid
-from brainseg.io.layouts import find_case, list_cases
+from brainseg.io.layouts import Source, find_case, list_cases
 from brainseg.io.scans import Scan
 from brainseg.io.slices import Case
 from brainseg.notebook import NotebookSegmenter
@@ -29,7 +29,7 @@ from brainseg.phantom_patients import Head, scan_head, write_patients
 from brainseg.reports.growth import growth_picture, growth_table, rate_text
 from brainseg.reports.volumes import volume_row
 from brainseg.run_files import write_growth
-from brainseg.visits import Patient, follow, in_order_of_time
+from brainseg.visits import Patient, follow, follow_all, in_order_of_time
 
 COARSE = 64, 48  # rows and slices of the heads before they are scanned, to save time
 ERRORS = {"interval": [-2.3, 2.6]}
@@ -71,7 +71,10 @@ def test_dates_in_names(name, expected):
     (
         ("2014-02-30", "is not in the calendar"),
         ("2014-13-01", "is not in the calendar"),
-        ("March", "is not in the calendar"),
+        ("March", "is not written as 2014-03-02"),
+        ("02.03.2014", "is not written as 2014-03-02"),
+        ("03/02/2014", "is not written as 2014-03-02"),
+        ("41700", "is not written as 2014-03-02"),
         ("2199-01-01", "is in the future"),
         ("1979-12-31", "is before 1980"),
         ("1867-06-15", "is before 1980"),
@@ -87,19 +90,31 @@ def test_dates_that_no_scan_can_have(written, said, tmp_path):
     table = tmp_path / "dates.csv"
     table.write_text(f"case,date\na,{written}\n")
     with pytest.raises(ValueError, match=f"dates.csv: a: .*{said}"):
-        read_dates(table)
+        read_dates(table, ["a"])
 
 
 def test_table_of_dates(tmp_path):
     table = tmp_path / "dates.csv"
     table.write_text("date,case,note\n2014-03-02,a,x\n20150401,b,\n2014-03-02,a,again\n")
-    assert read_dates(table) == {"a": day("2014-03-02"), "b": day("2015-04-01")}
+    dates = {"a": day("2014-03-02"), "b": day("2015-04-01")}
+    assert read_dates(table, ["a", "c"]) == dates
+    table.write_text("case;date\na;2014-03-02\nb;20150401\n")  # by Excel
+    assert read_dates(table, "a") == dates
+    with pytest.raises(ValueError, match="none of its names, such as a, is a case of this run"):
+        read_dates(table, ["a.nii.gz"])
     table.write_text("case,date\na,2014-03-02\na,2014-03-03\n")
     with pytest.raises(ValueError, match="gives a two dates, 2014-03-02 and 2014-03-03"):
-        read_dates(table)
+        read_dates(table, "a")
     table.write_text("case,when\na,2014-03-02\n")
     with pytest.raises(ValueError, match="columns case and date"):
-        read_dates(table)
+        read_dates(table, "a")
+
+
+def test_dates_of_cases_that_no_patient_shares_are_said(tmp_path):
+    measured = [{"case": name, "patient": name} for name in "ab"]
+    sources = [Source(name, tmp_path / name, tmp_path) for name in "ab"]
+    patients, notes = follow_all(sources, measured, tmp_path, {"a": day("2014-03-02")}, None)
+    assert not patients and notes[0].startswith("--dates: each case is of another patient")
 
 
 def test_table_goes_before_the_name_and_says_so():
@@ -193,7 +208,7 @@ def test_timepoint_numbers_give_an_order():
 def test_scans_that_nothing_orders_are_left_out_in_one_sentence():
     cases = {name: [case(f"{name}_a"), case(f"{name}_b")] for name in "pq"}
     ordered, notes = in_order_of_time(cases, {})
-    assert not ordered and len(notes) == 1 and notes[0].startswith("2 patient(s)")
+    assert not ordered and len(notes) == 1 and notes[0].startswith("2 patients")
 
 
 def test_two_scans_on_one_day_are_said():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import datetime
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from .dicom import Series
@@ -22,11 +22,11 @@ IN_NAME = re.compile(  # eight digits that no date can have are a number
 LAST_NUMBER = re.compile(r"\d+(?=\D*$)")
 
 
-def read_dates(path: Path) -> dict[str, datetime.date]:
+def read_dates(path: Path, cases: Collection[str]) -> dict[str, datetime.date]:
     """Read the dates by case from a CSV file with the columns case and date.
 
     Raises OSError or ValueError, naming the file and the case, if it is not such a table, gives a
-    case two dates, or one that no scan can have.
+    case two dates, or one that no scan can have, or if no name in it is one of the `cases`.
     """
     wrong = f"{path}: is not a table with the columns case and date; write CSV with both"
     dates: dict[str, datetime.date] = {}
@@ -38,6 +38,11 @@ def read_dates(path: Path) -> dict[str, datetime.date]:
             raise ValueError(f"{path}: {case}: {error}; correct it") from error
         if dates.setdefault(case, day) != day:
             raise ValueError(f"{path}: gives {case} two dates, {dates[case]} and {day}; keep one")
+    if dates and not dates.keys() & set(cases):
+        raise ValueError(
+            f"{path}: none of its names, such as {min(dates)}, is a case of this run, such as "
+            f"{min(cases)}; write the names of the cases"
+        )
     return dates
 
 
@@ -48,9 +53,9 @@ def parse_date(written: str, may_be_shifted: bool = False) -> datetime.date:
     shifted to 1925 or before.
     """
     digits = re.fullmatch(r"(\d{4})-?(\d\d)-?(\d\d)([T ].*)?", written.strip())
+    if not digits:
+        raise ValueError(f"the date {written.strip()!r} is not written as 2014-03-02 or 20140302")
     try:
-        if not digits:
-            raise ValueError
         day = datetime.date(int(digits[1]), int(digits[2]), int(digits[3]))
     except ValueError as error:
         raise ValueError(f"the date {written.strip()!r} is not in the calendar") from error

@@ -227,10 +227,16 @@ def read_table(path: Path) -> dict[str, dict[str, str]]:
 
 
 def read_rows(path: Path, columns: set[str], fault: str) -> list[dict[str, str]]:
-    """Read the rows of a CSV file; ValueError with `fault` if it lacks one of these columns."""
+    """Read the rows of a CSV file; ValueError with `fault` if it lacks one of these columns.
+
+    Semicolons, as Excel writes them in some countries, and tabs separate as commas do.
+    """
     try:
         with name_in_errors(path), open(path, newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file, restval="", skipinitialspace=True)
+            header = file.readline()
+            separator = max(",;\t", key=header.count)
+            file.seek(0)
+            reader = csv.DictReader(file, restval="", skipinitialspace=True, delimiter=separator)
             reader.fieldnames = [name.strip().lower() for name in reader.fieldnames or ()]
             rows = list(reader)
     except (ValueError, csv.Error) as error:
