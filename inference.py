@@ -96,7 +96,7 @@ def get_parser() -> cli.Parser:
     add("--subset", type=str, default="all", help=f"all, {', '.join(SUBSETS)}")
     add("--cases", type=str, nargs="+", help="only these cases")
     cli.add_cohort_options(parser)
-    add("--spacing", type=float, nargs="+", least=0.01,
+    add("--spacing", type=float, nargs="+", least=0.01, below=100,
         help="of slices, which state none: mm from slice to slice, row to row, column to column")
     add("--dates", type=Path,
         help="CSV with the columns case and date (DICOM headers, BIDS tables, names)")

@@ -17,11 +17,13 @@ SUBSETS = ("train", "validation", "test")
 # What follows the patient in a case name: a date, a week, a visit or a session, and the rest.
 DATES = (
     r"_(19|20)\d\d(0[1-9]|1[0-2])(0[1-9]|[12]\d|3[01])",
-    r"[-_](19|20)\d\d-(0[1-9]|1[0-2])-(0[1-9]|[12]\d|3[01])",
+    r"[-_](19|20)\d\d[-_.](0[1-9]|1[0-2])[-_.](0[1-9]|[12]\d|3[01])",
 )
 SESSION = re.compile(
     rf"(({'|'.join(DATES)})(T\d+)?|[-_]w(ee)?k[-_]?\d+(-\d+)?|_ses-[^_]+|"
-    r"[-_](time_?point|tp|visit|session|scan|follow_?up)[-_]?\d+)([-_].*)?$",
+    r"[-_](time_?point|tp|visit|session|scan|follow_?up)[-_]?\d+)([-_].*)?$"
+    # These words may be of a data set, too: with a number after them, as in ms_study2_patient7.
+    r"|[-_]((time|study|exam|month|day)[-_]?\d+|baseline|follow[-_]?up)([-_]\D*)?$",
     re.I,
 )
 SUBJECT = re.compile(r"(?<![^_])sub-[^_]+")  # of a BIDS file

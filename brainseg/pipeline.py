@@ -20,7 +20,14 @@ from .io.dicom_seg import series_of, write_dicom_seg
 from .io.files import RUN, check_ours, sentence, with_archives
 from .io.layouts import Source
 from .io.pictures import thumbnail
-from .io.predictions import find_masks, map_files, outputs_of, seg_file, write_case
+from .io.predictions import (
+    find_masks,
+    map_files,
+    outputs_of,
+    picture_files,
+    seg_file,
+    write_case,
+)
 from .io.scans import registered
 from .io.slices import Case, errors_name
 from .patients import patient_of
@@ -149,7 +156,10 @@ def check_not_overwritten(case: Case, folder: Path) -> None:
 
 
 def earlier_mask(loaded: Loaded, outputs: Outputs) -> np.ndarray | None:
-    """Read the mask that an earlier run made of the same scan in the same way, or return None."""
+    """Read the mask that an earlier run made of the same scan in the same way, or return None.
+
+    Also None if a map, picture or Segmentation that is wanted beside it is missing.
+    """
     case, volume = loaded.case, loaded.volume
     row = outputs.earlier.get(case.name)
     if (
@@ -159,6 +169,8 @@ def earlier_mask(loaded: Loaded, outputs: Outputs) -> np.ndarray | None:
     ):
         return None
     others = map_files(case, "probability") if outputs.probabilities else []
+    if outputs.pictures:
+        others += picture_files(case)
     if outputs.algorithm and series_of(case):
         others.append(seg_file(case))
     mask = find_masks(outputs.folder, case, outputs.run, others)

@@ -103,6 +103,8 @@ def recorded(
     arguments), and the `Outcome` that the block fills in.
     """
     outcome, error = Outcome(), ""
+    if distributed.is_main_process():
+        remove(path)  # of an earlier run: what is killed would be taken for it
     began, start = datetime.datetime.now(datetime.timezone.utc), time.monotonic()
     try:
         yield outcome

@@ -14,7 +14,15 @@ from .io.cohorts import parse_sequences
 from .io.labels import Labels
 from .io.layouts import Source, list_cases
 from .io.slices import Case
-from .patients import SUBSETS, Named, patient_named, patient_of, site_of, with_patients
+from .patients import (
+    SUBSETS,
+    Named,
+    counted,
+    patient_named,
+    patient_of,
+    site_of,
+    with_patients,
+)
 
 SPLITS = Path(__file__).resolve().parents[1] / "splits"
 
@@ -136,8 +144,9 @@ def select_cases(cases: Sequence[Named], subset: str) -> list[Named]:
     if not chosen:
         patients = {patient_of(case) for case in cases}
         raise ValueError(
-            f"none of the {len(cases)} cases ({len(patients)} patients by their names) falls into "
-            f"the subset {subset!r}; add cases, or use --subset all (train.py: --folds 5 --fold 0)"
+            f"none of the {counted(len(cases), 'case')} ({counted(len(patients), 'patient')} by "
+            f"their names) falls into the subset {subset!r}; add cases of others, change "
+            "--patients or --validation, or use --subset all (train.py: --folds 2 --fold 0)"
         )
     return chosen
 

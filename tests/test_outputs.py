@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import highdicom
 import nibabel
@@ -37,6 +38,7 @@ from brainseg.reports.volumes import (
     volume_row,
     warn_of_unlike,
 )
+from brainseg.run_files import recorded
 
 EXPECTED = {
     "features": ["confidence"], "mean": [0.8], "deviation": [0.1], "weights": [0.05],
@@ -413,7 +415,10 @@ def test_masks_alone_with_a_given_spacing(two, weights, tmp_path):
         [int(row["lesion_voxels"]) * 0.003 for row in rows], rel=1e-4
     )
     assert "hd95_mm" in (out / "metrics.csv").read_text().splitlines()[0]
+    assert infer(two, tmp_path, weights, *options[1:]) == 0
+    assert len(list(out.rglob("*_*.png"))) == 16, "pictures that the earlier run left out"
     assert infer(two, tmp_path, weights, "--spacing", "6", "1") == 2
+    assert infer(two, tmp_path, weights, "--spacing", "inf", "1", "1") == 2
     write(tmp_path / "a.nii.gz", np.random.rand(6, 32, 32, 3))
     assert infer(tmp_path / "a.nii.gz", tmp_path, weights, "--spacing", "6", "1", "1") == 1
     assert "states its voxel spacing itself" in table(tmp_path)[0]["warning"]
@@ -441,6 +446,15 @@ def test_run_json_tells_programs_what_a_run_did(two, weights, tmp_path):
     assert {str(out / name) for name in record["files"]} == written
     assert "--labels 7" in str(infer(two, tmp_path, weights, "--labels", "7"))
     assert "--labels 7" in json.loads((out / "run.json").read_text())["error"], "ended by an error"
+
+
+def test_run_json_of_an_earlier_run_goes_first(tmp_path):
+    """A run that is killed must not leave the exit status of the one before."""
+    path = tmp_path / "run.json"
+    for _ in range(2):
+        with recorded(path, {"args": {}, "program": MARK}, {}, Mock(reasons={})):
+            assert not path.exists()
+        assert json.loads(path.read_text())["exit_status"] == 0
 
 
 def test_rows_and_scores_of_other_cases_are_kept(phantoms, weights, tmp_path):

@@ -97,6 +97,16 @@ def test_real_cases_fall_into_their_lists(lgg):
         ("anna-2024-01-31T1030_flair", "anna"),
         ("anna_2024-13-31", "anna_2024-13-31"),
         ("anna_20240131test", "anna_20240131test"),
+        ("anna_2024_01_31", "anna"),
+        ("anna_2024.01.31_flair", "anna"),
+        ("BraTS19_2013_10_1", "BraTS19_2013_10_1"),
+        ("patient01_study1", "patient01"),
+        ("patient01_study2_flair", "patient01"),
+        ("ms_study1_patient01", "ms_study1_patient01"),
+        ("anna_baseline", "anna"),
+        ("anna_follow-up", "anna"),
+        ("100001_time02", "100001"),
+        ("anna-month-06", "anna"),
     ],
 )
 def test_patient_is_the_name_without_date_or_session(case, patient):
@@ -136,6 +146,8 @@ def test_unknown_subset_and_empty_subset_are_refused():
         select_cases(made_up(SCANS), "val")
     with pytest.raises(ValueError, match="none of the 2 cases .* 'validation'"):
         select_cases(made_up(listed("test")[:2]), "validation")
+    with pytest.raises(ValueError, match=r"none of the 1 case \(1 patient .* add cases of others"):
+        select_cases(made_up(["a"]), "test")
 
 
 # Folds

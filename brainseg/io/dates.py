@@ -17,7 +17,8 @@ from .slices import Case
 FIRST_YEAR = 1980  # no patient was scanned before
 SHIFTED_YEAR = 1925  # BIDS: dates shifted for privacy should lie in this year or before
 IN_NAME = re.compile(  # eight digits that no date can have are a number
-    r"(?<!\d)((19|20)\d\d-\d\d-\d\d|(19|20)\d\d(0[1-9]|1[0-2])(0[1-9]|[12]\d|3[01]))(?!\d)"
+    r"(?<!\d)((19|20)\d\d-\d\d-\d\d|"
+    r"(19|20)\d\d[_.]?(0[1-9]|1[0-2])[_.]?(0[1-9]|[12]\d|3[01]))(?!\d)"
 )
 LAST_NUMBER = re.compile(r"\d+(?=\D*$)")
 
@@ -106,7 +107,7 @@ def _written(case: Case) -> dict[str, str]:
             places[table] = written
     in_name = list(IN_NAME.finditer(case.name))
     if in_name:
-        places["its name"] = in_name[-1][0]
+        places["its name"] = re.sub("[_.]", "", in_name[-1][0])
     return places
 
 
