@@ -19,10 +19,10 @@ PREDICTIONS/<case>.gif animates them. A volume file gets one mask on its own gri
 TIFFs, PREDICTIONS/<case>_mask.nii.gz. volumes.csv has a row per case: what was found, its volume,
 the expected DSC, notes on what happened to the scan, and a warning if somebody should look: a mask
 that is empty, at an end of the scan or probably poor, a scan unlike most of the run, or unread. If
-cases have masks, metrics.csv and a figure of sorted DSCs are written too, with the cases that the
-weights were trained on marked. For patients with two or more dated scans, growth.csv has the mean
-tumour diameter, its changes and mm a year, with intervals (brainseg/growth.py). Tables keep the
-rows of other cases; their last column names the weights and settings that made each mask.
+cases have masks, metrics.csv and, from two on, a figure of sorted DSCs are written too; cases that
+the weights were trained on are marked. For patients with two or more dated scans, growth.csv has
+the mean tumour diameter, its changes and mm a year, with intervals (brainseg/growth.py). Tables
+keep the rows of other cases; their last column names the weights and settings that made each mask.
 args.json (a valid --config) and run.json (settings and where each is from, files, seconds, exit
 status) record how the last run was made. Files that this program did not write are never replaced,
 and only one run at a time writes to a folder.
@@ -108,7 +108,7 @@ def get_parser() -> cli.Parser:
     cli.add_segmenter_options(parser)
     parser.group("where to")
     add("--predictions", type=Path, default="./predictions", help="folder to write to")
-    add("--figure", type=Path, default="./dsc.png", help="bar chart of each case's DSC")
+    add("--figure", type=Path, default="./dsc.png", help="bar chart of the cases' DSC, from two on")
     add("--pictures", action=argparse.BooleanOptionalAction, default=True,
         help="draw outlined slices, GIFs and the figure; --no-pictures: masks and tables alone")
     add("--probabilities", action="store_true", help="also write maps of the lesion probability")
@@ -185,8 +185,7 @@ def run(args: argparse.Namespace, options: dict, given_by: Mapping[str, str], im
             text = volumes_table(outcome.rows, table, segmenter.no_expected_dsc).as_text()
             print(text, end="\n\n")
             network = f"{' '.join(map(str, weights))} by {segmenter.runtime}"
-            report(args, outcome.results, patients, network, record)
-            outcome.files += [args.figure, args.report] if args.report else [args.figure]
+            outcome.files += report(args, outcome.results, patients, network, record)
     return len(outcome.failed)
 
 
@@ -314,9 +313,12 @@ def report(
     patients: Sequence[Patient],
     network: str,
     record: dict,
-) -> None:
-    """Print scores, growth and a summary that names the `network`; draw the figure and the page."""
-    folder = args.predictions
+) -> list[Path]:
+    """Print scores, growth and a summary that names the `network`; return the pictures drawn.
+
+    These are the page, if asked for, and the figure, which needs two scored cases.
+    """
+    folder, drawn = args.predictions, []
     scores = [result.scores for result in done if result.scores]
     if scores:
         print(scores_text(scores))
@@ -324,8 +326,9 @@ def report(
             print(NO_LESION.format(len(scores)), file=sys.stderr)
         marked = [row["case"] for row in scores if row["trained_on"]]
         line = f"table: {folder / 'metrics.csv'}"
-        if args.pictures:
+        if args.pictures and len(scores) > 1:
             save_dsc_figure(args.figure, {row["case"]: row["dsc"] for row in scores}, marked)
+            drawn.append(args.figure)
             line += f"   figure: {args.figure}"
         print(line)
     if patients:
@@ -335,12 +338,14 @@ def report(
         rows = [result.volumes for result in done]
         pictures = [result.thumbnail for result in done]
         save_cohort(args.report, rows, pictures, record, sections, scores)
+        drawn.append(args.report)
         print(f"report: {args.report}")
     count = Counter(result.state for result in done)
     line = f"{count['segmented']} of {len(done)} cases segmented with {network}"
     if count["kept"]:
         line += f", {count['kept']} kept from an earlier run"
     print(f"{line}; {'masks and pictures' if args.pictures else 'masks'}: {folder}")
+    return drawn
 
 
 if __name__ == "__main__":

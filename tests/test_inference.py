@@ -260,7 +260,8 @@ def test_command_line_from_another_folder(phantoms, weights, tmp_path):
     (line,) = finished.stderr.strip().splitlines()
     assert line.startswith("error: images/phantom_004/phantom_004_5.tif: ")
     assert len(contents(tmp_path / "out" / "phantom_003")) == 16
-    assert (tmp_path / "dsc.png").is_file()
+    assert (tmp_path / "out" / "metrics.csv").is_file()
+    assert not (tmp_path / "dsc.png").exists(), "a figure of one case says nothing"
 
 
 # Resuming
