@@ -25,8 +25,12 @@ from .quality import (
     quality,
     quality_warnings,
 )
-from .weights import CARD_DEFAULTS, Network, shipped_files, weights_files
+from .weights import CARD_DEFAULTS, Network, read_card, shipped_files, weights_files
 
+DIFFERENT_FITS = (
+    "the networks have different fits; give those of one training, or "
+    "evaluate.py --fit-expected-dsc makes one for all"
+)
 NO_FIT = "this network has no fit; evaluate.py --fit-expected-dsc makes one"
 MASK_SETTINGS = ("image_size",) + FITTED_WITH  # of the options, those that change a mask
 NOTED = 1.5  # a scan so many times as unlike those of the fit as usual ones at most are
@@ -210,8 +214,12 @@ def note_weights(segmenter: Segmenter, settings: dict) -> None:
             f"slices of {size} x {size}: put its card beside it"
         )
     if len(files) > 1 and not set(files) <= set(shipped_files()):
+        fit = read_card(files[0]).get("expected_dsc")
         averaged = ", ".join(map(str, files))
         segmenter.notes.append(f"{len(files)} networks are averaged: {averaged}")
+        if any(read_card(file).get("expected_dsc") != fit for file in files):
+            segmenter.no_expected_dsc = DIFFERENT_FITS
+            segmenter.notes.append(f"no expected DSC: {DIFFERENT_FITS}")
     changed = []
     for name in MASK_SETTINGS:
         if name in settings and getattr(segmenter, name) != settings[name]:

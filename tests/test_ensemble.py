@@ -131,6 +131,21 @@ def test_a_foreign_file_in_the_folder_is_refused(phantoms, folder, tmp_path):
 ONE = {"model": "unet", "loss": "bce-dice", "fold": 0, "seed": 42}
 
 
+def test_networks_with_different_fits_have_no_expected_dsc_and_say_so(folder, tmp_path):
+    """They were used with the defaults, silently: as where one network joins those of folds."""
+    copy = shutil.copytree(folder, tmp_path / "folds")
+    for k, threshold in enumerate((0.4, 0.4, 0.6)):
+        path = copy / f"fold{k}.json"
+        fit = fit_expected_dsc(*masks_of(40)) | {"threshold": threshold}
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"expected_dsc": fit}))
+    segmenter = opened(copy)
+    assert segmenter.threshold == 0.5 and not segmenter.expected_dsc_fit
+    assert "have different fits" in segmenter.no_expected_dsc
+    assert segmenter.no_expected_dsc in segmenter.notes[-1]
+    (copy / "fold2.pt").unlink()
+    assert opened(copy).threshold == 0.4 and opened(copy).no_expected_dsc == ""
+
+
 def test_a_folder_means_its_own_files_or_those_of_its_folders(folder, tmp_path):
     """After one training into weights/, seven networks were averaged without a note."""
     shutil.copytree(folder, tmp_path / "unet-folds")
