@@ -20,6 +20,7 @@ from brainseg.growth import (
     mean_diameter,
     percent_change,
 )
+from brainseg.quality import coverage
 from brainseg.volume_errors import (
     conformal_limits,
     fit_volume_errors,
@@ -51,6 +52,21 @@ def test_cards_hold_the_fit_to_the_table(card):
     assert fitted["cases"] == again["cases"] == 88
     assert fitted["interval"] == pytest.approx(again["interval"])
     assert fitted["by_size"] == again["by_size"]
+
+
+def test_expected_dsc_covers_patients_left_out():
+    """The DSC of the 88, each predicted by a fit to the others: within 0.75 and 0.85."""
+    with open(TABLE, newline="") as file:
+        rows = list(csv.DictReader(file))
+    names = ("dsc", "expected_dsc", "unlikeness")
+    dsc, expected, unlike = (np.array([float(row[name]) for row in rows]) for name in names)
+    residuals = (dsc - expected) / ((1.05 - expected) * unlike)
+    share = coverage(residuals, np.array([row["patient"] for row in rows]))
+    assert 0.75 <= share <= 0.85
+    for card in CARDS:
+        fit = json.loads(card.read_text())["expected_dsc"]
+        assert fit["leave_one_out"]["coverage"] == pytest.approx(share)
+        assert fit["interval"] == pytest.approx(conformal_limits(residuals), abs=2e-3)
 
 
 def test_interval_covers_patients_left_out():
