@@ -393,6 +393,15 @@ def test_growth_without_a_pixel_size(tmp_path):
     assert table.note.startswith("Scans that are hard to compare: of p (why_not in")
 
 
+def test_a_rate_from_scans_that_are_hard_to_compare_says_so():
+    doubtful = ", from scans that are hard to compare"
+    first = visit_of("p_1", "p", 9, date=day("2014-03-02"))
+    last = visit_of("p_2", "p", 12, date=day("2015-03-02"))
+    assert doubtful not in rate_text(Patient((first, last), (), 1.0))
+    last = replace(last, concern="the mask is probably poor")
+    assert rate_text(Patient((first, last), (), 1.0)).endswith(doubtful)
+
+
 def test_growth_looks_at_the_flair_that_was_chosen(tmp_path):
     """Of four channels, FLAIR may be the first."""
     volume = np.arange(4 * 6 * 20 * 24, dtype=np.int16).reshape(4, 6, 20, 24)

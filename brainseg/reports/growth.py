@@ -75,7 +75,14 @@ def rate_text(patient: Patient) -> str:
     text = f"{rate.value:+.1f} mm a year"
     if not np.isnan(rate.low):
         text += f" (80 % interval {rate.low:+.1f} to {rate.high:+.1f})"
+    if is_doubtful(patient):
+        text += ", from scans that are hard to compare"
     return text
+
+
+def is_doubtful(patient: Patient) -> bool:
+    """Tell whether growth.csv calls any of the scans hard to compare with an earlier one."""
+    return any(row["comparable"] == "no" for row in patient.rows)
 
 
 def growth_table(patients: Sequence[Patient], path: Path) -> Table:
@@ -89,10 +96,7 @@ def growth_table(patients: Sequence[Patient], path: Path) -> Table:
     notes = []
     if len(patients) > PRINTED:
         notes.append(f"... and {len(patients) - PRINTED} more in {path}")
-    doubtful = []
-    for patient in patients:
-        if any(row["comparable"] == "no" for row in patient.rows):
-            doubtful.append(patient.name)
+    doubtful = [patient.name for patient in patients if is_doubtful(patient)]
     if doubtful:
         which = ", ".join(doubtful[:PRINTED])
         notes.append(f"Scans that are hard to compare: of {which} (why_not in {path}).")
