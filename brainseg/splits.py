@@ -73,12 +73,16 @@ def list_cohort(
 def validate_on(cases: Sequence[Named], names: Sequence[str]) -> list[Named]:
     """Put the cases or patients called `names` into validation, and into train what was there.
 
-    Raises ValueError for a name that is neither.
+    Raises ValueError for a name that is neither, or that the LGG lists keep for testing.
     """
     placed = []
     for case in cases:
         if case.name in names or patient_of(case) in names:
             placed.append(replace(case, subset="validation"))
+            if subset_of(placed[-1]) != "validation":
+                raise ValueError(
+                    f"--validation {case.name}: is kept for testing (splits/test.txt); name another"
+                )
         elif subset_of(case) == "test" and is_placed(case):
             placed.append(case)
         else:
@@ -105,10 +109,12 @@ def is_lgg(patient: str) -> bool:
 def subset_of(case: Case | Source) -> str:
     """Return the subset of a case: that of its patient (see `subset_of_patient`), unless placed.
 
-    A case of the LGG data set stays in its subset, whatever a --patients file says of it.
+    A test case of the LGG data set stays one, whatever the user says of it.
     """
     listed = _listed().get(patient_named(case.name))
-    return listed or case.subset or subset_of_patient(patient_of(case))
+    if listed == "test":
+        return listed
+    return case.subset or listed or subset_of_patient(patient_of(case))
 
 
 def is_placed(case: Case | Source) -> bool:
@@ -146,7 +152,7 @@ def select_cases(cases: Sequence[Named], subset: str) -> list[Named]:
         raise ValueError(
             f"none of the {counted(len(cases), 'case')} ({counted(len(patients), 'patient')} by "
             f"their names) falls into the subset {subset!r}; add cases of others, change "
-            "--patients or --validation, or use --subset all (train.py: --folds 2 --fold 0)"
+            "--patients or --validation, or use --subset all (train.py: --validation NAMES)"
         )
     return chosen
 
