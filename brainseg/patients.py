@@ -133,10 +133,12 @@ def alike_names(cases: Iterable[Case | Source]) -> str:
     pairs = sorted(sorted(patients)[:2] for patients in groups.values() if len(patients) > 1)
     if len(groups) < 2 or not pairs:
         return ""
-    first, second = pairs[0]
+    others = ""
+    if len(pairs) > 1:
+        others = f" ({counted(len(pairs) - 1, 'other pair')} likewise)"
     return (
-        f"{first} and {second} are taken for two patients, as are {len(pairs) - 1} other pairs of "
-        "names that differ in a last number only; if they are scans of one, say so with --patients"
+        f"{' and '.join(pairs[0])} are taken for two patients{others}: their names differ in a "
+        "last number only; if they are scans of one patient, say so with --patients"
     )
 
 

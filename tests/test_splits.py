@@ -224,7 +224,10 @@ def test_names_that_differ_in_a_last_number_are_asked_about():
     assert alike_names(made_up([f"case_{k}" for k in range(9)])) == ""
     assert alike_names(made_up(["anna_1", "bert_1"])) == ""
     question = alike_names(made_up(["anna_1", "anna_2", "bert_1"]))
-    assert question.startswith("anna_1 and anna_2") and "--patients" in question
+    assert question.startswith("anna_1 and anna_2 are taken for two patients: ")
+    assert "--patients" in question
+    question = alike_names(made_up(["anna_1", "anna_2", "bert_1", "bert_2"]))
+    assert "two patients (1 other pair likewise): " in question
     told = [replace(case, patient="anna") for case in made_up(["anna_1", "anna_2"])]
     assert alike_names([*told, *made_up(["bert_1"])]) == ""
 
@@ -300,3 +303,16 @@ def test_named_cases_and_patients_are_validated_on():
     assert names_of(parts["train"]) == ["bert"] and len(parts["test"]) == 1
     with pytest.raises(ValueError, match="--validation dora: no case or patient"):
         validate_on(cases, ["anna", "dora"])
+
+
+def test_four_cases_of_the_lgg_data_set_can_be_trained_on():
+    """The lists place all of them in train; the error says what to do, and that works."""
+    cases = made_up(listed("train")[:4])
+    with pytest.raises(ValueError, match="--validation NAMES"):
+        select_cases(cases, "validation")
+    name = cases[1].name
+    assert names_of(select_cases(validate_on(cases, [name]), "validation")) == [name]
+    assert len(select_cases(validate_on(cases, [name]), "train")) == 3
+    test_case = listed("test")[0]
+    with pytest.raises(ValueError, match=f"{test_case}: is kept for testing"):
+        validate_on(made_up([*listed("train")[:4], test_case]), [test_case])
