@@ -68,7 +68,9 @@ def aspect_of(spacing: Sequence[float] | None) -> float:
     """
     if spacing is None:
         return 1.0
-    if len(spacing) != 3 or not all(math.isfinite(length) and length > 0 for length in spacing):
+    if np.shape(spacing) != (3,) or not all(
+        math.isfinite(length) and length > 0 for length in spacing
+    ):
         raise ValueError(
             f"spacing {spacing}: must be three lengths in mm, in the order of the axes: from slice "
             "to slice, from row to row, from column to column"

@@ -90,7 +90,8 @@ class Predictor:
         if channels != self.channels:
             raise ValueError(
                 f"{channels} channel(s), but the model was trained on {self.channels}; "
-                "give the sequences it was trained on, with FLAIR in place of a missing one"
+                "give the sequences it was trained on, with FLAIR in place of a missing one "
+                "(--channels picks those of a file)"
             )
 
     def _network(self, batch: Tensor) -> Tensor:
