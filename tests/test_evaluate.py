@@ -416,6 +416,12 @@ def test_differences_are_case_by_case():
     assert difference["low"] == pytest.approx(summarise(np.subtract(b, a))["low"])
     assert summary["b"]["difference"]["mean"] == pytest.approx(0.025)
     assert summary["b"]["scores"]["dsc"] == summarise(b)
+    assert "If the interval contains 0" in tables(summary)[1].note
+
+
+def test_few_patients_have_no_interval_to_read():
+    summary = compare(made_up({"a": [0.1, 0.5], "b": [0.2, 0.6]}))
+    assert tables(summary)[1].note.startswith("Under 20 patients there is no interval")
 
 
 def test_groups_divide_the_cases():

@@ -65,10 +65,13 @@ def _mean(score: Mapping[str, float], cases: int) -> str:
 
 def _difference_table(summary: Mapping[str, dict]) -> Table:
     first = next(iter(summary))
+    note = "If the interval contains 0, these cases do not show a difference."
+    if "low" not in summary[first]["scores"]["dsc"]:
+        note = f"Under {FEW} patients there is no interval: they say little about others."
     table = Table(
         f"Difference in DSC from {first}, case by case",
         ["model", "mean", "median", "better in", "worse in"],
-        note="If the interval contains 0, these cases do not show a difference.",
+        note=note,
     )
     for name in list(summary)[1:]:
         difference = summary[name]["difference"]
