@@ -136,7 +136,9 @@ def _write_all(files: Sequence[Sent], folder: Path, limits: Limits) -> list[str]
                     # The series of a study share file names; their headers tell them apart.
                     path = folder / f"{len(names)}-{path.name}"
                 if path.exists():
-                    raise ValueError(f"{file.name}: {path.name} was sent twice; send one case")
+                    raise ValueError(
+                        f"{file.name}: {path.name} was sent twice, or for two cases; send one case"
+                    )
                 left -= _write(content, path, left)
                 names.append(name)
                 if left < 0:
