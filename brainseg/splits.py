@@ -151,8 +151,8 @@ def select_cases(cases: Sequence[Named], subset: str) -> list[Named]:
         patients = {patient_of(case) for case in cases}
         raise ValueError(
             f"none of the {counted(len(cases), 'case')} ({counted(len(patients), 'patient')} by "
-            f"their names) falls into the subset {subset!r}; add cases of others, change "
-            "--patients or --validation, or use --subset all (train.py: --validation NAMES)"
+            f"their names) falls into the subset {subset!r}; add cases of others, or "
+            "place some in it with --patients (train.py: or --validation; elsewhere: --subset all)"
         )
     return chosen
 

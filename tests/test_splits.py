@@ -308,7 +308,7 @@ def test_named_cases_and_patients_are_validated_on():
 def test_four_cases_of_the_lgg_data_set_can_be_trained_on():
     """The lists place all of them in train; the error says what to do, and that works."""
     cases = made_up(listed("train")[:4])
-    with pytest.raises(ValueError, match="--validation NAMES"):
+    with pytest.raises(ValueError, match="train.py: or --validation"):
         select_cases(cases, "validation")
     name = cases[1].name
     assert names_of(select_cases(validate_on(cases, [name]), "validation")) == [name]
