@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from .onnx import OnnxNetwork
+from .quality import FITTED_WITH, mask_settings
 from .weights import CARD_DEFAULTS, Network, load_state, model_from_state, read_card
 
 FOLDED_ALIKE = 0.01  # of the largest logit; TF32 rounds to 0.001
@@ -126,11 +127,26 @@ def load_ensemble(paths: Sequence[Path]) -> tuple[Network | Ensemble, dict]:
 
 
 def common_card(cards: Sequence[dict]) -> dict:
-    """Return what the cards of all members say, with the training cases and patients of each."""
+    """Return what the cards of all members say, with the training cases and patients of each.
+
+    Of the settings of masks, those that all agree on stay, though their fits may differ.
+    """
     common = {}
     for name, value in cards[0].items():
         if all(card.get(name) == value for card in cards):
             common[name] = value
+    stated = [mask_settings(card) for card in cards]
+    agreed, differing = {}, []
+    for name in FITTED_WITH:
+        values = {settings.get(name) for settings in stated}
+        if len(values) > 1:
+            differing.append(name)
+        elif values != {None}:
+            agreed[name] = values.pop()
+    if agreed:
+        common["mask_settings"] = agreed
+    if differing:
+        common["settings_that_differ"] = differing
     cases: set[str] = set()
     patients: dict[str, str] = {}
     for card in cards:

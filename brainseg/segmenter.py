@@ -213,6 +213,12 @@ def note_weights(segmenter: Segmenter, settings: dict) -> None:
             f"{files[0]}: has no card (.json); assuming preprocessing {segmenter.version} and "
             f"slices of {size} x {size}: put its card beside it"
         )
+    for name in segmenter.card.get("settings_that_differ", ()):
+        if segmenter.reasons.get(name) != "given":
+            segmenter.notes.append(
+                f"the cards of these networks differ in {name.replace('_', ' ')}: "
+                f"{getattr(segmenter, name)} is used; choose with --{name.replace('_', '-')}"
+            )
     if len(files) > 1 and not set(files) <= set(shipped_files()):
         fit = read_card(files[0]).get("expected_dsc")
         averaged = ", ".join(map(str, files))

@@ -91,6 +91,21 @@ def test_the_card_of_an_ensemble_names_every_patient(folder):
     assert card["cases"]["train"] == NAMES and card["model"] == "unet"
 
 
+def test_settings_of_masks_stay_if_only_the_fits_differ(tmp_path):
+    """Once, two networks fitted one by one were averaged without mirroring, and without a word."""
+    settings = {"threshold": 0.4, "tta": True, "largest_component": False, "min_volume": 9}
+    files = []
+    for k in range(3):
+        fit = settings | {"min_volume": 9 if k < 2 else 0, "intercept": float(k)}
+        files.append(write_member(tmp_path / f"{k}.pt", k, expected_dsc=fit))
+    both = opened(files[:2])
+    assert (both.threshold, both.tta, both.largest_component) == (0.4, True, False)
+    assert both.min_volume == 9 and not any("differ in" in note for note in both.notes)
+    said = "the cards of these networks differ in min volume: 0 is used"
+    assert any(said in note for note in opened(files).notes)
+    assert not any("differ in" in note for note in opened(files, min_volume=5).notes)
+
+
 @pytest.mark.parametrize(
     "card, said",
     [
