@@ -1,9 +1,12 @@
 """Test benchmarks that will be run again, at their smallest."""
 
+import pytest
+import SimpleITK
 from conftest import make_weights
 
-from benchmarks import gpu, lesion_free, robustness
+from benchmarks import gpu, lesion_free, robustness, student
 from benchmarks.timing import Measured
+from brainseg.phantom import make_volume
 
 
 def test_gpu_benchmark_goes_on_after_a_failure(phantoms, tmp_path, monkeypatch, capsys):
@@ -36,3 +39,30 @@ def test_robustness_and_heads_without_a_lesion(phantoms, tmp_path, monkeypatch, 
     robustness.main()
     rows = capsys.readouterr().out.splitlines()
     assert [row.split(" | ")[0] for row in rows[-2:]] == ["| as published", "| skull taken away"]
+
+
+def test_a_student_and_its_teachers_are_compared_on_patients_that_none_has_seen(
+    phantoms, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.delitem(student.CHANGES, "skull taken away")  # nothing is left of some phantoms
+    (tmp_path / "teachers").mkdir()
+    train = [f"phantom_{k:03d}" for k in range(10)]
+    make_weights(tmp_path / "teachers" / "one.pt", trained_on=train)
+    make_weights(tmp_path / "teachers" / "two.pt", trained_on=train[:5])
+    make_weights(tmp_path / "unet.pt", trained_on=train)
+    flair = SimpleITK.GetImageFromArray(make_volume(1, 8, 96, False)[0][..., 1])
+    (tmp_path / "healthy").mkdir()
+    for name in ("mary", "martha"):
+        SimpleITK.WriteImage(flair, str(tmp_path / "healthy" / f"{name}.nii.gz"))
+    words = ["x", "--images", phantoms, "--teachers", tmp_path / "teachers"]
+    words += ["--student", tmp_path / "unet.pt"]
+    words += ["--healthy", tmp_path / "healthy", "--hold-back", "martha"]
+    monkeypatch.setattr("sys.argv", [str(word) for word in words])
+    student.main()
+    rows = capsys.readouterr().out.splitlines()
+    assert rows[0] == "10 patients" and rows[4].startswith("| as published | ")
+    assert rows[-1].startswith("| people without a tumour | ") and " of 1 empty" in rows[-1]
+    everyone = [f"phantom_{k:03d}" for k in range(20)]
+    make_weights(tmp_path / "unet.pt", trained_on=everyone)
+    with pytest.raises(ValueError, match="every case was seen by a network"):
+        student.main()
