@@ -55,7 +55,7 @@ from brainseg.io.files import check_ours, remove, write_json, write_table
 from brainseg.io.labels import NO_LESION
 from brainseg.io.slices import Case
 from brainseg.patients import SUBSETS, count_patients
-from brainseg.quality import FITTED_WITH, fit_and_save
+from brainseg.quality import FITTED_WITH, check_cases, fit_and_save
 from brainseg.reports.page import check_page, write_page
 from brainseg.splits import by_subset, list_cohort
 from brainseg.weights import shipped_weights
@@ -122,6 +122,8 @@ def run(args: argparse.Namespace, options: dict, images: Path) -> None:
             for note in model.segmenter.notes:
                 print(f"{model.name}: {note}", file=sys.stderr)
     cases, left_out = choose_cases(sources, args.subset, models, args.images)
+    if args.fit_expected_dsc:
+        check_cases(len(cases))
     print(count_patients(by_subset(cases)), flush=True)
     for name in FILES:
         check_ours(args.out / name)

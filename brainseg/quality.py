@@ -102,11 +102,7 @@ def fit_expected_dsc(
             masks.append(measured)
             scores.append(score)
             owners.append(patients[k] if patients else str(k))
-    if len(masks) < LEAST_CASES:
-        raise ValueError(
-            f"{len(masks)} case(s) with a mask, but {LEAST_CASES} are needed to learn to predict "
-            "the DSC; choose more with --subset or --images"
-        )
+    check_cases(len(masks))
     names, columns = [], []
     for name in FEATURES:
         column = [measured.get(name) for measured in masks]
@@ -125,6 +121,15 @@ def fit_expected_dsc(
     agreement = _agreement(predicted, y)
     agreement["coverage"] = coverage(residuals, np.array(owners))
     return fit | {"leave_one_out": agreement}
+
+
+def check_cases(number: int) -> None:
+    """Raise ValueError if a `number` of cases with a mask is too small for a fit."""
+    if number < LEAST_CASES:
+        raise ValueError(
+            f"{number} case(s) with a mask, but {LEAST_CASES} are needed to learn to predict "
+            "the DSC; choose more with --subset or --images"
+        )
 
 
 def leave_one_out(

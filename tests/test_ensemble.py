@@ -382,6 +382,7 @@ def test_fitting_is_refused_when_it_is_meaningless(phantoms, folder, tmp_path):
     ]:
         with pytest.raises(SystemExit, match=said):
             evaluate.main([str(word) for word in (*words, "--weights", *models)])
+    assert not (tmp_path / "scores.csv").exists(), "said before the long work"
 
 
 def test_a_mask_emptied_by_the_minimum_volume_says_so():
