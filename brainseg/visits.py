@@ -140,7 +140,7 @@ def in_order_of_time(
             continue
         days = {}
         for case in scans:
-            days[case.name], said = date_of(case, dates)
+            days[case.name], said = date_of(case, dates, patient)
             notes += said
         dated = sorted((day, name) for name, day in days.items() if day)
         if len(dated) < 2:

@@ -169,6 +169,11 @@ def test_dates_of_bids(tmp_path):
     found, notes = date_of(cases[2], {})
     assert found is None and "1950-01-01 is before 1980 (sub-01_sessions.tsv)" in notes[0]
     assert three.is_dir()
+    (two.parent / "sub-01_sessions.tsv").write_bytes(b"\xff\xfe\0")
+    found, notes = date_of(cases[2], {})
+    assert found is None and notes == [
+        "sub-01_ses-c: its scans.tsv or sessions.tsv is not a table; mend it"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -206,6 +211,16 @@ def test_timepoint_numbers_give_an_order():
         ("BraTS-GLI-1-010", None),
     ]
     assert "no rate" in notes[0]
+
+
+def test_a_date_in_the_name_of_a_patient_is_not_that_of_a_scan():
+    """Some number patients by a date, such as that of their birth."""
+    names = "sub-19850412_ses-20140302", "sub-19850412_ses-1", "sub-19850412_ses-2"
+    ordered, notes = in_order_of_time({"sub-19850412": [case(name) for name in names[1:]]}, {})
+    assert [date for _, date in ordered["sub-19850412"]] == [None, None]
+    assert notes == ["sub-19850412: timepoints without dates: their order, but no rate"]
+    found, notes = date_of(case(names[0]), {}, "sub-19850412")
+    assert found == day("2014-03-02") and not notes
 
 
 def test_scans_that_nothing_orders_are_left_out_in_one_sentence():

@@ -68,20 +68,21 @@ def parse_date(written: str, may_be_shifted: bool = False) -> datetime.date:
 
 
 def date_of(
-    case: Case, dates: Mapping[str, datetime.date]
+    case: Case, dates: Mapping[str, datetime.date], patient: str = ""
 ) -> tuple[datetime.date | None, list[str]]:
     """Return the date of a scan, None if nothing says it, and sentences on what was wrong.
 
     `dates`, of a table, goes before the header, that before the tables of BIDS, and those before
-    the name. A date that cannot be right is left out and said, and so is a contradiction.
+    the name after that of its `patient`. A date that cannot be right is left out and said, and so
+    is a contradiction.
     """
-    notes = []
+    written, notes = _written(case, patient)
     stated: dict[str, datetime.date] = {}  # by what states it, in order of trust
     if case.name in dates:
         stated["--dates"] = dates[case.name]
-    for place, written in _written(case).items():
+    for place, text_of_date in written.items():
         try:
-            stated[place] = parse_date(written, may_be_shifted=place.endswith(".tsv"))
+            stated[place] = parse_date(text_of_date, may_be_shifted=place.endswith(".tsv"))
         except ValueError as error:
             notes.append(f"{case.name}: {error} ({place}); correct it with --dates")
     if not stated:
@@ -93,22 +94,29 @@ def date_of(
     return day, notes
 
 
-def _written(case: Case) -> dict[str, str]:
-    """Return the dates that header, BIDS table and name state, by their place."""
-    places = {}
+def _written(case: Case, patient: str) -> tuple[dict[str, str], list[str]]:
+    """Return the dates that header, BIDS table and name state, by their place.
+
+    Also returns a sentence on a table that cannot be read.
+    """
+    places, notes = {}, []
     flair = case.flair if isinstance(case, Scan) else None
     if isinstance(flair, Series):
         study_date = text(flair.header, "StudyDate")
         if study_date:
             places["its DICOM header"] = study_date
     elif flair is not None and flair.parent.name == "anat":
-        table, written = _bids_date(flair)
+        try:
+            table, written = _bids_date(flair)
+        except (ValueError, csv.Error):
+            table, written = "", ""
+            notes.append(f"{case.name}: its scans.tsv or sessions.tsv is not a table; mend it")
         if written:
             places[table] = written
-    in_name = list(IN_NAME.finditer(case.name))
+    in_name = list(IN_NAME.finditer(case.name.removeprefix(patient)))
     if in_name:
         places["its name"] = re.sub("[_.]", "", in_name[-1][0])
-    return places
+    return places, notes
 
 
 def _bids_date(flair: Path) -> tuple[str, str]:
