@@ -178,9 +178,9 @@ def run(args: argparse.Namespace, options: dict, given_by: Mapping[str, str], im
             patients, notes = follow_all(
                 sources, measured, args.predictions, dates, errors, register, workers
             )
-            cases = [row["case"] for row in outcome.rows]
+            owners = {row["case"]: row["patient"] for row in outcome.rows}
             growth = args.predictions / "growth.csv"
-            write_growth(patients, notes, growth, segmenter.run, cases)
+            write_growth(patients, notes, growth, segmenter.run, owners)
             table = args.predictions / "volumes.csv"
             text = volumes_table(outcome.rows, table, segmenter.no_expected_dsc).as_text()
             print(text, end="\n\n")

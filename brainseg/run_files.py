@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import sys
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -70,19 +70,21 @@ def write_growth(
     notes: Sequence[str],
     path: Path,
     run: str,
-    cases: Collection[str],
+    owners: Mapping[str, str],
 ) -> None:
     """Write the rows of patients with several scans to growth.csv, and say what was left out.
 
-    They are sorted by patient, and in order of time. Earlier rows of these patients and of the
-    `cases` of the run are replaced: they may be of other dates or of another patient.
+    They are sorted by patient, and in order of time. Earlier rows of these patients are replaced,
+    and those of cases that the run has made anew, or knows as another patient's, removed: `owners`
+    are the patients by case.
     """
     for note in notes:
         print(note, file=sys.stderr)
     names = {patient.name for patient in patients}
     rows: list[dict] = []
     for case, row in read_table(path).items():
-        if case not in cases and row["patient"] not in names:
+        is_current = row["patient"] == owners.get(case) and row[RUN] == run
+        if row["patient"] not in names and (is_current or case not in owners):
             rows.append(row)
     for patient in patients:
         rows += [row | {RUN: run} for row in patient.rows]

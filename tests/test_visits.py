@@ -386,14 +386,16 @@ def test_growth_csv_is_in_order_of_time_and_forgets_other_patients(tmp_path, cap
     names = ["p_tp1", "p_tp2", "p_tp10"]
     p = Patient(tuple(visit_of(name, "p") for name in names), (), 1.0)
     q = Patient((visit_of("q_1", "q"), visit_of("q_2", "q")), (), 1.0)
-    write_growth([q, p], ["said"], path, "run", names + ["q_1", "q_2"])
+    write_growth([q, p], ["said"], path, "run", {})
     assert list(read_table(path)) == [*names, "q_1", "q_2"]
     assert capsys.readouterr().err == "said\n"
 
-    # The scans of p turn out to be of two patients; q is not in this run.
-    write_growth([], [], path, "run", names)
+    write_growth([], [], path, "run", {"p_tp1": "p"})  # one of its scans, segmented again
+    assert list(read_table(path)) == [*names, "q_1", "q_2"]
+    # The scans of p turn out to be of others; q is not in this run.
+    write_growth([], [], path, "run", dict.fromkeys(names, "another"))
     assert list(read_table(path)) == ["q_1", "q_2"]
-    write_growth([], [], path, "run", ["q_1", "q_2"])
+    write_growth([], [], path, "other weights", {"q_1": "q", "q_2": "q"})
     assert not path.exists()
 
 
