@@ -444,7 +444,7 @@ def test_growth_of_a_cohort(cohort, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "Growth: 2 patients" in said and "mm a year" in said
     text = page.read_text()
-    assert text.count('class="growth"') == 2 and "phantom_001:" in text
+    assert text.count('<img class="growth"') == 2 and "phantom_001:" in text
     for verdict in ("progress", "respon", "stable"):
         assert verdict not in text.partition("</style>")[2].lower()
 
