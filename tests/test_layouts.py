@@ -10,6 +10,7 @@ import SimpleITK
 
 import inference
 from brainseg.io.layouts import list_cases
+from brainseg.patients import patient_of
 from brainseg.splits import list_cohort
 
 RNG = np.random.default_rng(0)
@@ -154,6 +155,23 @@ def test_a_mixed_cohort_may_lack_sequences_and_masks(tmp_path):
     ]
     with pytest.raises(ValueError, match="no file in its folders matches post=\\*_z"):
         list_cohort(tmp_path, ["flair=*_f.nii.gz", "post=*_z.nii.gz"])
+
+
+def test_folders_of_patients_are_read_as_the_message_says(tmp_path):
+    for scan in ("p1/2014-03-02", "p1/2015-03-02", "p2/2014-03-02"):
+        write(tmp_path / scan / "flair.nii.gz", VOLUME[..., 0])
+    with pytest.raises(ValueError, match="p1, p2 and so on hold them: .* --sequences"):
+        list_cases(tmp_path)
+    cases = list_cohort(tmp_path, ["flair=flair.nii.gz"])
+    assert [patient_of(case) for case in cases] == ["p1", "p1", "p2"]
+
+
+def test_channels_are_those_of_one_file(tmp_path):
+    for name, channel in (("flair", 0), ("t1", 1)):
+        write(tmp_path / "anna" / f"{name}.nii.gz", VOLUME[..., channel])
+    (source,) = list_cohort(tmp_path, channels=[2])
+    with pytest.raises(ValueError, match="flair.nii.gz: its case has several files; leave out"):
+        source.open().read()
 
 
 @pytest.mark.parametrize("above", ["kaggle_3m", "lgg-mri-segmentation/kaggle_3m"])

@@ -260,13 +260,22 @@ def _cases_in(root: Path, other_than: Path | None) -> list[Source]:
 
 def _check_not_too_high(root: Path, folders: Sequence[Path]) -> None:
     """Raise ValueError, naming the folder of the cases, if they are further down than expected."""
+    places, cases = [], 0
     for folder in folders:
         for place in (folder, *_folders_in(folder, None)):
             inner = list(filter(holds_case, _folders_in(place, None)))
-            if len(inner) > 1:
-                raise ValueError(
-                    f"{root}: holds no case itself; {place} holds them: give that folder"
-                )
+            if inner:
+                places.append(place)
+                cases += len(inner)
+    if cases < 2:
+        return
+    if len(places) == 1:
+        raise ValueError(f"{root}: holds no case itself; {places[0]} holds them: give that folder")
+    raise ValueError(
+        f"{root}: holds no case itself; {places[0].name}, {places[1].name} and so on hold them: if "
+        "these are patients, name the files of a scan, as in --sequences 'flair=flair.nii.gz' "
+        "'pre=t1.nii.gz'; else give one of these folders"
+    )
 
 
 def _source(path: Path) -> Source:

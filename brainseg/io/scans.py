@@ -124,6 +124,8 @@ class Scan(Case):
             voxels = self.pick(read_voxels(self.flair))
             if voxels.shape[3] == 1:
                 voxels = np.repeat(voxels, 3, axis=3)
+        elif self.picked:
+            raise ValueError(f"{self.folder}: its case has several files; leave out --channels")
         else:
             sequences = {file: _on_grid_of_flair(self, file) for file in dict.fromkeys(self.slices)}
             voxels = np.stack([sequences[file] for file in self.slices], axis=3)
