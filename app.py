@@ -10,8 +10,6 @@ and its results once they are sent. Nothing is fetched from other hosts. Needs: 
 requirements-app.txt
 """
 
-from __future__ import annotations
-
 import argparse
 import logging
 import os

@@ -1,7 +1,5 @@
 """Options of the commands, settings from a file, and one sentence for each error."""
 
-from __future__ import annotations
-
 import argparse
 import difflib
 import os
@@ -31,8 +29,7 @@ class Parser(argparse.ArgumentParser):
 
     FILE is YAML (so JSON too): `batch-size: 8` or `batch_size: 8` is --batch-size 8, true and
     false switch a flag on and off, null leaves it at its default. Flags on the command line win.
-    The args.json of an earlier run works too. An unknown key or an unusable value is a usage error
-    that names the file.
+    The args.json of a run works too. An unknown key or a bad value is a usage error.
     """
 
     def __init__(self, **options: Any):
@@ -56,10 +53,7 @@ class Parser(argparse.ArgumentParser):
         classic: Any = None,
         **options: Any,
     ) -> None:
-        """Add an option; its help names the default and the `classic` value, if it has one.
-
-        `least` and `below` are bounds of a number.
-        """
+        """Add an option, a number within bounds; its help names default and `classic` value."""
         if "action" not in options:
             options.setdefault("type", str)
         if least is not None or below is not None:
@@ -120,7 +114,7 @@ class Parser(argparse.ArgumentParser):
             values = value
         if not values or any(isinstance(each, (bool, list, dict)) for each in values):
             raise ValueError(f"{name} takes a value, not {value!r}")
-        return self._get_values(action, [str(each) for each in values])
+        return self._get_values(action, list(map(str, values)))
 
     def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
         """Expand ~ in PATH and NAME=PATH, as shells do only for some, and convert the text."""
@@ -133,11 +127,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def resume(parser: Parser, given: Sequence[Layer], earlier: dict, path: Path) -> argparse.Namespace:
-    """Resolve with the settings of an earlier run, from the checkpoint `path`, as defaults.
-
-    What it lacks is as in the classic recipe, from before there was a choice. Raises
-    ValueError if the recipe would change.
-    """
+    """Resolve with a checkpoint's settings as defaults; ValueError if the recipe would change."""
     values = dict(parser.classic)
     for name, value in earlier.items():
         if value is not None and name not in OF_THIS_CALL:
@@ -196,18 +186,18 @@ def read_config(path: Path, parser: Parser) -> dict[str, Any]:
         raise ValueError("contains no settings; write one `name: value` per line")
     actions = {}
     for action in parser.settings.values():
-        actions |= dict.fromkeys(action.option_strings, action)
-    names = [flag[2:] for flag in actions if not flag.startswith("--no-")]
+        for flag in action.option_strings:
+            if not flag.startswith("--no-"):
+                actions[flag[2:]] = action
     settings = {}
     for key, value in content.items():
         name = str(key).replace("_", "-")
-        if name not in names:
-            near = difflib.get_close_matches(name, names, 1, 0.5)
+        if name not in actions:
+            near = difflib.get_close_matches(name, actions, 1, 0.5)
             hint = f"did you mean {near[0]}?" if near else "see --help"
             raise ValueError(f"no setting is called {key!r}; {hint}")
-        action = actions[f"--{name}"]
         if value is not None and name != "config":
-            settings[action.dest] = parser.converted(action, name, value)
+            settings[actions[name].dest] = parser.converted(actions[name], name, value)
     return settings
 
 
@@ -239,11 +229,13 @@ def add_cohort_options(parser: Parser) -> None:
     add("--patients", help="CSV with the columns case and patient (from the names)")
 
 
-def add_recipe_options(parser: Parser) -> None:
-    """Add what changes the result of a training, each with its default and its classic value.
+def cohort_options(args: argparse.Namespace) -> dict:
+    """Collect the options of `list_cohort`."""
+    return {name: getattr(args, name) for name in ("sequences", "channels", "labels", "patients")}
 
-    The card has these settings, and a resumed training must keep them.
-    """
+
+def add_recipe_options(parser: Parser) -> None:
+    """Add what changes the result of a training; it is in the card, and --resume keeps it."""
     add = parser.add
     parser.group("data", recipe=True)
     add_cohort_options(parser)

@@ -1,7 +1,5 @@
 """The slices of a subset, and training batches of them."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from brainseg.cache import Prepared, prepare, unless_bad
 from brainseg.devices import concatenate, free_memory, in_order, to_device
 from brainseg.io.layouts import Source, list_cases
 from brainseg.io.slices import Case
+from brainseg.patients import names_of
 from brainseg.preprocess import neighbourhoods
 from brainseg.splits import check_folds, outside_test, select_cases, split_folds, subset_of
 
@@ -24,15 +23,14 @@ MOST = 0.5  # share of a device's free memory; a training step needs the rest
 class SliceDataset(Dataset):
     """Slices of prepared cases: item i is (image (C, N, N), mask (1, N, N)), float32.
 
-    They are not augmented. `targets` (S, N, N), from 0 to 1, replace the masks of the cases. Raises
-    ValueError, naming cases, if their numbers of channels differ.
+    `targets` (S, N, N), from 0 to 1, replace the masks. Raises ValueError for mixed channels.
     """
 
     def __init__(self, volumes: Sequence[Prepared], targets: Sequence[np.ndarray] | None = None):
         self.volumes = volumes
         self.targets = targets or [volume.mask for volume in volumes]
         self.cases = [volume.case for volume in volumes]
-        self.names = [volume.name for volume in volumes]
+        self.names = names_of(volumes)
         self.in_channels = check_channels(volumes)
         self._places = []  # the numbers of the volume and of the slice in it, of each item
         for number, volume in enumerate(volumes):
@@ -108,11 +106,7 @@ def train_and_validation(
     skip_bad: bool = False,
     **options: Any,
 ) -> tuple[SliceDataset, SliceDataset]:
-    """Open the two subsets for training; test cases are never opened.
-
-    With `folds`, the subsets are those of a cross-validation (`split_folds`). With `skip_bad`,
-    cases that cannot be read are named on stderr and left out. `options` are those of `prepare`.
-    """
+    """Open the two subsets for training (see `split_folds`, `prepare`), but no test case."""
     if folds is None:
         chosen = select_cases(sources, "train") + select_cases(sources, "validation")
     else:  # every fold needs all cases except the test cases
@@ -126,7 +120,7 @@ def train_and_validation(
         lesions = {volume.name: int(volume.truth.sum()) for volume in volumes}
         cases = [volume.case for volume in volumes]
         train, _ = split_folds(cases, folds, fold, voxels=lambda case: lesions[case.name])
-        names = {case.name for case in train}
+        names = set(names_of(train))
     parts = {
         "train": [volume for volume in volumes if volume.name in names],
         "validate": [volume for volume in volumes if volume.name not in names],
@@ -142,7 +136,7 @@ def train_and_validation(
 def open_cases(sources: Sequence[Source], skip_bad: bool = False) -> list[Case]:
     """Open the cases; with `skip_bad`, leave out damaged ones, naming them on stderr."""
     if not skip_bad:
-        return [source.open() for source in sources]
+        return list(map(Source.open, sources))
     cases = [unless_bad(Source.open, source) for source in sources]
     return [case for case in cases if case is not None]
 
@@ -159,10 +153,8 @@ def check_channels(volumes: Sequence[Prepared]) -> int:
 class BatchLoader:
     """Batches (images (B, C, N, N) float16, masks (B, 1, N, N) bool) of a data set, as stored.
 
-    A CUDA GPU holds the whole data set if that takes at most half of its free memory; otherwise
-    threads gather batches ahead, in memory that it can fetch them from while it computes. On a CPU,
-    each batch is gathered when it is needed. K `neighbours` on either side of each slice make
-    2 K + 1 times the channels.
+    A CUDA GPU holds the data set if it takes at most half of its free memory; otherwise threads
+    gather batches ahead. K `neighbours` on either side make 2 K + 1 times the channels.
     """
 
     def __init__(

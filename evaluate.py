@@ -23,8 +23,6 @@ Writes scores.csv (a row per model and case), summary.json, scores.png and galle
 with --report, one self-contained page with all of it.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Sequence
@@ -34,27 +32,14 @@ from pathlib import Path
 import cli
 import utils
 from brainseg import distributed
-from brainseg.evaluation.fairness import (
-    differing_settings,
-    networks_among,
-    notes_on_tables,
-    settings_table,
-    use_settings_of_first,
-)
+from brainseg.evaluation import fairness, scoring
 from brainseg.evaluation.report import case_table, save_gallery, save_scores, tables
-from brainseg.evaluation.scoring import (
-    Model,
-    choose_cases,
-    model_to_fit,
-    open_models,
-    score_all,
-)
 from brainseg.evaluation.statistics import compare
 from brainseg.io.archives import unpacked
 from brainseg.io.files import check_ours, remove, write_json, write_table
 from brainseg.io.labels import NO_LESION
 from brainseg.io.slices import Case
-from brainseg.patients import SUBSETS, count_patients
+from brainseg.patients import SUBSETS, count_patients, names_of
 from brainseg.quality import FITTED_WITH, check_cases, fit_and_save
 from brainseg.reports.page import check_page, write_page
 from brainseg.splits import by_subset, list_cohort
@@ -97,31 +82,24 @@ def main(argv: list[str] | None = None) -> None:
 
 def run(args: argparse.Namespace, options: dict, images: Path) -> None:
     """Open models and the cases in `images`, then score every model on every case."""
-    sources = list_cohort(
-        images,
-        args.sequences,
-        args.labels,
-        args.patients,
-        args.cases,
-        channels=args.channels,
-    )
+    sources = list_cohort(images, names=args.cases, **cli.cohort_options(args))
     if not args.weights:
         shipped = shipped_weights("unet")
         args.weights = [f"{shipped.stem}={shipped}"]
-    models = open_models(args.weights, options, sources)
+    models = scoring.open_models(args.weights, options, sources)
     if args.fit_expected_dsc:
-        model_to_fit(models)
-    differing = differing_settings(models)
+        scoring.model_to_fit(models)
+    differing = fairness.differing_settings(models)
     if differing:
-        print(settings_table(differing, models, args.own_settings).as_text(), end="\n\n")
+        print(fairness.settings_table(differing, models, args.own_settings).as_text(), end="\n\n")
         if not args.own_settings:
-            use_settings_of_first(models)
+            fairness.use_settings_of_first(models)
     if not args.fit_expected_dsc:
-        for model in networks_among(models):
+        for model in scoring.networks_among(models):
             print(f"{model.name}: {model.segmenter.choices}")
             for note in model.segmenter.notes:
                 print(f"{model.name}: {note}", file=sys.stderr)
-    cases, left_out = choose_cases(sources, args.subset, models, args.images)
+    cases, left_out = scoring.choose_cases(sources, args.subset, models, args.images)
     if args.fit_expected_dsc:
         check_cases(len(cases))
     print(count_patients(by_subset(cases)), flush=True)
@@ -135,33 +113,33 @@ def run(args: argparse.Namespace, options: dict, images: Path) -> None:
 
 def score(
     args: argparse.Namespace,
-    models: Sequence[Model],
+    models: Sequence[scoring.Model],
     cases: Sequence[Case],
     left_out: list[str],
     differing: dict[str, dict[str, object]],
 ) -> None:
     """Score every model on every case, print the tables, write the files."""
-    rows, pictures, digest = score_all(cases, models, args.workers)
+    rows, pictures, digest = scoring.score_all(cases, models, args.workers)
     cases[0].labels.check()
     write_table(args.out / "scores.csv", list(chain.from_iterable(rows.values())))
     if not any(row["lesion_voxels"] for row in rows[models[0].name]):
         print(NO_LESION.format(len(cases)), file=sys.stderr)
     summary = compare(rows)
     shown = tables(summary)
-    shown[0].note = "\n".join([shown[0].note, *notes_on_tables(models)])
+    shown[0].note = "\n".join([shown[0].note, *fairness.notes_on_tables(models)])
     print("\n\n".join(table.as_text() for table in shown))
     if left_out:
         print(f"\n{len(left_out)} cases left out: a model was trained on their patients")
     if args.fit_expected_dsc:
-        model = model_to_fit(models)
-        options = {name: getattr(model.segmenter, name) for name in FITTED_WITH}
+        model = scoring.model_to_fit(models)
+        options = model.segmenter.values(FITTED_WITH)
         print("\n" + fit_and_save(list(model.trained_on), options, rows[model.name], args.out))
 
     details = utils.provenance(args) | {
         "weights": {model.name: model.settings() for model in models},
         "settings that differ": differing,
         "compared at": "own settings" if args.own_settings else "settings of the first",
-        "cases": [case.name for case in cases],
+        "cases": names_of(cases),
         "left out": left_out,
         "SHA-256 of the voxels and masks": digest,
     }
@@ -176,7 +154,7 @@ def score(
         title = f"brainseg: {', '.join(rows)}"
         shown.append(case_table(rows))
         if differing:
-            shown.insert(0, settings_table(differing, models, args.own_settings))
+            shown.insert(0, fairness.settings_table(differing, models, args.own_settings))
         pngs = {name: path.read_bytes() for name, path in figures.items()}
         write_page(args.report, "comparison.html", title, details, tables=shown, pictures=pngs)
     print(f"\ntables and pictures: {args.out}")

@@ -21,8 +21,6 @@ compared with PyTorch's before the file is written. A .pt2 is for your own progr
 (torch.export.load): nothing here opens one, because that could run code in it.
 """
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
@@ -126,11 +124,7 @@ def write_network(
     images: Path | None,
     out: Path | None,
 ) -> None:
-    """Write one network or an ensemble as an ONNX file or an exported program.
-
-    The file is named after the `given` path, or "ensemble" if several were given. Raises ValueError
-    and writes nothing if its probabilities differ from PyTorch's.
-    """
+    """Write networks as an ONNX file or a program; ValueError if results differ from PyTorch's."""
     if form == "onnx":
         for package in ("onnxscript", "onnxruntime"):
             import_optional(package, "--format onnx")

@@ -15,7 +15,6 @@ if _loaded != _here / "brainseg":
         f"{_here} cannot be loaded: the package brainseg of {_loaded.parent} is loaded already; "
         "restart Python (in a notebook, the kernel), or load it in another process"
     )
-from brainseg import weights  # noqa: E402
 
 dependencies = ["torch"]
 
@@ -29,7 +28,9 @@ def unet(in_channels=3, out_channels=1, init_features=32, pretrained=False):
     pretrained: load the weights shipped with the repository, trained on slices of 192 x 192; their
     hash is checked.
     """
-    build = weights.load_pretrained if pretrained else weights.build_model
+    from brainseg.weights import build_model, load_pretrained
+
+    build = load_pretrained if pretrained else build_model
     return build(
         "unet", in_channels=in_channels, out_channels=out_channels, init_features=init_features
     )
@@ -40,7 +41,9 @@ def resnext_unet(in_channels=3, out_channels=1, pretrained=False):
 
     pretrained: True downloads an encoder trained on ImageNet, a path reads it from a file.
     """
-    return weights.build_model(
+    from brainseg.weights import build_model
+
+    return build_model(
         "resnext_unet", in_channels=in_channels, out_channels=out_channels, pretrained=pretrained
     )
 
@@ -72,7 +75,6 @@ def segmenter(network="unet", device=None, **options):
     returns the rows of growth.csv: a dict per scan, with volume, diameters, changes and mm a year.
     """
     from brainseg.notebook import NotebookSegmenter  # needs more than torch
+    from brainseg.weights import shipped_weights
 
-    return NotebookSegmenter.from_weights(
-        weights.shipped_weights(network), device=device, **options
-    )
+    return NotebookSegmenter.from_weights(shipped_weights(network), device=device, **options)

@@ -32,8 +32,6 @@ ensemble, _disagreement: the standard deviation over its networks. --dicom-seg a
 --no-pictures leaves out pictures, GIFs and the figure; --spacing gives slices their millimetres.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 import time
@@ -47,32 +45,24 @@ from tqdm import tqdm
 import cli
 import utils
 from brainseg import distributed
+from brainseg.io import files
 from brainseg.io.archives import unpacked
 from brainseg.io.dates import read_dates
 from brainseg.io.dicom_seg import holds_dicom
-from brainseg.io.files import (
-    PROGRAM,
-    RUN,
-    check_ours,
-    check_writable,
-    clear_leftovers,
-    read_table,
-    write_json,
-)
 from brainseg.io.labels import NO_LESION, Labels
 from brainseg.io.layouts import Source
 from brainseg.io.opening import find_sequences
 from brainseg.io.pictures import save_dsc_figure
 from brainseg.io.slices import Case
 from brainseg.optional import import_optional
-from brainseg.patients import SUBSETS, patients_of_card, with_patients
+from brainseg.patients import SUBSETS, names_of, patients_of_card, with_patients
 from brainseg.pipeline import Outputs, Result, segment_all
 from brainseg.reports.cohort import save_cohort
 from brainseg.reports.growth import growth_section, growth_table
 from brainseg.reports.page import check_page
 from brainseg.reports.scores import scores_text
 from brainseg.reports.volumes import check_kept, read_volumes, volumes_table, warn_of_unlike
-from brainseg.run_files import TABLES, recorded, write_growth, write_tables
+from brainseg.run_files import TABLES, Outcome, recorded, write_growth, write_tables
 from brainseg.segmenter import MASK_SETTINGS, Segmenter
 from brainseg.splits import list_cohort, select_cases
 from brainseg.visits import Patient, follow_all
@@ -125,8 +115,9 @@ def main(argv: list[str] | None = None) -> None:
         options = cli.segmenter_options(parser, args)
         if (args.pre or args.post) and not args.flair:
             parser.error("--pre and --post go with --flair")
-        if args.flair and (args.images or args.cases or args.sequences or args.subset != "all"):
-            parser.error("--flair is one scan; leave out --images, --cases, --sequences, --subset")
+        others = ("images", "cases", "sequences", "channels")
+        if args.flair and (args.subset != "all" or any(getattr(args, name) for name in others)):
+            parser.error(f"--flair is one scan; leave out --{', --'.join(others)}, --subset")
         if args.spacing and (args.flair or len(args.spacing) != 3):
             parser.error("--spacing takes three lengths in mm, for slices; files state their own")
     stopped = "stopped; finished cases are kept: continue with --skip-existing"
@@ -138,11 +129,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def run(args: argparse.Namespace, options: dict, given_by: Mapping[str, str], images: Path) -> int:
-    """Segment cases in `images`, write and report; return the number of cases with an error.
-
-    Several processes share the cases; the main one writes the tables and reports on all. `given_by`
-    says where each of the `args` is from.
-    """
+    """Segment cases in `images`, write and report; return the number of cases with an error."""
     weights = args.weights or [shipped_weights("unet")]
     # The first rank of a machine caches what TensorRT builds, for the others.
     with distributed.local_rank_zero_first():
@@ -150,14 +137,11 @@ def run(args: argparse.Namespace, options: dict, given_by: Mapping[str, str], im
         segmenter = Segmenter.from_weights(weights, **options)
         sources = list_sources(args, images)
         check_outputs(sources, args.predictions, args.figure, args.report, args.dicom_seg)
-        check_ours(args.predictions / "run.json")
-    dates = {}
-    if args.dates:
-        dates = read_dates(args.dates, [source.name for source in sources])
+    dates = read_dates(args.dates, names_of(sources)) if args.dates else {}
     record = utils.provenance(args)
     record["weights"] = {str(file): digest for file, digest in segmenter.hashes.items()}
-    record["settings"] = {name: getattr(segmenter, name) for name in MASK_SETTINGS}
-    record[RUN] = segmenter.run
+    record["settings"] = segmenter.values(MASK_SETTINGS)
+    record[files.RUN] = segmenter.run
     if distributed.is_main_process():
         print(f"settings: {segmenter.choices}", flush=True)
         for note in segmenter.notes:
@@ -167,10 +151,9 @@ def run(args: argparse.Namespace, options: dict, given_by: Mapping[str, str], im
         outputs = plan_outputs(args, segmenter, sources, record["commit"])
         distributed.barrier()  # every rank has read the earlier volumes.csv
         if distributed.is_main_process():
-            write_json(args.predictions / "args.json", record)
+            files.write_json(args.predictions / "args.json", record)
         workers = distributed.rank_workers(args.workers)
         segment(sources, segmenter, outputs, workers, bool(args.register), outcome.results)
-        check_labels(sources[0].labels)
         if distributed.is_main_process():
             measured = [row for row in outcome.rows if row["slices"]]
             errors = (segmenter.expected_dsc_fit or {}).get("volume_errors")
@@ -185,7 +168,7 @@ def run(args: argparse.Namespace, options: dict, given_by: Mapping[str, str], im
             text = volumes_table(outcome.rows, table, segmenter.no_expected_dsc).as_text()
             print(text, end="\n\n")
             network = f"{' '.join(map(str, weights))} by {segmenter.runtime}"
-            outcome.files += report(args, outcome.results, patients, network, record)
+            outcome.files += report(args, outcome, patients, network, record)
     return len(outcome.failed)
 
 
@@ -194,15 +177,8 @@ def list_sources(args: argparse.Namespace, images: Path) -> Sequence[Source | Ca
     if args.flair:
         scan = find_sequences(args.flair, args.pre, args.post)
         return with_patients([replace(scan, labels=Labels(args.labels))], args.patients)
-    sources = list_cohort(
-        images,
-        args.sequences,
-        args.labels,
-        args.patients,
-        args.cases,
-        args.predictions,
-        args.channels,
-    )
+    chosen, output = args.cases, args.predictions
+    sources = list_cohort(images, names=chosen, other_than=output, **cli.cohort_options(args))
     if args.spacing:
         sources = [replace(source, given_spacing=tuple(args.spacing)) for source in sources]
     return select_cases(sources, args.subset)
@@ -214,19 +190,14 @@ def plan_outputs(
     sources: Sequence[Source | Case],
     commit: str | None,
 ) -> Outputs:
-    """Decide what to write and which earlier masks to keep.
-
-    Raises ValueError if masks to keep were made with other weights or settings.
-    """
+    """Decide what to write and to keep; ValueError if masks to keep were made otherwise."""
     earlier = {}
     if args.skip_existing:
         earlier = read_volumes(args.predictions / "volumes.csv")
-        names = [source.name for source in sources]
-        check_kept(args.predictions, earlier, names, segmenter.run)
+        check_kept(args.predictions, earlier, names_of(sources), segmenter.run)
     algorithm = None
     if args.dicom_seg:
-        stems = " ".join(file.stem for file in segmenter.hashes)
-        algorithm = f"{PROGRAM} {stems}", commit or "unknown"
+        algorithm = segmenter.algorithm, commit or "unknown"
     return Outputs(
         args.predictions,
         segmenter.run,
@@ -239,13 +210,6 @@ def plan_outputs(
     )
 
 
-def check_labels(labels: Labels) -> None:
-    """Raise ValueError if a requested label is in none of the masks that the ranks have read."""
-    for of_rank in distributed.gather([labels.by_case]):
-        labels.by_case.update(of_rank)
-    labels.check()
-
-
 def segment(
     sources: Sequence[Source | Case],
     segmenter: Segmenter,
@@ -254,7 +218,7 @@ def segment(
     register: bool,
     done: list[Result],
 ) -> None:
-    """Segment this process's share of the cases, write the tables; put all results into `done`."""
+    """Segment this rank's share, write tables, put results into `done`; ValueError for --labels."""
     share = distributed.shard(sources)
     results = segment_all(share, segmenter, outputs, workers, register)
     if distributed.is_main_process():
@@ -273,28 +237,32 @@ def segment(
         warn_of_unlike([result.volumes for result in done], spacings)
     finally:
         write_tables(done, outputs)
+    labels = sources[0].labels
+    for of_rank in distributed.gather([labels.by_case]):
+        labels.by_case.update(of_rank)
+    labels.check()
 
 
 def check_outputs(
     sources: Sequence[Source | Case], predictions: Path, figure: Path, page: Path | None, seg: bool
 ) -> None:
     """Raise ValueError or OSError if results cannot be written or would overwrite sources."""
-    check_writable(predictions)
+    files.check_writable(predictions)
     try:
-        check_writable(figure.parent)
+        files.check_writable(figure.parent)
     except OSError as error:
         fault = "its folder cannot be written; name another file with --figure"
         raise OSError(f"{figure}: {fault}") from error
-    clear_leftovers(figure.parent)
+    files.clear_leftovers(figure.parent)
     if figure.suffix.lower() not in (".png", ".pdf", ".svg", ".jpg") or figure.is_dir():
         raise ValueError(f"{figure}: --figure must be a .png, .pdf, .svg or .jpg file")
     if page:
         check_page(page)
-    tables = tuple(predictions / name for name in TABLES)
-    for path in (figure, predictions / "args.json") + tables:
-        check_ours(path)
+    tables = tuple(map(predictions.joinpath, TABLES))
+    for path in (figure, predictions / "args.json", predictions / "run.json") + tables:
+        files.check_ours(path)
     for path in tables:
-        read_table(path)
+        files.read_table(path)
     if seg:
         import_optional("highdicom", "--dicom-seg", "dicom")
         if not any(holds_dicom(source.folder) for source in sources):
@@ -309,7 +277,7 @@ def check_outputs(
 
 def report(
     args: argparse.Namespace,
-    done: list[Result],
+    outcome: Outcome,
     patients: Sequence[Patient],
     network: str,
     record: dict,
@@ -318,7 +286,7 @@ def report(
 
     These are the page, if asked for, and the figure, which needs two scored cases.
     """
-    folder, drawn = args.predictions, []
+    folder, done, drawn = args.predictions, outcome.results, []
     scores = [result.scores for result in done if result.scores]
     if scores:
         print(scores_text(scores))
@@ -334,10 +302,9 @@ def report(
     if patients:
         print(growth_table(patients, folder / "growth.csv").as_text(), end="\n\n")
     if args.report:
-        sections = [growth_section(patient) for patient in patients]
-        rows = [result.volumes for result in done]
+        sections = list(map(growth_section, patients))
         pictures = [result.thumbnail for result in done]
-        save_cohort(args.report, rows, pictures, record, sections, scores)
+        save_cohort(args.report, outcome.rows, pictures, record, sections, scores)
         drawn.append(args.report)
         print(f"report: {args.report}")
     count = Counter(result.state for result in done)

@@ -11,8 +11,6 @@
 Writes <model>.pt, its card <model>.json and <model>.ckpt into WEIGHTS; no shipped weights change.
 """
 
-from __future__ import annotations
-
 import sys
 import time
 from argparse import Namespace
@@ -24,7 +22,7 @@ from tqdm import tqdm
 
 import cli
 import utils
-from brainseg import distributed, training
+from brainseg import distributed, runs, training
 from brainseg.cache import prune
 from brainseg.claims import claimed
 from brainseg.devices import has_bfloat16, pick_device, to_device
@@ -32,14 +30,6 @@ from brainseg.distillation import soft_targets
 from brainseg.io.archives import unpacked
 from brainseg.io.layouts import Source
 from brainseg.metrics import dsc
-from brainseg.runs import (
-    RunWriter,
-    Validation,
-    headline,
-    how_to_resume,
-    report_cases,
-    report_changes,
-)
 from brainseg.segmenter import Segmenter
 from brainseg.splits import list_cohort, validate_on
 from brainseg.training import TrainState
@@ -94,9 +84,7 @@ def main(argv: list[str] | None = None) -> None:
 def train(args: Namespace, parser: cli.Parser, images: Path) -> None:
     """Train on the cases in `images`, or continue; a signal ends the program after a step."""
     device = pick_device(distributed.rank_device(args.device))
-    sources = list_cohort(
-        images, args.sequences, args.labels, args.patients, channels=args.channels
-    )
+    sources = list_cohort(images, **cli.cohort_options(args))
     if args.validation:
         sources = validate_on(sources, args.validation)
     claim = claimed(args.weights, args.logs, args.model, args.resume)
@@ -109,12 +97,12 @@ def train(args: Namespace, parser: cli.Parser, images: Path) -> None:
         cases = loader.dataset.cases, validation_set.cases
         settings = utils.plain(args) | {"resume": False}
         commit = utils.git_commit()
-        with RunWriter(state, *cases, settings, parser.recipe, checkpoint, commit) as writer:
+        with runs.RunWriter(state, *cases, settings, parser.recipe, checkpoint, commit) as writer:
             print(cli.summary(parser, args))
-            print(f"{headline(writer.card, state.slices)}; {loader.place}", flush=True)
+            print(f"{runs.headline(writer.card, state.slices)}; {loader.place}", flush=True)
             stop = fit(args, state, loader, validation_set, writer)
     if stop:
-        print(how_to_resume(state, args.weights, args.model))
+        print(runs.how_to_resume(state, args.weights, args.model))
         sys.exit(128 + stop)
     print(f"weights: {args.weights / args.model}.pt   logs: tensorboard --logdir {args.logs}")
 
@@ -135,12 +123,12 @@ def set_up(
         model = training.build_network(
             args.model, channels, args.features, pretrained, args.seed, start
         )
-    report_cases(train_set.volumes, validation_set.volumes, sources)
+    runs.report_cases(train_set.volumes, validation_set.volumes, sources)
     utils.keep_freed_memory(device)
     state = make_state(args, training.on_device(model, device, args.sync_bn), train_set)
     if checkpoint:
         state.load(checkpoint, train_set.names, args.images)
-        report_changes(checkpoint, state, validation_set.names)
+        runs.report_changes(checkpoint, state, validation_set.names)
     return state, BatchLoader(train_set, device, args.neighbours, workers), validation_set
 
 
@@ -196,7 +184,11 @@ def make_state(args: Namespace, model: Network, data: SliceDataset) -> TrainStat
 
 
 def fit(
-    args: Namespace, state: TrainState, loader: BatchLoader, data: SliceDataset, writer: RunWriter
+    args: Namespace,
+    state: TrainState,
+    loader: BatchLoader,
+    data: SliceDataset,
+    writer: runs.RunWriter,
 ) -> int:
     """Train, validate on `data` and save until the last epoch or a signal; return it, or 0."""
     if args.compile:  # before the ranks wait for each other's gradients
@@ -288,7 +280,7 @@ def train_step(state: TrainState, images: Tensor, masks: Tensor, batch_size: int
     return loss.detach()
 
 
-def validate(state: TrainState, data: SliceDataset) -> Validation:
+def validate(state: TrainState, data: SliceDataset) -> runs.Validation:
     """Segment the validation cases as inference does; ranks share them."""
     distributed.broadcast_buffers(state.trained)
     options = {"batch_size": state.batch_size, "device": state.device, "amp": state.amp}
@@ -308,14 +300,11 @@ def validate(state: TrainState, data: SliceDataset) -> Validation:
     loss = sum(losses) / len(data)
     state.check_finite(loss)
     better = sum(scores) / len(scores) > state.best
-    return Validation(loss, dict(zip(data.names, scores, strict=True)), masks, better)
+    return runs.Validation(loss, dict(zip(data.names, scores, strict=True)), masks, better)
 
 
 def get_args(argv: list[str] | None, parser: cli.Parser) -> Namespace:
-    """Read the settings; end with a usage error if they conflict.
-
-    The first that has a value wins: flags, --config, --resume or card and --recipe, default.
-    """
+    """Read the settings: flags, --config, --resume or card and --recipe, default, in that order."""
     layers = parser.read(argv)
     args = parser.resolve(layers)
     if args.model != "unet" and parser.sources["features"] != cli.DEFAULTS:

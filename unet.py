@@ -13,10 +13,7 @@ from torch import Tensor, nn
 
 
 class UNet(nn.Module):
-    """Four levels down, four levels up; `init_features` channels at the top, doubled per level.
-
-    Height and width must be multiples of 16.
-    """
+    """Four levels down and up, `init_features` channels at the top; sides are multiples of 16."""
 
     stride = 16  # four poolings by 2
 
@@ -45,10 +42,7 @@ class UNet(nn.Module):
         }
 
     def forward(self, x: Tensor, logits: bool = False) -> Tensor:
-        """Compute probabilities (or `logits`) (N, out, H, W) of slices (N, in, H, W).
-
-        Raises ValueError for a channel count or an image size that does not fit the network.
-        """
+        """Compute probabilities (or `logits`) (N, out, H, W) of slices (N, in, H, W)."""
         check_input(x, self.settings["in_channels"], self.stride)
         enc1 = self.encoder1(x)  # (N, f, H, W)
         enc2 = self.encoder2(self.pool(enc1))  # (N, 2f, H/2, W/2)

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -30,10 +30,7 @@ def make_generator(seed: int, *stream: int) -> torch.Generator:
 
 
 def keep_freed_memory(device: torch.device) -> None:
-    """Make glibc, if in use, keep freed memory for the next allocations, if the CPU computes.
-
-    Otherwise each large tensor is mapped afresh, and its pages are cleared when first touched.
-    """
+    """Make glibc keep freed memory, if the CPU computes, as mapping each tensor afresh is slow."""
     if device.type != "cpu":
         return
     with suppress(AttributeError, OSError, TypeError):  # another C library
@@ -42,14 +39,9 @@ def keep_freed_memory(device: torch.device) -> None:
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: nothing is given back
 
 
-@contextmanager
-def sigterm_interrupts() -> Iterator[None]:
-    """Make SIGTERM raise KeyboardInterrupt within the block, as Ctrl-C does.
-
-    Signals can be caught only in the main thread; in another thread nothing changes.
-    """
-    with _handlers({signal.SIGTERM: signal.default_int_handler}):
-        yield
+def sigterm_interrupts() -> AbstractContextManager[None]:
+    """Make SIGTERM raise KeyboardInterrupt within the block, as Ctrl-C does (main thread only)."""
+    return _handlers({signal.SIGTERM: signal.default_int_handler})
 
 
 class Interruption(ExitStack):
@@ -103,8 +95,7 @@ def provenance(args: argparse.Namespace) -> dict:
     for name in ("torch", "numpy", "scikit-image", "medpy"):
         with suppress(PackageNotFoundError):
             versions[name] = version(name)
-    commit = git_commit()
-    return {"program": MARK, "args": plain(args), "commit": commit, "versions": versions}
+    return {"program": MARK, "args": plain(args), "commit": git_commit(), "versions": versions}
 
 
 def git_commit() -> str | None:

@@ -1,4 +1,4 @@
-"""How often the 95 % interval of a mean DSC holds the true mean, by the number of cases.
+"""Count how often the 95 % interval of a mean DSC contains the true mean, by number of cases.
 
     python3 -m benchmarks.coverage
 

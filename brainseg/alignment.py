@@ -1,7 +1,5 @@
 """Two scans of one head in one frame: the axial one of the first, which the other was moved to."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -10,6 +8,7 @@ import SimpleITK as sitk
 from .io.formats import read_voxels
 from .io.grid import Grid
 from .io.pictures import to_grey
+from .io.registration import like
 from .io.scans import Scan
 from .io.slices import Case
 
@@ -65,17 +64,7 @@ def _resampled(
     voxels: np.ndarray, moving: sitk.Image, grid: Grid, transform: sitk.Transform
 ) -> np.ndarray:
     """Resample voxels (S, H, W) on the grid of `moving` linearly to another grid; 0 outside."""
-    image = sitk.GetImageFromArray(voxels.astype(np.float32))
-    image.CopyInformation(moving)
-    moved = sitk.Resample(
-        image,
-        list(grid.shape),
-        transform,
-        sitk.sitkLinear,
-        np.ravel(grid.offset).tolist(),
-        np.ravel(grid.spacing).tolist(),
-        np.ravel(grid.direction).tolist(),
-    )
+    moved = sitk.Resample(like(moving, voxels), grid.blank, transform, sitk.sitkLinear, 0.0)
     return sitk.GetArrayFromImage(moved)
 
 

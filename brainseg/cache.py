@@ -5,8 +5,6 @@ entry is made again; the folder may be deleted at any time. A file whose size, t
 last bytes are as recorded is trusted; one of another time, such as a copy, is read whole once.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
@@ -78,11 +76,7 @@ def prepare(
     version: int = VERSION,
     skip_bad: bool = False,
 ) -> list[Prepared]:
-    """Preprocess every case with `workers` threads, or take it from the cache.
-
-    `version` is that of the preprocessing. A case that cannot be read raises ValueError or
-    OSError; with `skip_bad`, it is named on stderr and left out.
-    """
+    """Preprocess cases in threads, or take them from the cache; `skip_bad` leaves out bad ones."""
     cache = Path(cache or default_cache())
     try:
         cache.mkdir(parents=True, exist_ok=True)
@@ -120,10 +114,7 @@ def _prepare(case: Case, image_size: int, version: int, cache: Path) -> Prepared
 
 
 def _key(case: Case, image_size: int, version: int) -> str:
-    """Tell the entries of a case apart: by where it lies, the settings, and the masks' folder.
-
-    Masks of several readers, in separate folders, are separate entries.
-    """
+    """Tell entries of a case apart: by its place, the settings, and the folders of its masks."""
     folder = case.folder.resolve()
     parts = [_place(folder), str(image_size)]
     if version > 1:
@@ -190,11 +181,8 @@ def _of_arrays(function: Callable[[Path], R], entry: Path) -> dict[str, R]:
 
 
 def _map(path: Path) -> np.ndarray:
-    """Map the array in a .npy file into memory, copy-on-write.
-
-    np.load keeps the file open as long as its array, and a process may only open about 1000;
-    torch.from_file closes it.
-    """
+    """Map the array in a .npy file into memory, copy-on-write."""
+    # np.load keeps the file open as long as its array, and a process may only open about 1000.
     with ONE_AT_A_TIME:
         array = np.load(path, mmap_mode="r")
     size = array.offset + array.nbytes
@@ -212,10 +200,7 @@ def _stat(path: Path) -> list[int]:
 
 
 def prune(cache: Path | str | None = None) -> str:
-    """Delete entries whose sources are gone; say how many.
-
-    What is not an entry by its content, or does not name a source, is kept.
-    """
+    """Delete entries that name a source which is gone; say how many. Other files are kept."""
     cache = Path(cache or default_cache())
     clear_leftovers(cache)
     count, freed = 0, 0
@@ -278,10 +263,7 @@ def _make_entry(
 
 
 def _write_entry(entry: Path, record: dict, prepared: Prepared) -> None:
-    """Write an entry in place of a stale one.
-
-    Raises OSError, or CacheError if the stale one holds other files.
-    """
+    """Write an entry in place of a stale one; OSError, or CacheError if that holds other files."""
     with scratch(entry.parent) as folder:
         new = folder / entry.name  # unlike the scratch folder, it follows the umask
         new.mkdir()

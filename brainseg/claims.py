@@ -1,7 +1,5 @@
 """Whose the files in the output folders of a training are, and whether they belong together."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,9 +16,8 @@ from .weights import read_card
 def claimed(weights: Path, logs: Path, model: str, resume: bool) -> Iterator[dict | None]:
     """Keep other runs from WEIGHTS/<model>.* and LOGS; yield the checkpoint if it is resumed.
 
-    What killed runs have left is cleared. Raises OSError if a folder cannot be written, ValueError
-    if another run writes there, if a file that would be replaced is not of an earlier run, or if
-    there is nothing to resume.
+    Raises OSError if a folder cannot be written, ValueError if another run writes there, files in
+    the way are not of a run, or there is nothing to resume.
     """
     path = weights / f"{model}.pt"
     with main_process_locks((weights, "--weights", model), (logs, "--logs", "logs")):
@@ -30,27 +27,18 @@ def claimed(weights: Path, logs: Path, model: str, resume: bool) -> Iterator[dic
             yield checkpoint_of(path)
             return
         if is_main_process():
-            _check_replaceable(path)
+            checkpoint = path.with_suffix(".ckpt")
+            check_ours(checkpoint, _is_checkpoint)
+            check_ours(path.with_suffix(".json"), is_card)
+            check_ours(path, _is_of_a_run)
+            if checkpoint.exists():
+                after = "it and its weights are overwritten after the first epoch"
+                print(f"{checkpoint}: is from an earlier run; {after}")
         yield None
 
 
-def _check_replaceable(weights: Path) -> None:
-    """Raise ValueError unless weights, card and checkpoint are of an earlier run, or missing."""
-    checkpoint = weights.with_suffix(".ckpt")
-    check_ours(checkpoint, _is_checkpoint)
-    check_ours(weights.with_suffix(".json"), is_card)
-    check_ours(weights, _is_of_a_run)
-    if checkpoint.exists():
-        after = "it and its weights are overwritten after the first epoch"
-        print(f"{checkpoint}: is from an earlier run; {after}")
-
-
 def checkpoint_of(weights: Path) -> dict:
-    """Load the checkpoint beside weights; put right what a run that was killed left.
-
-    It may have written a card, or weights too, but not the checkpoint. Raises FileNotFoundError or
-    ValueError if there is no checkpoint, or not the weights of its best epoch.
-    """
+    """Load the checkpoint beside weights, mending what a killed run left, or raise ValueError."""
     checkpoint = load_checkpoint(weights.with_suffix(".ckpt"))
     if checkpoint["best"] < 0:  # no epoch was kept yet
         check_ours(weights.with_suffix(".json"), is_card)
@@ -105,10 +93,7 @@ def is_card(path: Path) -> bool:
 
 
 def _is_of_a_run(weights: Path) -> bool:
-    """Tell whether the card or checkpoint beside weights has their hash.
-
-    Those of earlier versions have no hash.
-    """
+    """Tell whether card or checkpoint beside weights have their hash, or are from before it."""
     hashes = set()
     card, checkpoint = weights.with_suffix(".json"), weights.with_suffix(".ckpt")
     if card.exists():

@@ -20,10 +20,7 @@ R = TypeVar("R")
 
 
 def pick_device(name: torch.device | str | None = None) -> torch.device:
-    """Return the device `name`; by default the accelerator if there is one, else the CPU.
-
-    Raises ValueError if the device is not available.
-    """
+    """Return the device `name` (None: the accelerator, if any); ValueError if it is missing."""
     if name is None:
         return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     try:
@@ -91,10 +88,7 @@ def concatenate(arrays: Sequence[np.ndarray], device: torch.device) -> Tensor:
 
 @contextmanager
 def worker_threads(workers: int | None = None) -> Iterator[ThreadPoolExecutor]:
-    """Start threads that read, preprocess and draw: `workers`, or one per available core.
-
-    Each computes on one core, in libraries that release the interpreter's lock.
-    """
+    """Start threads, each on one core: `workers`, or one per available core."""
     # PyTorch gives the last number that any thread has set to the next that asks: without a reset,
     # the caller would continue on one core.
     threads = torch.get_num_threads()

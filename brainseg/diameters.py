@@ -1,7 +1,5 @@
 """The diameters of a lesion's outline in one slice, as a reader draws them."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

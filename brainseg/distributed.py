@@ -6,8 +6,6 @@ NCCL. Rank 0, the main process, prints and writes. A rank that fails says so in 
 ends; the others end with torchrun, or when they lose their connection, or after TIMEOUT.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import signal
@@ -57,10 +55,7 @@ def local_world_size() -> int:
 
 @contextlib.contextmanager
 def process_group() -> Iterator[None]:
-    """Join the ranks that torchrun has started, if any, until the block is left.
-
-    With several ranks, an error ends this process with one sentence and status 1.
-    """
+    """Join the ranks that torchrun has started, if any; an error ends a rank with one sentence."""
     count = int(os.environ.get("WORLD_SIZE", 1))
     if count == 1 or "RANK" not in os.environ:
         yield
@@ -92,10 +87,7 @@ def process_group() -> Iterator[None]:
 
 @contextlib.contextmanager
 def main_process_locks(*places: tuple[Path, str, str]) -> Iterator[None]:
-    """Lock each (folder, option, name) for this run, and clear what killed runs have left there.
-
-    Raises OSError if a folder cannot be written, ValueError if another run writes there (`locked`).
-    """
+    """Lock each (folder, option, name) for this run (`locked`), and clear what killed runs left."""
     with contextlib.ExitStack() as locks:
         if is_main_process():
             for folder, option, name in places:
@@ -163,10 +155,7 @@ def barrier() -> None:
 
 
 def rank_device(name: str | None) -> str | None:
-    """Choose the device of this rank: one GPU each.
-
-    Raises ValueError for more ranks than GPUs, or if one GPU is named for all.
-    """
+    """Choose this rank's device, one GPU each; ValueError for too few GPUs, or one for all."""
     if world_size() == 1:
         return name
     if name and ":" in name:
@@ -195,10 +184,7 @@ def shard(items: Items) -> Items:
 
 
 def shard_of_batch(batch: Items) -> Items:
-    """Return `shard`, or if that is empty the first item as a stand-in that must not be counted.
-
-    Every rank needs a slice to compute a step on, however small the batch.
-    """
+    """Return `shard`, or if it is empty the first item: every rank must compute a step."""
     if len(batch) <= rank():
         return batch[:1]
     return shard(batch)
@@ -240,11 +226,7 @@ class _AllReduceSum(torch.autograd.Function):
 
 
 def all_reduce_sum(sums: Tensor) -> Tensor:
-    """Add up `sums` over the ranks, with a gradient.
-
-    A loss computed from them has the value of the whole batch on every rank, and
-    DistributedDataParallel ends up with the gradient of the whole batch.
-    """
+    """Add up `sums` over the ranks, with a gradient: that of a loss of the whole batch."""
     if world_size() == 1:
         return sums
     return _AllReduceSum.apply(sums)  # pyright: ignore[reportReturnType] its stub says Any | None

@@ -1,7 +1,5 @@
 """Several networks as one, and one network ready for inference."""
 
-from __future__ import annotations
-
 import copy
 import warnings
 from collections.abc import Mapping, Sequence
@@ -21,10 +19,7 @@ FOLDED_ALIKE = 0.01  # of the largest logit; TF32 rounds to 0.001
 
 
 class Ensemble(nn.Module):
-    """Networks that are called as one: slices (N, in, H, W) in, probabilities out.
-
-    The output is the average (N, out, H, W); several networks add a channel (see `average`).
-    """
+    """Networks called as one: slices (N, in, H, W) in, probabilities out (see `average`)."""
 
     def __init__(self, networks: Sequence[Network]):
         super().__init__()
@@ -48,7 +43,7 @@ def networks_of(model: Network | Ensemble) -> list[Network]:
 
 def for_inference(model: Network | Ensemble) -> Ensemble:
     """Copy a network, or those of an ensemble, with batch norms folded (see `fold_batch_norm`)."""
-    return Ensemble([fold_batch_norm(network) for network in networks_of(model)]).eval()
+    return Ensemble(list(map(fold_batch_norm, networks_of(model)))).eval()
 
 
 def fold_batch_norm(network: Network) -> Network:
@@ -92,11 +87,7 @@ def _relative_difference(plain: Network, folded: Network) -> float:
 def open_network(
     files: Sequence[Path], providers: Sequence[str] | None, options: Mapping[str, Any]
 ) -> tuple[Network | Ensemble | OnnxNetwork, dict]:
-    """Open an ONNX file, or weights files as one network; return it and its card.
-
-    Of the `options` of a Segmenter, an ONNX file needs device, batch_size and image_size. Raises
-    FileNotFoundError or ValueError, naming the file, if one cannot be used.
-    """
+    """Open an ONNX file, or weights files as one network; return the network and its card."""
     if files[0].suffix == ".onnx":
         batch_size, size = options.get("batch_size", 16), options.get("image_size")
         model = OnnxNetwork(files[0], providers, options.get("device"), batch_size, size)
@@ -107,11 +98,10 @@ def open_network(
 
 
 def load_ensemble(paths: Sequence[Path]) -> tuple[Network | Ensemble, dict]:
-    """Load one network, or several as an `Ensemble`, and their common card.
+    """Load one network, or several as an `Ensemble`, and their common card (see `common_card`).
 
-    The card has the training cases and patients of all members, and drops what differs between
-    them, such as the epoch. Raises ValueError, naming the file, if one cannot be used or, of
-    several, has no card or was trained for a different input from the first.
+    Raises ValueError, naming the file, if one cannot be used or, of several, has no card or was
+    trained for a different input from the first.
     """
     names, networks, cards = [], [], []
     for path in paths:
@@ -186,10 +176,7 @@ def _input_and_output(card: dict, network: Network) -> dict:
 
 
 def average(outputs: Sequence[Tensor]) -> Tensor:
-    """Average probabilities (N, K, H, W) of several networks.
-
-    With more than one, a last channel holds the standard deviation of their first channels.
-    """
+    """Average probabilities (N, K, H, W); a last channel is the deviation of several networks."""
     if len(outputs) == 1:
         return outputs[0]
     stacked = torch.stack(tuple(outputs))  # (networks, N, K, H, W)

@@ -4,8 +4,6 @@ The program takes preprocessed slices (N, C, H, W) and returns probabilities (N,
 float32; an ensemble adds a channel (see `brainseg.ensemble.average`).
 """
 
-from __future__ import annotations
-
 import io
 import json
 import logging
@@ -25,7 +23,7 @@ from .io.layouts import list_cases
 from .metrics import summarise
 from .onnx import CARD, INPUT, OUTPUT
 from .patients import patients_of_card
-from .phantom import make_volume
+from .phantom_head import make_volume
 from .preprocess import neighbourhoods, preprocess
 from .reports.scores import read_scores
 from .splits import is_lgg, subset_of_patient
@@ -51,7 +49,7 @@ def is_card(path: Path) -> bool:
 
 def with_licence(card: dict) -> dict:
     """Add the licence of the LGG data to a card if the weights were trained on it."""
-    if any(is_lgg(patient) for patient in patients_of_card(card, "train")):
+    if any(map(is_lgg, patients_of_card(card, "train"))):
         return card | {"licence": LICENCE}
     return card
 
@@ -67,10 +65,10 @@ def halve(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def scores_of_unseen(path: Path, weights: Path, subset: str) -> dict:
-    """Summarise the DSC of the cases of a subset that the weights were not trained on.
+    """Summarise the DSC of a subset's cases that the weights were not trained on.
 
-    Raises ValueError if one of them in the metrics.csv at `path` was not made with these weights
-    alone, if they were made with several settings, or if no such case is left.
+    Raises ValueError if the metrics.csv at `path` has none, or if one was not made with these
+    weights alone, at the same settings as all.
     """
     cases, patients, runs = {}, [], set()
     for case, row in read_scores(path, ["dsc"]).items():
@@ -85,7 +83,8 @@ def scores_of_unseen(path: Path, weights: Path, subset: str) -> dict:
             "choose another --subset"
         )
     fault = ""
-    if {run.partition("-")[0] for run in runs} != {weights_id([file_hash(weights)])}:
+    of_weights = f"{weights_id([file_hash(weights)])}-"
+    if not all(run.startswith(of_weights) for run in runs):
         fault = "by other weights"
     elif len(runs) > 1:
         fault = "with several settings"
@@ -111,10 +110,7 @@ class Probabilities(nn.Module):
 
 
 def trace(model: Network | Ensemble, precision: str) -> ExportedProgram:
-    """Trace a network into a program for any number of slices of any size that fits it.
-
-    Raises ValueError if a weight is too large for the precision.
-    """
+    """Trace a network for any number and size of slices; ValueError if a weight overflows."""
     network = Probabilities(for_inference(model), getattr(torch, precision)).eval()
     check_finite(network.state_dict())
     stride = model.stride
@@ -193,10 +189,7 @@ def slices_to_compare(
 def largest_difference(
     network: Callable[[Tensor], Tensor], model: Network | Ensemble, slices: Tensor
 ) -> float:
-    """Compute the largest difference between the probabilities of two networks, or NaN.
-
-    A single slice of a different height and width is tried too.
-    """
+    """Compute how far apart probabilities of two networks are, or NaN; also for a larger slice."""
     larger = nn.functional.pad(slices[:1], (0, model.stride, 0, 2 * model.stride))
     of_slices = (network(slices) - model(slices)).abs().max()
     of_larger = (network(larger) - model(larger)).abs().max()

@@ -4,8 +4,6 @@ Fill is not air: taken for it, a value far below air turns all of the air into t
 needs no header. Version 2 of the preprocessing depends on it, and trained weights on that.
 """
 
-from __future__ import annotations
-
 import numpy as np
 
 SAMPLE = 48  # rows and columns of a slice that are searched

@@ -1,12 +1,12 @@
-"""How fast a lesion grows: one patient's scans over time, each number with its interval.
+"""Measure how fast a lesion grows over one patient's scans, with an interval for each number.
 
-Measured, never a verdict. The size of a lesion is its mean tumour diameter, in mm, (2 V)^(1/3) of
-the volume V: in the growth literature, V is half the product of three diameters, whose geometric
-mean this is. It is 1.5 % more than the diameter of a sphere of that volume. Its slope over time
-is the velocity of diametric expansion (Pallud 2013, PMC3635513; Mandonnet 2003).
+This is a measurement, never a verdict. The size of a lesion is its mean tumour diameter, in mm, (2
+V)^(1/3) of the volume V: in the growth literature, V is half the product of three diameters, whose
+geometric mean this is. It is 1.5 % more than the diameter of a sphere of that volume. Its slope
+over time is the velocity of diametric expansion (Pallud 2013, PMC3635513; Mandonnet 2003).
 
-All intervals are 80 %. Errors of the volumes of two scans are taken to be independent: an error
-that both share, for the same network sees the same lesion, makes intervals of changes too wide.
+All intervals are 80 %. Errors of the volumes of two scans are taken to be independent: errors that
+both share, because one network sees one lesion, make intervals of changes too wide.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import datetime
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -28,8 +29,7 @@ ALIKE = 1.5  # the ratio of pixel sizes or slice thicknesses up to which scans a
 WITHIN, BEYOND = "within the error", "beyond the error"
 
 
-@dataclass(frozen=True)
-class Estimate:
+class Estimate(NamedTuple):
     """A number and its 80 % interval; NaN where it is not known."""
 
     value: float
@@ -117,17 +117,17 @@ def percent_change(later: Estimate, earlier: Estimate) -> Estimate:
 
 
 def growth_rate(days: Sequence[float], diameters: Sequence[Estimate]) -> Estimate:
-    """Return the slope of diameters over time, in mm a year.
+    """Return the slope of diameters over time, in mm a year; unknown under 90 days.
 
     Least squares, weighted by the error of each diameter; for two scans that is their difference.
-    Where the scans scatter about the line by more than their errors say, the interval is widened
-    by that ratio. Without the errors, there is no interval. Not known under 90 days.
+    If the scans scatter about the line more than their errors allow, the interval is widened by
+    that ratio. Without errors there is no interval.
     """
     if len(days) < 2 or max(days) - min(days) < LEAST_DAYS:
         return UNKNOWN
     years = np.asarray(days) / YEAR
-    values = np.array([diameter.value for diameter in diameters])
-    sigmas = np.array([diameter.high - diameter.low for diameter in diameters]) / (2 * SIGMA)
+    values, lows, highs = np.array(diameters, float).T
+    sigmas = (highs - lows) / (2 * SIGMA)
     have_errors = bool(np.isfinite(sigmas).all())
     weights = np.ones(len(days))
     if have_errors:
@@ -172,14 +172,13 @@ def differences(visit: Visit, other: Visit) -> list[str]:
 
 
 def growth_rows(visits: Sequence[Visit]) -> list[dict]:
-    """Make the rows of growth.csv for the scans of one patient, which must be in order of time.
-
-    The rate in a row is that of all scans up to it. Empty masks have no diameter to count with.
-    """
+    """Make the rows of growth.csv for a patient's scans in order of time; rates are up to each."""
     rows = []
     for k, visit in enumerate(visits):
         row: dict = {"patient": visit.patient, "case": visit.case, "date": visit.date}
-        row["days"] = _days(visits[0], visit)
+        row["days"] = None
+        if visit.date and visits[0].date:
+            row["days"] = (visit.date - visits[0].date).days
         row |= _columns("lesion_ml", visit.volume) | _columns("diameter_mm", visit.diameter)
         earlier = {}
         if k:
@@ -214,12 +213,6 @@ def rate_until(visits: Sequence[Visit]) -> Estimate:
             days.append(visit.date.toordinal())
             diameters.append(visit.diameter)
     return growth_rate(days, diameters)
-
-
-def _days(first: Visit, visit: Visit) -> int | None:
-    if first.date is None or visit.date is None:
-        return None
-    return (visit.date - first.date).days
 
 
 def _change(name: str, visit: Visit, earlier: Visit | None) -> dict:

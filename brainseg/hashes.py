@@ -1,7 +1,5 @@
 """Names by content: the SHA-256 of weights files, in their names and in those of runs."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re
@@ -29,10 +27,7 @@ def contradicts_name(path: Path | str, content: bytes) -> bool:
 
 
 def weights_id(hashes: Collection[str]) -> str:
-    """Return the eight digits that name the weights files with these SHA-256 in `run_name`.
-
-    Those of a single file are the ones in its own name.
-    """
+    """Return eight digits that name weights files with these SHA-256; of one, its first ones."""
     if len(hashes) == 1:
         return next(iter(hashes))[:8]
     return _first_digits(" ".join(hashes))

@@ -1,9 +1,4 @@
-"""The grey levels of one sequence, used by version 2 of the preprocessing.
-
-Trained weights depend on them, as on the steps of `preprocess`.
-"""
-
-from __future__ import annotations
+"""The grey levels of a sequence, for version 2 of the preprocessing: weights depend on them."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -60,11 +55,8 @@ def measure(voxels: np.ndarray) -> MeasuredSequence | None:
 
 
 def _measure_scanned(voxels: np.ndarray) -> MeasuredSequence | None:
-    """Measure a sequence without fill; make air the darkest if it is between values of tissue.
-
-    A scan normalised after skull stripping has one value all around it, with tissue darker and
-    brighter than that.
-    """
+    """Measure a sequence without fill; make air the darkest, if it is amid the values of tissue."""
+    # So it is in a scan that was normalised after skull stripping: one value all around it.
     levels = _find_levels(voxels)
     if levels is None or levels.flat <= FLAT:
         return levels

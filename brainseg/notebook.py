@@ -1,7 +1,5 @@
 """What torch.hub's `segmenter` offers beside masks: how good they are, how fast a lesion grows."""
 
-from __future__ import annotations
-
 import datetime
 import warnings
 from collections.abc import Sequence

@@ -5,8 +5,6 @@ its SHA-256, which is checked whenever it is opened. Other ONNX files are refuse
 images for them is not known.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Sequence
@@ -37,10 +35,9 @@ CARD = "brainseg.card"  # key of the metadata that holds the card, JSON
 class OnnxNetwork:
     """A network that is called like one of PyTorch and returns probabilities.
 
-    `providers` are names of `PROVIDERS` in order of preference (None: all that are installed).
-    `device` (cpu, cuda, cuda:1) says which of them may be used, and which GPU. TensorRT prepares
-    for up to `batch_size` slices of `image_size` (None: that of the card).
-    Raises FileNotFoundError or ValueError if the file or a provider cannot be used.
+    `providers` are names of `PROVIDERS` (None: all that are installed), `device` says which may be
+    used, and which GPU. TensorRT prepares for `batch_size` slices of `image_size` (None: the
+    card's). Raises FileNotFoundError or ValueError if the file or a provider cannot be used.
     """
 
     def __init__(
@@ -84,11 +81,7 @@ class OnnxNetwork:
             self.device = torch.device(f"cuda:{gpu or 0}")
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Run the network: slices (N, in, H, W) in, probabilities (N, out, H, W), float32, out.
-
-        An ensemble adds a channel (see `brainseg.ensemble.average`).
-        Raises ValueError for a channel count or an image size that does not fit the network.
-        """
+        """Run the network: slices (N, in, H, W) in, probabilities (see `average`), float32, out."""
         import numpy as np  # not for torch.hub's bare networks
 
         check_input(x, self.settings["in_channels"], self.stride)
@@ -144,10 +137,7 @@ def read_onnx_card(path: Path | str) -> dict:
 def pick_providers(
     names: Sequence[str] | None, kind: str, available: Sequence[str]
 ) -> Sequence[str]:
-    """Choose the `available` ones of `PROVIDERS` for a kind of device (cpu, cuda, "": any).
-
-    Raises ValueError, saying what is available, if one of `names` cannot be used or none is left.
-    """
+    """Choose `available` PROVIDERS for a device (cpu, cuda, "": any); ValueError for none."""
     here = [name for name in PROVIDERS if PROVIDERS[name] in available]
     fitting = [name for name in here if kind in ("", DEVICES[name])]
     there = f"available: {', '.join(here)}"

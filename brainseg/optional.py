@@ -1,7 +1,5 @@
 """Packages that only some features need."""
 
-from __future__ import annotations
-
 import importlib
 import os
 from pathlib import Path

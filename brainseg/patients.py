@@ -1,12 +1,10 @@
-"""Which patient a case is of: by a table of the user, by DICOM headers or by its name."""
-
-from __future__ import annotations
+"""Find the patient of a case: in a table of the user, in DICOM headers or in its name."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from .io.files import read_rows
 from .io.layouts import Source
@@ -66,9 +64,8 @@ def patient_named(case: str, patient_id: str = "") -> str:
 def with_patients(cases: Sequence[Named], path: Path | str | None) -> list[Named]:
     """Give cases the patients, and the subsets if it has any, of a CSV file; None: change none.
 
-    Its columns are case, patient and, if the user splits the cohort himself, subset. Raises OSError
-    or ValueError, naming the file and the case, if it is not such a table, lacks one of the cases
-    or contradicts itself.
+    Raises OSError or ValueError, naming file and case, if it is not a table with the columns case,
+    patient and perhaps subset, lacks one of the cases or contradicts itself.
     """
     if not path:
         return list(cases)
@@ -144,8 +141,16 @@ def alike_names(cases: Iterable[Case | Source]) -> str:
 
 def patients_by_case(cases: Iterable[Case | Source]) -> dict[str, str]:
     """Return the patients that do not follow from the names of their cases, for the card."""
-    patients = {case.name: patient_of(case) for case in cases}
-    return {name: patient for name, patient in patients.items() if patient != patient_named(name)}
+    patients = {}
+    for case in cases:
+        patient = patient_of(case)
+        if patient != patient_named(case.name):
+            patients[case.name] = patient
+    return patients
+
+
+def names_of(cases: Iterable[Any]) -> list[str]:
+    return [case.name for case in cases]
 
 
 def patients_of_card(card: Mapping, *subsets: str, cases: Iterable[Case | Source] = ()) -> set[str]:
@@ -158,7 +163,7 @@ def patients_of_card(card: Mapping, *subsets: str, cases: Iterable[Case | Source
     names = set()
     for subset in subsets:
         names.update(listed.get(subset, ()))
-    patients = {patient_named(name) for name in names}
+    patients = set(map(patient_named, names))
     for name, patient in (card.get("patients") or {}).items():
         if name in names:
             patients.add(patient)
@@ -172,10 +177,8 @@ def count_patients(subsets: Mapping[str, Sequence[Case | Source]]) -> str:
     """Return one line that counts the cases and patients of each subset."""
     parts = []
     for subset, cases in subsets.items():
-        patients = {patient_of(case) for case in cases}
-        parts.append(
-            f"{subset} {counted(len(cases), 'case')} of {counted(len(patients), 'patient')}"
-        )
+        patients = counted(len(set(map(patient_of, cases))), "patient")
+        parts.append(f"{subset} {counted(len(cases), 'case')} of {patients}")
     return ", ".join(parts)
 
 

@@ -20,7 +20,7 @@ from .growth import YEAR, mean_diameter
 from .io.files import MARK, RUN, check_ours, write_table
 from .io.grid import Grid
 from .io.nifti import write_nifti
-from .phantom import head_coordinates, paint_head, paint_lesion, scan
+from .phantom_head import head_coordinates, paint_head, paint_lesion, scan
 
 FIELD, HEIGHT = 220.0, 150.0  # mm: the field of view of a slice, and from the first to the last
 DETAIL = 112, 80  # rows, and slices, of the head before it is scanned
@@ -135,11 +135,7 @@ def scan_head(
 def write_patients(
     directory: Path, patients: int, scans: int, growth: float, size: int = 96, seed: int = 0
 ) -> None:
-    """Write the dated scans of patients whose lesions grow by `growth` mm a year in diameter.
-
-    A patient does not depend on the number of patients, nor the head on the growth. Raises OSError
-    if the directory cannot be written, ValueError if other files are in the way.
-    """
+    """Write dated scans of patients whose lesions grow by `growth` mm a year in diameter."""
     directory.mkdir(parents=True, exist_ok=True)
     rows = []
     for index in range(patients):

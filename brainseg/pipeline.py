@@ -1,7 +1,5 @@
 """Segment cases, from their files to their masks: `segment_case` one, `segment_all` several."""
 
-from __future__ import annotations
-
 import functools
 import sys
 from collections.abc import Iterator, Sequence
@@ -107,9 +105,8 @@ def segment_case(
 ) -> Result:
     """Segment one case, from its files to its mask, its pictures and its rows of the tables.
 
-    If it cannot be read, or does not fit into memory, the result says so. If its mask is kept from
-    an earlier run, the network does not see it. Raises OSError if a result cannot be written, or
-    the device is too small for one slice: that is not the fault of the case.
+    The result says why a case cannot be read. The network does not see one whose mask is kept.
+    Raises OSError if a result cannot be written, or the device is too small for one slice.
     """
     try:
         with errors_name(source.folder):
@@ -208,10 +205,7 @@ def prepare(loaded: Loaded, segmenter: Segmenter) -> tuple[Tensor, Frame]:
 
 
 def predict(segmenter: Segmenter, images: Tensor) -> Tensor:
-    """Run the network; if its memory runs out, in smaller batches from then on.
-
-    Raises OSError if not even one slice fits.
-    """
+    """Run the network, in smaller batches if memory runs out; OSError if no slice fits."""
     while True:
         try:
             probabilities = segmenter.probabilities(images)

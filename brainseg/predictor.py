@@ -1,7 +1,5 @@
 """A network on its device: preprocessed slices in, probabilities out."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch
@@ -17,10 +15,7 @@ MIRROR_ABOVE = 0.05  # probability; a slice without any as high is not mirrored
 
 
 class Predictor:
-    """A network, or an `Ensemble`, on its device: preprocessed slices in, probabilities out.
-
-    See `Segmenter` for the options. Raises ValueError for a device that is not available.
-    """
+    """A network on its device: slices in, probabilities out; see `Segmenter` for the options."""
 
     def __init__(
         self,
@@ -57,10 +52,9 @@ class Predictor:
     def probabilities(
         self, images: Tensor, progress: Callable[[int, int], None] | None = None
     ) -> Tensor:
-        """Run the network: slices (S, C, N, N) in, probabilities (S, K, N, N), float32, out.
+        """Run the network: slices (S, C, N, N) in, probabilities (S, K, N, N; see `average`) out.
 
-        An ensemble adds a channel with the standard deviation (see `average`). `progress` is called
-        after each batch with the numbers of slices done and in all.
+        `progress` is called after each batch with the numbers of slices done and in all.
         """
         around = neighbourhoods([len(images)], self.neighbours)  # (S, 2 neighbours + 1)
         around = around.to(images.device, non_blocking=True)

@@ -4,8 +4,6 @@ Trained weights depend on the steps of `preprocess`: change one, and every check
 trained again. So each version stays as it is, and the card of the weights names theirs.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
@@ -59,11 +57,9 @@ def preprocess(
 ) -> tuple[Tensor, Frame]:
     """Turn a volume (S, H, W, C) into the network's input (S, C, N, N), float32, and its frame.
 
-    `version` is in the weights' card: 2 (`_preprocess_2`) for all new weights, 1 (`_preprocess_1`)
-    for the published checkpoint and weights whose card names none. The volume is not modified.
-    Slices are resized on `device`, where the input stays. `aspect` is the height of a pixel over
-    its width; the input's pixels are square. Raises ValueError for an unknown version, a wrong
-    number of axes, NaN or infinity, or a constant volume that is not 0.
+    `version` is in the weights' card: 1 (`_preprocess_1`) if it names none. Slices are resized on
+    `device`, where the input stays, to square pixels; `aspect` is the source's height over width.
+    Raises ValueError for an unknown version, wrong axes, NaN or infinity, or a constant volume.
     """
     steps = {1: _preprocess_1, 2: _preprocess_2}
     if version not in steps:
@@ -199,10 +195,8 @@ def _preprocess_1(
 
 
 def _resize(voxels: Tensor, frame: Frame, device: torch.device | str) -> Tensor:
-    """Resize a crop (S, C, h, w), padded with 0 to a square, to (S, C, N, N) on `device`.
-
-    Padding with zeros adds nothing to a linear operator, so the padded square is never made.
-    """
+    """Resize a crop (S, C, h, w), padded with 0 to a square, to (S, C, N, N) on `device`."""
+    # Padding with zeros adds nothing to a linear operator, so the padded square is never made.
     operators = []
     for side, start, end, pad in frame.axes:
         operator = spline_operator(side, frame.size).to(device)
@@ -225,10 +219,8 @@ def preprocess_mask(mask: np.ndarray, frame: Frame) -> Tensor:
 
 
 def restore(output: Tensor, frame: Frame) -> Tensor:
-    """Bring slices (S, N, N) back to the source geometry (S, H, W); outside the crop is 0.
-
-    Probabilities are interpolated linearly, a bool mask by nearest neighbour.
-    """
+    """Bring slices (S, N, N) back to the source geometry (S, H, W), 0 outside the crop."""
+    # Probabilities are interpolated linearly, a bool mask by nearest neighbour.
     if frame.blank:
         return output.new_zeros(frame.shape)
     order = 0 if output.dtype == torch.bool else 1
@@ -248,8 +240,7 @@ def restore(output: Tensor, frame: Frame) -> Tensor:
 def neighbourhoods(lengths: Sequence[int], neighbours: int) -> Tensor:
     """Return the slices (S, 2 K + 1) that the network sees for each: itself and K on either side.
 
-    `lengths` are those of consecutive volumes. Beyond the ends of a volume, its first or last slice
-    is repeated.
+    `lengths` are those of consecutive volumes, whose first and last slices repeat beyond.
     """
     around = torch.arange(-neighbours, neighbours + 1)
     parts, first = [], 0

@@ -1,4 +1,4 @@
-"""How good a mask is: measured without the truth, predicted as an expected DSC, and said in words.
+"""Rate a mask without the truth: measure it, predict its DSC, and warn of masks that may be poor.
 
 If the networks of an ensemble are confident and agree, the mask is usually right. `quality`
 measures that on one mask, `fit_expected_dsc` learns from scored cases how it predicts the DSC, and

@@ -1,6 +1,4 @@
-"""What a run of inference.py writes beside the files of its cases: its tables and run.json."""
-
-from __future__ import annotations
+"""Write the tables and the run.json of a run of inference.py."""
 
 import datetime
 import sys
@@ -99,11 +97,7 @@ def write_growth(
 def recorded(
     path: Path, record: dict, sources: Mapping[str, str], segmenter: Segmenter
 ) -> Iterator[Outcome]:
-    """Write run.json when the block ends, also if an error or Ctrl-C ends it: by the main process.
-
-    It holds the `record` of args.json, with the place that each setting is from (`sources` of the
-    arguments), and the `Outcome` that the block fills in.
-    """
+    """Write run.json, with the `Outcome`, when the block ends, also by an error or Ctrl-C."""
     outcome, error = Outcome(), ""
     if distributed.is_main_process():
         remove(path)  # of an earlier run: what is killed would be taken for it
@@ -114,9 +108,9 @@ def recorded(
         error = sentence(reason) or type(reason).__name__
         raise
     finally:
-        content = {name: value for name, value in record.items() if name != "args"}
+        content = dict(record)
         content |= {
-            "settings": settings_and_sources(record["args"], sources, segmenter),
+            "settings": settings_and_sources(content.pop("args"), sources, segmenter),
             "began": began.isoformat(timespec="seconds"),
             "seconds": round(time.monotonic() - start, 1),
             "exit_status": 1 if error or outcome.failed else 0,
@@ -133,9 +127,9 @@ def recorded(
 
 def _written(outcome: Outcome, folder: Path, since: float) -> list[str]:
     """List the files that a run has written; those in `folder` by their path there."""
-    files = [folder / name for name in (*TABLES, "args.json")] + outcome.files
+    files = outcome.files + list(map(folder.joinpath, TABLES + ("args.json",)))
     for result in outcome.results:
-        files += [folder / file for file in result.files]
+        files += map(folder.joinpath, result.files)
     names = []
     for file in files:
         if file.is_file() and file.stat().st_mtime > since - 2:  # clocks of file systems are coarse

@@ -23,7 +23,14 @@ from .io.layouts import Source
 from .io.pictures import outline, to_grey
 from .io.slices import Case
 from .metrics import summarise
-from .patients import alike_names, count_patients, patient_of, patients_by_case, patients_of_card
+from .patients import (
+    alike_names,
+    count_patients,
+    names_of,
+    patient_of,
+    patients_by_case,
+    patients_of_card,
+)
 from .quality import mask_settings
 from .splits import by_subset
 from .training import TrainState
@@ -37,7 +44,7 @@ FEW_TO_CHOOSE = 3  # validation patients; with fewer, the best epoch is hardly c
 
 @dataclass(frozen=True)
 class Validation:
-    """How good the network is after an epoch. Loss and DSC cover all ranks, masks this rank's."""
+    """Scores of the network after an epoch: loss and DSC of all ranks, masks of this rank."""
 
     loss: float
     scores: dict[str, float]  # DSC by case
@@ -52,10 +59,7 @@ class Validation:
 def report_cases(
     train: Sequence[Prepared], validation: Sequence[Prepared], sources: Sequence[Source]
 ) -> None:
-    """Say on stderr what is odd about sequences and masks; print the size of each subset.
-
-    Raises ValueError if no training case has a lesion.
-    """
+    """Report oddities and subset sizes; ValueError if no training case has a lesion."""
     both = list(train) + list(validation)
     for volume in both:
         for note in volume.frame.notes:
@@ -69,14 +73,14 @@ def report_cases(
         shares = {volume.name: volume.mask.mean() for volume in volumes}
         for oddity in odd_masks(shares, (volume.truth for volume in volumes)):
             print(f"{part}: {oddity}", file=sys.stderr)
-    used = {volume.name for volume in both}
+    used = names_of(both)
     subsets = {
         "train": [volume.case for volume in train],
         "validation": [volume.case for volume in validation],
         "test": [case for case in by_subset(sources)["test"] if case.name not in used],
     }
     print(count_patients(subsets), flush=True)
-    patients = {patient_of(volume.case) for volume in validation}
+    patients = set(map(patient_of, subsets["validation"]))
     if len(patients) < FEW_TO_CHOOSE:
         print(
             f"validation has {len(patients)} patient(s): its DSC says little about others; "
@@ -122,8 +126,7 @@ def make_card(
 ) -> dict[str, Any]:
     """Make the card of a run's weights: data, split, recipe, versions, device; no paths.
 
-    The training cases of the weights that it started from, and of its teachers, count as seen by
-    this network too. It makes masks with the settings of those that it started from.
+    The training cases of start weights and teachers count as seen by this network too.
     """
     recipe = dict(recipe)
     for name in ("pretrained", "patients", "teachers"):
@@ -138,10 +141,12 @@ def make_card(
         "cases": {"train": names_of(train), "validation": names_of(validation)},
         "recipe": recipe,
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "device": device_name(state.device),
+        "device": str(state.device),
         "processes": world_size(),
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
+    if state.device.type == "cuda":
+        card["device"] = torch.cuda.get_device_name(state.device)
     patients = patients_by_case(train + validation)
     trained_on: set[str] = set()
     for name, origin in origins.items():
@@ -160,14 +165,6 @@ def make_card(
     if not_new:
         card["validation_seen"] = not_new
     return card
-
-
-def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
-
-
-def names_of(cases: Sequence[Case]) -> list[str]:
-    return [case.name for case in cases]
 
 
 def check_seen(card: dict, allowed: bool) -> None:
@@ -225,8 +222,8 @@ def how_to_resume(state: TrainState, weights: Path, model: str) -> str:
 class RunWriter:
     """Writes WEIGHTS/<model>.pt with its card, <model>.ckpt, and TensorBoard events in LOGS.
 
-    `settings` are those of the command line, `recipe` the names of those for the card. Only the
-    main process writes. Raises ValueError if the start weights have seen validation patients.
+    `recipe` names the `settings` for the card. Only the main process writes. Raises ValueError if
+    the start weights have seen validation patients.
     """
 
     def __init__(
@@ -319,10 +316,7 @@ class RunWriter:
     def slices(
         self, volumes: Sequence[Prepared], masks: Sequence[np.ndarray], most: int, epoch: int
     ) -> None:
-        """Log up to `most` slices of the cases, outlined, in the source geometry.
-
-        The images are read again, and may be gone: then there are no pictures.
-        """
+        """Log up to `most` slices of the cases, outlined; none if their images are gone."""
         if not self.log:
             return
         for volume, mask in zip(volumes, masks, strict=True):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from .appearance import LOOKS, unlikeness
 from .arrays import as_volume
 from .ensemble import Ensemble, open_network
 from .hashes import file_hash, run_name
+from .io.files import PROGRAM
 from .onnx import OnnxNetwork
 from .predictor import Predictor
 from .preprocess import VERSION, Frame, preprocess, restore
@@ -55,13 +57,9 @@ class Segmentation:
 class Segmenter(Predictor):
     """A network, or an `Ensemble`, with its preprocessing: a raw volume in, its mask out.
 
-    `image_size` is the side of a resized slice, `threshold` the lowest probability that counts as
-    lesion. `largest_component` keeps the largest, `min_volume` drops those of fewer voxels. `tta`
-    averages over a slice and its mirror image where there may be lesion; `amp` computes in half
-    precision (None: if bfloat16 is faster); `batch_size` limits the slices at once. `neighbours`
-    (slices seen on either side), preprocessing `version` and `expected_dsc_fit` are those of the
-    card. The network is copied. ONNX has its own device and precision. Raises ValueError for a
-    wrong option.
+    `threshold` is the lowest probability of lesion; `min_volume` drops components of fewer voxels.
+    `tta` averages over a slice and its mirror image; `amp` computes in half precision (None: if
+    faster). `neighbours`, `version` (of the preprocessing) and `expected_dsc_fit` are the card's.
     """
 
     def __init__(
@@ -79,9 +77,7 @@ class Segmenter(Predictor):
         min_volume: int = 0,
         expected_dsc_fit: dict | None = None,
     ):
-        check_image_size(image_size, model.stride)
-        if not 0 < threshold < 1:
-            raise ValueError(f"threshold {threshold}: must be a probability between 0 and 1")
+        check_options(image_size, model.stride, threshold)
         super().__init__(model, tta, batch_size, device, amp, neighbours)
         self.image_size, self.version = image_size, version
         self.threshold, self.min_volume = threshold, min_volume
@@ -101,9 +97,7 @@ class Segmenter(Predictor):
     ) -> Segmenter:
         """Open a weights file, an ONNX file, or several weights files or a folder as an ensemble.
 
-        Image size, threshold, components and `tta` are those of the card unless given; if others
-        are, its fit of the expected DSC is not used, and `notes` says so. `providers` are those of
-        `OnnxNetwork`. Raises FileNotFoundError or ValueError, naming a file that cannot be used.
+        Settings are the card's unless given. Raises FileNotFoundError or ValueError, naming a file.
         """
         files = weights_files(weights)
         given = {name: value for name, value in options.items() if value is not None}
@@ -120,32 +114,39 @@ class Segmenter(Predictor):
     def choices(self) -> str:
         """Say in a line which settings are in use, and why."""
         parts = []
-        for name, reason in self.reasons.items():
-            parts.append(f"{name.replace('_', ' ')} {getattr(self, name)} ({reason})")
+        for name, value in self.values(self.reasons).items():
+            parts.append(f"{name.replace('_', ' ')} {value} ({self.reasons[name]})")
         return ", ".join(parts)
+
+    def values(self, names: Iterable[str]) -> dict[str, Any]:
+        """Return the settings of these names."""
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def algorithm(self) -> str:
+        """Name the program and its weights for a DICOM Segmentation."""
+        return " ".join([PROGRAM] + [file.stem for file in self.hashes])
 
     @property
     def run(self) -> str:
         """Name the weights and the settings that make a mask; empty without weights files."""
-        return run_name(self.hashes.values(), [getattr(self, name) for name in RUN_SETTINGS])
+        return run_name(self.hashes.values(), list(self.values(RUN_SETTINGS).values()))
 
     def __call__(self, volume: np.ndarray, aspect: float = 1.0) -> np.ndarray:
-        """Segment a raw volume (S, H, W, C), or FLAIR alone (S, H, W); return its mask, bool.
-
-        Channels are pre-contrast, FLAIR, post-contrast, of any numeric type. `aspect` is the height
-        of a pixel over its width. Raises ValueError, as `as_volume` does for axes in another order.
-        """
+        """Segment a raw volume (S, H, W[, C]); `aspect` is a pixel's height over its width."""
         images, frame = self.preprocess(as_volume(volume, self.channels), aspect)
         return self.finish(self.probabilities(images), frame)
 
     def preprocess(self, volume: np.ndarray, aspect: float = 1.0) -> tuple[Tensor, Frame]:
-        """Make the network's input (S, C, N, N), on its device if it fits, and the frame.
-
-        Raises ValueError for a wrong channel count.
-        """
+        """Make the network's input (S, C, N, N), on its device if it fits, and the frame."""
         if volume.ndim == 4:
             self.check_channels(volume.shape[3])
-        return preprocess_near(volume, self.image_size, self.version, self.device, aspect)
+        if self.device.type == "cuda":
+            try:
+                return preprocess(volume, self.image_size, self.version, self.device, aspect)
+            except torch.OutOfMemoryError:
+                pass  # its memory is free only once this block is left
+        return preprocess(volume, self.image_size, self.version, aspect=aspect)
 
     def finish(self, probabilities: Tensor, frame: Frame) -> np.ndarray:
         """Turn probabilities (S, K, N, N) into a mask (S, H, W), bool, in the source geometry."""
@@ -159,35 +160,37 @@ class Segmenter(Predictor):
         if probabilities.shape[1] > self.model.settings["out_channels"]:  # see `average`
             deviation = _restored(probabilities[:, -1], frame).cpu().numpy()
         mask = to_mask(restored, self.threshold, self.largest_component, self.min_volume)
-        features = quality(restored.numpy(), mask, deviation)
+        lesion = restored.numpy()
+        features = quality(lesion, mask, deviation)
         features |= dict(zip(LOOKS, frame.looks, strict=False))  # none of a blank scan
         expected = expected_dsc(features, self.expected_dsc_fit)
         warnings = quality_warnings(features, expected, frame.doubts)
         notes = [note for note in frame.notes if note not in frame.doubts]
-        wider = unlikeness(features, (self.expected_dsc_fit or {}).get("looks"))
-        if expected and wider > NOTED:
-            notes.append(
-                f"the scan looks unlike those that the expected DSC was fitted on: its interval is "
-                f"{wider:.1f} times as wide as theirs"
-            )
+        if expected:
+            notes += unlikeness_notes(features, self.expected_dsc_fit)
         missing = ""
         if expected is None and features["voxels"]:
             missing = self.no_expected_dsc or FIT_OF_ENSEMBLE
         return Segmentation(
-            mask,
-            restored.numpy(),
-            deviation,
-            features,
-            expected,
-            warnings,
-            frame.replaced,
-            notes,
-            missing,
+            mask, lesion, deviation, features, expected, warnings, frame.replaced, notes, missing
         )
 
 
-def check_image_size(size: int, stride: int) -> None:
-    """Raise ValueError, with sizes that fit, unless `size` is a multiple of `stride`."""
+def unlikeness_notes(features: dict, fit: dict | None) -> list[str]:
+    """Note that a scan looks unlike those of the fit of the expected DSC, if it does."""
+    wider = unlikeness(features, (fit or {}).get("looks"))
+    if wider <= NOTED:
+        return []
+    return [
+        "the scan looks unlike those that the expected DSC was fitted on: its interval is "
+        f"{wider:.1f} times as wide as theirs"
+    ]
+
+
+def check_options(size: int, stride: int, threshold: float) -> None:
+    """Raise ValueError unless `size` is a multiple of `stride`, and the threshold a probability."""
+    if not 0 < threshold < 1:
+        raise ValueError(f"threshold {threshold}: must be a probability between 0 and 1")
     if size < stride or size % stride:
         below = max(size // stride, 1) * stride
         raise ValueError(
@@ -270,28 +273,13 @@ def _restored(probabilities: Tensor, frame: Frame) -> Tensor:
         return restore(probabilities.cpu(), frame)
 
 
-def preprocess_near(
-    volume: np.ndarray, image_size: int, version: int, device: torch.device, aspect: float = 1.0
-) -> tuple[Tensor, Frame]:
-    """Call `preprocess` on the GPU if it fits there, else on the CPU."""
-    if device.type == "cuda":
-        try:
-            return preprocess(volume, image_size, version, device, aspect)
-        except torch.OutOfMemoryError:
-            pass  # its memory is free only once this block is left
-    return preprocess(volume, image_size, version, aspect=aspect)
-
-
 def to_mask(probabilities: Tensor, threshold: float, largest: bool, min_volume=0) -> np.ndarray:
     """Threshold lesion probabilities (S, H, W) to a bool mask, then `keep_components`."""
     return keep_components((probabilities >= threshold).cpu().numpy(), largest, min_volume)
 
 
 def keep_components(mask: np.ndarray, largest: bool = True, min_volume: int = 0) -> np.ndarray:
-    """Keep the largest connected component (26 neighbours) of a bool mask (S, H, W), or all.
-
-    Components of fewer than `min_volume` voxels are dropped.
-    """
+    """Keep the largest component (26 neighbours) of a mask, or all from `min_volume` voxels on."""
     if not largest and min_volume <= 1:
         return mask
     from skimage.measure import label

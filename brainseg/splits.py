@@ -1,7 +1,5 @@
 """Which subset, or which fold of a cross-validation, a case is in; never two for one patient."""
 
-from __future__ import annotations
-
 import functools
 import hashlib
 from collections import Counter
@@ -13,6 +11,7 @@ from .devices import in_order
 from .io.cohorts import parse_sequences
 from .io.labels import Labels
 from .io.layouts import Source, list_cases
+from .io.sequences import SEQUENCES
 from .io.slices import Case
 from .patients import (
     SUBSETS,
@@ -34,12 +33,16 @@ def share_small_cohort(cases: Sequence[Named]) -> list[Named]:
     ranked by it, and the first of them train and the next one validates. Nobody moves whom the
     user or the lists of the LGG data set have placed.
     """
-    placed = {subset_of(case) for case in cases if is_placed(case)}
-    free = {patient_of(case) for case in cases if not is_placed(case)}
+    placed, free = set(), set()
+    for case in cases:
+        if is_placed(case):
+            placed.add(subset_of(case))
+        else:
+            free.add(patient_of(case))
+    if len(free) < 2:
+        return list(cases)
     ranked = sorted(free, key=_place)
     subsets = {patient: subset_of_patient(patient) for patient in ranked}
-    if len(ranked) < 2:
-        return list(cases)
     if "train" not in placed.union(subsets.values()):
         subsets[ranked[0]] = "train"
     if "validation" not in placed.union(subsets.values()):
@@ -61,17 +64,21 @@ def list_cohort(
     other_than: Path | None = None,
     channels: Sequence[int] | None = None,
 ) -> list[Source]:
-    """List the cases in a folder according to --sequences, --labels, --patients, --channels.
-
-    See `list_cases`. Raises OSError or ValueError if any of them is unusable.
-    """
+    """List the cases by --sequences, --labels, --patients and --channels; see `list_cases`."""
+    if channels and len(channels) not in (1, len(SEQUENCES)):
+        raise ValueError(
+            "--channels takes the channels of pre-contrast, FLAIR and post-contrast, or of FLAIR "
+            f"alone, not {len(channels)}"
+        )
+    if channels and sequences:
+        raise ValueError("--channels is for files of several channels; leave out --sequences")
     layout = parse_sequences(sequences)
     sources = list_cases(images, names, other_than, layout, Labels(labels), channels)
     return share_small_cohort(with_patients(sources, patients))
 
 
 def validate_on(cases: Sequence[Named], names: Sequence[str]) -> list[Named]:
-    """Put the cases or patients called `names` into validation, and into train what was there.
+    """Validate on the cases or patients called `names`, and train on what was there.
 
     Raises ValueError for a name that is neither, or that the LGG lists keep for testing.
     """
@@ -107,10 +114,7 @@ def is_lgg(patient: str) -> bool:
 
 
 def subset_of(case: Case | Source) -> str:
-    """Return the subset of a case: that of its patient (see `subset_of_patient`), unless placed.
-
-    A test case of the LGG data set stays one, whatever the user says of it.
-    """
+    """Return the subset of a case: as placed, or of its patient; test cases of LGG stay such."""
     listed = _listed().get(patient_named(case.name))
     if listed == "test":
         return listed
@@ -148,7 +152,7 @@ def select_cases(cases: Sequence[Named], subset: str) -> list[Named]:
         raise ValueError(f"no subset is called {subset!r}; known: all, {', '.join(SUBSETS)}")
     chosen = [case for case in cases if subset in ("all", subset_of(case))]
     if not chosen:
-        patients = {patient_of(case) for case in cases}
+        patients = set(map(patient_of, cases))
         raise ValueError(
             f"none of the {counted(len(cases), 'case')} ({counted(len(patients), 'patient')} by "
             f"their names) falls into the subset {subset!r}; add cases of others, or "
@@ -190,7 +194,7 @@ def outside_test(cases: Iterable[Named]) -> list[Named]:
 
 def check_folds(cases: Iterable[Named], folds: int, fold: int | None) -> None:
     """Raise ValueError unless 0 <= fold < folds and 2 <= folds <= patients outside test."""
-    patients = {patient_of(case) for case in outside_test(cases)}
+    patients = set(map(patient_of, outside_test(cases)))
     if len(patients) < 2:
         raise ValueError("cross-validation needs two patients outside the test subset; add cases")
     if not 2 <= folds <= len(patients):
@@ -209,5 +213,8 @@ def _lesion_voxels(case: Case) -> int:
 @functools.cache
 def _listed() -> dict[str, str]:
     """Read the LGG patients and the subset that each is in."""
-    texts = {subset: (SPLITS / f"{subset}.txt").read_text() for subset in SUBSETS}
-    return {patient_named(name): subset for subset, text in texts.items() for name in text.split()}
+    listed = {}
+    for subset in SUBSETS:
+        for name in (SPLITS / f"{subset}.txt").read_text().split():
+            listed[patient_named(name)] = subset
+    return listed

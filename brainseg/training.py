@@ -1,7 +1,5 @@
 """The state of a training: network, optimiser, learning rate, averaged weights."""
 
-from __future__ import annotations
-
 import copy
 import inspect
 import math
@@ -17,20 +15,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from . import weights
 from .devices import half_precision
 from .distributed import shard_of_batch, world_size
 from .io.files import out_of_memory, sentence
-from .weights import (
-    CARD_DEFAULTS,
-    MODELS,
-    Network,
-    build_model,
-    initialise,
-    load_state,
-    load_tensors,
-    read_card,
-    save_tensors,
-)
 
 PROGRESS = ("epoch", "step", "loss_sum", "best")
 CHECKPOINT = {"args", "model", "ema", "optimizer", "cases", *PROGRESS}
@@ -40,7 +28,7 @@ CHECKPOINT = {"args", "model", "ema", "optimizer", "cases", *PROGRESS}
 class TrainState:
     """A training between two steps: what it was set up with, and what a checkpoint holds."""
 
-    model: Network
+    model: weights.Network
     slices: int  # per epoch
     batch_size: int
     epochs: int
@@ -95,11 +83,7 @@ class TrainState:
 
     @torch.no_grad()
     def update_average(self) -> None:
-        """Move the exponential moving average of weights and statistics towards the model's.
-
-        The decay rises to `ema` as (1 + step) / (10 + step), as in TensorFlow's
-        ExponentialMovingAverage, so the initial random weights are soon forgotten.
-        """
+        """Move the average towards the model; its decay rises to `ema` as in TensorFlow."""
         decay = min(self.ema, (1 + self.global_step) / (10 + self.global_step))
         averages, values = [], []
         pairs = zip(
@@ -133,7 +117,7 @@ class TrainState:
             content["ema"] = self.trained.state_dict()
         for name in PROGRESS:
             content[name] = getattr(self, name)
-        save_tensors(path, content | more)
+        weights.save_tensors(path, content | more)
 
     def load(self, checkpoint: dict, cases: list[str], images: Path | str) -> None:
         """Continue from a checkpoint; ValueError if its training cases or channels differ."""
@@ -161,7 +145,7 @@ def load_checkpoint(path: Path) -> dict:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: nothing to resume from; start without --resume")
     try:
-        checkpoint = load_tensors(path)
+        checkpoint = weights.load_tensors(path)
     except ValueError as error:
         fault = "is not a training checkpoint, or is damaged; start without --resume"
         raise ValueError(f"{path}: {fault}") from error
@@ -174,10 +158,7 @@ def load_checkpoint(path: Path) -> dict:
 
 
 def compile_ahead(state: TrainState, image_size: int) -> None:
-    """Compile the network for the batches of an epoch, so that no step waits for it.
-
-    The model's weights and statistics stay as they are. Raises ValueError if it cannot be compiled.
-    """
+    """Compile the network for the batches of an epoch, weights unchanged; ValueError on failure."""
     start = time.perf_counter()
     model = state.model
     settings: Any = model.settings
@@ -225,7 +206,7 @@ def build_network(
     pretrained: str | bool | None = None,
     seed: int = 0,
     init_weights: Path | None = None,
-) -> Network:
+) -> weights.Network:
     """Build a network with random weights from `seed`, or those of a file where they fit."""
     settings: dict[str, Any] = {"in_channels": in_channels}
     if features:
@@ -234,9 +215,9 @@ def build_network(
         settings["pretrained"] = pretrained
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = build_model(name, **settings)
+        model = weights.build_model(name, **settings)
     if init_weights:
-        unused, random = initialise(model, init_weights)
+        unused, random = weights.initialise(model, init_weights)
         said = "all weights were taken over"
         if unused or random:
             said = f"not used: {', '.join(unused) or 'nothing'}; "
@@ -245,7 +226,9 @@ def build_network(
     return model
 
 
-def on_device(model: Network, device: torch.device, sync_bn: bool = False) -> Network:
+def on_device(
+    model: weights.Network, device: torch.device, sync_bn: bool = False
+) -> weights.Network:
     """Move the network to its device; with `sync_bn`, batch norm over the batch of all ranks."""
     if sync_bn:
         if device.type != "cuda":
@@ -257,9 +240,9 @@ def on_device(model: Network, device: torch.device, sync_bn: bool = False) -> Ne
 
 def settings_of_weights(path: Path) -> dict[str, int]:
     """Return the settings of the network in a weights file and of its input, by their card."""
-    unet = MODELS["unet"].settings_of(load_state(path))
-    card = CARD_DEFAULTS | read_card(path)
-    settings = {name: card[name] for name in CARD_DEFAULTS}
+    unet = weights.MODELS["unet"].settings_of(weights.load_state(path))
+    card = weights.CARD_DEFAULTS | weights.read_card(path)
+    settings = {name: card[name] for name in weights.CARD_DEFAULTS}
     if unet:
         settings["features"] = unet["init_features"]
     return settings

@@ -1,7 +1,5 @@
 """The scans of each patient of a run: in order of time, measured, and registered to the first."""
 
-from __future__ import annotations
-
 import datetime
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -62,11 +60,7 @@ def follow_all(
     with_registration: bool = True,
     workers: int | None = None,
 ) -> tuple[list[Patient], list[str]]:
-    """Measure the growth of every patient with two or more scans, from the masks in `folder`.
-
-    `measured` are the rows of volumes.csv of the cases that could be read. Also returns sentences
-    on what was left out. For `dates` and `errors`, see `in_order_of_time` and `follow`.
-    """
+    """Measure growth from masks in `folder` and rows of volumes.csv; say what was left out."""
     rows, cases, unreadable = _with_several_scans(sources, measured)
     ordered, notes = in_order_of_time(cases, dates)
     notes = unreadable + notes
@@ -193,11 +187,7 @@ def follow(
     errors: dict | None,
     with_registration: bool = True,
 ) -> tuple[Patient, list[str]]:
-    """Measure the scans of one patient, which are in order of time, and register them.
-
-    `errors` is the fit of volume errors in the weights' card. Also returns sentences on scans that
-    cannot be registered.
-    """
+    """Measure one patient's scans, in order of time, and register them; say which cannot be."""
     visits, notes = [], []
     for measured, day in scans:
         visits.append(_visit(measured, day, errors))

@@ -5,8 +5,6 @@ same name, says what they were trained on and how, and names their SHA-256, whic
 whenever it is read. The names of shipped weights contain its first eight digits.
 """
 
-from __future__ import annotations
-
 import hashlib
 import inspect
 import io
@@ -59,8 +57,8 @@ def build_model(name: str, **settings) -> Network:
 def load_state(path: Path | str) -> dict[str, Tensor]:
     """Load the state dict in a file to the CPU.
 
-    Raises FileNotFoundError or ValueError, naming the file, if it is missing, damaged, not bare
-    weights (which could run code and are never opened), or shipped weights that have changed.
+    Raises FileNotFoundError or ValueError if it is missing, damaged, not bare weights (which are
+    never opened, as they could run code), or changed since it was shipped.
     """
     path = Path(path)
     state = load_tensors(path)
@@ -116,10 +114,7 @@ def load_tensors(path: Path | str) -> dict:
 
 
 def model_from_state(state: dict[str, Tensor], path: Path | str) -> tuple[str, Network]:
-    """Build the network that a state dict belongs to, in evaluation mode; return name and network.
-
-    Raises ValueError, naming `path`, if it fits no known network.
-    """
+    """Build the network of a state dict, for evaluation; ValueError, naming `path`, for none."""
     for name, network in MODELS.items():
         settings = network.settings_of(state)
         if settings is None:
@@ -138,11 +133,7 @@ def model_from_state(state: dict[str, Tensor], path: Path | str) -> tuple[str, N
 
 
 def initialise(model: Network, path: Path | str) -> tuple[list[str], list[str]]:
-    """Copy into `model` all weights of a file that fit by name and shape.
-
-    Returns the names in the file that were not used, and those of the model left as they were.
-    Raises ValueError, naming the file, if none fits.
-    """
+    """Copy weights that fit into `model`, or raise ValueError; name those not used, and not set."""
     state, before = load_state(path), model.state_dict()
     fitting = {}
     for name, value in state.items():
@@ -158,10 +149,7 @@ def initialise(model: Network, path: Path | str) -> tuple[list[str], list[str]]:
 
 
 def save_weights(path: Path, state: dict[str, Tensor], card: dict) -> None:
-    """Write a bare state dict and its card, with the SHA-256 of the file; raises OSError.
-
-    Both are whole before the first of them, the card, is replaced.
-    """
+    """Write a bare state dict and its card, with its SHA-256; both whole, or OSError."""
     content = pack(state)
     card = card | {"sha256": hashlib.sha256(content).hexdigest()}
     with atomic_write(path) as weights, atomic_write(path.with_suffix(".json")) as description:
@@ -183,10 +171,7 @@ def pack(content: dict) -> memoryview:
 
 
 def read_card(path: Path | str) -> dict:
-    """Read the card beside a weights file or inside an ONNX file; empty if it is missing.
-
-    Raises ValueError if it is not a card, or the card of other weights.
-    """
+    """Read the card of weights or an ONNX file, {} if missing; ValueError if it is not theirs."""
     if Path(path).suffix == ".onnx":
         return read_onnx_card(path)
     card = Path(path).with_suffix(".json")
@@ -215,12 +200,10 @@ def read_card(path: Path | str) -> dict:
 
 
 def weights_files(weights: Path | str | Sequence[Path | str]) -> list[Path]:
-    """List the files that --weights means: a file, several, or a folder.
+    """List the files that --weights means: a file, several, or a folder (or its folders).
 
-    A folder means the .pt files in it or, if there are none, in its folders. Raises
-    FileNotFoundError for a folder without any, ValueError for a file given twice, a folder with
-    weights of another format or of networks that do not belong together, or an ONNX file with
-    others.
+    Raises FileNotFoundError for a folder without any, ValueError for a file given twice, networks
+    that do not belong together, or an ONNX file with others.
     """
     if isinstance(weights, (str, Path)):
         weights = [weights]
@@ -266,7 +249,7 @@ def _weights_among(paths: Iterable[Path], folder: Path) -> list[Path]:
 
 def _check_together(files: Sequence[Path], folder: Path) -> None:
     """Raise ValueError unless networks differ in fold and seed alone, and none is there twice."""
-    cards = [read_card(file) for file in files]
+    cards = list(map(read_card, files))
     kinds = [card.get("settings", {}) | card.get("recipe", {}) for card in cards]
     remedy = f"the networks in {folder} are averaged: name the file, or those that belong together"
     for k, kind in enumerate(kinds):
@@ -308,10 +291,7 @@ def shipped_files() -> list[Path]:
 
 
 def load_pretrained(name: str, **settings: int) -> Network:
-    """Build the network `name`, of the 2019 paper's shape, with its weights, in evaluation mode.
-
-    Raises ValueError, before anything is loaded, if they were trained for other `settings`.
-    """
+    """Build the published network with its weights; ValueError if they are for other `settings`."""
     path = _find(name, PUBLISHED)
     trained = read_card(path).get("settings", {})
     for key, value in settings.items():

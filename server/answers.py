@@ -1,7 +1,5 @@
 """Make the answer to an upload: its numbers, files and pictures."""
 
-from __future__ import annotations
-
 import base64
 import io
 import json
@@ -65,7 +63,11 @@ class Answer:
             downloads[f"{case}_{name}"] = self.files[name]
         downloads[f"{case}.gif"] = self.files[f"{case}.gif"]
         shown = {"summary": self.summary, "viewer": self.viewer, "downloads": downloads}
-        return json.dumps(shown, default=lambda content: base64.b64encode(content).decode())
+        return json.dumps(shown, default=in_base64)
+
+
+def in_base64(content: bytes) -> str:
+    return base64.b64encode(content).decode()
 
 
 def zipped(files: Mapping[str, bytes]) -> bytes:
@@ -82,10 +84,9 @@ def make_answer(
 ) -> Answer:
     """Make the numbers, files and pictures of a case; `run` names weights and settings.
 
-    The files are those of the mask and of the probability, rounded to 0.001, in the geometry of
-    the source; montage.png, <case>.gif, summary.json and summary.csv; of a DICOM series also its
-    Segmentation, <case>_seg.dcm, if there is a seg.dcm beside `out`. `trained_on` are the patients
-    whose scores do not count.
+    The files are masks and probabilities, rounded to 0.001, in the source's geometry; montage.png,
+    <case>.gif, summary.json and .csv; and <case>_seg.dcm if there is a seg.dcm beside `out`. Scores
+    of `trained_on` patients do not count.
     """
     case, volume, truth, mask = loaded.case, loaded.volume, loaded.truth, segmentation.mask
     probability = np.round(segmentation.probabilities, 3)  # whole zeros make the file small
@@ -93,9 +94,9 @@ def make_answer(
     write_case(out, case, volume, mask, truth, {"probability": probability}, run)
     maps, files = {}, {}
     for kind in ("mask", "probability"):
-        paths = map_files(case, kind)
-        maps[kind] = [path.name for path in paths]
-        for path in paths:
+        maps[kind] = []
+        for path in map_files(case, kind):
+            maps[kind].append(path.name)
             files[path.name] = (out / path).read_bytes()
     picture = montage(outline(to_grey(volume), mask, truth))
     files["montage.png"] = iio.imwrite("<bytes>", picture, extension=".png")
@@ -126,7 +127,7 @@ def summary_of(
     summary |= {
         "shape": list(mask.shape),
         "spacing": list(case.spacing) if case.spacing else None,
-        "notes": [in_page_words(note) for note in notes],
+        "notes": list(map(in_page_words, notes)),
         "no_expected_dsc": in_page_words(segmentation.no_expected_dsc),
         "trained_on": patient_of(case) in trained_on,
         "scores": None,

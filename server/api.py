@@ -1,7 +1,5 @@
 """Serve the page at / and the API at /api/segment: requests and their responses."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import json
@@ -37,10 +35,7 @@ def make_app(
     queue: int = 64,
     version: str | None = None,
 ) -> Starlette:
-    """Make the app with the page at / and the API at /api/segment, for `queue` uploads at once.
-
-    It closes the service on shutdown. `version` is the commit that GET /api/health states.
-    """
+    """Make the app with page and API, for `queue` uploads at once; it closes the service."""
 
     @contextlib.asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
@@ -178,10 +173,7 @@ def parts_of(form: FormData) -> dict[str, list[UploadFile]] | None:
 
 
 async def progress(service: Service, job: Job) -> AsyncGenerator[dict, None]:
-    """Yield the progress of a job twice a second until it is done; abandon it if iteration stops.
-
-    Raises the error of the job, if any.
-    """
+    """Yield the progress of a job twice a second; abandon it if iteration stops."""
     answer = asyncio.wrap_future(job.future)
     try:
         while not answer.done():

@@ -1,7 +1,5 @@
 """Close the connections of clients that keep the server waiting, so that others are answered."""
 
-from __future__ import annotations
-
 import asyncio
 import errno
 import functools
@@ -15,10 +13,7 @@ MOST_FILES = 10240  # open at once: macOS allows no more
 
 
 class Connection(H11Protocol):
-    """uvicorn's connection, closed if its client is too slow.
-
-    At `limit_concurrency` connections, the one that has waited longest for a request makes room.
-    """
+    """uvicorn's connection, closed if its client is too slow, or keeps too many others out."""
 
     def connection_made(self, transport) -> None:
         super().connection_made(transport)
@@ -78,10 +73,7 @@ def open_files_limit() -> int:
 
 
 def report(loop: asyncio.AbstractEventLoop, context: dict) -> None:
-    """Handle an error of the event loop; say only once that no connection can be accepted.
-
-    The loop tries again each second, and would log every attempt.
-    """
+    """Handle an error of the event loop; say only once that no connection can be accepted."""
     error = context.get("exception")
     if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
         _warn_once("too many files are open: new connections wait; raise `ulimit -n`")

@@ -1,8 +1,5 @@
 """Answer an upload of several scans of one patient: masks, growth.csv and the figure of growth."""
 
-from __future__ import annotations
-
-import base64
 import json
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -20,6 +17,7 @@ from brainseg.patients import patient_of
 from brainseg.reports.growth import growth_section
 from brainseg.visits import follow, in_order_of_time
 
+from .answers import in_base64
 from .unpacking import Limits
 from .wording import in_page_words
 
@@ -36,29 +34,23 @@ class GrowthAnswer:
 
     def shown(self) -> str:
         """Return all that the page shows as JSON, with the files in base64."""
-        downloads = {
-            name: base64.b64encode(content).decode() for name, content in self.files.items()
-        }
-        shown = {"summary": self.summary, "lines": self.lines, "downloads": downloads}
-        return json.dumps({"growth": shown})
+        shown = {"summary": self.summary, "lines": self.lines, "downloads": self.files}
+        return json.dumps({"growth": shown}, default=in_base64)
 
 
 def is_several_scans(names: Sequence[str]) -> bool:
-    """Tell whether uploaded files are scans of a patient: volume files, all FLAIR by their names.
-
-    Files that name other sequences, or a mask, make one case.
-    """
+    """Tell whether files are scans of one patient: volumes that name no other sequence, no mask."""
     if len(names) < 2 or not all(name.lower().endswith(SUFFIXES) for name in names):
         return False
     return not any(contradiction("FLAIR", scan_name(Path(name))) for name in names)
 
 
-def check_several(parts: Collection[str], names: Sequence[str]) -> None:
+def check_several(parts: Collection[str], count: int) -> None:
     """Raise ValueError if other fields or more scans were sent than the server takes."""
     if set(parts) != {"images"}:
         raise ValueError("several scans were sent; send them without any other field")
-    if len(names) > MOST_SCANS:
-        raise ValueError(f"{len(names)} scans were sent; send at most {MOST_SCANS} of one patient")
+    if count > MOST_SCANS:
+        raise ValueError(f"{count} scans were sent; send at most {MOST_SCANS} of one patient")
 
 
 def check_voxels(name: str, voxels: int, limits: Limits) -> None:
@@ -71,10 +63,9 @@ def check_voxels(name: str, voxels: int, limits: Limits) -> None:
 def answer_growth(
     scans: Sequence[Measured], fit: dict | None, folder: Path, run: str, no_expected_dsc: str
 ) -> GrowthAnswer:
-    """Measure the growth over the scans of one patient, by the card's fit of volume errors.
+    """Measure the growth over one patient's scans; `no_expected_dsc` says why it has no intervals.
 
-    `no_expected_dsc` says why there is none, and so no intervals. Raises ValueError if the scans
-    are of several patients, or nothing tells their order.
+    Raises ValueError if the scans are of several patients, or nothing tells their order.
     """
     patients: dict[str, list[Case]] = {}
     for scan in scans:
@@ -112,7 +103,7 @@ def answer_growth(
     summary = {
         "case": name,
         "rate": section["rate"],
-        "notes": [in_page_words(note) for note in notes + said],
+        "notes": list(map(in_page_words, notes + said)),
         "growth": rows,
     }
     files["summary.json"] = f"{json.dumps(summary, indent=2, default=str)}\n".encode()

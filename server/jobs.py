@@ -1,7 +1,5 @@
 """Segment uploads one at a time, in a queue."""
 
-from __future__ import annotations
-
 import errno
 import json
 import math
@@ -24,12 +22,12 @@ from subprocess import PIPE, Popen
 import numpy as np
 from starlette.datastructures import UploadFile
 
-from brainseg.io.files import PROGRAM, disk_is_full, out_of_memory, remove, scratch
+from brainseg.io.files import disk_is_full, out_of_memory, remove, scratch
 from brainseg.io.grid import Grid
 from brainseg.io.scans import Scan
 from brainseg.io.slices import Case
 from brainseg.patients import patients_of_card
-from brainseg.phantom import make_volume
+from brainseg.phantom_head import make_volume
 from brainseg.segmenter import Segmentation, Segmenter
 
 from .answers import Answer, Loaded, make_answer, measured
@@ -58,23 +56,17 @@ class Job:
 
 
 class Service:
-    """Segments uploads one at a time, in order of arrival, with bounded size and time.
-
-    Nothing of an upload stays on disk. `pending` are the jobs that wait or run, in order.
-    """
+    """Segments uploads one at a time, in order of arrival; nothing of them stays on disk."""
 
     def __init__(self, segmenter: Segmenter, limits: Limits):
         self.segmenter, self.limits = segmenter, limits
         self.reader = Reader(limits)
         self.worker = ThreadPoolExecutor(1)
-        self.pending: list[Job] = []
+        self.pending: list[Job] = []  # that wait or run, in order
         self.folder = Path()  # of the running job
 
     def submit(self, parts: Parts | None) -> Job:
-        """Queue an upload (see `unpack`) to be segmented, or the phantom if it is None.
-
-        The job's future raises ValueError for an upload that cannot be used, and Unavailable.
-        """
+        """Queue an upload, or the phantom; its future may raise ValueError and Unavailable."""
         job = Job()
         try:
             job.future = self.worker.submit(self._run, parts, job)
@@ -97,10 +89,7 @@ class Service:
         self.reader.interrupt(job)
 
     def close(self) -> None:
-        """Cancel the waiting and the running jobs, and leave nothing behind.
-
-        A job whose network is at work for more than GRACE seconds is left to `end`.
-        """
+        """Cancel all jobs; a network at work for more than GRACE seconds is left to `end`."""
         self.reader.close()
         self.worker.shutdown(wait=False, cancel_futures=True)
         wait([job.future for job in self.pending], GRACE)
@@ -137,14 +126,14 @@ class Service:
         segmentation = self._segmentation(loaded, job, time.monotonic())
         trained_on = patients_of_card(self.segmenter.card, "train", cases=[loaded.case])
         if loaded.is_dicom and find_spec("highdicom"):
-            algorithm = algorithm_of(self.segmenter)
+            algorithm = self.segmenter.algorithm, self.segmenter.run or "unknown"
             self.reader.write_seg(loaded, segmentation.mask, folder, algorithm, job)
         return make_answer(loaded, segmentation, folder / "out", self.segmenter.run, trained_on)
 
     def _follow(self, parts: Parts, folder: Path, job: Job) -> GrowthAnswer:
         """Segment several scans of one patient, one after the other, and measure its growth."""
         files, start = parts["images"], time.monotonic()
-        check_several(parts, [file.filename or "" for file in files])
+        check_several(parts, len(files))
         scans, voxels, no_expected_dsc = [], 0, ""
         for k, file in enumerate(files):
             place = folder / str(k)
@@ -182,12 +171,6 @@ class Service:
         return self.segmenter.rate(self.segmenter.probabilities(images, progress), frame)
 
 
-def algorithm_of(segmenter: Segmenter) -> tuple[str, str]:
-    """Name the algorithm and its version for a DICOM Segmentation."""
-    names = " ".join(path.stem for path in segmenter.hashes)
-    return f"{PROGRAM} {names}".strip(), segmenter.run or "unknown"
-
-
 def shortage(error: Exception) -> str:
     """Say what the server lacks, if that is why a file cannot be written or opened, else ""."""
     if disk_is_full(error):
@@ -219,10 +202,7 @@ class Reader:
         return Popen(command, stdin=PIPE, stdout=PIPE, text=True, cwd=ROOT, start_new_session=True)
 
     def read(self, parts: Parts, folder: Path, job: Job | None = None) -> Loaded:
-        """Read the case that files make (see `unpack`), unpacking them into an empty folder.
-
-        Raises ValueError, naming the file, if it cannot be used, OSError if the disk is full.
-        """
+        """Read the case that files make (`unpack`); ValueError, or OSError if the disk is full."""
         sent = {}
         for part, files in parts.items():
             sent[part] = []
@@ -232,8 +212,7 @@ class Reader:
                     shutil.copyfileobj(file.file, copy)
                 file.file.close()  # and its space on the disk is free again
                 sent[part].append((file.filename, str(path)))
-        order = {"folder": str(folder), "parts": sent, "limits": asdict(self.limits)}
-        answer = self._ask(order, job)
+        answer = self._ask({"folder": str(folder), "parts": sent}, job)
         if answer.get("full"):
             raise OSError(errno.ENOSPC, answer["error"])
         if "error" in answer:
@@ -248,8 +227,8 @@ class Reader:
     ) -> None:
         """Write a mask (S, H, W) as the DICOM Segmentation seg.dcm, or note why it cannot be."""
         np.save(folder / "mask.npy", mask)
-        order = {"folder": str(folder), "parts": {}, "limits": asdict(self.limits)}
-        error = self._ask(order | {"algorithm": algorithm}, job).get("error")
+        order = {"folder": str(folder), "parts": {}, "algorithm": algorithm}
+        error = self._ask(order, job).get("error")
         if error:
             loaded.notes.append(f"no DICOM Segmentation: {_without(folder, error)}")
 
@@ -264,6 +243,7 @@ class Reader:
                 self._process = self._start()
         try:
             assert self._process.stdin and self._process.stdout
+            order |= {"limits": asdict(self.limits)}
             print(json.dumps(order), file=self._process.stdin, flush=True)
             return json.loads(self._process.stdout.readline())
         except (OSError, ValueError):

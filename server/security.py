@@ -1,7 +1,5 @@
 """Check the size and the password of every request, and limit what the page may load."""
 
-from __future__ import annotations
-
 import asyncio
 import base64
 import contextlib
@@ -80,8 +78,7 @@ class Body:
 class Guard:
     """ASGI middleware: 401 without the password, 413 beyond `most` bytes, HEADERS on every answer.
 
-    Wrong passwords make their client wait (429). A page of another host or port cannot make its
-    visitor's browser post anything here (403).
+    Wrong passwords make their client wait (429); pages of other hosts or ports get 403.
     """
 
     def __init__(self, app: ASGIApp, most: int, auth: str | None = None):

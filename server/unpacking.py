@@ -1,9 +1,4 @@
-"""Unpack an upload of unknown origin into a folder, as a case that the readers find.
-
-Runs in the process of uploads.py, with its limits.
-"""
-
-from __future__ import annotations
+"""Unpack an upload into a folder, as a case that the readers find, in the process of uploads.py."""
 
 import os
 import re
@@ -45,9 +40,9 @@ class Sent(NamedTuple):
 def unpack(parts: dict[str, list[Sent]], folder: Path, limits: Limits) -> Case:
     """Arrange the files of an upload as a case in an empty folder, and return the case.
 
-    `parts` holds the files of `images` (a volume file, slices, the files of a DICOM series, or a
-    zip archive of one of these), or one volume file each of `flair`, `pre` and `post`; optionally
-    also of `mask` (a volume file, or the masks of the slices). Raises ValueError, naming the file.
+    `parts` holds `images` (a volume file, slices, the files of a DICOM series, or a zip archive of
+    one of these), or one volume file each of `flair`, `pre` and `post`; perhaps also `mask`. Raises
+    ValueError, naming the file.
     """
     images, masks = parts.get("images", []), parts.get("mask", [])
     sequences = {name: parts[name] for name in ("flair", "pre", "post") if name in parts}
@@ -194,10 +189,8 @@ def _is_volume(name: str) -> bool:
 
 
 def check_alone(path: Path) -> None:
-    """Raise ValueError if a file may keep its voxels in another one, which could be the server's.
-
-    Headers must follow their format to the letter, because the readers are more lenient.
-    """
+    """Raise ValueError if a file may keep its voxels in another one, such as the server's."""
+    # Headers must follow their format to the letter, because the readers are more lenient.
     suffix = path.suffix.lower()
     with open(path, "rb") as file:
         header = file.read(MIB)

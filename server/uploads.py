@@ -5,8 +5,6 @@ here, the server keeps running. jobs.Reader starts this module and keeps it runn
 of JSON on its input (see `attend`) it forks, and answers with a line when the upload is read.
 """
 
-from __future__ import annotations
-
 import json
 import multiprocessing
 import os
@@ -45,8 +43,8 @@ def main() -> None:
 def attend(order: dict) -> dict:
     """Read one upload in a separate process; return what is known of the case, or an `error`.
 
-    `order` holds the `folder` of the upload, its `parts` ([name, file] by field) and `limits`. With
-    `algorithm`, the upload has been read before: see `write_seg`.
+    `order` holds its `folder`, `parts` ([name, file] by field), `limits` and, if the upload has
+    been read before, the `algorithm` for `write_seg`.
     """
     seconds = order["limits"]["seconds"]
     names = [files[0][0] for files in order["parts"].values() if files]

@@ -1,7 +1,5 @@
 """Pack scan, probability and masks of a case as small NIfTI files for the page's viewer."""
 
-from __future__ import annotations
-
 import gzip
 import math
 from collections.abc import Sequence
@@ -25,10 +23,8 @@ def viewer_files(
 ) -> dict:
     """Pack a volume (S, H, W, C), its segmentation and the truth (S, H, W) for the viewer.
 
-    `scan`: a frame of 0..255 for each of `sequences`. `probability`: 0..255. `labels`: 1 for the
-    mask alone, 2 for the true mask alone, 3 for both. `numbers`: those of the axial slices.
-    `focus`: the middle of the lesion, in mm to the right, front and up. `components`: the volume
-    and the focus of each of the MOST largest.
+    `scan` has a frame of 0..255 for each of `sequences`, `probability` is 0..255, `labels` 1 for
+    the mask, 2 for the truth, 3 for both. Each `focus` is in mm to the right, front and up.
     """
     mask = segmentation.mask
     steps = [math.ceil(length / SIDE) for length in mask.shape]

@@ -1,9 +1,4 @@
-"""Say what is wrong with an upload in the words of the page and the API.
-
-The readers are shared with the commands, and their sentences name options of a command line.
-"""
-
-from __future__ import annotations
+"""Put sentences of the readers, which name options of the commands, into words of the page."""
 
 import re
 

@@ -118,7 +118,12 @@ def test_channels_of_a_file_of_four_axes(tmp_path):
 
 @pytest.mark.parametrize(
     "channels, fault",
-    [([1, 0, 4], "channels 0 to 3; there is no 4"), ([0, 1], "--channels takes .*, not 2")],
+    [
+        ([1, 0, 4], "channels 0 to 3; there is no 4"),
+        ([0, 1], "--channels takes .*, not 2"),
+        ([1, 0, 2, "--sequences", "flair=head"], "--channels is for .*; leave out --sequences"),
+        ([1, 0, 2, "--flair", "head.nii.gz"], "--flair is one scan; leave out .*--channels"),
+    ],
 )
 def test_channels_out_of_range_are_refused(tmp_path, channels, fault, capsys):
     path = write(tmp_path / "head.nii.gz", VOLUME)

@@ -1,12 +1,10 @@
 """Compare networks at equal settings: say which differ, and give all those of the first."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 from ..quality import FITTED_WITH
 from ..reports.page import Table
-from .scoring import Model, NetworkModel, TableModel
+from .scoring import Model, TableModel, networks_among
 
 WORDS = {
     "image_size": "image size",
@@ -16,11 +14,6 @@ WORDS = {
     "tta": "mirroring",
 }
 OWN, TO_COMPARE = "each its own", "used for all"
-
-
-def networks_among(models: Sequence[Model]) -> list[NetworkModel]:
-    """List the models that are networks; a table of scores has no settings to change."""
-    return [model for model in models if isinstance(model, NetworkModel)]
 
 
 def differing_settings(models: Sequence[Model]) -> dict[str, dict[str, object]]:
@@ -36,10 +29,7 @@ def differing_settings(models: Sequence[Model]) -> dict[str, dict[str, object]]:
 
 
 def use_settings_of_first(models: Sequence[Model]) -> None:
-    """Give every network the settings of the first, but for the image size, which is its own.
-
-    A fit of the expected DSC that was made for other settings is dropped.
-    """
+    """Give all networks the first one's settings, except the image size; drop other fits."""
     first, *others = networks_among(models)
     for model in others:
         for setting in FITTED_WITH:
@@ -58,7 +48,7 @@ def settings_table(
     table = Table("Settings that differ between the models", ["setting"])
     table.header += [model.name for model in networks] + [TO_COMPARE]
     for setting, values in differing.items():
-        row = [WORDS[setting]] + [_word(value) for value in values.values()]
+        row = [WORDS[setting]] + list(map(_word, values.values()))
         if own or setting == "image_size":
             row.append(OWN)
         else:

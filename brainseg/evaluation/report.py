@@ -1,7 +1,5 @@
 """The report of a comparison: tables, a figure, a gallery, and a page with all of them."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from operator import itemgetter
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Open the models to compare, networks or tables of scores, and score them case by case."""
 
-from __future__ import annotations
-
 import copy
 import hashlib
 import sys
@@ -67,12 +65,11 @@ class NetworkModel:
     def settings(self) -> dict:
         """Describe the model as summary.json does, to reproduce its scores."""
         settings = {"half_precision": self.segmenter.amp}
-        for name in ("image_size", "runtime", *FITTED_WITH):
-            settings[name] = getattr(self.segmenter, name)
-        return {
-            str(file): {"sha256": digest} | settings
-            for file, digest in self.segmenter.hashes.items()
-        }
+        settings |= self.segmenter.values(("image_size", "runtime") + FITTED_WITH)
+        described = {}
+        for file, digest in self.segmenter.hashes.items():
+            described[str(file)] = {"sha256": digest} | settings
+        return described
 
     def score(self, case: Case, segmentation: Segmentation, truth: np.ndarray) -> dict:
         """Score a mask, also at other thresholds, and add what tells how good it may be."""
@@ -124,11 +121,13 @@ class TableModel:
 Model = NetworkModel | TableModel
 
 
-def open_models(texts: Sequence[str], options: dict, cases: Sequence[Source] = ()) -> list[Model]:
-    """Open each [NAME=]PATH; raise ValueError or FileNotFoundError if one cannot be used.
+def networks_among(models: Sequence[Model]) -> list[NetworkModel]:
+    """List the models that are networks; a table of scores has no settings to change."""
+    return [model for model in models if isinstance(model, NetworkModel)]
 
-    `cases` are those of today, for `patients_of_card`.
-    """
+
+def open_models(texts: Sequence[str], options: dict, cases: Sequence[Source] = ()) -> list[Model]:
+    """Open each [NAME=]PATH, or raise ValueError or FileNotFoundError; `cases` are today's."""
     paths = {}
     for text in texts:
         name, equals, rest = text.partition("=")
@@ -207,10 +206,7 @@ def model_to_fit(models: Sequence[Model]) -> NetworkModel:
 def choose_cases(
     sources: Sequence[Source], subsets: Sequence[str], models: Sequence[Model], images: Path
 ) -> tuple[list[Case], list[str]]:
-    """Choose the cases that no model was trained on; return them and the names of the others.
-
-    Raises ValueError, naming the case, if one cannot be scored or nothing is left.
-    """
+    """Choose cases that no model was trained on, and name the others; ValueError for a bad one."""
     chosen = sources
     if "all" not in subsets:
         chosen = [source for source in sources if subset_of(source) in subsets]
@@ -253,11 +249,8 @@ Pictures = dict[tuple[str, str], np.ndarray]  # (H, W, 3) uint8, by model and ca
 def score_all(
     cases: Sequence[Case], models: Sequence[Model], workers: int | None = None
 ) -> tuple[dict[str, list[dict]], Pictures, str]:
-    """Score cases; return rows by model, pictures, and the SHA-256 of the data.
-
-    Threads read the next cases and score the previous ones while the networks run.
-    """
-    networks = [model for model in models if isinstance(model, NetworkModel)]
+    """Score cases, in threads; return rows by model, pictures, and the SHA-256 of the data."""
+    networks = networks_among(models)
     loaded = in_order(partial(load, networks=networks), cases, workers)
     segmented = map(partial(segment, networks=networks), loaded)
     scored = in_order(partial(score_case, models=models), segmented, workers)

@@ -1,17 +1,15 @@
 """Compute the statistics of a comparison: from one row per model and case, a summary per model."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from ..metrics import count_missed, summarise, values_of
 
-THRESHOLDS = (0.3, 0.4, 0.5, 0.6, 0.7)
-# Column of the scores: threshold, whether only the largest component is kept.
-SETTINGS = {f"dsc_{threshold}_largest": (threshold, True) for threshold in THRESHOLDS}
-SETTINGS |= {f"dsc_{threshold}_all": (threshold, False) for threshold in THRESHOLDS}
+SETTINGS = {}  # column of the scores: threshold, whether only the largest component is kept
+for largest, word in ((True, "largest"), (False, "all")):
+    for threshold in (0.3, 0.4, 0.5, 0.6, 0.7):
+        SETTINGS[f"dsc_{threshold}_{word}"] = (threshold, largest)
 SCORES = {
     "dsc": "DSC",
     "iou": "IoU",
@@ -30,11 +28,9 @@ SCORES = {
 def compare(models: Mapping[str, list[dict]]) -> dict[str, dict]:
     """Summarise the scores of each model; all have rows of the same cases, in order.
 
-    For each model: `scores`, every metric; `missed`, the number of cases where only one mask is
-    empty and the distances are the image diagonal; `difference`, its DSC minus that of the first
-    model, case by case; `groups`, both by hospital, missing sequence and lesion volume; `settings`,
-    the DSC at each threshold, for the largest and for all components, and its difference from that
-    in `scores`; `chose_epoch`, the number of cases that its epoch was chosen on.
+    `missed` counts the cases where only one mask is empty; `difference` is the DSC minus that of
+    the first model, case by case; `groups` are by hospital, missing sequence and lesion volume;
+    `settings` by threshold and components; `chose_epoch` counts the cases it was chosen on.
     """
     first = next(iter(models.values()))
     patients, groups = values_of(first, "patient"), _groups(first)
@@ -56,10 +52,9 @@ def compare(models: Mapping[str, list[dict]]) -> dict[str, dict]:
             "groups": {},
         }
         for group, members in groups.items():
-            summary[name]["groups"][group] = {
-                value: _dsc_and_difference(dsc[cases], change[cases], patients[cases])
-                for value, cases in members.items()
-            }
+            by_value = summary[name]["groups"].setdefault(group, {})
+            for value, cases in members.items():
+                by_value[value] = _dsc_and_difference(dsc[cases], change[cases], patients[cases])
         if rows is not first:
             difference = summarise(change, patients)
             difference["better"] = int((change > 0).sum())
@@ -79,10 +74,7 @@ def _dsc_and_difference(dsc: np.ndarray, change: np.ndarray, patients: np.ndarra
 
 
 def _groups(rows: Sequence[dict]) -> dict[str, dict[str, np.ndarray]]:
-    """Divide the cases by hospital, missing sequence and lesion volume: a bool mask per value.
-
-    What divides nothing is left out.
-    """
+    """Divide cases by hospital, missing sequence and lesion volume: a bool mask per value."""
     voxels = values_of(rows, "lesion_voxels")
     low, high = np.quantile(voxels, (1 / 3, 2 / 3)).round().astype(int)
     sizes = {

@@ -1,7 +1,5 @@
 """Zip archives: which of their files may be read, and unpacking them into a temporary folder."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import stat
@@ -60,11 +58,11 @@ def is_hidden(parts: Sequence[str]) -> bool:
 
 @contextmanager
 def unpacked(path: Path) -> Iterator[Path]:
-    """Unpack a zip archive into a temporary folder, deleted when the block ends; yield the folder.
+    """Unpack a zip archive into a temporary folder, or yield any other path as it is.
 
-    If one folder in the archive holds everything, that one. Anything but a .zip file is yielded as
-    it is. Files have the archive's time: they change if it does. Messages name the archive and the
-    place in it (`with_archives`). Raises ValueError if it is damaged, unsafe or too large.
+    One folder that holds all is yielded itself. Files have the archive's time. Messages name the
+    archive and the place in it (`with_archives`). Raises ValueError if it is damaged, unsafe or
+    too large.
     """
     if path.suffix.lower() != ".zip" or not path.is_file():
         yield path

@@ -5,10 +5,7 @@ matter in the name. `{root}` is the folder that holds the cases, `{case}` the pa
 folder below it and `{name}` the last part of that path.
 """
 
-from __future__ import annotations
-
 import glob
-import itertools
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -63,17 +60,35 @@ class Layout:
         files = self.files(folder, root)
         return any(files[role] for role in ("flair", "pre", "post"))
 
+    def one_of_each(self, folder: Path, matching: dict[str, list[Path]]) -> Sequences:
+        """Return the one match of each pattern; ValueError if there are two, or none of FLAIR."""
+        files: dict[str, Path | None] = {}
+        for role in ROLES:
+            paths, patterns = matching[role], getattr(self, role)
+            shown = f"{role}={patterns[0]}" if patterns else role
+            if not paths and role == "flair":
+                remedy = "change --sequences" if self.of_user else "name it with --sequences"
+                raise ValueError(f"{folder}: no file matches {shown} ({self.name}); {remedy}")
+            if len(paths) > 1:
+                first, second = _below(paths[0], folder), _below(paths[1], folder)
+                raise ValueError(
+                    f"{folder}: {first} and {second} both match {shown} ({self.name}); choose one "
+                    "with --sequences"
+                )
+            files[role] = paths[0] if paths else None
+        assert files["flair"] is not None
+        return Sequences(files["flair"], files["pre"], files["post"], files["mask"])
 
-def _brain_lesion(*places: str) -> Patterns:
-    """List patterns of lesion masks in BIDS derivatives; OTHER_MASK rules out brain and tissues."""
-    names = ("*lesion*", "*tumo*r*", "*_roi")  # *_mask may be of anything
-    pairs = itertools.product(names, places)
-    return tuple(f"{{root}}/derivatives/{place}/{name}" for name, place in pairs)
 
+# Of lesion masks in BIDS derivatives; OTHER_MASK rules out brain and tissues. *_mask may be of any.
+LESION_MASKS = []
+for name in ("*lesion*", "*tumo*r*", "*_roi"):
+    for place in ("*/{case}/anat", "*/{case}", "{case}/anat", "{case}"):
+        LESION_MASKS.append(f"{{root}}/derivatives/{place}/{name}")
 
 # fmt: off
 BIDS = Layout("BIDS", ("anat/*_FLAIR",), ("anat/*_T1w",), ("anat/*_ce-*_T1w",),
-              _brain_lesion("*/{case}/anat", "*/{case}", "{case}/anat", "{case}"))
+              tuple(LESION_MASKS))
 LAYOUTS = (
     #      cohort            FLAIR          pre-contrast  post-contrast  mask
     Layout("BraTS 2023",     ("*-t2f",),    ("*-t1n",),   ("*-t1c",),    ("*-seg",)),
@@ -90,10 +105,7 @@ ROLES = ("flair", "pre", "post", "mask")
 
 
 def parse_sequences(texts: Sequence[str] | None) -> Layout | None:
-    """Return the layout that `--sequences flair=PATTERN pre=... post=... mask=...` describes.
-
-    None stays None. Raises ValueError if an item is not such a pair or FLAIR is missing.
-    """
+    """Return the layout that the texts of --sequences describe; ValueError if they are bad."""
     if texts is None:
         return None
     patterns = {}
@@ -117,32 +129,7 @@ def sequences_in(folder: Path, root: Path) -> Sequences | None:
     most = counts.index(max(counts))
     if not matching[most]["flair"]:
         return None
-    return _one_of_each(folder, LAYOUTS[most], matching[most])
-
-
-def find_in_layout(folder: Path, root: Path, layout: Layout) -> Sequences:
-    """Find the sequences of a case by a layout; ValueError unless it finds FLAIR."""
-    return _one_of_each(folder, layout, layout.files(folder, root))
-
-
-def _one_of_each(folder: Path, layout: Layout, matching: dict[str, list[Path]]) -> Sequences:
-    """Return the one match of each pattern; ValueError if there are two, or none of FLAIR."""
-    files: dict[str, Path | None] = {}
-    for role in ROLES:
-        paths, patterns = matching[role], getattr(layout, role)
-        shown = f"{role}={patterns[0]}" if patterns else role
-        if not paths and role == "flair":
-            remedy = "change --sequences" if layout.of_user else "name it with --sequences"
-            raise ValueError(f"{folder}: no file matches {shown} ({layout.name}); {remedy}")
-        if len(paths) > 1:
-            first, second = _below(paths[0], folder), _below(paths[1], folder)
-            raise ValueError(
-                f"{folder}: {first} and {second} both match {shown} ({layout.name}); choose one "
-                "with --sequences"
-            )
-        files[role] = paths[0] if paths else None
-    assert files["flair"] is not None
-    return Sequences(files["flair"], files["pre"], files["post"], files["mask"])
+    return LAYOUTS[most].one_of_each(folder, matching[most])
 
 
 def absolute(path: Path) -> Path:

@@ -1,7 +1,5 @@
 """The date of a scan: from a table, its DICOM header, the tables of BIDS, or its name."""
 
-from __future__ import annotations
-
 import csv
 import datetime
 import re
@@ -24,11 +22,7 @@ LAST_NUMBER = re.compile(r"\d+(?=\D*$)")
 
 
 def read_dates(path: Path, cases: Collection[str]) -> dict[str, datetime.date]:
-    """Read the dates by case from a CSV file with the columns case and date.
-
-    Raises OSError or ValueError, naming the file and the case, if it is not such a table, gives a
-    case two dates, or one that no scan can have, or if no name in it is one of the `cases`.
-    """
+    """Read dates by case from a CSV file; ValueError for a bad one, or for none of `cases`."""
     wrong = f"{path}: is not a table with the columns case and date; write CSV with both"
     dates: dict[str, datetime.date] = {}
     for row in read_rows(path, {"case", "date"}, wrong):
@@ -48,11 +42,7 @@ def read_dates(path: Path, cases: Collection[str]) -> dict[str, datetime.date]:
 
 
 def parse_date(written: str, may_be_shifted: bool = False) -> datetime.date:
-    """Read a date written as 2014-03-02 or 20140302, with or without a time.
-
-    Raises ValueError if no calendar has it, or no scan can be from that day. Dates of BIDS may be
-    shifted to 1925 or before.
-    """
+    """Read a date such as 2014-03-02 or 20140302T1200; ValueError if no scan can be of that day."""
     digits = re.fullmatch(r"(\d{4})-?(\d\d)-?(\d\d)([T ].*)?", written.strip())
     if not digits:
         raise ValueError(f"the date {written.strip()!r} is not written as 2014-03-02 or 20140302")
@@ -120,14 +110,13 @@ def _written(case: Case, patient: str) -> tuple[dict[str, str], list[str]]:
 
 
 def _bids_date(flair: Path) -> tuple[str, str]:
-    """Return the file name of the BIDS table that has the date of a FLAIR file, and the date.
-
-    That is acq_time in the scans.tsv of its session or, if there is none, in sessions.tsv. Both
-    are empty if neither has it.
-    """
+    """Find a FLAIR file's acq_time in scans.tsv or sessions.tsv: (table, date), or empty."""
     session = flair.parent.parent
-    tables = [(path, "filename", f"anat/{flair.name}") for path in session.glob("*_scans.tsv")]
-    tables += [(path, "session_id", session.name) for path in session.parent.glob("*_sessions.tsv")]
+    tables = []
+    for path in session.glob("*_scans.tsv"):
+        tables.append((path, "filename", f"anat/{flair.name}"))
+    for path in session.parent.glob("*_sessions.tsv"):
+        tables.append((path, "session_id", session.name))
     for path, key, value in tables:
         with name_in_errors(path), open(path, newline="", encoding="utf-8-sig") as file:
             for row in csv.DictReader(file, delimiter="\t"):

@@ -6,8 +6,6 @@ says which is which (github.com/MIC-DKFZ/nnUNet, documentation/dataset_format.md
 (medicaldecathlon.com). In both, the mask is `labelsTr/<case>.nii.gz`.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import re
@@ -27,10 +25,7 @@ CHANNEL = re.compile(r"^(?P<case>.+)_(?P<channel>\d{4})$")
 
 @dataclass(frozen=True)
 class DescribedCase:
-    """The files of a case: one per sequence in the order of SEQUENCES, None if it is missing.
-
-    Or one file that holds all of them; `channels` then says which of its channels are used.
-    """
+    """A case's files: pre-contrast, FLAIR, post-contrast, or one with some `channels` of it."""
 
     name: str
     files: tuple[Path | None, ...]
@@ -78,7 +73,7 @@ def described_cases(root: Path, chosen: tuple[int, ...] = ()) -> list[DescribedC
         if ALL in by_channel:
             cases.append(DescribedCase(name, (by_channel[ALL],), channels, mask))
             continue
-        paths = tuple(by_channel.get(channel) for channel in channels)
+        paths = tuple(map(by_channel.get, channels))
         if not channels:
             paths = tuple(by_channel.values())  # the only one
         if len(paths) == 3:

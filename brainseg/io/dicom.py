@@ -1,7 +1,5 @@
 """DICOM series: their files in folders, and the fields in which two of them must agree."""
 
-from __future__ import annotations
-
 import filecmp
 import os
 import re
@@ -106,11 +104,7 @@ def series_or_file(path: File) -> File:
 def find_images(
     folder: Path, skip: Collection[Path] = (), deep: bool = True
 ) -> tuple[list[Image], list[Path]]:
-    """Find the DICOM images in a folder and, if `deep`, below it; also list those damaged.
-
-    Reads a part of each header. Files that hold no image, such as reports, are passed over, and
-    so are the folders to `skip`.
-    """
+    """Find images, and damaged ones, in a folder and, if `deep`, below it, but not in `skip`."""
     images, damaged = [], []
     for paths in _files_by_folder(folder, skip, deep):
         suffixes = set()
@@ -137,10 +131,7 @@ def _was_image(path: Path) -> bool:
 
 
 def _files_by_folder(top: Path, skip: Collection[Path], deep: bool) -> Iterator[list[Path]]:
-    """Yield the files of a folder and then, if `deep`, of those below it, sorted by name.
-
-    Hidden files and folders are left out, and links back to a folder above them.
-    """
+    """Yield the files of a folder and, if `deep`, of those below it, by name; none is hidden."""
 
     def fail(error: OSError) -> None:
         raise error
@@ -160,11 +151,8 @@ def _files_by_folder(top: Path, skip: Collection[Path], deep: bool) -> Iterator[
 
 @quiet
 def group_series(images: Sequence[Image]) -> list[Series]:
-    """Group images by the patient, study and series in their headers, by series number.
-
-    Of a file and its copies in one folder, only the first counts. A file that does not state its
-    patient or study is of those that the others of its series state.
-    """
+    """Group images by patient, study and series; copies of a file do not count."""
+    # An image that does not state its patient or study is of those that its series states.
     patients: dict[str, str] = {}  # by series
     studies: dict[str, str] = {}
     for _, header in images:
@@ -203,10 +191,7 @@ def _identifiers(header: Dataset) -> tuple[str, str, str]:
 
 
 def series_at(path: Path) -> Series:
-    """Find the one series in a folder and below it, or the series of a file, in its folder.
-
-    Raises ValueError if there is none, a file of it is damaged, or there are several.
-    """
+    """Find the one series in and below a folder, or of a file; ValueError if that is impossible."""
     folder = path if path.is_dir() else path.parent
     images, damaged = find_images(folder, deep=path.is_dir())
     if damaged:

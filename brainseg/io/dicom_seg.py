@@ -5,8 +5,6 @@ brain (12738006). It is written by highdicom, which requirements-dicom.txt insta
 is that of the checked grid; of the headers it copies only what is valid.
 """
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 
@@ -68,10 +66,9 @@ def series_of(case: Case) -> Series | None:
 def write_dicom_seg(path: Path, case: Case, mask: np.ndarray, algorithm: str, version: str) -> bool:
     """Write a mask (S, H, W), bool, as a Segmentation of the case's series, atomically.
 
-    `algorithm` and `version` say what made it. Returns whether every frame starts on a whole byte;
-    if not, OHIF 3.13 reads them wrongly. Raises ValueError, naming the series, if its instances
-    cannot be referenced, or what was written is read back differently; OSError if the file cannot
-    be written.
+    Returns whether every frame starts on a whole byte; if not, OHIF 3.13 reads them wrongly. Raises
+    ValueError, naming the series, if its instances cannot be referenced, or it is not read back as
+    written; OSError if the file cannot be written.
     """
     assert isinstance(case, Scan) and isinstance(case.flair, Series)
     series = case.flair
@@ -108,11 +105,7 @@ def write_dicom_seg(path: Path, case: Case, mask: np.ndarray, algorithm: str, ve
 
 
 def read_references(series: Series) -> list[Dataset]:
-    """Read what a Segmentation takes from the headers of a series, in order of position.
-
-    That is the UIDs of each, and patient and study of the first, as far as they are valid. Raises
-    ValueError, naming the series, if a Segmentation could not refer to all of its instances.
-    """
+    """Read UIDs by position, and the patient, of a series; ValueError if they are not all valid."""
     headers = series_headers(series)
     sources = [Dataset() for _ in headers]
     for source, header in zip(sources, headers, strict=True):

@@ -37,10 +37,7 @@ DAY = 86400  # seconds
 
 @contextmanager
 def atomic_write(path: Path | str) -> Iterator[Path]:
-    """Yield a temporary file with the name of `path`; move it to `path` if the block succeeds.
-
-    If the block fails or the disk is full, a file that was at `path` is left untouched.
-    """
+    """Yield a temporary file; move it to `path` if the block succeeds, else leave `path` alone."""
     path = Path(path)
     if path.exists() and not path.is_file():
         raise OSError(f"{path}: is not a file that can be replaced; name another")
@@ -54,10 +51,7 @@ def atomic_write(path: Path | str) -> Iterator[Path]:
 
 @contextmanager
 def scratch(parent: Path) -> Iterator[Path]:
-    """Make a temporary folder in `parent`, deleted when the block ends; only its owner may enter.
-
-    A process that is killed leaves it behind; `clear_leftovers` deletes it then.
-    """
+    """Make a temporary folder of this process, deleted after the block or by `clear_leftovers`."""
     folder = parent / f".{PROGRAM}-{secrets.token_hex(8)}"
     folder.mkdir(mode=0o700)
     try:
@@ -69,10 +63,7 @@ def scratch(parent: Path) -> Iterator[Path]:
 
 
 def clear_leftovers(parent: Path) -> None:
-    """Delete the scratch folders in `parent` whose processes have died.
-
-    Those of other machines, whose processes cannot be seen, are deleted when they are a day old.
-    """
+    """Delete the scratch folders in `parent` of dead processes; another machine's after a day."""
     for folder in parent.glob(f".{PROGRAM}-*"):
         with suppress(OSError, ValueError, KeyError, TypeError):
             owner = json.loads((folder / OWNER).read_text())
@@ -103,9 +94,8 @@ def _is_running(process: int) -> bool:
 def locked(folder: Path, option: str, name: str = "run") -> Iterator[None]:
     """Keep other runs out of `folder`, or out of the files called `name` in it, within the block.
 
-    The lock ends with the process, also if it is killed. Raises ValueError, naming the `option` to
-    change, if another run holds it. On a network file system it reaches other machines only if the
-    file system passes locks on, as NFS 4 does.
+    The lock ends with the process, even a killed one; other machines need a file system that passes
+    it on. Raises ValueError, naming the `option` to change, if another run holds it.
     """
     path = folder / f".{PROGRAM}-{name}.lock"  # an empty file, which stays
     mode = folder.stat().st_mode & 0o666  # who may write to the folder must be kept out as well
@@ -132,10 +122,7 @@ def locked(folder: Path, option: str, name: str = "run") -> Iterator[None]:
 
 
 def has_mark(path: Path, mark: str = MARK) -> bool:
-    """Tell whether this program wrote a file, or a scratch folder, by the mark in its content.
-
-    An empty file counts too: nothing is lost with it.
-    """
+    """Tell by its content whether this program wrote a file or scratch folder, or it is empty."""
     if path.is_dir():
         try:
             return json.loads((path / OWNER).read_text())["program"] == PROGRAM
@@ -158,10 +145,7 @@ def has_mark(path: Path, mark: str = MARK) -> bool:
 
 
 def remove(path: Path, is_ours: Callable[[Path], bool] = has_mark) -> None:
-    """Delete a file or folder that this program wrote; nothing happens if there is none.
-
-    `is_ours` tells by its content whether it is. Raises ValueError if it is not.
-    """
+    """Delete a file or folder, if there is one; ValueError if it is not ours by `is_ours`."""
     if not os.path.lexists(path):
         return
     check_ours(path, is_ours)
@@ -181,11 +165,8 @@ def check_ours(path: Path, is_ours: Callable[[Path], bool] = has_mark) -> None:
 
 
 def save_array(path: Path, array: np.ndarray) -> None:
-    """Write a .npy file. Raises OSError if the disk is full.
-
-    `numpy.save` may not: C writes its file, and an error with the last bytes is lost. If the file
-    can be read as well, Python writes it.
-    """
+    """Write a .npy file; OSError if the disk is full."""
+    # C would write it, and lose an error with the last bytes, unless the file can be read as well.
     import numpy as np
 
     with open(path, "w+b") as file:
@@ -193,10 +174,7 @@ def save_array(path: Path, array: np.ndarray) -> None:
 
 
 def write_table(path: Path, rows: Sequence[dict]) -> None:
-    """Write dicts as the rows of a CSV file, atomically; a key that a row lacks is left empty.
-
-    Floats are written to six digits, and a list as its items, separated by spaces.
-    """
+    """Write dicts as rows of a CSV file, atomically: floats to six digits, lists with spaces."""
     columns = {}
     lines = []
     for row in rows:
@@ -216,10 +194,7 @@ def write_table(path: Path, rows: Sequence[dict]) -> None:
 
 
 def read_table(path: Path) -> dict[str, dict[str, str]]:
-    """Read the rows of a CSV file by case; none if it is missing.
-
-    Raises ValueError for another table: what it holds would be lost when it is written again.
-    """
+    """Read the rows of a CSV file by case, {} if it is missing; ValueError for another table."""
     if not path.exists():
         return {}
     rows = read_rows(path, {"case"}, f"{path}: was changed and cannot be read; move it elsewhere")
@@ -248,10 +223,7 @@ def read_rows(path: Path, columns: set[str], fault: str) -> list[dict[str, str]]
 
 
 def update_table(path: Path, rows: dict[str, dict | None]) -> None:
-    """Write rows by case into a CSV file, whose rows of other cases stay, sorted by case.
-
-    A case whose row is None loses its row. If no row is left, no file is.
-    """
+    """Write rows by case (None: remove) into a CSV file, sorted; rows of other cases stay."""
     table: dict[str, dict | None] = {**read_table(path), **rows}
     lines = [row for _, row in sorted(table.items()) if row]
     if lines:
@@ -283,10 +255,8 @@ def disk_is_full(error: BaseException) -> bool:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Tell whether memory ran out: of the host (Python, PyTorch, ITK) or of a GPU.
-
-    PyTorch raises a RuntimeError; importing it to know its own kind would be slow here.
-    """
+    """Tell whether memory ran out: of the host (Python, PyTorch, ITK) or of a GPU."""
+    # PyTorch raises a RuntimeError; importing it to know its own kind would be slow here.
     if not isinstance(error, RuntimeError):
         return isinstance(error, MemoryError)
     return "out of memory" in str(error) or "allocate memory" in str(error)
@@ -310,10 +280,7 @@ def default_cache() -> Path:
 
 
 def sentence(error: BaseException | str) -> str:
-    """Return an error's message as one sentence that names its file, in text that can be written.
-
-    A message may quote bytes of a damaged file, which are no text in any encoding.
-    """
+    """Return an error's message as one sentence that names its file, without undecodable bytes."""
     message = str(error)
     if isinstance(error, BaseException) and out_of_memory(error):
         message = f"out of memory: {message.splitlines()[0]}" if message else "out of memory"

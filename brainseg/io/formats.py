@@ -1,7 +1,5 @@
 """The formats of volumes, and what reads each: a new format is a line in `READERS`."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -76,10 +74,7 @@ def check_format(path: Path) -> None:
 
 
 def read_grid(path: File) -> tuple[Grid, int]:
-    """Read the grid and channel count of a file, but no voxels; ValueError if unusable.
-
-    A folder, or a DICOM file without a volume suffix, stands for a DICOM series.
-    """
+    """Read the grid and the channel count of a file or DICOM series; ValueError if unusable."""
     path = series_or_file(path)
     if isinstance(path, Series):
         return series_grid(path), 1

@@ -121,9 +121,8 @@ def check_grid(
 ) -> Grid:
     """Return the grid that a header states; ValueError, naming the file, if it cannot be right.
 
-    The rule for every format: plausible spacings in mm, and axes (columns of `direction`) of
-    length 1 at right angles. Axes that are off by at most a degree were rounded: the nearest
-    right angles are taken, and noted.
+    For every format: plausible spacings in mm, and axes (columns of `direction`) of length 1 at
+    right angles. Those off by at most a degree are corrected, and noted.
     """
     spacing = np.asarray(spacing, float)
     offset = np.asarray(offset, float)

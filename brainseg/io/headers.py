@@ -1,7 +1,5 @@
 """DICOM headers: read as far as they are needed, and their fields as text or numbers."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -48,10 +46,7 @@ def is_dicom(path: Path) -> bool:
 
 
 def read_header(path: Path) -> Dataset:
-    """Read the header of a DICOM image; ValueError, naming it, if the image is damaged.
-
-    Read fields with `text` and `numbers`, which do not fail on a field that is odd.
-    """
+    """Read the header of a DICOM image, for `text` and `numbers`; ValueError if it is damaged."""
     status = path.stat()
     return _read_header(path, status.st_ino, status.st_mtime_ns, status.st_size)
 
@@ -123,10 +118,7 @@ def damaged_text(path: Path) -> str:
 
 @quiet  # on odd fields: those that matter are checked
 def text(header: Dataset, name: str) -> str:
-    """Return a field as one line of printable text; empty if it is not given.
-
-    It is decoded by the file's SpecificCharacterSet; bytes that this does not explain become "?".
-    """
+    """Return a field as one line of printable text, "?" for odd bytes; empty if it is not given."""
     try:
         value = header.get(name)
     except (ValueError, TypeError, OverflowError, NotImplementedError):  # a damaged number

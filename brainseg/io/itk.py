@@ -1,9 +1,4 @@
-"""Read NRRD and MetaImage files by SimpleITK, which fills in what a header leaves out.
-
-Here such a file is refused, or what is taken is noted.
-"""
-
-from __future__ import annotations
+"""Read NRRD and MetaImage by SimpleITK; what a header leaves out is refused, or noted."""
 
 import math
 import os
@@ -100,10 +95,7 @@ def _read_information(path: Path) -> sitk.ImageFileReader:
 
 
 def _check_stated(path: Path, info: sitk.ImageFileReader) -> tuple[float, tuple[str, ...]]:
-    """Return millimetres per unit of length, and a note if the position is a default.
-
-    Raises ValueError if the spacing or the orientation is one: the reader makes them 1 and LPS.
-    """
+    """Return mm per unit of length, and notes; ValueError without a spacing or an orientation."""
     field, _ = _text_header(path)
     if "sizes" in field:  # NRRD, whose reader turns the spaces that it knows to LPS
         wanted = "space and space directions"

@@ -1,7 +1,5 @@
 """Masks: which of their labels or greys are lesion; and masks that cannot be right."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -18,10 +16,9 @@ LISTED = 20  # labels named in a sentence
 
 
 class Labels:
-    """The labels that count as lesion in a run, and the labels in each mask read so far.
+    """The labels that count as lesion in a run, `chosen` or all, and those in each mask so far.
 
-    All labels above 0 are lesion unless some are `chosen`. All cases of a run share one object,
-    which reports only once what applies to all of them.
+    All cases of a run share one object, which reports only once what applies to all of them.
     """
 
     def __init__(self, chosen: Iterable[int] | None = None):
@@ -125,11 +122,7 @@ NO_LESION = (
 
 
 def odd_masks(shares: Mapping[str, float], masks: Iterable[np.ndarray] = ()) -> list[str]:
-    """Say, in a sentence each, what cannot be right about the masks of a cohort.
-
-    `shares` are the shares of the volume that are lesion, by case. `masks` (S, H, W) are those of
-    the same cases, as read: they are compared until two differ.
-    """
+    """Say what cannot be right about `masks`, or the `shares` of their volumes that are lesion."""
     sentences = []
     count = len(shares)
     if count and not any(shares.values()):

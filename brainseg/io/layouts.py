@@ -1,7 +1,5 @@
 """The cases in a folder: slices as images, medical volume files, DICOM series, cohorts."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -14,7 +12,6 @@ from .formats import check_format, is_scan, scan_name
 from .labels import Labels
 from .opening import find_case, holds_case, holds_slices, is_one_case, open_study
 from .scans import Scan
-from .sequences import SEQUENCES
 from .slices import Case, errors_name
 from .studies import Study, find_studies
 from .truth import check_not_only_masks, say_lost_masks, volumes_in
@@ -22,10 +19,7 @@ from .truth import check_not_only_masks, say_lost_masks, volumes_in
 
 @dataclass(frozen=True)
 class Source:
-    """A case that has not been read yet: its name and location.
-
-    `folder` is its folder or its volume file; `root` holds it and the other cases.
-    """
+    """A case that has not been read yet: `folder` (or file) holds it, `root` all cases."""
 
     name: str
     folder: Path
@@ -70,7 +64,7 @@ class Source:
 
 def find_cases(root: Path | str, names: Sequence[str] | None = None) -> list[Case]:
     """Open every case of `list_cases`; ValueError, naming the file, if one is unusable."""
-    return [source.open() for source in list_cases(root, names)]
+    return list(map(Source.open, list_cases(root, names)))
 
 
 def list_cases(
@@ -83,10 +77,9 @@ def list_cases(
 ) -> list[Source]:
     """List the cases in `root`, which holds folders and volume files or is itself a case, by name.
 
-    With `names`, only these; never the folder `other_than`, nor one of predictions. `layout` says
-    where sequences and masks are; without it, they are looked for. `channels` are those of
-    pre-contrast, FLAIR and post-contrast, or of FLAIR alone, in files that hold several. Raises
-    FileNotFoundError or ValueError if there is nothing to read, or two cases have the same name.
+    With `names`, only these; never the folder `other_than`, nor predictions. `layout` says where
+    files are, `channels` which of a file's are pre-contrast, FLAIR and post-contrast, or FLAIR.
+    Raises FileNotFoundError or ValueError if there is nothing, or two cases have one name.
     """
     root = Path(root)
     if not root.exists():
@@ -96,8 +89,7 @@ def list_cases(
         raise ValueError(f"{root}: is not a volume file; give one, or the folder of its case")
     if _is_output(root) or _is_output(root.resolve().parent):
         raise ValueError(f"{root}: holds predictions (args.json); give the folder of the scans")
-    picked = check_channels(channels)
-    sources = _sources_in(root, other_than, layout, picked)
+    sources = _sources_in(root, other_than, layout, tuple(channels or ()))
     if not sources:
         check_format(root)
         check_not_only_masks(root)
@@ -125,16 +117,6 @@ def list_cases(
     return [source for source in by_name.values() if source.name in names]
 
 
-def check_channels(channels: Sequence[int] | None) -> tuple[int, ...]:
-    """Return the channels to use, () for all; ValueError unless they are one or three."""
-    if channels and len(channels) not in (1, len(SEQUENCES)):
-        raise ValueError(
-            "--channels takes the channels of pre-contrast, FLAIR and post-contrast, or of FLAIR "
-            f"alone, not {len(channels)}"
-        )
-    return tuple(channels or ())
-
-
 def _sources_in(
     root: Path, other_than: Path | None, layout: Layout | None, picked: tuple[int, ...]
 ) -> list[Source]:
@@ -145,7 +127,11 @@ def _sources_in(
         return _by_patterns(path, other_than, layout)
     described = described_cases(path, picked)
     if described is not None:
-        return [_described_source(case, path) for case in described]
+        sources = []
+        for case in described:
+            folder = case.flair or path  # FLAIR may be missing
+            sources.append(Source(case.name, folder, path, picked=case.channels, described=case))
+        return sources
     sessions = _bids_sessions(path)
     if sessions:
         return sessions
@@ -153,11 +139,6 @@ def _sources_in(
         root = root / "images_structural"
     cases = _cases_in(root, other_than)
     return [replace(case, picked=picked) for case in cases]
-
-
-def _described_source(case: DescribedCase, root: Path) -> Source:
-    folder = case.flair or root  # FLAIR may be missing
-    return Source(case.name, folder, root, picked=case.channels, described=case)
 
 
 def _bids_sessions(root: Path) -> list[Source]:
@@ -175,11 +156,7 @@ def _bids_sessions(root: Path) -> list[Source]:
 
 
 def _by_patterns(root: Path, other_than: Path | None, layout: Layout) -> list[Source]:
-    """List the folders, in `root` or one level deeper, with files that match a user's layout.
-
-    Folders of volume files that match no pattern are listed too: opening them raises ValueError.
-    Raises ValueError if nothing matches.
-    """
+    """List folders, at most two levels down, that match a layout, or that hold other volumes."""
     matching, lacking = [], []
     for folder in _folders_in(root, other_than):
         if layout.fits(folder, root):
@@ -254,7 +231,7 @@ def _cases_in(root: Path, other_than: Path | None) -> list[Source]:
         # Beside volumes, other folders may be anything; else opening them says what they lack.
         if folder in holding or not volumes:
             cases.append(_source(folder))
-    cases += [_source(volume) for volume in volumes]
+    cases += map(_source, volumes)
     return sorted(cases, key=lambda case: (case.folder, case.name))
 
 

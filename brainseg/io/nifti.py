@@ -1,7 +1,5 @@
 """Read NIfTI files by what their headers state, and write such as lie on their scan everywhere."""
 
-from __future__ import annotations
-
 import gzip
 import io
 import math
@@ -92,10 +90,7 @@ def is_nifti(path: Path) -> bool:
 
 
 def nifti_header(path: Path) -> nibabel.Nifti1Header:
-    """Read the header of a NIfTI-1 or NIfTI-2 file as it is; ValueError if it is damaged.
-
-    Its methods `get_sform` and `get_qform`, with coded=True, give its matrices and their codes.
-    """
+    """Read the header of a NIfTI-1 or NIfTI-2 file as it is; ValueError if it is damaged."""
     try:
         with _open(path) as file:
             head = file.read(nibabel.Nifti2Header.sizeof_hdr)
@@ -119,7 +114,7 @@ def _open(path: Path) -> io.BufferedIOBase:
 def _shape_of(path: Path, header: nibabel.Nifti1Header) -> tuple[int, int, int, int]:
     """Return the voxels along three axes and the channels, which are along axis 4 or 5."""
     axes = int(header["dim"][0])
-    shape = [int(length) for length in header["dim"][1 : axes + 1]]
+    shape = _field(header, "dim")[1 : axes + 1].tolist()
     if not 1 <= axes <= 7 or min(shape) < 1:
         raise ValueError(damaged(path))
     if axes > 4 and shape[3] == 1:  # axis 4 is time, axis 5 the values of a voxel

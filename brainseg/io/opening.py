@@ -1,11 +1,9 @@
 """Open the case in a folder or file: which files are its sequences, and which its mask."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 
-from .cohorts import Layout, Sequences, absolute, find_in_layout, sequences_in
+from .cohorts import Layout, Sequences, absolute, sequences_in
 from .dicom import Series
 from .formats import check_format, is_scan, scan_name
 from .scans import Scan
@@ -36,7 +34,8 @@ def find_case(path: Path, root: Path | None = None, layout: Layout | None = None
     """Open the case in a folder or volume file; ValueError, naming the file, if it is unusable."""
     root = root or path.parent
     if layout:
-        return _in_layout(path, find_in_layout(path, root, layout), layout)
+        files = layout.one_of_each(path, layout.files(path, root))
+        return _in_layout(path, files, layout)
     if not path.is_dir():
         return _find_scan(path)
     volumes = volumes_in(path)
@@ -45,9 +44,12 @@ def find_case(path: Path, root: Path | None = None, layout: Layout | None = None
     if volumes and holds_slices(path):
         raise ValueError(f"{path}: holds slices and {volumes[0].name}; move one of them away")
     if not volumes:
-        study = _find_study(path)
-        if study:
-            return study
+        studies = find_studies(absolute(path))
+        if len(studies) > 1:
+            names = " and ".join(study.name for study in studies)
+            raise ValueError(f"{path}: holds the DICOM studies {names}; give the folder of one")
+        if studies:
+            return open_study(replace(studies[0], name=path.name, folder=path))
         if not holds_slices(path):
             check_format(path)
             check_not_only_masks(path)
@@ -94,24 +96,14 @@ def _with_doubts(scan: Scan) -> Scan:
     return replace(scan, doubts=tuple(doubts))
 
 
-def _find_study(folder: Path) -> Scan | None:
-    """Open the one DICOM study in a folder; None if there is none, ValueError if several."""
-    studies = find_studies(absolute(folder))
-    if len(studies) > 1:
-        names = " and ".join(study.name for study in studies)
-        raise ValueError(f"{folder}: holds the DICOM studies {names}; give the folder of one")
-    if not studies:
-        return None
-    return open_study(replace(studies[0], name=folder.name, folder=folder))
-
-
 def open_study(study: Study) -> Scan:
     """Open a DICOM study; its mask is <case>_mask, beside its folder or in it, or <FLAIR>_mask."""
     series, choice = sort_study(study)
     places = study.folder.with_name(study.name), study.folder / study.name, series["FLAIR"].path
-    masks = [mask for mask in map(mask_of, places) if mask]
-    files = [series.get(name) for name in SEQUENCES]
-    return Scan.open(study.name, files, masks[0] if masks else None, choice)
+    masks = list(filter(None, map(mask_of, places)))
+    return Scan.open(
+        study.name, list(map(series.get, SEQUENCES)), masks[0] if masks else None, choice
+    )
 
 
 def _find_scan(path: Path) -> Scan:

@@ -6,6 +6,7 @@ import io
 import math
 import os
 from collections.abc import Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -66,8 +67,7 @@ def thumbnail(
 ) -> bytes:
     """Draw the FLAIR slice with the largest mask, outlined, as a JPEG of at most `side` pixels.
 
-    `volume` is (S, H, W, C), `mask` and `truth` are (S, H, W) bool; if the mask is empty, the slice
-    with the largest truth is drawn, or the middle one.
+    Of an empty mask (S, H, W), the slice with the largest truth is drawn, or the middle one.
     """
     areas = mask.sum(axis=(1, 2))
     if truth is not None and not areas.any():
@@ -92,10 +92,8 @@ def montage(pictures: np.ndarray) -> np.ndarray:
 
 
 def save_png(path: Path, picture: np.ndarray) -> None:
-    """Write a picture (H, W, 3) uint8, with our mark.
-
-    Level 1 of zlib takes a third of the time here, and the files are no larger.
-    """
+    """Write a picture (H, W, 3) uint8, with our mark."""
+    # Level 1 of zlib takes a third of the time, and files are no larger.
     text = PngInfo()
     text.add_text("Software", MARK)
     Image.fromarray(picture).save(path, compress_level=1, pnginfo=text)
@@ -113,16 +111,13 @@ def save_figure(path: Path | str, figure: Figure, dpi: int) -> None:
 
 
 def save_gif(path: Path | str, pictures: np.ndarray) -> None:
-    """Write a looping GIF of outlined slices (S, H, W, 3), 0.12 s each.
-
-    Grey and the two outline colours make up a fixed palette, so none has to be computed.
-    """
+    """Write a looping GIF of outlined slices (S, H, W, 3), 0.12 s each, with a fixed palette."""
     shown = np.minimum(pictures[..., 2], 253)  # grey
     for k, colour in ((254, GREEN), (255, RED)):
         shown[(pictures == colour).all(axis=-1)] = k
     palette = np.repeat(np.arange(256, dtype=np.uint8)[:, None], 3, axis=1)
     palette[254:] = GREEN, RED
-    frames = [Image.fromarray(frame) for frame in shown]
+    frames = list(map(Image.fromarray, shown))
     for frame in frames:
         frame.putpalette(palette.tobytes())
     with atomic_write(path) as temporary:
@@ -139,10 +134,7 @@ def save_gif(path: Path | str, pictures: np.ndarray) -> None:
 
 
 def new_figure(**options) -> Figure:
-    """Make a figure of matplotlib, for a file only, whatever backend MPLBACKEND names.
-
-    A notebook hands its own on to the programs that it starts, which may not have it installed.
-    """
+    """Make a figure for a file, whatever MPLBACKEND a notebook has set: it may not be installed."""
     backend = os.environ.pop("MPLBACKEND", None)  # read, and refused, by the import
     try:
         from matplotlib.figure import Figure  # slow to import
@@ -153,23 +145,22 @@ def new_figure(**options) -> Figure:
 
 
 def save_dsc_figure(path: Path | str, scores: dict[str, float], marked: Sequence[str] = ()) -> None:
-    """Draw sorted horizontal bars of the cases' DSC, with mean and median; `marked` ones are pale.
-
-    Marked cases, of patients that the weights were trained on, do not count in mean and median.
-    """
-    names = sorted(scores, key=lambda name: scores[name])
-    counted = [scores[name] for name in names if name not in marked]
-    figure = new_figure(figsize=(8, 1.4 + 0.26 * len(names)))
+    """Draw sorted bars of DSCs, their mean and median; `marked` ones are pale and do not count."""
+    ranked = dict(sorted(scores.items(), key=itemgetter(1)))
+    counted = [score for name, score in ranked.items() if name not in marked]
+    figure = new_figure(figsize=(8, 1.4 + 0.26 * len(ranked)))
     axes = figure.add_subplot()
-    colours = ["#b9c6d3" if name in marked else "#4c78a8" for name in names]
-    axes.barh(names, [scores[name] for name in names], color=colours)
+    bars = axes.barh(list(ranked), list(ranked.values()), color="#4c78a8")
+    for name, bar in zip(ranked, bars, strict=True):
+        if name in marked:
+            bar.set_facecolor("#b9c6d3")
     if counted:
         mean, median = float(np.mean(counted)), float(np.median(counted))
         axes.axvline(mean, color="#e4572e", label=f"mean {mean:.3f}")
         axes.axvline(median, color="#2e933c", ls="--", label=f"median {median:.3f}")
     if marked:
         axes.plot([], [], "s", color="#b9c6d3", label="trained on, not counted")
-    axes.set(xlim=(0, 1), xlabel="DSC per volume", ylim=(-0.6, len(names) - 0.4))
+    axes.set(xlim=(0, 1), xlabel="DSC per volume", ylim=(-0.6, len(ranked) - 0.4))
     axes.tick_params(axis="y", labelsize=7, length=0)
     axes.spines[["top", "right", "left"]].set_visible(False)
     figure.legend(loc="outside upper right", ncols=3, frameon=False)

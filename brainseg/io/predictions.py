@@ -1,7 +1,5 @@
 """The output of a segmented case, written and found again: masks, maps and pictures."""
 
-from __future__ import annotations
-
 import glob
 import re
 from collections.abc import Mapping, Sequence
@@ -47,13 +45,9 @@ def outputs_of(case: Case) -> list[Path]:
 def find_masks(
     folder: Path, case: Case, run: str, others: Sequence[Path] = ()
 ) -> np.ndarray | None:
-    """Read the mask (S, H, W) of a case, or None if it is not whole or not made by `run`.
-
-    Also None if one of the `others`, files in `folder` that are wanted beside it, is missing.
-    """
-    paths = [folder / file for file in map_files(case, "mask")]
-    wanted = paths + [folder / file for file in others]
-    if not all(map(Path.is_file, wanted)):
+    """Read a case's mask (S, H, W); None if it or one of `others` is missing, or not by `run`."""
+    paths = list(map(folder.joinpath, map_files(case, "mask")))
+    if not all(map(Path.is_file, paths + list(map(folder.joinpath, others)))):
         return None
     mark = mark_of(run)
     if not all(has_mark(path, mark) for path in paths):
@@ -83,9 +77,8 @@ def write_case(
 ) -> list[Path]:
     """Write masks, outlined slices, the GIF and maps, each atomically; list them, in `folder`.
 
-    What belongs to an earlier mask of the case is removed; other files stay. `volume` is
-    (S, H, W, C), `mask` and `truth` are (S, H, W), bool. `maps`, (S, H, W) float32 by kind (see
-    `map_files`), become float32 files on the source's grid. `run` is noted in every mask.
+    Earlier results of the case are removed. `volume` is (S, H, W, C), masks are (S, H, W) bool,
+    `maps` (S, H, W) float32 by kind (see `map_files`). `run` is noted in every mask.
     """
     maps = maps or {}
     mark = mark_of(run)
@@ -119,11 +112,7 @@ def write_case(
 
 
 def remove_earlier(folder: Path, case: Case, with_pictures: bool = True) -> None:
-    """Remove our files of an earlier mask of a case that a new mask and its pictures leave there.
-
-    Maps and a DICOM Segmentation, and slices that the case no longer has: it may have been another
-    scan of that name.
-    """
+    """Remove earlier files of a case that would stay beside its new mask and pictures."""
     kinds = "|".join(KINDS)
     of_a_slice = re.compile(rf"{re.escape(case.name)}_\d+(\.png|_({kinds})\.tif)")
     paths = [folder / seg_file(case)]
@@ -132,11 +121,11 @@ def remove_earlier(folder: Path, case: Case, with_pictures: bool = True) -> None
     for path in folder.glob(f"{glob.escape(case.name)}/*"):
         if of_a_slice.fullmatch(path.name):
             paths.append(path)
-    replaced = {folder / file for file in map_files(case, "mask")}
+    replaced = map_files(case, "mask")
     if with_pictures:
-        replaced |= {folder / file for file in picture_files(case)}
+        replaced += picture_files(case)
     else:
         paths.append(folder / f"{case.name}.gif")
     for path in paths:
-        if path not in replaced and has_mark(path):
+        if path.relative_to(folder) not in replaced and has_mark(path):
             remove(path)

@@ -1,8 +1,6 @@
 """Rigid registration of one sequence to another of the same head, and resampling to a grid."""
 
-from __future__ import annotations
-
-import threading
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +9,7 @@ import SimpleITK as sitk
 from ..fill import without_fill
 from .dicom import File
 from .grid import Grid
+from .quiet import WhileUsed
 
 PIXEL = 1.5  # millimetres: finer pixels are binned before registration
 SAMPLES = 20_000  # voxels of FLAIR that the metric samples
@@ -37,46 +36,23 @@ class Movement:
         )
 
 
-class _OneThread:
-    """While any thread of this process is in the block, ITK computes each result with one.
-
-    The sums of several threads differ from run to run, also within the parts of a registration that
-    SetNumberOfThreads does not reach.
-    """
-
-    def __init__(self) -> None:
-        self.lock, self.users, self.before = threading.Lock(), 0, 1
-
-    def __enter__(self) -> None:
-        with self.lock:
-            if self.users == 0:
-                self.before = sitk.ProcessObject.GetGlobalDefaultNumberOfThreads()
-                sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
-            self.users += 1
-
-    def __exit__(self, *error: object) -> None:
-        with self.lock:
-            self.users -= 1
-            if self.users == 0:
-                sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(self.before)
+@WhileUsed
+def one_thread(undo: ExitStack) -> None:
+    """Let ITK compute with one thread: sums of several differ from run to run."""
+    before = sitk.ProcessObject.GetGlobalDefaultNumberOfThreads()
+    undo.callback(sitk.ProcessObject.SetGlobalDefaultNumberOfThreads, before)
+    sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
 
 
-one_thread = _OneThread()
-
-
+@one_thread
 def register(moving: sitk.Image, fixed: sitk.Image, path: File) -> Movement:
     """Find the rigid movement that makes `moving`, read from `path`, fit `fixed`.
 
-    Maximises Mattes mutual information (https://doi.org/10.1109/TMI.2003.809072) of seeded
-    samples, from coarse to fine. It starts where the header puts `moving`, or from aligned centres
-    if that is elsewhere. Raises ValueError if it does not converge, or the result is too far from
-    the start, too dissimilar or worse than the start. If the start fits as well, it is kept.
+    Maximises Mattes mutual information (https://doi.org/10.1109/TMI.2003.809072) from where the
+    header puts `moving`, or from aligned centres. Raises ValueError if it does not converge, is too
+    far, too dissimilar or worse than the start; a start that fits as well is kept.
     """
-    with one_thread:
-        return _register(_prepare(moving), _prepare(fixed), path)
-
-
-def _register(moving: sitk.Image, fixed: sitk.Image, path: File) -> Movement:
+    moving, fixed = _prepare(moving), _prepare(fixed)
     head = foreground_points(fixed)
     start = sitk.Euler3DTransform()
     start.SetCenter(head.mean(axis=0).tolist())
@@ -147,7 +123,7 @@ def _prepare(image: sitk.Image) -> sitk.Image:
     """Return the image in float32, without fill, with finer pixels binned to about PIXEL."""
     factors = [max(1, round(PIXEL / length)) for length in image.GetSpacing()]
     scanned, _ = without_fill(sitk.GetArrayFromImage(image))
-    return sitk.BinShrink(_like(image, scanned), factors)
+    return sitk.BinShrink(like(image, scanned), factors)
 
 
 def foreground_points(image: sitk.Image) -> np.ndarray:
@@ -161,21 +137,20 @@ def foreground_points(image: sitk.Image) -> np.ndarray:
 
 
 def move(moving: sitk.Image, grid: Grid, transform: sitk.Transform | None = None) -> np.ndarray:
-    """Resample an image linearly to a grid: voxels (X, Y, Z), float32, its background outside it.
+    """Resample an image linearly to a grid: voxels (X, Y, Z), float32; fill is not mixed.
 
-    Fill stays what it was, and is not mixed with what it touches. `transform` maps the grid's space
-    to the image's; None: they are the same.
+    `transform` maps the grid's space to the image's; None: they are the same.
     """
     voxels = sitk.GetArrayFromImage(moving)
     scanned, fill = without_fill(voxels)
-    moved = _resample(_like(moving, scanned), grid, transform)
+    moved = _resample(like(moving, scanned), grid, transform)
     if fill:
-        filled = _resample(_like(moving, np.isin(voxels, fill)), grid, transform)
+        filled = _resample(like(moving, np.isin(voxels, fill)), grid, transform)
         moved[filled > 0.5] = fill[0]
     return moved
 
 
-def _like(image: sitk.Image, voxels: np.ndarray) -> sitk.Image:
+def like(image: sitk.Image, voxels: np.ndarray) -> sitk.Image:
     """Put voxels (Z, Y, X), as float32, on the grid of an image."""
     changed = sitk.GetImageFromArray(voxels.astype(np.float32))
     changed.CopyInformation(image)

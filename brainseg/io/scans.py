@@ -52,8 +52,8 @@ class Scan(Case):
     ) -> Scan:
         """Open the scan in one file, or in pre-contrast, FLAIR, post-contrast; reads no voxels.
 
-        FLAIR stands in for None. A DICOM series may be given as its folder or one of its files.
-        Raises ValueError, naming the file, for an implausible header or a different patient.
+        FLAIR stands in for None. Raises ValueError, naming the file, if a header is implausible, or
+        of another patient.
         """
         flair = files[len(files) // 2]
         assert flair is not None

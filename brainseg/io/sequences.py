@@ -1,9 +1,7 @@
-"""Which sequence a DICOM series or a file is, by its words, its times and its contrast agent.
+"""Tell pre-contrast, FLAIR and post-contrast by words, echo times and contrast agents.
 
 Words that contradict each other or the times make a series doubtful: it is never guessed.
 """
-
-from __future__ import annotations
 
 import re
 import unicodedata

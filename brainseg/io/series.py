@@ -4,8 +4,6 @@ No file speaks for the others: each must state its geometry, agree with the rest
 pixels whole.
 """
 
-from __future__ import annotations
-
 import math
 import tempfile
 from collections.abc import Sequence
@@ -38,10 +36,7 @@ Notes = tuple[str, ...]
 
 @quiet
 def series_grid(series: Series) -> Grid:
-    """Read the grid of a DICOM series.
-
-    Raises ValueError, naming file and tag, unless each file is complete and all make one stack.
-    """
+    """Read the grid of a series; ValueError, naming file and tag, unless its files make a stack."""
     headers = series_headers(series)
     first = headers[0]
     for header in headers:
@@ -68,10 +63,9 @@ def series_grid(series: Series) -> Grid:
 
 @quiet
 def read_series(series: Series) -> np.ndarray:
-    """Read the voxels (X, Y, Z) of a DICOM series; files of several types give one that fits all.
+    """Read the voxels (X, Y, Z) of a series, in a type that fits all; ValueError for a bad file.
 
-    PixelPaddingValue becomes the darkest value of the rest, unless it is darker still: `fill` finds
-    that. Raises ValueError, naming the file, if one cannot be read.
+    PixelPaddingValue becomes the darkest value of the rest, unless it is darker: see `fill`.
     """
     slices, padding = [], []
     for header in series_headers(series):

@@ -1,7 +1,5 @@
 """A case, its files in slice order, and reading the image of a slice."""
 
-from __future__ import annotations
-
 import io
 import re
 from collections.abc import Iterator, Sequence
@@ -72,10 +70,7 @@ class Case:
         return ratio
 
     def read(self) -> np.ndarray:
-        """Read the volume (S, H, W, C), in the data type of its files.
-
-        Raises ValueError, naming the file, if a slice is damaged or differs in shape.
-        """
+        """Read the volume (S, H, W, C) in the type of its files; ValueError if one is unusable."""
         return self.pick(read_slices(self.slices))
 
     def pick(self, volume: np.ndarray) -> np.ndarray:
@@ -154,9 +149,8 @@ def find_slices(folder: Path) -> Case:
             f"{other}: is of another case than {first.name}, by its name; give each case a folder"
         )
     _check_complete(folder, slices, masks)
-    numbers = tuple(sorted(slices))
-    in_order = tuple(slices[number] for number in numbers)
-    return Case(folder.name, numbers, in_order, tuple(masks[number] for number in sorted(masks)))
+    slices, masks = dict(sorted(slices.items())), dict(sorted(masks.items()))
+    return Case(folder.name, tuple(slices), tuple(slices.values()), tuple(masks.values()))
 
 
 def _check_complete(folder: Path, slices: dict[int, Path], masks: dict[int, Path]) -> None:
@@ -178,11 +172,7 @@ def _check_complete(folder: Path, slices: dict[int, Path], masks: dict[int, Path
 
 
 def read_slices(paths: Sequence[Path]) -> np.ndarray:
-    """Read images of one shape as a volume (S, H, W, C), with black as the lowest value.
-
-    Raises ValueError, naming the file, if one is damaged or differs in shape, or if it is not
-    clear whether its white is 0.
-    """
+    """Read images of one shape as a volume (S, H, W, C), black lowest; ValueError if one is bad."""
     images = []
     doubtful = []  # the places of those tagged "white is zero"
     for path in paths:
@@ -261,11 +251,8 @@ def _painted(colours: np.ndarray, opacity: np.ndarray, path: Path) -> np.ndarray
 
 
 def save_tiff(path: Path, image: np.ndarray, mark: str, **options: Any) -> None:
-    """Write an image as a TIFF with our mark. Raises OSError if the disk is full.
-
-    tifffile may not if it writes the file: NumPy does it, in C, and an error with the last bytes
-    is lost.
-    """
+    """Write an image as a TIFF with our mark; OSError if the disk is full."""
+    # NumPy would write the file for tifffile, in C, and lose an error with the last bytes.
     content = io.BytesIO()
     tifffile.imwrite(content, image, software=mark, **options)
     path.write_bytes(content.getbuffer())

@@ -1,7 +1,5 @@
 """DICOM studies: those in a tree of folders, and which of their series is FLAIR, which the T1s."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import re

@@ -1,7 +1,5 @@
 """Find the true mask of a scan among the files beside it, by their names."""
 
-from __future__ import annotations
-
 import re
 import sys
 from collections.abc import Sequence
@@ -35,11 +33,8 @@ def volumes_in(folder: Path, masks: bool = False) -> list[Path]:
 
 
 def mask_of(scan: Path) -> Path | None:
-    """Find the mask beside a scan, in any format: <scan>_mask, <scan>-seg or alike.
-
-    Beside the only scan of a folder, Segmentation or alike is one too. Raises ValueError, naming
-    both, if there are two.
-    """
+    """Find <scan>_mask, <scan>-seg or alike beside a scan, in any format; ValueError for two."""
+    # Beside the only scan of a folder, its name may be missing.
     names = {scan_name(scan).lower(), _without_flair(scan)}
     if volumes_in(scan.parent) == [scan]:
         names.add("")

@@ -1,7 +1,5 @@
 """Show a cohort on one page: what was found, and where to look first, without true masks."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,9 +23,8 @@ def save_cohort(
 ) -> None:
     """Write the page of a cohort: `rows` of volumes.csv, a JPEG for each, and how it was made.
 
-    A case without a picture could not be read; only the table lists it. `patients` are sections on
-    those with several scans (see `growth_section`), `scores` the rows of metrics.csv.
-    Raises OSError, naming `path`, if it cannot be written; an existing page is kept.
+    A case without a picture could not be read. `patients` are sections on those with several scans
+    (see `growth_section`), `scores` the rows of metrics.csv. Raises OSError.
     """
     thumbnails = {row["case"]: picture for row, picture in zip(rows, pictures, strict=True)}
     true_dsc = {row["case"]: row["dsc"] for row in scores}
@@ -88,10 +85,7 @@ def _score_tiles(scores: Sequence[dict]) -> dict[str, str]:
 
 
 def _histogram(sizes: Sequence[float]) -> tuple[list[int], float]:
-    """Count lesions by size, a case without one as 0; return the counts and the bin width.
-
-    The width is 1, 2 or 5 times a power of ten. Without any lesion the counts are empty.
-    """
+    """Count lesions by size; return the counts and the bin width: 1, 2 or 5 times a power of 10."""
     largest = max(sizes, default=0)
     if largest <= 0:
         return [], 0

@@ -156,8 +156,7 @@ def _places(patient: Patient) -> np.ndarray:
 
 def _draw_curve(axes: Axes, patient: Patient) -> None:
     places = _places(patient)
-    diameters = [visit.diameter for visit in patient.visits]
-    values, lows, highs = np.array([(d.value, d.low, d.high) for d in diameters]).T
+    values, lows, highs = np.array([visit.diameter for visit in patient.visits]).T
     if np.isnan(values).all():
         axes.set_axis_off()
         axes.set_title(rate_text(patient), fontsize=9)

@@ -1,7 +1,5 @@
 """Write reports as single-file HTML pages, and the tables in them."""
 
-from __future__ import annotations
-
 import base64
 import json
 from dataclasses import dataclass, field
@@ -14,10 +12,7 @@ TEMPLATES = Path(__file__).resolve().parent / "templates"
 
 @dataclass
 class Table:
-    """A table to print or to show, with `note` below it, one paragraph per line.
-
-    Columns in `left` are aligned left, all others right.
-    """
+    """A table to print or to show, with `note` below; columns in `left` are aligned left."""
 
     title: str
     header: list[str]
@@ -40,11 +35,7 @@ class Table:
 
 
 def write_page(path: Path, template: str, title: str, details: dict, **content: object) -> None:
-    """Fill a template; the page needs no network, and all text is escaped.
-
-    `details` says how it was made; `content` holds the variables of this template.
-    Raises OSError, naming `path`, if it cannot be written; an existing page is kept.
-    """
+    """Fill a template and write the page, which needs no network; all text is escaped."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined  # slow to import
 
     loader = FileSystemLoader(TEMPLATES)

@@ -1,7 +1,5 @@
 """The table metrics.csv: the scores of each case that has a true mask."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -79,10 +77,7 @@ def distance_text(rows: Sequence[dict], name: str) -> str:
 
 
 def read_scores(path: Path, columns: Collection[str]) -> dict[str, dict]:
-    """Read a metrics.csv: by case, patient, `trained_on` (bool), RUN and `columns` (float).
-
-    Raises OSError or ValueError, naming the file, if it is not such a file or lacks a column.
-    """
+    """Read a metrics.csv by case; OSError or ValueError, naming it, if it lacks a column."""
     fault = f"{path}: is not a metrics.csv that inference.py wrote; run it to make one"
     lines = read_rows(path, {"case", "trained_on"}, fault)
     if not lines:

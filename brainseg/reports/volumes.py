@@ -1,7 +1,5 @@
 """List what was found in each case and which masks to look at first, without true masks."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math
@@ -29,16 +27,7 @@ COLUMNS = """case patient slices sequences replaced lesion_voxels lesion_ml comp
     component_3_ml slices_touched expected_dsc expected_dsc_low expected_dsc_high notes
     warning scan_hash""".split()
 COLUMNS.append(RUN)
-TEXTS = (
-    "case",
-    "patient",
-    "sequences",
-    "replaced",
-    "notes",
-    "warning",
-    "scan_hash",
-    RUN,
-)  # no numbers
+TEXTS = ("case", "patient", "sequences", "replaced", "notes", "warning", "scan_hash", RUN)
 
 
 def volume_row(
@@ -53,11 +42,9 @@ def volume_row(
 ) -> dict:
     """Make the row of volumes.csv for a case; the server's summary.json holds the same.
 
-    `volume` is (S, H, W, C), `mask` (S, H, W) bool, `expected` the expected DSC of the mask and
-    its interval, `warnings` why to look at it and `notes` what happened to the scan, one sentence
-    each, `run` that of the segmenter, `replaced` the sequences that FLAIR stands in for by the
-    notes. What is unknown is None: millilitres without a spacing, components that do not exist, a
-    DSC without a fit.
+    `volume` is (S, H, W, C), `mask` (S, H, W) bool, `expected` its expected DSC with interval.
+    `notes` and `warnings` are sentences, `replaced` the sequences that FLAIR stands in for by the
+    notes. What is unknown is None.
     """
     names = CHANNELS.get(volume.shape[-1], ())
     copies = [name for name in missing_sequences(volume) if name not in replaced]
@@ -149,13 +136,11 @@ def end_warnings(mask: np.ndarray) -> list[str]:
 
 
 def warn_of_unlike(rows: Sequence[dict], spacings: Mapping[str, Sequence[float] | None]) -> None:
-    """Add a warning to each row whose input is unlike that of most cases of a run.
-
-    That is, it lacks a sequence or has another spacing than two thirds of the cases; `spacings`
-    (mm: slices, rows, columns) are by case.
-    """
+    """Warn of cases that lack a sequence or have another spacing than two thirds of a run."""
     read = [row for row in rows if row["slices"] is not None]
-    counts = Counter(name for row in read for name in row["sequences"].split(", "))
+    counts = Counter()
+    for row in read:
+        counts.update(row["sequences"].split(", "))
     typical = _typical_spacing([spacings[row["case"]] for row in read])
     for row in read:
         reasons = []
@@ -211,10 +196,7 @@ def by_need(rows: Sequence[dict]) -> list[dict]:
 
 
 def read_volumes(path: Path) -> dict[str, dict]:
-    """Read the rows of a volumes.csv by case; {} if it is missing, or a number is damaged.
-
-    Raises ValueError if it is another table.
-    """
+    """Read the rows of a volumes.csv, {} if a number is damaged; ValueError for another table."""
     table, rows = read_table(path), {}
     try:
         for name, texts in table.items():
@@ -228,15 +210,12 @@ def _value(column: str, text: str) -> object:
     if column in TEXTS:
         return text
     if column == "slices_touched":
-        return [int(number) for number in text.split()]
+        return list(map(int, text.split()))
     return json.loads(text or "null")
 
 
 def check_kept(folder: Path, rows: Mapping[str, dict], names: Iterable[str], run: str) -> None:
-    """Raise ValueError if `rows` of volumes.csv say that another run made the masks of `names`.
-
-    `run` is that of the weights and settings in use (`Segmenter.run`).
-    """
+    """Raise ValueError if `rows` of volumes.csv say that another `run` made masks of `names`."""
     others = []
     for name in names:
         if name in rows and rows[name][RUN] not in ("", run):
@@ -251,10 +230,7 @@ def check_kept(folder: Path, rows: Mapping[str, dict], names: Iterable[str], run
 
 
 def volumes_table(rows: Sequence[dict], path: Path, no_expected_dsc: str = "") -> Table:
-    """Make the short table that a run prints, with at most PRINTED cases; `path` holds all.
-
-    `no_expected_dsc` says why there is no expected DSC, as the segmenter does.
-    """
+    """Make the short table that a run prints; `no_expected_dsc` is the segmenter's reason."""
     header = ["case", "slices", "lesion", "components", "expected DSC", "needs a look because"]
     table = Table(counted(len(rows), "case"), header, left=(0, 5))
     warned = sum(bool(row["warning"]) for row in rows)
