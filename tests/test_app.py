@@ -833,6 +833,23 @@ def wait_for_viewer(page) -> None:
     page.locator("#look[aria-busy=false]").wait_for()
 
 
+@pytest.fixture(scope="module")
+def viewed(browser, server, files):
+    """Return the page with a scan in its viewer, which several tests share."""
+    with visit(browser, server[0]) as page:
+        drop(page, files / "head.nii.gz")
+        wait_for_viewer(page)
+        yield page
+
+
+@pytest.fixture
+def viewer(viewed):
+    """Return the page of `viewed` with its viewer as it was at first."""
+    viewed.get_by_role("button", name="Reset").click()
+    viewed.wait_for_timeout(300)  # Reset is drawn in software
+    return viewed
+
+
 def drawn(page) -> bytes:
     page.evaluate("() => new Promise(next => requestAnimationFrame(() => setTimeout(next)))")
     return page.locator("canvas").screenshot()
@@ -869,9 +886,8 @@ def downloaded(page, name: str) -> bytes:
     return Path(download.value.path()).read_bytes()
 
 
-def test_a_scan_in_the_viewer(page, server, files):
-    drop(page, files / "head.nii.gz")
-    wait_for_viewer(page)
+def test_a_scan_in_the_viewer(viewer, server, files):
+    page = viewer
     assert page.locator("h2").inner_text() == "head"
     assert re.search(
         r"a lesion of [\d.]+ ml \(\d+ voxels\), on \d of 8", page.locator("#numbers").inner_text()
@@ -896,9 +912,8 @@ def test_a_scan_in_the_viewer(page, server, files):
     assert len(set(seen)) == len(seen), "each step shows something else"
 
 
-def test_what_the_viewer_can_do(page, files):
-    drop(page, files / "head.nii.gz")
-    wait_for_viewer(page)
+def test_what_the_viewer_can_do(viewer):
+    page = viewer
     page.get_by_text("Axial", exact=True).click()
     first = slice_shown(page)
     seen = [drawn(page)]
@@ -944,9 +959,8 @@ def test_the_keyboard_and_the_cancel_button(page, server, files):
     assert focused(page) == "error" and page.title() == "error – brainseg"
 
 
-def test_components_millimetres_and_the_ruler(page, files):
-    drop(page, files / "head.nii.gz")
-    wait_for_viewer(page)
+def test_components_millimetres_and_the_ruler(viewer):
+    page = viewer
     page.get_by_text("Axial", exact=True).click()
     first = slice_shown(page)
     page.locator("canvas").press("ArrowUp")
