@@ -10,7 +10,7 @@ from pathlib import Path
 from .devices import in_order
 from .io.cohorts import parse_sequences
 from .io.labels import Labels
-from .io.layouts import Source, list_cases
+from .io.layouts import Source, choose_named, list_cases
 from .io.sequences import SEQUENCES
 from .io.slices import Case
 from .patients import (
@@ -73,8 +73,13 @@ def list_cohort(
     if channels and sequences:
         raise ValueError("--channels is for files of several channels; leave out --sequences")
     layout = parse_sequences(sequences)
-    sources = list_cases(images, names, other_than, layout, Labels(labels), channels)
-    return share_small_cohort(with_patients(sources, patients))
+    everyone = list_cases(images, None, other_than, layout, Labels(labels), channels)
+    chosen = with_patients(choose_named(everyone, names, images), patients)
+    # The subset of a case must not depend on which others are chosen beside it.
+    by_name = {case.name: case for case in everyone} | {case.name: case for case in chosen}
+    shared = share_small_cohort(list(by_name.values()))
+    names_of_chosen = {case.name for case in chosen}
+    return [case for case in shared if case.name in names_of_chosen]
 
 
 def validate_on(cases: Sequence[Named], names: Sequence[str]) -> list[Named]:

@@ -12,6 +12,7 @@ from brainseg.patients import SUBSETS, alike_names, patient_named, patient_of, w
 from brainseg.splits import (
     SPLITS,
     by_subset,
+    list_cohort,
     select_cases,
     share_small_cohort,
     split_folds,
@@ -139,6 +140,14 @@ def test_hash_split_is_the_same_for_ever():
     names = [f"phantom_{k:03d}" for k in range(12)]
     assert [k for k, name in enumerate(names) if subset_named(name) == "test"] == [0, 7, 9]
     assert [k for k, name in enumerate(names) if subset_named(name) == "validation"] == [11]
+
+
+def test_choosing_cases_changes_no_subset(phantoms):
+    """By the hash, all of these are test cases: some of them would train if they were alone."""
+    everyone = {case.name: subset_of(case) for case in list_cohort(phantoms)}
+    tests = [name for name, subset in everyone.items() if subset == "test"]
+    assert len(tests) > 1
+    assert {subset_of(case) for case in list_cohort(phantoms, names=tests)} == {"test"}
 
 
 def test_unknown_subset_and_empty_subset_are_refused():

@@ -109,12 +109,19 @@ def list_cases(
             raise ValueError(
                 f"{first.folder} and {source.folder.name} have the same case name; rename one"
             )
+    return choose_named(list(by_name.values()), names, root)
+
+
+def choose_named(
+    sources: Sequence[Source], names: Sequence[str] | None, root: Path | str
+) -> list[Source]:
+    """Choose the cases in `root` with some names, or all; ValueError if one is missing."""
     if names is None:
-        return list(by_name.values())
-    missing = sorted(set(names) - by_name.keys())
+        return list(sources)
+    missing = sorted(set(names) - {source.name for source in sources})
     if missing:
         raise ValueError(f"{root}: holds no case {missing[0]!r}; check the name")
-    return [source for source in by_name.values() if source.name in names]
+    return [source for source in sources if source.name in names]
 
 
 def _sources_in(
