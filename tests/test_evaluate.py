@@ -295,13 +295,20 @@ def test_missing_file_is_named_as_it_was_given(phantoms, tmp_path):
     assert "needs a name" in refused(phantoms, tmp_path, "--weights", f"={phantoms}")
 
 
-@pytest.fixture
-def table(phantoms, weights, tmp_path) -> Path:
-    """Write metrics.csv of four cases, one of them trained on."""
-    words = ["--images", phantoms, "--weights", weights, "--predictions", tmp_path / "p"]
-    words += ["--figure", tmp_path / "dsc.png", "--device", "cpu", "--cases", *NAMES[2:6]]
+@pytest.fixture(scope="module")
+def predictions(phantoms, weights, tmp_path_factory) -> Path:
+    """Segment four cases, one of them trained on; return the folder."""
+    folder = tmp_path_factory.mktemp("predictions")
+    words = ["--images", phantoms, "--weights", weights, "--predictions", folder]
+    words += ["--figure", folder / "dsc.png", "--device", "cpu", "--cases", *NAMES[2:6]]
     inference.main([str(word) for word in words])
-    return tmp_path / "p" / "metrics.csv"
+    return folder
+
+
+@pytest.fixture
+def table(predictions, tmp_path) -> Path:
+    """Return metrics.csv of `predictions`, as a copy that may be changed."""
+    return shutil.copy(predictions / "metrics.csv", tmp_path / "metrics.csv")
 
 
 def test_a_table_of_scores_is_a_model(phantoms, weights, table, tmp_path, capsys):
