@@ -26,7 +26,13 @@ from brainseg.io.scans import Scan
 from brainseg.io.slices import Case
 from brainseg.notebook import NotebookSegmenter
 from brainseg.phantom_patients import Head, scan_head, write_patients
-from brainseg.reports.growth import growth_picture, growth_table, rate_text
+from brainseg.reports.growth import (
+    ORANGE,
+    growth_figure,
+    growth_picture,
+    growth_table,
+    rate_text,
+)
 from brainseg.reports.volumes import volume_row
 from brainseg.run_files import write_growth
 from brainseg.visits import Patient, follow, follow_all, in_order_of_time
@@ -417,6 +423,20 @@ def test_a_rate_from_scans_that_are_hard_to_compare_says_so():
     assert doubtful not in rate_text(Patient((first, last), (), 1.0))
     last = replace(last, concern="the mask is probably poor")
     assert rate_text(Patient((first, last), (), 1.0)).endswith(doubtful)
+
+
+def test_the_line_of_growth_is_the_weighted_fit():
+    visits = []
+    for years, (ml, error) in enumerate([(4, 1.5), (7, 1.02), (8, 1.5), (16, 1.3)]):
+        visit = visit_of(str(years), "p", ml, date=datetime.date(2014 + years, 3, 2))
+        visits.append(replace(visit, volume=Estimate(ml, ml / error, ml * error)))
+    axes = growth_figure(Patient(tuple(visits), (), 1.0)).subfigs[0].axes[0]
+    (line,) = [line for line in axes.lines if line.get_color() == ORANGE]
+    places = line.get_xdata()
+    diameters = [visit.diameter for visit in visits]
+    weights = [1 / (diameter.high - diameter.low) for diameter in diameters]
+    fit = np.polyfit(places, [diameter.value for diameter in diameters], 1, w=weights)
+    assert line.get_ydata() == pytest.approx(np.polyval(fit, places))
 
 
 def test_growth_looks_at_the_flair_that_was_chosen(tmp_path):

@@ -166,7 +166,12 @@ def _draw_curve(axes: Axes, patient: Patient) -> None:
     bottom = np.nanmin(np.fmin(values, lows))
     if not np.isnan(rate.value):
         drawn = values > 0
-        start = values[drawn].mean() - rate.value * places[drawn].mean()
+        widths = (highs - lows)[drawn]
+        weights = None
+        if np.isfinite(widths).all():
+            weights = 1 / widths**2  # as the rate has them
+        centre = np.average(places[drawn], weights=weights)
+        start = np.average(values[drawn], weights=weights) - rate.value * centre
         top = max(top, start + (max(rate.value, 0) + 5) * places[-1])
         _draw_classes(axes, start, places[-1], top)
         axes.plot(places, start + rate.value * places, color=ORANGE, lw=2)
