@@ -21,10 +21,7 @@ MOST = 0.5  # share of a device's free memory; a training step needs the rest
 
 
 class SliceDataset(Dataset):
-    """Slices of prepared cases: item i is (image (C, N, N), mask (1, N, N)), float32.
-
-    `targets` (S, N, N), from 0 to 1, replace the masks. Raises ValueError for mixed channels.
-    """
+    """Slices of prepared cases: item i is (image (C, N, N), mask or target (1, N, N)), float32."""
 
     def __init__(self, volumes: Sequence[Prepared], targets: Sequence[np.ndarray] | None = None):
         self.volumes = volumes
@@ -44,10 +41,7 @@ class SliceDataset(Dataset):
         return images[0].float(), masks[0].float()
 
     def batch(self, indices: Sequence[int], neighbours: int = 0) -> tuple[Tensor, Tensor]:
-        """Return several slices as stored: (B, C, N, N) float16 and (B, 1, N, N) bool or float16.
-
-        K `neighbours` on either side add their channels: (B, (2 K + 1) C, N, N).
-        """
+        """Return slices as stored: (B, (2 K + 1) C, N, N) for K `neighbours`, and (B, 1, N, N)."""
         images, masks = [], []
         for item in indices:
             number, index = self._places[item]
@@ -81,11 +75,7 @@ class SliceDataset(Dataset):
 
 
 class BrainSegmentationDataset(SliceDataset):
-    """The slices of a subset of the cases in a folder, each with its masks; see `SliceDataset`.
-
-    Raises FileNotFoundError or ValueError, naming the file or folder, if anything cannot be used.
-    `options` are those of `prepare`.
-    """
+    """The slices of a subset of the cases in a folder; `options` are those of `prepare`."""
 
     def __init__(
         self,

@@ -282,10 +282,7 @@ def report(
     network: str,
     record: dict,
 ) -> list[Path]:
-    """Print scores, growth and a summary that names the `network`; return the pictures drawn.
-
-    These are the page, if asked for, and the figure, which needs two scored cases.
-    """
+    """Print scores, growth and a summary that names the `network`; return the pictures drawn."""
     folder, done, drawn = args.predictions, outcome.results, []
     scores = [result.scores for result in done if result.scores]
     if scores:

@@ -27,10 +27,7 @@ def write_data_set(
     seed: int = 0,
     no_lesion: int = 0,
 ) -> None:
-    """Write folders `phantom_000`, ... into `directory`; every `no_lesion`-th is healthy (0: none).
-
-    Raises OSError if it cannot be written, ValueError if files that are no phantoms are there.
-    """
+    """Write folders `phantom_000`, ...; every `no_lesion`-th is healthy (0: none)."""
     directory = Path(directory)
     if directory.is_file():
         raise NotADirectoryError("it is a file, not a folder")

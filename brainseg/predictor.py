@@ -52,10 +52,8 @@ class Predictor:
     def probabilities(
         self, images: Tensor, progress: Callable[[int, int], None] | None = None
     ) -> Tensor:
-        """Run the network: slices (S, C, N, N) in, probabilities (S, K, N, N; see `average`) out.
-
-        `progress` is called after each batch with the numbers of slices done and in all.
-        """
+        """Run slices (S, C, N, N); return probabilities (S, K, N, N; see `average`), float32."""
+        # `progress` is called after each batch with the numbers of slices done and in all.
         around = neighbourhoods([len(images)], self.neighbours)  # (S, 2 neighbours + 1)
         around = around.to(images.device, non_blocking=True)
         parts, done = [], 0

@@ -238,10 +238,7 @@ def restore(output: Tensor, frame: Frame) -> Tensor:
 
 
 def neighbourhoods(lengths: Sequence[int], neighbours: int) -> Tensor:
-    """Return the slices (S, 2 K + 1) that the network sees for each: itself and K on either side.
-
-    `lengths` are those of consecutive volumes, whose first and last slices repeat beyond.
-    """
+    """Return the slices (S, 2 K + 1) that the network sees for each, in volumes of such lengths."""
     around = torch.arange(-neighbours, neighbours + 1)
     parts, first = [], 0
     for slices in lengths:

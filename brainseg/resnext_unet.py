@@ -160,10 +160,7 @@ def _initialise(model: ResNeXtUNet) -> None:
 
 
 def load_imagenet(encoder: ResNeXtEncoder, source: bool | str | Path = True) -> None:
-    """Load torchvision's resnext50_32x4d into `encoder`: fetched (True) or from a local file.
-
-    Raises OSError if it cannot be fetched or read, ValueError if it is damaged or another network.
-    """
+    """Load torchvision's resnext50_32x4d, fetched (True) or from a file; OSError or ValueError."""
     name = URL if source is True else str(source)
     state = _open_imagenet(name)
     if not isinstance(state, dict) or getattr(state.get("conv1.weight"), "ndim", 0) != 4:

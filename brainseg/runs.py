@@ -124,10 +124,7 @@ def make_card(
     validation: list[Case],
     origins: dict[str, dict],
 ) -> dict[str, Any]:
-    """Make the card of a run's weights: data, split, recipe, versions, device; no paths.
-
-    The training cases of start weights and teachers count as seen by this network too.
-    """
+    """Make the card of a run's weights, without paths; cases of start weights count as seen."""
     recipe = dict(recipe)
     for name in ("pretrained", "patients", "teachers"):
         if isinstance(recipe[name], str):

@@ -95,10 +95,7 @@ class Segmenter(Predictor):
         providers: Sequence[str] | None = None,
         **options,
     ) -> Segmenter:
-        """Open a weights file, an ONNX file, or several weights files or a folder as an ensemble.
-
-        Settings are the card's unless given. Raises FileNotFoundError or ValueError, naming a file.
-        """
+        """Open weights, several or a folder as an ensemble, or ONNX, with their card's settings."""
         files = weights_files(weights)
         given = {name: value for name, value in options.items() if value is not None}
         model, card = open_network(files, providers, given)

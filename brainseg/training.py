@@ -67,10 +67,7 @@ class TrainState:
         return self.epoch * self.steps_per_epoch + self.step
 
     def learning_rate(self, epochs: int | None = None) -> float:
-        """Compute the learning rate of the next step in a training of `epochs` (None: its own).
-
-        It warms up linearly, then stays or follows half a cosine to 0 at the last step.
-        """
+        """Compute the next step's learning rate: linear warm-up, then constant or a cosine to 0."""
         rate = self.lr * min(1.0, (self.global_step + 1) / max(self.warmup, 1))
         if self.schedule == "constant":
             return rate

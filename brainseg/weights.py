@@ -55,11 +55,7 @@ def build_model(name: str, **settings) -> Network:
 
 
 def load_state(path: Path | str) -> dict[str, Tensor]:
-    """Load the state dict in a file to the CPU.
-
-    Raises FileNotFoundError or ValueError if it is missing, damaged, not bare weights (which are
-    never opened, as they could run code), or changed since it was shipped.
-    """
+    """Load a bare state dict; FileNotFoundError, or ValueError if it is damaged or another."""
     path = Path(path)
     state = load_tensors(path)
     if "model" in state and "optimizer" in state:

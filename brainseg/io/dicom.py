@@ -32,10 +32,7 @@ MOST_LEVELS = 24  # of folders
 
 @dataclass(frozen=True)
 class Series:
-    """The files of a DICOM series, and what the header of one of them says of it.
-
-    `path` stands for it in messages: its folder, or a file of it if there are others beside it.
-    """
+    """A DICOM series: its files, the header of one, and the folder or file that stands for it."""
 
     path: Path
     files: tuple[Path, ...]

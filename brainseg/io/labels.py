@@ -16,10 +16,7 @@ LISTED = 20  # labels named in a sentence
 
 
 class Labels:
-    """The labels that count as lesion in a run, `chosen` or all, and those in each mask so far.
-
-    All cases of a run share one object, which reports only once what applies to all of them.
-    """
+    """The labels that count as lesion in a run (`chosen`, or all), and those in masks so far."""
 
     def __init__(self, chosen: Iterable[int] | None = None):
         self.chosen = tuple(sorted(set(chosen or ())))

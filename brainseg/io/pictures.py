@@ -65,10 +65,7 @@ def _enlarge(slices: np.ndarray, times: int) -> np.ndarray:
 def thumbnail(
     volume: np.ndarray, mask: np.ndarray, truth: np.ndarray | None = None, side: int = 480
 ) -> bytes:
-    """Draw the FLAIR slice with the largest mask, outlined, as a JPEG of at most `side` pixels.
-
-    Of an empty mask (S, H, W), the slice with the largest truth is drawn, or the middle one.
-    """
+    """Draw the FLAIR slice with the largest mask, or truth, outlined: a JPEG of at most `side`."""
     areas = mask.sum(axis=(1, 2))
     if truth is not None and not areas.any():
         areas = truth.sum(axis=(1, 2))

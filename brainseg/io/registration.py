@@ -137,10 +137,7 @@ def foreground_points(image: sitk.Image) -> np.ndarray:
 
 
 def move(moving: sitk.Image, grid: Grid, transform: sitk.Transform | None = None) -> np.ndarray:
-    """Resample an image linearly to a grid: voxels (X, Y, Z), float32; fill is not mixed.
-
-    `transform` maps the grid's space to the image's; None: they are the same.
-    """
+    """Resample an image linearly to a grid: voxels (X, Y, Z), float32, where fill is not mixed."""
     voxels = sitk.GetArrayFromImage(moving)
     scanned, fill = without_fill(voxels)
     moved = _resample(like(moving, scanned), grid, transform)

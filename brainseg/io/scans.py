@@ -50,11 +50,7 @@ class Scan(Case):
     def open(
         cls, name: str, files: Sequence[File | None], mask: Path | None = None, chosen: str = ""
     ) -> Scan:
-        """Open the scan in one file, or in pre-contrast, FLAIR, post-contrast; reads no voxels.
-
-        FLAIR stands in for None. Raises ValueError, naming the file, if a header is implausible, or
-        of another patient.
-        """
+        """Open the scan in one file, or in pre-contrast, FLAIR (also for None), post-contrast."""
         flair = files[len(files) // 2]
         assert flair is not None
         flair = series_or_file(flair)

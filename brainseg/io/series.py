@@ -63,10 +63,8 @@ def series_grid(series: Series) -> Grid:
 
 @quiet
 def read_series(series: Series) -> np.ndarray:
-    """Read the voxels (X, Y, Z) of a series, in a type that fits all; ValueError for a bad file.
-
-    PixelPaddingValue becomes the darkest value of the rest, unless it is darker: see `fill`.
-    """
+    """Read the voxels (X, Y, Z) of a series, in a type that fits all; ValueError for a bad file."""
+    # PixelPaddingValue becomes the darkest value of the rest, unless it is darker: see fill.py.
     slices, padding = [], []
     for header in series_headers(series):
         try:

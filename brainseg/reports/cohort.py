@@ -21,11 +21,7 @@ def save_cohort(
     patients: Sequence[dict] = (),
     scores: Sequence[dict] = (),
 ) -> None:
-    """Write the page of a cohort: `rows` of volumes.csv, a JPEG for each, and how it was made.
-
-    A case without a picture could not be read. `patients` are sections on those with several scans
-    (see `growth_section`), `scores` the rows of metrics.csv. Raises OSError.
-    """
+    """Write the page of a cohort: rows of volumes.csv, their JPEGs, patients' growth, scores."""
     thumbnails = {row["case"]: picture for row, picture in zip(rows, pictures, strict=True)}
     true_dsc = {row["case"]: row["dsc"] for row in scores}
     lines = []
