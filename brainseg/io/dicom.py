@@ -174,8 +174,10 @@ def group_series(images: Sequence[Image]) -> list[Series]:
         files = tuple(path for path, _ in group)
         folder = files[0].parent
         is_alone = {path.parent for path in files} == {folder} and len(beside[folder]) == 1
-        complete = [header for _, header in group if all(_identifiers(header))]
-        header = complete[0] if complete else group[0][1]
+        header = group[0][1]
+        for _, other in reversed(group):  # the first that states all
+            if all(_identifiers(other)):
+                header = other
         path = folder if is_alone else files[0]
         series.append(Series(path, files, header))
     return sorted(series, key=lambda one: (number(one.header, "SeriesNumber", 0), str(one)))

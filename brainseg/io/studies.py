@@ -6,7 +6,6 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
 from pathlib import Path
 
 from pydicom import uid
@@ -30,8 +29,10 @@ class Study:
     @property
     def folders(self) -> set[Path]:
         """Return the folders with files of its series."""
-        files = chain.from_iterable(series.files for series in self.series)
-        return {path.parent for path in files}
+        folders = set()
+        for series in self.series:
+            folders.update(path.parent for path in series.files)
+        return folders
 
 
 # Which studies there are
