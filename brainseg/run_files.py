@@ -126,7 +126,7 @@ def recorded(
 
 
 def _written(outcome: Outcome, folder: Path, since: float) -> list[str]:
-    """List the files that a run has written; those in `folder` by their path there."""
+    """List the files that a run has written, by their path in `folder` or from the root."""
     files = outcome.files + list(map(folder.joinpath, TABLES + ("args.json",)))
     for result in outcome.results:
         files += map(folder.joinpath, result.files)
@@ -134,5 +134,5 @@ def _written(outcome: Outcome, folder: Path, since: float) -> list[str]:
     for file in files:
         if file.is_file() and file.stat().st_mtime > since - 2:  # clocks of file systems are coarse
             inside = file.is_relative_to(folder)
-            names.append(str(file.relative_to(folder) if inside else file))
+            names.append(str(file.relative_to(folder) if inside else file.absolute()))
     return names

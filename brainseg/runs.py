@@ -26,13 +26,14 @@ from .metrics import summarise
 from .patients import (
     alike_names,
     count_patients,
+    counted,
     names_of,
     patient_of,
     patients_by_case,
     patients_of_card,
 )
 from .quality import mask_settings
-from .splits import by_subset
+from .splits import by_subset, is_placed
 from .training import TrainState
 from .weights import read_card, save_weights, weights_files
 
@@ -83,10 +84,17 @@ def report_cases(
     patients = set(map(patient_of, subsets["validation"]))
     if len(patients) < FEW_TO_CHOOSE:
         print(
-            f"validation has {len(patients)} patient(s): its DSC says little about others; "
-            "cross-validate for a score (--folds, --fold)",
+            f"validation has {counted(len(patients), 'patient')}: its DSC says little about "
+            "others; cross-validate for a score (--folds, --fold)",
             file=sys.stderr,
         )
+        by_hash = {patient_of(case) for case in subsets["test"] if not is_placed(case)}
+        if by_hash:
+            print(
+                f"test: {counted(len(by_hash), 'patient')} set aside by a hash of the name; to "
+                "train on all but some of your choice: --validation NAMES",
+                file=sys.stderr,
+            )
     question = alike_names(sources)
     if question:
         print(question, file=sys.stderr)

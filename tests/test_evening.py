@@ -115,7 +115,10 @@ def test_an_evening_with_four_cases(
         assert f"python3 {command}\n" in readme, "a command of the README"
         words = command.replace("./mine", f"./{images}").split()[1:]
         assert run_main(main, *words, *further) == 0, capsys.readouterr()
-    said = capsys.readouterr().out
+    said, told = capsys.readouterr()
+    assert "validation has 1 patient: its DSC says little" in told
+    counts = next(line for line in said.splitlines() if line.startswith("train "))
+    assert ("set aside by a hash" in told) == ("test 0 cases" not in counts)
     assert "train 2 cases of 2 patients" in said or "train 3 cases of 3 patients" in said
     assert "4 of 4 cases segmented" in said and "new" in said
     with open("predictions/volumes.csv", newline="") as file:
@@ -125,4 +128,6 @@ def test_an_evening_with_four_cases(
     assert sum("trained on this patient" in row["notes"] for row in rows) in (2, 3)
     assert Path("report.html").read_text().count("true DSC") == 4
     assert Path("comparison.html").is_file()
-    assert json.loads(Path("predictions/run.json").read_text())["exit_status"] == 0
+    record = json.loads(Path("predictions/run.json").read_text())
+    assert record["exit_status"] == 0
+    assert str(tmp_path / "report.html") in record["files"]
