@@ -300,7 +300,7 @@ def add_segmenter_options(parser: Parser, workers: bool = True) -> None:
     add("--largest-component", action=SWITCH,
         help="keep only the largest connected component (as in the card, or yes)")
     add("--min-volume", type=int, least=0,
-        help="drop components of fewer voxels (as in the card; 200 for weights/unet-folds)")
+        help="drop components of fewer voxels of 5 mm³ (as in the card; weights/unet-folds: 200)")
     add("--tta", action=SWITCH,
         help="average over a slice and its mirror image where there may be lesion (as in the card)")
     add("--batch-size", type=int, default=16, least=1, help="slices computed at once")

@@ -50,9 +50,14 @@ def unseen_cases(images: Path, models: Sequence[NetworkModel]) -> list[Case]:
     return chosen
 
 
-def segment(segmenter: Segmenter, volume: np.ndarray, aspect: float = 1.0) -> np.ndarray:
+def segment(
+    segmenter: Segmenter,
+    volume: np.ndarray,
+    aspect: float = 1.0,
+    spacing: Sequence[float] | None = None,
+) -> np.ndarray:
     images, frame = segmenter.preprocess(volume, aspect)
-    return segmenter.finish(segmenter.probabilities(images), frame)
+    return segmenter.finish(segmenter.probabilities(images), frame, spacing)
 
 
 def heads_text(title: str, marked: Sequence[Sequence[float]]) -> str:
@@ -108,7 +113,7 @@ def main() -> None:
                 case = source.open()
                 volume = case.read()
                 for k, segmenter in enumerate(segmenters):
-                    voxels = segment(segmenter, volume, case.aspect).sum()
+                    voxels = segment(segmenter, volume, case.aspect, case.spacing).sum()
                     marked[k].append(float(voxels * np.prod(case.spacing or (5, 1, 1)) / 1000))
         print(heads_text("people without a tumour", marked))
 

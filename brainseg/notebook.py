@@ -12,11 +12,10 @@ from .growth import growth_rows
 from .io.dates import parse_date
 from .io.slices import Case
 from .reports.volumes import end_warnings, volume_row
-from .segmenter import Segmenter
+from .segmenter import Segmenter, Spacing
 from .visits import follow, in_order_of_time
 
 Date = datetime.date | str  # as 2014-03-02 or 20140302
-Spacing = Sequence[float]  # mm from slice to slice, row to row, column to column
 
 
 class NotebookSegmenter(Segmenter):
@@ -25,7 +24,7 @@ class NotebookSegmenter(Segmenter):
     def assess(self, volume: np.ndarray, spacing: Spacing | None = None) -> Assessment:
         """Segment as a call does, and rate the mask; `spacing` is in mm: slices, rows, columns."""
         images, frame = self.preprocess(as_volume(volume, self.channels), aspect_of(spacing))
-        result = self.rate(self.probabilities(images), frame)
+        result = self.rate(self.probabilities(images), frame, spacing)
         ml = volume_of(result.mask, spacing)
         expected, low, high = result.expected or (None, None, None)
         reasons = result.warnings + end_warnings(result.mask)
@@ -66,7 +65,7 @@ class NotebookSegmenter(Segmenter):
         numbers = tuple(range(1, len(volume) + 1))
         case = Case(name, numbers, (), (), patient=patient, given_spacing=(across, down, along))
         images, frame = self.preprocess(volume, case.aspect)
-        result = self.rate(self.probabilities(images), frame)
+        result = self.rate(self.probabilities(images), frame, case.spacing)
         row = volume_row(
             case, volume, result.mask, result.expected, result.warnings, replaced=result.replaced
         )

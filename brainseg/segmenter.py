@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,8 @@ from .quality import (
 )
 from .weights import CARD_DEFAULTS, Network, read_card, shipped_files, weights_files
 
+VOXEL = 5.0  # mm³, see `least_voxels`
+Spacing = Sequence[float]  # mm from slice to slice, row to row, column to column
 DIFFERENT_FITS = (
     "the networks have different fits; give those of one training, or "
     "evaluate.py --fit-expected-dsc makes one for all"
@@ -57,7 +60,8 @@ class Segmentation:
 class Segmenter(Predictor):
     """A network, or an `Ensemble`, with its preprocessing: a raw volume in, its mask out.
 
-    `threshold` is the lowest probability of lesion; `min_volume` drops components of fewer voxels.
+    `threshold` is the lowest probability of lesion; `min_volume` drops components of fewer voxels
+    (see `least_voxels`).
     `tta` averages over a slice and its mirror image; `amp` computes in half precision (None: if
     faster). `neighbours`, `version` (of the preprocessing) and `expected_dsc_fit` are the card's.
     """
@@ -127,7 +131,7 @@ class Segmenter(Predictor):
     @property
     def run(self) -> str:
         """Name the weights and the settings that make a mask; empty without weights files."""
-        return run_name(self.hashes.values(), list(self.values(RUN_SETTINGS).values()))
+        return run_name(self.hashes.values(), [*self.values(RUN_SETTINGS).values(), VOXEL])
 
     def __call__(self, volume: np.ndarray, aspect: float = 1.0) -> np.ndarray:
         """Segment a raw volume (S, H, W[, C]); `aspect` is a pixel's height over its width."""
@@ -145,18 +149,27 @@ class Segmenter(Predictor):
                 pass  # its memory is free only once this block is left
         return preprocess(volume, self.image_size, self.version, aspect=aspect)
 
-    def finish(self, probabilities: Tensor, frame: Frame) -> np.ndarray:
+    def finish(
+        self, probabilities: Tensor, frame: Frame, spacing: Spacing | None = None
+    ) -> np.ndarray:
         """Turn probabilities (S, K, N, N) into a mask (S, H, W), bool, in the source geometry."""
         restored = _restored(probabilities[:, 0], frame)
-        return to_mask(restored, self.threshold, self.largest_component, self.min_volume)
+        least = least_voxels(self.min_volume, spacing)
+        return to_mask(restored, self.threshold, self.largest_component, least)
 
-    def rate(self, probabilities: Tensor, frame: Frame) -> Segmentation:
-        """Turn probabilities (S, K, N, N) into a mask, and estimate how good it is."""
+    def rate(
+        self, probabilities: Tensor, frame: Frame, spacing: Spacing | None = None
+    ) -> Segmentation:
+        """Turn probabilities (S, K, N, N) into a mask, and estimate how good it is.
+
+        `spacing` is that of the source in mm (slices, rows, columns), if known.
+        """
         restored = _restored(probabilities[:, 0], frame).cpu()  # (S, H, W)
         deviation = None
         if probabilities.shape[1] > self.model.settings["out_channels"]:  # see `average`
             deviation = _restored(probabilities[:, -1], frame).cpu().numpy()
-        mask = to_mask(restored, self.threshold, self.largest_component, self.min_volume)
+        least = least_voxels(self.min_volume, spacing)
+        mask = to_mask(restored, self.threshold, self.largest_component, least)
         lesion = restored.numpy()
         features = quality(lesion, mask, deviation)
         features |= dict(zip(LOOKS, frame.looks, strict=False))  # none of a blank scan
@@ -268,6 +281,17 @@ def _restored(probabilities: Tensor, frame: Frame) -> Tensor:
         return restore(probabilities, frame)
     except torch.OutOfMemoryError:
         return restore(probabilities.cpu(), frame)
+
+
+def least_voxels(min_volume: int, spacing: Spacing | None) -> int:
+    """Return the voxels of a scan that make up `min_volume` voxels of 1 x 1 x 5 mm.
+
+    Such are those of the LGG data set, on which the shipped weights' minimum was chosen. Without a
+    spacing, voxels are taken to be of that size.
+    """
+    if spacing is None:
+        return min_volume
+    return round(min_volume * VOXEL / math.prod(spacing))
 
 
 def to_mask(probabilities: Tensor, threshold: float, largest: bool, min_volume=0) -> np.ndarray:

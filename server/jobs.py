@@ -168,7 +168,8 @@ class Service:
             images, frame = self.segmenter.preprocess(loaded.volume, loaded.case.aspect)
         except ValueError as error:
             raise ValueError(f"{loaded.case.name}: {error}") from error
-        return self.segmenter.rate(self.segmenter.probabilities(images, progress), frame)
+        probabilities = self.segmenter.probabilities(images, progress)
+        return self.segmenter.rate(probabilities, frame, loaded.case.spacing)
 
 
 def shortage(error: Exception) -> str:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_weights
+from skimage.measure import label
 from test_inference import infer
 
 import evaluate
@@ -19,7 +20,7 @@ from brainseg.ensemble import Ensemble, average, load_ensemble
 from brainseg.io.layouts import find_case
 from brainseg.phantom import make_volume
 from brainseg.quality import expected_dsc, fit_expected_dsc, quality, quality_warnings
-from brainseg.segmenter import Segmenter, keep_components
+from brainseg.segmenter import Segmenter, keep_components, least_voxels
 from brainseg.unet import UNet
 from brainseg.weights import load_pretrained, read_card, shipped_weights, weights_files
 
@@ -144,6 +145,20 @@ def test_a_foreign_file_in_the_folder_is_refused(phantoms, folder, tmp_path):
 
 
 ONE = {"model": "unet", "loss": "bce-dice", "fold": 0, "seed": 42}
+
+
+def test_a_minimum_volume_is_the_same_on_every_grid(folder):
+    """It was the number of voxels, whatever their size: 0.1 ml on a fine grid."""
+    assert least_voxels(200, None) == least_voxels(200, (5, 1, 1)) == 200
+    assert least_voxels(200, (1, 1, 1)) == 1000 and least_voxels(200, (6, 2, 1)) == 83
+    segmenter = opened(folder, threshold=0.3, largest_component=False)
+    images, frame = segmenter.preprocess(make_volume(1, 8, 64)[0])
+    probabilities = segmenter.probabilities(images)
+    sizes = np.bincount(label(segmenter.finish(probabilities, frame)).ravel())[1:]
+    segmenter.min_volume = int(sizes.max())
+    assert segmenter.finish(probabilities, frame).sum() >= sizes.max()
+    assert not segmenter.finish(probabilities, frame, (5, 0.5, 0.5)).any()
+    assert not segmenter.rate(probabilities, frame, (5, 0.5, 0.5)).mask.any()
 
 
 def test_networks_with_different_fits_have_no_expected_dsc_and_say_so(folder, tmp_path):

@@ -26,7 +26,7 @@ from ..preprocess import Frame, missing_sequences
 from ..quality import FEATURES, FITTED_WITH
 from ..reports.scores import read_scores
 from ..reports.volumes import EXPECTED
-from ..segmenter import Segmentation, Segmenter, to_mask
+from ..segmenter import Segmentation, Segmenter, least_voxels, to_mask
 from ..splits import subset_of
 from ..weights import read_card, weights_files
 from .statistics import SCORES, SETTINGS
@@ -85,8 +85,9 @@ class NetworkModel:
         }
         row |= score(segmentation.mask, truth, case.spacing)
         probabilities = torch.from_numpy(segmentation.probabilities)
+        least = least_voxels(self.segmenter.min_volume, case.spacing)
         for column, (threshold, largest) in SETTINGS.items():
-            mask = to_mask(probabilities, threshold, largest, self.segmenter.min_volume)
+            mask = to_mask(probabilities, threshold, largest, least)
             row[column] = dsc(mask, truth)
         row |= {name: segmentation.features.get(name) for name in (*FEATURES, *LOOKS)}
         return row | dict(zip(EXPECTED, segmentation.expected or (None, None, None), strict=True))
@@ -289,7 +290,9 @@ def segment(loaded: Loaded, networks: Sequence[NetworkModel]) -> Segmented:
     for model in networks:
         segmenter = model.segmenter_for(case)
         images, frame = inputs[model.name]
-        segmentations[model.name] = segmenter.rate(segmenter.probabilities(images), frame)
+        segmentations[model.name] = segmenter.rate(
+            segmenter.probabilities(images), frame, case.spacing
+        )
     return case, volume, truth, segmentations
 
 
