@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from .io.files import read_rows
+from .io.files import USERS, read_rows
 from .io.layouts import Source
 from .io.slices import Case
 
@@ -84,7 +84,7 @@ def with_patients(cases: Sequence[Named], path: Path | str | None) -> list[Named
 def _read_patients(path: Path) -> dict[str, tuple[str, str]]:
     """Read the patient and the subset, or "", of each case."""
     wrong = f"{path}: is not a table with the columns case and patient; write CSV with both"
-    lines = read_rows(path, {"case", "patient"}, wrong)
+    lines = read_rows(path, {"case", "patient"}, wrong, USERS)
     if not lines:
         raise ValueError(wrong)
     rows: dict[str, tuple[str, str]] = {}

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from .dicom import Series
-from .files import name_in_errors, read_rows
+from .files import USERS, name_in_errors, read_rows
 from .headers import text
 from .scans import Scan
 from .slices import Case
@@ -25,7 +25,7 @@ def read_dates(path: Path, cases: Collection[str]) -> dict[str, datetime.date]:
     """Read dates by case from a CSV file; ValueError for a bad one, or for none of `cases`."""
     wrong = f"{path}: is not a table with the columns case and date; write CSV with both"
     dates: dict[str, datetime.date] = {}
-    for row in read_rows(path, {"case", "date"}, wrong):
+    for row in read_rows(path, {"case", "date"}, wrong, USERS):
         case = row["case"].strip()
         try:
             day = parse_date(row["date"])

@@ -30,6 +30,7 @@ if TYPE_CHECKING:  # torch.hub's bare network needs torch alone, and filelock co
 PROGRAM = "brainseg"
 MARK = f"written by {PROGRAM}"  # in the text field that each format has for this
 OWNER = "owner.json"  # in a scratch folder: the process that it belongs to
+USERS = ",;\t"  # what may separate the columns of a table by a user
 RUN = f"{PROGRAM}_run"  # the column of every table: the hash of the weights and settings
 ENDS = 1 << 16  # bytes at either end of a file in which the mark is looked for
 DAY = 86400  # seconds
@@ -201,15 +202,18 @@ def read_table(path: Path) -> dict[str, dict[str, str]]:
     return {row["case"]: row for row in rows}
 
 
-def read_rows(path: Path, columns: set[str], fault: str) -> list[dict[str, str]]:
+def read_rows(
+    path: Path, columns: set[str], fault: str, separators: str = ","
+) -> list[dict[str, str]]:
     """Read the rows of a CSV file; ValueError with `fault` if it lacks one of these columns.
 
-    Semicolons, as Excel writes them in some countries, and tabs separate as commas do.
+    Of the `separators`, the one that its first line has most is used: those of USERS, for a table
+    that a user makes, as Excel writes semicolons in some countries.
     """
     try:
         with name_in_errors(path), open(path, newline="", encoding="utf-8-sig") as file:
             header = file.readline()
-            separator = max(",;\t", key=header.count)
+            separator = max(separators, key=header.count)
             file.seek(0)
             reader = csv.DictReader(file, restval="", skipinitialspace=True, delimiter=separator)
             reader.fieldnames = [name.strip().lower() for name in reader.fieldnames or ()]
