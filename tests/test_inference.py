@@ -277,9 +277,9 @@ def test_finished_cases_are_skipped_and_still_scored(
 
     segmented, rate = [], Segmenter.rate
 
-    def spy(self, probabilities, frame):
+    def spy(self, probabilities, frame, spacing):
         segmented.append(frame)
-        return rate(self, probabilities, frame)
+        return rate(self, probabilities, frame, spacing)
 
     monkeypatch.setattr(Segmenter, "rate", spy)
     assert infer(*again) == 0
