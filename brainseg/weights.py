@@ -271,8 +271,8 @@ def shipped_weights(name: str) -> Path:
 
 def _find(name: str, shipped: dict[str, Path]) -> Path:
     if name not in shipped:
-        known = ", ".join(shipped)
-        raise FileNotFoundError(f"no pretrained weights for {name!r}, only for {known}; train some")
+        names = ", ".join(shipped)
+        raise FileNotFoundError(f"no pretrained weights for {name!r}, only for {names}; train some")
     if not shipped[name].exists():
         raise FileNotFoundError(f"{shipped[name]}: is missing; fetch the project again")
     return shipped[name]

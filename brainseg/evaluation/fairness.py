@@ -41,21 +41,21 @@ def use_settings_of_first(models: Sequence[Model]) -> None:
 
 
 def settings_table(
-    differing: Mapping[str, Mapping[str, object]], models: Sequence[Model], own: bool
+    differing: Mapping[str, Mapping[str, object]], models: Sequence[Model], separate: bool
 ) -> Table:
-    """List the settings that differ, and which are used; `own`: each network has its own."""
+    """List the settings that differ, and which are used; `separate`: each network has its own."""
     networks = networks_among(models)
     table = Table("Settings that differ between the models", ["setting"])
     table.header += [model.name for model in networks] + [TO_COMPARE]
     for setting, values in differing.items():
         row = [WORDS[setting]] + list(map(_word, values.values()))
-        if own or setting == "image_size":
+        if separate or setting == "image_size":
             row.append(OWN)
         else:
             row.append(_word(values[networks[0].name]))
         table.rows.append(row)
     notes = []
-    if own:
+    if separate:
         notes.append("A difference in DSC may come from them: leave out --own-settings to see.")
     elif differing.keys() & set(FITTED_WITH):
         notes.append(f"Compared at those of {networks[0].name}, unless with --own-settings.")
