@@ -9,6 +9,7 @@ import hashlib
 import inspect
 import io
 import json
+import math
 import pickle
 import warnings
 from collections.abc import Iterable, Sequence
@@ -185,7 +186,8 @@ def read_card(path: Path | str) -> dict:
             for name, value in (content.get(part) or {}).items():
                 if not isinstance(value, FIT_TYPES.get(name, object)):
                     raise TypeError(name)
-    except (ValueError, TypeError, AttributeError) as error:
+        check_fit(content.get("expected_dsc") or {})
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
         raise ValueError(f"{card}: is not the JSON card of {Path(path).name}; remove it") from error
     if content.get("sha256") not in (None, file_hash(path)):
         raise ValueError(
@@ -193,6 +195,24 @@ def read_card(path: Path | str) -> dict:
             "both again from the same place"
         )
     return content
+
+
+def check_fit(fit: dict) -> None:
+    """Raise ValueError, TypeError or KeyError if a fit of the expected DSC lacks a part."""
+    if not fit.get("features"):
+        return
+    for name in ("mean", "deviation", "weights"):
+        if len(fit[name]) != len(fit["features"]):
+            raise ValueError(name)
+    if len(fit["interval"]) != 2 or not math.isfinite(fit["intercept"]):
+        raise ValueError("interval")
+    looks = fit.get("looks")
+    if looks:
+        for name in ("mean", "deviation"):
+            if len(looks[name]) != len(looks["names"]):
+                raise ValueError(name)
+        if not looks["usual"] > 0:
+            raise ValueError("usual")
 
 
 def weights_files(weights: Path | str | Sequence[Path | str]) -> list[Path]:

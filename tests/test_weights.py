@@ -197,6 +197,24 @@ def test_card_is_optional_but_must_be_json(tmp_path):
             read_card(path)
 
 
+@pytest.mark.parametrize("part", ["mean", "deviation", "weights", "intercept", "interval", "looks"])
+def test_a_card_whose_fit_lacks_a_part_is_refused(tmp_path, part):
+    """Once, a KeyError ended the run when the first mask was rated."""
+    path = saved(tmp_path / "x.pt")
+    fit = {"features": ["kept"], "mean": [0.9], "deviation": [0.1], "weights": [0.1]}
+    looks = {"names": ["head_share"], "mean": [0.4], "deviation": [0.1], "usual": 1.4}
+    fit |= {"intercept": 0.8, "interval": [-0.4, 0.3], "looks": looks}
+    path.with_suffix(".json").write_text(json.dumps({"expected_dsc": fit}))
+    assert read_card(path)["expected_dsc"] == fit
+    if part == "looks":
+        looks["deviation"] = []
+    else:
+        del fit[part]
+    path.with_suffix(".json").write_text(json.dumps({"expected_dsc": fit}))
+    with pytest.raises(ValueError, match="is not the JSON card of x.pt"):
+        read_card(path)
+
+
 def test_initialise_names_what_it_did_not_load():
     model = narrow(in_channels=1)
     before = model.state_dict()["encoder1.enc1conv1.weight"].clone()
