@@ -32,9 +32,12 @@ def looks(images: Tensor, flair: int) -> tuple[float, ...]:
 
 def fit_looks(scans: Sequence[dict]) -> dict | None:
     """Learn what is usual from the `LOOKS` of scans, for a card; None if they were not measured."""
-    if any(scan.get(name) is None for scan in scans for name in LOOKS):
-        return None
-    values = np.array([[scan[name] for name in LOOKS] for scan in scans], dtype=np.float64)
+    rows = []
+    for scan in scans:
+        rows.append(list(map(scan.get, LOOKS)))
+        if None in rows[-1]:
+            return None
+    values = np.array(rows, dtype=np.float64)
     mean, deviation = values.mean(axis=0), np.maximum(values.std(axis=0), 1e-6)
     distances = _distances(values, mean, deviation)
     return {
@@ -50,10 +53,14 @@ def unlikeness(scan: dict, fit: dict | None) -> float:
 
     `scan` holds its `LOOKS`; without these, or without a fit, it is 1.
     """
-    if not fit or any(scan.get(name) is None for name in fit["names"]):
+    if not fit:
         return 1.0
-    values = np.array([scan[name] for name in fit["names"]], dtype=np.float64)
-    distance = _distances(values, np.array(fit["mean"]), np.array(fit["deviation"]))
+    values = list(map(scan.get, fit["names"]))
+    if None in values:
+        return 1.0
+    distance = _distances(
+        np.array(values, np.float64), np.array(fit["mean"]), np.array(fit["deviation"])
+    )
     return max(1.0, float(distance) / fit["usual"])
 
 

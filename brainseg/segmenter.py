@@ -31,7 +31,7 @@ from .quality import (
 from .weights import CARD_DEFAULTS, Network, read_card, shipped_files, weights_files
 
 VOXEL = 5.0  # mm³, see `least_voxels`
-Spacing = Sequence[float]  # mm from slice to slice, row to row, column to column
+Spacing = Sequence[float] | None  # mm from slice to slice, row to row, column to column
 DIFFERENT_FITS = (
     "the networks have different fits; give those of one training, or "
     "evaluate.py --fit-expected-dsc makes one for all"
@@ -149,21 +149,14 @@ class Segmenter(Predictor):
                 pass  # its memory is free only once this block is left
         return preprocess(volume, self.image_size, self.version, aspect=aspect)
 
-    def finish(
-        self, probabilities: Tensor, frame: Frame, spacing: Spacing | None = None
-    ) -> np.ndarray:
+    def finish(self, probabilities: Tensor, frame: Frame, spacing: Spacing = None) -> np.ndarray:
         """Turn probabilities (S, K, N, N) into a mask (S, H, W), bool, in the source geometry."""
         restored = _restored(probabilities[:, 0], frame)
         least = least_voxels(self.min_volume, spacing)
         return to_mask(restored, self.threshold, self.largest_component, least)
 
-    def rate(
-        self, probabilities: Tensor, frame: Frame, spacing: Spacing | None = None
-    ) -> Segmentation:
-        """Turn probabilities (S, K, N, N) into a mask, and estimate how good it is.
-
-        `spacing` is that of the source in mm (slices, rows, columns), if known.
-        """
+    def rate(self, probabilities: Tensor, frame: Frame, spacing: Spacing = None) -> Segmentation:
+        """Turn probabilities into a mask, and rate it; `spacing` is the source's, if known."""
         restored = _restored(probabilities[:, 0], frame).cpu()  # (S, H, W)
         deviation = None
         if probabilities.shape[1] > self.model.settings["out_channels"]:  # see `average`
@@ -283,7 +276,7 @@ def _restored(probabilities: Tensor, frame: Frame) -> Tensor:
         return restore(probabilities.cpu(), frame)
 
 
-def least_voxels(min_volume: int, spacing: Spacing | None) -> int:
+def least_voxels(min_volume: int, spacing: Spacing) -> int:
     """Return the voxels of a scan that make up `min_volume` voxels of 1 x 1 x 5 mm.
 
     Such are those of the LGG data set, on which the shipped weights' minimum was chosen. Without a
