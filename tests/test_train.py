@@ -608,7 +608,9 @@ def test_fine_tuned_weights_are_used_as_their_start_was(phantoms, tmp_path, caps
     """Of the start's fit they have the settings alone, also when resumed and fine-tuned again."""
     file = saved(UNet(init_features=4), tmp_path / "start.pt")
     used = {"threshold": 0.4, "largest_component": False, "min_volume": 200, "tta": True}
-    card = {"image_size": 32, "preprocessing": 2, "expected_dsc": used | {"features": ["overlap"]}}
+    fit = {"features": ["overlap"], "mean": [0.5], "deviation": [1.0], "weights": [0.1]}
+    fit |= {"intercept": 0.5, "interval": [-1.0, 1.0]}
+    card = {"image_size": 32, "preprocessing": 2, "expected_dsc": used | fit}
     file.with_suffix(".json").write_text(json.dumps(card))
     weights = run(phantoms, tmp_path, "--init-weights", file, "--keep", "last")
     run(phantoms, tmp_path, "--resume", "--epochs", 2)
