@@ -35,7 +35,6 @@ class Loaded:
     replaced: list[str]  # sequences that FLAIR stands in for, by the notes
     volume: np.ndarray  # (S, H, W, C)
     truth: np.ndarray | None  # (S, H, W) bool
-    is_dicom: bool = False  # FLAIR is a series
 
 
 @dataclass

@@ -1,9 +1,11 @@
 """Answer an upload of several scans of one patient: masks, growth.csv and the figure of growth."""
 
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from starlette.datastructures import UploadFile
 
 from brainseg.alignment import Measured
 from brainseg.growth import growth_rows
@@ -12,16 +14,29 @@ from brainseg.io.formats import SUFFIXES, scan_name
 from brainseg.io.predictions import map_files, mark_of
 from brainseg.io.scans import Scan
 from brainseg.io.sequences import contradiction
-from brainseg.io.slices import Case
-from brainseg.patients import patient_of
+from brainseg.patients import patient_named, patient_of
 from brainseg.reports.growth import growth_section
 from brainseg.visits import follow, in_order_of_time
 
 from .answers import in_base64
-from .unpacking import Limits
+from .unpacking import Limits, plain
 from .wording import in_page_words
 
 MOST_SCANS = 12  # of one patient in an upload
+Parts = Mapping[str, Sequence[UploadFile]]  # by field, as `unpack` takes them
+
+
+@dataclass(frozen=True)
+class SentScan:
+    """One of several scans of an upload, not read yet: a volume file, or an unpacked study."""
+
+    name: str  # of its case
+    patient_id: str  # of the header of a study; empty if it names nobody
+    parts: Parts  # no file for a study
+
+    @property
+    def patient(self) -> str:
+        return patient_named(self.name, self.patient_id)
 
 
 @dataclass
@@ -38,19 +53,39 @@ class GrowthAnswer:
         return json.dumps({"growth": shown}, default=in_base64)
 
 
-def is_several_scans(names: Sequence[str]) -> bool:
-    """Tell whether files are scans of one patient: volumes that name no other sequence, no mask."""
-    if len(names) < 2 or not all(name.lower().endswith(SUFFIXES) for name in names):
-        return False
-    return not any(contradiction("FLAIR", scan_name(Path(name))) for name in names)
+def several_files(files: Sequence[UploadFile]) -> list[SentScan]:
+    """List files that are a scan each: volumes that name no other sequence, no mask; else none."""
+    scans = []
+    for file in files:
+        name = file.filename or ""
+        if not name.lower().endswith(SUFFIXES) or contradiction("FLAIR", scan_name(Path(name))):
+            return []
+        scans.append(SentScan(scan_name(Path(plain(name))), "", {"images": [file]}))
+    return scans if len(scans) > 1 else []
 
 
-def check_several(parts: Collection[str], count: int) -> None:
-    """Raise ValueError if other fields or more scans were sent than the server takes."""
-    if set(parts) != {"images"}:
+def check_several(fields: Collection[str], scans: Sequence[SentScan]) -> None:
+    """Raise ValueError for other fields, too many scans, or scans of several patients."""
+    if set(fields) != {"images"}:
         raise ValueError("several scans were sent; send them without any other field")
-    if count > MOST_SCANS:
-        raise ValueError(f"{count} scans were sent; send at most {MOST_SCANS} of one patient")
+    if len(scans) > MOST_SCANS:
+        raise ValueError(f"{len(scans)} scans were sent; send at most {MOST_SCANS} of one patient")
+    patients = dict.fromkeys(scan.patient for scan in scans)
+    if len(patients) == 1:
+        return
+    names = f"these are scans of the patients {' and '.join(patients)} by"
+    if scans[0].parts:
+        raise ValueError(
+            f"{names} their names; send one patient's at once, named after the patient and the "
+            "date, such as p1_2014-03-02.nii.gz"
+        )
+    if all(scan.patient_id for scan in scans):
+        raise ValueError(f"{names} their PatientID; send the DICOM studies of one patient at once")
+    raise ValueError(
+        f"{names} the names of their folders, as not every PatientID names somebody; send one "
+        "patient's DICOM studies at once, each in a folder named after the patient and the date, "
+        "such as p1_2014-03-02"
+    )
 
 
 def check_voxels(name: str, voxels: int, limits: Limits) -> None:
@@ -65,25 +100,17 @@ def answer_growth(
 ) -> GrowthAnswer:
     """Measure the growth over one patient's scans; `no_expected_dsc` says why it has no intervals.
 
-    Raises ValueError if the scans are of several patients, or nothing tells their order.
+    Raises ValueError if nothing tells the order of the scans.
     """
-    patients: dict[str, list[Case]] = {}
-    for scan in scans:
-        patients.setdefault(patient_of(scan.case), []).append(scan.case)
-    if len(patients) > 1:
-        names = " and ".join(patients)
-        raise ValueError(
-            f"these are scans of the patients {names} by their names; send one patient's at once, "
-            "named after the patient and the date, such as p1_2014-03-02.nii.gz"
-        )
-    ordered, notes = in_order_of_time(patients, {})
+    name = patient_of(scans[0].case)
+    ordered, notes = in_order_of_time({name: [scan.case for scan in scans]}, {})
     if not ordered:
         raise ValueError(
-            "nothing tells the order of these scans; name each after its patient and date, such "
-            f"as p1_2014-03-02.nii.gz ({'; '.join(notes)})"
+            "nothing tells the order of these scans; name each file, or the folder of each DICOM "
+            f"study, after its patient and date, such as p1_2014-03-02 ({'; '.join(notes)})"
         )
     by_case = {scan.case.name: scan for scan in scans}
-    ((name, in_order),) = ordered.items()
+    in_order = ordered[name]
     errors = (fit or {}).get("volume_errors")
     patient, said = follow([(by_case[case.name], day) for case, day in in_order], errors)
     if no_expected_dsc:
@@ -93,7 +120,7 @@ def answer_growth(
     out, files = folder / "out", {}
     out.mkdir()
     for case, _ in in_order:
-        assert isinstance(case, Scan)  # a volume file
+        assert isinstance(case, Scan)
         for file in map_files(case, "mask"):
             case.write_map(out / file, by_case[case.name].mask, mark_of(run))
             files[file.name] = (out / file).read_bytes()

@@ -11,7 +11,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -20,10 +20,13 @@ from pathlib import Path
 from subprocess import PIPE, Popen
 
 import numpy as np
-from starlette.datastructures import UploadFile
+from pydicom import Dataset
 
+from brainseg.io.dicom import Series
+from brainseg.io.dicom_seg import series_of
 from brainseg.io.files import disk_is_full, out_of_memory, remove, scratch
 from brainseg.io.grid import Grid
+from brainseg.io.quiet import quiet
 from brainseg.io.scans import Scan
 from brainseg.io.slices import Case
 from brainseg.patients import patients_of_card
@@ -31,7 +34,15 @@ from brainseg.phantom_head import make_volume
 from brainseg.segmenter import Segmentation, Segmenter
 
 from .answers import Answer, Loaded, make_answer, measured
-from .growth import GrowthAnswer, answer_growth, check_several, check_voxels, is_several_scans
+from .growth import (
+    GrowthAnswer,
+    Parts,
+    SentScan,
+    answer_growth,
+    check_several,
+    check_voxels,
+    several_files,
+)
 from .unpacking import Limits
 from .wording import in_page_words
 
@@ -39,7 +50,6 @@ ROOT = Path(__file__).resolve().parents[1]
 STOPPING = "the server is stopping; try again later"
 TOO_LARGE = "the scan needs more memory than the server has; crop it"
 GRACE = 2.0  # seconds for a running job to end when the server stops
-Parts = Mapping[str, Sequence[UploadFile]]  # by field, as `unpack` takes them
 
 
 class Unavailable(Exception):
@@ -119,33 +129,34 @@ class Service:
             volume, truth = make_volume(0, slices=24, size=192)
             case = Case("phantom", tuple(range(1, 25)), (), ())
             loaded = Loaded(case, [], [], volume, truth)
-        elif is_several_scans([file.filename or "" for file in parts.get("images", ())]):
-            return self._follow(parts, folder, job)
         else:
-            loaded = self.reader.read(parts, folder, job)
+            scans = several_files(parts.get("images", ()))
+            loaded = scans or self.reader.read(parts, folder, job)
+            if isinstance(loaded, list):
+                check_several(parts, loaded)
+                return self._follow(loaded, folder, job)
         segmentation = self._segmentation(loaded, job, time.monotonic())
         trained_on = patients_of_card(self.segmenter.card, "train", cases=[loaded.case])
-        if loaded.is_dicom and find_spec("highdicom"):
+        if series_of(loaded.case) and find_spec("highdicom"):
             algorithm = self.segmenter.algorithm, self.segmenter.run or "unknown"
             self.reader.write_seg(loaded, segmentation.mask, folder, algorithm, job)
         return make_answer(loaded, segmentation, folder / "out", self.segmenter.run, trained_on)
 
-    def _follow(self, parts: Parts, folder: Path, job: Job) -> GrowthAnswer:
+    def _follow(self, scans: Sequence[SentScan], folder: Path, job: Job) -> GrowthAnswer:
         """Segment several scans of one patient, one after the other, and measure its growth."""
-        files, start = parts["images"], time.monotonic()
-        check_several(parts, len(files))
-        scans, voxels, no_expected_dsc = [], 0, ""
-        for k, file in enumerate(files):
+        start, done, voxels, no_expected_dsc = time.monotonic(), [], 0, ""
+        for k, scan in enumerate(scans):
             place = folder / str(k)
-            place.mkdir()
-            loaded = self.reader.read({"images": [file]}, place, job)
+            place.mkdir(exist_ok=True)  # it has the files of a study already
+            loaded = self.reader.read(scan.parts, place, job)
+            assert isinstance(loaded, Loaded)
             voxels += math.prod(loaded.volume.shape[:3])
-            check_voxels(file.filename or "", voxels, self.limits)
-            segmentation = self._segmentation(loaded, job, start, k, len(files))
+            check_voxels(scan.name, voxels, self.limits)
+            segmentation = self._segmentation(loaded, job, start, k, len(scans))
             no_expected_dsc = no_expected_dsc or segmentation.no_expected_dsc
-            scans.append(measured(loaded, segmentation, self.segmenter.run))
+            done.append(measured(loaded, segmentation, self.segmenter.run))
         fit, run = self.segmenter.expected_dsc_fit, self.segmenter.run
-        return answer_growth(scans, fit, folder, run, no_expected_dsc)
+        return answer_growth(done, fit, folder, run, no_expected_dsc)
 
     def _segmentation(
         self, loaded: Loaded, job: Job, start: float, scan: int = 0, scans: int = 1
@@ -184,8 +195,8 @@ def shortage(error: Exception) -> str:
 def _without(folder: Path, message: str) -> str:
     """Remove the paths of this machine from a message."""
     place = re.escape(str(folder))
-    message = re.sub(rf"{place}/(\d+/)?((received|out)/)?(?=\w)", "", message)
-    return re.sub(rf"{place}(/\d+)?(/received|/out)?", "the upload", message)
+    message = re.sub(rf"{place}/(\d+/)?((received|tree|out)/)?(?=\w)", "", message)
+    return re.sub(rf"{place}(/\d+)?(/received|/tree|/out)?", "the upload", message)
 
 
 class Reader:
@@ -202,8 +213,11 @@ class Reader:
         command = [sys.executable, "-m", "server.uploads"]
         return Popen(command, stdin=PIPE, stdout=PIPE, text=True, cwd=ROOT, start_new_session=True)
 
-    def read(self, parts: Parts, folder: Path, job: Job | None = None) -> Loaded:
-        """Read the case that files make (`unpack`); ValueError, or OSError if the disk is full."""
+    def read(self, parts: Parts, folder: Path, job: Job | None = None) -> Loaded | list[SentScan]:
+        """Read the case that files make (`unpack`); ValueError, or OSError if the disk is full.
+
+        If they are several DICOM studies, return these, each to be read in `folder`/<its number>.
+        """
         sent = {}
         for part, files in parts.items():
             sent[part] = []
@@ -218,10 +232,12 @@ class Reader:
             raise OSError(errno.ENOSPC, answer["error"])
         if "error" in answer:
             raise ValueError(answer["error"])
+        if "studies" in answer:
+            return [SentScan(name, patient_id, {}) for name, patient_id in answer["studies"]]
         truth = np.load(folder / "truth.npy") if answer["truth"] else None
         volume = np.load(folder / "volume.npy")
         case, notes, replaced = case_of(answer), answer["notes"], answer["replaced"]
-        return Loaded(case, notes, replaced, volume, truth, answer["dicom"])
+        return Loaded(case, notes, replaced, volume, truth)
 
     def write_seg(
         self, loaded: Loaded, mask: np.ndarray, folder: Path, algorithm: tuple[str, str], job: Job
@@ -275,6 +291,7 @@ class Reader:
         self._process.wait()
 
 
+@quiet  # on an odd StudyDate
 def case_of(answer: dict) -> Case:
     """Rebuild a case from what uploads.read returns, as far as its results need it."""
     name, numbers, grid = answer["name"], tuple(answer["numbers"]), answer["grid"]
@@ -285,4 +302,9 @@ def case_of(answer: dict) -> Case:
         grid[part] = tuple(grid[part])
     grid["direction"] = np.array(grid["direction"])
     flair = Path(answer["flair"])  # the mask's file takes over what its header says
+    if answer["header"]:
+        header = Dataset()
+        for field_name, value in answer["header"].items():
+            setattr(header, field_name, value)
+        flair = Series(flair, (), header)
     return Scan(name, numbers, (flair,), (), Grid(**grid), channels=3, **read)

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import IO, NamedTuple
@@ -10,10 +10,12 @@ from typing import IO, NamedTuple
 from brainseg.io.archives import DAMAGED, is_hidden, open_archive
 from brainseg.io.files import disk_is_full
 from brainseg.io.formats import SUFFIXES, is_scan, scan_name
-from brainseg.io.opening import find_case, find_sequences
+from brainseg.io.opening import SeveralStudies, find_case, find_sequences
 from brainseg.io.slices import SLICE_NAME, Case
+from brainseg.io.studies import Study, find_studies, mr_series
 
 MIB = 2**20
+MOST_FOLDERS = 8  # that are kept of the path of a DICOM file
 HDF5 = b"\x89HDF\r\n\x1a\n"  # at byte 0, 512, 1024, 2048 ...; its data may be in other files
 
 
@@ -37,16 +39,18 @@ class Sent(NamedTuple):
     path: Path
 
 
-def unpack(parts: dict[str, list[Sent]], folder: Path, limits: Limits) -> Case:
+def unpack(parts: dict[str, list[Sent]], folder: Path, limits: Limits) -> Case | list[Study]:
     """Arrange the files of an upload as a case in an empty folder, and return the case.
 
     `parts` holds `images` (a volume file, slices, the files of a DICOM series, or a zip archive of
-    one of these), or one volume file each of `flair`, `pre` and `post`; perhaps also `mask`. Raises
-    ValueError, naming the file.
+    one of these), or one volume file each of `flair`, `pre` and `post`; perhaps also `mask`. If
+    they hold several DICOM studies, return these, each moved as by `separate`. Raises ValueError,
+    naming the file.
     """
     images, masks = parts.get("images", []), parts.get("mask", [])
     sequences = {name: parts[name] for name in ("flair", "pre", "post") if name in parts}
     placed: dict[str, Path] = {}
+    names: dict[str, str] = {}
     if sequences and images:
         raise ValueError("images was sent along with flair, pre or post; send one or the other")
     if sequences:
@@ -55,16 +59,19 @@ def unpack(parts: dict[str, list[Sent]], folder: Path, limits: Limits) -> Case:
     elif not images:
         raise ValueError("no scan was sent; send a volume file, slices, or a zip archive of either")
     elif len(images) == 1 and _is_volume(images[0].name):
-        place = images[0].path.rename(folder / _plain(images[0].name))
+        place = images[0].path.rename(folder / plain(images[0].name))
     else:
-        place = _place_slices(images, folder, limits)
+        place, names = _place_slices(images, folder, limits)
     if masks:
         _place_mask(masks, place, limits)
     for path in folder.rglob("*"):
         if path.is_file():
             check_alone(path)
     if not sequences:
-        return find_case(place)
+        try:
+            return find_case(place)
+        except SeveralStudies:
+            return separate(place, names, folder.parent)
     case = find_sequences(placed["flair"], placed.get("pre"), placed.get("post"))
     return replace(case, name=scan_name(placed["flair"]))
 
@@ -78,29 +85,69 @@ def _place_sequences(sequences: dict[str, list[Sent]], folder: Path) -> dict[str
         if len(files) > 1 or not _is_volume(files[0].name):
             raise ValueError(f"{name}: send one volume file (.nii, .nii.gz, .nrrd or .mha)")
         (folder / name).mkdir()
-        placed[name] = files[0].path.rename(folder / name / _plain(files[0].name))
+        placed[name] = files[0].path.rename(folder / name / plain(files[0].name))
     return placed
 
 
-def _place_slices(files: Sequence[Sent], folder: Path, limits: Limits) -> Path:
-    """Put slices, the files of a series, or the members of an archive into a folder of the case."""
+def separate(place: Path, names: Mapping[str, str], folder: Path) -> list[Study]:
+    """Move the k-th DICOM study of an upload to `folder`/<k>/received/<its name>; return them.
+
+    The files lie side by side in `place`, and have `names` as sent. Studies are named as
+    inference.py names them in folders; other files stay, and so do studies without MR beside MR.
+    """
+    tree = folder / "tree" / place.name
+    common = _common_folder(names.values())
+    for file, name in names.items():
+        parts = PurePosixPath(name).relative_to(common).parts[:-1]
+        # Readers pass over folders with a name such as _a or .a.
+        above = [plain(part).lstrip("_") or "folder" for part in parts[:MOST_FOLDERS]]
+        tree.joinpath(*above).mkdir(parents=True, exist_ok=True)
+        (place / file).rename(tree.joinpath(*above, file))
+    studies = find_studies(tree)
+    with_mr = [study for study in studies if study.damaged or mr_series(study)]
+    separated = []
+    for k, study in enumerate(with_mr or studies):
+        study = replace(study, name=plain(study.name))
+        paths = list(study.damaged)
+        for series in study.series:
+            paths += series.files
+        for path in paths:
+            target = folder / str(k) / "received" / study.name / path.relative_to(tree)
+            if path.exists():  # a damaged file may count for several studies
+                target.parent.mkdir(parents=True, exist_ok=True)
+                path.rename(target)
+        separated.append(study)
+    return separated
+
+
+def _place_slices(
+    files: Sequence[Sent], folder: Path, limits: Limits
+) -> tuple[Path, dict[str, str]]:
+    """Put slices, DICOM files or the members of an archive into a folder; return it, and `names`.
+
+    `names` are those that the files were sent with, by those that they have there.
+    """
     case = folder / "upload"
     case.mkdir()
     names = _write_all(files, case, limits)
-    return case.rename(folder / _plain(_case_name(case, names, files[0].name)))
+    return case.rename(folder / plain(_case_name(case, names.values(), files[0].name))), names
 
 
-def _case_name(case: Path, names: Sequence[str], first: str) -> str:
+def _case_name(case: Path, names: Collection[str], first: str) -> str:
     """Name a case after its slices, the folder that all of its files are in, or its first file."""
     for path in sorted(case.iterdir()):
         match = SLICE_NAME.match(path.name)
         if match:
             return match["stem"]
-    common = os.path.commonpath([PurePosixPath(name).parent for name in names])
+    common = _common_folder(names)
     if common:
         return PurePosixPath(common).name
-    first = _plain(first)
+    first = plain(first)
     return scan_name(Path(first)) if _is_volume(first) else Path(first).stem
+
+
+def _common_folder(names: Collection[str]) -> str:
+    return os.path.commonpath([PurePosixPath(name).parent for name in names])
 
 
 def _place_mask(masks: Sequence[Sent], scan: Path, limits: Limits) -> None:
@@ -111,8 +158,8 @@ def _place_mask(masks: Sequence[Sent], scan: Path, limits: Limits) -> None:
     if len(masks) == 1 and _is_volume(masks[0].name):
         if len(inside) != 1:
             raise ValueError(f"{masks[0].name}: is a volume file, but the images are not")
-        plain = _plain(masks[0].name)
-        suffix = plain[len(scan_name(Path(plain))) :]
+        name = plain(masks[0].name)
+        suffix = name[len(scan_name(Path(name))) :]
         masks[0].path.rename(inside[0].with_name(f"{scan_name(inside[0])}_mask{suffix}"))
     elif inside:
         raise ValueError(f"{masks[0].name}: send the mask as one volume file on the scan's grid")
@@ -120,13 +167,17 @@ def _place_mask(masks: Sequence[Sent], scan: Path, limits: Limits) -> None:
         _write_all(masks, scan, limits)
 
 
-def _write_all(files: Sequence[Sent], folder: Path, limits: Limits) -> list[str]:
-    """Write files, or the members of an archive, side by side; return their names as sent."""
-    names, left = [], limits.unpacked
+def _write_all(files: Sequence[Sent], folder: Path, limits: Limits) -> dict[str, str]:
+    """Write files, or the members of an archive, side by side; return their names as sent.
+
+    Of several archives, each counts as a folder.
+    """
+    names: dict[str, str] = {}  # by the names of the files written
+    left = limits.unpacked
     for file in files:
         try:
             for name, content in _members(file, limits):
-                path = folder / _plain(name)
+                path = folder / plain(name)
                 if path.exists() and not SLICE_NAME.match(path.name) and not _is_volume(path.name):
                     # The series of a study share file names; their headers tell them apart.
                     path = folder / f"{len(names)}-{path.name}"
@@ -135,7 +186,9 @@ def _write_all(files: Sequence[Sent], folder: Path, limits: Limits) -> list[str]
                         f"{file.name}: {path.name} was sent twice, or for two cases; send one case"
                     )
                 left -= _write(content, path, left)
-                names.append(name)
+                names[path.name] = name
+                if len(files) > 1 and _is_archive(file.name):
+                    names[path.name] = f"{Path(plain(file.name)).stem}/{name}"
                 if left < 0:
                     most = f"more than {limits.unpacked // MIB} MiB unpacked"
                     raise ValueError(f"{file.name}: {most}; send one case")
@@ -152,7 +205,7 @@ def _write_all(files: Sequence[Sent], folder: Path, limits: Limits) -> list[str]
 
 def _members(file: Sent, limits: Limits) -> Iterator[tuple[str, IO[bytes]]]:
     """Yield the file itself, or the files in a zip archive, without hidden ones."""
-    if not file.name.lower().endswith(".zip"):
+    if not _is_archive(file.name):
         parts = re.split(r"[/\\]+", file.name)
         if not is_hidden(parts):
             with open(file.path, "rb") as content:
@@ -176,7 +229,7 @@ def _write(content: IO[bytes], path: Path, most: int) -> int:
         return file.tell()
 
 
-def _plain(name: str) -> str:
+def plain(name: str) -> str:
     """Return the last part of a name, without characters special to a file system."""
     name = re.sub(r"[^\w.()+ -]", "_", re.split(r"[/\\]", name)[-1]).lstrip(". ")
     if len(name.encode()) > 200:
@@ -184,8 +237,12 @@ def _plain(name: str) -> str:
     return name or "upload"
 
 
+def _is_archive(name: str) -> bool:
+    return name.lower().endswith(".zip")
+
+
 def _is_volume(name: str) -> bool:
-    return _plain(name).lower().endswith(SUFFIXES)
+    return plain(name).lower().endswith(SUFFIXES)
 
 
 def check_alone(path: Path) -> None:

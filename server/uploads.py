@@ -22,6 +22,7 @@ from brainseg.io.dicom import File
 from brainseg.io.dicom_seg import series_of, write_dicom_seg
 from brainseg.io.files import by, disk_is_full, out_of_memory, save_array, sentence
 from brainseg.io.formats import SUFFIXES, read_grid
+from brainseg.io.headers import text
 from brainseg.io.opening import find_case
 from brainseg.io.scans import Scan, registered
 from brainseg.io.slices import Case
@@ -100,10 +101,18 @@ def bound(limits: Limits) -> None:
 
 
 def read(parts: dict[str, list[Sent]], folder: Path, limits: Limits) -> dict:
-    """Unpack and read an upload; return what the server must know of its case."""
+    """Unpack and read an upload; return what the server must know of its case.
+
+    Of several DICOM studies, it must know the names, and each can then be read in its folder.
+    """
     received = folder / "received"
-    received.mkdir()
-    case = unpack(parts, received, limits)
+    if received.exists():
+        case = find_case(_place_in(received))
+    else:
+        received.mkdir()
+        case = unpack(parts, received, limits)
+    if isinstance(case, list):
+        return {"studies": [[study.name, study.patient] for study in case]}
     notes = unused(case, received)
     if "register" in parts:
         case = registered(case)
@@ -124,6 +133,9 @@ def read(parts: dict[str, list[Sent]], folder: Path, limits: Limits) -> dict:
     if truth is not None:
         save_array(folder / "truth.npy", truth)
     notes = [note for note in case.notes if note not in case.doubts] + notes
+    header, series = None, series_of(case)
+    if series:
+        header = {name: text(series.header, name) for name in ("PatientID", "StudyDate")}
     return {
         "name": case.name,
         "patient": patient_of(case),
@@ -134,17 +146,20 @@ def read(parts: dict[str, list[Sent]], folder: Path, limits: Limits) -> dict:
         "grid": asdict(case.grid) if isinstance(case, Scan) else None,
         "flair": str(case.folder),
         "truth": truth is not None,
-        "dicom": series_of(case) is not None,
+        "header": header,
     }
 
 
 def write_seg(folder: Path, algorithm: str, version: str) -> dict:
     """Write mask.npy as a DICOM Segmentation of the FLAIR series of an upload: seg.dcm."""
-    (place,) = (folder / "received").iterdir()
-    write_dicom_seg(
-        folder / "seg.dcm", find_case(place), np.load(folder / "mask.npy"), algorithm, version
-    )
+    case, mask = find_case(_place_in(folder / "received")), np.load(folder / "mask.npy")
+    write_dicom_seg(folder / "seg.dcm", case, mask, algorithm, version)
     return {}
+
+
+def _place_in(received: Path) -> Path:
+    (place,) = received.iterdir()
+    return place
 
 
 def unused(case: Case, received: Path) -> list[str]:

@@ -23,11 +23,10 @@ PHRASES = (
     ("name them with --flair, --pre and --post", f"save them as NIfTI and {CHOOSE}"),
     (", or choose with --sequences", ""),
     ("(;|, or) leave out --dicom-seg", ""),
-    ("(give them|correct it) with --dates", "name each file after its date (p1_2014-03-02.nii.gz)"),
+    ("(give them|correct it) with --dates", "name each file, or the folder of each DICOM study, "
+     "after its date (p1_2014-03-02)"),
     ("evaluate.py --fit-expected-dsc makes one", "evaluate.py makes one"),
     ("tell them apart with --patients", "send one patient at a time"),
-    ("(holds the DICOM studies .*); give the folder of one", r"\1; send one of them or, to measure "
-     "growth, a volume file of each, named after its date (p1_2014-03-02.nii.gz)"),
 )  # fmt: skip
 # What is left of a sentence with an option, from one colon or semicolon to the next.
 CLAUSE = re.compile(rf"(?:^|(?<=[;:] ))(?:[^;:]|[;:](?! ))*{OPTION}(?:[^;:]|[;:](?! ))*")

@@ -390,11 +390,9 @@ def test_no_message_names_an_option():
     assert told > 20
 
 
-def test_two_dicom_studies_and_channels_in_the_words_of_the_page():
+def test_channels_in_the_words_of_the_page():
     from server.wording import in_page_words
 
-    said = in_page_words("x: holds the DICOM studies a and b; give the folder of one")
-    assert said.startswith("x: holds the DICOM studies a and b; send one of them or, to measure")
     said = in_page_words("4 channel(s); give FLAIR in place of one (--channels picks those)")
     assert said == "4 channel(s); give FLAIR in place of one"
 

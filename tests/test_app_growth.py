@@ -3,15 +3,21 @@
 import csv
 import io
 import json
+import shutil
 from pathlib import Path
 
+import pydicom
 import pytest
+import SimpleITK as sitk
 from conftest import make_weights
 from test_app import browser, launch, post, start, stop, unpacked, visit  # noqa: F401
+from test_scan import write_series
 from test_visits import COARSE
 
 import inference
 from brainseg import phantom_patients
+
+VISITS = ("earlier", "later")  # folders of studies
 
 pytest.importorskip("starlette", reason="pip install -r requirements-app.txt")
 
@@ -63,6 +69,112 @@ def test_growth_is_that_of_inference(server, scans):
     assert [row["case"] for row in summary["growth"]] == [row["case"] for row in rows]
 
 
+@pytest.fixture(scope="module")
+def studies(scans, tmp_path_factory) -> Path:
+    """Return a folder with a folder for each scan: a DICOM study of FLAIR and T1."""
+    folder = tmp_path_factory.mktemp("studies") / "in"
+    for k, (name, path) in enumerate(zip(VISITS, scans, strict=True)):
+        voxels = sitk.GetArrayFromImage(sitk.ReadImage(str(path)))
+        for words, channel in (("FLAIR", 1), ("T1 post gd", 2)):
+            series = f"1.2.{k + 1}.{channel}"
+            place = write_series(folder / name / words, voxels[..., channel], series)
+            edit(
+                place,
+                PatientID="p1",
+                StudyDate=f"{2014 + k}0302",
+                StudyInstanceUID=f"1.2.{k + 1}",
+                SeriesDescription=words,
+                SeriesNumber=channel,
+            )
+    return folder
+
+
+def edit(folder: Path, **tags: str | int) -> None:
+    """Change fields of the DICOM files in a folder and below it."""
+    for path in sorted(folder.rglob("IM*")):
+        header = pydicom.dcmread(path)
+        for name, value in tags.items():
+            setattr(header, name, value)
+        header.save_as(path)
+
+
+def send_zipped(url: str, folder: Path):
+    archive = Path(shutil.make_archive(str(folder), "zip", folder))
+    return post(url, files={"images": (archive.name, archive.read_bytes())})
+
+
+@pytest.mark.parametrize("kind", ("zip", "folder"))
+def test_growth_of_two_studies_is_that_of_inference(server, scans, studies, tmp_path, kind):
+    made, weights = tmp_path / "out", scans[0].parents[1] / "unet.pt"
+    argv = ["--images", studies, "--weights", weights, "--device", "cpu"]
+    argv += ["--predictions", made, "--figure", tmp_path / "dsc.png"]
+    inference.main([*map(str, argv)])
+    if kind == "zip":
+        files = unpacked(send_zipped(server, studies))
+    else:
+        paths = sorted(studies.rglob("IM*"))
+        names = [str(path.relative_to(studies.parent)) for path in paths]
+        files = unpacked(send(server, paths, names))
+    masks = sorted(path.name for path in made.glob("*_mask.nii.gz"))
+    assert masks == ["earlier_mask.nii.gz", "later_mask.nii.gz"]
+    assert sorted(files) == sorted([*masks, "growth.csv", "growth.png", "summary.json"])
+    for name in masks:
+        assert files[name] == (made / name).read_bytes()
+    assert files["growth.csv"] == (made / "growth.csv").read_bytes()
+    summary = json.loads(files["summary.json"])
+    assert summary["case"] == "p1" and "mm a year" in summary["rate"]
+    assert [row["date"] for row in summary["growth"]] == ["2014-03-02", "2015-03-02"]
+
+
+def test_two_studies_side_by_side(server, studies, tmp_path):
+    """Name studies after patient and date if no folder tells them apart."""
+    (tmp_path / "in").mkdir()
+    for k, path in enumerate(sorted(studies.rglob("IM*"))):
+        shutil.copy(path, tmp_path / "in" / f"IM{k}")
+    files = unpacked(send_zipped(server, tmp_path / "in"))
+    rows = list(csv.DictReader(io.StringIO(files["growth.csv"].decode())))
+    assert [row["case"] for row in rows] == ["p1_20140302", "p1_20150302"]
+
+
+@pytest.mark.parametrize(
+    ("tags", "said"),
+    (
+        (
+            {"PatientID": "p2"},
+            "these are scans of the patients p1 and p2 by their PatientID; send the DICOM studies "
+            "of one patient at once",
+        ),
+        ({"PatientID": ""}, "each in a folder named after the patient and the date, such as p1_2"),
+        ({"StudyDate": ""}, "nothing tells the order of these scans; name each file, or the "),
+        ({"StudyDate": "20990101"}, "name each file, or the folder of each DICOM study, after its"),
+        ({"SeriesDescription": "T1"}, "later: no FLAIR series; send the files of the right one"),
+    ),
+)
+def test_studies_that_cannot_be_followed(server, studies, tmp_path, tags, said):
+    shutil.copytree(studies, tmp_path / "in")
+    edit(tmp_path / "in" / "later", **tags)
+    answer = send_zipped(server, tmp_path / "in")
+    error = answer.json()["error"]
+    assert answer.status_code == 400 and said in error, error
+    assert "--" not in error and "/tmp" not in error
+
+
+def test_studies_without_a_patient_in_named_folders(server, studies, tmp_path):
+    for name, year in zip(VISITS, (2014, 2015), strict=True):
+        shutil.copytree(studies / name, tmp_path / "in" / f"anna_{year}-03-02")
+    edit(tmp_path / "in", PatientID="anonymous", StudyDate="")
+    summary = json.loads(unpacked(send_zipped(server, tmp_path / "in"))["summary.json"])
+    assert summary["case"] == "anna" and "mm a year" in summary["rate"]
+
+
+def test_studies_and_another_field(server, studies):
+    paths = sorted(studies.rglob("IM*"))
+    sent = [("images", (str(path.relative_to(studies)), path.read_bytes())) for path in paths]
+    answer = post(server, files=[*sent, ("register", (None, "1"))])
+    assert answer.status_code == 400
+    assert "send them without any other field" in answer.json()["error"]
+
+
 @pytest.mark.parametrize(
     ("names", "said"),
     (
@@ -85,3 +197,12 @@ def test_growth_on_the_page(server, scans, browser):  # noqa: F811
         assert page.locator("#growth tbody tr").count() == 2
         assert page.locator("#growth img").evaluate("image => image.naturalWidth") > 500
         assert page.locator("#growth a").count() == 5
+
+
+def test_growth_of_a_folder_of_studies_on_the_page(server, studies, browser):  # noqa: F811
+    with visit(browser, server, 1300, 900) as page:
+        page.locator("#folder").set_input_files(str(studies))
+        page.get_by_role("button", name="Segment").click()
+        page.locator("#growth:not([hidden])").wait_for()
+        assert "p1: " in page.locator("#growth h3").inner_text()
+        assert page.locator("#growth tbody tr").count() == 2

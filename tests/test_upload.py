@@ -193,6 +193,36 @@ def test_a_study_in_folders_whose_files_share_names(phantom, receive, tmp_path, 
     assert np.array_equal(loaded.volume, phantom[0]) and loaded.case.name == "study"
 
 
+@pytest.mark.parametrize("kind", ["one archive", "two archives", "files", "side by side"])
+def test_several_studies_are_told_apart(receive, tmp_path, kind):
+    """Send two studies of nobody, in hidden or deep folders, with a CT, and what is no image."""
+    from test_studies import image
+
+    places = {"_b_2015-03-02/x/y": "20150302", "_b_2014-03-02" + 12 * "/x": "20140302"}
+    if kind == "two archives":
+        places = {"b_2015-03-02": "20150302", "b_2014-03-02": "20140302"}
+    files = {}
+    for place, date in places.items():
+        path = image(tmp_path / place / "1", "anonymous", date=date)
+        files[f"{place}/1"] = path.read_bytes()
+    if kind == "two archives":
+        images = named(**{f"{place}.zip": zipped({"1": files[f"{place}/1"]}) for place in places})
+    else:
+        ct = image(tmp_path / "ct", "anonymous", study="2", Modality="CT")
+        files |= {"c/1": ct.read_bytes(), "c/readme.txt": b"x"}
+        if kind == "side by side":
+            files = {f"in/{k}": content for k, content in enumerate(files.values())}
+        images = named(**({"all.zip": zipped(files)} if kind == "one archive" else files))
+    scans = sorted(receive({"images": images}), key=lambda scan: scan.name)
+    names = ["b_2014-03-02", "b_2015-03-02"]
+    if kind == "side by side":
+        names = ["in_20140302", "in_20150302"]
+    assert [scan.name for scan in scans] == names
+    assert {scan.patient for scan in scans} == {names[0].partition("_")[0]}
+    folders = [path.parent.name for path in (tmp_path / "folder").glob("[01]/received/*")]
+    assert folders == 2 * ["received"]
+
+
 def test_a_mask_beside_sequences_is_not_a_sequence(phantom, receive, tmp_path):
     volume, mask = phantom
     sent = {

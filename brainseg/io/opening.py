@@ -13,6 +13,10 @@ from .studies import Study, find_studies, sort_study
 from .truth import check_not_only_masks, mask_of, mask_words, volumes_in
 
 
+class SeveralStudies(ValueError):
+    """A folder that should hold one case holds several DICOM studies."""
+
+
 def is_one_case(folder: Path) -> bool:
     """Tell whether the volume files of a folder are one FLAIR and its other sequences."""
     try:
@@ -47,7 +51,7 @@ def find_case(path: Path, root: Path | None = None, layout: Layout | None = None
         studies = find_studies(absolute(path))
         if len(studies) > 1:
             names = " and ".join(study.name for study in studies)
-            raise ValueError(f"{path}: holds the DICOM studies {names}; give the folder of one")
+            raise SeveralStudies(f"{path}: holds the DICOM studies {names}; give the folder of one")
         if studies:
             return open_study(replace(studies[0], name=path.name, folder=path))
         if not holds_slices(path):
