@@ -15,7 +15,7 @@ nested  For some of the five folds (--outer): four networks, each trained withou
         without a quarter of the rest. No patient of the fold has been seen by any of them, so what
         is made of these networks can be scored on it. All are exported into OUT/nested/fold<k>.
 student For the same folds, one network that learns from these four (train.py --teachers) on all
-        patients outside the fold, as long as each of them did. Both are scored on the fold, case by
+        patients outside the fold, as long as those of ship. Both are scored on the fold, case by
         case: the four averaged and mirrored, the student as it is.
 one     One network that learns from the five of ship on all patients: what is used by default.
 
@@ -164,8 +164,7 @@ def student(args: argparse.Namespace, pool: Pool) -> str:
     for outer in args.outer:
         folder = args.out / "nested" / f"fold{outer}"
         train, held_out = split_cases(args.images, outer)
-        lengths = INNER_SMALL, INNER_NATIVE
-        weights = train_student(args, folder, train, folder / "weights", lengths, pool)
+        weights = train_student(args, folder, train, folder / "weights", pool)
         names = [case.name for case in held_out]
         tables = []
         for name, network, more in (
@@ -190,7 +189,7 @@ def one(args: argparse.Namespace, pool: Pool) -> str:
     folder = args.out / "one"
     cases = [source.open() for source in outside_test(list_cohort(args.images))]
     teachers = args.start or args.out / "weights"
-    weights = train_student(args, folder, cases, teachers, (SMALL, NATIVE), pool)
+    weights = train_student(args, folder, cases, teachers, pool)
     call(script("export.py", "--weights", weights, "--out", folder / "weights"))
     return table(["weights", "cases"], [[str(folder / "weights"), str(len(cases))]])
 
@@ -200,7 +199,6 @@ def train_student(
     folder: Path,
     cases: Sequence[Case],
     teachers: Path,
-    lengths: tuple[Sequence[str], Sequence[str]],
     pool: Pool,
 ) -> Path:
     """Train on `cases` and heads without lesion, on small slices first; return the weights."""
@@ -213,7 +211,7 @@ def train_student(
     words = ["--images", images, *STUDENT, "--teachers", teachers, "--allow-seen"]
     words += ["--validation", cases[0].name]
     weights = None
-    for name, length in zip(("student-small", "student"), lengths, strict=True):
+    for name, length in (("student-small", SMALL), ("student", NATIVE)):
         start = ["--init-weights", weights] if weights else []
         options = tuple(str(word) for word in (*words, *length, *start, *args.options))
         training = Training("unet", folder / name, options)
