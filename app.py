@@ -19,7 +19,7 @@ import tempfile
 from pathlib import Path
 
 from brainseg.io.files import clear_leftovers
-from brainseg.segmenter import Segmenter
+from brainseg.segmenter import Segmenter, settings_text
 from brainseg.weights import shipped_weights
 from cli import add_segmenter_options, errors_in_one_sentence, fail, make_parser, segmenter_options
 from utils import git_commit
@@ -72,7 +72,7 @@ def run(args: argparse.Namespace, options: dict) -> None:
 
     logging.getLogger("python_multipart").setLevel(logging.CRITICAL)  # the response says it all
     segmenter = Segmenter.from_weights(args.weights or shipped_weights("unet"), **options)
-    print(f"settings: {segmenter.choices}", flush=True)
+    print(f"settings: {settings_text(segmenter)}", flush=True)
     for note in segmenter.notes:
         print(note, file=sys.stderr)
     clear_leftovers(Path(tempfile.gettempdir()))

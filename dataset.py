@@ -21,7 +21,11 @@ MOST = 0.5  # share of a device's free memory; a training step needs the rest
 
 
 class SliceDataset(Dataset):
-    """Slices of prepared cases: item i is (image (C, N, N), mask or target (1, N, N)), float32."""
+    """Slices of prepared cases: item i is (image (C, N, N), mask (1, N, N)), float32.
+
+    They are not augmented. `targets` (S, N, N), from 0 to 1, replace the masks of the cases. Raises
+    ValueError, naming cases, if their numbers of channels differ.
+    """
 
     def __init__(self, volumes: Sequence[Prepared], targets: Sequence[np.ndarray] | None = None):
         self.volumes = volumes
@@ -41,7 +45,10 @@ class SliceDataset(Dataset):
         return images[0].float(), masks[0].float()
 
     def batch(self, indices: Sequence[int], neighbours: int = 0) -> tuple[Tensor, Tensor]:
-        """Return slices as stored: (B, (2 K + 1) C, N, N) for K `neighbours`, and (B, 1, N, N)."""
+        """Return several slices as stored: (B, C, N, N) float16 and (B, 1, N, N) bool or float16.
+
+        K `neighbours` on either side add their channels: (B, (2 K + 1) C, N, N).
+        """
         images, masks = [], []
         for item in indices:
             number, index = self._places[item]
@@ -75,7 +82,11 @@ class SliceDataset(Dataset):
 
 
 class BrainSegmentationDataset(SliceDataset):
-    """The slices of a subset of the cases in a folder; `options` are those of `prepare`."""
+    """The slices of a subset of the cases in a folder, each with its masks; see `SliceDataset`.
+
+    Raises FileNotFoundError or ValueError, naming the file or folder, if anything cannot be used.
+    `options` are those of `prepare`.
+    """
 
     def __init__(
         self,
@@ -96,7 +107,11 @@ def train_and_validation(
     skip_bad: bool = False,
     **options: Any,
 ) -> tuple[SliceDataset, SliceDataset]:
-    """Open the two subsets for training (see `split_folds`, `prepare`), but no test case."""
+    """Open the two subsets for training; test cases are never opened.
+
+    With `folds`, the subsets are those of a cross-validation (`split_folds`). With `skip_bad`,
+    cases that cannot be read are named on stderr and left out. `options` are those of `prepare`.
+    """
     if folds is None:
         chosen = select_cases(sources, "train") + select_cases(sources, "validation")
     else:  # every fold needs all cases except the test cases

@@ -42,6 +42,7 @@ from brainseg.io.slices import Case
 from brainseg.patients import SUBSETS, count_patients, names_of
 from brainseg.quality import FITTED_WITH, check_cases, fit_and_save
 from brainseg.reports.page import check_page, write_page
+from brainseg.segmenter import settings_text
 from brainseg.splits import by_subset, list_cohort
 from brainseg.weights import shipped_weights
 
@@ -96,7 +97,7 @@ def run(args: argparse.Namespace, options: dict, images: Path) -> None:
             fairness.use_settings_of_first(models)
     if not args.fit_expected_dsc:
         for model in scoring.networks_among(models):
-            print(f"{model.name}: {model.segmenter.choices}")
+            print(f"{model.name}: {settings_text(model.segmenter)}")
             for note in model.segmenter.notes:
                 print(f"{model.name}: {note}", file=sys.stderr)
     cases, left_out = scoring.choose_cases(sources, args.subset, models, args.images)

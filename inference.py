@@ -48,7 +48,7 @@ from brainseg import distributed
 from brainseg.io import files
 from brainseg.io.archives import unpacked
 from brainseg.io.dates import read_dates
-from brainseg.io.dicom_seg import holds_dicom
+from brainseg.io.dicom_seg import algorithm_name, holds_dicom
 from brainseg.io.labels import NO_LESION, Labels
 from brainseg.io.layouts import Source
 from brainseg.io.opening import find_sequences
@@ -63,7 +63,7 @@ from brainseg.reports.page import check_page
 from brainseg.reports.scores import scores_text
 from brainseg.reports.volumes import check_kept, read_volumes, volumes_table, warn_of_unlike
 from brainseg.run_files import TABLES, Outcome, recorded, write_growth, write_tables
-from brainseg.segmenter import MASK_SETTINGS, Segmenter
+from brainseg.segmenter import MASK_SETTINGS, Segmenter, settings_text
 from brainseg.splits import list_cohort, select_cases
 from brainseg.visits import Patient, follow_all
 from brainseg.weights import shipped_weights
@@ -129,7 +129,11 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def run(args: argparse.Namespace, options: dict, given_by: Mapping[str, str], images: Path) -> int:
-    """Segment cases in `images`, write and report; return the number of cases with an error."""
+    """Segment cases in `images`, write and report; return the number of cases with an error.
+
+    Several processes share the cases; the main one writes the tables and reports on all. `given_by`
+    says where each of the `args` is from.
+    """
     weights = args.weights or [shipped_weights("unet")]
     # The first rank of a machine caches what TensorRT builds, for the others.
     with distributed.local_rank_zero_first():
@@ -143,7 +147,7 @@ def run(args: argparse.Namespace, options: dict, given_by: Mapping[str, str], im
     record["settings"] = segmenter.values(MASK_SETTINGS)
     record[files.RUN] = segmenter.run
     if distributed.is_main_process():
-        print(f"settings: {segmenter.choices}", flush=True)
+        print(f"settings: {settings_text(segmenter)}", flush=True)
         for note in segmenter.notes:
             print(note, file=sys.stderr)
     locks = distributed.main_process_locks((args.predictions, "--predictions", "run"))
@@ -197,7 +201,7 @@ def plan_outputs(
         check_kept(args.predictions, earlier, names_of(sources), segmenter.run)
     algorithm = None
     if args.dicom_seg:
-        algorithm = segmenter.algorithm, commit or "unknown"
+        algorithm = algorithm_name(segmenter.hashes), commit or "unknown"
     return Outputs(
         args.predictions,
         segmenter.run,

@@ -225,7 +225,10 @@ def fit(
 def train_one_epoch(
     state: TrainState, loader: BatchLoader, weights: Tensor, interruption: utils.Interruption
 ) -> int:
-    """Train to the epoch's end on slices drawn by `weights`; return 0, or a signal to stop."""
+    """Train to the epoch's end on slices drawn by `weights`; return 0, or a signal to stop.
+
+    Ranks share each batch: an epoch has the same slices and steps for any number of ranks.
+    """
     # Ranks share each batch: an epoch has the same slices and steps for any number of ranks.
     generator = utils.make_generator(state.seed, 0, state.epoch)
     drawn = torch.multinomial(weights, state.slices, replacement=True, generator=generator)

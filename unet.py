@@ -42,7 +42,10 @@ class UNet(nn.Module):
         }
 
     def forward(self, x: Tensor, logits: bool = False) -> Tensor:
-        """Compute probabilities (or `logits`) (N, out, H, W) of slices (N, in, H, W)."""
+        """Compute probabilities (or `logits`) (N, out, H, W) of slices (N, in, H, W).
+
+        Raises ValueError for a channel count or an image size that does not fit the network.
+        """
         check_input(x, self.settings["in_channels"], self.stride)
         enc1 = self.encoder1(x)  # (N, f, H, W)
         enc2 = self.encoder2(self.pool(enc1))  # (N, 2f, H/2, W/2)

@@ -20,7 +20,11 @@ from brainseg.io.files import MARK
 
 
 def make_generator(seed: int, *stream: int) -> torch.Generator:
-    """Make a CPU generator for one stream of draws, which can be made again at any time."""
+    """Make a CPU generator for one stream of draws, e.g. `make_generator(seed, epoch)`.
+
+    Streams are independent and can be remade at any time, so an interrupted training continues
+    with the draws that it would have made.
+    """
     (state,) = np.random.SeedSequence(seed, spawn_key=stream).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(state >> np.uint64(1)))
 

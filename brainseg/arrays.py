@@ -25,7 +25,11 @@ class Assessment:
 
 
 def as_volume(array: np.ndarray, channels: int) -> np.ndarray:
-    """Return an array (S, H, W[, C]) as a volume with `channels`; FLAIR alone serves as three."""
+    """Return an array (S, H, W), (S, H, W, 1) or (S, H, W, C) as a volume with `channels`.
+
+    One channel is FLAIR, which stands in for the other two of three. Raises ValueError, with a
+    remedy, for axes in another number or order.
+    """
     volume = np.asarray(array)
     shape = volume.shape
     if volume.ndim not in (3, 4):
@@ -56,7 +60,10 @@ def as_volume(array: np.ndarray, channels: int) -> np.ndarray:
 
 
 def aspect_of(spacing: Sequence[float] | None) -> float:
-    """Return a pixel's height over its width, 1 without a spacing; ValueError for a bad one."""
+    """Return the height of a pixel over its width; 1 without a spacing.
+
+    Raises ValueError unless a spacing is three lengths in mm: of slices, rows and columns.
+    """
     if spacing is None:
         return 1.0
     if np.shape(spacing) != (3,) or not all(

@@ -76,7 +76,11 @@ def prepare(
     version: int = VERSION,
     skip_bad: bool = False,
 ) -> list[Prepared]:
-    """Preprocess cases in threads, or take them from the cache; `skip_bad` leaves out bad ones."""
+    """Preprocess every case with `workers` threads, or take it from the cache.
+
+    `version` is that of the preprocessing. A case that cannot be read raises ValueError or
+    OSError; with `skip_bad`, it is named on stderr and left out.
+    """
     cache = Path(cache or default_cache())
     try:
         cache.mkdir(parents=True, exist_ok=True)

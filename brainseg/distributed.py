@@ -226,7 +226,11 @@ class _AllReduceSum(torch.autograd.Function):
 
 
 def all_reduce_sum(sums: Tensor) -> Tensor:
-    """Add up `sums` over the ranks, with a gradient: that of a loss of the whole batch."""
+    """Add up `sums` over the ranks, with a gradient.
+
+    A loss computed from them has the value of the whole batch on every rank, and
+    DistributedDataParallel ends up with the gradient of the whole batch.
+    """
     if world_size() == 1:
         return sums
     return _AllReduceSum.apply(sums)  # pyright: ignore[reportReturnType] its stub says Any | None

@@ -87,7 +87,11 @@ def _relative_difference(plain: Network, folded: Network) -> float:
 def open_network(
     files: Sequence[Path], providers: Sequence[str] | None, options: Mapping[str, Any]
 ) -> tuple[Network | Ensemble | OnnxNetwork, dict]:
-    """Open an ONNX file, or weights files as one network; return the network and its card."""
+    """Open an ONNX file, or weights files as one network; return it and its card.
+
+    Of the `options` of a Segmenter, an ONNX file needs device, batch_size and image_size. Raises
+    FileNotFoundError or ValueError, naming the file, if one cannot be used.
+    """
     if files[0].suffix == ".onnx":
         batch_size, size = options.get("batch_size", 16), options.get("image_size")
         model = OnnxNetwork(files[0], providers, options.get("device"), batch_size, size)
@@ -176,7 +180,10 @@ def _input_and_output(card: dict, network: Network) -> dict:
 
 
 def average(outputs: Sequence[Tensor]) -> Tensor:
-    """Average probabilities (N, K, H, W); a last channel is the deviation of several networks."""
+    """Average probabilities (N, K, H, W) of several networks.
+
+    With more than one, a last channel holds the standard deviation of their first channels.
+    """
     if len(outputs) == 1:
         return outputs[0]
     stacked = torch.stack(tuple(outputs))  # (networks, N, K, H, W)

@@ -105,7 +105,10 @@ FEW = 20  # patients; the interval from fewer covers less than 95 %, see docs/in
 def score(
     prediction: np.ndarray, truth: np.ndarray, spacing: Sequence[float] | None = None
 ) -> dict[str, float]:
-    """Compute every metric, in pixels and with `spacing` in mm; ValueError for two shapes."""
+    """Compute every metric of one volume; distances in pixels, and in mm if there is a `spacing`.
+
+    Raises ValueError if the two shapes differ.
+    """
     if prediction.shape != truth.shape:
         raise ValueError(f"prediction of shape {prediction.shape}, but mask of shape {truth.shape}")
     scores = {name: metric(prediction, truth) for name, metric in METRICS.items()}
@@ -149,7 +152,10 @@ def summarise(
 def mean_interval(
     sums: np.ndarray, counts: np.ndarray, resamples: int = 10_000, seed: int = 0
 ) -> tuple[float, float]:
-    """Bootstrap the 95 % interval of a mean, drawing patients (percentile method, Efron 1979)."""
+    """Bootstrap the 95 % interval of a mean over values, from each patient's sum and count.
+
+    Patients are drawn with all of their values (percentile bootstrap, Efron 1979).
+    """
     from scipy.stats import bootstrap  # slow to import
 
     def mean(sums: np.ndarray, counts: np.ndarray, axis: int) -> np.ndarray:
@@ -168,7 +174,10 @@ def mean_interval(
 
 
 def mean_text(summary: Mapping[str, float], sign: str = "") -> str:
-    """Format `0.876 (0.853 to 0.894)`, of FEW with the range in []; `sign` "+": a difference."""
+    """Format a mean with its interval, `0.876 (0.853 to 0.894)`, or of FEW with the range in [].
+
+    `sign` is "+" for a difference.
+    """
     if not summary["n"]:
         return "none"
     text = f"{summary['mean']:{sign}.3f}"

@@ -35,9 +35,10 @@ CARD = "brainseg.card"  # key of the metadata that holds the card, JSON
 class OnnxNetwork:
     """A network that is called like one of PyTorch and returns probabilities.
 
-    `providers` are names of `PROVIDERS` (None: all that are installed), `device` says which may be
-    used, and which GPU. TensorRT prepares for `batch_size` slices of `image_size` (None: the
-    card's). Raises FileNotFoundError or ValueError if the file or a provider cannot be used.
+    `providers` are names of `PROVIDERS` in order of preference (None: all that are installed).
+    `device` (cpu, cuda, cuda:1) says which of them may be used, and which GPU. TensorRT prepares
+    for up to `batch_size` slices of `image_size` (None: that of the card).
+    Raises FileNotFoundError or ValueError if the file or a provider cannot be used.
     """
 
     def __init__(

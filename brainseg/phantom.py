@@ -27,7 +27,11 @@ def write_data_set(
     seed: int = 0,
     no_lesion: int = 0,
 ) -> None:
-    """Write folders `phantom_000`, ...; every `no_lesion`-th is healthy (0: none)."""
+    """Write `cases` folders `phantom_000`, ... into `directory`, replacing phantoms of that name.
+
+    Every `no_lesion`-th case is healthy (0: none). A case does not depend on the number of cases.
+    Raises OSError if the directory cannot be written, ValueError if other files are in the way.
+    """
     directory = Path(directory)
     if directory.is_file():
         raise NotADirectoryError("it is a file, not a folder")

@@ -35,7 +35,10 @@ BRAIN = (WHITE, GREY, CAP)  # where a lesion can grow
 def make_volume(
     seed: int | Sequence[int], slices: int = 16, size: int = 96, lesion: bool = True
 ) -> tuple[Array, Array]:
-    """Make a volume (slices, size, size, 3) uint8 and its mask, bool; ValueError if too small."""
+    """Make a volume (slices, size, size, 3) uint8 and its mask (slices, size, size) bool.
+
+    `lesion=False` gives the same head, healthy. Raises ValueError below 4 slices of 32 x 32.
+    """
     if slices < MIN_SLICES or size < MIN_SIZE:
         raise ValueError(
             f"{slices} slices of {size} x {size} cannot show a brain; "

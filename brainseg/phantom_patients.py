@@ -135,7 +135,11 @@ def scan_head(
 def write_patients(
     directory: Path, patients: int, scans: int, growth: float, size: int = 96, seed: int = 0
 ) -> None:
-    """Write dated scans of patients whose lesions grow by `growth` mm a year in diameter."""
+    """Write the dated scans of patients whose lesions grow by `growth` mm a year in diameter.
+
+    A patient does not depend on the number of patients, nor the head on the growth. Raises OSError
+    if the directory cannot be written, ValueError if other files are in the way.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     rows = []
     for index in range(patients):

@@ -105,8 +105,9 @@ def segment_case(
 ) -> Result:
     """Segment one case, from its files to its mask, its pictures and its rows of the tables.
 
-    The result says why a case cannot be read. The network does not see one whose mask is kept.
-    Raises OSError if a result cannot be written, or the device is too small for one slice.
+    If it cannot be read, or does not fit into memory, the result says so. If its mask is kept from
+    an earlier run, the network does not see it. Raises OSError if a result cannot be written, or
+    the device is too small for one slice: that is not the fault of the case.
     """
     try:
         with errors_name(source.folder):

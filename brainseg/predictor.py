@@ -15,7 +15,10 @@ MIRROR_ABOVE = 0.05  # probability; a slice without any as high is not mirrored
 
 
 class Predictor:
-    """A network on its device: slices in, probabilities out; see `Segmenter` for the options."""
+    """A network, or an `Ensemble`, on its device: preprocessed slices in, probabilities out.
+
+    See `Segmenter` for the options. Raises ValueError for a device that is not available.
+    """
 
     def __init__(
         self,
@@ -52,7 +55,11 @@ class Predictor:
     def probabilities(
         self, images: Tensor, progress: Callable[[int, int], None] | None = None
     ) -> Tensor:
-        """Run slices (S, C, N, N); return probabilities (S, K, N, N; see `average`), float32."""
+        """Run the network: slices (S, C, N, N) in, probabilities (S, K, N, N), float32, out.
+
+        An ensemble adds a channel with the standard deviation (see `average`). `progress` is called
+        after each batch with the numbers of slices done and in all.
+        """
         # `progress` is called after each batch with the numbers of slices done and in all.
         around = neighbourhoods([len(images)], self.neighbours)  # (S, 2 neighbours + 1)
         around = around.to(images.device, non_blocking=True)

@@ -57,9 +57,11 @@ def preprocess(
 ) -> tuple[Tensor, Frame]:
     """Turn a volume (S, H, W, C) into the network's input (S, C, N, N), float32, and its frame.
 
-    `version` is in the weights' card: 1 (`_preprocess_1`) if it names none. Slices are resized on
-    `device`, where the input stays, to square pixels; `aspect` is the source's height over width.
-    Raises ValueError for an unknown version, wrong axes, NaN or infinity, or a constant volume.
+    `version` is in the weights' card: 2 (`_preprocess_2`) for all new weights, 1 (`_preprocess_1`)
+    for the published checkpoint and weights whose card names none. The volume is not modified.
+    Slices are resized on `device`, where the input stays. `aspect` is the height of a pixel over
+    its width; the input's pixels are square. Raises ValueError for an unknown version, a wrong
+    number of axes, NaN or infinity, or a constant volume that is not 0.
     """
     steps = {1: _preprocess_1, 2: _preprocess_2}
     if version not in steps:
@@ -219,7 +221,10 @@ def preprocess_mask(mask: np.ndarray, frame: Frame) -> Tensor:
 
 
 def restore(output: Tensor, frame: Frame) -> Tensor:
-    """Bring slices (S, N, N) back to the source geometry (S, H, W), 0 outside the crop."""
+    """Bring slices (S, N, N) back to the source geometry (S, H, W); outside the crop is 0.
+
+    Probabilities are interpolated linearly, a bool mask by nearest neighbour.
+    """
     # Probabilities are interpolated linearly, a bool mask by nearest neighbour.
     if frame.blank:
         return output.new_zeros(frame.shape)
@@ -238,7 +243,11 @@ def restore(output: Tensor, frame: Frame) -> Tensor:
 
 
 def neighbourhoods(lengths: Sequence[int], neighbours: int) -> Tensor:
-    """Return the slices (S, 2 K + 1) that the network sees for each, in volumes of such lengths."""
+    """Return the slices (S, 2 K + 1) that the network sees for each: itself and K on either side.
+
+    `lengths` are those of consecutive volumes. Beyond the ends of a volume, its first or last slice
+    is repeated.
+    """
     around = torch.arange(-neighbours, neighbours + 1)
     parts, first = [], 0
     for slices in lengths:

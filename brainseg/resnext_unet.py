@@ -47,7 +47,10 @@ class ResNeXtUNet(nn.Module):
             load_imagenet(self.encoder, pretrained)
 
     def forward(self, x: Tensor, logits: bool = False) -> Tensor:
-        """Compute probabilities (or `logits`) (N, out, H, W) of slices (N, in, H, W)."""
+        """Compute probabilities (or `logits`) (N, out, H, W) of slices (N, in, H, W).
+
+        Raises ValueError for a channel count or an image size that does not fit the network.
+        """
         check_input(x, self.settings["in_channels"], self.stride)
         enc1, enc2, enc3, enc4 = self.encoder(x)  # (N, 2048, H/16, W/16) is the last
         x = self.decoder4(enc4) + enc3  # (N, 1024, H/8, W/8)
@@ -160,7 +163,11 @@ def _initialise(model: ResNeXtUNet) -> None:
 
 
 def load_imagenet(encoder: ResNeXtEncoder, source: bool | str | Path = True) -> None:
-    """Load torchvision's resnext50_32x4d, fetched (True) or from a file; OSError or ValueError."""
+    """Load torchvision's resnext50_32x4d into `encoder`: fetched (True) or from a local file.
+
+    Its classifier `fc` is left out, its stem adapted to the encoder's channels. Raises OSError if
+    the file cannot be fetched or read, ValueError if it is damaged or contains another network.
+    """
     name = URL if source is True else str(source)
     state = _open_imagenet(name)
     if not isinstance(state, dict) or getattr(state.get("conv1.weight"), "ndim", 0) != 4:

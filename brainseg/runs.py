@@ -132,7 +132,11 @@ def make_card(
     validation: list[Case],
     origins: dict[str, dict],
 ) -> dict[str, Any]:
-    """Make the card of a run's weights, without paths; cases of start weights count as seen."""
+    """Make the card of a run's weights: data, split, recipe, versions, device; no paths.
+
+    The training cases of the weights that it started from, and of its teachers, count as seen by
+    this network too. It makes masks with the settings of those that it started from.
+    """
     recipe = dict(recipe)
     for name in ("pretrained", "patients", "teachers"):
         if isinstance(recipe[name], str):

@@ -16,7 +16,6 @@ from .appearance import LOOKS, unlikeness
 from .arrays import as_volume
 from .ensemble import Ensemble, open_network
 from .hashes import file_hash, run_name
-from .io.files import PROGRAM
 from .onnx import OnnxNetwork
 from .predictor import Predictor
 from .preprocess import VERSION, Frame, preprocess, restore
@@ -60,10 +59,11 @@ class Segmentation:
 class Segmenter(Predictor):
     """A network, or an `Ensemble`, with its preprocessing: a raw volume in, its mask out.
 
-    `threshold` is the lowest probability of lesion; `min_volume` drops components of fewer voxels
-    (see `least_voxels`).
-    `tta` averages over a slice and its mirror image; `amp` computes in half precision (None: if
-    faster). `neighbours`, `version` (of the preprocessing) and `expected_dsc_fit` are the card's.
+    `image_size` is the side of a resized slice, `threshold` the lowest probability of lesion;
+    `largest_component` keeps the largest, `min_volume` drops smaller ones (see `least_voxels`).
+    `tta` averages over a slice and its mirror image where there may be lesion; `amp` computes in
+    half precision (None: if faster). `neighbours`, `version` (of the preprocessing) and
+    `expected_dsc_fit` are the card's. The network is copied. Raises ValueError for a wrong option.
     """
 
     def __init__(
@@ -99,7 +99,12 @@ class Segmenter(Predictor):
         providers: Sequence[str] | None = None,
         **options,
     ) -> Segmenter:
-        """Open weights, several or a folder as an ensemble, or ONNX, with their card's settings."""
+        """Open a weights file, an ONNX file, or several weights files or a folder as an ensemble.
+
+        Image size, threshold, components and `tta` are those of the card unless given; if others
+        are, its fit of the expected DSC is not used, and `notes` says so. `providers` are those of
+        `OnnxNetwork`. Raises FileNotFoundError or ValueError, naming a file that cannot be used.
+        """
         files = weights_files(weights)
         given = {name: value for name, value in options.items() if value is not None}
         model, card = open_network(files, providers, given)
@@ -111,22 +116,9 @@ class Segmenter(Predictor):
         note_weights(segmenter, settings)
         return segmenter
 
-    @property
-    def choices(self) -> str:
-        """Say in a line which settings are in use, and why."""
-        parts = []
-        for name, value in self.values(self.reasons).items():
-            parts.append(f"{name.replace('_', ' ')} {value} ({self.reasons[name]})")
-        return ", ".join(parts)
-
     def values(self, names: Iterable[str]) -> dict[str, Any]:
         """Return the settings of these names."""
         return {name: getattr(self, name) for name in names}
-
-    @property
-    def algorithm(self) -> str:
-        """Name the program and its weights for a DICOM Segmentation."""
-        return " ".join([PROGRAM] + [file.stem for file in self.hashes])
 
     @property
     def run(self) -> str:
@@ -134,12 +126,19 @@ class Segmenter(Predictor):
         return run_name(self.hashes.values(), [*self.values(RUN_SETTINGS).values(), VOXEL])
 
     def __call__(self, volume: np.ndarray, aspect: float = 1.0) -> np.ndarray:
-        """Segment a raw volume (S, H, W[, C]); `aspect` is a pixel's height over its width."""
+        """Segment a raw volume (S, H, W, C), or FLAIR alone (S, H, W); return its mask, bool.
+
+        Channels are pre-contrast, FLAIR, post-contrast, of any numeric type. `aspect` is the height
+        of a pixel over its width. Raises ValueError, as `as_volume` does for axes in another order.
+        """
         images, frame = self.preprocess(as_volume(volume, self.channels), aspect)
         return self.finish(self.probabilities(images), frame)
 
     def preprocess(self, volume: np.ndarray, aspect: float = 1.0) -> tuple[Tensor, Frame]:
-        """Make the network's input (S, C, N, N), on its device if it fits, and the frame."""
+        """Make the network's input (S, C, N, N), on its device if it fits, and the frame.
+
+        Raises ValueError for a wrong channel count.
+        """
         if volume.ndim == 4:
             self.check_channels(volume.shape[3])
         if self.device.type == "cuda":
@@ -245,6 +244,14 @@ def note_weights(segmenter: Segmenter, settings: dict) -> None:
         segmenter.notes.append(
             f"no expected DSC, as {segmenter.no_expected_dsc}: leave out what changes it"
         )
+
+
+def settings_text(segmenter: Segmenter) -> str:
+    """Say in a line which settings are in use, and why."""
+    parts = []
+    for name, value in segmenter.values(segmenter.reasons).items():
+        parts.append(f"{name.replace('_', ' ')} {value} ({segmenter.reasons[name]})")
+    return ", ".join(parts)
 
 
 def explain_choices(segmenter: Segmenter, given: dict) -> dict[str, str]:

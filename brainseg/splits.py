@@ -64,7 +64,10 @@ def list_cohort(
     other_than: Path | None = None,
     channels: Sequence[int] | None = None,
 ) -> list[Source]:
-    """List the cases by --sequences, --labels, --patients and --channels; see `list_cases`."""
+    """List the cases in a folder according to --sequences, --labels, --patients, --channels.
+
+    See `list_cases`. Raises OSError or ValueError if any of them is unusable.
+    """
     if channels and len(channels) not in (1, len(SEQUENCES)):
         raise ValueError(
             "--channels takes the channels of pre-contrast, FLAIR and post-contrast, or of FLAIR "
@@ -119,7 +122,10 @@ def is_lgg(patient: str) -> bool:
 
 
 def subset_of(case: Case | Source) -> str:
-    """Return the subset of a case: as placed, or of its patient; test cases of LGG stay such."""
+    """Return the subset of a case: that of its patient (see `subset_of_patient`), unless placed.
+
+    A test case of the LGG data set stays one, whatever a --patients file says of it.
+    """
     listed = _listed().get(patient_named(case.name))
     if listed == "test":
         return listed

@@ -67,7 +67,10 @@ class TrainState:
         return self.epoch * self.steps_per_epoch + self.step
 
     def learning_rate(self, epochs: int | None = None) -> float:
-        """Compute the next step's learning rate: linear warm-up, then constant or a cosine to 0."""
+        """Compute the learning rate of the next step in a training of `epochs` (None: its own).
+
+        It warms up linearly, then stays or follows half a cosine to 0 at the last step.
+        """
         rate = self.lr * min(1.0, (self.global_step + 1) / max(self.warmup, 1))
         if self.schedule == "constant":
             return rate
@@ -80,7 +83,11 @@ class TrainState:
 
     @torch.no_grad()
     def update_average(self) -> None:
-        """Move the average towards the model; its decay rises to `ema` as in TensorFlow."""
+        """Move the exponential moving average of weights and statistics towards the model's.
+
+        The decay rises to `ema` as (1 + step) / (10 + step), as in TensorFlow's
+        ExponentialMovingAverage, so the initial random weights are soon forgotten.
+        """
         decay = min(self.ema, (1 + self.global_step) / (10 + self.global_step))
         averages, values = [], []
         pairs = zip(

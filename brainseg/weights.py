@@ -56,7 +56,11 @@ def build_model(name: str, **settings) -> Network:
 
 
 def load_state(path: Path | str) -> dict[str, Tensor]:
-    """Load a bare state dict; FileNotFoundError, or ValueError if it is damaged or another."""
+    """Load the state dict in a file to the CPU.
+
+    Raises FileNotFoundError or ValueError, naming the file, if it is missing, damaged, not bare
+    weights (which could run code and are never opened), or shipped weights that have changed.
+    """
     path = Path(path)
     state = load_tensors(path)
     if "model" in state and "optimizer" in state:
@@ -130,7 +134,11 @@ def model_from_state(state: dict[str, Tensor], path: Path | str) -> tuple[str, N
 
 
 def initialise(model: Network, path: Path | str) -> tuple[list[str], list[str]]:
-    """Copy weights that fit into `model`, or raise ValueError; name those not used, and not set."""
+    """Copy into `model` all weights of a file that fit by name and shape.
+
+    Returns the names in the file that were not used, and those of the model left as they were.
+    Raises ValueError, naming the file, if none fits.
+    """
     state, before = load_state(path), model.state_dict()
     fitting = {}
     for name, value in state.items():
@@ -168,7 +176,10 @@ def pack(content: dict) -> memoryview:
 
 
 def read_card(path: Path | str) -> dict:
-    """Read the card of weights or an ONNX file, {} if missing; ValueError if it is not theirs."""
+    """Read the card beside a weights file or inside an ONNX file; empty if it is missing.
+
+    Raises ValueError if it is not a card, or the card of other weights.
+    """
     if Path(path).suffix == ".onnx":
         return read_onnx_card(path)
     card = Path(path).with_suffix(".json")
@@ -307,7 +318,10 @@ def shipped_files() -> list[Path]:
 
 
 def load_pretrained(name: str, **settings: int) -> Network:
-    """Build the published network with its weights; ValueError if they are for other `settings`."""
+    """Build the network `name`, of the 2019 paper's shape, with its weights, in evaluation mode.
+
+    Raises ValueError, before anything is loaded, if they were trained for other `settings`.
+    """
     path = _find(name, PUBLISHED)
     trained = read_card(path).get("settings", {})
     for key, value in settings.items():

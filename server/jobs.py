@@ -23,7 +23,7 @@ import numpy as np
 from pydicom import Dataset
 
 from brainseg.io.dicom import Series
-from brainseg.io.dicom_seg import series_of
+from brainseg.io.dicom_seg import algorithm_name, series_of
 from brainseg.io.files import disk_is_full, out_of_memory, remove, scratch
 from brainseg.io.grid import Grid
 from brainseg.io.quiet import quiet
@@ -138,7 +138,7 @@ class Service:
         segmentation = self._segmentation(loaded, job, time.monotonic())
         trained_on = patients_of_card(self.segmenter.card, "train", cases=[loaded.case])
         if series_of(loaded.case) and find_spec("highdicom"):
-            algorithm = self.segmenter.algorithm, self.segmenter.run or "unknown"
+            algorithm = algorithm_name(self.segmenter.hashes), self.segmenter.run or "unknown"
             self.reader.write_seg(loaded, segmentation.mask, folder, algorithm, job)
         return make_answer(loaded, segmentation, folder / "out", self.segmenter.run, trained_on)
 

@@ -27,7 +27,7 @@ from conftest import FORK, contents
 import cli
 import train
 from brainseg import training
-from brainseg.segmenter import Segmenter
+from brainseg.segmenter import Segmenter, settings_text
 from brainseg.unet import UNet
 from brainseg.weights import load_state, load_tensors, model_from_state, read_card
 from dataset import SliceDataset
@@ -622,7 +622,7 @@ def test_fine_tuned_weights_are_used_as_their_start_was(phantoms, tmp_path, caps
         segmenter = Segmenter.from_weights(folder / "unet.pt", device="cpu")
         assert {name: getattr(segmenter, name) for name in used} == used
         assert "this network has no fit" in segmenter.no_expected_dsc
-        assert "threshold 0.4" in segmenter.choices
+        assert "threshold 0.4" in settings_text(segmenter)
     assert Segmenter.from_weights(weights / "unet.pt", min_volume=0, device="cpu").min_volume == 0
     assert "mask_settings" not in read_card(run(phantoms, tmp_path / "c") / "unet.pt")
 

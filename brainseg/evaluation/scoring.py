@@ -207,7 +207,10 @@ def model_to_fit(models: Sequence[Model]) -> NetworkModel:
 def choose_cases(
     sources: Sequence[Source], subsets: Sequence[str], models: Sequence[Model], images: Path
 ) -> tuple[list[Case], list[str]]:
-    """Choose cases that no model was trained on, and name the others; ValueError for a bad one."""
+    """Choose the cases that no model was trained on; return them and the names of the others.
+
+    Raises ValueError, naming the case, if one cannot be scored or nothing is left.
+    """
     chosen = sources
     if "all" not in subsets:
         chosen = [source for source in sources if subset_of(source) in subsets]

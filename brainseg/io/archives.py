@@ -19,7 +19,11 @@ GIB = 2**30
 
 @contextmanager
 def open_archive(path: Path, name: str) -> Iterator[tuple[zipfile.ZipFile, dict]]:
-    """Open a zip archive and list its members by path; ValueError, calling it `name`, if unsafe."""
+    """Open a zip archive; yield it and its members by their path in it, without hidden ones.
+
+    Raises ValueError, calling it `name`, if it is damaged or holds a link, an encrypted file or a
+    path that leads out of it.
+    """
     try:
         archive = zipfile.ZipFile(path)
     except OSError:

@@ -6,6 +6,7 @@ is that of the checked grid; of the headers it copies only what is valid.
 """
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -63,12 +64,18 @@ def series_of(case: Case) -> Series | None:
 
 
 @quiet  # on names with one part
+def algorithm_name(weights: Iterable[Path]) -> str:
+    """Name the program and the weights files that make a Segmentation."""
+    return " ".join([PROGRAM] + [file.stem for file in weights])
+
+
 def write_dicom_seg(path: Path, case: Case, mask: np.ndarray, algorithm: str, version: str) -> bool:
     """Write a mask (S, H, W), bool, as a Segmentation of the case's series, atomically.
 
-    Returns whether every frame starts on a whole byte; if not, OHIF 3.13 reads them wrongly. Raises
-    ValueError, naming the series, if its instances cannot be referenced, or it is not read back as
-    written; OSError if the file cannot be written.
+    `algorithm` and `version` say what made it. Returns whether every frame starts on a whole byte;
+    if not, OHIF 3.13 reads them wrongly. Raises ValueError, naming the series, if its instances
+    cannot be referenced, or what was written is read back differently; OSError if the file cannot
+    be written.
     """
     assert isinstance(case, Scan) and isinstance(case.flair, Series)
     series = case.flair

@@ -166,7 +166,11 @@ def check_ours(path: Path, is_ours: Callable[[Path], bool] = has_mark) -> None:
 
 
 def save_array(path: Path, array: np.ndarray) -> None:
-    """Write a .npy file; OSError if the disk is full."""
+    """Write a .npy file. Raises OSError if the disk is full.
+
+    `numpy.save` may not: C writes its file, and an error with the last bytes is lost. If the file
+    can be read as well, Python writes it.
+    """
     # C would write it, and lose an error with the last bytes, unless the file can be read as well.
     import numpy as np
 

@@ -50,7 +50,11 @@ class Scan(Case):
     def open(
         cls, name: str, files: Sequence[File | None], mask: Path | None = None, chosen: str = ""
     ) -> Scan:
-        """Open the scan in one file, or in pre-contrast, FLAIR (also for None), post-contrast."""
+        """Open the scan in one file, or in pre-contrast, FLAIR, post-contrast; reads no voxels.
+
+        FLAIR stands in for None. A DICOM series may be given as its folder or one of its files.
+        Raises ValueError, naming the file, for an implausible header or a different patient.
+        """
         flair = files[len(files) // 2]
         assert flair is not None
         flair = series_or_file(flair)

@@ -63,7 +63,11 @@ def series_grid(series: Series) -> Grid:
 
 @quiet
 def read_series(series: Series) -> np.ndarray:
-    """Read the voxels (X, Y, Z) of a series, in a type that fits all; ValueError for a bad file."""
+    """Read the voxels (X, Y, Z) of a DICOM series; files of several types give one that fits all.
+
+    PixelPaddingValue becomes the darkest value of the rest, unless it is darker still: `fill` finds
+    that. Raises ValueError, naming the file, if one cannot be read.
+    """
     # PixelPaddingValue becomes the darkest value of the rest, unless it is darker: see fill.py.
     slices, padding = [], []
     for header in series_headers(series):

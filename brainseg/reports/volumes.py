@@ -136,7 +136,11 @@ def end_warnings(mask: np.ndarray) -> list[str]:
 
 
 def warn_of_unlike(rows: Sequence[dict], spacings: Mapping[str, Sequence[float] | None]) -> None:
-    """Warn of cases that lack a sequence or have another spacing than two thirds of a run."""
+    """Add a warning to each row whose input is unlike that of most cases of a run.
+
+    That is, it lacks a sequence or has another spacing than two thirds of the cases; `spacings`
+    (mm: slices, rows, columns) are by case.
+    """
     read = [row for row in rows if row["slices"] is not None]
     counts = Counter()
     for row in read:
