@@ -17,7 +17,7 @@ from test_train import flags, same, scalars
 from torch import nn
 
 import train
-from brainseg import distributed, training
+from brainseg import distributed, training, weights
 from brainseg.distributed import (
     gather,
     local_rank_zero_first,
@@ -51,7 +51,7 @@ def in_group(work):
 
 @pytest.fixture
 def no_batch_norm(monkeypatch):
-    build = training.build_model
+    build = weights.build_model
 
     def built(*arguments, **settings):
         model = build(*arguments, **settings)
@@ -64,7 +64,7 @@ def no_batch_norm(monkeypatch):
                     setattr(module, name, nn.Identity())
         return model
 
-    monkeypatch.setattr(training, "build_model", built)
+    monkeypatch.setattr(weights, "build_model", built)
 
 
 # The pieces
