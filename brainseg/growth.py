@@ -27,6 +27,7 @@ YEAR = 365.25  # days
 SIGMA = 1.2816  # half of an 80 % interval of a normal distribution, in standard deviations
 ALIKE = 1.5  # the ratio of pixel sizes or slice thicknesses up to which scans are comparable
 WITHIN, BEYOND = "within the error", "beyond the error"
+DOUBTFUL = "hard to compare"  # so that neither is said
 
 
 class Estimate(NamedTuple):
@@ -192,9 +193,11 @@ def growth_rows(visits: Sequence[Visit]) -> list[dict]:
         for name in ("previous", "first"):
             row[f"bidimensional_percent_since_{name}"] = _product_change(visit, earlier.get(name))
         reasons = []
-        for other in earlier.values():
-            reasons += differences(visit, other)
-        reasons += visit.apart
+        for name, other in earlier.items():
+            against = [*differences(visit, other), *visit.apart]
+            if against and row[f"since_{name}"]:
+                row[f"since_{name}"] = DOUBTFUL
+            reasons += against
         row["comparable"] = ""
         if reasons:
             row["comparable"] = "no"

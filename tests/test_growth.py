@@ -276,6 +276,7 @@ def test_order_without_dates_gives_no_rate():
 def test_scans_that_are_not_comparable(changed, said):
     rows = growth_rows([visit("2014-01-01", 10), visit("2015-01-01", 16, **changed)])
     assert rows[1]["comparable"] == "no" and said in rows[1]["why_not"]
+    assert rows[1]["since_previous"] == rows[1]["since_first"] == "hard to compare"
 
 
 def test_scans_that_are_alike_within_half_are_comparable():

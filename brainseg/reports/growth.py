@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..growth import WITHIN, YEAR, rate_until
+from ..growth import DOUBTFUL, WITHIN, YEAR, rate_until
 from ..io.pictures import new_figure
 from ..patients import counted
 from ..visits import Patient, View
@@ -133,8 +133,8 @@ def _change_text(row: dict, name: str) -> str:
     text = f"{row[column]:+.0f} %"
     if row[f"{column}_low"] is not None:
         text += f" ({row[f'{column}_low']:+.0f} to {row[f'{column}_high']:+.0f})"
-    if row[f"since_{name}"] == WITHIN:
-        text += f", {WITHIN}"
+    if row[f"since_{name}"] in (WITHIN, DOUBTFUL):
+        text += f", {row[f'since_{name}']}"
     return text
 
 
