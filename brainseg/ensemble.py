@@ -62,7 +62,7 @@ def fold_batch_norm(network: Network) -> Network:
                 setattr(module, name, fuse_conv_bn_eval(conv, norm))
                 setattr(module, norm_name, nn.Identity())
     difference = _relative_difference(plain, folded)
-    if difference <= FOLDED_ALIKE:
+    if not difference > FOLDED_ALIKE:  # nor if it is NaN: then both are, and validation says so
         return folded
     warnings.warn(
         f"batch norm of {type(network).__name__} is not folded into its convolutions: its logits "
