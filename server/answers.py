@@ -9,12 +9,11 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import imageio.v3 as iio
 import numpy as np
 
 from brainseg.alignment import Measured
 from brainseg.io.files import write_table
-from brainseg.io.pictures import montage, outline, to_grey
+from brainseg.io.pictures import montage, outline, save_gif, save_png, to_grey
 from brainseg.io.predictions import map_files, write_case
 from brainseg.io.slices import Case
 from brainseg.metrics import score
@@ -90,16 +89,19 @@ def make_answer(
     case, volume, truth, mask = loaded.case, loaded.volume, loaded.truth, segmentation.mask
     probability = np.round(segmentation.probabilities, 3)  # whole zeros make the file small
     out.mkdir()
-    write_case(out, case, volume, mask, truth, {"probability": probability}, run)
+    probabilities = {"probability": probability}
+    write_case(out, case, volume, mask, truth, probabilities, run, with_pictures=False)
     maps, files = {}, {}
     for kind in ("mask", "probability"):
         maps[kind] = []
         for path in map_files(case, kind):
             maps[kind].append(path.name)
             files[path.name] = (out / path).read_bytes()
-    picture = montage(outline(to_grey(volume), mask, truth))
-    files["montage.png"] = iio.imwrite("<bytes>", picture, extension=".png")
-    files[f"{case.name}.gif"] = (out / f"{case.name}.gif").read_bytes()
+    grey = to_grey(volume)
+    save_png(out / "montage.png", montage(outline(grey, mask, truth)))
+    save_gif(out / f"{case.name}.gif", outline(grey, mask, truth, side=256))
+    for name in ("montage.png", f"{case.name}.gif"):
+        files[name] = (out / name).read_bytes()
     if (out.parent / "seg.dcm").exists():
         files[f"{case.name}_seg.dcm"] = (out.parent / "seg.dcm").read_bytes()
     summary = summary_of(loaded, segmentation, run, trained_on)
