@@ -1,4 +1,4 @@
-"""How a scan looks to the network, and how unlike that is to the scans that a fit was made with."""
+"""Measure how a scan looks to the network, and how far that is from the scans of a fit."""
 
 from __future__ import annotations
 

@@ -120,9 +120,10 @@ def percent_change(later: Estimate, earlier: Estimate) -> Estimate:
 def growth_rate(days: Sequence[float], diameters: Sequence[Estimate]) -> Estimate:
     """Return the slope of diameters over time, in mm a year; unknown under 90 days.
 
-    Least squares, weighted by the error of each diameter; for two scans that is their difference.
-    If the scans scatter about the line more than their errors allow, the interval is widened by
-    that ratio. Without errors there is no interval.
+    Fits a line by least squares, with a weight of 1 / error² for each diameter; the slope of two
+    scans is their difference over the time between them. If the scans scatter about the line more
+    than their errors allow, the interval is widened by that ratio. Without errors there is no
+    interval.
     """
     if len(days) < 2 or max(days) - min(days) < LEAST_DAYS:
         return UNKNOWN

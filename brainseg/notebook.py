@@ -1,4 +1,4 @@
-"""What torch.hub's `segmenter` offers beside masks: how good they are, how fast a lesion grows."""
+"""Segment arrays, rate the masks, and measure growth: the class behind torch.hub's `segmenter`."""
 
 import datetime
 import warnings

@@ -1,4 +1,4 @@
-"""Which subset, or which fold of a cross-validation, a case is in; never two for one patient."""
+"""Assign cases to subsets and folds; all cases of a patient are in the same one."""
 
 import functools
 import hashlib

@@ -60,7 +60,10 @@ def follow_all(
     with_registration: bool = True,
     workers: int | None = None,
 ) -> tuple[list[Patient], list[str]]:
-    """Measure growth from masks in `folder` and rows of volumes.csv; say what was left out."""
+    """Measure the growth of each patient with several scans; also return notes on what is left out.
+
+    `measured` are rows of volumes.csv, `folder` holds the masks, `errors` is the card's fit.
+    """
     rows, cases, unreadable = _with_several_scans(sources, measured)
     ordered, notes = in_order_of_time(cases, dates)
     notes = unreadable + notes
@@ -158,7 +161,7 @@ def in_order_of_time(
 
 
 def _by_timepoint(patient: str, scans: Sequence[Case]) -> list[Case]:
-    """Order scans by the timepoint numbers in their names; [] unless each has one of its own."""
+    """Sort scans by the timepoint numbers in their names; [] if one is missing or repeated."""
     by_number: dict[int, Case] = {}
     for case in scans:
         number = timepoint(case.name, patient)

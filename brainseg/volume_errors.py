@@ -1,4 +1,4 @@
-"""How far the volume of a mask may be off, learnt from scored cases that no network has seen."""
+"""Fit the interval of a lesion's true volume on scored cases that no network was trained on."""
 
 from __future__ import annotations
 

@@ -327,7 +327,7 @@ def references(part: object) -> Iterator[str]:
 
 
 def test_the_openapi_description(server, files):
-    """Check what a generator of clients needs; openapi-spec-validator is no dependency."""
+    """Check the parts that generators of API clients read, without openapi-spec-validator."""
     described = httpx.get(f"{server[0]}/api/openapi.json").json()
     assert described["openapi"] == "3.1.0" and {"title", "version"} <= described["info"].keys()
     for reference in references(described):

@@ -426,7 +426,7 @@ def test_differences_are_case_by_case():
     assert "If the interval contains 0" in tables(summary)[1].note
 
 
-def test_few_patients_have_no_interval_to_read():
+def test_the_note_says_that_few_patients_have_no_interval():
     summary = compare(made_up({"a": [0.1, 0.5], "b": [0.2, 0.6]}))
     assert tables(summary)[1].note.startswith("Under 20 patients there is no interval")
 

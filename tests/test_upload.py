@@ -195,7 +195,7 @@ def test_a_study_in_folders_whose_files_share_names(phantom, receive, tmp_path, 
 
 @pytest.mark.parametrize("kind", ["one archive", "two archives", "files", "side by side"])
 def test_several_studies_are_told_apart(receive, tmp_path, kind):
-    """Send two studies of nobody, in hidden or deep folders, with a CT, and what is no image."""
+    """Send two MR studies without a PatientID, a CT study, and a file that is not an image."""
     from test_studies import image
 
     places = {"_b_2015-03-02/x/y": "20150302", "_b_2014-03-02" + 12 * "/x": "20140302"}

@@ -65,7 +65,7 @@ def _difference_table(summary: Mapping[str, dict]) -> Table:
     first = next(iter(summary))
     note = "If the interval contains 0, these cases do not show a difference."
     if "low" not in summary[first]["scores"]["dsc"]:
-        note = f"Under {FEW} patients there is no interval: they say little about others."
+        note = f"Under {FEW} patients there is no interval: so few say little about other patients."
     table = Table(
         f"Difference in DSC from {first}, case by case",
         ["model", "mean", "median", "better in", "worse in"],

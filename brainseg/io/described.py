@@ -169,7 +169,7 @@ def _check_present(
 
 
 def _masks_in(labels: Path) -> dict[str, Path]:
-    """List the masks in a folder by case; none if there is no such folder."""
+    """Return the path of the mask of each case in a folder; {} if the folder does not exist."""
     masks: dict[str, Path] = {}
     if not labels.is_dir():
         return masks
