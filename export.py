@@ -28,20 +28,21 @@ from pathlib import Path
 import torch
 
 from brainseg import exporting
-from brainseg.ensemble import load_ensemble
-from brainseg.hashes import HASH, file_hash, named_by_hash
+from brainseg.ensemble import load_ensemble, weights_files
 from brainseg.io.files import atomic_write, check_ours, clear_leftovers
 from brainseg.onnx import OnnxNetwork
 from brainseg.optional import import_optional
 from brainseg.patients import SUBSETS
 from brainseg.weights import (
     CARD_DEFAULTS,
+    HASH,
+    file_hash,
     load_state,
     model_from_state,
+    named_by_hash,
     pack,
     read_card,
     save_weights,
-    weights_files,
 )
 from cli import errors_in_one_sentence, make_parser
 

@@ -6,10 +6,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from .distributed import is_main_process, main_process_locks
-from .hashes import file_hash
 from .io.files import check_ours, write_json
 from .training import load_checkpoint
-from .weights import read_card
+from .weights import file_hash, read_card
 
 
 @contextmanager

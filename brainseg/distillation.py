@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from .cache import Prepared, prepare
-from .hashes import weights_id
 from .io.files import atomic_write, default_cache, save_array
 from .segmenter import Segmenter
+from .weights import weights_id
 
 
 def soft_targets(

@@ -1,8 +1,8 @@
-"""Several networks as one, and one network ready for inference."""
+"""From the files that --weights means to one network, or several as one, ready for inference."""
 
 import copy
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
@@ -84,6 +84,75 @@ def _relative_difference(plain: Network, folded: Network) -> float:
     return float(difference / expected.abs().max().clamp(min=1e-6))
 
 
+def weights_files(weights: Path | str | Sequence[Path | str]) -> list[Path]:
+    """List the files that --weights means: a file, several, or a folder (or its folders).
+
+    Raises FileNotFoundError for a folder without any, ValueError for a file given twice, networks
+    that do not belong together, or an ONNX file with others.
+    """
+    if isinstance(weights, (str, Path)):
+        weights = [weights]
+    files = []
+    for path in map(Path, weights):
+        if path.is_dir():
+            files += _files_in(path)
+        else:
+            files.append(path)
+    for file in files:
+        if files.count(file) > 1:
+            raise ValueError(f"{file}: is given twice; name each file once")
+        if file.suffix == ".onnx" and len(files) > 1:
+            raise ValueError(
+                f"{file}: an ONNX file cannot be averaged with others; give it by itself, or "
+                "export them all as one (export.py --weights FOLDER --format onnx)"
+            )
+    return files
+
+
+def _files_in(folder: Path) -> list[Path]:
+    files = _weights_among(folder.glob("*"), folder) or _weights_among(folder.glob("**/*"), folder)
+    if not files:
+        raise FileNotFoundError(f"{folder}: no weights (.pt) in this folder; name a file")
+    _check_together(files, folder)
+    return files
+
+
+def _weights_among(paths: Iterable[Path], folder: Path) -> list[Path]:
+    """List weights files in order, but none that is hidden; ValueError if others are among them."""
+    files = []
+    for path in sorted(paths):
+        if "/." in f"/{path.relative_to(folder).as_posix()}":
+            continue
+        if path.suffix == ".pt":
+            files.append(path)
+        elif path.suffix in (".pth", ".safetensors", ".h5"):
+            raise ValueError(
+                f"{path}: is not a weights file of this project (.pt); take it out of {folder}"
+            )
+    return files
+
+
+def _check_together(files: Sequence[Path], folder: Path) -> None:
+    """Raise ValueError unless networks differ in fold and seed alone, and none is there twice."""
+    cards = list(map(read_card, files))
+    kinds = [card.get("settings", {}) | card.get("recipe", {}) for card in cards]
+    remedy = f"the networks in {folder} are averaged: name the file, or those that belong together"
+    for k, kind in enumerate(kinds):
+        for name in sorted(kind.keys() & kinds[0].keys() - {"fold", "seed"}):
+            here, there = kind[name], kinds[0][name]
+            if here != there:
+                what = name.replace("_", " ")
+                raise ValueError(
+                    f"{files[k]}: has {what} {here}, but {files[0].name} {there}; {remedy}"
+                )
+        for i in range(k):
+            when = cards[k].get("started")
+            if when and when == cards[i].get("started") and kind == kinds[i]:
+                raise ValueError(
+                    f"{files[k]}: is of the same training as {files[i].name}; {remedy}"
+                )
+
+
 def open_network(
     files: Sequence[Path], providers: Sequence[str] | None, options: Mapping[str, Any]
 ) -> tuple[Network | Ensemble | OnnxNetwork, dict]:
@@ -141,6 +210,8 @@ def common_card(cards: Sequence[dict]) -> dict:
         common["mask_settings"] = agreed
     if differing:
         common["settings_that_differ"] = differing
+    if any(card.get("expected_dsc") != cards[0].get("expected_dsc") for card in cards):
+        common["fits_differ"] = True
     cases: set[str] = set()
     patients: dict[str, str] = {}
     for card in cards:

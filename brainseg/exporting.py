@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from .ensemble import Ensemble, for_inference
-from .hashes import file_hash, weights_id
 from .io.files import PROGRAM, RUN
 from .io.layouts import list_cases
 from .metrics import summarise
@@ -27,7 +26,7 @@ from .phantom_head import make_volume
 from .preprocess import neighbourhoods, preprocess
 from .reports.scores import read_scores
 from .splits import is_lgg, subset_of_patient
-from .weights import Network, all_finite
+from .weights import Network, all_finite, file_hash, weights_id
 
 OPSET = 18  # the exporter's native one; ONNX Runtime reads it from 1.14 on
 

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from .devices import to_device
-from .hashes import contradicts_name
 from .io.files import default_cache
 from .optional import import_optional
 from .unet import check_input
+from .weights import contradicts_name, read_card
 
 PROVIDERS = {  # of ONNX Runtime, the fastest first
     "tensorrt": "TensorrtExecutionProvider",
@@ -130,9 +130,14 @@ class OnnxNetwork:
         }
 
 
-def read_onnx_card(path: Path | str) -> dict:
-    """Read the card inside an ONNX file; FileNotFoundError or ValueError if it cannot be used."""
-    return _card(_read(path), path)
+def card_of(path: Path) -> dict:
+    """Read the card inside an ONNX file, or beside other weights (`read_card`).
+
+    Raises FileNotFoundError or ValueError if it cannot be used.
+    """
+    if path.suffix == ".onnx":
+        return _card(_read(path), path)
+    return read_card(path)
 
 
 def pick_providers(

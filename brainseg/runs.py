@@ -16,13 +16,14 @@ from tqdm import tqdm
 
 from .cache import Prepared
 from .distributed import is_main_process, world_size
-from .hashes import file_hash
+from .ensemble import weights_files
 from .io.files import sentence, with_archives, write_json
 from .io.labels import odd_masks
 from .io.layouts import Source
 from .io.pictures import outline, to_grey
 from .io.slices import Case
 from .metrics import summarise
+from .onnx import card_of
 from .patients import (
     alike_names,
     count_patients,
@@ -35,7 +36,7 @@ from .patients import (
 from .quality import mask_settings
 from .splits import by_subset, is_placed
 from .training import TrainState
-from .weights import read_card, save_weights, weights_files
+from .weights import file_hash, read_card, save_weights
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -118,7 +119,7 @@ def origin_of_teachers(teachers: str) -> dict:
     """Return the files, training cases and patients of an ensemble that is learnt from."""
     files, cases, patients = {}, set(), {}
     for path in weights_files(teachers):
-        card = read_card(path)
+        card = card_of(path)
         files[path.name] = file_hash(path)
         cases.update((card.get("cases") or {}).get("train", []))
         patients |= card.get("patients") or {}

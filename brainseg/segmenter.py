@@ -14,8 +14,7 @@ from torch import Tensor
 
 from .appearance import LOOKS, unlikeness
 from .arrays import as_volume
-from .ensemble import Ensemble, open_network
-from .hashes import file_hash, run_name
+from .ensemble import Ensemble, open_network, weights_files
 from .onnx import OnnxNetwork
 from .predictor import Predictor
 from .preprocess import VERSION, Frame, preprocess, restore
@@ -27,7 +26,7 @@ from .quality import (
     quality,
     quality_warnings,
 )
-from .weights import CARD_DEFAULTS, Network, read_card, shipped_files, weights_files
+from .weights import CARD_DEFAULTS, Network, file_hash, run_name, shipped_files
 
 VOXEL = 5.0  # mm³, see `least_voxels`
 Spacing = Sequence[float] | None  # mm from slice to slice, row to row, column to column
@@ -225,10 +224,9 @@ def note_weights(segmenter: Segmenter, settings: dict) -> None:
                 f"{getattr(segmenter, name)} is used; choose with --{name.replace('_', '-')}"
             )
     if len(files) > 1 and not set(files) <= set(shipped_files()):
-        fit = read_card(files[0]).get("expected_dsc")
         averaged = ", ".join(map(str, files))
         segmenter.notes.append(f"{len(files)} networks are averaged: {averaged}")
-        if any(read_card(file).get("expected_dsc") != fit for file in files):
+        if "fits_differ" in segmenter.card:
             segmenter.no_expected_dsc = DIFFERENT_FITS
             segmenter.notes.append(f"no expected DSC: {DIFFERENT_FITS}")
     changed = []

@@ -11,16 +11,15 @@ import io
 import json
 import math
 import pickle
+import re
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from .hashes import contradicts_name, file_hash
 from .io.files import atomic_write, write_json
-from .onnx import read_onnx_card
 from .resnext_unet import ResNeXtUNet
 from .unet import UNet
 
@@ -42,6 +41,8 @@ ROOT = Path(__file__).resolve().parents[1]
 # the default ensemble, one network per fold.
 PUBLISHED = {"unet": ROOT / "weights" / "unet-9485c275.pt"}
 SHIPPED = {"unet": ROOT / "weights" / "unet-folds"}
+# Eight digits at the end of a name; without a letter, they are a date or a job's number.
+HASH = re.compile(r"-(?=\d*[a-f])([0-9a-f]{8})$")
 
 
 def build_model(name: str, **settings) -> Network:
@@ -176,12 +177,10 @@ def pack(content: dict) -> memoryview:
 
 
 def read_card(path: Path | str) -> dict:
-    """Read the card beside a weights file or inside an ONNX file; empty if it is missing.
+    """Read the card beside a weights file; empty if it is missing. For any file: `onnx.card_of`.
 
     Raises ValueError if it is not a card, or the card of other weights.
     """
-    if Path(path).suffix == ".onnx":
-        return read_onnx_card(path)
     card = Path(path).with_suffix(".json")
     if not card.is_file():
         return {}
@@ -226,75 +225,6 @@ def check_fit(fit: dict) -> None:
             raise ValueError("usual")
 
 
-def weights_files(weights: Path | str | Sequence[Path | str]) -> list[Path]:
-    """List the files that --weights means: a file, several, or a folder (or its folders).
-
-    Raises FileNotFoundError for a folder without any, ValueError for a file given twice, networks
-    that do not belong together, or an ONNX file with others.
-    """
-    if isinstance(weights, (str, Path)):
-        weights = [weights]
-    files = []
-    for path in map(Path, weights):
-        if path.is_dir():
-            files += _files_in(path)
-        else:
-            files.append(path)
-    for file in files:
-        if files.count(file) > 1:
-            raise ValueError(f"{file}: is given twice; name each file once")
-        if file.suffix == ".onnx" and len(files) > 1:
-            raise ValueError(
-                f"{file}: an ONNX file cannot be averaged with others; give it by itself, or "
-                "export them all as one (export.py --weights FOLDER --format onnx)"
-            )
-    return files
-
-
-def _files_in(folder: Path) -> list[Path]:
-    files = _weights_among(folder.glob("*"), folder) or _weights_among(folder.glob("**/*"), folder)
-    if not files:
-        raise FileNotFoundError(f"{folder}: no weights (.pt) in this folder; name a file")
-    _check_together(files, folder)
-    return files
-
-
-def _weights_among(paths: Iterable[Path], folder: Path) -> list[Path]:
-    """List weights files in order, but none that is hidden; ValueError if others are among them."""
-    files = []
-    for path in sorted(paths):
-        if "/." in f"/{path.relative_to(folder).as_posix()}":
-            continue
-        if path.suffix == ".pt":
-            files.append(path)
-        elif path.suffix in (".pth", ".safetensors", ".h5"):
-            raise ValueError(
-                f"{path}: is not a weights file of this project (.pt); take it out of {folder}"
-            )
-    return files
-
-
-def _check_together(files: Sequence[Path], folder: Path) -> None:
-    """Raise ValueError unless networks differ in fold and seed alone, and none is there twice."""
-    cards = list(map(read_card, files))
-    kinds = [card.get("settings", {}) | card.get("recipe", {}) for card in cards]
-    remedy = f"the networks in {folder} are averaged: name the file, or those that belong together"
-    for k, kind in enumerate(kinds):
-        for name in sorted(kind.keys() & kinds[0].keys() - {"fold", "seed"}):
-            here, there = kind[name], kinds[0][name]
-            if here != there:
-                what = name.replace("_", " ")
-                raise ValueError(
-                    f"{files[k]}: has {what} {here}, but {files[0].name} {there}; {remedy}"
-                )
-        for i in range(k):
-            when = cards[k].get("started")
-            if when and when == cards[i].get("started") and kind == kinds[i]:
-                raise ValueError(
-                    f"{files[k]}: is of the same training as {files[i].name}; {remedy}"
-                )
-
-
 def shipped_weights(name: str) -> Path:
     """Find the shipped folder of networks. Raises FileNotFoundError if it does not exist."""
     return _find(name, SHIPPED)
@@ -331,3 +261,37 @@ def load_pretrained(name: str, **settings: int) -> Network:
                 "ask for pretrained=False"
             )
     return model_from_state(load_state(path), path)[1]
+
+
+def file_hash(path: Path | str) -> str:
+    """Compute the SHA-256 of a file, in hexadecimal digits."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def named_by_hash(folder: Path, stem: str, suffix: str, content: bytes | memoryview) -> Path:
+    """Name a file after the first eight digits of the SHA-256 of its content."""
+    return folder / f"{stem}-{hashlib.sha256(content).hexdigest()[:8]}{suffix}"
+
+
+def contradicts_name(path: Path | str, content: bytes) -> bool:
+    """Tell whether the name of a file ends in a hash that is not the one of its content."""
+    named = HASH.search(Path(path).stem)
+    return named is not None and not hashlib.sha256(content).hexdigest().startswith(named[1])
+
+
+def weights_id(hashes: Collection[str]) -> str:
+    """Return eight digits that name weights files with these SHA-256; of one, its first ones."""
+    if len(hashes) == 1:
+        return next(iter(hashes))[:8]
+    return _first_digits(" ".join(hashes))
+
+
+def run_name(hashes: Collection[str], settings: Sequence[object]) -> str:
+    """Name weights files, by their SHA-256, and the settings that make a mask; empty for none."""
+    if not hashes:
+        return ""
+    return f"{weights_id(hashes)}-{_first_digits(json.dumps(settings))}"
+
+
+def _first_digits(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:8]

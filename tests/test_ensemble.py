@@ -16,13 +16,13 @@ import export
 from brainseg import quality as rating
 from brainseg import weights as weights_module
 from brainseg.appearance import LOOKS
-from brainseg.ensemble import Ensemble, average, load_ensemble
+from brainseg.ensemble import Ensemble, average, load_ensemble, weights_files
 from brainseg.io.layouts import find_case
 from brainseg.phantom import make_volume
 from brainseg.quality import expected_dsc, fit_expected_dsc, quality, quality_warnings
 from brainseg.segmenter import Segmenter, keep_components, least_voxels
 from brainseg.unet import UNet
-from brainseg.weights import load_pretrained, read_card, shipped_weights, weights_files
+from brainseg.weights import load_pretrained, read_card, shipped_weights
 
 NAMES = [f"phantom_{k:03d}" for k in range(12)]
 

@@ -18,13 +18,13 @@ import evaluate
 import export
 from brainseg import exporting, resnext_unet
 from brainseg.io.files import RUN
-from brainseg.onnx import PROVIDERS, OnnxNetwork, pick_providers
+from brainseg.onnx import PROVIDERS, OnnxNetwork, card_of, pick_providers
 from brainseg.optional import import_optional
 from brainseg.phantom import make_volume
 from brainseg.resnext_unet import ResNeXtUNet
 from brainseg.segmenter import Segmenter
 from brainseg.unet import UNet
-from brainseg.weights import file_hash, load_state, model_from_state, read_card
+from brainseg.weights import file_hash, load_state, model_from_state
 
 MISSING = [p for p in ("onnxruntime", "onnxscript") if importlib.util.find_spec(p) is None]
 needs_onnx = pytest.mark.skipif(
@@ -120,7 +120,7 @@ def test_an_ensemble_with_neighbours_in_half_precision(tmp_path, volume):
     assert rough.dtype == torch.float32 and not torch.equal(rough, exact)
     torch.testing.assert_close(rough, exact, atol=0.01, rtol=0)
     assert there.rate(rough, frame).features["disagreement"] > 0
-    card = read_card(file)
+    card = card_of(file)
     assert card["cases"]["train"] == ["phantom_000", "phantom_001"]
     assert [source["file"] for source in card["weights"]] == ["fold0.pt", "fold1.pt"]
     with pytest.raises(ValueError, match="cannot be averaged with others"):
@@ -147,7 +147,7 @@ def test_resnext_unet_exports(tmp_path, monkeypatch):
 def test_the_card_travels_inside(onnx, tmp_path):
     alone = tmp_path / "alone.onnx"
     alone.write_bytes(onnx.read_bytes())
-    card = read_card(alone)
+    card = card_of(alone)
     assert card["image_size"] == 32 and card["neighbours"] == 0 and card["model"] == "unet"
     assert card["settings"] == {"in_channels": 3, "out_channels": 1, "init_features": 4}
     assert card["cases"]["train"] == TRAINED_ON and card["weights"]["file"] == "narrow.pt"

@@ -11,9 +11,9 @@ from torch import nn
 
 from brainseg import weights
 from brainseg.ensemble import load_ensemble
-from brainseg.hashes import HASH
 from brainseg.unet import UNet
 from brainseg.weights import (
+    HASH,
     build_model,
     file_hash,
     initialise,

@@ -15,12 +15,13 @@ from tqdm import tqdm
 
 from ..appearance import LOOKS
 from ..devices import in_order
-from ..ensemble import Ensemble, networks_of
+from ..ensemble import Ensemble, networks_of, weights_files
 from ..io.files import RUN
 from ..io.layouts import Source
 from ..io.pictures import outline, to_grey
 from ..io.slices import Case
 from ..metrics import dsc, score
+from ..onnx import card_of
 from ..patients import patient_of, patients_of_card, site_of
 from ..preprocess import Frame, missing_sequences
 from ..quality import FEATURES, FITTED_WITH
@@ -28,7 +29,7 @@ from ..reports.scores import read_scores
 from ..reports.volumes import EXPECTED
 from ..segmenter import Segmentation, Segmenter, least_voxels, to_mask
 from ..splits import subset_of
-from ..weights import read_card, weights_files
+from ..weights import read_card
 from .statistics import SCORES, SETTINGS
 
 
@@ -166,7 +167,7 @@ def open_networks(
         options = options | {"providers": None}
     trained_on, chose_epoch_on = {}, {}
     for file in files:
-        card = read_card(file)
+        card = card_of(file)
         if "train" not in card.get("cases", {}):
             fault = f"{file}: no card says what it was trained on"
             if len(files) > 1:
