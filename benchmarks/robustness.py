@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import io
+from collections.abc import Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -28,14 +29,15 @@ from scipy import ndimage
 from tqdm import tqdm
 
 import inference
-from brainseg.evaluation.scoring import open_networks
+from brainseg.evaluation.scoring import NetworkModel, open_networks
+from brainseg.io.layouts import Source, list_cases
 from brainseg.io.scans import read_voxels
 from brainseg.metrics import dsc, mean_text, summarise
 from brainseg.quality import WARN_BELOW
+from brainseg.segmenter import Segmentation
+from brainseg.splits import select_cases
 from brainseg.weights import shipped_weights
 from cli import errors_in_one_sentence
-
-from .unseen import cases_of, segment_unseen
 
 PRE, FLAIR, POST = range(3)
 
@@ -103,19 +105,31 @@ def offset_where_above_0(volume: np.ndarray, sequences: list[int]) -> np.ndarray
     return changed
 
 
+def cases_of(images: Path, subsets: Sequence[str]) -> list[Source]:
+    """List the cases of several subsets, one subset after the other."""
+    chosen = []
+    for subset in subsets:
+        chosen += select_cases(list_cases(images), subset)
+    return chosen
+
+
+def segment_unseen(model: NetworkModel, source: Source, volume: np.ndarray) -> Segmentation:
+    """Segment a raw volume (S, H, W, C) made from a case by networks that have not seen it."""
+    if not model.unseen(source):
+        raise SystemExit(f"error: {model.path}: trained on {source.name}; choose another --subset")
+    segmenter = model.segmenter_for(source)
+    images, frame = segmenter.preprocess(volume)
+    return segmenter.rate(segmenter.probabilities(images), frame)
+
+
 def by_inference(volume: np.ndarray, weights: list[Path], device: str | None) -> np.ndarray:
     """Segment a volume (S, H, W, 3) from three NIfTI files; return the mask (S, H, W), bool."""
     with TemporaryDirectory() as name:
         folder = Path(name)
-        words = [
-            "--weights",
-            *weights,
-            "--predictions",
-            folder / "out",
-            "--figure",
-            folder / "f.png",
-        ]
-        words += ["--device", device] if device else []
+        words = ["--weights", *weights]
+        words += ["--predictions", folder / "out", "--figure", folder / "f.png"]
+        if device:
+            words += ["--device", device]
         for k, flag in enumerate(("--pre", "--flair", "--post")):
             words += [flag, folder / f"{flag[2:]}.nii.gz"]
             SimpleITK.WriteImage(SimpleITK.GetImageFromArray(volume[..., k]), str(words[-1]))
