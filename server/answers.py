@@ -5,21 +5,24 @@ import io
 import json
 import math
 import zipfile
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from brainseg.alignment import Measured
-from brainseg.io.files import write_table
+from brainseg.io.files import RUN, write_json, write_table
 from brainseg.io.pictures import montage, outline, save_gif, save_png, to_grey
-from brainseg.io.predictions import map_files, write_case
+from brainseg.io.predictions import map_files, mark_of, seg_file, write_case
+from brainseg.io.scans import Scan
 from brainseg.io.slices import Case
 from brainseg.metrics import score
 from brainseg.patients import patient_of
+from brainseg.reports.growth import growth_section
 from brainseg.reports.volumes import volume_row
 from brainseg.segmenter import Segmentation
+from brainseg.visits import follow, in_order_of_time
 
 from .viewer import viewer_files
 from .wording import in_page_words
@@ -38,34 +41,22 @@ class Loaded:
 
 @dataclass
 class Answer:
-    """The result of one upload."""
+    """The result of an upload."""
 
-    summary: dict  # numbers and text
-    files: dict[str, bytes]  # by name: see make_answer
-    maps: dict[str, list[str]]  # names of the files of mask and probability
-    viewer: dict  # what the page's viewer shows: see viewer_files
+    summary: dict  # numbers and text, as in summary.json
+    files: dict[str, bytes]  # of the archive, by name: see `make_answer` and `answer_growth`
+    downloads: dict[str, list[str]]  # of the page, by name: the files in each
+    more: dict  # that the page shows: the files of its viewer, or the lines of its table
 
     def shown(self) -> str:
         """Return all that the page shows as JSON, with the files in base64."""
-        case = self.summary["case"]
         downloads = {}
-        for kind, name in (("mask", "masks"), ("probability", "probabilities")):
-            files = {file: self.files[file] for file in self.maps[kind]}
-            if len(files) > 1:
-                files = {f"{case}_{name}.zip": zipped(files)}
-            downloads |= files
-        segmentation = f"{case}_seg.dcm"
-        if segmentation in self.files:
-            downloads[segmentation] = self.files[segmentation]
-        for name in ("summary.json", "summary.csv", "montage.png"):
-            downloads[f"{case}_{name}"] = self.files[name]
-        downloads[f"{case}.gif"] = self.files[f"{case}.gif"]
-        shown = {"summary": self.summary, "viewer": self.viewer, "downloads": downloads}
-        return json.dumps(shown, default=in_base64)
-
-
-def in_base64(content: bytes) -> str:
-    return base64.b64encode(content).decode()
+        for name, members in self.downloads.items():
+            downloads[name] = self.files[members[0]]
+            if len(members) > 1:
+                downloads[name] = zipped({member: self.files[member] for member in members})
+        shown = {"summary": self.summary, "downloads": downloads} | self.more
+        return json.dumps(shown, default=lambda content: base64.b64encode(content).decode())
 
 
 def zipped(files: Mapping[str, bytes]) -> bytes:
@@ -77,10 +68,15 @@ def zipped(files: Mapping[str, bytes]) -> bytes:
     return buffer.getvalue()
 
 
+def files_in(folder: Path) -> dict[str, bytes]:
+    """Read the files in a folder, and in those in it, by their names."""
+    return {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def make_answer(
     loaded: Loaded, segmentation: Segmentation, out: Path, run: str, trained_on: Collection[str]
 ) -> Answer:
-    """Make the numbers, files and pictures of a case; `run` names weights and settings.
+    """Make the numbers, files and pictures of a case in `out`; `run` names weights and settings.
 
     The files are masks and probabilities, rounded to 0.001, in the source's geometry; montage.png,
     <case>.gif, summary.json and .csv; and <case>_seg.dcm if there is a seg.dcm beside `out`. Scores
@@ -88,30 +84,34 @@ def make_answer(
     """
     case, volume, truth, mask = loaded.case, loaded.volume, loaded.truth, segmentation.mask
     probability = np.round(segmentation.probabilities, 3)  # whole zeros make the file small
-    out.mkdir()
-    probabilities = {"probability": probability}
-    write_case(out, case, volume, mask, truth, probabilities, run, with_pictures=False)
-    maps, files = {}, {}
-    for kind in ("mask", "probability"):
-        maps[kind] = []
-        for path in map_files(case, kind):
-            maps[kind].append(path.name)
-            files[path.name] = (out / path).read_bytes()
+    maps = {"probability": probability}
+    write_case(out, case, volume, mask, truth, maps, run, with_pictures=False)
+    segmentation_file = out.parent / "seg.dcm"  # made by `Reader.write_seg`, if it is possible
+    if segmentation_file.exists():
+        segmentation_file.rename(out / seg_file(case))
     grey = to_grey(volume)
     save_png(out / "montage.png", montage(outline(grey, mask, truth)))
     save_gif(out / f"{case.name}.gif", outline(grey, mask, truth, side=256))
-    for name in ("montage.png", f"{case.name}.gif"):
-        files[name] = (out / name).read_bytes()
-    if (out.parent / "seg.dcm").exists():
-        files[f"{case.name}_seg.dcm"] = (out.parent / "seg.dcm").read_bytes()
     summary = summary_of(loaded, segmentation, run, trained_on)
-    files["summary.json"] = f"{json.dumps(summary, indent=2)}\n".encode()
-    row = dict(summary)
-    row |= row.pop("scores") or {}
-    row["notes"] = "; ".join(summary["notes"])
+    write_json(out / "summary.json", summary)
+    row = summary | (summary["scores"] or {}) | {"notes": "; ".join(summary["notes"])}
+    del row["scores"]
     write_table(out / "summary.csv", [row])
-    files["summary.csv"] = (out / "summary.csv").read_bytes()
-    return Answer(summary, files, maps, viewer_files(case, volume, segmentation, truth))
+    files, downloads = files_in(out), {}
+    for kind, kinds in (("mask", "masks"), ("probability", "probabilities")):
+        names = [path.name for path in map_files(case, kind)]
+        download = names[0]
+        if len(names) > 1:
+            download = f"{case.name}_{kinds}.zip"
+        downloads[download] = names
+    seg = seg_file(case).name
+    if seg in files:
+        downloads[seg] = [seg]
+    for name in ("summary.json", "summary.csv", "montage.png"):
+        downloads[f"{case.name}_{name}"] = [name]
+    downloads[f"{case.name}.gif"] = [f"{case.name}.gif"]
+    viewer = viewer_files(case, volume, segmentation, truth)
+    return Answer(summary, files, downloads, {"viewer": viewer})
 
 
 def summary_of(
@@ -159,3 +159,42 @@ def measured(loaded: Loaded, segmentation: Segmentation, run: str) -> Measured:
     """Keep what the growth needs of a scan."""
     flair = loaded.volume[..., loaded.volume.shape[3] // 2].copy()
     return Measured(loaded.case, segmentation.mask, row_of(loaded, segmentation, run), flair)
+
+
+def answer_growth(
+    scans: Sequence[Measured], fit: dict | None, out: Path, run: str, no_expected_dsc: str
+) -> Answer:
+    """Measure the growth over one patient's scans; `no_expected_dsc` says why it has no intervals.
+
+    The files, made in `out`, are the masks, growth.csv, growth.png and summary.json. Raises
+    ValueError if nothing tells the order of the scans.
+    """
+    name = patient_of(scans[0].case)
+    ordered, notes = in_order_of_time({name: [scan.case for scan in scans]}, {})
+    if not ordered:
+        raise ValueError(
+            "nothing tells the order of these scans; name each file, or the folder of each DICOM "
+            f"study, after its patient and date, such as p1_2014-03-02 ({'; '.join(notes)})"
+        )
+    by_case = {scan.case.name: scan for scan in scans}
+    in_order = [(by_case[case.name], day) for case, day in ordered[name]]
+    patient, said = follow(in_order, (fit or {}).get("volume_errors"))
+    if no_expected_dsc:
+        said.append(f"no expected DSC, and so no intervals: {no_expected_dsc}")
+    section = growth_section(patient)
+    for scan, _ in in_order:
+        assert isinstance(scan.case, Scan)
+        (file,) = map_files(scan.case, "mask")
+        scan.case.write_map(out / file, scan.mask, mark_of(run))
+    rows = [row | {RUN: run} for row in patient.rows]
+    write_table(out / "growth.csv", rows)
+    (out / "growth.png").write_bytes(section["picture"])
+    for row in rows:
+        if row["date"]:
+            row["date"] = str(row["date"])
+    notes = list(map(in_page_words, notes + said))
+    summary = {"case": name, "rate": section["rate"], "notes": notes, "growth": rows}
+    write_json(out / "summary.json", summary)
+    files = files_in(out)
+    downloads = {file: [file] for file in files}
+    return Answer(summary, files, downloads, {"lines": section["lines"]})

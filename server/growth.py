@@ -1,26 +1,16 @@
-"""Answer an upload of several scans of one patient: masks, growth.csv and the figure of growth."""
+"""Recognise and check an upload of several scans of one patient, whose growth is measured."""
 
-import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from starlette.datastructures import UploadFile
 
-from brainseg.alignment import Measured
-from brainseg.growth import growth_rows
-from brainseg.io.files import RUN, write_table
 from brainseg.io.formats import SUFFIXES, scan_name
-from brainseg.io.predictions import map_files, mark_of
-from brainseg.io.scans import Scan
 from brainseg.io.sequences import contradiction
-from brainseg.patients import patient_named, patient_of
-from brainseg.reports.growth import growth_section
-from brainseg.visits import follow, in_order_of_time
+from brainseg.patients import patient_named
 
-from .answers import in_base64
 from .unpacking import Limits, plain
-from .wording import in_page_words
 
 MOST_SCANS = 12  # of one patient in an upload
 Parts = Mapping[str, Sequence[UploadFile]]  # by field, as `unpack` takes them
@@ -37,20 +27,6 @@ class SentScan:
     @property
     def patient(self) -> str:
         return patient_named(self.name, self.patient_id)
-
-
-@dataclass
-class GrowthAnswer:
-    """The result of an upload of several scans."""
-
-    summary: dict  # the patient, its rate, and the rows of growth.csv
-    files: dict[str, bytes]  # by name: the masks, growth.csv, growth.png, summary.json
-    lines: list[list[str]]  # of the table that the page shows
-
-    def shown(self) -> str:
-        """Return all that the page shows as JSON, with the files in base64."""
-        shown = {"summary": self.summary, "lines": self.lines, "downloads": self.files}
-        return json.dumps({"growth": shown}, default=in_base64)
 
 
 def several_files(files: Sequence[UploadFile]) -> list[SentScan]:
@@ -93,45 +69,3 @@ def check_voxels(name: str, voxels: int, limits: Limits) -> None:
     if voxels > limits.voxels:
         most = f"{limits.voxels / 1e6:.0f} million voxels"
         raise ValueError(f"{name}: the scans have over {most} in all; send fewer of them")
-
-
-def answer_growth(
-    scans: Sequence[Measured], fit: dict | None, folder: Path, run: str, no_expected_dsc: str
-) -> GrowthAnswer:
-    """Measure the growth over one patient's scans; `no_expected_dsc` says why it has no intervals.
-
-    Raises ValueError if nothing tells the order of the scans.
-    """
-    name = patient_of(scans[0].case)
-    ordered, notes = in_order_of_time({name: [scan.case for scan in scans]}, {})
-    if not ordered:
-        raise ValueError(
-            "nothing tells the order of these scans; name each file, or the folder of each DICOM "
-            f"study, after its patient and date, such as p1_2014-03-02 ({'; '.join(notes)})"
-        )
-    by_case = {scan.case.name: scan for scan in scans}
-    in_order = ordered[name]
-    errors = (fit or {}).get("volume_errors")
-    patient, said = follow([(by_case[case.name], day) for case, day in in_order], errors)
-    if no_expected_dsc:
-        said.append(f"no expected DSC, and so no intervals: {no_expected_dsc}")
-    rows = [row | {RUN: run} for row in growth_rows(patient.visits)]
-    section = growth_section(patient)
-    out, files = folder / "out", {}
-    out.mkdir()
-    for case, _ in in_order:
-        assert isinstance(case, Scan)
-        for file in map_files(case, "mask"):
-            case.write_map(out / file, by_case[case.name].mask, mark_of(run))
-            files[file.name] = (out / file).read_bytes()
-    write_table(out / "growth.csv", rows)
-    files["growth.csv"] = (out / "growth.csv").read_bytes()
-    files["growth.png"] = section["picture"]
-    summary = {
-        "case": name,
-        "rate": section["rate"],
-        "notes": list(map(in_page_words, notes + said)),
-        "growth": rows,
-    }
-    files["summary.json"] = f"{json.dumps(summary, indent=2, default=str)}\n".encode()
-    return GrowthAnswer(json.loads(files["summary.json"]), files, section["lines"])

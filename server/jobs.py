@@ -33,16 +33,8 @@ from brainseg.patients import patients_of_card
 from brainseg.phantom_head import make_volume
 from brainseg.segmenter import Segmentation, Segmenter
 
-from .answers import Answer, Loaded, make_answer, measured
-from .growth import (
-    GrowthAnswer,
-    Parts,
-    SentScan,
-    answer_growth,
-    check_several,
-    check_voxels,
-    several_files,
-)
+from .answers import Answer, Loaded, answer_growth, make_answer, measured
+from .growth import Parts, SentScan, check_several, check_voxels, several_files
 from .unpacking import Limits
 from .wording import in_page_words
 
@@ -62,7 +54,7 @@ class Job:
 
     done: float = 0.0  # fraction of its slices that are segmented
     abandoned: bool = False  # nobody waits for the answer
-    future: Future[Answer | GrowthAnswer] = field(default_factory=Future)
+    future: Future[Answer] = field(default_factory=Future)
 
 
 class Service:
@@ -112,7 +104,7 @@ class Service:
             print("stopped", file=sys.stderr, flush=True)
             os._exit(1)
 
-    def _run(self, parts: Parts | None, job: Job) -> Answer | GrowthAnswer:
+    def _run(self, parts: Parts | None, job: Job) -> Answer:
         with scratch(Path(tempfile.gettempdir()).resolve()) as folder:
             self.folder = folder
             try:
@@ -124,7 +116,9 @@ class Service:
                     raise
                 raise ValueError(TOO_LARGE) from None
 
-    def _segment(self, parts: Parts | None, folder: Path, job: Job) -> Answer | GrowthAnswer:
+    def _segment(self, parts: Parts | None, folder: Path, job: Job) -> Answer:
+        out = folder / "out"
+        out.mkdir()
         if parts is None:
             volume, truth = make_volume(0, slices=24, size=192)
             case = Case("phantom", tuple(range(1, 25)), (), ())
@@ -140,9 +134,9 @@ class Service:
         if series_of(loaded.case) and find_spec("highdicom"):
             algorithm = algorithm_name(self.segmenter.hashes), self.segmenter.run or "unknown"
             self.reader.write_seg(loaded, segmentation.mask, folder, algorithm, job)
-        return make_answer(loaded, segmentation, folder / "out", self.segmenter.run, trained_on)
+        return make_answer(loaded, segmentation, out, self.segmenter.run, trained_on)
 
-    def _follow(self, scans: Sequence[SentScan], folder: Path, job: Job) -> GrowthAnswer:
+    def _follow(self, scans: Sequence[SentScan], folder: Path, job: Job) -> Answer:
         """Segment several scans of one patient, one after the other, and measure its growth."""
         start, done, voxels, no_expected_dsc = time.monotonic(), [], 0, ""
         for k, scan in enumerate(scans):
@@ -156,7 +150,7 @@ class Service:
             no_expected_dsc = no_expected_dsc or segmentation.no_expected_dsc
             done.append(measured(loaded, segmentation, self.segmenter.run))
         fit, run = self.segmenter.expected_dsc_fit, self.segmenter.run
-        return answer_growth(done, fit, folder, run, no_expected_dsc)
+        return answer_growth(done, fit, folder / "out", run, no_expected_dsc)
 
     def _segmentation(
         self, loaded: Loaded, job: Job, start: float, scan: int = 0, scans: int = 1

@@ -108,7 +108,7 @@ function last(text) {
 
 function finish(answer) {
   enable(true);
-  if (answer.growth) presentGrowth(answer.growth);
+  if (answer.lines) presentGrowth(answer);
   else if (answer.summary) present(answer);
   else fail(answer.error ?? "The server stopped answering; try again.");
 }
