@@ -32,8 +32,16 @@ from pathlib import Path
 import cli
 import utils
 from brainseg import distributed
-from brainseg.evaluation import fairness, scoring
-from brainseg.evaluation.report import case_table, save_gallery, save_scores, tables
+from brainseg.evaluation import scoring
+from brainseg.evaluation.report import (
+    case_table,
+    differences_table,
+    differing_settings,
+    notes_on_tables,
+    save_gallery,
+    save_scores,
+    tables,
+)
 from brainseg.evaluation.statistics import compare
 from brainseg.io.archives import unpacked
 from brainseg.io.files import check_ours, remove, write_json, write_table
@@ -90,11 +98,11 @@ def run(args: argparse.Namespace, options: dict, images: Path) -> None:
     models = scoring.open_models(args.weights, options, sources)
     if args.fit_expected_dsc:
         scoring.model_to_fit(models)
-    differing = fairness.differing_settings(models)
+    differing = differing_settings(models)
     if differing:
-        print(fairness.settings_table(differing, models, args.own_settings).as_text(), end="\n\n")
+        print(differences_table(differing, models, args.own_settings).as_text(), end="\n\n")
         if not args.own_settings:
-            fairness.use_settings_of_first(models)
+            scoring.use_settings_of_first(models)
     if not args.fit_expected_dsc:
         for model in scoring.networks_among(models):
             print(f"{model.name}: {settings_text(model.segmenter)}")
@@ -127,7 +135,7 @@ def score(
         print(NO_LESION.format(len(cases)), file=sys.stderr)
     summary = compare(rows)
     shown = tables(summary)
-    shown[0].note = "\n".join([shown[0].note, *fairness.notes_on_tables(models)])
+    shown[0].note = "\n".join([shown[0].note, *notes_on_tables(models)])
     print("\n\n".join(table.as_text() for table in shown))
     if left_out:
         print(f"\n{len(left_out)} cases left out: a model was trained on their patients")
@@ -155,7 +163,7 @@ def score(
         title = f"brainseg: {', '.join(rows)}"
         shown.append(case_table(rows))
         if differing:
-            shown.insert(0, fairness.settings_table(differing, models, args.own_settings))
+            shown.insert(0, differences_table(differing, models, args.own_settings))
         pngs = {name: path.read_bytes() for name, path in figures.items()}
         write_page(args.report, "comparison.html", title, details, tables=shown, pictures=pngs)
     print(f"\ntables and pictures: {args.out}")

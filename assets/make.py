@@ -21,8 +21,7 @@ import numpy as np
 from brainseg.alignment import Measured
 from brainseg.io.layouts import find_case
 from brainseg.io.pictures import outline, save_figure, to_grey
-from brainseg.phantom import make_volume
-from brainseg.phantom_patients import write_patients
+from brainseg.phantom import make_volume, write_patients
 from brainseg.reports.growth import growth_figure
 from brainseg.reports.volumes import volume_row
 from brainseg.segmenter import Segmenter

@@ -107,4 +107,6 @@ def _score(slices: np.ndarray, value: float) -> float:
         return 0.0
     touched = ndimage.binary_dilation(filled, SQUARE) & ~filled
     air = float((slices[touched] <= dark).mean())
-    return max(air, 0.6) if value < low - contrast else air
+    if value < low - contrast:
+        return max(air, 0.6)
+    return air

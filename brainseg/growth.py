@@ -1,4 +1,4 @@
-"""Measure how fast a lesion grows over one patient's scans, with an interval for each number.
+"""Measure a lesion's diameters, and how fast it grows over one patient's scans, with intervals.
 
 This is a measurement, never a verdict. The size of a lesion is its mean tumour diameter, in mm, (2
 V)^(1/3) of the volume V: in the growth literature, V is half the product of three diameters, whose
@@ -19,7 +19,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .diameters import Diameters
 from .volume_errors import volume_interval
 
 LEAST_DAYS = 90  # between the first and last scan of a rate
@@ -50,6 +49,19 @@ UNKNOWN = Estimate(math.nan)
 
 
 @dataclass(frozen=True)
+class Diameters:
+    """The longest diameter of a lesion in a slice and the one across it, in mm."""
+
+    longest: float
+    across: float
+    slice: int
+
+    @property
+    def product(self) -> float:
+        return self.longest * self.across
+
+
+@dataclass(frozen=True)
 class Visit:
     """One scan of a patient: when it was made, how, and what was measured."""
 
@@ -58,9 +70,7 @@ class Visit:
     date: datetime.date | None
     volume: Estimate  # ml
     diameters: Diameters | None  # None for an empty mask and without a pixel size
-    spacing: (
-        tuple[float, float, float] | None
-    )  # mm from slice to slice, row to row, column to column
+    spacing: tuple[float, float, float] | None  # mm: slices, rows, columns
     sequences: str
     replaced: str  # the sequences that FLAIR stands in for
     concern: str  # why its mask needs checking
@@ -82,6 +92,63 @@ def estimated_volume(ml: float | None, expected_dsc: float | None, errors: dict 
         return UNKNOWN
     low, high = volume_interval(ml, expected_dsc, errors)
     return Estimate(ml, low, high)
+
+
+# Diameters of an outline in one slice, as a reader draws them
+
+
+def bidimensional(mask: np.ndarray, spacing: tuple[float, float, float]) -> Diameters | None:
+    """Measure the bidimensional diameters of a mask (S, H, W) bool; None if it is empty.
+
+    The longest diameter in the slice that has the longest, and across it the extent of the same
+    piece of lesion: the product of these maximal perpendicular diameters in one slice is the size
+    in RANO-LGG (PMC10584081). Pieces of a slice that do not touch are measured one by one.
+    """
+    from skimage.measure import label, regionprops  # slow to import
+
+    pixel = spacing[1:]
+    pieces = []
+    for k in np.flatnonzero(mask.any(axis=(1, 2))):
+        for piece in regionprops(label(mask[k], connectivity=2)):
+            bound = math.hypot(piece.image.shape[0] * pixel[0], piece.image.shape[1] * pixel[1])
+            pieces.append((bound, int(k), piece.image))
+    pieces.sort(key=lambda piece: -piece[0])
+    best = None
+    for bound, k, image in pieces:
+        if best and bound <= best.longest:  # no piece from here on can be longer
+            break
+        longest, across = feret_diameters(image, pixel)
+        if not best or longest > best.longest:
+            best = Diameters(longest, across, k)
+    return best
+
+
+def feret_diameters(piece: np.ndarray, pixel: Sequence[float]) -> tuple[float, float]:
+    """Return the longest diameter of a piece (H, W) bool, corners of its pixels included, in mm,
+    and its extent perpendicular to that.
+
+    `pixel` is the height and the width of a pixel. Exact: between corners of the convex hull. Of
+    equal diameters, the one with the longest extent across is taken.
+    """
+    from scipy.spatial import ConvexHull  # slow to import
+
+    rows = np.flatnonzero(piece.any(axis=1))
+    first = piece[rows].argmax(axis=1)
+    last = piece.shape[1] - piece[rows, ::-1].argmax(axis=1)
+    y = np.concatenate((rows, rows, rows + 1, rows + 1))
+    x = np.concatenate((first, last, first, last))
+    points = np.stack((y, x), axis=1) * np.asarray(pixel)
+    points = points[ConvexHull(points).vertices]
+    between = points[:, None] - points
+    lengths = np.hypot(between[..., 0], between[..., 1])
+    longest = float(lengths.max())
+    across = 0.0
+    for one, other in np.argwhere(lengths >= longest * (1 - 1e-9)):
+        if one < other:
+            along = between[one, other] / longest
+            extent = np.ptp(points @ np.array([-along[1], along[0]]))
+            across = max(across, float(extent))
+    return longest, across
 
 
 # Changes and rates
@@ -239,9 +306,7 @@ def _product_change(visit: Visit, earlier: Visit | None) -> float | None:
 
 def _columns(name: str, estimate: Estimate) -> dict:
     """Make the columns of an estimate: empty where it is not known."""
-    columns: dict[str, float | None] = {name: None, f"{name}_low": None, f"{name}_high": None}
-    if not math.isnan(estimate.value):
-        columns[name] = estimate.value
-    if not math.isnan(estimate.low):
-        columns |= {f"{name}_low": estimate.low, f"{name}_high": estimate.high}
+    columns = {}
+    for end, value in zip(("", "_low", "_high"), estimate, strict=True):
+        columns[name + end] = None if math.isnan(value) else value
     return columns

@@ -151,7 +151,9 @@ def order_note(sequences: Sequence[MeasuredSequence | None]) -> str:
     least = min(pre, post)
     if flair in (pre, post) or least > NULLED or flair <= least + DARKER:
         return ""
-    place = "first" if least == pre else "last"
+    place = "last"
+    if least == pre:
+        place = "first"
     return (
         "FLAIR looks like T1, as its CSF is not the darkest: are the sequences in the order "
         f"pre-contrast, FLAIR, post-contrast, or is FLAIR {place}?"

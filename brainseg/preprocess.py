@@ -98,10 +98,10 @@ def _preprocess_2(
     if flair is None:
         raise ValueError(f"{lead} is constant: this is not an image")
     copies = missing_sequences(volume)
-    measured = []
+    measured = [flair] * channels
     for k, name in enumerate(names):
-        is_flair = name == lead or name in copies
-        measured.append(flair if is_flair else measure(volume[..., k]))
+        if name != lead and name not in copies:
+            measured[k] = measure(volume[..., k])
     sequences = [sequence or flair for sequence in measured]
     foregrounds = np.zeros((slices, rows, columns), np.uint8)  # of how many sequences
     for sequence in sequences:
@@ -225,10 +225,10 @@ def restore(output: Tensor, frame: Frame) -> Tensor:
 
     Probabilities are interpolated linearly, a bool mask by nearest neighbour.
     """
-    # Probabilities are interpolated linearly, a bool mask by nearest neighbour.
     if frame.blank:
         return output.new_zeros(frame.shape)
-    order = 0 if output.dtype == torch.bool else 1
+    is_mask = output.dtype == torch.bool
+    order = int(not is_mask)
     operators = []
     for length, (side, start, end, pad) in zip(frame.shape[1:], frame.axes, strict=True):
         operator = torch.zeros(length, frame.size)
@@ -237,7 +237,7 @@ def restore(output: Tensor, frame: Frame) -> Tensor:
         operators.append(operator.to(output.device))
     rows, columns = operators
     restored = rows @ output.float() @ columns.T  # (S, H, W)
-    if output.dtype == torch.bool:
+    if is_mask:
         return restored > 0.5
     return restored
 

@@ -11,8 +11,7 @@ import SimpleITK as sitk
 
 from .alignment import Measured, at_place, components_alone, grey_of, read_flair
 from .devices import in_order
-from .diameters import bidimensional
-from .growth import Visit, estimated_volume, growth_rows
+from .growth import Visit, bidimensional, estimated_volume, growth_rows
 from .io.dates import date_of, timepoint
 from .io.files import RUN, sentence
 from .io.layouts import Source

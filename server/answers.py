@@ -120,14 +120,14 @@ def summary_of(
     """Return the row of volumes.csv of a case, its scores if there is a truth, and its notes."""
     case, truth, mask = loaded.case, loaded.truth, segmentation.mask
     summary = row_of(loaded, segmentation, run)
-    notes = [*loaded.notes, *segmentation.notes]
+    notes = loaded.notes + list(segmentation.notes)
     further = summary["notes"].removeprefix("; ".join(notes)).removeprefix("; ")
     if further:
         notes.append(further)
     summary["warning"] = in_page_words(summary["warning"])
     summary |= {
         "shape": list(mask.shape),
-        "spacing": list(case.spacing) if case.spacing else None,
+        "spacing": case.spacing and list(case.spacing),
         "notes": list(map(in_page_words, notes)),
         "no_expected_dsc": in_page_words(segmentation.no_expected_dsc),
         "trained_on": patient_of(case) in trained_on,
@@ -142,17 +142,11 @@ def summary_of(
 
 def row_of(loaded: Loaded, segmentation: Segmentation, run: str) -> dict:
     """Return the row of volumes.csv of a case."""
-    case = loaded.case
-    return volume_row(
-        case,
-        loaded.volume,
-        segmentation.mask,
-        segmentation.expected,
-        [*case.doubts, *segmentation.warnings],
-        run,
-        [*loaded.replaced, *segmentation.replaced],
-        [*loaded.notes, *segmentation.notes],
-    )
+    case, mask, expected = loaded.case, segmentation.mask, segmentation.expected
+    warnings = list(case.doubts) + segmentation.warnings
+    replaced = loaded.replaced + list(segmentation.replaced)
+    notes = loaded.notes + list(segmentation.notes)
+    return volume_row(case, loaded.volume, mask, expected, warnings, run, replaced, notes)
 
 
 def measured(loaded: Loaded, segmentation: Segmentation, run: str) -> Measured:

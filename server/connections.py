@@ -67,7 +67,9 @@ class Connection(H11Protocol):
 def open_files_limit() -> int:
     """Raise the number of files that this process may open as far as it may; return it."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    limit = MOST_FILES if most == resource.RLIM_INFINITY else min(most, MOST_FILES)
+    limit = MOST_FILES
+    if most != resource.RLIM_INFINITY:
+        limit = min(most, MOST_FILES)
     resource.setrlimit(resource.RLIMIT_NOFILE, (limit, most))
     return limit
 

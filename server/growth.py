@@ -37,7 +37,9 @@ def several_files(files: Sequence[UploadFile]) -> list[SentScan]:
         if not name.lower().endswith(SUFFIXES) or contradiction("FLAIR", scan_name(Path(name))):
             return []
         scans.append(SentScan(scan_name(Path(plain(name))), "", {"images": [file]}))
-    return scans if len(scans) > 1 else []
+    if len(scans) < 2:
+        return []
+    return scans
 
 
 def check_several(fields: Collection[str], scans: Sequence[SentScan]) -> None:

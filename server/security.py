@@ -47,9 +47,6 @@ class Attempts:
             del self.wrong[oldest]
         self.wrong[client] = (count + 1, time.monotonic())
 
-    def forget(self, client: str) -> None:
-        self.wrong.pop(client, None)
-
 
 class Body:
     """The body of a request, counted as it comes; HTTPException beyond `most` bytes."""
@@ -123,7 +120,7 @@ class Guard:
                 error = f"too many wrong passwords; try again in {wait} s"
                 raise HTTPException(429, error, {"Retry-After": str(wait)})
             if hmac.compare_digest(sent.strip().encode("latin-1"), self.wanted):
-                self.attempts.forget(client)
+                self.attempts.wrong.pop(client, None)
                 return
             self.attempts.add(client)
         asked = {"WWW-Authenticate": 'Basic realm="brainseg", charset="UTF-8"'}
@@ -144,7 +141,9 @@ def as_json(error: HTTPException) -> JSONResponse:
 
 def client_of(scope: Scope) -> str:
     """Return the address that a request came from; of IPv6, the network, which has one owner."""
-    host = scope["client"][0] if scope.get("client") else ""
+    if not scope.get("client"):
+        return ""
+    host = scope["client"][0]
     if ":" in host:
         network = ipaddress.ip_network((host.partition("%")[0], 64), strict=False)
         return str(network)

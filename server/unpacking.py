@@ -142,8 +142,9 @@ def _case_name(case: Path, names: Collection[str], first: str) -> str:
     common = _common_folder(names)
     if common:
         return PurePosixPath(common).name
-    first = plain(first)
-    return scan_name(Path(first)) if _is_volume(first) else Path(first).stem
+    if _is_volume(first):
+        return scan_name(Path(plain(first)))
+    return Path(plain(first)).stem
 
 
 def _common_folder(names: Collection[str]) -> str:

@@ -75,7 +75,9 @@ def _place(grid: Grid, voxel: np.ndarray) -> list[float]:
 def _head(shape: tuple[int, int, int]) -> Grid:
     """Make a grid for slices (S, H, W) without a spacing: about as tall as a head."""
     slices, height, width = shape
-    distance = np.clip(0.65 * max(height, width) / slices, 1, 10) if slices > 1 else 1
+    distance = 1.0
+    if slices > 1:
+        distance = np.clip(0.65 * max(height, width) / slices, 1, 10)
     return Grid((width, height, slices), (1, 1, distance), (0, 0, 0), np.eye(3))
 
 

@@ -525,7 +525,7 @@ def test_too_little_memory_is_one_sentence(service, monkeypatch, fault):
         patch.setattr(service.segmenter, "probabilities", Mock(side_effect=fault))
         with pytest.raises(ValueError, match="more memory than the server has; crop it"):
             service.submit(None).future.result()
-    assert service.submit(None).future.result().maps["mask"], "the next is segmented"
+    assert service.submit(None).future.result().files, "the next is segmented"
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from test_scan import write_series
 from test_visits import COARSE
 
 import inference
-from brainseg import phantom_patients
+from brainseg import phantom
 
 VISITS = ("earlier", "later")  # folders of studies
 
@@ -27,8 +27,8 @@ def scans(tmp_path_factory) -> list[Path]:
     """Return two scans of a phantom patient, beside the weights and what inference.py made."""
     folder = tmp_path_factory.mktemp("growth")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(phantom_patients, "DETAIL", COARSE)
-        phantom_patients.write_patients(folder / "images", 1, 2, 4, size=48)
+        patch.setattr(phantom, "DETAIL", COARSE)
+        phantom.write_patients(folder / "images", 1, 2, 4, size=48)
     for mask in (folder / "images").glob("*_mask.nii.gz"):
         mask.unlink()
     weights = make_weights(folder / "unet.pt")

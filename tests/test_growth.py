@@ -9,12 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from brainseg.diameters import bidimensional, feret_diameters
 from brainseg.growth import (
     Estimate,
     Visit,
+    bidimensional,
     combine,
     difference,
+    feret_diameters,
     growth_rate,
     growth_rows,
     mean_diameter,

@@ -32,7 +32,7 @@ from brainseg.reports.cohort import save_cohort
 from brainseg.reports.volumes import (
     by_need,
     component_sizes,
-    confined_to,
+    end_warnings,
     read_volumes,
     unread_row,
     volume_row,
@@ -163,9 +163,11 @@ def test_components_are_counted_largest_first():
     row = volume_row(Case("x", tuple(range(6)), (), ()), np.zeros((6, 20, 20, 3)), mask)
     assert [row[f"component_{k}_voxels"] for k in (1, 2, 3)] == [32, 2, 1]
     assert "reaches the first and the last slice" in row["notes"] and not row["warning"]
-    for places, end in (([0], "first"), ([5], "last"), ([0, 1], ""), ([2], "")):
+    said = "the mask is confined to the {} slices of the scan; look at it"
+    first, last = [said.format("first")], [said.format("last")]
+    for places, warnings in (([0], first), ([5], last), ([0, 1], []), ([2], [])):
         mask[:], mask[places, 3, 3] = False, True
-        assert confined_to(mask) == end
+        assert end_warnings(mask) == warnings
 
 
 def spaced_rows(*spacings):

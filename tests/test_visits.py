@@ -14,7 +14,7 @@ import SimpleITK as sitk
 from conftest import ROOT, make_weights
 
 import inference
-from brainseg import phantom, phantom_patients
+from brainseg import phantom
 from brainseg.alignment import Measured, read_flair
 from brainseg.growth import Estimate, Visit, growth_rows
 from brainseg.io.dates import date_of, parse_date, read_dates, timepoint
@@ -25,7 +25,7 @@ from brainseg.io.layouts import Source, find_case, list_cases
 from brainseg.io.scans import Scan
 from brainseg.io.slices import Case
 from brainseg.notebook import NotebookSegmenter
-from brainseg.phantom_patients import Head, scan_head, write_patients
+from brainseg.phantom import Head, scan_head, write_patients
 from brainseg.reports.growth import (
     ORANGE,
     growth_figure,
@@ -255,7 +255,7 @@ def patient(tmp_path_factory) -> list[tuple[Measured, datetime.date]]:
     """Return three scans of a phantom patient with their true masks, the last of another one."""
     folder = tmp_path_factory.mktemp("patients")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(phantom_patients, "DETAIL", COARSE)
+        patch.setattr(phantom, "DETAIL", COARSE)
         write_patients(folder, patients=1, scans=3, growth=8, size=64)
     scans = []
     for path in sorted(folder.glob("*_mask.nii.gz")):
@@ -346,7 +346,7 @@ def cohort(tmp_path_factory) -> Path:
     """Return a folder with images of two phantom patients, and weights with a fit in their card."""
     root = tmp_path_factory.mktemp("growth")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(phantom_patients, "DETAIL", COARSE)
+        patch.setattr(phantom, "DETAIL", COARSE)
         write_patients(root / "images", patients=2, scans=2, growth=4, size=48)
     weights = make_weights(root / "unet.pt")
     shipped = next((ROOT / "weights" / "unet-folds").glob("*.json"))
@@ -491,7 +491,7 @@ def test_table_of_dates_is_read_before_the_long_work(cohort, tmp_path):
 
 
 def test_phantom_patients_of_the_command_line(tmp_path, monkeypatch):
-    monkeypatch.setattr(phantom_patients, "DETAIL", COARSE)
+    monkeypatch.setattr(phantom, "DETAIL", COARSE)
     phantom.main([str(tmp_path / "p"), "--patients", "1", "--scans", "2", "--size", "32"])
     assert len(list((tmp_path / "p").glob("*_mask.nii.gz"))) == 2
     with open(tmp_path / "p" / "truth.csv", newline="") as file:

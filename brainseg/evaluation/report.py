@@ -1,4 +1,4 @@
-"""The report of a comparison: tables, a figure, a gallery, and a page with all of them."""
+"""Report a comparison in tables, a figure and a gallery; say which settings differ."""
 
 from collections.abc import Mapping, Sequence
 from operator import itemgetter
@@ -8,8 +8,68 @@ import numpy as np
 
 from ..io.pictures import new_figure, save_figure
 from ..metrics import FEW, mean_text, values_of
+from ..quality import FITTED_WITH
 from ..reports.page import Table
+from .scoring import Model, TableModel, networks_among
 from .statistics import SCORES, SETTINGS
+
+WORDS = {
+    "image_size": "image size",
+    "threshold": "threshold",
+    "largest_component": "only the largest component",
+    "min_volume": "minimum volume, voxels",
+    "tta": "mirroring",
+}
+
+
+def differing_settings(models: Sequence[Model]) -> dict[str, dict[str, object]]:
+    """Return the settings that differ between the networks, each with its value by model."""
+    differing = {}
+    for setting in WORDS:
+        values = {}
+        for model in networks_among(models):
+            values[model.name] = getattr(model.segmenter, setting)
+        if len(set(values.values())) > 1:
+            differing[setting] = values
+    return differing
+
+
+def differences_table(
+    differing: Mapping[str, Mapping[str, object]], models: Sequence[Model], separate: bool
+) -> Table:
+    """List the settings that differ, and which are used; `separate`: each network has its own."""
+    names = [model.name for model in networks_among(models)]
+    table = Table("Settings that differ between the models", ["setting", *names, "used for all"])
+    for setting, values in differing.items():
+        row = [WORDS[setting]] + list(map(_word, values.values()))
+        if separate or setting == "image_size":
+            row.append("each its own")
+        else:
+            row.append(row[1])
+        table.rows.append(row)
+    if separate:
+        table.note = "A difference in DSC may come from them: leave out --own-settings to see."
+    elif differing.keys() & set(FITTED_WITH):
+        table.note = f"Compared at those of {names[0]}, unless with --own-settings."
+    return table
+
+
+def notes_on_tables(models: Sequence[Model]) -> list[str]:
+    """Say in a comparison which scores were not made at its settings: those read from a table."""
+    notes = []
+    for model in models:
+        if isinstance(model, TableModel) and len(models) > 1:
+            notes.append(
+                f"{model.name}: scores of an earlier run, at the settings of that run; a "
+                "difference in DSC may come from them."
+            )
+    return notes
+
+
+def _word(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return str(value)
 
 
 def tables(summary: Mapping[str, dict]) -> list[Table]:

@@ -90,7 +90,7 @@ class NetworkModel:
         for column, (threshold, largest) in SETTINGS.items():
             mask = to_mask(probabilities, threshold, largest, least)
             row[column] = dsc(mask, truth)
-        row |= {name: segmentation.features.get(name) for name in (*FEATURES, *LOOKS)}
+        row |= {name: segmentation.features.get(name) for name in list(FEATURES) + list(LOOKS)}
         return row | dict(zip(EXPECTED, segmentation.expected or (None, None, None), strict=True))
 
 
@@ -126,6 +126,18 @@ Model = NetworkModel | TableModel
 def networks_among(models: Sequence[Model]) -> list[NetworkModel]:
     """List the models that are networks; a table of scores has no settings to change."""
     return [model for model in models if isinstance(model, NetworkModel)]
+
+
+def use_settings_of_first(models: Sequence[Model]) -> None:
+    """Give all networks the first one's settings, except the image size; drop other fits."""
+    first, *others = networks_among(models)
+    for model in others:
+        for setting in FITTED_WITH:
+            value = getattr(first.segmenter, setting)
+            if getattr(model.segmenter, setting) != value:
+                setattr(model.segmenter, setting, value)
+                model.segmenter.expected_dsc_fit = None
+                model.segmenter.reasons[setting] = f"that of {first.name}"
 
 
 def open_models(texts: Sequence[str], options: dict, cases: Sequence[Source] = ()) -> list[Model]:
@@ -323,8 +335,10 @@ def score_case(segmented: Segmented, models: Sequence[Model]) -> tuple[list[dict
             continue
         segmentation = segmentations[model.name]
         rows.append(row | model.score(case, segmentation, truth))
-        mask = segmentation.mask
-        k = int((truth if truth.any() else mask).sum(axis=(1, 2)).argmax())
+        mask = lesion = segmentation.mask
+        if truth.any():
+            lesion = truth
+        k = int(lesion.sum(axis=(1, 2)).argmax())
         slices = outline(grey[k : k + 1], mask[k : k + 1], truth[k : k + 1], side=256)
         pictures[model.name, case.name] = slices[0]
     digest = hashlib.sha256(np.ascontiguousarray(volume).data).digest()

@@ -138,14 +138,6 @@ def _change_text(row: dict, name: str) -> str:
     return text
 
 
-def _unit(patient: Patient) -> str:
-    return "years" if patient.visits[0].date else "scan"
-
-
-def _labels(patient: Patient) -> list[str]:
-    return [str(visit.date or visit.case) for visit in patient.visits]
-
-
 def _places(patient: Patient) -> np.ndarray:
     """Return years since the first scan, or numbers of the scans if they have no dates."""
     days = [visit.date.toordinal() for visit in patient.visits if visit.date]
@@ -180,7 +172,8 @@ def _draw_curve(axes: Axes, patient: Patient) -> None:
     pad = 0.06 * max(top - bottom, 1.0)
     axes.set_ylim(bottom - pad, top + pad)
     axes.set_xlim(-0.04 * max(places[-1], 0.1), 1.2 * places[-1])
-    axes.set_xticks(places, _labels(patient), fontsize=7, rotation=20, parse_math=False)
+    labels = [str(visit.date or visit.case) for visit in patient.visits]
+    axes.set_xticks(places, labels, fontsize=7, rotation=20, parse_math=False)
     axes.set_ylabel("mean tumour diameter, mm")
     axes.set_title(rate_text(patient), fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
@@ -203,9 +196,8 @@ def _draw_classes(axes: Axes, start: float, end: float, top: float) -> None:
 def _draw_product(axes: Axes, patient: Patient) -> None:
     """Draw the change of the product of the diameters, with the thresholds of RANO-LGG."""
     column = "bidimensional_percent_since_first"
-    changes = [0.0]
-    for row in patient.rows[1:]:
-        changes.append(np.nan if row[column] is None else row[column])
+    changes = np.array([row[column] for row in patient.rows], float)  # None becomes NaN
+    changes[0] = 0.0
     axes.plot(_places(patient), changes, "o-", color=BLUE)
     for threshold in THRESHOLDS:
         axes.axhline(threshold, color="0.4", lw=1, ls="--")
@@ -213,7 +205,10 @@ def _draw_product(axes: Axes, patient: Patient) -> None:
             f"RANO-LGG {threshold:+d} %", (0.02, threshold), xycoords=("axes fraction", "data"),
             va="bottom", fontsize=7, color="0.3",
         )  # fmt: skip
-    axes.set_xlabel(_unit(patient), fontsize=8)
+    unit = "scan"
+    if patient.visits[0].date:
+        unit = "years"
+    axes.set_xlabel(unit, fontsize=8)
     axes.set_ylabel("product of diameters,\n% since the first", fontsize=8)
     axes.margins(y=0.15)
     axes.spines[["top", "right"]].set_visible(False)

@@ -116,23 +116,17 @@ def component_sizes(mask: np.ndarray) -> list[int]:
     return sorted(np.bincount(labels.ravel())[1:].tolist(), reverse=True)
 
 
-def confined_to(mask: np.ndarray) -> str:
-    """Say "first" or "last" if all of a mask (S, H, W) is in that tenth of the slices, else ""."""
-    (places,) = np.nonzero(mask.any(axis=(1, 2)))
-    end = max(1, len(mask) // 10)
-    if not len(places) or len(mask) < 3:
-        return ""
-    if places[-1] < end:
-        return "first"
-    return "last" if places[0] >= len(mask) - end else ""
-
-
 def end_warnings(mask: np.ndarray) -> list[str]:
-    """Return a sentence if a mask (S, H, W) is confined to one end of the scan, else []."""
-    end = confined_to(mask)
-    if not end:
+    """Return a sentence if all of a mask (S, H, W) is in the first or last tenth of the slices."""
+    places = np.flatnonzero(mask.any(axis=(1, 2)))
+    tenth = max(1, len(mask) // 10)
+    if not len(places) or len(mask) < 3:
         return []
-    return [f"the mask is confined to the {end} slices of the scan; look at it"]
+    if places[-1] < tenth:
+        return ["the mask is confined to the first slices of the scan; look at it"]
+    if places[0] >= len(mask) - tenth:
+        return ["the mask is confined to the last slices of the scan; look at it"]
+    return []
 
 
 def warn_of_unlike(rows: Sequence[dict], spacings: Mapping[str, Sequence[float] | None]) -> None:
@@ -155,8 +149,8 @@ def warn_of_unlike(rows: Sequence[dict], spacings: Mapping[str, Sequence[float] 
         if spacing and typical and _ratio(spacing, typical) > SPACING_RATIO:
             reasons.append(f"its voxels are {_in_mm(spacing)}, theirs {_in_mm(typical)}")
         if reasons:
-            text = UNLIKE + " and ".join(reasons)
-            row["warning"] = f"{row['warning']}; {text}" if row["warning"] else text
+            warnings = [row["warning"], UNLIKE + " and ".join(reasons)]
+            row["warning"] = "; ".join(filter(None, warnings))
 
 
 def _typical_spacing(spacings: Sequence[Sequence[float] | None]) -> Sequence[float] | None:
@@ -166,7 +160,9 @@ def _typical_spacing(spacings: Sequence[Sequence[float] | None]) -> Sequence[flo
         return None
     typical = np.median(stated, axis=0).tolist()
     near = sum(_ratio(spacing, typical) <= SPACING_RATIO for spacing in stated)
-    return typical if near >= TYPICAL * len(spacings) else None
+    if near < TYPICAL * len(spacings):
+        return None
+    return typical
 
 
 def _ratio(one: Sequence[float], other: Sequence[float]) -> float:
@@ -181,12 +177,14 @@ def _in_mm(spacing: Sequence[float]) -> str:
 
 def edge_notes(mask: np.ndarray) -> list[str]:
     """Say if the lesion reaches the first or the last slice, where the scan ends."""
-    first, last = mask[0].any(), mask[-1].any()
-    if len(mask) == 1 or not (first or last):
+    ends = []
+    if mask[0].any():
+        ends.append("the first")
+    if mask[-1].any():
+        ends.append("the last")
+    if len(mask) == 1 or not ends:
         return []
-    if first and last:
-        return ["the lesion reaches the first and the last slice"]
-    return [f"the lesion reaches the {'first' if first else 'last'} slice"]
+    return [f"the lesion reaches {' and '.join(ends)} slice"]
 
 
 def by_need(rows: Sequence[dict]) -> list[dict]:
@@ -225,8 +223,9 @@ def check_kept(folder: Path, rows: Mapping[str, dict], names: Iterable[str], run
         if name in rows and rows[name][RUN] not in ("", run):
             others.append(name)
     if others:
-        same_weights = rows[others[0]][RUN].partition("-")[0] == run.partition("-")[0]
-        what = "other settings" if same_weights else "other weights"
+        what = "other weights"
+        if rows[others[0]][RUN].partition("-")[0] == run.partition("-")[0]:
+            what = "other settings"
         raise ValueError(
             f"{folder}: {len(others)} of the masks there were made with {what} ({others[0]}); "
             "leave out --skip-existing, or name another folder with --predictions"
@@ -255,15 +254,18 @@ def volumes_table(rows: Sequence[dict], path: Path, no_expected_dsc: str = "") -
 
 
 def shown_count(number: int | None) -> str:
-    return "-" if number is None else str(number)
+    if number is None:
+        return "-"
+    return str(number)
 
 
 def shown_size(row: dict) -> str:
     """Format the size of a lesion: in millilitres, or in voxels if the spacing is unknown."""
-    voxels, ml = row["lesion_voxels"], row["lesion_ml"]
-    if voxels is None:  # the case could not be read
+    if row["lesion_voxels"] is None:  # the case could not be read
         return "-"
-    return f"{voxels} vx" if ml is None else f"{ml:.1f} ml"
+    if row["lesion_ml"] is None:
+        return f"{row['lesion_voxels']} vx"
+    return f"{row['lesion_ml']:.1f} ml"
 
 
 def shown_expected(row: dict) -> str:
