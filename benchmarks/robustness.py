@@ -9,29 +9,21 @@ Prints, for each change of the input, mean and median DSC per patient volume and
 the untouched files, case by case, with a 95 % interval by bootstrap over patients; then how many of
 the expected DSCs hold the true one in their interval, and warn of a poor mask. With an ensemble
 of folds, each case is segmented only by the networks that have not seen its patient. The skull is
-removed crudely, with everything within 14 pixels of the edge of the head. "By inference.py": each
-sequence is written as a separate NIfTI file and given with --pre, --flair and --post, and the mask
-is read back.
+removed crudely, with everything within 14 pixels of the edge of the head.
 """
 
 from __future__ import annotations
 
 import argparse
-import io
 from collections.abc import Sequence
-from contextlib import redirect_stdout
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
-import SimpleITK
 from scipy import ndimage
 from tqdm import tqdm
 
-import inference
 from brainseg.evaluation.scoring import NetworkModel, open_networks
 from brainseg.io.layouts import Source, list_cases
-from brainseg.io.scans import read_voxels
 from brainseg.metrics import dsc, mean_text, summarise
 from brainseg.quality import WARN_BELOW
 from brainseg.segmenter import Segmentation
@@ -122,23 +114,6 @@ def segment_unseen(model: NetworkModel, source: Source, volume: np.ndarray) -> S
     return segmenter.rate(segmenter.probabilities(images), frame)
 
 
-def by_inference(volume: np.ndarray, weights: list[Path], device: str | None) -> np.ndarray:
-    """Segment a volume (S, H, W, 3) from three NIfTI files; return the mask (S, H, W), bool."""
-    with TemporaryDirectory() as name:
-        folder = Path(name)
-        words = ["--weights", *weights]
-        words += ["--predictions", folder / "out", "--figure", folder / "f.png"]
-        if device:
-            words += ["--device", device]
-        for k, flag in enumerate(("--pre", "--flair", "--post")):
-            words += [flag, folder / f"{flag[2:]}.nii.gz"]
-            SimpleITK.WriteImage(SimpleITK.GetImageFromArray(volume[..., k]), str(words[-1]))
-        with redirect_stdout(io.StringIO()):
-            inference.main([str(word) for word in words])
-        (mask,) = (folder / "out").glob("*_mask.nii.gz")
-        return read_voxels(mask)[..., 0].T > 0
-
-
 CHANGES = {
     "as published": lambda volume: volume,
     "post-contrast at 3 times its scale": lambda volume: scaled(volume, POST, 3),
@@ -162,11 +137,6 @@ CHANGES = {
     "the same, every sequence": lambda v: offset_where_above_0(v, [PRE, FLAIR, POST]),
 }
 UNTOUCHED = "as published"
-FILES = (
-    UNTOUCHED,
-    "post-contrast at 4 times its scale, int16",
-    "one hot voxel, 4 times the maximum",
-)
 
 
 def main() -> None:
@@ -183,8 +153,7 @@ def main() -> None:
     model = open_networks(args.weights.name, args.weights, {"device": args.device})
     sources = cases_of(args.images, args.subset)
     names = [name for name in CHANGES if not args.only or name in (UNTOUCHED, *args.only)]
-    by_file = {f"{name}, by inference.py": name for name in FILES if not args.only}
-    scores = {name: [] for name in (*names, *by_file)}
+    scores = {name: [] for name in names}
     expected = {name: [] for name in names}
     for source in tqdm(sources, unit="case", disable=None):
         volume, truth = source.open().read_pair()
@@ -192,10 +161,6 @@ def main() -> None:
             result = segment_unseen(model, source, CHANGES[name](volume))
             scores[name].append(dsc(result.mask, truth))
             expected[name].append(result.expected)
-        files = model.unseen(source)
-        for shown, name in by_file.items():
-            mask = by_inference(CHANGES[name](volume), files, args.device)
-            scores[shown].append(dsc(mask, truth))
 
     untouched = scores[UNTOUCHED]
     print(f"{args.weights.name}, {' '.join(args.subset)}, n = {len(sources)}\n")
@@ -204,7 +169,7 @@ def main() -> None:
     for name, values in scores.items():
         gains = [after - before for after, before in zip(values, untouched, strict=True)]
         change = mean_text(summarise(gains), "+")
-        forecast = rate_forecast(values, expected.get(name, []))
+        forecast = rate_forecast(values, expected[name])
         print(
             f"| {name} | {np.mean(values):.3f} | {np.median(values):.3f} | {change} | {forecast} |"
         )
@@ -213,7 +178,7 @@ def main() -> None:
 def rate_forecast(scores: list[float], expected: list[tuple | None]) -> str:
     """Say in cells how well the expected DSCs, of masks that have one, agree with the true ones."""
     inside, poor, warned, false_alarms, n = 0, 0, 0, 0, 0
-    for true, forecast in zip(scores, expected, strict=False):  # none by inference.py
+    for true, forecast in zip(scores, expected, strict=True):
         if forecast is None:
             continue
         value, low, high = forecast
@@ -222,7 +187,9 @@ def rate_forecast(scores: list[float], expected: list[tuple | None]) -> str:
         poor += true < WARN_BELOW
         warned += value < WARN_BELOW and true < WARN_BELOW
         false_alarms += value < WARN_BELOW <= true
-    share = f"{inside / n:.2f} of {n}" if n else ""
+    share = ""
+    if n:
+        share = f"{inside / n:.2f} of {n}"
     return f"{share} | {warned} of {poor} | {false_alarms}"
 
 
