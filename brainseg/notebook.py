@@ -8,7 +8,6 @@ import numpy as np
 
 from .alignment import Measured
 from .arrays import Assessment, as_volume, aspect_of, volume_of
-from .growth import growth_rows
 from .io.dates import parse_date
 from .io.slices import Case
 from .reports.volumes import end_warnings, volume_row
@@ -53,7 +52,7 @@ class NotebookSegmenter(Segmenter):
         errors = (self.expected_dsc_fit or {}).get("volume_errors")
         in_order = [(measured[case.name], date) for case, date in ordered[patient]]
         followed, _ = follow(in_order, errors, with_registration=False)
-        return growth_rows(followed.visits)
+        return followed.rows
 
     def _measure(self, name: str, patient: str, array: np.ndarray, spacing: Spacing) -> Measured:
         """Segment one scan of a patient, and keep what its growth needs."""
@@ -61,9 +60,9 @@ class NotebookSegmenter(Segmenter):
             raise ValueError(f"{name}: has no spacing; give mm from slice to slice, row, column")
         aspect_of(spacing)  # raises ValueError
         volume = as_volume(array, self.channels)
-        across, down, along = map(float, spacing)
+        slices, rows, columns = map(float, spacing)
         numbers = tuple(range(1, len(volume) + 1))
-        case = Case(name, numbers, (), (), patient=patient, given_spacing=(across, down, along))
+        case = Case(name, numbers, (), (), patient=patient, given_spacing=(slices, rows, columns))
         images, frame = self.preprocess(volume, case.aspect)
         result = self.rate(self.probabilities(images), frame, case.spacing)
         row = volume_row(

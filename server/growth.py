@@ -10,7 +10,7 @@ from brainseg.io.formats import SUFFIXES, scan_name
 from brainseg.io.sequences import contradiction
 from brainseg.patients import patient_named
 
-from .unpacking import Limits, plain
+from .unpacking import plain
 
 MOST_SCANS = 12  # of one patient in an upload
 Parts = Mapping[str, Sequence[UploadFile]]  # by field, as `unpack` takes them
@@ -64,10 +64,3 @@ def check_several(fields: Collection[str], scans: Sequence[SentScan]) -> None:
         "patient's DICOM studies at once, each in a folder named after the patient and the date, "
         "such as p1_2014-03-02"
     )
-
-
-def check_voxels(name: str, voxels: int, limits: Limits) -> None:
-    """Raise ValueError if the scans up to this one take too much memory together."""
-    if voxels > limits.voxels:
-        most = f"{limits.voxels / 1e6:.0f} million voxels"
-        raise ValueError(f"{name}: the scans have over {most} in all; send fewer of them")

@@ -34,7 +34,7 @@ from brainseg.phantom_head import make_volume
 from brainseg.segmenter import Segmentation, Segmenter
 
 from .answers import Answer, Loaded, answer_growth, make_answer, measured
-from .growth import Parts, SentScan, check_several, check_voxels, several_files
+from .growth import Parts, SentScan, check_several, several_files
 from .unpacking import Limits
 from .wording import in_page_words
 
@@ -130,11 +130,12 @@ class Service:
                 check_several(parts, loaded)
                 return self._follow(loaded, folder, job)
         segmentation = self._segmentation(loaded, job, time.monotonic())
-        trained_on = patients_of_card(self.segmenter.card, "train", cases=[loaded.case])
+        run, card = self.segmenter.run, self.segmenter.card
         if series_of(loaded.case) and find_spec("highdicom"):
-            algorithm = algorithm_name(self.segmenter.hashes), self.segmenter.run or "unknown"
+            algorithm = algorithm_name(self.segmenter.hashes), run or "unknown"
             self.reader.write_seg(loaded, segmentation.mask, folder, algorithm, job)
-        return make_answer(loaded, segmentation, out, self.segmenter.run, trained_on)
+        trained_on = patients_of_card(card, "train", cases=[loaded.case])
+        return make_answer(loaded, segmentation, out, run, trained_on)
 
     def _follow(self, scans: Sequence[SentScan], folder: Path, job: Job) -> Answer:
         """Segment several scans of one patient, one after the other, and measure its growth."""
@@ -145,7 +146,9 @@ class Service:
             loaded = self.reader.read(scan.parts, place, job)
             assert isinstance(loaded, Loaded)
             voxels += math.prod(loaded.volume.shape[:3])
-            check_voxels(scan.name, voxels, self.limits)
+            if voxels > self.limits.voxels:
+                most = f"over {self.limits.voxels / 1e6:.0f} million voxels in all"
+                raise ValueError(f"{scan.name}: the scans have {most}; send fewer of them")
             segmentation = self._segmentation(loaded, job, start, k, len(scans))
             no_expected_dsc = no_expected_dsc or segmentation.no_expected_dsc
             done.append(measured(loaded, segmentation, self.segmenter.run))

@@ -107,7 +107,7 @@ def read(parts: dict[str, list[Sent]], folder: Path, limits: Limits) -> dict:
     """
     received = folder / "received"
     if received.exists():
-        case = find_case(_place_in(received))
+        case = find_case(next(received.iterdir()))
     else:
         received.mkdir()
         case = unpack(parts, received, limits)
@@ -152,14 +152,10 @@ def read(parts: dict[str, list[Sent]], folder: Path, limits: Limits) -> dict:
 
 def write_seg(folder: Path, algorithm: str, version: str) -> dict:
     """Write mask.npy as a DICOM Segmentation of the FLAIR series of an upload: seg.dcm."""
-    case, mask = find_case(_place_in(folder / "received")), np.load(folder / "mask.npy")
+    case = find_case(next((folder / "received").iterdir()))
+    mask = np.load(folder / "mask.npy")
     write_dicom_seg(folder / "seg.dcm", case, mask, algorithm, version)
     return {}
-
-
-def _place_in(received: Path) -> Path:
-    (place,) = received.iterdir()
-    return place
 
 
 def unused(case: Case, received: Path) -> list[str]:
