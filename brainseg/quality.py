@@ -96,31 +96,65 @@ def fit_expected_dsc(
     `patients`, each case is one. Empty masks are left out. Raises ValueError for fewer than 20
     cases.
     """
+    masks, y, owners = _with_mask(features, dsc, patients)
+    check_cases(len(masks))
+    names, columns = [], []
+    for name in FEATURES:
+        column = [mask.get(name) for mask in masks]
+        if None not in column:
+            names.append(name)
+            columns.append(column)
+    x = np.array(columns, dtype=np.float64).T.copy()  # (n, features)
+    fit = _regress(names, x, y)
+    fit |= {"looks": fit_looks(masks), "empty": len(dsc) - len(y)}
+    return _with_interval(fit, masks, leave_one_out(names, x, y, owners), y, owners)
+
+
+def recentre(
+    fit: dict, features: Sequence[dict], dsc: Sequence[float], patients: Sequence[str]
+) -> dict:
+    """Move a fit to another network, by masks of cases that this network has not seen.
+
+    The regression stays: it takes many masks, poor ones among them. The intercept moves by the mean
+    error of these masks, and their errors give the 80 % interval. Empty masks are left out. Raises
+    ValueError if fewer than two patients have a mask.
+    """
+    masks, y, owners = _with_mask(features, dsc, patients)
+    if len(set(owners)) < 2:
+        raise ValueError("masks of at least two patients are needed to move a fit of the DSC")
+    before = []
+    for mask in masks:
+        before.append(_predict(fit, [mask[name] for name in fit["features"]]))
+    errors = y - before
+    shifts = [errors[owners != owner].mean() for owner in owners]
+    predicted = np.clip(np.add(before, shifts), 0, 1)
+    moved = {"intercept": fit["intercept"] + float(errors.mean()), "empty": len(dsc) - len(y)}
+    return _with_interval(fit | moved, masks, predicted, y, owners)
+
+
+def _with_mask(
+    features: Sequence[dict], dsc: Sequence[float], patients: Sequence[str] | None
+) -> tuple[list[dict], np.ndarray, np.ndarray]:
+    """Pick features, DSC and patient of the masks that are not empty; each is a patient if None."""
     masks, scores, owners = [], [], []
     for k, (measured, score) in enumerate(zip(features, dsc, strict=True)):
         if measured["voxels"]:
             masks.append(measured)
             scores.append(score)
             owners.append(patients[k] if patients else str(k))
-    check_cases(len(masks))
-    names, columns = [], []
-    for name in FEATURES:
-        column = [measured.get(name) for measured in masks]
-        if None not in column:
-            names.append(name)
-            columns.append(column)
-    x = np.array(columns, dtype=np.float64).T.copy()  # (n, features)
-    y = np.array(scores, dtype=np.float64)
-    predicted = leave_one_out(names, x, y, np.array(owners))
-    fit = _regress(names, x, y)
-    fit["looks"] = fit_looks(masks)
+    return masks, np.array(scores, dtype=np.float64), np.array(owners)
+
+
+def _with_interval(
+    fit: dict, masks: Sequence[dict], predicted: np.ndarray, y: np.ndarray, owners: np.ndarray
+) -> dict:
+    """Add the interval to a fit, and how well DSCs `predicted` without each patient agree."""
     widths = _width(predicted) * np.array([unlikeness(mask, fit["looks"]) for mask in masks])
     residuals = (y - predicted) / widths
-    fit["interval"] = list(conformal_limits(residuals))
-    fit |= {"cases": len(y), "empty": len(dsc) - len(y)}
     agreement = _agreement(predicted, y)
-    agreement["coverage"] = coverage(residuals, np.array(owners))
-    return fit | {"leave_one_out": agreement}
+    agreement["coverage"] = coverage(residuals, owners)
+    interval = list(conformal_limits(residuals))
+    return fit | {"interval": interval, "cases": len(y), "leave_one_out": agreement}
 
 
 def check_cases(number: int) -> None:

@@ -195,7 +195,10 @@ def test_a_student_is_compared_with_its_teachers(phantoms, tmp_path):
     assert "mary" in trained_on and "martha" not in trained_on
     assert any(name.endswith("_mirrored") for name in trained_on)
     (weights,) = (tmp_path / "one" / "weights").glob("*.pt")
-    assert held_out < set(read_card(weights)["cases"]["train"])
+    card = read_card(weights)
+    assert held_out < set(card["cases"]["train"])
+    fit = card["expected_dsc"]
+    assert fit["cases"] + fit["empty"] == len(held_out) and fit["tta"] is False
     assert "| 1 | " in (tmp_path / "student.md").read_text()
 
 

@@ -19,7 +19,7 @@ from brainseg.appearance import LOOKS
 from brainseg.ensemble import Ensemble, average, load_ensemble, weights_files
 from brainseg.io.layouts import find_case
 from brainseg.phantom import make_volume
-from brainseg.quality import expected_dsc, fit_expected_dsc, quality, quality_warnings
+from brainseg.quality import expected_dsc, fit_expected_dsc, quality, quality_warnings, recentre
 from brainseg.segmenter import Segmenter, keep_components, least_voxels
 from brainseg.unet import UNet
 from brainseg.weights import load_pretrained, read_card, shipped_weights
@@ -328,6 +328,25 @@ def test_a_fit_leaves_out_all_cases_of_a_patient():
     alone = fit_expected_dsc(features * 2, dsc * 2)["leave_one_out"]
     assert alone["mean_error"] < twice["mean_error"]
     assert twice["mean_error"] == pytest.approx(once["mean_error"], rel=0.05)
+
+
+def test_a_fit_moves_to_a_network_that_is_surer_than_it_should_be():
+    """Of masks like those of the fit, each 0.1 worse."""
+    fit = fit_expected_dsc(*masks_of(40))
+    features, dsc = masks_of(20, seed=1)
+    worse = [value - 0.1 for value in dsc]
+    patients = [str(k) for k in range(20)]
+    moved = json.loads(json.dumps(recentre(fit, features, worse, patients)))
+    assert moved["weights"] == fit["weights"] and moved["cases"] == 20
+    assert moved["intercept"] - fit["intercept"] == pytest.approx(-0.1, abs=0.02)
+    assert moved["leave_one_out"]["mean_error"] < 0.05
+    inside = 0
+    for each, value in zip(*masks_of(100, seed=2), strict=True):
+        _, low, high = expected_dsc(each, moved)
+        inside += low <= value - 0.1 <= high
+    assert 65 <= inside <= 95
+    with pytest.raises(ValueError, match="at least two patients"):
+        recentre(fit, features, worse, ["one"] * 20)
 
 
 def test_weights_of_a_fit_point_the_right_way():

@@ -17,7 +17,8 @@ nested  For some of the five folds (--outer): four networks, each trained withou
 student For the same folds, one network that learns from these four (train.py --teachers) on all
         patients outside the fold, as long as those of ship. Both are scored on the fold, case by
         case: the four averaged and mirrored, the student as it is.
-one     One network that learns from the five of ship on all patients: what is used by default.
+one     One network that learns from the five of ship on all patients: what is used by default. Its
+        expected DSC is fitted by those five and by the students of the folds (weights/fitting.py).
 
 Students see FLAIR alone in two fifths of the slices and no skull in a third, and learn to leave
 heads without a lesion empty: every fourth case mirrored (weights/negatives.py), and the scans of
@@ -47,6 +48,7 @@ from brainseg.splits import list_cohort, outside_test, split_folds
 from brainseg.weights import read_card
 from cli import fail
 
+from .fitting import fit_student
 from .negatives import link_scans, write_mirrored
 from .trainings import Pool, Training, call, script
 
@@ -185,13 +187,17 @@ def student(args: argparse.Namespace, pool: Pool) -> str:
 
 
 def one(args: argparse.Namespace, pool: Pool) -> str:
-    """Train and export the student of all patients, whose teachers are those of ship."""
+    """Train, export and fit the student of all patients, whose teachers are those of ship."""
     folder = args.out / "one"
     cases = [source.open() for source in outside_test(list_cohort(args.images))]
     teachers = args.start or args.out / "weights"
     weights = train_student(args, folder, cases, teachers, pool)
-    call(script("export.py", "--weights", weights, "--out", folder / "weights"))
-    return table(["weights", "cases"], [[str(folder / "weights"), str(len(cases))]])
+    exported = folder / "weights"
+    call(script("export.py", "--weights", weights, "--out", exported))
+    nested = [args.out / "nested" / f"fold{outer}" / "student" / "unet.pt" for outer in args.outer]
+    students = [path for path in nested if path.exists()]
+    fit_student(args.images, teachers, students, folder / "fit", exported)
+    return table(["weights", "cases"], [[str(exported), str(len(cases))]])
 
 
 def train_student(
