@@ -8,9 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from .devices import in_order
-from .io.cohorts import parse_sequences
 from .io.labels import Labels
 from .io.layouts import Source, choose_named, list_cases
+from .io.opening import parse_sequences
 from .io.sequences import SEQUENCES
 from .io.slices import Case
 from .patients import (

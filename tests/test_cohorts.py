@@ -17,9 +17,9 @@ import evaluate
 import inference
 import train
 from brainseg.cache import prepare
-from brainseg.io.cohorts import parse_sequences
 from brainseg.io.labels import Labels
 from brainseg.io.layouts import find_case, find_cases, list_cases
+from brainseg.io.opening import parse_sequences
 from brainseg.patients import patient_named, patient_of
 from brainseg.phantom import make_volume
 from brainseg.splits import SPLITS, list_cohort, subset_of, subset_of_patient

@@ -1,20 +1,36 @@
 """The cases in a folder: slices as images, medical volume files, DICOM series, cohorts."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from .cohorts import BIDS, Layout, absolute
 from .described import DescribedCase, described_cases
 from .dicom import find_images
-from .formats import check_format, is_scan, scan_name
+from .formats import (
+    absolute,
+    check_format,
+    check_not_only_masks,
+    is_scan,
+    say_lost_masks,
+    scan_name,
+    volumes_in,
+)
 from .labels import Labels
-from .opening import find_case, holds_case, holds_slices, is_one_case, open_study
+from .opening import (
+    BIDS,
+    Layout,
+    case_folders,
+    find_case,
+    folders_in,
+    holds_case,
+    holds_slices,
+    is_one_case,
+    is_output,
+    open_study,
+)
 from .scans import Scan
 from .slices import Case, errors_name
 from .studies import Study, find_studies
-from .truth import check_not_only_masks, say_lost_masks, volumes_in
 
 
 @dataclass(frozen=True)
@@ -87,7 +103,7 @@ def list_cases(
     if not root.is_dir() and not is_scan(root):
         check_format(root)
         raise ValueError(f"{root}: is not a volume file; give one, or the folder of its case")
-    if _is_output(root) or _is_output(root.resolve().parent):
+    if is_output(root) or is_output(root.resolve().parent):
         raise ValueError(f"{root}: holds predictions (args.json); give the folder of the scans")
     sources = _sources_in(root, other_than, layout, tuple(channels or ()))
     if not sources:
@@ -131,7 +147,8 @@ def _sources_in(
     if not root.is_dir():
         return [replace(_source(path), picked=picked)]
     if layout and not is_scan(root):
-        return _by_patterns(path, other_than, layout)
+        top, folders = case_folders(path, layout, other_than)
+        return [_source_below(top, folder, layout) for folder in folders]
     described = described_cases(path, picked)
     if described is not None:
         sources = []
@@ -162,59 +179,13 @@ def _bids_sessions(root: Path) -> list[Source]:
     return [_source_below(top, folder, BIDS) for folder in sorted(folders)]
 
 
-def _by_patterns(root: Path, other_than: Path | None, layout: Layout) -> list[Source]:
-    """List folders, at most two levels down, that match a layout, or that hold other volumes."""
-    matching, lacking = [], []
-    for folder in _folders_in(root, other_than):
-        if layout.fits(folder, root):
-            matching.append(folder)
-            continue
-        inner = [each for each in _folders_in(folder, other_than) if layout.fits(each, root)]
-        matching += inner
-        if not inner and volumes_in(folder) and not _belongs_to_mask(folder, root, layout):
-            lacking.append(folder)
-    if not matching and layout.fits(root, root.parent):
-        return [_source_below(root.parent, root, layout)]
-    files = [layout.files(folder, root) for folder in matching]
-    roles = ("pre", "post", "mask") if matching else ("flair",)  # a case reports a lack of FLAIR
-    for role in roles:
-        patterns = getattr(layout, role)
-        if patterns and not any(by_role[role] for by_role in files):
-            raise ValueError(
-                f"{root}: no file in its folders matches {role}={patterns[0]}; change --sequences"
-            )
-    return [_source_below(root, folder, layout) for folder in sorted(matching + lacking)]
-
-
 def _source_below(root: Path, folder: Path, layout: Layout) -> Source:
     return Source("_".join(folder.relative_to(root).parts), folder, root, layout)
 
 
-def _belongs_to_mask(folder: Path, root: Path, layout: Layout) -> bool:
-    """Tell whether a layout's masks are in this folder, apart from the cases."""
-    return any(f"{{root}}/{folder.relative_to(root)}/" in pattern for pattern in layout.mask)
-
-
-def _is_output(folder: Path) -> bool:
-    """Tell whether inference.py wrote here: its masks and pictures are neither truth nor scan."""
-    try:
-        return {"args", "weights"} <= json.loads((folder / "args.json").read_text()).keys()
-    except (OSError, ValueError, AttributeError):
-        return False
-
-
-def _folders_in(root: Path, other_than: Path | None) -> list[Path]:
-    folders = []
-    for path in sorted(root.iterdir()):
-        is_other = other_than is not None and path.resolve() == other_than.resolve()
-        if path.is_dir() and path.name[0] not in "._" and not is_other and not _is_output(path):
-            folders.append(path)
-    return folders
-
-
 def _cases_in(root: Path, other_than: Path | None) -> list[Source]:
     """List the volume files in a folder, the folders in it that are cases, and DICOM studies."""
-    path, folders, volumes = absolute(root), _folders_in(root, other_than), volumes_in(root)
+    path, folders, volumes = absolute(root), folders_in(root, other_than), volumes_in(root)
     holding = list(filter(holds_case, folders))
     if holding and is_scan(root) and any(find_images(root, deep=False)):
         raise ValueError(
@@ -246,8 +217,8 @@ def _check_not_too_high(root: Path, folders: Sequence[Path]) -> None:
     """Raise ValueError, naming the folder of the cases, if they are further down than expected."""
     places, cases = [], 0
     for folder in folders:
-        for place in (folder, *_folders_in(folder, None)):
-            inner = list(filter(holds_case, _folders_in(place, None)))
+        for place in (folder, *folders_in(folder, None)):
+            inner = list(filter(holds_case, folders_in(place, None)))
             if inner:
                 places.append(place)
                 cases += len(inner)
