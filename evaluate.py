@@ -44,12 +44,12 @@ from brainseg.evaluation.report import (
 )
 from brainseg.evaluation.statistics import compare
 from brainseg.io.archives import unpacked
-from brainseg.io.files import check_ours, remove, write_json, write_table
+from brainseg.io.files import check_ours, check_page, remove, write_json, write_table
 from brainseg.io.labels import NO_LESION
 from brainseg.io.slices import Case
 from brainseg.patients import SUBSETS, count_patients, names_of
 from brainseg.quality import FITTED_WITH, check_cases, fit_and_save
-from brainseg.reports.page import check_page, write_page
+from brainseg.reports.page import write_page
 from brainseg.segmenter import settings_text
 from brainseg.splits import by_subset, list_cohort
 from brainseg.weights import shipped_weights

@@ -34,41 +34,26 @@ ensemble, _disagreement: the standard deviation over its networks. --dicom-seg a
 
 import argparse
 import sys
-import time
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-
-from tqdm import tqdm
 
 import cli
 import utils
 from brainseg import distributed
-from brainseg.io import files
 from brainseg.io.archives import unpacked
 from brainseg.io.dates import read_dates
-from brainseg.io.dicom_seg import algorithm_name, holds_dicom
-from brainseg.io.labels import NO_LESION, Labels
+from brainseg.io.dicom_seg import algorithm_name
+from brainseg.io.files import RUN
 from brainseg.io.layouts import Source
-from brainseg.io.opening import find_sequences
-from brainseg.io.pictures import save_dsc_figure
-from brainseg.io.slices import Case
-from brainseg.optional import import_optional
-from brainseg.patients import SUBSETS, names_of, patients_of_card, with_patients
-from brainseg.pipeline import Outputs, Result, segment_all
-from brainseg.reports.cohort import save_cohort
-from brainseg.reports.growth import growth_section, growth_table
-from brainseg.reports.page import check_page
-from brainseg.reports.scores import scores_text
-from brainseg.reports.volumes import check_kept, read_volumes, volumes_table, warn_of_unlike
-from brainseg.run_files import TABLES, Outcome, recorded, write_growth, write_tables
-from brainseg.segmenter import MASK_SETTINGS, Segmenter, settings_text
+from brainseg.io.opening import Sequences
+from brainseg.patients import SUBSETS, names_of, patients_of_card
+from brainseg.pipeline import Outputs, segment_all
+from brainseg.run_files import open_run
+from brainseg.segmenter import MASK_SETTINGS, Segmenter
 from brainseg.splits import list_cohort, select_cases
-from brainseg.visits import Patient, follow_all
+from brainseg.visits import follow_all
 from brainseg.weights import shipped_weights
-
-SAVE_EVERY = 5.0  # seconds between writings of the tables
 
 
 # fmt: off
@@ -134,186 +119,57 @@ def run(args: argparse.Namespace, options: dict, given_by: Mapping[str, str], im
     Several processes share the cases; the main one writes the tables and reports on all. `given_by`
     says where each of the `args` is from.
     """
+    sources = list_sources(args, images)
+    dates = read_dates(args.dates, names_of(sources)) if args.dates else {}
     weights = args.weights or [shipped_weights("unet")]
     # The first rank of a machine caches what TensorRT builds, for the others.
     with distributed.local_rank_zero_first():
         options["device"] = distributed.rank_device(options["device"])
         segmenter = Segmenter.from_weights(weights, **options)
-        sources = list_sources(args, images)
-        check_outputs(sources, args.predictions, args.figure, args.report, args.dicom_seg)
-    dates = read_dates(args.dates, names_of(sources)) if args.dates else {}
-    record = utils.provenance(args)
-    record["weights"] = {str(file): digest for file, digest in segmenter.hashes.items()}
-    record["settings"] = segmenter.values(MASK_SETTINGS)
-    record[files.RUN] = segmenter.run
-    if distributed.is_main_process():
-        print(f"settings: {settings_text(segmenter)}", flush=True)
-        for note in segmenter.notes:
-            print(note, file=sys.stderr)
-    locks = distributed.main_process_locks((args.predictions, "--predictions", "run"))
-    with locks, recorded(args.predictions / "run.json", record, given_by, segmenter) as outcome:
-        outputs = plan_outputs(args, segmenter, sources, record["commit"])
-        distributed.barrier()  # every rank has read the earlier volumes.csv
-        if distributed.is_main_process():
-            files.write_json(args.predictions / "args.json", record)
-        workers = distributed.rank_workers(args.workers)
-        segment(sources, segmenter, outputs, workers, bool(args.register), outcome.results)
-        if distributed.is_main_process():
-            measured = [row for row in outcome.rows if row["slices"]]
-            errors = (segmenter.expected_dsc_fit or {}).get("volume_errors")
-            register = args.register is not False
-            patients, notes = follow_all(
-                sources, measured, args.predictions, dates, errors, register, workers
-            )
-            owners = {row["case"]: row["patient"] for row in outcome.rows}
-            growth = args.predictions / "growth.csv"
-            write_growth(patients, notes, growth, segmenter.run, owners)
-            table = args.predictions / "volumes.csv"
-            text = volumes_table(outcome.rows, table, segmenter.no_expected_dsc).as_text()
-            print(text, end="\n\n")
-            network = f"{' '.join(map(str, weights))} by {segmenter.runtime}"
-            outcome.files += report(args, outcome, patients, network, record)
-    return len(outcome.failed)
-
-
-def list_sources(args: argparse.Namespace, images: Path) -> Sequence[Source | Case]:
-    """List the chosen cases. Raises ValueError or OSError if there is none, or one is unusable."""
-    if args.flair:
-        scan = find_sequences(args.flair, args.pre, args.post)
-        return with_patients([replace(scan, labels=Labels(args.labels))], args.patients)
-    chosen, output = args.cases, args.predictions
-    sources = list_cohort(images, names=chosen, other_than=output, **cli.cohort_options(args))
-    if args.spacing:
-        sources = [replace(source, given_spacing=tuple(args.spacing)) for source in sources]
-    return select_cases(sources, args.subset)
-
-
-def plan_outputs(
-    args: argparse.Namespace,
-    segmenter: Segmenter,
-    sources: Sequence[Source | Case],
-    commit: str | None,
-) -> Outputs:
-    """Decide what to write and to keep; ValueError if masks to keep were made otherwise."""
-    earlier = {}
-    if args.skip_existing:
-        earlier = read_volumes(args.predictions / "volumes.csv")
-        check_kept(args.predictions, earlier, names_of(sources), segmenter.run)
+    record = utils.provenance(args) | {
+        "weights": {str(file): digest for file, digest in segmenter.hashes.items()},
+        "settings": segmenter.values(MASK_SETTINGS),
+        RUN: segmenter.run,
+    }
     algorithm = None
     if args.dicom_seg:
-        algorithm = algorithm_name(segmenter.hashes), commit or "unknown"
-    return Outputs(
-        args.predictions,
-        segmenter.run,
-        earlier=earlier,
+        algorithm = algorithm_name(segmenter.hashes), record["commit"] or "unknown"
+    outputs = Outputs(
+        folder=args.predictions,
+        figure=args.figure,
+        page=args.report,
+        run=segmenter.run,
         trained_on=patients_of_card(segmenter.card, "train", cases=sources),
         probabilities=args.probabilities,
         pictures=args.pictures,
-        thumbnails=args.report is not None,
         algorithm=algorithm,
     )
+    opened = open_run(outputs, sources, args.skip_existing, segmenter, record, given_by)
+    with opened as current:
+        workers = distributed.rank_workers(args.workers)
+        share = distributed.shard(sources)
+        results = segment_all(share, segmenter, current.outputs, workers, bool(args.register))
+        current.collect(results, len(share), sources[0].labels)
+        if distributed.is_main_process():
+            errors = (segmenter.expected_dsc_fit or {}).get("volume_errors")
+            register = args.register is not False
+            patients, notes = follow_all(
+                sources, current.rows, args.predictions, dates, errors, register, workers
+            )
+            current.report(patients, notes, weights)
+    return len(current.failed)
 
 
-def segment(
-    sources: Sequence[Source | Case],
-    segmenter: Segmenter,
-    outputs: Outputs,
-    workers: int | None,
-    register: bool,
-    done: list[Result],
-) -> None:
-    """Segment this rank's share, write tables, put results into `done`; ValueError for --labels."""
-    share = distributed.shard(sources)
-    results = segment_all(share, segmenter, outputs, workers, register)
-    if distributed.is_main_process():
-        results = tqdm(results, "segmenting", len(share), unit="case", disable=None)
-    saved = time.monotonic()
-    try:
-        for result in results:
-            if result.error:
-                tqdm.write(f"error: {result.error}", file=sys.stderr)
-            done.append(result)
-            if time.monotonic() - saved > SAVE_EVERY:
-                write_tables(done, outputs)
-                saved = time.monotonic()
-        done[:] = distributed.gather(done)
-        spacings = {result.volumes["case"]: result.spacing for result in done}
-        warn_of_unlike([result.volumes for result in done], spacings)
-    finally:
-        write_tables(done, outputs)
-    labels = sources[0].labels
-    for of_rank in distributed.gather([labels.by_case]):
-        labels.by_case.update(of_rank)
-    labels.check()
-
-
-def check_outputs(
-    sources: Sequence[Source | Case], predictions: Path, figure: Path, page: Path | None, seg: bool
-) -> None:
-    """Raise ValueError or OSError if results cannot be written or would overwrite sources."""
-    files.check_writable(predictions)
-    try:
-        files.check_writable(figure.parent)
-    except OSError as error:
-        fault = "its folder cannot be written; name another file with --figure"
-        raise OSError(f"{figure}: {fault}") from error
-    files.clear_leftovers(figure.parent)
-    if figure.suffix.lower() not in (".png", ".pdf", ".svg", ".jpg") or figure.is_dir():
-        raise ValueError(f"{figure}: --figure must be a .png, .pdf, .svg or .jpg file")
-    if page:
-        check_page(page)
-    tables = tuple(map(predictions.joinpath, TABLES))
-    for path in (figure, predictions / "args.json", predictions / "run.json") + tables:
-        files.check_ours(path)
-    for path in tables:
-        files.read_table(path)
-    if seg:
-        import_optional("highdicom", "--dicom-seg", "dicom")
-        if not any(holds_dicom(source.folder) for source in sources):
-            raise ValueError(f"{sources[0].folder}: is not a DICOM series; leave out --dicom-seg")
-    for source in sources:
-        # Volume files too, as true masks are beside them; links are followed.
-        path = source.folder.resolve()
-        targets = predictions, predictions / path.name, predictions / source.name
-        if path in [target.resolve() for target in targets]:
-            raise ValueError(f"{path}: is a source; name another folder with --predictions")
-
-
-def report(
-    args: argparse.Namespace,
-    outcome: Outcome,
-    patients: Sequence[Patient],
-    network: str,
-    record: dict,
-) -> list[Path]:
-    """Print scores, growth and a summary that names the `network`; return the pictures drawn."""
-    folder, done, drawn = args.predictions, outcome.results, []
-    scores = [result.scores for result in done if result.scores]
-    if scores:
-        print(scores_text(scores))
-        if not any(row["lesion_voxels"] for row in scores):
-            print(NO_LESION.format(len(scores)), file=sys.stderr)
-        marked = [row["case"] for row in scores if row["trained_on"]]
-        line = f"table: {folder / 'metrics.csv'}"
-        if args.pictures and len(scores) > 1:
-            save_dsc_figure(args.figure, {row["case"]: row["dsc"] for row in scores}, marked)
-            drawn.append(args.figure)
-            line += f"   figure: {args.figure}"
-        print(line)
-    if patients:
-        print(growth_table(patients, folder / "growth.csv").as_text(), end="\n\n")
-    if args.report:
-        sections = list(map(growth_section, patients))
-        pictures = [result.thumbnail for result in done]
-        save_cohort(args.report, outcome.rows, pictures, record, sections, scores)
-        drawn.append(args.report)
-        print(f"report: {args.report}")
-    count = Counter(result.state for result in done)
-    line = f"{count['segmented']} of {len(done)} cases segmented with {network}"
-    if count["kept"]:
-        line += f", {count['kept']} kept from an earlier run"
-    print(f"{line}; {'masks and pictures' if args.pictures else 'masks'}: {folder}")
-    return drawn
+def list_sources(args: argparse.Namespace, images: Path) -> list[Source]:
+    """List the chosen cases. Raises ValueError or OSError if there is none, or one is unusable."""
+    scan = None
+    if args.flair:
+        scan = Sequences(args.flair, args.pre, args.post, None)
+    options = cli.cohort_options(args) | {"names": args.cases, "other_than": args.predictions}
+    sources = list_cohort(images, **options, scan=scan)
+    if args.spacing:
+        sources = [replace(source, given_spacing=tuple(args.spacing)) for source in sources]
+    return select_cases(sources, args.subset)
 
 
 if __name__ == "__main__":

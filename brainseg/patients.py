@@ -1,12 +1,9 @@
-"""Find the patient of a case: in a table of the user, in DICOM headers or in its name."""
+"""Find the patient of a case: said by the user, in DICOM headers or in its name."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
-from pathlib import Path
 from typing import Any, TypeVar
 
-from .io.files import USERS, read_rows
 from .io.layouts import Source
 from .io.slices import Case
 
@@ -59,58 +56,6 @@ def patient_named(case: str, patient_id: str = "") -> str:
     if cohort:
         return cohort[0]
     return SESSION.sub("", case)
-
-
-def with_patients(cases: Sequence[Named], path: Path | str | None) -> list[Named]:
-    """Give cases the patients, and the subsets if it has any, of a CSV file; None: change none.
-
-    Raises OSError or ValueError, naming file and case, if it is not a table with the columns case,
-    patient and perhaps subset, lacks one of the cases or contradicts itself.
-    """
-    if not path:
-        return list(cases)
-    rows = _read_patients(Path(path))
-    missing = sorted(case.name for case in cases if case.name not in rows)
-    if missing:
-        others = f" and {len(missing) - 1} others" if len(missing) > 1 else ""
-        raise ValueError(f"{path}: lacks the case {missing[0]}{others}; add a line for each")
-    placed = []
-    for case in cases:
-        patient, subset = rows[case.name]
-        placed.append(replace(case, patient=patient, subset=subset))
-    return placed
-
-
-def _read_patients(path: Path) -> dict[str, tuple[str, str]]:
-    """Read the patient and the subset, or "", of each case."""
-    wrong = f"{path}: is not a table with the columns case and patient; write CSV with both"
-    lines = read_rows(path, {"case", "patient"}, wrong, USERS)
-    if not lines:
-        raise ValueError(wrong)
-    rows: dict[str, tuple[str, str]] = {}
-    subsets: dict[str, str] = {}  # of each patient
-    for line in lines:
-        case, patient = line["case"].strip(), line["patient"].strip()
-        if not case or not patient:
-            raise ValueError(
-                f"{path}: the line of {case or patient or 'no case'} lacks its case or its "
-                "patient; complete it"
-            )
-        subset = line.get("subset", "").strip()
-        if "subset" in line and subset not in SUBSETS:
-            raise ValueError(f"{path}: the subset of {case} must be one of {', '.join(SUBSETS)}")
-        if rows.setdefault(case, (patient, subset))[0] != patient:
-            raise ValueError(
-                f"{path}: gives {case} the patients {rows[case][0]} and {patient}; keep one of them"
-            )
-        if subsets.setdefault(patient, subset) != subset:
-            raise ValueError(
-                f"{path}: has the patient {patient} in {subsets[patient]} and in {subset}; keep "
-                "one subset for all cases of a patient"
-            )
-    if len(subsets) > 1 and len(set(subsets.values())) == 1 and subset:
-        raise ValueError(f"{path}: has every patient in {subset}; name two subsets or none")
-    return rows
 
 
 def alike_names(cases: Iterable[Case | Source]) -> str:

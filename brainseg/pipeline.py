@@ -4,7 +4,7 @@ import functools
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
 
@@ -40,13 +40,14 @@ class Outputs:
     """The folder to write to, and what to write there beside masks and pictures."""
 
     folder: Path
+    figure: Path  # of sorted DSCs
+    page: Path | None  # with a picture of each case
     run: str  # names weights and settings (`Segmenter.run`)
-    earlier: dict[str, dict]  # rows of volumes.csv by case; masks that these describe are kept
     trained_on: set[str]  # patients
     probabilities: bool  # maps, too
-    pictures: bool  # outlined slices and a GIF
-    thumbnails: bool  # for a report
+    pictures: bool  # outlined slices, a GIF and the figure
     algorithm: tuple[str, str] | None  # its name and version in DICOM; None: no Segmentation
+    earlier: dict[str, dict] = field(default_factory=dict)  # rows by case; their masks are kept
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class Result:
 
 
 def segment_all(
-    sources: Sequence[Source | Case],
+    sources: Sequence[Source],
     segmenter: Segmenter,
     outputs: Outputs,
     workers: int | None,
@@ -97,7 +98,7 @@ def segment_all(
 
 
 def segment_case(
-    source: Source | Case,
+    source: Source,
     segmenter: Segmenter,
     outputs: Outputs,
     register: bool,
@@ -126,10 +127,10 @@ def segment_case(
         return Result("unread", unread_row(source, error), error=sentence(error))
 
 
-def read(source: Source | Case, outputs: Outputs, register: bool) -> Loaded:
+def read(source: Source, outputs: Outputs, register: bool) -> Loaded:
     """Read a case; raises ValueError, naming the file, if that is impossible."""
     try:
-        case = source.open() if isinstance(source, Source) else source
+        case = source.open()
         check_not_overwritten(case, outputs.folder)
         if register:
             case = registered(case)
@@ -160,11 +161,9 @@ def earlier_mask(loaded: Loaded, outputs: Outputs) -> np.ndarray | None:
     """
     case, volume = loaded.case, loaded.volume
     row = outputs.earlier.get(case.name)
-    if (
-        row is None
-        or row[RUN] != outputs.run
-        or row["scan_hash"] != scan_hash(volume, case.given_spacing)
-    ):
+    if row is None or row[RUN] != outputs.run:
+        return None
+    if row["scan_hash"] != scan_hash(volume, case.given_spacing):
         return None
     others = map_files(case, "probability") if outputs.probabilities else []
     if outputs.pictures:
@@ -180,10 +179,8 @@ def earlier_mask(loaded: Loaded, outputs: Outputs) -> np.ndarray | None:
 def keep(loaded: Loaded, mask: np.ndarray, outputs: Outputs) -> Result:
     """Return the result of a case whose mask is kept, with its earlier row if that describes it."""
     case = loaded.case
-    notes = notes_of(case, outputs)
-    row = volume_row(
-        case, loaded.volume, mask, None, case.doubts, outputs.run, case.replaced, notes
-    )
+    run, notes = outputs.run, notes_of(case, outputs)
+    row = volume_row(case, loaded.volume, mask, None, case.doubts, run, case.replaced, notes)
     earlier = outputs.earlier[case.name]  # with values from the probabilities
     if earlier["lesion_voxels"] == row["lesion_voxels"]:
         warning = earlier["warning"].partition(UNLIKE)[0].removesuffix("; ")
@@ -218,10 +215,8 @@ def predict(segmenter: Segmenter, images: Tensor) -> Tensor:
                 raise OSError(f"{segmenter.device}: {fault}") from error
         size = segmenter.batch_size
         segmenter.batch_size = size // 2
-        say(
-            f"{segmenter.device} is out of memory at --batch-size {size}; continuing with "
-            f"{segmenter.batch_size}"
-        )
+        fault = f"{segmenter.device} is out of memory at --batch-size {size}"
+        say(f"{fault}; continuing with {segmenter.batch_size}")
 
 
 def write(loaded: Loaded, segmentation: Segmentation, outputs: Outputs) -> Result:
@@ -285,7 +280,7 @@ def result_of(
         scores = table_row(loaded.case, mask, loaded.truth)
         scores |= {"patient": patient, "trained_on": int(patient in outputs.trained_on)}
         scores[RUN] = outputs.run
-    if outputs.thumbnails:
+    if outputs.page:
         picture = thumbnail(loaded.volume, mask, loaded.truth)
     return Result(state, row, scores, picture, loaded.case.spacing, error, tuple(files))
 

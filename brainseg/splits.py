@@ -1,4 +1,4 @@
-"""Assign cases to subsets and folds; all cases of a patient are in the same one."""
+"""List the cases of a run, each in a subset or fold; all cases of a patient are in one."""
 
 import functools
 import hashlib
@@ -8,9 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from .devices import in_order
+from .io.files import USERS, read_rows
 from .io.labels import Labels
 from .io.layouts import Source, choose_named, list_cases
-from .io.opening import parse_sequences
+from .io.opening import Sequences, find_sequences, parse_sequences
 from .io.sequences import SEQUENCES
 from .io.slices import Case
 from .patients import (
@@ -20,10 +21,97 @@ from .patients import (
     patient_named,
     patient_of,
     site_of,
-    with_patients,
 )
 
 SPLITS = Path(__file__).resolve().parents[1] / "splits"
+
+
+def list_cohort(
+    images: Path | str,
+    sequences: Sequence[str] | None = None,
+    labels: Sequence[int] | None = None,
+    patients: Path | str | None = None,
+    names: Sequence[str] | None = None,
+    other_than: Path | None = None,
+    channels: Sequence[int] | None = None,
+    scan: Sequences | None = None,
+) -> list[Source]:
+    """List the cases in a folder according to --sequences, --labels, --patients, --channels.
+
+    See `list_cases`. With `scan`, the files of one case, list that instead. Raises OSError or
+    ValueError if any of them is unusable.
+    """
+    if channels and len(channels) not in (1, len(SEQUENCES)):
+        raise ValueError(
+            "--channels takes the channels of pre-contrast, FLAIR and post-contrast, or of FLAIR "
+            f"alone, not {len(channels)}"
+        )
+    if channels and sequences:
+        raise ValueError("--channels is for files of several channels; leave out --sequences")
+    layout = parse_sequences(sequences)
+    labels_of_run = Labels(labels)
+    if scan:
+        case = find_sequences(scan.flair, scan.pre, scan.post)
+        everyone = [Source(case.name, case.folder, case.folder.parent, labels_of_run, scan=case)]
+    else:
+        everyone = list_cases(images, other_than, layout, labels_of_run, channels)
+    chosen = with_patients(choose_named(everyone, names, images), patients)
+    # The subset of a case must not depend on which others are chosen beside it.
+    by_name = {case.name: case for case in everyone + chosen}
+    shared = share_small_cohort(list(by_name.values()))
+    return choose_named(shared, names, images)
+
+
+def with_patients(cases: Sequence[Named], path: Path | str | None) -> list[Named]:
+    """Give cases the patients, and the subsets if it has any, of a CSV file; None: change none.
+
+    Raises OSError or ValueError, naming file and case, if it is not a table with the columns case,
+    patient and perhaps subset, lacks one of the cases or contradicts itself.
+    """
+    if not path:
+        return list(cases)
+    rows = _read_patients(Path(path))
+    missing = sorted(case.name for case in cases if case.name not in rows)
+    if missing:
+        others = f" and {len(missing) - 1} others" if len(missing) > 1 else ""
+        raise ValueError(f"{path}: lacks the case {missing[0]}{others}; add a line for each")
+    placed = []
+    for case in cases:
+        patient, subset = rows[case.name]
+        placed.append(replace(case, patient=patient, subset=subset))
+    return placed
+
+
+def _read_patients(path: Path) -> dict[str, tuple[str, str]]:
+    """Read the patient and the subset, or "", of each case."""
+    wrong = f"{path}: is not a table with the columns case and patient; write CSV with both"
+    lines = read_rows(path, {"case", "patient"}, wrong, USERS)
+    if not lines:
+        raise ValueError(wrong)
+    rows: dict[str, tuple[str, str]] = {}
+    subsets: dict[str, str] = {}  # of each patient
+    for line in lines:
+        case, patient = line["case"].strip(), line["patient"].strip()
+        if not case or not patient:
+            raise ValueError(
+                f"{path}: the line of {case or patient or 'no case'} lacks its case or its "
+                "patient; complete it"
+            )
+        subset = line.get("subset", "").strip()
+        if "subset" in line and subset not in SUBSETS:
+            raise ValueError(f"{path}: the subset of {case} must be one of {', '.join(SUBSETS)}")
+        if rows.setdefault(case, (patient, subset))[0] != patient:
+            raise ValueError(
+                f"{path}: gives {case} the patients {rows[case][0]} and {patient}; keep one of them"
+            )
+        if subsets.setdefault(patient, subset) != subset:
+            raise ValueError(
+                f"{path}: has the patient {patient} in {subsets[patient]} and in {subset}; keep "
+                "one subset for all cases of a patient"
+            )
+    if len(subsets) > 1 and len(set(subsets.values())) == 1 and subset:
+        raise ValueError(f"{path}: has every patient in {subset}; name two subsets or none")
+    return rows
 
 
 def share_small_cohort(cases: Sequence[Named]) -> list[Named]:
@@ -53,36 +141,6 @@ def share_small_cohort(cases: Sequence[Named]) -> list[Named]:
         subset = subsets.get(patient_of(case), case.subset)
         shared.append(case if subset == subset_of(case) else replace(case, subset=subset))
     return shared
-
-
-def list_cohort(
-    images: Path | str,
-    sequences: Sequence[str] | None = None,
-    labels: Sequence[int] | None = None,
-    patients: Path | str | None = None,
-    names: Sequence[str] | None = None,
-    other_than: Path | None = None,
-    channels: Sequence[int] | None = None,
-) -> list[Source]:
-    """List the cases in a folder according to --sequences, --labels, --patients, --channels.
-
-    See `list_cases`. Raises OSError or ValueError if any of them is unusable.
-    """
-    if channels and len(channels) not in (1, len(SEQUENCES)):
-        raise ValueError(
-            "--channels takes the channels of pre-contrast, FLAIR and post-contrast, or of FLAIR "
-            f"alone, not {len(channels)}"
-        )
-    if channels and sequences:
-        raise ValueError("--channels is for files of several channels; leave out --sequences")
-    layout = parse_sequences(sequences)
-    everyone = list_cases(images, None, other_than, layout, Labels(labels), channels)
-    chosen = with_patients(choose_named(everyone, names, images), patients)
-    # The subset of a case must not depend on which others are chosen beside it.
-    by_name = {case.name: case for case in everyone} | {case.name: case for case in chosen}
-    shared = share_small_cohort(list(by_name.values()))
-    names_of_chosen = {case.name for case in chosen}
-    return [case for case in shared if case.name in names_of_chosen]
 
 
 def validate_on(cases: Sequence[Named], names: Sequence[str]) -> list[Named]:

@@ -11,7 +11,7 @@ import SimpleITK as sitk
 
 from .alignment import Measured, at_place, components_alone, grey_of, read_flair
 from .devices import in_order
-from .growth import Visit, bidimensional, estimated_volume, growth_rows
+from .growth import Estimate, Visit, bidimensional, estimated_volume, growth_rows, rate_until
 from .io.dates import date_of, timepoint
 from .io.files import RUN, sentence
 from .io.layouts import Source
@@ -49,9 +49,14 @@ class Patient:
     def rows(self) -> list[dict]:
         return growth_rows(self.visits)
 
+    @property
+    def rate(self) -> Estimate:
+        """Return the growth rate in mm a year."""
+        return rate_until(self.visits)
+
 
 def follow_all(
-    sources: Sequence[Source | Case],
+    sources: Sequence[Source],
     measured: Sequence[dict],
     folder: Path,
     dates: Mapping[str, datetime.date],
@@ -63,9 +68,20 @@ def follow_all(
 
     `measured` are rows of volumes.csv, `folder` holds the masks, `errors` is the card's fit.
     """
-    rows, cases, unreadable = _with_several_scans(sources, measured)
-    ordered, notes = in_order_of_time(cases, dates)
-    notes = unreadable + notes
+    rows = {row["case"]: row for row in measured if row["slices"]}  # of cases that could be read
+    counts = Counter(row["patient"] for row in rows.values())
+    cases: dict[str, list[Case]] = {}
+    notes = []
+    for source in sources:
+        row = rows.get(source.name)
+        if row is None or counts[row["patient"]] < 2:
+            continue
+        try:
+            cases.setdefault(row["patient"], []).append(source.open())
+        except (ValueError, OSError) as error:  # it was there a moment ago
+            notes.append(sentence(error))
+    ordered, said = in_order_of_time(cases, dates)
+    notes += said
     if dates and not cases:
         notes.append(
             "--dates: each case is of another patient, so there is no growth to measure; say with "
@@ -91,29 +107,6 @@ def follow_all(
         if patient:
             patients.append(patient)
     return patients, notes
-
-
-def _with_several_scans(
-    sources: Sequence[Source | Case], measured: Sequence[dict]
-) -> tuple[dict[str, dict], dict[str, list[Case]], list[str]]:
-    """Return rows by case, the open cases of patients with several, and what cannot be opened."""
-    cases: dict[str, list[Case]] = {}
-    rows, counts = {}, Counter()
-    for row in measured:
-        rows[row["case"]] = row
-        counts[row["patient"]] += 1
-    unreadable = []
-    for source in sources:
-        if source.name not in rows:
-            continue
-        patient = rows[source.name]["patient"]
-        if counts[patient] < 2 or not isinstance(source, Source):
-            continue
-        try:
-            cases.setdefault(patient, []).append(source.open())
-        except (ValueError, OSError) as error:  # it was there a moment ago
-            unreadable.append(sentence(error))
-    return rows, cases, unreadable
 
 
 def in_order_of_time(
@@ -190,25 +183,19 @@ def follow(
     with_registration: bool = True,
 ) -> tuple[Patient, list[str]]:
     """Measure one patient's scans, in order of time, and register them; say which cannot be."""
-    visits, notes = [], []
-    for measured, day in scans:
-        visits.append(_visit(measured, day, errors))
+    notes = []
+    visits = [_visit(measured, day, errors) for measured, day in scans]
+    labels = [str(day or measured.case.name) for measured, day in scans]
     first = scans[0][0]
-    fixed = None
-    if with_registration:
-        fixed = read_flair(first)
+    fixed = read_flair(first) if with_registration else None
     if fixed is None:
         return Patient(tuple(visits), (), 1.0), notes
     areas = first.mask.sum(axis=(1, 2))
-    place = len(areas) // 2
-    if areas.any():
-        place = int(areas.argmax())
+    place = int(areas.argmax()) if areas.any() else len(areas) // 2
     outline = first.mask[place]
-    views = [
-        View(_label(scans[0]), grey_of(sitk.GetArrayFromImage(fixed))[place], outline, outline)
-    ]
-    for k, scan in enumerate(scans[1:], 1):
-        measured = scan[0]
+    grey = grey_of(sitk.GetArrayFromImage(fixed))[place]
+    views = [View(labels[0], grey, outline, outline)]
+    for k, (measured, _) in enumerate(scans[1:], 1):
         moving = read_flair(measured)
         if moving is None:
             continue
@@ -224,7 +211,7 @@ def follow(
         apart = components_alone(first, measured, moving, transform)
         visits[k] = replace(visits[k], apart=tuple(apart))
         grey, mask = at_place(measured, moving, fixed, transform, place)
-        views.append(View(_label(scan), grey, mask, outline))
+        views.append(View(labels[k], grey, mask, outline))
     _, height, width = fixed.GetSpacing()[::-1]
     return Patient(tuple(visits), tuple(views), height / width), notes
 
@@ -248,10 +235,6 @@ def _visit(measured: Measured, day: datetime.date | None, errors: dict | None) -
         row["replaced"],
         " and ".join(concerns),
     )
-
-
-def _label(scan: tuple[Measured, datetime.date | None]) -> str:
-    return str(scan[1] or scan[0].case.name)
 
 
 def _as_written(number: float | None) -> float | None:

@@ -18,11 +18,10 @@ from pathlib import Path
 
 import numpy as np
 
-from brainseg.io.dicom import File
+from brainseg.io.dicom import File, text
 from brainseg.io.dicom_seg import series_of, write_dicom_seg
 from brainseg.io.files import by, disk_is_full, out_of_memory, save_array, sentence
 from brainseg.io.formats import SUFFIXES, read_grid
-from brainseg.io.headers import text
 from brainseg.io.opening import find_case
 from brainseg.io.scans import Scan, registered
 from brainseg.io.slices import Case

@@ -24,7 +24,7 @@ from conftest import TRAINED_ON, contents, in_processes, make_weights, run_main
 from test_files import leave_scratch
 
 import inference
-from brainseg import metrics, pipeline
+from brainseg import metrics, pipeline, run_files
 from brainseg.io.files import check_ours, locked
 from brainseg.io.layouts import find_case, list_cases
 from brainseg.io.pictures import save_dsc_figure
@@ -335,9 +335,9 @@ def test_the_mask_of_another_scan_of_that_name_is_not_kept(weights, tmp_path, ca
 def test_a_killed_run_loses_no_row_of_a_mask_that_is_kept(
     phantoms, weights, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr(inference, "SAVE_EVERY", 0)
-    monkeypatch.setattr(inference.distributed, "gather", lambda *_, **__: 1 / 0)
-    monkeypatch.setattr(inference, "write_tables", once(inference.write_tables))
+    monkeypatch.setattr(run_files, "SAVE_EVERY", 0)
+    monkeypatch.setattr(run_files.distributed, "gather", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(run_files.Run, "save", once(run_files.Run.save))
     names = "--cases", "phantom_003", "phantom_004"
     with pytest.raises(ZeroDivisionError):
         infer(phantoms, tmp_path, weights, *names)

@@ -38,7 +38,7 @@ from brainseg.reports.volumes import (
     volume_row,
     warn_of_unlike,
 )
-from brainseg.run_files import recorded
+from brainseg.run_files import Run, recorded
 
 EXPECTED = {
     "features": ["confidence"], "mean": [0.8], "deviation": [0.1], "weights": [0.05],
@@ -454,7 +454,8 @@ def test_run_json_of_an_earlier_run_goes_first(tmp_path):
     """A run that is killed must not leave the exit status of the one before."""
     path = tmp_path / "run.json"
     for _ in range(2):
-        with recorded(path, {"args": {}, "program": MARK}, {}, Mock(reasons={})):
+        outputs, segmenter = Mock(folder=tmp_path), Mock(reasons={})
+        with recorded(Run(outputs, segmenter, {"args": {}, "program": MARK}), {}):
             assert not path.exists()
         assert json.loads(path.read_text())["exit_status"] == 0
 

@@ -8,7 +8,7 @@ import pytest
 
 from brainseg.io.layouts import find_cases
 from brainseg.io.slices import Case
-from brainseg.patients import SUBSETS, alike_names, patient_named, patient_of, with_patients
+from brainseg.patients import SUBSETS, alike_names, patient_named, patient_of
 from brainseg.splits import (
     SPLITS,
     by_subset,
@@ -19,6 +19,7 @@ from brainseg.splits import (
     subset_of,
     subset_of_patient,
     validate_on,
+    with_patients,
 )
 
 

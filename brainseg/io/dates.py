@@ -6,9 +6,8 @@ import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
-from .dicom import Series
+from .dicom import Series, text
 from .files import USERS, name_in_errors, read_rows
-from .headers import text
 from .scans import Scan
 from .slices import Case
 

@@ -11,10 +11,10 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from typing import NoReturn
 
-from .formats import is_scan, scan_name
+from .formats import scan_name, volumes_in
 from .sequences import SEQUENCES, sequence_of
 
 DESCRIPTION = "dataset.json"
@@ -129,14 +129,14 @@ def _files_by_channel(folder: Path, masks: Mapping[str, Path]) -> dict[str, dict
     A number at the end of a name is part of it if there is a mask of the whole name.
     """
     files: dict[str, dict[int, Path]] = {}
-    for path in _scans_in(folder):
+    for path in volumes_in(folder, masks=True):
         case, channel = scan_name(path), ALL
         numbered = CHANNEL.match(case)
         if numbered and case not in masks:
             case, channel = numbered["case"], int(numbered["channel"])
         by_channel = files.setdefault(case, {})
         if channel in by_channel:
-            _refuse_both(by_channel[channel], path)
+            raise ValueError(_same_name(by_channel[channel], path))
         by_channel[channel] = path
     return files
 
@@ -157,9 +157,7 @@ def _check_present(
     folder: Path, files: Mapping[str, dict[int, Path]], channels: Sequence[int]
 ) -> None:
     """Raise ValueError if no case has one of the channels; of a single case, it is missing."""
-    present: set[int] = set()
-    for by_channel in files.values():
-        present.update(by_channel)
+    present = set(chain.from_iterable(files.values()))
     for channel in channels:
         if ALL not in present and channel not in present:
             raise ValueError(
@@ -173,15 +171,11 @@ def _masks_in(labels: Path) -> dict[str, Path]:
     masks: dict[str, Path] = {}
     if not labels.is_dir():
         return masks
-    for path in _scans_in(labels):
+    for path in volumes_in(labels, masks=True):
         if masks.setdefault(scan_name(path), path) != path:
-            _refuse_both(masks[scan_name(path)], path)
+            raise ValueError(_same_name(masks[scan_name(path)], path))
     return masks
 
 
-def _scans_in(folder: Path) -> list[Path]:
-    return [path for path in sorted(folder.iterdir()) if path.is_file() and is_scan(path)]
-
-
-def _refuse_both(first: Path, other: Path) -> NoReturn:
-    raise ValueError(f"{first} and {other.name} have the same case name; remove one")
+def _same_name(first: Path, other: Path) -> str:
+    return f"{first} and {other.name} have the same case name; remove one"

@@ -17,12 +17,12 @@ from pydicom.uid import MRImageStorage
 from pydicom.valuerep import DA, TM, validate_value
 
 from ..optional import import_optional
-from .dicom import Series, series_headers
+from .dicom import Series, is_dicom, text
 from .files import MARK, PROGRAM, atomic_write
 from .grid import Grid
-from .headers import is_dicom, text
 from .quiet import quiet
 from .scans import Scan
+from .series import series_headers
 from .slices import Case
 
 LABEL = "FLAIR abnormality"
@@ -63,12 +63,12 @@ def series_of(case: Case) -> Series | None:
     return None
 
 
-@quiet  # on names with one part
 def algorithm_name(weights: Iterable[Path]) -> str:
     """Name the program and the weights files that make a Segmentation."""
     return " ".join([PROGRAM] + [file.stem for file in weights])
 
 
+@quiet  # on names with one part
 def write_dicom_seg(path: Path, case: Case, mask: np.ndarray, algorithm: str, version: str) -> bool:
     """Write a mask (S, H, W), bool, as a Segmentation of the case's series, atomically.
 

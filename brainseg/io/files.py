@@ -171,7 +171,6 @@ def save_array(path: Path, array: np.ndarray) -> None:
     `numpy.save` may not: C writes its file, and an error with the last bytes is lost. If the file
     can be read as well, Python writes it.
     """
-    # C would write it, and lose an error with the last bytes, unless the file can be read as well.
     import numpy as np
 
     with open(path, "w+b") as file:
@@ -179,7 +178,13 @@ def save_array(path: Path, array: np.ndarray) -> None:
 
 
 def write_table(path: Path, rows: Sequence[dict]) -> None:
-    """Write dicts as rows of a CSV file, atomically: floats to six digits, lists with spaces."""
+    """Write dicts as rows of a CSV file, atomically: floats to six digits, lists with spaces.
+
+    Without rows, an earlier file is removed.
+    """
+    if not rows:
+        remove(path)
+        return
     columns = {}
     lines = []
     for row in rows:
@@ -233,11 +238,7 @@ def read_rows(
 def update_table(path: Path, rows: dict[str, dict | None]) -> None:
     """Write rows by case (None: remove) into a CSV file, sorted; rows of other cases stay."""
     table: dict[str, dict | None] = {**read_table(path), **rows}
-    lines = [row for _, row in sorted(table.items()) if row]
-    if lines:
-        write_table(path, lines)
-    else:
-        remove(path)
+    write_table(path, [row for _, row in sorted(table.items()) if row])
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -275,6 +276,15 @@ def check_writable(folder: Path) -> None:
     with name_in_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
+
+
+def check_page(path: Path) -> None:
+    """Raise OSError or ValueError, naming `path`, unless a page can be written there."""
+    check_writable(path.parent)
+    if path.is_dir():
+        raise ValueError(f"{path}: is a folder; give the file name of the page")
+    check_ours(path)
+    clear_leftovers(path.parent)
 
 
 def default_cache() -> Path:

@@ -13,9 +13,8 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from .dicom import File, Series, series_or_file
+from .dicom import File, Series, is_dicom, series_or_file
 from .grid import Grid
-from .headers import is_dicom
 from .itk import itk_grid, itk_voxels
 from .nifti import nifti_grid, nifti_voxels
 from .series import read_series, series_grid

@@ -26,6 +26,7 @@ from .opening import (
     holds_slices,
     is_one_case,
     is_output,
+    name_below,
     open_study,
 )
 from .scans import Scan
@@ -40,8 +41,9 @@ class Source:
     name: str
     folder: Path
     root: Path
-    layout: Layout | None = None  # None: found from the files in the folder
     labels: Labels = field(default_factory=Labels, compare=False, repr=False)
+    layout: Layout | None = None  # None: found from the files in the folder
+    scan: Scan | None = field(default=None, repr=False)  # of files that the user names
     study: Study | None = field(default=None, repr=False)  # of DICOM
     patient: str = field(default="", compare=False)  # as in Case
     subset: str = field(default="", compare=False)
@@ -52,12 +54,16 @@ class Source:
     @property
     def patient_id(self) -> str:
         """Return the PatientID of the DICOM headers; empty if they name nobody."""
+        if self.scan:
+            return self.scan.patient_id
         return self.study.patient if self.study else ""
 
     def open(self) -> Case:
         """Open the case without reading voxels; ValueError, naming the file, if it is unusable."""
         with errors_name(self.folder):
-            if self.study:
+            if self.scan:
+                case = self.scan
+            elif self.study:
                 case = open_study(self.study)
             elif self.described:
                 if not self.described.flair:
@@ -80,12 +86,11 @@ class Source:
 
 def find_cases(root: Path | str, names: Sequence[str] | None = None) -> list[Case]:
     """Open every case of `list_cases`; ValueError, naming the file, if one is unusable."""
-    return list(map(Source.open, list_cases(root, names)))
+    return list(map(Source.open, choose_named(list_cases(root), names, root)))
 
 
 def list_cases(
     root: Path | str,
-    names: Sequence[str] | None = None,
     other_than: Path | None = None,
     layout: Layout | None = None,
     labels: Labels | None = None,
@@ -93,8 +98,8 @@ def list_cases(
 ) -> list[Source]:
     """List the cases in `root`, which holds folders and volume files or is itself a case, by name.
 
-    With `names`, only these; never the folder `other_than`, nor predictions. `layout` says where
-    files are, `channels` which of a file's are pre-contrast, FLAIR and post-contrast, or FLAIR.
+    Never the folder `other_than`, nor predictions. `layout` says where files are, `channels` which
+    of a file's are pre-contrast, FLAIR and post-contrast, or FLAIR.
     Raises FileNotFoundError or ValueError if there is nothing, or two cases have one name.
     """
     root = Path(root)
@@ -125,7 +130,7 @@ def list_cases(
             raise ValueError(
                 f"{first.folder} and {source.folder.name} have the same case name; rename one"
             )
-    return choose_named(list(by_name.values()), names, root)
+    return list(by_name.values())
 
 
 def choose_named(
@@ -148,7 +153,7 @@ def _sources_in(
         return [replace(_source(path), picked=picked)]
     if layout and not is_scan(root):
         top, folders = case_folders(path, layout, other_than)
-        return [_source_below(top, folder, layout) for folder in folders]
+        return [Source(name_below(top, each), each, top, layout=layout) for each in folders]
     described = described_cases(path, picked)
     if described is not None:
         sources = []
@@ -176,11 +181,8 @@ def _bids_sessions(root: Path) -> list[Source]:
         for anat in [*subject.glob("anat"), *subject.glob("ses-*/anat")]:
             if anat.is_dir():
                 folders.append(anat.parent)
-    return [_source_below(top, folder, BIDS) for folder in sorted(folders)]
-
-
-def _source_below(root: Path, folder: Path, layout: Layout) -> Source:
-    return Source("_".join(folder.relative_to(root).parts), folder, root, layout)
+    folders.sort()
+    return [Source(name_below(top, each), each, top, layout=BIDS) for each in folders]
 
 
 def _cases_in(root: Path, other_than: Path | None) -> list[Source]:

@@ -13,7 +13,6 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import NamedTuple
 
-from .dicom import Series
 from .formats import (
     OTHER_MASK,
     absolute,
@@ -25,7 +24,7 @@ from .formats import (
     scan_name,
     volumes_in,
 )
-from .scans import Scan
+from .scans import Scan, with_doubts
 from .sequences import SEQUENCES, contradiction
 from .slices import SLICE_NAME, Case, find_slices
 from .studies import Study, find_studies, sort_study
@@ -184,7 +183,9 @@ def case_folders(
             continue
         inner = [each for each in folders_in(folder, other_than) if layout.fits(each, root)]
         matching += inner
-        if not inner and volumes_in(folder) and not _belongs_to_mask(folder, root, layout):
+        place = f"{{root}}/{folder.relative_to(root)}/"
+        holds_masks = any(place in pattern for pattern in layout.mask)  # apart from the cases
+        if not inner and volumes_in(folder) and not holds_masks:
             lacking.append(folder)
     if not matching and layout.fits(root, root.parent):
         return root.parent, [root]
@@ -199,9 +200,9 @@ def case_folders(
     return root, sorted(matching + lacking)
 
 
-def _belongs_to_mask(folder: Path, root: Path, layout: Layout) -> bool:
-    """Tell whether a layout's masks are in this folder, apart from the cases."""
-    return any(f"{{root}}/{folder.relative_to(root)}/" in pattern for pattern in layout.mask)
+def name_below(root: Path, folder: Path) -> str:
+    """Name a case after its folder below `root`."""
+    return "_".join(folder.relative_to(root).parts)
 
 
 def is_output(folder: Path) -> bool:
@@ -286,7 +287,8 @@ def find_sequences(flair: Path, pre: Path | None, post: Path | None) -> Scan:
     """Open the scan with one file per sequence, named after FLAIR and its folder."""
     path = absolute(flair)
     name = f"{path.parent.name}_{scan_name(path)}"
-    return _with_doubts(Scan.open(name, [pre, flair, post], mask_of(path)))
+    mask = mask_of(path)
+    return with_doubts(Scan.open(name, [pre, flair, post], mask))
 
 
 def _in_layout(folder: Path, files: Sequences, layout: Layout | None = None) -> Scan:
@@ -294,22 +296,7 @@ def _in_layout(folder: Path, files: Sequences, layout: Layout | None = None) -> 
     mask = files.mask
     if mask is None and not (layout and layout.of_user and layout.mask):
         mask = mask_of(files.flair)
-    return _with_doubts(Scan.open(folder.name, [files.pre, files.flair, files.post], mask))
-
-
-def _with_doubts(scan: Scan) -> Scan:
-    """Doubt the sequences that are another one by their name, or by their DICOM header."""
-    doubts = []
-    for role, file in zip(SEQUENCES, scan.slices, strict=True):
-        if role != "FLAIR" and file == scan.flair:
-            continue
-        words = file.words if isinstance(file, Series) else scan_name(file)
-        wrong = contradiction(role, words)
-        if wrong:
-            doubts.append(f"{role} is {file.name}, which says {wrong!r}: check the order")
-        elif role == "FLAIR" and isinstance(file, Series) and not file.may_be_flair:
-            doubts.append(f"{role} is {file.summary(file.path)}, which may be another sequence")
-    return replace(scan, doubts=tuple(doubts))
+    return with_doubts(Scan.open(folder.name, [files.pre, files.flair, files.post], mask))
 
 
 def open_study(study: Study) -> Scan:

@@ -16,14 +16,14 @@ from typing import ClassVar
 
 import numpy as np
 
-from .dicom import File, Series, check_patient, other_frame, series_or_file
+from .dicom import File, Series, series_or_file, text
 from .files import MARK, by
-from .formats import read_grid, read_voxels
+from .formats import read_grid, read_voxels, scan_name
 from .grid import Grid
 from .itk import voxel_file
 from .nifti import is_nifti, write_nifti
 from .registration import Movement, move, register
-from .sequences import SEQUENCES
+from .sequences import SEQUENCES, contradiction
 from .slices import Case
 
 MOST_ASPECT = 10.0  # of pixels: more is a damaged header
@@ -66,7 +66,7 @@ class Scan(Case):
         if not 1 / MOST_ASPECT <= scan.aspect <= MOST_ASPECT:
             raise ValueError(f"{flair}: its axial pixels are {_pixels(scan)}; correct its header")
         for file in scan.others.values():
-            check_patient(file, flair)
+            _check_patient(file, flair)
         return scan
 
     @property
@@ -193,7 +193,8 @@ def _notes_on(scan: Scan) -> list[str]:
         if scan.register:
             notes.append(f"{name} was registered to FLAIR: {scan.movements[file]}")
             continue
-        if other_frame(file, scan.flair):
+        one, other = _both(file, scan.flair, "FrameOfReferenceUID")
+        if one and other and one != other:
             notes.append(
                 f"{name} has a different FrameOfReferenceUID from FLAIR: if the head moved "
                 "between them, use --register"
@@ -242,3 +243,35 @@ def registered(case: Case) -> Scan:
             "per sequence, or do not ask to register"
         )
     return replace(case, register=True)
+
+
+def _check_patient(file: File, flair: File) -> None:
+    """Raise ValueError if two DICOM series name different patients."""
+    one, other = _both(file, flair, "PatientID")
+    if one != other:
+        raise ValueError(
+            f"{file}: PatientID {one!r}, but {flair.name} has {other!r}; give sequences of one "
+            "patient"
+        )
+
+
+def _both(one: File, other: File, name: str) -> tuple[str, str]:
+    """Return a field of two DICOM series; two empty texts unless both are series."""
+    if not (isinstance(one, Series) and isinstance(other, Series)):
+        return "", ""
+    return text(one.header, name), text(other.header, name)
+
+
+def with_doubts(scan: Scan) -> Scan:
+    """Doubt the sequences that are another one by their name, or by their DICOM header."""
+    doubts = []
+    for role, file in zip(SEQUENCES, scan.slices, strict=True):
+        if role != "FLAIR" and file == scan.flair:
+            continue
+        words = file.words if isinstance(file, Series) else scan_name(file)
+        wrong = contradiction(role, words)
+        if wrong:
+            doubts.append(f"{role} is {file.name}, which says {wrong!r}: check the order")
+        elif role == "FLAIR" and isinstance(file, Series) and not file.may_be_flair:
+            doubts.append(f"{role} is {file.summary(file.path)}, which may be another sequence")
+    return replace(scan, doubts=tuple(doubts))

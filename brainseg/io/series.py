@@ -15,10 +15,17 @@ import pydicom
 import SimpleITK as sitk
 from pydicom import Dataset, uid
 
-from .dicom import Series, series_headers
+from .dicom import (
+    UNDEFINED,
+    Series,
+    number,
+    numbers,
+    pixel_data,
+    read_header,
+    text,
+)
 from .files import by
 from .grid import ROUNDED, Grid, check_grid
-from .headers import UNDEFINED, number, numbers, pixel_data, text
 from .quiet import quiet
 
 GEOMETRY = ("Rows", "Columns", "PixelSpacing", "ImageOrientationPatient")  # of every file
@@ -32,6 +39,20 @@ CONVERT = "convert it with dcm2niix"
 EXPORT = "export it again with its geometry"
 
 Notes = tuple[str, ...]
+
+
+def series_headers(series: Series) -> list[Dataset]:
+    """Read the headers of a DICOM series, by position; ValueError, naming a damaged file."""
+    return sorted(map(read_header, series.files), key=_height)
+
+
+def _height(header: Dataset) -> float:
+    """Return the position of a slice along its normal in mm; 0 if its header does not state it."""
+    orientation = numbers(header, "ImageOrientationPatient")
+    position = numbers(header, "ImagePositionPatient")
+    if len(orientation) != 6 or len(position) != 3:
+        return 0.0
+    return float(np.cross(orientation[:3], orientation[3:]) @ position)
 
 
 @quiet

@@ -10,8 +10,7 @@ from pathlib import Path
 
 from pydicom import uid
 
-from .dicom import Series, find_images, group_series
-from .headers import damaged_text, text
+from .dicom import Series, damaged_text, find_images, group_series, text
 from .quiet import quiet
 from .sequences import SEQUENCES
 

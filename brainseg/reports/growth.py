@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..growth import DOUBTFUL, WITHIN, YEAR, rate_until
+from ..growth import DOUBTFUL, WITHIN, YEAR
 from ..io.pictures import new_figure
 from ..patients import counted
 from ..visits import Patient, View
@@ -67,7 +67,7 @@ def growth_picture(patient: Patient) -> bytes:
 
 def rate_text(patient: Patient) -> str:
     """Say how fast the diameter grows."""
-    rate = rate_until(patient.visits)
+    rate = patient.rate
     if np.isnan(rate.value):
         if any(visit.spacing is None for visit in patient.visits):
             return "no rate: the pixel size is not known; give it with --spacing"
@@ -153,7 +153,7 @@ def _draw_curve(axes: Axes, patient: Patient) -> None:
         axes.set_axis_off()
         axes.set_title(rate_text(patient), fontsize=9)
         return
-    rate = rate_until(patient.visits)
+    rate = patient.rate
     top = np.nanmax(np.fmax(values, highs))
     bottom = np.nanmin(np.fmin(values, lows))
     if not np.isnan(rate.value):

@@ -5,7 +5,7 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..io.files import MARK, atomic_write, check_ours, check_writable, clear_leftovers
+from ..io.files import MARK, atomic_write
 
 TEMPLATES = Path(__file__).resolve().parent / "templates"
 
@@ -45,12 +45,3 @@ def write_page(path: Path, template: str, title: str, details: dict, **content: 
     page = pages.get_template(template).render(content, title=title, details=text, mark=MARK)
     with atomic_write(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
-
-
-def check_page(path: Path) -> None:
-    """Raise OSError or ValueError, naming `path`, unless a page can be written there."""
-    check_writable(path.parent)
-    if path.is_dir():
-        raise ValueError(f"{path}: is a folder; give the file name of the page")
-    check_ours(path)
-    clear_leftovers(path.parent)

@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +28,7 @@ COLUMNS = """case patient slices sequences replaced lesion_voxels lesion_ml comp
     warning scan_hash""".split()
 COLUMNS.append(RUN)
 TEXTS = ("case", "patient", "sequences", "replaced", "notes", "warning", "scan_hash", RUN)
+NUMBERS = set(COLUMNS) - {*TEXTS, "slices_touched"}
 
 
 def volume_row(
@@ -117,8 +118,8 @@ def component_sizes(mask: np.ndarray) -> list[int]:
 
 
 def end_warnings(mask: np.ndarray) -> list[str]:
-    """Return a sentence if all of a mask (S, H, W) is in the first or last tenth of the slices."""
-    places = np.flatnonzero(mask.any(axis=(1, 2)))
+    """Return a sentence if a mask (S, H, W) is confined to a tenth of the slices at one end."""
+    (places,) = np.nonzero(mask.any(axis=(1, 2)))
     tenth = max(1, len(mask) // 10)
     if not len(places) or len(mask) < 3:
         return []
@@ -199,37 +200,19 @@ def by_need(rows: Sequence[dict]) -> list[dict]:
 
 def read_volumes(path: Path) -> dict[str, dict]:
     """Read the rows of a volumes.csv, {} if a number is damaged; ValueError for another table."""
-    table, rows = read_table(path), {}
-    try:
-        for name, texts in table.items():
-            rows[name] = {column: _value(column, texts.get(column, "")) for column in COLUMNS}
-    except ValueError:
-        return {}
+    rows = {}
+    for name, texts in read_table(path).items():
+        row: dict = {}
+        for column in COLUMNS:
+            row[column] = texts.get(column, "")
+        try:
+            for column in NUMBERS:
+                row[column] = json.loads(row[column] or "null")
+            row["slices_touched"] = list(map(int, row["slices_touched"].split()))
+        except ValueError:
+            return {}
+        rows[name] = row
     return rows
-
-
-def _value(column: str, text: str) -> object:
-    if column in TEXTS:
-        return text
-    if column == "slices_touched":
-        return list(map(int, text.split()))
-    return json.loads(text or "null")
-
-
-def check_kept(folder: Path, rows: Mapping[str, dict], names: Iterable[str], run: str) -> None:
-    """Raise ValueError if `rows` of volumes.csv say that another `run` made masks of `names`."""
-    others = []
-    for name in names:
-        if name in rows and rows[name][RUN] not in ("", run):
-            others.append(name)
-    if others:
-        what = "other weights"
-        if rows[others[0]][RUN].partition("-")[0] == run.partition("-")[0]:
-            what = "other settings"
-        raise ValueError(
-            f"{folder}: {len(others)} of the masks there were made with {what} ({others[0]}); "
-            "leave out --skip-existing, or name another folder with --predictions"
-        )
 
 
 def volumes_table(rows: Sequence[dict], path: Path, no_expected_dsc: str = "") -> Table:
