@@ -7,7 +7,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -74,28 +73,34 @@ def volume_file(array: np.ndarray, path: Path) -> bytes:
 
 
 @pytest.fixture(scope="module")
-def process():
-    """Start the process that reads for most of the tests."""
-    process = Reader(LIMITS)
-    yield process
-    process.close()
+def service():
+    """Return a server's queue, with the process that reads for nearly all of the tests."""
+    service = make_service()
+    yield service
+    service.close()
+
+
+def make_service(**options) -> Service:
+    segmenter = Segmenter(UNet(init_features=2), image_size=32, device="cpu", **options)
+    return Service(segmenter, LIMITS)
 
 
 @pytest.fixture
-def receive(process, tmp_path):
+def process(service):
+    return service.reader
+
+
+@pytest.fixture
+def receive(process, tmp_path, monkeypatch):
     """Return a function that reads an upload as the server does."""
-    others = []
 
     def receive(parts, limits=LIMITS) -> Loaded:
         folder = tmp_path / "folder"
         folder.mkdir()
-        if limits != LIMITS:
-            others.append(Reader(limits))
-        return (others or [process])[-1].read(parts, folder)
+        monkeypatch.setattr(process, "limits", limits)
+        return process.read(parts, folder)
 
-    yield receive
-    for other in others:
-        other.close()
+    return receive
 
 
 def slices_of(phantom, prefix: str = "") -> dict[str, bytes]:
@@ -476,7 +481,7 @@ def test_a_reader_that_dies_at_work_is_the_servers_fault(receive, process):
         receive({"images": named(a=b"x")})
 
 
-def test_a_closed_reader_reads_no_more(tmp_path):
+def test_a_closed_reader_reads_no_more(tmp_path, without_reader):
     closed = Reader(LIMITS)
     closed.close()
     with pytest.raises(Unavailable, match="is stopping"):
@@ -516,10 +521,19 @@ def small_phantom(monkeypatch):
 
 
 @pytest.fixture
-def service():
-    service = Service(Segmenter(UNet(init_features=2), image_size=32, device="cpu"), LIMITS)
-    yield service
-    service.close()
+def without_reader(monkeypatch):
+    """Let the process that reads be one that starts at once, and reads nothing."""
+    monkeypatch.setattr(Reader, "_start", start_sleeping)
+
+
+def start_sleeping(_: Reader) -> subprocess.Popen:
+    return subprocess.Popen(
+        ["sleep", "600"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
 
 
 def post(service: Service, **sent) -> httpx.Response:
@@ -599,14 +613,16 @@ def test_refused_uploads_leave_no_file_open(service, monkeypatch):
     assert len(opened) == 3 and all(file.closed for file in opened)
 
 
-def test_an_upload_after_the_end_is_told_so(service):
+def test_an_upload_after_the_end_is_told_so(without_reader):
+    service = make_service()
     service.close()
     response = post(service, files={"phantom": (None, "1")})
     assert response.status_code == 503 and "is stopping" in response.json()["error"]
     assert service.pending == []
 
 
-def test_a_network_at_work_does_not_delay_the_end(service, tmp_path, monkeypatch):
+def test_a_network_at_work_does_not_delay_the_end(tmp_path, monkeypatch, without_reader):
+    service = make_service()
     begun, go_on, ended = threading.Event(), threading.Event(), []
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     monkeypatch.setattr(os, "_exit", ended.append)
@@ -641,17 +657,16 @@ def test_a_waiting_upload_is_told_that_the_server_stops():
     assert asyncio.run(told())[-1] == '{"error": "the server is stopping; try again later"}'
 
 
-def test_an_abandoned_job_is_stopped(monkeypatch):
-    segmenter = Segmenter(UNet(init_features=2), image_size=32, batch_size=1, device="cpu")
-    service, begun, left = Service(segmenter, LIMITS), threading.Event(), threading.Event()
-    network = segmenter._network
+def test_an_abandoned_job_is_stopped(monkeypatch, without_reader):
+    service, begun, left = make_service(batch_size=1), threading.Event(), threading.Event()
+    network = service.segmenter._network
 
     def wait(batch):
         begun.set()
         left.wait()
         return network(batch)
 
-    monkeypatch.setattr(segmenter, "_network", wait)
+    monkeypatch.setattr(service.segmenter, "_network", wait)
     job = service.submit(None)
     begun.wait()
     job.abandoned = True
@@ -663,24 +678,9 @@ def test_an_abandoned_job_is_stopped(monkeypatch):
 
 
 def test_an_abandoned_upload_is_read_no_further(service, monkeypatch):
-    begun, start = threading.Event(), service.reader._start
-
-    def slow() -> subprocess.Popen:
-        command = [sys.executable, "-c", "import time; time.sleep(600)"]
-        begun.set()
-        return subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
-
     service.reader._kill()
-    monkeypatch.setattr(service.reader, "_start", slow)
+    service.reader._process = start_sleeping(service.reader)
     job = service.submit({"images": named(**{"a.nii": b"x"})})
-    begun.wait(20)
-    monkeypatch.setattr(service.reader, "_start", start)
     while service.reader.job is None:
         time.sleep(0.01)
     service.abandon(job)
