@@ -18,6 +18,7 @@ from conftest import TRAINED_ON, make_weights
 import evaluate
 import inference
 from brainseg.evaluation.report import case_table, pick, tables
+from brainseg.evaluation.scoring import open_models
 from brainseg.evaluation.statistics import SETTINGS, compare
 from brainseg.io.files import locked
 from brainseg.io.layouts import find_case
@@ -279,14 +280,13 @@ def test_hidden_files_are_not_folds(phantoms, tmp_path):
     [("dice=./a/unet.pt", "dice"), ("x=cv/", "x"), ("./a/unet.pt", "a/unet"), ("cv/", "cv"),
      ("n=a//unet.pt", "n"), ("lr=1e-4/unet.pt", "lr=1e-4/unet"), ("m=lr=1e-4/unet.pt", "m")],
 )  # fmt: skip
-def test_names_and_paths(phantoms, weights, tmp_path, monkeypatch, text, name):
+def test_names_and_paths(weights, tmp_path, monkeypatch, text, name):
     monkeypatch.chdir(tmp_path)
     for folder in ("a", "cv", "lr=1e-4"):
         Path(folder).mkdir()
         for path in (weights, weights.with_suffix(".json")):
             shutil.copy(path, Path(folder) / f"unet{path.suffix}")
-    options = "--cases", NAMES[4], "--subset", "all", "--weights", text
-    assert list(run(phantoms, tmp_path / "out", *options)["models"]) == [name]
+    assert [model.name for model in open_models([text], {"device": "cpu"})] == [name]
 
 
 def test_missing_file_is_named_as_it_was_given(phantoms, tmp_path):
