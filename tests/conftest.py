@@ -1,6 +1,7 @@
 """Provide phantom data for every test, and three real cases if they are in ../shared/lgg or $LGG.
 
-$LGG may be the published folder (kaggle_3m).
+$LGG may be the published folder (kaggle_3m). PyTorch is imported late, as the process that starts
+the two that test does not need it.
 """
 
 import contextlib
@@ -20,13 +21,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 
 SIZE = 32  # of preprocessed slices
 TRAINED_ON = ["phantom_001", "phantom_002"]
-Items = list[tuple[torch.Tensor, torch.Tensor]]  # images and masks of a data set
+Items = list[tuple]  # images and masks of a data set, as tensors
 FORK = multiprocessing.get_context("fork")
 # These take longest: a worker that got one of them last would finish long after the others.
 SLOW = "app inference train onnx campaign evaluate distributed hospital_files notebook".split()
@@ -42,6 +42,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session", autouse=True)
 def private_cache(tmp_path_factory):
     """Keep preprocessed volumes of the tests out of the user's cache."""
+    import torch
+
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
     os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
     torch.set_num_threads(1)  # tiny networks: several threads would mostly wait for each other
@@ -92,6 +94,8 @@ def open_all(two: Path, image_size: int = SIZE, **options) -> Items:
 
 
 def same(one: Items, other: Items) -> bool:
+    import torch
+
     return len(one) == len(other) and all(
         torch.equal(a, b)
         for x, y in zip(one, other, strict=True)
@@ -101,6 +105,8 @@ def same(one: Items, other: Items) -> bool:
 
 def make_weights(path: Path, in_channels: int = 3, trained_on=TRAINED_ON) -> Path:
     """Write a network that calls the brightest tenth of FLAIR lesion, plus noise, and its card."""
+    import torch
+
     from brainseg.phantom import make_volume
     from brainseg.preprocess import preprocess
     from brainseg.unet import UNet
@@ -169,6 +175,8 @@ def in_processes(
     "ended". Unless `torchrun` is False, the others are then terminated too, as torchrun does.
     The processes are forked, so patches of the test apply in them too.
     """
+    import torch
+
     with tempfile.TemporaryDirectory() as folder:
 
         def process(rank: int) -> None:
