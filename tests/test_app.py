@@ -530,11 +530,11 @@ def test_too_little_memory_is_one_sentence(service, monkeypatch, fault):
 
 @pytest.fixture(scope="module")
 def small_server(files, tmp_path_factory):
-    """Return the host and port of a server with two places that may open 128 files."""
+    """Start a server with two places that may open 128 files; return process, address, folder."""
     folder = tmp_path_factory.mktemp("small")
     options = "--queue", "2", "--max-upload", "1"
     process, url = start(folder, files / "unet.pt", *options, files=128)
-    yield url.removeprefix("http://").split(":")
+    yield process, url, folder
     stop(process)
     log = (folder / "server.log").read_text()
     assert "Traceback" not in log and len(log) < 1000, log
@@ -542,7 +542,8 @@ def small_server(files, tmp_path_factory):
 
 def test_failed_uploads_free_their_places_in_the_queue(files, small_server):
     """Aborted, too large and broken uploads outnumber the places."""
-    host, port = small_server
+    url = small_server[1]
+    host, port = url.removeprefix("http://").split(":")
     head = (
         f"POST /api/segment HTTP/1.1\r\nHost: {host}\r\n"
         "Content-Type: multipart/form-data; boundary=x\r\n"
@@ -558,17 +559,16 @@ def test_failed_uploads_free_their_places_in_the_queue(files, small_server):
                 with contextlib.suppress(OSError):
                     for _ in range(40):
                         client.sendall(chunk)
-    url = f"http://{host}:{port}"
     post(url, files={"images": ("a.nii", b"rubbish")})
     unpacked(post(url, files={"images": open(files / "head.nii.gz", "rb")}))
 
 
 def test_idle_connections_make_room(files, small_server):
-    host, port = small_server
-    url = f"http://{host}:{port}"
+    url = small_server[1]
+    host, port = url.removeprefix("http://").split(":")
     with contextlib.ExitStack() as stack:
         for _ in range(140):
-            stack.enter_context(socket.create_connection((host, port)))
+            stack.enter_context(socket.create_connection((host, int(port))))
         for _ in range(3):
             assert httpx.get(url, timeout=20).status_code == 200
         unpacked(post(url, files={"images": open(files / "head.nii.gz", "rb")}))
@@ -645,9 +645,9 @@ def test_a_client_that_takes_no_answer_is_left(hasty):
         assert received < 1000 * 2**16
 
 
-def test_server_stops_and_leaves_nothing_while_clients_wait(files, tmp_path):
-    process, url = start(tmp_path, files / "unet.pt")
-
+def test_server_stops_and_leaves_nothing_while_clients_wait(small_server):
+    """No other test of this server may come after it."""
+    process, url, folder = small_server
     answered = []
 
     def ask(_: int) -> None:
@@ -655,15 +655,14 @@ def test_server_stops_and_leaves_nothing_while_clients_wait(files, tmp_path):
             if post(url, files={"phantom": (None, "1")}).status_code == 200:
                 answered.append(True)
 
-    with ThreadPoolExecutor(4) as pool:
-        waiting = [pool.submit(ask, k) for k in range(4)]
+    with ThreadPoolExecutor(2) as pool:
+        waiting = [pool.submit(ask, k) for k in range(2)]
         time.sleep(1)
         stop(process)
         for each in waiting:
             each.result()
-    assert len(answered) < 4, "some still waited"
-    assert [path.name for path in tmp_path.iterdir()] == ["server.log"]
-    assert "Traceback" not in (tmp_path / "server.log").read_text()
+    assert len(answered) < 2, "one still waited"
+    assert [path.name for path in folder.iterdir()] == ["server.log"]
 
 
 async def echo(scope, receive, send):
@@ -792,33 +791,60 @@ def launch():
 
 
 @contextlib.contextmanager
-def visit(browser, url: str, width: int = 1000, height: int = 600, **options):
+def opened(page, url: str):
     """Open the page; it must not contact any other host or log an error."""
-    page = browser.new_page(viewport={"width": width, "height": height}, **options)
-    page.set_default_timeout(90_000)
     asked, errors = [], []
-    page.on("request", lambda request: asked.append(request.url))
-    page.on("pageerror", lambda error: errors.append(str(error)))
-    page.on("console", lambda m: errors.append(m.text) if m.type == "error" else None)
+    listeners = {
+        "request": lambda request: asked.append(request.url),
+        "pageerror": lambda error: errors.append(str(error)),
+        "console": lambda m: errors.append(m.text) if m.type == "error" else None,
+    }
+    for event, listener in listeners.items():
+        page.on(event, listener)
     page.goto(url)
     page.get_by_role("button", name="Try a phantom").wait_for()
     yield page
+    for event, listener in listeners.items():
+        page.remove_listener(event, listener)
     outside = [url for url in asked if not url.startswith((page.url, "data:", "blob:"))]
-    page.close()
     assert not outside and not errors, (outside, errors)
+
+
+@contextlib.contextmanager
+def tab_of(browser, width: int = 1000, height: int = 600, **options):
+    page = browser.new_page(viewport={"width": width, "height": height}, **options)
+    page.set_default_timeout(90_000)
+    yield page
+    page.close()
 
 
 @pytest.fixture(scope="module")
 def browser(launch):
+    """Start a browser that draws slices, in software, which takes seconds for each tab."""
     browser = launch(*GRAPHICS)
     yield browser
     browser.close()
 
 
+@pytest.fixture(scope="module")
+def plain_tab(launch):
+    """Return a tab without WebGL2 for all tests that do not look at the viewer."""
+    browser = launch("--disable-3d-apis")
+    with contextlib.closing(browser), tab_of(browser) as tab:
+        yield tab
+
+
 @pytest.fixture
-def page(browser, server):
-    with visit(browser, server[0]) as page:
-        yield page
+def page(plain_tab, server):
+    with opened(plain_tab, server[0]):
+        yield plain_tab
+        plain_tab.unroute_all()
+
+
+@pytest.fixture
+def drawing_page(browser, server):
+    with tab_of(browser) as tab, opened(tab, server[0]):
+        yield tab
 
 
 def drop(page, path: Path) -> None:
@@ -834,7 +860,7 @@ def wait_for_viewer(page) -> None:
 @pytest.fixture(scope="module")
 def viewed(browser, server, files):
     """Return the page with a scan in its viewer, which several tests share."""
-    with visit(browser, server[0]) as page:
+    with tab_of(browser) as tab, opened(tab, server[0]) as page:
         drop(page, files / "head.nii.gz")
         wait_for_viewer(page)
         yield page
@@ -949,7 +975,7 @@ def test_the_keyboard_and_the_cancel_button(page, server, files):
     assert page.title() == "brainseg"
     page.unroute("**/api/segment")
     page.keyboard.press("Enter")
-    wait_for_viewer(page)
+    page.locator("#plain").get_by_text("WebGL2 is missing").wait_for()
     assert focused(page) == "H2" and page.title() == "head – brainseg"
     page.locator("#files").set_input_files([])
     page.locator("button.first").focus()
@@ -1010,7 +1036,8 @@ def test_borders_and_text_stand_out():
 
 
 def test_the_phantom_on_a_phone(browser, server):
-    with visit(browser, server[0], 390, 844, has_touch=True, is_mobile=True) as page:
+    phone = tab_of(browser, 390, 844, has_touch=True, is_mobile=True)
+    with phone as tab, opened(tab, server[0]) as page:
         page.get_by_role("button", name="Try a phantom").click()
         page.locator("#scores").get_by_text("DSC").wait_for()
         wait_for_viewer(page)
@@ -1023,15 +1050,13 @@ def test_the_phantom_on_a_phone(browser, server):
         assert len(downloaded(page, "phantom_masks.zip")) > 1000
 
 
-def test_a_browser_without_webgl2(launch, server, files):
-    browser = launch("--disable-3d-apis")
-    with contextlib.closing(browser), visit(browser, server[0]) as page:
-        drop(page, files / "head.nii.gz")
-        page.locator("#plain").get_by_text("WebGL2 is missing").wait_for()
-        assert not page.locator("#look").is_visible()
-        assert page.locator("#montage").is_visible()
-        mask = downloaded(page, "head_mask.nii.gz")
-        assert mask == (files / "expected/head_mask.nii.gz").read_bytes()
+def test_a_browser_without_webgl2(page, files):
+    drop(page, files / "head.nii.gz")
+    page.locator("#plain").get_by_text("WebGL2 is missing").wait_for()
+    assert not page.locator("#look").is_visible()
+    assert page.locator("#montage").is_visible()
+    mask = downloaded(page, "head_mask.nii.gz")
+    assert mask == (files / "expected/head_mask.nii.gz").read_bytes()
 
 
 def test_expected_dsc_and_warning_on_the_page(page, server, files):
@@ -1047,9 +1072,10 @@ def test_expected_dsc_and_warning_on_the_page(page, server, files):
     assert "0.71 (0.50 to 0.83 in 8 of 10 scans)" in told and "reach about 0.84" in told
 
 
-def test_sequences_in_separate_files(page, files, tmp_path):
+def test_sequences_in_separate_files(drawing_page, files, tmp_path):
     import SimpleITK
 
+    page = drawing_page
     head = SimpleITK.ReadImage(str(files / "head.nii.gz"))
     page.get_by_text("One file per sequence").click()
     for k, name in enumerate(("pre", "flair", "post")):

@@ -10,7 +10,7 @@ import pydicom
 import pytest
 import SimpleITK as sitk
 from conftest import make_weights
-from test_app import browser, launch, post, start, stop, unpacked, visit  # noqa: F401
+from test_app import launch, opened, plain_tab, post, start, stop, unpacked  # noqa: F401
 from test_scan import write_series
 from test_visits import COARSE
 
@@ -188,8 +188,9 @@ def test_scans_that_cannot_be_followed(server, scans, names, said):
     assert answer.status_code == 400 and said in answer.json()["error"]
 
 
-def test_growth_on_the_page(server, scans, browser):  # noqa: F811
-    with visit(browser, server, 1300, 900) as page:
+def test_growth_on_the_page(server, scans, plain_tab):  # noqa: F811
+    plain_tab.set_viewport_size({"width": 1300, "height": 900})
+    with opened(plain_tab, server) as page:
         page.locator("#files").set_input_files([str(path) for path in scans])
         page.get_by_role("button", name="Segment").click()
         page.locator("#growth:not([hidden])").wait_for()
@@ -199,8 +200,8 @@ def test_growth_on_the_page(server, scans, browser):  # noqa: F811
         assert page.locator("#growth a").count() == 5
 
 
-def test_growth_of_a_folder_of_studies_on_the_page(server, studies, browser):  # noqa: F811
-    with visit(browser, server, 1300, 900) as page:
+def test_growth_of_a_folder_of_studies_on_the_page(server, studies, plain_tab):  # noqa: F811
+    with opened(plain_tab, server) as page:
         page.locator("#folder").set_input_files(str(studies))
         page.get_by_role("button", name="Segment").click()
         page.locator("#growth:not([hidden])").wait_for()
