@@ -55,7 +55,7 @@ from brainseg.splits import by_subset, list_cohort
 from brainseg.weights import shipped_weights
 
 FITTED = ("expected_dsc.png", "volume_errors.csv")
-FILES = ("scores.csv", "summary.json", "scores.png", "gallery.png", *FITTED)
+FILES = ("scores.csv", "summary.json", "scores.png", "gallery.png") + FITTED
 
 
 # fmt: off
@@ -64,7 +64,7 @@ def get_parser() -> argparse.ArgumentParser:
     parser.group("what")
     add = parser.add
     add("--images", type=Path, default="./kaggle_3m", help="folder or .zip of cases with masks")
-    add("--subset", type=str, nargs="+", choices=("all", *SUBSETS), default=["validation"],
+    add("--subset", type=str, nargs="+", choices=("all",) + SUBSETS, default=["validation"],
         help="all, train, validation, test, or several (validation)")
     add("--cases", type=str, nargs="+", help="only these cases")
     cli.add_cohort_options(parser)
@@ -135,7 +135,7 @@ def score(
         print(NO_LESION.format(len(cases)), file=sys.stderr)
     summary = compare(rows)
     shown = tables(summary)
-    shown[0].note = "\n".join([shown[0].note, *notes_on_tables(models)])
+    shown[0].note = "\n".join([shown[0].note] + notes_on_tables(models))
     print("\n\n".join(table.as_text() for table in shown))
     if left_out:
         print(f"\n{len(left_out)} cases left out: a model was trained on their patients")

@@ -39,8 +39,9 @@ Work = Callable[[Path, argparse.Namespace], Measured]
 def segment(tree: Path, *options: object) -> Measured:
     """Measure inference.py of a checkout."""
     with tempfile.TemporaryDirectory() as out:
-        command = [sys.executable, tree / "inference.py", *options]
-        return measure([*command, "--predictions", f"{out}/masks", "--figure", f"{out}/dsc.png"])
+        command = [sys.executable, tree / "inference.py"] + list(options)
+        command += ["--predictions", f"{out}/masks", "--figure", f"{out}/dsc.png"]
+        return measure(command)
 
 
 def validation(tree: Path, args: argparse.Namespace) -> Measured:
@@ -94,11 +95,11 @@ def write_inputs(args: argparse.Namespace, folder: Path) -> None:
 def checkout(commit: str, folder: Path) -> Iterator[Path]:
     """Check a commit out into a folder while the block runs."""
     git = ["git", "-C", str(ROOT), "worktree"]
-    subprocess.run([*git, "add", "--quiet", "--detach", str(folder), commit], check=True)
+    subprocess.run(git + ["add", "--quiet", "--detach", str(folder), commit], check=True)
     try:
         yield folder
     finally:
-        subprocess.run([*git, "remove", "--force", str(folder)], check=True)
+        subprocess.run(git + ["remove", "--force", str(folder)], check=True)
 
 
 def compare(work: Work, then: Path, args: argparse.Namespace) -> str:

@@ -262,7 +262,7 @@ def growth_rows(visits: Sequence[Visit]) -> list[dict]:
             row[f"bidimensional_percent_since_{name}"] = _product_change(visit, earlier.get(name))
         reasons = []
         for name, other in earlier.items():
-            against = [*differences(visit, other), *visit.apart]
+            against = differences(visit, other) + list(visit.apart)
             if against and row[f"since_{name}"]:
                 row[f"since_{name}"] = DOUBTFUL
             reasons += against

@@ -65,7 +65,7 @@ def head_coordinates(rng: np.random.Generator, slices: int, size: int) -> Array:
 def paint_head(rng: np.random.Generator, head: Array) -> tuple[Array, Array]:
     """Paint a healthy head without noise (S, H, W, 3) and its share of brain tissue (S, H, W)."""
     shape = head.shape[1:]
-    image, brain = np.zeros((*shape, 3)), np.zeros(shape)
+    image, brain = np.zeros(shape + (3,)), np.zeros(shape)
     for signal, level in _layers(rng, head):
         share = np.clip(0.5 - level * shape[1] / 5, 0, 1)  # an edge about two voxels wide
         image += share[..., None] * (np.asarray(signal) - image)
@@ -152,7 +152,7 @@ def scan(rng: np.random.Generator, image: Array) -> Array:
     shape = image.shape[:3]
     bias = np.exp(0.12 * smooth_noise(rng, (2, 3, 3), shape))[..., None]
     image = image * bias * rng.uniform(0.85, 1.1, size=3)
-    real, imaginary = 0.015 * rng.standard_normal((2, *image.shape))
+    real, imaginary = 0.015 * rng.standard_normal((2,) + image.shape)
     return (255 * np.hypot(image + real, imaginary)).clip(0, 255).astype(np.uint8)
 
 

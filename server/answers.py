@@ -5,7 +5,7 @@ import io
 import json
 import math
 import zipfile
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,10 +18,10 @@ from brainseg.io.predictions import map_files, mark_of, seg_file, write_case
 from brainseg.io.scans import Scan
 from brainseg.io.slices import Case
 from brainseg.metrics import score
-from brainseg.patients import patient_of
+from brainseg.patients import patient_of, patients_of_card
 from brainseg.reports.growth import growth_section
 from brainseg.reports.volumes import volume_row
-from brainseg.segmenter import Segmentation
+from brainseg.segmenter import Segmentation, Segmenter
 from brainseg.visits import follow, in_order_of_time
 
 from .viewer import viewer_files
@@ -74,25 +74,24 @@ def files_in(folder: Path) -> dict[str, bytes]:
 
 
 def make_answer(
-    loaded: Loaded, segmentation: Segmentation, out: Path, run: str, trained_on: Collection[str]
+    loaded: Loaded, segmentation: Segmentation, out: Path, segmenter: Segmenter
 ) -> Answer:
-    """Make the numbers, files and pictures of a case in `out`; `run` names weights and settings.
+    """Make the numbers, files and pictures of a case in `out`.
 
     The files are masks and probabilities, rounded to 0.001, in the source's geometry; montage.png,
-    <case>.gif, summary.json and .csv; and <case>_seg.dcm if there is a seg.dcm beside `out`. Scores
-    of `trained_on` patients do not count.
+    <case>.gif, summary.json and .csv; and <case>_seg.dcm if there is a seg.dcm beside `out`.
     """
     case, volume, truth, mask = loaded.case, loaded.volume, loaded.truth, segmentation.mask
     probability = np.round(segmentation.probabilities, 3)  # whole zeros make the file small
     maps = {"probability": probability}
-    write_case(out, case, volume, mask, truth, maps, run, with_pictures=False)
+    write_case(out, case, volume, mask, truth, maps, segmenter.run, with_pictures=False)
     segmentation_file = out.parent / "seg.dcm"  # made by `Reader.write_seg`, if it is possible
     if segmentation_file.exists():
         segmentation_file.rename(out / seg_file(case))
     grey = to_grey(volume)
     save_png(out / "montage.png", montage(outline(grey, mask, truth)))
     save_gif(out / f"{case.name}.gif", outline(grey, mask, truth, side=256))
-    summary = summary_of(loaded, segmentation, run, trained_on)
+    summary = summary_of(loaded, segmentation, segmenter)
     write_json(out / "summary.json", summary)
     row = summary | (summary["scores"] or {}) | {"notes": "; ".join(summary["notes"])}
     del row["scores"]
@@ -114,12 +113,13 @@ def make_answer(
     return Answer(summary, files, downloads, {"viewer": viewer})
 
 
-def summary_of(
-    loaded: Loaded, segmentation: Segmentation, run: str, trained_on: Collection[str]
-) -> dict:
-    """Return the row of volumes.csv of a case, its scores if there is a truth, and its notes."""
+def summary_of(loaded: Loaded, segmentation: Segmentation, segmenter: Segmenter) -> dict:
+    """Return the row of volumes.csv of a case, its scores if there is a truth, and its notes.
+
+    If the network was trained on its patient, the scores do not count.
+    """
     case, truth, mask = loaded.case, loaded.truth, segmentation.mask
-    summary = row_of(loaded, segmentation, run)
+    summary = row_of(loaded, segmentation, segmenter.run)
     notes = loaded.notes + list(segmentation.notes)
     further = summary["notes"].removeprefix("; ".join(notes)).removeprefix("; ")
     if further:
@@ -130,7 +130,7 @@ def summary_of(
         "spacing": case.spacing and list(case.spacing),
         "notes": list(map(in_page_words, notes)),
         "no_expected_dsc": in_page_words(segmentation.no_expected_dsc),
-        "trained_on": patient_of(case) in trained_on,
+        "trained_on": patient_of(case) in patients_of_card(segmenter.card, "train", cases=[case]),
         "scores": None,
     }
     if truth is not None:
@@ -156,7 +156,7 @@ def measured(loaded: Loaded, segmentation: Segmentation, run: str) -> Measured:
 
 
 def answer_growth(
-    scans: Sequence[Measured], fit: dict | None, out: Path, run: str, no_expected_dsc: str
+    scans: Sequence[Measured], out: Path, segmenter: Segmenter, no_expected_dsc: str
 ) -> Answer:
     """Measure the growth over one patient's scans; `no_expected_dsc` says why it has no intervals.
 
@@ -172,15 +172,15 @@ def answer_growth(
         )
     by_case = {scan.case.name: scan for scan in scans}
     in_order = [(by_case[case.name], day) for case, day in ordered[name]]
-    patient, said = follow(in_order, (fit or {}).get("volume_errors"))
+    patient, said = follow(in_order, (segmenter.expected_dsc_fit or {}).get("volume_errors"))
     if no_expected_dsc:
         said.append(f"no expected DSC, and so no intervals: {no_expected_dsc}")
     section = growth_section(patient)
     for scan, _ in in_order:
         assert isinstance(scan.case, Scan)
         (file,) = map_files(scan.case, "mask")
-        scan.case.write_map(out / file, scan.mask, mark_of(run))
-    rows = [row | {RUN: run} for row in patient.rows]
+        scan.case.write_map(out / file, scan.mask, mark_of(segmenter.run))
+    rows = [row | {RUN: segmenter.run} for row in patient.rows]
     write_table(out / "growth.csv", rows)
     (out / "growth.png").write_bytes(section["picture"])
     for row in rows:

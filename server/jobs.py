@@ -29,7 +29,6 @@ from brainseg.io.grid import Grid
 from brainseg.io.quiet import quiet
 from brainseg.io.scans import Scan
 from brainseg.io.slices import Case
-from brainseg.patients import patients_of_card
 from brainseg.phantom_head import make_volume
 from brainseg.segmenter import Segmentation, Segmenter
 
@@ -130,12 +129,10 @@ class Service:
                 check_several(parts, loaded)
                 return self._follow(loaded, folder, job)
         segmentation = self._segmentation(loaded, job, time.monotonic())
-        run, card = self.segmenter.run, self.segmenter.card
         if series_of(loaded.case) and find_spec("highdicom"):
-            algorithm = algorithm_name(self.segmenter.hashes), run or "unknown"
+            algorithm = algorithm_name(self.segmenter.hashes), self.segmenter.run or "unknown"
             self.reader.write_seg(loaded, segmentation.mask, folder, algorithm, job)
-        trained_on = patients_of_card(card, "train", cases=[loaded.case])
-        return make_answer(loaded, segmentation, out, run, trained_on)
+        return make_answer(loaded, segmentation, out, self.segmenter)
 
     def _follow(self, scans: Sequence[SentScan], folder: Path, job: Job) -> Answer:
         """Segment several scans of one patient, one after the other, and measure its growth."""
@@ -152,8 +149,7 @@ class Service:
             segmentation = self._segmentation(loaded, job, start, k, len(scans))
             no_expected_dsc = no_expected_dsc or segmentation.no_expected_dsc
             done.append(measured(loaded, segmentation, self.segmenter.run))
-        fit, run = self.segmenter.expected_dsc_fit, self.segmenter.run
-        return answer_growth(done, fit, folder / "out", run, no_expected_dsc)
+        return answer_growth(done, folder / "out", self.segmenter, no_expected_dsc)
 
     def _segmentation(
         self, loaded: Loaded, job: Job, start: float, scan: int = 0, scans: int = 1

@@ -39,7 +39,8 @@ def differences_table(
 ) -> Table:
     """List the settings that differ, and which are used; `separate`: each network has its own."""
     names = [model.name for model in networks_among(models)]
-    table = Table("Settings that differ between the models", ["setting", *names, "used for all"])
+    header = ["setting"] + names + ["used for all"]
+    table = Table("Settings that differ between the models", header)
     for setting, values in differing.items():
         row = [WORDS[setting]] + list(map(_word, values.values()))
         if separate or setting == "image_size":

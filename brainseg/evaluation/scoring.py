@@ -117,7 +117,7 @@ class TableModel:
                     f"{self.path}: {case.name} has {name} {row[name]:.0f} there, but "
                     f"{facts[name]} in {case.folder}; run inference.py on the same data"
                 )
-        return {name: row[name] for name in (*SCORES, RUN) if name in row}
+        return {name: row[name] for name in list(SCORES) + [RUN] if name in row}
 
 
 Model = NetworkModel | TableModel
@@ -130,8 +130,8 @@ def networks_among(models: Sequence[Model]) -> list[NetworkModel]:
 
 def use_settings_of_first(models: Sequence[Model]) -> None:
     """Give all networks the first one's settings, except the image size; drop other fits."""
-    first, *others = networks_among(models)
-    for model in others:
+    first = networks_among(models)[0]
+    for model in networks_among(models)[1:]:
         for setting in FITTED_WITH:
             value = getattr(first.segmenter, setting)
             if getattr(model.segmenter, setting) != value:
