@@ -70,7 +70,8 @@ def zipped(files: Mapping[str, bytes]) -> bytes:
 
 def files_in(folder: Path) -> dict[str, bytes]:
     """Read the files in a folder, and in those in it, by their names."""
-    return {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    paths = sorted(folder.rglob("*"))
+    return {path.name: path.read_bytes() for path in paths if path.is_file()}
 
 
 def make_answer(
@@ -176,10 +177,12 @@ def answer_growth(
     if no_expected_dsc:
         said.append(f"no expected DSC, and so no intervals: {no_expected_dsc}")
     section = growth_section(patient)
+    names = []
     for scan, _ in in_order:
         assert isinstance(scan.case, Scan)
         (file,) = map_files(scan.case, "mask")
         scan.case.write_map(out / file, scan.mask, mark_of(segmenter.run))
+        names.append(file.name)
     rows = [row | {RUN: segmenter.run} for row in patient.rows]
     write_table(out / "growth.csv", rows)
     (out / "growth.png").write_bytes(section["picture"])
@@ -189,6 +192,6 @@ def answer_growth(
     notes = list(map(in_page_words, notes + said))
     summary = {"case": name, "rate": section["rate"], "notes": notes, "growth": rows}
     write_json(out / "summary.json", summary)
-    files = files_in(out)
-    downloads = {file: [file] for file in files}
-    return Answer(summary, files, downloads, {"lines": section["lines"]})
+    names += ["growth.csv", "growth.png", "summary.json"]
+    downloads = {name: [name] for name in names}
+    return Answer(summary, files_in(out), downloads, {"lines": section["lines"]})
