@@ -42,12 +42,11 @@ import cli
 import utils
 from brainseg import distributed
 from brainseg.io.archives import unpacked
-from brainseg.io.dates import read_dates
 from brainseg.io.dicom_seg import algorithm_name
 from brainseg.io.files import RUN
 from brainseg.io.layouts import Source
 from brainseg.io.opening import Sequences
-from brainseg.patients import SUBSETS, names_of, patients_of_card
+from brainseg.patients import SUBSETS, names_of, patients_of_card, read_dates
 from brainseg.pipeline import Outputs, segment_all
 from brainseg.run_files import open_run
 from brainseg.segmenter import MASK_SETTINGS, Segmenter
@@ -126,6 +125,7 @@ def run(args: argparse.Namespace, options: dict, given_by: Mapping[str, str], im
     with distributed.local_rank_zero_first():
         options["device"] = distributed.rank_device(options["device"])
         segmenter = Segmenter.from_weights(weights, **options)
+    trained_on = patients_of_card(segmenter.card, "train", cases=sources)
     record = utils.provenance(args) | {
         "weights": {str(file): digest for file, digest in segmenter.hashes.items()},
         "settings": segmenter.values(MASK_SETTINGS),
@@ -139,7 +139,7 @@ def run(args: argparse.Namespace, options: dict, given_by: Mapping[str, str], im
         figure=args.figure,
         page=args.report,
         run=segmenter.run,
-        trained_on=patients_of_card(segmenter.card, "train", cases=sources),
+        trained_on=trained_on,
         probabilities=args.probabilities,
         pictures=args.pictures,
         algorithm=algorithm,

@@ -8,8 +8,8 @@ import numpy as np
 
 from .alignment import Measured
 from .arrays import Assessment, as_volume, aspect_of, volume_of
-from .io.dates import parse_date
 from .io.slices import Case
+from .patients import parse_date
 from .reports.volumes import end_warnings, volume_row
 from .segmenter import Segmenter, Spacing
 from .visits import follow, in_order_of_time

@@ -4,6 +4,7 @@ import datetime
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -12,13 +13,12 @@ import SimpleITK as sitk
 from .alignment import Measured, at_place, components_alone, grey_of, read_flair
 from .devices import in_order
 from .growth import Estimate, Visit, bidimensional, estimated_volume, growth_rows, rate_until
-from .io.dates import date_of, timepoint
 from .io.files import RUN, sentence
 from .io.layouts import Source
 from .io.predictions import find_masks
 from .io.registration import register
 from .io.slices import Case
-from .patients import counted
+from .patients import counted, date_of, timepoint
 from .quality import WARN_BELOW
 from .reports.volumes import edge_notes
 
@@ -69,17 +69,7 @@ def follow_all(
     `measured` are rows of volumes.csv, `folder` holds the masks, `errors` is the card's fit.
     """
     rows = {row["case"]: row for row in measured if row["slices"]}  # of cases that could be read
-    counts = Counter(row["patient"] for row in rows.values())
-    cases: dict[str, list[Case]] = {}
-    notes = []
-    for source in sources:
-        row = rows.get(source.name)
-        if row is None or counts[row["patient"]] < 2:
-            continue
-        try:
-            cases.setdefault(row["patient"], []).append(source.open())
-        except (ValueError, OSError) as error:  # it was there a moment ago
-            notes.append(sentence(error))
+    cases, notes = _with_several_scans(sources, rows)
     ordered, said = in_order_of_time(cases, dates)
     notes += said
     if dates and not cases:
@@ -107,6 +97,24 @@ def follow_all(
         if patient:
             patients.append(patient)
     return patients, notes
+
+
+def _with_several_scans(
+    sources: Sequence[Source], rows: Mapping[str, dict]
+) -> tuple[dict[str, list[Case]], list[str]]:
+    """Open the cases of patients with several; also return what cannot be opened, and why."""
+    counts = Counter(row["patient"] for row in rows.values())
+    cases: dict[str, list[Case]] = {}
+    notes = []
+    for source in sources:
+        row = rows.get(source.name)
+        if row is None or counts[row["patient"]] < 2:
+            continue
+        try:
+            cases.setdefault(row["patient"], []).append(source.open())
+        except (ValueError, OSError) as error:  # it was there a moment ago
+            notes.append(sentence(error))
+    return cases, notes
 
 
 def in_order_of_time(
@@ -140,10 +148,14 @@ def in_order_of_time(
             elif len(scans) > 1:
                 without.append(patient)
             continue
-        ordered[patient] = []
-        for day, name in dated:
-            ordered[patient] += [(case, day) for case in scans if case.name == name]
-        notes += _oddities(patient, days, dated)
+        by_name = {case.name: case for case in scans}
+        ordered[patient] = [(by_name[name], day) for day, name in dated]
+        for name, day in days.items():
+            if day is None:
+                notes.append(f"{name}: has no date, and no part in the growth of {patient}")
+        for (day, name), (next_day, other) in pairwise(dated):
+            if day == next_day:
+                notes.append(f"{patient}: {name} and {other} are both of {day}; check their dates")
     if without:
         notes.append(
             f"{counted(len(without), 'patient')} with several scans, such as {without[0]}, but "
@@ -161,20 +173,6 @@ def _by_timepoint(patient: str, scans: Sequence[Case]) -> list[Case]:
             return []
         by_number[number] = case
     return [by_number[number] for number in sorted(by_number)]
-
-
-def _oddities(
-    patient: str, days: Mapping[str, datetime.date | None], dated: Sequence[tuple]
-) -> list[str]:
-    """Say which scans have no date, and which are of one day."""
-    notes = []
-    for name, day in days.items():
-        if day is None:
-            notes.append(f"{name}: has no date, and no part in the growth of {patient}")
-    for (day, name), (next_day, next_name) in zip(dated, dated[1:], strict=False):
-        if day == next_day:
-            notes.append(f"{patient}: {name} and {next_name} are both of {day}; check their dates")
-    return notes
 
 
 def follow(

@@ -17,7 +17,6 @@ import inference
 from brainseg import phantom
 from brainseg.alignment import Measured, read_flair
 from brainseg.growth import Estimate, Visit, growth_rows
-from brainseg.io.dates import date_of, parse_date, read_dates, timepoint
 from brainseg.io.dicom import Series
 from brainseg.io.files import read_table
 from brainseg.io.grid import Grid
@@ -25,6 +24,7 @@ from brainseg.io.layouts import Source, find_case, list_cases
 from brainseg.io.scans import Scan
 from brainseg.io.slices import Case
 from brainseg.notebook import NotebookSegmenter
+from brainseg.patients import date_of, parse_date, read_dates, timepoint
 from brainseg.phantom import Head, scan_head, write_patients
 from brainseg.reports.growth import (
     ORANGE,
