@@ -95,6 +95,13 @@ def done(phantoms, weights, tmp_path_factory) -> Path:
     return out
 
 
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """Save no picture, which takes two thirds of a run, where none is looked at."""
+    for name in ("save_scores", "save_gallery"):
+        monkeypatch.setattr(evaluate, name, lambda *_: None)
+
+
 # Scores
 
 
@@ -138,6 +145,7 @@ def test_the_same_arguments_give_the_same_files(phantoms, done, weights, tmp_pat
         assert (tmp_path / name).read_bytes() == (done / name).read_bytes(), name
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_fingerprint_is_of_the_voxels(phantoms, weights, tmp_path):
     case = tmp_path / "images" / "phantom_004"
     shutil.copytree(phantoms / "phantom_004", case)
@@ -188,6 +196,7 @@ def test_models_are_compared_at_the_settings_of_the_first(phantoms, twins, tmp_p
         assert fitted["dsc"] == plain["dsc"] and fitted["brainseg_run"] == plain["brainseg_run"]
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_the_fit_of_another_setting_is_dropped(phantoms, twins, tmp_path):
     options = "--subset", "all", "--cases", *NAMES[3:6], "--weights", *reversed(twins)
     run(phantoms, tmp_path / "out", *options)
@@ -195,6 +204,7 @@ def test_the_fit_of_another_setting_is_dropped(phantoms, twins, tmp_path):
     assert rows[0]["dsc"] == rows[3]["dsc"] and not any(row["expected_dsc"] for row in rows)
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_own_settings_are_used_if_asked_for(phantoms, twins, tmp_path, capsys):
     options = "--subset", "all", "--cases", *NAMES[3:6], "--own-settings", "--weights", *twins
     summary = run(phantoms, tmp_path / "out", *options)
@@ -213,6 +223,7 @@ def test_equal_settings_need_no_table(done):
 # Folds and tables
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_a_patients_file_counts_against_cards(phantoms, tmp_path, weights):
     """The weights have seen phantom_001, and so the patient that only the file names."""
     patients = dict(zip(NAMES, NAMES, strict=True)) | {"phantom_001": "anna", "phantom_003": "anna"}
@@ -222,6 +233,7 @@ def test_a_patients_file_counts_against_cards(phantoms, tmp_path, weights):
     assert run(phantoms, tmp_path / "out", *options)["left out"] == [*TRAINED_ON, "phantom_003"]
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_each_case_is_scored_by_the_fold_that_left_it_out(phantoms, tmp_path):
     """One fold finds something, the other nothing, so the result shows which one was used."""
     for fold in "01":
@@ -242,6 +254,7 @@ def test_a_fold_without_a_card_is_refused(phantoms, tmp_path, weights):
     assert str(tmp_path / "cv" / "0" / "unet.pt") in message and "card" in message
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_patients_unseen_by_all_folds_get_the_ensemble(phantoms, tmp_path):
     """The scores are those of inference.py with the folder."""
     (tmp_path / "cv").mkdir()
@@ -260,6 +273,7 @@ def test_patients_unseen_by_all_folds_get_the_ensemble(phantoms, tmp_path):
     assert [row["trained_on"] for row in theirs] == ["0", "0", "1", "1"]
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_a_single_file_without_a_card_is_used_and_reported(phantoms, weights, tmp_path, capsys):
     bare = shutil.copy(weights, tmp_path / "bare.pt")
     options = "--cases", *TRAINED_ON, "--subset", "all", "--image-size", 32, "--weights", bare
@@ -267,6 +281,7 @@ def test_a_single_file_without_a_card_is_used_and_reported(phantoms, weights, tm
     assert f"{bare}: no card says what it was trained on" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_hidden_files_are_not_folds(phantoms, tmp_path):
     (tmp_path / "cv" / "0").mkdir(parents=True)
     blank_weights(tmp_path / "cv" / "0" / "unet.pt", NAMES[6:])
@@ -363,6 +378,7 @@ def test_a_file_that_is_not_a_table_is_refused(phantoms, tmp_path):
         assert "metrics.csv: is not a metrics.csv that inference.py wrote" in message
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_volume_files_are_scored_in_millimetres(pair_of_scans, weights, tmp_path):
     words = ["--images", pair_of_scans, "--weights", weights, "--predictions", tmp_path / "p"]
     words += ["--figure", tmp_path / "dsc.png", "--device", "cpu"]
