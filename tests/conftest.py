@@ -29,7 +29,8 @@ TRAINED_ON = ["phantom_001", "phantom_002"]
 Items = list[tuple]  # images and masks of a data set, as tensors
 FORK = multiprocessing.get_context("fork")
 # These take longest: a worker that got one of them last would finish long after the others.
-SLOW = "app inference train onnx campaign evaluate distributed hospital_files notebook".split()
+SLOW = "app inference train onnx evaluate campaign dicom_seg visits distributed upload".split()
+SLOW += "hospital_files hub app_growth ensemble fill outputs sequences cohorts notebook".split()
 SHARED = Path(os.environ.get("LGG", ROOT.parent / "shared" / "lgg"))
 
 
