@@ -1,5 +1,6 @@
 """Test the second network: torchvision's names, ImageNet weights by file or URL, odd sizes."""
 
+import functools
 import urllib.error
 
 import pytest
@@ -40,6 +41,7 @@ def torchvision_names(in_channels: int = 3) -> dict[str, tuple[int, ...]]:
     return names
 
 
+@functools.cache
 def imagenet_state() -> dict[str, torch.Tensor]:
     """Make a state dict as torchvision publishes it, classifier included, of made-up numbers."""
     generator = torch.Generator().manual_seed(7)
@@ -53,6 +55,11 @@ def imagenet_state() -> dict[str, torch.Tensor]:
 def model() -> ResNeXtUNet:
     torch.manual_seed(0)
     return ResNeXtUNet().eval()
+
+
+@pytest.fixture(scope="module")
+def encoder() -> ResNeXtEncoder:
+    return ResNeXtEncoder()
 
 
 @pytest.fixture(scope="module")
@@ -157,9 +164,10 @@ def test_published_file_loads_into_the_encoder(published):
     assert model.settings == {"in_channels": 3, "out_channels": 1}
 
 
-def test_published_address_is_fetched_once_and_its_hash_checked(published, hub, monkeypatch):
+def test_published_address_is_fetched_once_and_its_hash_checked(
+    encoder, published, hub, monkeypatch
+):
     monkeypatch.setattr(resnext_unet, "URL", published.as_uri())
-    encoder = ResNeXtEncoder()
     load_imagenet(encoder)
     assert torch.equal(encoder.conv1.weight, imagenet_state()["conv1.weight"])
     assert [path.name for path in hub.iterdir()] == [published.name]
@@ -189,16 +197,15 @@ def test_offline_says_so_and_what_to_do(hub, monkeypatch):
     assert str(error.value).startswith(f"{resnext_unet.URL}: ") and "\n" not in str(error.value)
 
 
-def test_damaged_copy_in_the_cache_is_named(published, hub, monkeypatch):
+def test_damaged_copy_in_the_cache_is_named(encoder, published, hub, monkeypatch):
     monkeypatch.setattr(resnext_unet, "URL", published.as_uri())
     hub.mkdir(parents=True)
     (hub / published.name).write_bytes(published.read_bytes()[:1000])
     with pytest.raises(ValueError, match=f"is damaged.*remove it from {hub}"):
-        load_imagenet(ResNeXtEncoder())
+        load_imagenet(encoder)
 
 
-def test_file_that_is_missing_or_damaged_is_refused(published, tmp_path):
-    encoder = ResNeXtEncoder()
+def test_file_that_is_missing_or_damaged_is_refused(encoder, published, tmp_path):
     for path in (tmp_path / "missing.pth", tmp_path):
         with pytest.raises(OSError, match=f"{path}: cannot be read.*give the path of"):
             load_imagenet(encoder, path)
@@ -224,11 +231,11 @@ def test_file_that_is_missing_or_damaged_is_refused(published, tmp_path):
     ],
     ids=["list", "wrapped", "unet", "unknown", "missing", "resnet"],
 )
-def test_file_of_another_network_is_refused(tmp_path, spoil, reason):
+def test_file_of_another_network_is_refused(encoder, tmp_path, spoil, reason):
     path = tmp_path / "x.pth"
     torch.save(spoil(imagenet_state()), path)
     with pytest.raises(ValueError, match=f"{path}: .*torchvision's resnext50_32x4d") as error:
-        load_imagenet(ResNeXtEncoder(), path)
+        load_imagenet(encoder, path)
     assert reason in str(error.value) and "\n" not in str(error.value)
 
 
