@@ -1,5 +1,6 @@
 """The slices of a subset, and training batches of them."""
 
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,22 @@ from torch.utils.data import Dataset
 
 from brainseg.cache import Prepared, prepare, unless_bad
 from brainseg.devices import concatenate, free_memory, in_order, to_device
+from brainseg.io.files import with_archives
+from brainseg.io.labels import odd_masks
 from brainseg.io.layouts import Source, list_cases
 from brainseg.io.slices import Case
-from brainseg.patients import names_of
-from brainseg.preprocess import neighbourhoods
-from brainseg.splits import check_folds, outside_test, select_cases, split_folds, subset_of
+from brainseg.patients import alike_names, count_patients, counted, names_of, patient_of
+from brainseg.preprocess import VERSION, neighbourhoods
+from brainseg.splits import (
+    by_subset,
+    is_placed,
+    outside_test,
+    select_cases,
+    split_folds,
+    subset_of,
+)
 
+FEW_TO_CHOOSE = 3  # validation patients; with fewer, the best epoch is hardly chosen
 MOST = 0.5  # share of a device's free memory; a training step needs the rest
 
 
@@ -105,37 +116,82 @@ def train_and_validation(
     folds: int | None = None,
     fold: int | None = None,
     skip_bad: bool = False,
-    **options: Any,
+    image_size: int = 256,
+    version: int = VERSION,
+    cache: Path | str | None = None,
+    workers: int | None = None,
 ) -> tuple[SliceDataset, SliceDataset]:
     """Open the two subsets for training; test cases are never opened.
 
     With `folds`, the subsets are those of a cross-validation (`split_folds`). With `skip_bad`,
-    cases that cannot be read are named on stderr and left out. `options` are those of `prepare`.
+    cases that cannot be read are named on stderr and left out. What follows is for `prepare`. Says
+    how large the subsets are, and on stderr what cannot be right about them.
     """
     if folds is None:
         chosen = select_cases(sources, "train") + select_cases(sources, "validation")
     else:  # every fold needs all cases except the test cases
-        check_folds(sources, folds, fold)
         chosen = outside_test(sources)
     cases = open_cases(chosen, skip_bad)
-    volumes = prepare(cases, skip_bad=skip_bad, **options)
+    volumes = prepare(cases, image_size, cache, workers, version, skip_bad)
+    cases = [volume.case for volume in volumes]
     if folds is None or fold is None:
-        names = {volume.name for volume in volumes if subset_of(volume.case) == "train"}
+        in_training = [case for case in cases if subset_of(case) == "train"]
     else:
         lesions = {volume.name: int(volume.truth.sum()) for volume in volumes}
-        cases = [volume.case for volume in volumes]
-        train, _ = split_folds(cases, folds, fold, voxels=lambda case: lesions[case.name])
-        names = set(names_of(train))
-    parts = {
-        "train": [volume for volume in volumes if volume.name in names],
-        "validate": [volume for volume in volumes if volume.name not in names],
-    }
-    for verb, part in parts.items():
+        in_training, _ = split_folds(cases, folds, fold, voxels=lambda case: lesions[case.name])
+    names = set(names_of(in_training))
+    train = [volume for volume in volumes if volume.name in names]
+    validation = [volume for volume in volumes if volume.name not in names]
+    for verb, part in (("train", train), ("validate", validation)):
         if not part:
             raise ValueError(f"no readable case is left to {verb} on")
     check_channels(volumes)
     cases[0].labels.check()
-    return SliceDataset(parts["train"]), SliceDataset(parts["validate"])
+    report_cases(train, validation, sources)
+    return SliceDataset(train), SliceDataset(validation)
+
+
+def report_cases(
+    train: Sequence[Prepared], validation: Sequence[Prepared], sources: Sequence[Source]
+) -> None:
+    """Report oddities and subset sizes; ValueError if no training case has a lesion."""
+    both = list(train) + list(validation)
+    for volume in both:
+        for note in volume.frame.notes:
+            print(with_archives(f"{volume.case.folder}: {note}"), file=sys.stderr)
+    if not any(volume.mask.any() for volume in train):
+        raise ValueError(
+            f"{train[0].case.folder}: has no lesion in its mask, and neither has any other of the "
+            f"{len(train)} training cases; check how the masks were exported, and --labels"
+        )
+    for part, volumes in (("training", train), ("validation", validation)):
+        shares = {volume.name: volume.mask.mean() for volume in volumes}
+        for oddity in odd_masks(shares, (volume.truth for volume in volumes)):
+            print(f"{part}: {oddity}", file=sys.stderr)
+    used = names_of(both)
+    subsets = {
+        "train": [volume.case for volume in train],
+        "validation": [volume.case for volume in validation],
+        "test": [case for case in by_subset(sources)["test"] if case.name not in used],
+    }
+    print(count_patients(subsets), flush=True)
+    patients = set(map(patient_of, subsets["validation"]))
+    if len(patients) < FEW_TO_CHOOSE:
+        print(
+            f"validation has {counted(len(patients), 'patient')}: its DSC says little about "
+            "others; cross-validate for a score (--folds, --fold)",
+            file=sys.stderr,
+        )
+        by_hash = {patient_of(case) for case in subsets["test"] if not is_placed(case)}
+        if by_hash:
+            print(
+                f"test: {counted(len(by_hash), 'patient')} set aside by a hash of the name; to "
+                "train on all but some of your choice: --validation NAMES",
+                file=sys.stderr,
+            )
+    question = alike_names(sources)
+    if question:
+        print(question, file=sys.stderr)
 
 
 def open_cases(sources: Sequence[Source], skip_bad: bool = False) -> list[Case]:
@@ -174,18 +230,18 @@ class BatchLoader:
         volumes = dataset.volumes
         size = sum(volume.images.nbytes for volume in volumes)
         size += sum(target.nbytes for target in dataset.targets)
+        around = neighbourhoods([len(volume.mask) for volume in volumes], neighbours)
         self.on_device = size <= MOST * free_memory(device)
         if self.on_device:
             self.place = f"{size / 2**20:,.0f} MiB of slices on {device}"
             self.images = concatenate([volume.images for volume in volumes], device)
             self.masks = concatenate(dataset.targets, device)[:, None]
-            lengths = [len(volume.mask) for volume in volumes]
-            self.slices = to_device(neighbourhoods(lengths, neighbours), device)
+            self.slices = to_device(around, device)
         else:
             self.place = f"{size / 2**20:,.0f} MiB of slices in host memory"
 
     def batches(self, drawn: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield a batch for each item of `drawn`, a tensor of slice indices (B,)."""
+        """Yield a batch, on the device, for each item of `drawn`, slice indices (B,)."""
         if self.on_device:  # indices are copied all at once, so no step waits for them
             indices = to_device(torch.cat(list(drawn)), self.device)
             for part in indices.split([len(batch) for batch in drawn]):
@@ -193,7 +249,8 @@ class BatchLoader:
         elif self.device.type == "cpu":
             yield from map(self._gathered, drawn)
         else:
-            yield from in_order(self._gathered, drawn, self.workers)
+            for images, masks in in_order(self._gathered, drawn, self.workers):
+                yield to_device(images, self.device), to_device(masks, self.device)
 
     def _gathered(self, batch: Tensor) -> tuple[Tensor, Tensor]:
         images, masks = self.dataset.batch(batch.tolist(), self.neighbours)

@@ -22,7 +22,9 @@ compared with PyTorch's before the file is written. A .pt2 is for your own progr
 """
 
 import argparse
+import hashlib
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -37,9 +39,9 @@ from brainseg.weights import (
     CARD_DEFAULTS,
     HASH,
     file_hash,
+    is_card,
     load_state,
     model_from_state,
-    named_by_hash,
     pack,
     read_card,
     save_weights,
@@ -98,6 +100,11 @@ def main(argv: list[str] | None = None) -> None:
             write_weights(path, out, args.metrics, args.subset or "validation")
 
 
+def named_by_hash(folder: Path, stem: str, suffix: str, content: bytes | memoryview) -> Path:
+    """Name a file after the first eight digits of the SHA-256 of its content."""
+    return folder / f"{stem}-{hashlib.sha256(content).hexdigest()[:8]}{suffix}"
+
+
 def write_weights(weights: Path, out: Path, metrics: Path | None, subset: str) -> None:
     """Write weights in half precision, named by their hash, and their card with any scores."""
     state = load_state(weights)
@@ -108,7 +115,8 @@ def write_weights(weights: Path, out: Path, metrics: Path | None, subset: str) -
     state = exporting.halve(state)
     content = pack(state)
     path = named_by_hash(out, name, ".pt", content)
-    check_ours(path.with_suffix(".json"), exporting.is_card)  # of these weights, or in the way
+    exported = partial(is_card, parts=("model", "settings"))  # else it is in the way
+    check_ours(path.with_suffix(".json"), exported)
     if path.exists():  # the same weights: their scores on other subsets stay
         scores = read_card(path).get("scores", {}) | card.get("scores", {})
         if scores:

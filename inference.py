@@ -41,6 +41,7 @@ from pathlib import Path
 import cli
 import utils
 from brainseg import distributed
+from brainseg.devices import rank_device, rank_workers
 from brainseg.io.archives import unpacked
 from brainseg.io.dicom_seg import algorithm_name
 from brainseg.io.files import RUN
@@ -123,7 +124,7 @@ def run(args: argparse.Namespace, options: dict, given_by: Mapping[str, str], im
     weights = args.weights or [shipped_weights("unet")]
     # The first rank of a machine caches what TensorRT builds, for the others.
     with distributed.local_rank_zero_first():
-        options["device"] = distributed.rank_device(options["device"])
+        options["device"] = rank_device(options["device"])
         segmenter = Segmenter.from_weights(weights, **options)
     trained_on = patients_of_card(segmenter.card, "train", cases=sources)
     record = utils.provenance(args) | {
@@ -146,7 +147,7 @@ def run(args: argparse.Namespace, options: dict, given_by: Mapping[str, str], im
     )
     opened = open_run(outputs, sources, args.skip_existing, segmenter, record, given_by)
     with opened as current:
-        workers = distributed.rank_workers(args.workers)
+        workers = rank_workers(args.workers)
         share = distributed.shard(sources)
         results = segment_all(share, segmenter, current.outputs, workers, bool(args.register))
         current.collect(results, len(share), sources[0].labels)

@@ -22,18 +22,23 @@ from tqdm import tqdm
 
 import cli
 import utils
-from brainseg import distributed, runs, training
+from brainseg import devices, distributed, runs, training
 from brainseg.cache import prune
-from brainseg.claims import claimed
-from brainseg.devices import has_bfloat16, pick_device, to_device
 from brainseg.distillation import soft_targets
 from brainseg.io.archives import unpacked
-from brainseg.io.layouts import Source
+from brainseg.io.files import out_of_memory, sentence
 from brainseg.metrics import dsc
 from brainseg.segmenter import Segmenter
-from brainseg.splits import list_cohort, validate_on
+from brainseg.splits import check_folds, list_cohort, validate_on
 from brainseg.training import TrainState
-from brainseg.weights import CARD_DEFAULTS, MODELS, Network
+from brainseg.weights import (
+    CARD_DEFAULTS,
+    MODELS,
+    Network,
+    build_network,
+    load_checkpoint,
+    settings_of_weights,
+)
 from dataset import BatchLoader, SliceDataset, train_and_validation
 from loss import LOSSES
 from transform import Augmentation
@@ -76,86 +81,119 @@ def main(argv: list[str] | None = None) -> None:
     errors, quiet = cli.errors_in_one_sentence(stopped), distributed.only_main_process_prints()
     with errors, quiet, distributed.process_group():
         parser = get_args_parser()
-        args = get_args(argv, parser)
+        args, checkpoint = get_args(argv, parser)
+        print(cli.summary(parser, args), flush=True)
         with unpacked(args.images) as images:
-            train(args, parser, images)
+            try:
+                stop = train(args, parser.recipe, checkpoint, images)
+            except (MemoryError, RuntimeError) as error:
+                if not out_of_memory(error):
+                    raise
+                raise ValueError(
+                    f"out of memory at --batch-size {args.batch_size}; start again with a smaller "
+                    f"one, or with a smaller --image-size or --features ({sentence(error)})"
+                ) from error
+        if stop:
+            sys.exit(128 + stop)
 
 
-def train(args: Namespace, parser: cli.Parser, images: Path) -> None:
-    """Train on the cases in `images`, or continue; a signal ends the program after a step."""
-    device = pick_device(distributed.rank_device(args.device))
+def get_args(argv: list[str] | None, parser: cli.Parser) -> tuple[Namespace, dict | None]:
+    """Read the settings, and the checkpoint to resume.
+
+    Flags win over --config, that over the checkpoint or card, that over --recipe and defaults.
+    """
+    layers = parser.read(argv)
+    args, checkpoint = parser.resolve(layers), None
+    if args.model != "unet" and parser.sources["features"] != cli.DEFAULTS:
+        parser.error("--features is for --model unet")
+    weights, stride = args.weights / f"{args.model}.pt", MODELS[args.model].stride
+    if args.resume:
+        checkpoint = load_checkpoint(weights.with_suffix(".ckpt"))
+    else:
+        if args.recipe and parser.sources["recipe"] == cli.FLAGS:  # they win over the file, too
+            values = {k: v for k, v in parser.classic.items() if k not in OF_NETWORK}
+            layers.insert(1, ("from --recipe", values))
+        if args.init_weights:
+            card = settings_of_weights(args.init_weights)
+            layers.append((f"from the card of {args.init_weights}", card))
+        if args.recipe:
+            layers.append(("from --recipe", parser.classic))
+    if checkpoint:
+        args = cli.resume(parser, layers, checkpoint["args"], weights.with_suffix(".ckpt"))
+    else:
+        args = parser.resolve(layers)
+    if args.model != "unet":
+        args.features = None
+    if (args.folds is None) != (args.fold is None):
+        parser.error("--folds and --fold go together, as in --folds 5 --fold 0")
+    if args.validation and args.folds:
+        parser.error("--validation and --folds both say what to validate on; give one")
+    if args.weights.suffix == ".pt":
+        parser.error(f"--weights {args.weights} must be a folder; the file is named after --model")
+    if args.image_size % stride:
+        parser.error(f"--image-size {args.image_size} is not a multiple of {stride}")
+    if args.init_weights and args.init_weights.resolve() == weights.resolve():
+        parser.error(f"--init-weights {args.init_weights} would be overwritten; set --weights")
+    if args.batch_size < devices.world_size():
+        raise ValueError(
+            f"--batch-size {args.batch_size} is less than one slice for each of "
+            f"{devices.world_size()} processes; raise it, or start fewer processes"
+        )
+    return args, checkpoint
+
+
+def train(args: Namespace, recipe: list[str], checkpoint: dict | None, images: Path) -> int:
+    """Train on the cases in `images`, or continue; return 0, or the signal that stopped it."""
+    device = devices.pick_device(devices.rank_device(args.device))
+    workers = devices.rank_workers(args.workers)
+    amp = devices.has_bfloat16(device) if args.amp is None else args.amp
+    cudnn = devices.cudnn(args.deterministic)
     sources = list_cohort(images, **cli.cohort_options(args))
     if args.validation:
         sources = validate_on(sources, args.validation)
-    claim = claimed(args.weights, args.logs, args.model, args.resume)
-    advice = training.batch_advice(args.batch_size)
-    with claim as checkpoint, utils.cudnn(args.deterministic), advice:
-        state, loader, validation_set = set_up(args, checkpoint, device, sources)
+    if args.folds:
+        check_folds(sources, args.folds, args.fold)
+    claim = runs.claimed(args.weights / f"{args.model}.pt", args.logs, checkpoint)
+    with claim as checkpoint, cudnn:
+        if args.prune_cache and distributed.is_main_process():
+            print(prune(args.cache))
+        with distributed.local_rank_zero_first():  # it fills the cache, the others read it
+            size, version, cache = args.image_size, args.preprocessing, args.cache
+            train_set, validation_set = train_and_validation(
+                sources, args.folds, args.fold, args.skip_bad, size, version, cache, workers
+            )
+            if args.teachers:
+                teachers = Segmenter.from_weights(args.teachers, tta=True, device=device)
+                targets = soft_targets(train_set.volumes, teachers, cache, workers)
+                train_set = SliceDataset(train_set.volumes, targets)
+            channels = train_set.in_channels * (2 * args.neighbours + 1)
+            pretrained, start = args.pretrained, args.init_weights
+            if checkpoint:
+                pretrained, start = None, None
+            model = build_network(args.model, channels, args.features, pretrained, args.seed, start)
+        weights = train_set.sampling_weights(args.background)
+        loader = BatchLoader(train_set, device, args.neighbours, workers)
+        devices.keep_freed_memory(device)
+        state = make_state(args, model, train_set, device, amp)
+        if checkpoint:
+            state.load(checkpoint, train_set.names, args.images)
+            training.report_changes(checkpoint, state, validation_set.names)
         if state.epoch >= args.epochs:
             print(f"all {args.epochs} epochs are done; raise --epochs to continue")
-            return
-        cases = loader.dataset.cases, validation_set.cases
-        settings = utils.plain(args) | {"resume": False}
-        commit = utils.git_commit()
-        with runs.RunWriter(state, *cases, settings, parser.recipe, checkpoint, commit) as writer:
-            print(cli.summary(parser, args))
+            return 0
+        settings, commit = utils.plain(args) | {"resume": False}, utils.git_commit()
+        cases, volumes = train_set.cases, validation_set.volumes
+        with runs.RunWriter(state, cases, volumes, settings, recipe, checkpoint, commit) as writer:
             print(f"{runs.headline(writer.card, state.slices)}; {loader.place}", flush=True)
-            stop = fit(args, state, loader, validation_set, writer)
-    if stop:
-        print(runs.how_to_resume(state, args.weights, args.model))
-        sys.exit(128 + stop)
-    print(f"weights: {args.weights / args.model}.pt   logs: tensorboard --logdir {args.logs}")
+            training.prepare_network(state, args.image_size if args.compile else None)
+            return fit(args, state, loader, weights, validation_set, writer)
 
 
-def set_up(
-    args: Namespace, checkpoint: dict | None, device: torch.device, sources: list[Source]
-) -> tuple[TrainState, BatchLoader, SliceDataset]:
-    """Read the data and build the network; return the state and what to train and validate on."""
-    workers = distributed.rank_workers(args.workers)
-    start, pretrained = args.init_weights, args.pretrained
-    if checkpoint:
-        start, pretrained = None, None
-    if args.prune_cache and distributed.is_main_process():
-        print(prune(args.cache))
-    with distributed.local_rank_zero_first():  # it fills the cache, the others read it
-        train_set, validation_set = open_data(args, sources, device, workers)
-        channels = train_set.in_channels * (2 * args.neighbours + 1)
-        model = training.build_network(
-            args.model, channels, args.features, pretrained, args.seed, start
-        )
-    runs.report_cases(train_set.volumes, validation_set.volumes, sources)
-    utils.keep_freed_memory(device)
-    state = make_state(args, training.on_device(model, device, args.sync_bn), train_set)
-    if checkpoint:
-        state.load(checkpoint, train_set.names, args.images)
-        runs.report_changes(checkpoint, state, validation_set.names)
-    return state, BatchLoader(train_set, device, args.neighbours, workers), validation_set
-
-
-def open_data(
-    args: Namespace, sources: list[Source], device: torch.device, workers: int | None
-) -> tuple[SliceDataset, SliceDataset]:
-    """Preprocess what to train and to validate on, and make the targets of --teachers."""
-    train_set, validation_set = train_and_validation(
-        sources,
-        args.folds,
-        args.fold,
-        args.skip_bad,
-        image_size=args.image_size,
-        version=args.preprocessing,
-        cache=args.cache,
-        workers=workers,
-    )
-    if args.teachers:
-        teachers = Segmenter.from_weights(args.teachers, tta=True, device=device)
-        targets = soft_targets(train_set.volumes, teachers, args.cache, workers)
-        train_set = SliceDataset(train_set.volumes, targets)
-    return train_set, validation_set
-
-
-def make_state(args: Namespace, model: Network, data: SliceDataset) -> TrainState:
-    """Make the state before the first step, for a network that is on its device."""
-    device, sequences = next(model.parameters()).device, data.in_channels
+def make_state(
+    args: Namespace, model: Network, data: SliceDataset, device: torch.device, amp: bool
+) -> TrainState:
+    """Make the state before the first step, with the network on its device."""
+    sequences = data.in_channels
     augmentation = Augmentation(
         scale=args.aug_scale,
         angle=args.aug_angle,
@@ -166,7 +204,7 @@ def make_state(args: Namespace, model: Network, data: SliceDataset) -> TrainStat
         strip=args.strip_skulls,
     )
     return TrainState(
-        model=model,
+        model=training.on_device(model, device, args.sync_bn),
         slices=len(data),
         batch_size=args.batch_size,
         epochs=args.epochs,
@@ -175,7 +213,7 @@ def make_state(args: Namespace, model: Network, data: SliceDataset) -> TrainStat
         warmup=args.warmup,
         weight_decay=args.weight_decay,
         ema=args.ema,
-        amp=has_bfloat16(device) if args.amp is None else args.amp,
+        amp=amp,
         seed=args.seed,
         neighbours=args.neighbours,
         loss=LOSSES[args.loss],
@@ -187,38 +225,42 @@ def fit(
     args: Namespace,
     state: TrainState,
     loader: BatchLoader,
+    weights: Tensor,
     data: SliceDataset,
     writer: runs.RunWriter,
 ) -> int:
-    """Train, validate on `data` and save until the last epoch or a signal; return it, or 0."""
-    if args.compile:  # before the ranks wait for each other's gradients
-        training.compile_ahead(state, args.image_size)
-    training.share_gradients(state)
-    weights = loader.dataset.sampling_weights(args.background)
+    """Train on slices drawn by `weights`, validate on `data` and save, epoch by epoch.
+
+    Returns 0 after the last epoch, or the signal that stopped it.
+    """
     bar = tqdm(total=args.epochs, initial=state.epoch, desc="training", unit="epoch", disable=None)
     with utils.Interruption() as interruption, bar:
         while state.epoch < args.epochs:
             start, done = time.perf_counter(), state.step * state.batch_size
             stop = train_one_epoch(state, loader, weights, interruption)
             if stop:
-                writer.checkpoint(state)
+                contents = state.contents()
+                writer.save(contents)
+                python = "python3" if devices.world_size() == 1 else "torchrun, as before, with:"
+                print(
+                    f"stopped at epoch {state.epoch + 1}, step {state.step}; continue with: "
+                    f"{python} train.py --resume --weights {args.weights} --model {args.model}"
+                )
                 return stop
             speed = (state.slices - done) / (time.perf_counter() - start)
             train_loss = state.loss_sum / state.slices
             epoch, validation = state.epoch + 1, None
-            if epoch == args.epochs or epoch % args.validate_every == 0:
-                validation = validate(state, data)
-            state.epoch, state.step, state.loss_sum = epoch, 0, 0.0
-            if validation:
+            last = epoch == args.epochs
+            if last or epoch % args.validate_every == 0:
+                drawn = args.vis_freq and (last or epoch % args.vis_freq == 0)
+                validation = validate(state, data, drawn)
                 state.best = max(validation.mean, state.best)
-                if validation.better or args.keep == "last":
-                    writer.weights(state, validation.scores)
-                if args.vis_freq and (epoch == args.epochs or epoch % args.vis_freq == 0):
-                    masks = distributed.gather(validation.masks)
-                    writer.slices(data.volumes, masks, args.vis_images, epoch)
-            writer.checkpoint(state)
-            writer.curves(state, train_loss, speed, validation)
+            state.epoch, state.step, state.loss_sum = epoch, 0, 0.0
+            contents = state.contents()
+            writer.save(contents, validation)
+            writer.report(state, train_loss, speed, validation)
             bar.update()
+    print(f"weights: {args.weights / args.model}.pt   logs: tensorboard --logdir {args.logs}")
     return 0
 
 
@@ -229,8 +271,7 @@ def train_one_epoch(
 
     Ranks share each batch: an epoch has the same slices and steps for any number of ranks.
     """
-    # Ranks share each batch: an epoch has the same slices and steps for any number of ranks.
-    generator = utils.make_generator(state.seed, 0, state.epoch)
+    generator = training.make_generator(state.seed, 0, state.epoch)
     drawn = torch.multinomial(weights, state.slices, replacement=True, generator=generator)
     batches = drawn.split(state.batch_size)[state.step :]
     parts = [distributed.shard_of_batch(batch) for batch in batches]
@@ -259,14 +300,13 @@ def train_one_epoch(
 def train_step(state: TrainState, images: Tensor, masks: Tensor, batch_size: int) -> Tensor:
     """Take one optimiser step on this rank's part of a batch; return the loss of the whole batch.
 
-    `images` (B, C, N, N) and `masks` (B, 1, N, N) are as stored. The loss stays on the device.
+    `images` (B, C, N, N) and `masks` (B, 1, N, N) are as stored, on the device, where the loss
+    stays.
     """
-    images = to_device(images, state.device).float()
-    masks = to_device(masks, state.device).float()
-    generator = utils.make_generator(state.seed, 1, state.global_step)
-    images, masks = state.augment(images, masks, generator, batch_size)
+    generator = training.make_generator(state.seed, 1, state.global_step)
+    images, masks = state.augment(images.float(), masks.float(), generator, batch_size)
     state.model.train()
-    with state.autocast():
+    with state.autocast:
         logits = state.network(images.contiguous(memory_format=torch.channels_last), logits=True)
     if batch_size <= distributed.rank():  # no slice is left for this rank: a stand-in
         logits, masks = logits[:0], masks[:0]
@@ -281,7 +321,7 @@ def train_step(state: TrainState, images: Tensor, masks: Tensor, batch_size: int
     return loss.detach()
 
 
-def validate(state: TrainState, data: SliceDataset) -> runs.Validation:
+def validate(state: TrainState, data: SliceDataset, with_masks: bool) -> runs.Validation:
     """Segment the validation cases as inference does; ranks share them."""
     distributed.broadcast_buffers(state.trained)
     options = {"batch_size": state.batch_size, "device": state.device, "amp": state.amp}
@@ -289,54 +329,20 @@ def validate(state: TrainState, data: SliceDataset) -> runs.Validation:
     results, masks = [], []
     part = distributed.shard(data.volumes)
     for volume in tqdm(part, "validating", unit="case", leave=False, disable=None):
-        images = to_device(torch.from_numpy(volume.images), state.device)
-        probabilities = segmenter.probabilities(images)
+        probabilities = segmenter.probabilities(torch.from_numpy(volume.images))
         logits = torch.logit(probabilities, eps=1e-6)  # within ± 14, always finite
         target = torch.from_numpy(volume.mask[:, None]).to(logits)
         loss = state.loss(logits, target).item()
         mask = segmenter.finish(probabilities, volume.frame)
         results.append((loss * len(mask), dsc(mask, volume.truth)))
-        masks.append(mask)
+        if with_masks:
+            masks.append(mask)
     losses, scores = zip(*distributed.gather(results), strict=True)
     loss = sum(losses) / len(data)
     state.check_finite(loss)
     better = sum(scores) / len(scores) > state.best
-    return runs.Validation(loss, dict(zip(data.names, scores, strict=True)), masks, better)
-
-
-def get_args(argv: list[str] | None, parser: cli.Parser) -> Namespace:
-    """Read the settings: flags, --config, --resume or card and --recipe, default, in that order."""
-    layers = parser.read(argv)
-    args = parser.resolve(layers)
-    if args.model != "unet" and parser.sources["features"] != cli.DEFAULTS:
-        parser.error("--features is for --model unet")
-    if args.resume:
-        path = args.weights / f"{args.model}.ckpt"
-        args = cli.resume(parser, layers, training.load_checkpoint(path)["args"], path)
-    else:
-        if args.recipe and parser.sources["recipe"] == cli.FLAGS:  # they win over the file, too
-            values = {k: v for k, v in parser.classic.items() if k not in OF_NETWORK}
-            layers.insert(1, ("from --recipe", values))
-        if args.init_weights:
-            card = training.settings_of_weights(args.init_weights)
-            layers.append((f"from the card of {args.init_weights}", card))
-        if args.recipe:
-            layers.append(("from --recipe", parser.classic))
-        args = parser.resolve(layers)
-    if args.model != "unet":
-        args.features = None
-    weights, stride = args.weights / f"{args.model}.pt", MODELS[args.model].stride
-    if (args.folds is None) != (args.fold is None):
-        parser.error("--folds and --fold go together, as in --folds 5 --fold 0")
-    if args.validation and args.folds:
-        parser.error("--validation and --folds both say what to validate on; give one")
-    if args.weights.suffix == ".pt":
-        parser.error(f"--weights {args.weights} must be a folder; the file is named after --model")
-    if args.image_size % stride:
-        parser.error(f"--image-size {args.image_size} is not a multiple of {stride}")
-    if args.init_weights and args.init_weights.resolve() == weights.resolve():
-        parser.error(f"--init-weights {args.init_weights} would be overwritten; set --weights")
-    return args
+    scores = dict(zip(data.names, scores, strict=True))
+    return runs.Validation(loss, scores, distributed.gather(masks), better)
 
 
 if __name__ == "__main__":

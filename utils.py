@@ -1,9 +1,8 @@
-"""Seeds, signals, and what a run was made with."""
+"""Signals, and what a run was made with."""
 
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import signal
 import subprocess
@@ -13,30 +12,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, suppre
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import numpy as np
-import torch
-
 from brainseg.io.files import MARK
-
-
-def make_generator(seed: int, *stream: int) -> torch.Generator:
-    """Make a CPU generator for one stream of draws, e.g. `make_generator(seed, epoch)`.
-
-    Streams are independent and can be remade at any time, so an interrupted training continues
-    with the draws that it would have made.
-    """
-    (state,) = np.random.SeedSequence(seed, spawn_key=stream).generate_state(1, np.uint64)
-    return torch.Generator().manual_seed(int(state >> np.uint64(1)))
-
-
-def keep_freed_memory(device: torch.device) -> None:
-    """Make glibc keep freed memory, if the CPU computes, as mapping each tensor afresh is slow."""
-    if device.type != "cpu":
-        return
-    with suppress(AttributeError, OSError, TypeError):  # another C library
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-4, 0)  # M_MMAP_MAX: nothing is mapped separately
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: nothing is given back
 
 
 def sigterm_interrupts() -> AbstractContextManager[None]:
@@ -70,18 +46,6 @@ def _handlers(handlers: dict[int, Callable]) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-@contextmanager
-def cudnn(deterministic: bool) -> Iterator[None]:
-    """Make cuDNN deterministic, or let it try which algorithm is the fastest."""
-    flags = torch.backends.cudnn
-    before = flags.deterministic, flags.benchmark
-    flags.deterministic, flags.benchmark = deterministic, not deterministic
-    try:
-        yield
-    finally:
-        flags.deterministic, flags.benchmark = before
 
 
 def plain(args: argparse.Namespace) -> dict:

@@ -206,7 +206,6 @@ def _stat(path: Path) -> list[int]:
 def prune(cache: Path | str | None = None) -> str:
     """Delete entries that name a source which is gone; say how many. Other files are kept."""
     cache = Path(cache or default_cache())
-    clear_leftovers(cache)
     count, freed = 0, 0
     for entry in list(cache.glob("*")):
         with suppress(OSError, ValueError, KeyError, TypeError):

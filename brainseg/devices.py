@@ -1,15 +1,20 @@
-"""Devices, and the threads that work alongside them."""
+"""What this process computes with: its device, precision, memory, cores and threads.
+
+Under torchrun, it is one of several ranks, and has a share of the machine.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 if TYPE_CHECKING:  # torch.hub's bare networks need no NumPy
@@ -17,6 +22,23 @@ if TYPE_CHECKING:  # torch.hub's bare networks need no NumPy
 
 T = TypeVar("T")
 R = TypeVar("R")
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def local_rank() -> int:
+    """Return the number of this process on its machine, from 0."""
+    return int(os.environ.get("LOCAL_RANK", rank()))
+
+
+def local_world_size() -> int:
+    return int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
 
 
 def pick_device(name: torch.device | str | None = None) -> torch.device:
@@ -31,6 +53,23 @@ def pick_device(name: torch.device | str | None = None) -> torch.device:
             f"device {name!r} is not available; leave out --device to use the best one"
         ) from error
     return device
+
+
+def rank_device(name: str | None) -> str | None:
+    """Choose this rank's device, one GPU each; ValueError for too few GPUs, or one for all."""
+    if world_size() == 1:
+        return name
+    if name and ":" in name:
+        raise ValueError(f"--device {name} names one device for all processes; give --device cuda")
+    if name not in (None, "cuda") or not torch.cuda.is_available():
+        return name
+    gpus, count, number = torch.cuda.device_count(), local_world_size(), local_rank()
+    if count > gpus:
+        raise ValueError(
+            f"{count} processes for {gpus} GPU(s); start torchrun with --nproc-per-node={gpus}"
+        )
+    torch.cuda.set_device(number)
+    return f"cuda:{number}"
 
 
 def has_bfloat16(device: torch.device) -> bool:
@@ -59,6 +98,35 @@ def available_cores() -> int:
     if hasattr(os, "sched_getaffinity"):  # Linux
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def rank_workers(workers: int | None) -> int | None:
+    """Return `workers`, or by default this rank's share of the cores (None: all of them)."""
+    if workers or world_size() == 1:
+        return workers
+    return max(1, available_cores() // local_world_size())
+
+
+def keep_freed_memory(device: torch.device) -> None:
+    """Make glibc keep freed memory, if the CPU computes, as mapping each tensor afresh is slow."""
+    if device.type != "cpu":
+        return
+    with suppress(AttributeError, OSError, TypeError):  # another C library
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-4, 0)  # M_MMAP_MAX: nothing is mapped separately
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: nothing is given back
+
+
+@contextmanager
+def cudnn(deterministic: bool) -> Iterator[None]:
+    """Make cuDNN deterministic, or let it try which algorithm is the fastest."""
+    flags = torch.backends.cudnn
+    before = flags.deterministic, flags.benchmark
+    flags.deterministic, flags.benchmark = deterministic, not deterministic
+    try:
+        yield
+    finally:
+        flags.deterministic, flags.benchmark = before
 
 
 def free_memory(device: torch.device) -> int:

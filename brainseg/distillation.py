@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from .cache import Prepared, prepare
+from .ensemble import weights_id
 from .io.files import atomic_write, default_cache, save_array
 from .segmenter import Segmenter
-from .weights import weights_id
 
 
 def soft_targets(
@@ -45,24 +45,18 @@ def soft_targets(
         if not volume.mask.any():
             targets.append(np.zeros(volume.mask.shape, np.float16))
             continue
-        predicted = _predictions(for_teachers, teachers, folder)
+        images = np.ascontiguousarray(for_teachers.images)
+        path = folder / f"{hashlib.sha256(images.data).hexdigest()[:16]}.npy"
+        if path.exists():
+            predicted = torch.from_numpy(np.load(path))
+        else:
+            predicted = teachers.probabilities(torch.from_numpy(images))[:, 0].cpu().half()
+            with atomic_write(path) as temporary:
+                save_array(temporary, predicted.numpy())
         size = volume.mask.shape[1:]
-        resized = F.interpolate(
-            torch.from_numpy(predicted)[:, None].float(), size, mode="bilinear", antialias=True
+        resized = F.interpolate(  # from (S, T, T)
+            predicted[:, None].float(), size, mode="bilinear", antialias=True
         )
         target = (resized[:, 0].numpy() + volume.mask) / 2
         targets.append(target.astype(np.float16))
     return targets
-
-
-def _predictions(volume: Prepared, teachers: Segmenter, folder: Path) -> np.ndarray:
-    """Return the teachers' probabilities (S, T, T) of a case, float16, from `folder` if kept."""
-    content = hashlib.sha256(np.ascontiguousarray(volume.images).data).hexdigest()[:16]
-    path = folder / f"{content}.npy"
-    if path.exists():
-        return np.load(path)
-    probabilities = teachers.probabilities(torch.from_numpy(np.asarray(volume.images)))
-    predicted = probabilities[:, 0].cpu().numpy().astype(np.float16)
-    with atomic_write(path) as temporary:
-        save_array(temporary, predicted)
-    return predicted

@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .devices import available_cores
+from .devices import local_rank, rank, world_size
 from .io.files import check_writable, clear_leftovers, locked, out_of_memory, sentence
 
 T = TypeVar("T")
@@ -32,25 +32,8 @@ PATIENCE = timedelta(days=1)  # for the rank that prepares data for the others
 GRACE = 3.0  # seconds that a rank leaves to the one that failed first
 
 
-def rank() -> int:
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-
-
-def world_size() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
 def is_main_process() -> bool:
     return rank() == 0
-
-
-def local_rank() -> int:
-    """Return the number of this process on its machine, from 0."""
-    return int(os.environ.get("LOCAL_RANK", rank()))
-
-
-def local_world_size() -> int:
-    return int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
 
 
 @contextlib.contextmanager
@@ -152,30 +135,6 @@ def local_rank_zero_first() -> Iterator[None]:
 def barrier() -> None:
     """Wait until every rank is here."""
     all_reduce_max(0)
-
-
-def rank_device(name: str | None) -> str | None:
-    """Choose this rank's device, one GPU each; ValueError for too few GPUs, or one for all."""
-    if world_size() == 1:
-        return name
-    if name and ":" in name:
-        raise ValueError(f"--device {name} names one device for all processes; give --device cuda")
-    if name not in (None, "cuda") or not torch.cuda.is_available():
-        return name
-    gpus, count, number = torch.cuda.device_count(), local_world_size(), local_rank()
-    if count > gpus:
-        raise ValueError(
-            f"{count} processes for {gpus} GPU(s); start torchrun with --nproc-per-node={gpus}"
-        )
-    torch.cuda.set_device(number)
-    return f"cuda:{number}"
-
-
-def rank_workers(workers: int | None) -> int | None:
-    """Return `workers`, or by default this rank's share of the cores (None: all of them)."""
-    if workers or world_size() == 1:
-        return workers
-    return max(1, available_cores() // local_world_size())
 
 
 def shard(items: Items) -> Items:

@@ -1,17 +1,18 @@
 """From the files that --weights means to one network, or several as one, ready for inference."""
 
 import copy
+import hashlib
+import json
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from .onnx import OnnxNetwork
 from .quality import FITTED_WITH, mask_settings
 from .weights import CARD_DEFAULTS, Network, load_state, model_from_state, read_card
 
@@ -153,21 +154,22 @@ def _check_together(files: Sequence[Path], folder: Path) -> None:
                 )
 
 
-def open_network(
-    files: Sequence[Path], providers: Sequence[str] | None, options: Mapping[str, Any]
-) -> tuple[Network | Ensemble | OnnxNetwork, dict]:
-    """Open an ONNX file, or weights files as one network; return it and its card.
+def weights_id(hashes: Collection[str]) -> str:
+    """Return eight digits that name weights files with these SHA-256; of one, its first ones."""
+    if len(hashes) == 1:
+        return next(iter(hashes))[:8]
+    return _first_digits(" ".join(hashes))
 
-    Of the `options` of a Segmenter, an ONNX file needs device, batch_size and image_size. Raises
-    FileNotFoundError or ValueError, naming the file, if one cannot be used.
-    """
-    if files[0].suffix == ".onnx":
-        batch_size, size = options.get("batch_size", 16), options.get("image_size")
-        model = OnnxNetwork(files[0], providers, options.get("device"), batch_size, size)
-        return model, model.card
-    if providers:
-        raise ValueError(f"{files[0]}: is not an ONNX file; leave out --providers, or give one")
-    return load_ensemble(files)
+
+def run_name(hashes: Collection[str], settings: Sequence[object]) -> str:
+    """Name weights files, by their SHA-256, and the settings that make a mask; empty for none."""
+    if not hashes:
+        return ""
+    return f"{weights_id(hashes)}-{_first_digits(json.dumps(settings))}"
+
+
+def _first_digits(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def load_ensemble(paths: Sequence[Path]) -> tuple[Network | Ensemble, dict]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from .ensemble import Ensemble, for_inference
+from .ensemble import Ensemble, for_inference, weights_id
 from .io.files import PROGRAM, RUN
 from .io.layouts import list_cases
 from .metrics import summarise
@@ -26,7 +26,7 @@ from .phantom_head import make_volume
 from .preprocess import neighbourhoods, preprocess
 from .reports.scores import read_scores
 from .splits import is_lgg, subset_of_patient
-from .weights import Network, all_finite, file_hash, weights_id
+from .weights import Network, all_finite, file_hash
 
 OPSET = 18  # the exporter's native one; ONNX Runtime reads it from 1.14 on
 
@@ -36,14 +36,6 @@ LICENCE = (
     "Saha and Mazurowski 2019 (doi:10.1016/j.compbiomed.2019.05.002): use them, and these weights, "
     "non-commercially, share alike and give credit. Not a medical device."
 )
-
-
-def is_card(path: Path) -> bool:
-    """Tell whether a JSON file is the card of exported weights."""
-    try:
-        return {"model", "settings"} <= json.loads(path.read_text()).keys()
-    except (OSError, ValueError, AttributeError):
-        return False
 
 
 def with_licence(card: dict) -> dict:

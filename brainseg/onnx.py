@@ -50,10 +50,11 @@ class OnnxNetwork:
         image_size: int | None = None,
     ):
         self.path, self._content = path, _read(path)
-        self.card = _card(self._content, path)
+        self._runtime = import_optional("onnxruntime", path)
+        self.card = _card(self._runtime, self._content, path)
         self.settings, self.stride = self.card["settings"], self.card["stride"]
         kind, _, gpu = str(device or "").partition(":")
-        available = import_optional("onnxruntime", path).get_available_providers()
+        available = self._runtime.get_available_providers()
         try:
             chosen = pick_providers(providers, kind, available)
         except ValueError as error:
@@ -111,7 +112,9 @@ class OnnxNetwork:
         threads = torch.get_num_threads()
         with self._lock:
             if threads not in self._sessions:
-                self._sessions[threads] = _open(self._content, self.path, self._providers, threads)
+                self._sessions[threads] = _open(
+                    self._runtime, self._content, self.path, self._providers, threads
+                )
             return self._sessions[threads]
 
     def _tensorrt_options(self, batch_size: int, size: int) -> dict[str, str]:
@@ -135,9 +138,10 @@ def card_of(path: Path) -> dict:
 
     Raises FileNotFoundError or ValueError if it cannot be used.
     """
-    if path.suffix == ".onnx":
-        return _card(_read(path), path)
-    return read_card(path)
+    if path.suffix != ".onnx":
+        return read_card(path)
+    content = _read(path)
+    return _card(import_optional("onnxruntime", path), content, path)
 
 
 def pick_providers(
@@ -165,14 +169,15 @@ def pick_providers(
 def _read(path: Path | str) -> bytes:
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such ONNX file; check its name")
-    return Path(path).read_bytes()
-
-
-def _card(content: bytes, path: Path | str) -> dict:
-    """Read the card in an ONNX file. Raises ValueError without one or if the hash is wrong."""
+    content = Path(path).read_bytes()
     if contradicts_name(path, content):
         raise ValueError(f"{path}: is damaged: its SHA-256 is not the one in its name; {REMEDY}")
-    session = _open(content, path, [(PROVIDERS["cpu"], {})], optimise=False)
+    return content
+
+
+def _card(runtime: Any, content: bytes, path: Path | str) -> dict:
+    """Read the card in an ONNX file. Raises ValueError without one."""
+    session = _open(runtime, content, path, [(PROVIDERS["cpu"], {})], optimise=False)
     try:
         return json.loads(session.get_modelmeta().custom_metadata_map[CARD])
     except KeyError as error:
@@ -183,10 +188,14 @@ def _card(content: bytes, path: Path | str) -> dict:
 
 
 def _open(
-    content: bytes, path: Path | str, providers: list, threads: int = 1, optimise: bool = True
+    runtime: Any,
+    content: bytes,
+    path: Path | str,
+    providers: list,
+    threads: int = 1,
+    optimise: bool = True,
 ) -> Any:
     """Open a session; ValueError, naming the file, if ONNX Runtime refuses it."""
-    runtime = import_optional("onnxruntime", path)
     options = runtime.SessionOptions()
     options.log_severity_level = 4  # errors are reported below, in a sentence
     options.intra_op_num_threads = threads

@@ -1,10 +1,12 @@
-"""Checks before a training run, and its card, weights, checkpoint and log."""
+"""The files of a training: whose those in its folders are, its card, weights, checkpoint, log."""
 
 from __future__ import annotations
 
+import json
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -15,42 +17,38 @@ import torch
 from tqdm import tqdm
 
 from .cache import Prepared
-from .distributed import is_main_process, world_size
+from .devices import world_size
+from .distributed import is_main_process, main_process_locks
 from .ensemble import weights_files
-from .io.files import sentence, with_archives, write_json
-from .io.labels import odd_masks
-from .io.layouts import Source
+from .io.files import check_ours, sentence, write_json
 from .io.pictures import outline, to_grey
 from .io.slices import Case
 from .metrics import summarise
 from .onnx import card_of
-from .patients import (
-    alike_names,
-    count_patients,
-    counted,
-    names_of,
-    patient_of,
-    patients_by_case,
-    patients_of_card,
-)
+from .patients import names_of, patient_of, patients_by_case, patients_of_card
 from .quality import mask_settings
-from .splits import by_subset, is_placed
 from .training import TrainState
-from .weights import file_hash, read_card, save_weights
+from .weights import (
+    file_hash,
+    has_card,
+    is_card,
+    load_checkpoint,
+    read_card,
+    save_tensors,
+    save_weights,
+)
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
-FEW_TO_CHOOSE = 3  # validation patients; with fewer, the best epoch is hardly chosen
-
 
 @dataclass(frozen=True)
 class Validation:
-    """Scores of the network after an epoch: loss and DSC of all ranks, masks of this rank."""
+    """Scores of the network after an epoch, on the cases of all ranks."""
 
     loss: float
     scores: dict[str, float]  # DSC by case
-    masks: list[np.ndarray]  # (S, H, W), bool, in the source geometry
+    masks: list[np.ndarray]  # (S, H, W), bool, in the source geometry; none unless they are drawn
     better: bool  # than after any epoch before
 
     @property
@@ -58,47 +56,76 @@ class Validation:
         return sum(self.scores.values()) / len(self.scores)
 
 
-def report_cases(
-    train: Sequence[Prepared], validation: Sequence[Prepared], sources: Sequence[Source]
-) -> None:
-    """Report oddities and subset sizes; ValueError if no training case has a lesion."""
-    both = list(train) + list(validation)
-    for volume in both:
-        for note in volume.frame.notes:
-            print(with_archives(f"{volume.case.folder}: {note}"), file=sys.stderr)
-    if not any(volume.mask.any() for volume in train):
+@contextmanager
+def claimed(weights: Path, logs: Path, checkpoint: dict | None) -> Iterator[dict | None]:
+    """Keep other runs from the files of `weights` (.pt) and LOGS; yield the checkpoint to resume.
+
+    A checkpoint is mended if a killed run left newer weights or a missing card. Raises OSError if a
+    folder cannot be written, ValueError if another run writes there, files in the way are not of a
+    run, or the weights are not those of the checkpoint.
+    """
+    places = (weights.parent, "--weights", weights.stem), (logs, "--logs", "logs")
+    with main_process_locks(*places):
+        if is_main_process():
+            check_ours(logs / "args.json", is_card)
+        if checkpoint and checkpoint["best"] >= 0:
+            yield _with_weights(checkpoint, weights)
+            return
+        if is_main_process():  # no epoch was kept yet
+            path = weights.with_suffix(".ckpt")
+            check_ours(path, _is_checkpoint)
+            check_ours(weights.with_suffix(".json"), is_card)
+            check_ours(weights, _is_of_a_run)
+            if path.exists() and not checkpoint:
+                after = "it and its weights are overwritten after the first epoch"
+                print(f"{path}: is from an earlier run; {after}")
+        yield checkpoint
+
+
+def _with_weights(checkpoint: dict, weights: Path) -> dict:
+    """Return a checkpoint with the card of its best weights, mending what a killed run left."""
+    if not weights.is_file():
         raise ValueError(
-            f"{train[0].case.folder}: has no lesion in its mask, and neither has any other of the "
-            f"{len(train)} training cases; check how the masks were exported, and --labels"
+            f"{weights}: is missing, with the best epoch of the checkpoint beside it; copy it "
+            "there, with its card, or start without --resume"
         )
-    for part, volumes in (("training", train), ("validation", validation)):
-        shares = {volume.name: volume.mask.mean() for volume in volumes}
-        for oddity in odd_masks(shares, (volume.truth for volume in volumes)):
-            print(f"{part}: {oddity}", file=sys.stderr)
-    used = names_of(both)
-    subsets = {
-        "train": [volume.case for volume in train],
-        "validation": [volume.case for volume in validation],
-        "test": [case for case in by_subset(sources)["test"] if case.name not in used],
-    }
-    print(count_patients(subsets), flush=True)
-    patients = set(map(patient_of, subsets["validation"]))
-    if len(patients) < FEW_TO_CHOOSE:
-        print(
-            f"validation has {counted(len(patients), 'patient')}: its DSC says little about "
-            "others; cross-validate for a score (--folds, --fold)",
-            file=sys.stderr,
-        )
-        by_hash = {patient_of(case) for case in subsets["test"] if not is_placed(case)}
-        if by_hash:
-            print(
-                f"test: {counted(len(by_hash), 'patient')} set aside by a hash of the name; to "
-                "train on all but some of your choice: --validation NAMES",
-                file=sys.stderr,
+    card = checkpoint.get("card")  # checkpoints of earlier versions have none
+    if not card or card.get("sha256") != file_hash(weights):
+        newer = read_card(weights)
+        of_this_run = bool(newer)
+        if card:
+            next_epoch = newer.get("epoch", 0) > checkpoint["epoch"]
+            of_this_run = next_epoch and newer.get("started") == card["started"]
+        if not of_this_run:
+            raise ValueError(
+                f"{weights}: is not of the same training as the checkpoint beside it; copy its "
+                "weights and their card there, or start without --resume"
             )
-    question = alike_names(sources)
-    if question:
-        print(question, file=sys.stderr)
+        best = newer.get("validation_dsc", {}).get("mean", -1)
+        return checkpoint | {"card": newer, "best": max(best, checkpoint["best"])}
+    if is_main_process() and not has_card(weights):
+        write_json(weights.with_suffix(".json"), card)
+    return checkpoint
+
+
+def _is_checkpoint(path: Path) -> bool:
+    try:
+        return bool(load_checkpoint(path))
+    except ValueError:
+        return False
+
+
+def _is_of_a_run(weights: Path) -> bool:
+    """Tell whether card or checkpoint beside weights have their hash, or are from before it."""
+    hashes = set()
+    card, checkpoint = weights.with_suffix(".json"), weights.with_suffix(".ckpt")
+    if card.exists():
+        hashes.add(json.loads(card.read_text()).get("sha256"))
+    if checkpoint.exists():
+        best = load_checkpoint(checkpoint).get("card", {})
+        if best is not None:  # else no epoch was kept yet
+            hashes.add(best.get("sha256"))
+    return hashes == {None} or file_hash(weights) in hashes
 
 
 def origin_of(init_weights: str | None, checkpoint: dict | None) -> dict | None:
@@ -191,25 +218,6 @@ def check_seen(card: dict, allowed: bool) -> None:
     print(f"{text}: the validation DSC is too high")
 
 
-def report_changes(checkpoint: dict, state: TrainState, validation: list[str]) -> None:
-    """Print what differs in a resumed run."""
-    before = checkpoint.get("validation_cases", validation)
-    if before != validation:
-        new = ", ".join(sorted(set(validation) - set(before))) or "none"
-        gone = ", ".join(sorted(set(before) - set(validation))) or "none"
-        print(
-            f"the validation cases have changed (new: {new}; gone: {gone}); the best DSC so far, "
-            f"{state.best:.3f}, is that of the earlier ones"
-        )
-    schedule, epochs = checkpoint["args"]["schedule"], checkpoint["args"]["epochs"]
-    if schedule == "cosine" and epochs != state.epochs and state.epoch < state.epochs:
-        print(
-            f"the cosine now spans {state.epochs} epochs, not {epochs}: the learning rate jumps "
-            f"from {state.learning_rate(epochs):.3g} to {state.learning_rate():.3g}, then falls "
-            f"to 0 at epoch {state.epochs}"
-        )
-
-
 def headline(card: dict, slices: int) -> str:
     """Describe network, device and data in one line."""
     device = card["device"]
@@ -218,15 +226,6 @@ def headline(card: dict, slices: int) -> str:
     if card["recipe"]["amp"]:
         device += ", half precision"
     return f"{card['model']} on {device}: {slices} slices to train on"
-
-
-def how_to_resume(state: TrainState, weights: Path, model: str) -> str:
-    """Say where a run was stopped, and the command that resumes it."""
-    python = "python3" if world_size() == 1 else "torchrun, as before, with:"
-    return (
-        f"stopped at epoch {state.epoch + 1}, step {state.step}; continue with: "
-        f"{python} train.py --resume --weights {weights} --model {model}"
-    )
 
 
 class RunWriter:
@@ -240,12 +239,14 @@ class RunWriter:
         self,
         state: TrainState,
         train: list[Case],
-        validation: list[Case],
+        validation: Sequence[Prepared],
         settings: dict,
         recipe: Sequence[str],
         checkpoint: dict | None,
         commit: str | None,
     ):
+        self.settings, self.validation = settings, validation
+        cases = [volume.case for volume in validation]
         start = origin_of(settings["init_weights"], checkpoint)
         values = {name: settings[name] for name in recipe}
         values |= {"epochs": settings["epochs"], "amp": state.amp}
@@ -254,7 +255,7 @@ class RunWriter:
             origins["initialised_from"] = start
         if settings["teachers"]:
             origins["teachers"] = origin_of_teachers(settings["teachers"])
-        self.card = make_card(state, values, train, validation, origins)
+        self.card = make_card(state, values, train, cases, origins)
         self.card["commit"] = commit
         check_seen(self.card, settings["allow_seen"] or checkpoint is not None)
         best = None  # the card of the weights kept so far
@@ -264,11 +265,10 @@ class RunWriter:
         self.more = {  # in each checkpoint
             "initialised_from": start,
             "cases": names_of(train),
-            "validation_cases": names_of(validation),
+            "validation_cases": names_of(cases),
             "args": settings | {"amp": state.amp},
             "card": best,
         }
-        self.patients = {case.name: patient_of(case) for case in validation}
         self.files = Path(settings["weights"]) / settings["model"]
         self.log: SummaryWriter | None = None
         if is_main_process():
@@ -285,23 +285,22 @@ class RunWriter:
         if self.log:
             self.log.close()
 
-    def checkpoint(self, state: TrainState) -> None:
-        if self.log:
-            state.save(self.files.with_suffix(".ckpt"), self.more)
-
-    def weights(self, state: TrainState, scores: dict[str, float]) -> None:
-        """Write the weights and their card, with the DSC of each validation case."""
+    def save(self, contents: dict, validation: Validation | None = None) -> None:
+        """Write a state: its weights and their card, if they are to be kept, and the checkpoint."""
         if not self.log:
             return
-        summary = summarise(list(scores.values()), [self.patients[name] for name in scores])
-        if "validation_seen" in self.card:
-            summary["seen_by_start_weights"] = len(self.card["validation_seen"])
-        card = self.card | {"epoch": state.epoch, "validation_dsc": summary}
-        path = self.files.with_suffix(".pt")
-        save_weights(path, state.trained.state_dict(), card)
-        self.more["card"] = read_card(path)
+        if validation and (validation.better or self.settings["keep"] == "last"):
+            patients = [patient_of(volume.case) for volume in self.validation]
+            summary = summarise(list(validation.scores.values()), patients)
+            if "validation_seen" in self.card:
+                summary["seen_by_start_weights"] = len(self.card["validation_seen"])
+            card = self.card | {"epoch": contents["epoch"], "validation_dsc": summary}
+            path = self.files.with_suffix(".pt")
+            save_weights(path, contents["ema"] or contents["model"], card)
+            self.more["card"] = read_card(path)
+        save_tensors(self.files.with_suffix(".ckpt"), contents | self.more)
 
-    def curves(
+    def report(
         self, state: TrainState, train_loss: float, speed: float, validation: Validation | None
     ) -> None:
         """Log the values of an epoch, and print them in one line; `speed` is in slices/s."""
@@ -318,20 +317,18 @@ class RunWriter:
                 values[f"dsc_by_case/{name}"] = score
             star = "*" if validation.better else " "
             line += f"  validation loss {loss:.4f}  DSC {mean:.4f} {star}"
+            self._draw(self.log, validation.masks, state.epoch)
         for name, value in values.items():
             self.log.add_scalar(name, value, state.epoch)
         tqdm.write(f"{line}  {speed:.1f} images/s")
         sys.stdout.flush()
 
-    def slices(
-        self, volumes: Sequence[Prepared], masks: Sequence[np.ndarray], most: int, epoch: int
-    ) -> None:
-        """Log up to `most` slices of the cases, outlined; none if their images are gone."""
-        if not self.log:
-            return
-        for volume, mask in zip(volumes, masks, strict=True):
-            count = min(len(mask), most)
-            most -= count
+    def _draw(self, log: SummaryWriter, masks: Sequence[np.ndarray], epoch: int) -> None:
+        """Log some slices of the cases, outlined; none if their images are gone."""
+        left = self.settings["vis_images"]
+        for volume, mask in zip(self.validation, masks, strict=False):
+            count = min(len(mask), left)
+            left -= count
             if count < 1:
                 return
             try:
@@ -340,4 +337,4 @@ class RunWriter:
                 tqdm.write(f"epoch {epoch} has no pictures: {sentence(error)}", file=sys.stderr)
                 return
             pictures = outline(grey, mask[:count], volume.truth[:count])
-            self.log.add_images(volume.name, pictures, epoch, dataformats="NHWC")
+            log.add_images(volume.name, pictures, epoch, dataformats="NHWC")

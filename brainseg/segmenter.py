@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .appearance import LOOKS, unlikeness
 from .arrays import as_volume
-from .ensemble import Ensemble, open_network, weights_files
+from .ensemble import Ensemble, load_ensemble, run_name, weights_files
 from .onnx import OnnxNetwork
 from .predictor import Predictor
 from .preprocess import VERSION, Frame, preprocess, restore
@@ -26,7 +26,7 @@ from .quality import (
     quality,
     quality_warnings,
 )
-from .weights import CARD_DEFAULTS, Network, file_hash, run_name, shipped_files
+from .weights import CARD_DEFAULTS, Network, file_hash, shipped_files
 
 VOXEL = 5.0  # mm³, see `least_voxels`
 Spacing = Sequence[float] | None  # mm from slice to slice, row to row, column to column
@@ -106,7 +106,15 @@ class Segmenter(Predictor):
         """
         files = weights_files(weights)
         given = {name: value for name, value in options.items() if value is not None}
-        model, card = open_network(files, providers, given)
+        if files[0].suffix != ".onnx":
+            if providers:
+                fault = "is not an ONNX file; leave out --providers, or give one"
+                raise ValueError(f"{files[0]}: {fault}")
+            model, card = load_ensemble(files)
+        else:
+            batch_size, size = given.get("batch_size", 16), given.get("image_size")
+            model = OnnxNetwork(files[0], providers, given.get("device"), batch_size, size)
+            card = model.card
         settings = settings_of_card(card)
         segmenter = cls(model, **settings | given)
         segmenter.card = card
@@ -254,22 +262,16 @@ def settings_text(segmenter: Segmenter) -> str:
 
 def explain_choices(segmenter: Segmenter, given: dict) -> dict[str, str]:
     """Say where each option in use is from: given, of the card, by default, or why else."""
-    of_card = {"image_size": segmenter.card.get("image_size")}
-    of_card |= mask_settings(segmenter.card)
-    reasons = {
-        "amp": "faster here" if segmenter.amp else "no faster here",
-        "device": "no accelerator" if segmenter.on_cpu else "accelerator",
-    }
-    names, sources = MASK_SETTINGS, {}
+    sources: dict[str, str] = dict.fromkeys(MASK_SETTINGS, "default")
+    of_card = {"image_size": segmenter.card.get("image_size")} | mask_settings(segmenter.card)
+    for name, value in of_card.items():
+        if value is not None:
+            sources[name] = "card"
     if not isinstance(segmenter.model, OnnxNetwork):  # which has its own precision and device
-        names += ("amp", "device")
-    for name in names:
-        reason = reasons.get(name, "default")
-        if name in given:
-            reason = "given"
-        elif of_card.get(name) is not None:
-            reason = "card"
-        sources[name] = reason
+        sources["amp"] = "faster here" if segmenter.amp else "no faster here"
+        sources["device"] = "no accelerator" if segmenter.on_cpu else "accelerator"
+    for name in sources.keys() & given.keys():
+        sources[name] = "given"
     return sources
 
 

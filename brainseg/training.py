@@ -4,31 +4,30 @@ import copy
 import inspect
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from . import weights
-from .devices import half_precision
-from .distributed import shard_of_batch, world_size
-from .io.files import out_of_memory, sentence
+from .devices import half_precision, world_size
+from .distributed import shard_of_batch
+from .io.files import out_of_memory
+from .weights import Network
 
 PROGRESS = ("epoch", "step", "loss_sum", "best")
-CHECKPOINT = {"args", "model", "ema", "optimizer", "cases", *PROGRESS}
 
 
 @dataclass(kw_only=True)
 class TrainState:
     """A training between two steps: what it was set up with, and what a checkpoint holds."""
 
-    model: weights.Network
+    model: Network
     slices: int  # per epoch
     batch_size: int
     epochs: int
@@ -55,7 +54,9 @@ class TrainState:
         parameters = list(self.model.parameters())
         self.device = parameters[0].device
         self.optimizer = torch.optim.AdamW(parameters, weight_decay=self.weight_decay, fused=True)
-        scaled = self.amp and half_precision(self.device) == torch.float16
+        dtype = half_precision(self.device)
+        self.autocast = torch.autocast(self.device.type, dtype, enabled=self.amp)
+        scaled = self.amp and dtype == torch.float16
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=scaled)
 
     @property
@@ -76,10 +77,6 @@ class TrainState:
             return rate
         steps = (epochs or self.epochs) * self.steps_per_epoch
         return rate * 0.5 * (1 + math.cos(math.pi * (self.global_step / steps)))
-
-    def autocast(self) -> torch.autocast:
-        """Compute in half precision in a `with` block, if `amp` says so."""
-        return torch.autocast(self.device.type, half_precision(self.device), enabled=self.amp)
 
     @torch.no_grad()
     def update_average(self) -> None:
@@ -109,8 +106,8 @@ class TrainState:
                 "of this epoch was written: start again with a lower --lr, or with --no-amp"
             )
 
-    def save(self, path: Path, more: dict) -> None:
-        """Write a checkpoint, with `more` for `load_checkpoint` to return; raises OSError."""
+    def contents(self) -> dict:
+        """Return what a checkpoint holds of this state, for `load`."""
         content = {
             "model": self.model.state_dict(),
             "ema": None,
@@ -121,7 +118,7 @@ class TrainState:
             content["ema"] = self.trained.state_dict()
         for name in PROGRESS:
             content[name] = getattr(self, name)
-        weights.save_tensors(path, content | more)
+        return content
 
     def load(self, checkpoint: dict, cases: list[str], images: Path | str) -> None:
         """Continue from a checkpoint; ValueError if its training cases or channels differ."""
@@ -144,21 +141,33 @@ class TrainState:
             setattr(self, name, checkpoint[name])
 
 
-def load_checkpoint(path: Path) -> dict:
-    """Load a checkpoint. Raises FileNotFoundError or ValueError, naming it, if it is not one."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: nothing to resume from; start without --resume")
-    try:
-        checkpoint = weights.load_tensors(path)
-    except ValueError as error:
-        fault = "is not a training checkpoint, or is damaged; start without --resume"
-        raise ValueError(f"{path}: {fault}") from error
-    before_version_2 = "n_averaged" in (checkpoint.get("ema") or ())  # of the preprocessing
-    if before_version_2 or not CHECKPOINT <= checkpoint.keys():
-        raise ValueError(
-            f"{path}: is not a training checkpoint of this version; start without --resume"
+def make_generator(seed: int, *stream: int) -> torch.Generator:
+    """Make a CPU generator for one stream of draws, e.g. `make_generator(seed, epoch)`.
+
+    Streams are independent and can be remade at any time, so an interrupted training continues
+    with the draws that it would have made.
+    """
+    (state,) = np.random.SeedSequence(seed, spawn_key=stream).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(state >> np.uint64(1)))
+
+
+def report_changes(checkpoint: dict, state: TrainState, validation: list[str]) -> None:
+    """Print what differs in a resumed run."""
+    before = checkpoint.get("validation_cases", validation)
+    if before != validation:
+        new = ", ".join(sorted(set(validation) - set(before))) or "none"
+        gone = ", ".join(sorted(set(before) - set(validation))) or "none"
+        print(
+            f"the validation cases have changed (new: {new}; gone: {gone}); the best DSC so far, "
+            f"{state.best:.3f}, is that of the earlier ones"
         )
-    return checkpoint
+    schedule, epochs = checkpoint["args"]["schedule"], checkpoint["args"]["epochs"]
+    if schedule == "cosine" and epochs != state.epochs and state.epoch < state.epochs:
+        print(
+            f"the cosine now spans {state.epochs} epochs, not {epochs}: the learning rate jumps "
+            f"from {state.learning_rate(epochs):.3g} to {state.learning_rate():.3g}, then falls "
+            f"to 0 at epoch {state.epochs}"
+        )
 
 
 def compile_ahead(state: TrainState, image_size: int) -> None:
@@ -177,7 +186,7 @@ def compile_ahead(state: TrainState, image_size: int) -> None:
         images = torch.zeros(shape, device=state.device)
         images = images.contiguous(memory_format=torch.channels_last)
         try:
-            with state.autocast():
+            with state.autocast:
                 state.network(images, logits=True).sum().backward()
         except RuntimeError as error:
             if out_of_memory(error):
@@ -189,8 +198,13 @@ def compile_ahead(state: TrainState, image_size: int) -> None:
     print(f"compiled in {time.perf_counter() - start:.1f} s", flush=True)
 
 
-def share_gradients(state: TrainState) -> None:
-    """Make the ranks, if there are several, end each step with the same gradients."""
+def prepare_network(state: TrainState, compile_for: int | None = None) -> None:
+    """Make the ranks, if there are several, end each step with the same gradients.
+
+    The network is compiled before if `compile_for` says the side of its slices.
+    """
+    if compile_for:  # before the ranks wait for each other's gradients
+        compile_ahead(state, compile_for)
     if world_size() == 1:
         return
     options: dict[str, Any] = {"gradient_as_bucket_view": True}
@@ -203,36 +217,7 @@ def share_gradients(state: TrainState) -> None:
     state.network = DistributedDataParallel(state.network, **options)
 
 
-def build_network(
-    name: str,
-    in_channels: int,
-    features: int | None = None,
-    pretrained: str | bool | None = None,
-    seed: int = 0,
-    init_weights: Path | None = None,
-) -> weights.Network:
-    """Build a network with random weights from `seed`, or those of a file where they fit."""
-    settings: dict[str, Any] = {"in_channels": in_channels}
-    if features:
-        settings["init_features"] = features
-    if pretrained:
-        settings["pretrained"] = pretrained
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = weights.build_model(name, **settings)
-    if init_weights:
-        unused, random = weights.initialise(model, init_weights)
-        said = "all weights were taken over"
-        if unused or random:
-            said = f"not used: {', '.join(unused) or 'nothing'}; "
-            said += f"left at random: {', '.join(random) or 'nothing'}"
-        print(f"{init_weights}: {said}")
-    return model
-
-
-def on_device(
-    model: weights.Network, device: torch.device, sync_bn: bool = False
-) -> weights.Network:
+def on_device(model: Network, device: torch.device, sync_bn: bool = False) -> Network:
     """Move the network to its device; with `sync_bn`, batch norm over the batch of all ranks."""
     if sync_bn:
         if device.type != "cuda":
@@ -240,32 +225,3 @@ def on_device(
         nn.SyncBatchNorm.convert_sync_batchnorm(model)  # its batch norms are replaced in place
     # The stub of `to` lacks memory_format.
     return model.to(device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-
-
-def settings_of_weights(path: Path) -> dict[str, int]:
-    """Return the settings of the network in a weights file and of its input, by their card."""
-    unet = weights.MODELS["unet"].settings_of(weights.load_state(path))
-    card = weights.CARD_DEFAULTS | weights.read_card(path)
-    settings = {name: card[name] for name in weights.CARD_DEFAULTS}
-    if unet:
-        settings["features"] = unet["init_features"]
-    return settings
-
-
-@contextmanager
-def batch_advice(batch_size: int) -> Iterator[None]:
-    """Refuse a batch without a slice for each rank; turn "out of memory" into what to lower."""
-    if batch_size < world_size():
-        raise ValueError(
-            f"--batch-size {batch_size} is less than one slice for each of {world_size()} "
-            "processes; raise it, or start fewer processes"
-        )
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        if not out_of_memory(error):
-            raise
-        raise ValueError(
-            f"out of memory at --batch-size {batch_size}; start again with a smaller one, or with "
-            f"a smaller --image-size or --features ({sentence(error)})"
-        ) from error

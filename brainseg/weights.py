@@ -13,8 +13,9 @@ import math
 import pickle
 import re
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,6 +31,7 @@ OTHERS = {  # made from weights, but not weights
     ".pt2": "is an exported program, refused because opening it could run code; give the weights "
     "it was made from, or an ONNX file (export.py --format onnx)",
 }
+CHECKPOINT = {"args", "model", "ema", "optimizer", "cases", "epoch", "step", "loss_sum", "best"}
 CARD_DEFAULTS = {"preprocessing": 1, "image_size": 256, "neighbours": 0}  # without a card
 FIT_TYPES = {  # of what is used of the fit of the expected DSC in a card
     "features": list, "mean": list, "deviation": list, "weights": list, "interval": list,
@@ -115,6 +117,23 @@ def load_tensors(path: Path | str) -> dict:
     return content
 
 
+def load_checkpoint(path: Path) -> dict:
+    """Load a checkpoint. Raises FileNotFoundError or ValueError, naming it, if it is not one."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: nothing to resume from; start without --resume")
+    try:
+        checkpoint = load_tensors(path)
+    except ValueError as error:
+        fault = "is not a training checkpoint, or is damaged; start without --resume"
+        raise ValueError(f"{path}: {fault}") from error
+    before_version_2 = "n_averaged" in (checkpoint.get("ema") or ())  # of the preprocessing
+    if before_version_2 or not CHECKPOINT <= checkpoint.keys():
+        raise ValueError(
+            f"{path}: is not a training checkpoint of this version; start without --resume"
+        )
+    return checkpoint
+
+
 def model_from_state(state: dict[str, Tensor], path: Path | str) -> tuple[str, Network]:
     """Build the network of a state dict, for evaluation; ValueError, naming `path`, for none."""
     for name, network in MODELS.items():
@@ -132,6 +151,33 @@ def model_from_state(state: dict[str, Tensor], path: Path | str) -> tuple[str, N
         f"{path}: weights of another architecture (first key {next(iter(state))!r}); "
         f"known here: {', '.join(MODELS)}"
     )
+
+
+def build_network(
+    name: str,
+    in_channels: int,
+    features: int | None = None,
+    pretrained: str | bool | None = None,
+    seed: int = 0,
+    init_weights: Path | None = None,
+) -> Network:
+    """Build a network with random weights from `seed`, or those of a file where they fit."""
+    settings: dict[str, Any] = {"in_channels": in_channels}
+    if features:
+        settings["init_features"] = features
+    if pretrained:
+        settings["pretrained"] = pretrained
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = build_model(name, **settings)
+    if init_weights:
+        unused, random = initialise(model, init_weights)
+        said = "all weights were taken over"
+        if unused or random:
+            said = f"not used: {', '.join(unused) or 'nothing'}; "
+            said += f"left at random: {', '.join(random) or 'nothing'}"
+        print(f"{init_weights}: {said}")
+    return model
 
 
 def initialise(model: Network, path: Path | str) -> tuple[list[str], list[str]]:
@@ -158,9 +204,9 @@ def save_weights(path: Path, state: dict[str, Tensor], card: dict) -> None:
     """Write a bare state dict and its card, with its SHA-256; both whole, or OSError."""
     content = pack(state)
     card = card | {"sha256": hashlib.sha256(content).hexdigest()}
-    with atomic_write(path) as weights, atomic_write(path.with_suffix(".json")) as description:
+    with atomic_write(path) as weights:
         weights.write_bytes(content)
-        write_json(description, card)
+        write_json(path.with_suffix(".json"), card)
 
 
 def save_tensors(path: Path, content: dict) -> None:
@@ -205,6 +251,32 @@ def read_card(path: Path | str) -> dict:
             "both again from the same place"
         )
     return content
+
+
+def is_card(path: Path, parts: Collection[str] = ("model", "settings", "cases", "recipe")) -> bool:
+    """Tell whether a JSON file is a card with these parts, by default that of a training."""
+    try:
+        return set(parts) <= json.loads(path.read_text()).keys()
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def has_card(weights: Path) -> bool:
+    """Tell whether weights have a card that belongs to them."""
+    try:
+        return bool(read_card(weights))
+    except ValueError:
+        return False
+
+
+def settings_of_weights(path: Path) -> dict[str, int]:
+    """Return the settings of the network in a weights file and of its input, by their card."""
+    unet = MODELS["unet"].settings_of(load_state(path))
+    card = CARD_DEFAULTS | read_card(path)
+    settings = {name: card[name] for name in CARD_DEFAULTS}
+    if unet:
+        settings["features"] = unet["init_features"]
+    return settings
 
 
 def check_fit(fit: dict) -> None:
@@ -268,30 +340,7 @@ def file_hash(path: Path | str) -> str:
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
-def named_by_hash(folder: Path, stem: str, suffix: str, content: bytes | memoryview) -> Path:
-    """Name a file after the first eight digits of the SHA-256 of its content."""
-    return folder / f"{stem}-{hashlib.sha256(content).hexdigest()[:8]}{suffix}"
-
-
 def contradicts_name(path: Path | str, content: bytes) -> bool:
     """Tell whether the name of a file ends in a hash that is not the one of its content."""
     named = HASH.search(Path(path).stem)
     return named is not None and not hashlib.sha256(content).hexdigest().startswith(named[1])
-
-
-def weights_id(hashes: Collection[str]) -> str:
-    """Return eight digits that name weights files with these SHA-256; of one, its first ones."""
-    if len(hashes) == 1:
-        return next(iter(hashes))[:8]
-    return _first_digits(" ".join(hashes))
-
-
-def run_name(hashes: Collection[str], settings: Sequence[object]) -> str:
-    """Name weights files, by their SHA-256, and the settings that make a mask; empty for none."""
-    if not hashes:
-        return ""
-    return f"{weights_id(hashes)}-{_first_digits(json.dumps(settings))}"
-
-
-def _first_digits(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:8]

@@ -11,8 +11,8 @@ import dataset
 from brainseg.io.layouts import find_cases, list_cases
 from brainseg.phantom import write_data_set
 from brainseg.preprocess import preprocess, preprocess_mask
+from brainseg.training import make_generator
 from dataset import BatchLoader, BrainSegmentationDataset, train_and_validation
-from utils import make_generator
 
 
 @pytest.fixture(scope="module")
@@ -198,6 +198,7 @@ def test_every_place_gives_the_batches_of_the_data_set(data, monkeypatch, neighb
     places = {"host": BatchLoader(data, torch.device("cpu"), neighbours)}
     places["ahead"] = BatchLoader(data, torch.device("cpu"), neighbours, workers=2)
     places["ahead"].device = torch.device("meta")  # neither a CPU nor CUDA: threads gather
+    monkeypatch.setattr(dataset, "to_device", lambda tensor, _: tensor)
     monkeypatch.setattr(dataset, "free_memory", lambda device: 1 << 40)
     places["device"] = BatchLoader(data, torch.device("cpu"), neighbours)
     assert [place.on_device for place in places.values()] == [False, False, True]

@@ -18,6 +18,7 @@ from torch import nn
 
 import train
 from brainseg import distributed, training, weights
+from brainseg.devices import rank_device
 from brainseg.distributed import (
     gather,
     local_rank_zero_first,
@@ -25,8 +26,8 @@ from brainseg.distributed import (
     shard,
     shard_of_batch,
 )
-from brainseg.training import TrainState, build_network
-from brainseg.weights import load_state, load_tensors, read_card
+from brainseg.training import TrainState
+from brainseg.weights import build_network, load_state, load_tensors, read_card
 from dataset import BrainSegmentationDataset
 from loss import LOSSES
 from transform import Augmentation
@@ -119,9 +120,9 @@ def test_the_first_rank_of_a_machine_works_before_the_others(tmp_path):
 
 
 def test_one_device_cannot_be_named_for_all(capfd):
-    in_processes(2, in_group(lambda: distributed.rank_device("cuda:1")))
+    in_processes(2, in_group(lambda: rank_device("cuda:1")))
     assert capfd.readouterr().err.startswith("error: --device cuda:1 names one device for all")
-    assert distributed.rank_device("cuda:1") == "cuda:1", "one process may have any"
+    assert rank_device("cuda:1") == "cuda:1", "one process may have any"
 
 
 # Gradients
@@ -138,7 +139,7 @@ def gradients(phantoms: Path, loss: str) -> list[tuple[float, dict[str, np.ndarr
             slices=len(dataset), batch_size=16, epochs=1, lr=1e-3, seed=42,
             loss=LOSSES[loss], augment=Augmentation(0.05, 15, 0.4, 0.3, 3),
         )  # fmt: skip
-        training.share_gradients(state)
+        training.prepare_network(state)
         images, masks = dataset.batch(shard_of_batch(indices))
         value = train.train_step(state, images, masks, len(indices)).item()
         results.append((value, {k: p.grad.numpy() for k, p in model.named_parameters()}))

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 import export
+from brainseg.ensemble import weights_id
 from brainseg.io.files import RUN
 from brainseg.unet import UNet
-from brainseg.weights import file_hash, load_state, model_from_state, save_weights, weights_id
+from brainseg.weights import file_hash, load_state, model_from_state, save_weights
 
 SEEN = "TCGA_CS_4942_19970222"
 UNSEEN = "TCGA_CS_4944_20010208", "TCGA_CS_6667_20011105"

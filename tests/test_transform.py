@@ -5,6 +5,7 @@ import pytest
 import torch
 from skimage.transform import SimilarityTransform, warp
 
+from brainseg.training import make_generator
 from transform import (
     Augmentation,
     drop_sequences,
@@ -13,7 +14,6 @@ from transform import (
     vary_intensity,
     widths_to_strip,
 )
-from utils import make_generator
 
 STILL = {"scale": 0, "angle": 0, "flip": 0}
 

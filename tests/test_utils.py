@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from brainseg.training import make_generator
 from cli import errors_in_one_sentence, fail
 from train import get_args_parser
-from utils import Interruption, make_generator
+from utils import Interruption
 
 
 def draws(*key: int) -> list[float]:

@@ -40,12 +40,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from brainseg.claims import fits, is_card
 from brainseg.io.files import atomic_write, remove
 from brainseg.io.slices import Case
 from brainseg.metrics import mean_text
 from brainseg.splits import list_cohort, outside_test, split_folds
-from brainseg.weights import read_card
+from brainseg.weights import has_card, is_card, read_card
 from cli import fail
 
 from .fitting import fit_student
@@ -118,7 +117,7 @@ def ship(args: argparse.Namespace, pool: Pool) -> str:
     train_all("ship", trainings, pool)
     weights, scores = out / "weights", out / "ship" / "scores"
     for earlier in weights.glob("unet-*.pt"):
-        remove(earlier, fits)
+        remove(earlier, has_card)
         remove(earlier.with_suffix(".json"), is_card)
     call(script("export.py", "--weights", *[t.weights for t in trainings], "--out", weights))
     cases = held_out_by(trainings)
