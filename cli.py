@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from brainseg.io.files import out_of_memory, sentence
 from brainseg.preprocess import VERSION
 from brainseg.weights import MODELS
 from loss import LOSSES
-from utils import sigterm_interrupts
+from utils import signal_handlers
 
 SWITCH = argparse.BooleanOptionalAction  # --x and --no-x
 FLAGS, DEFAULTS = "given", "by default"  # where the value of a setting is from
@@ -325,7 +326,7 @@ def segmenter_options(parser: argparse.ArgumentParser, args: argparse.Namespace)
 def errors_in_one_sentence(stopped: str) -> Iterator[None]:
     """Run a command; end with one sentence on bad input, with `stopped` on Ctrl-C or SIGTERM."""
     try:
-        with sigterm_interrupts():
+        with signal_handlers({signal.SIGTERM: signal.default_int_handler}):  # as Ctrl-C does
             yield
     except (ValueError, OSError) as error:
         fail(error)

@@ -8,16 +8,11 @@ import signal
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from brainseg.io.files import MARK
-
-
-def sigterm_interrupts() -> AbstractContextManager[None]:
-    """Make SIGTERM raise KeyboardInterrupt within the block, as Ctrl-C does (main thread only)."""
-    return _handlers({signal.SIGTERM: signal.default_int_handler})
 
 
 class Interruption(ExitStack):
@@ -26,7 +21,7 @@ class Interruption(ExitStack):
     signal = 0  # none yet
 
     def __enter__(self) -> Interruption:
-        self.enter_context(_handlers({signal.SIGINT: self._note, signal.SIGTERM: self._note}))
+        self.enter_context(signal_handlers({signal.SIGINT: self._note, signal.SIGTERM: self._note}))
         return self
 
     def _note(self, number: int, _frame: object) -> None:
@@ -36,7 +31,8 @@ class Interruption(ExitStack):
 
 
 @contextmanager
-def _handlers(handlers: dict[int, Callable]) -> Iterator[None]:
+def signal_handlers(handlers: dict[int, Callable]) -> Iterator[None]:
+    """Handle signals so within the block, in the main thread; nothing changes in another."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

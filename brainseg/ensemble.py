@@ -4,15 +4,16 @@ import copy
 import hashlib
 import json
 import warnings
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from .onnx import OnnxNetwork
 from .quality import FITTED_WITH, mask_settings
 from .weights import CARD_DEFAULTS, Network, load_state, model_from_state, read_card
 
@@ -170,6 +171,23 @@ def run_name(hashes: Collection[str], settings: Sequence[object]) -> str:
 
 def _first_digits(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def open_network(
+    files: Sequence[Path], providers: Sequence[str] | None, options: Mapping[str, Any]
+) -> tuple[Network | Ensemble | OnnxNetwork, dict]:
+    """Open weights files as one network, or an ONNX file; return it and its card.
+
+    Of the `options` of a Segmenter, an ONNX file needs device, batch_size and image_size. Raises
+    FileNotFoundError or ValueError, naming the file, if one cannot be used.
+    """
+    if files[0].suffix != ".onnx":
+        if providers:
+            raise ValueError(f"{files[0]}: is not an ONNX file; leave out --providers, or give one")
+        return load_ensemble(files)
+    batch_size, size = options.get("batch_size", 16), options.get("image_size")
+    model = OnnxNetwork(files[0], providers, options.get("device"), batch_size, size)
+    return model, model.card
 
 
 def load_ensemble(paths: Sequence[Path]) -> tuple[Network | Ensemble, dict]:

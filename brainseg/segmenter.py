@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .appearance import LOOKS, unlikeness
 from .arrays import as_volume
-from .ensemble import Ensemble, load_ensemble, run_name, weights_files
+from .ensemble import Ensemble, open_network, run_name, weights_files
 from .onnx import OnnxNetwork
 from .predictor import Predictor
 from .preprocess import VERSION, Frame, preprocess, restore
@@ -106,15 +106,7 @@ class Segmenter(Predictor):
         """
         files = weights_files(weights)
         given = {name: value for name, value in options.items() if value is not None}
-        if files[0].suffix != ".onnx":
-            if providers:
-                fault = "is not an ONNX file; leave out --providers, or give one"
-                raise ValueError(f"{files[0]}: {fault}")
-            model, card = load_ensemble(files)
-        else:
-            batch_size, size = given.get("batch_size", 16), given.get("image_size")
-            model = OnnxNetwork(files[0], providers, given.get("device"), batch_size, size)
-            card = model.card
+        model, card = open_network(files, providers, given)
         settings = settings_of_card(card)
         segmenter = cls(model, **settings | given)
         segmenter.card = card
@@ -209,11 +201,10 @@ def check_options(size: int, stride: int, threshold: float) -> None:
 
 def settings_of_card(card: dict) -> dict:
     """Return the options of a Segmenter that a card states, and what is assumed if it does not."""
-    fit = card.get("expected_dsc") or {}
     stated = CARD_DEFAULTS | card
     settings = {"image_size": stated["image_size"], "neighbours": stated["neighbours"]}
-    settings |= {"version": stated["preprocessing"], "expected_dsc_fit": fit}
-    return settings | mask_settings(card)
+    settings |= {"version": stated["preprocessing"]} | mask_settings(card)
+    return settings | {"expected_dsc_fit": card.get("expected_dsc") or {}}
 
 
 def note_weights(segmenter: Segmenter, settings: dict) -> None:
