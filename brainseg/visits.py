@@ -64,10 +64,7 @@ def follow_all(
     with_registration: bool = True,
     workers: int | None = None,
 ) -> tuple[list[Patient], list[str]]:
-    """Measure the growth of each patient with several scans; also return notes on what is left out.
-
-    `measured` are rows of volumes.csv, `folder` holds the masks, `errors` is the card's fit.
-    """
+    """Measure growth from masks in `folder` and rows of volumes.csv; also return notes."""
     rows = {row["case"]: row for row in measured if row["slices"]}  # of cases that could be read
     cases, notes = _with_several_scans(sources, rows)
     ordered, said = in_order_of_time(cases, dates)

@@ -15,8 +15,9 @@ function choose(field, files) {
   for (const name of others) if (chosen[name]?.length) choose(name, []);
   chosen[field] = files;
   const names = files.map((file) => file.name);
-  find(`[data-chosen=${field}]`).textContent =
-    !names.length ? "none" : names.length > 3 ? `${names[0]} … ${names.at(-1)}, ${names.length} files` : names.join(", ");
+  let text = names.join(", ") || "none";
+  if (names.length > 3) text = `${names[0]} … ${names.at(-1)}, ${names.length} files`;
+  find(`[data-chosen=${field}]`).textContent = text;
 }
 
 for (const input of document.querySelectorAll("input[type=file]")) {
@@ -186,9 +187,10 @@ async function present({ summary, viewer, downloads }) {
 }
 
 function numbers(summary) {
-  const touched = summary.slices_touched, voxels = `${summary.lesion_voxels} voxels`;
+  const touched = summary.slices_touched;
   if (!touched.length) return "The network found no lesion.";
-  const size = summary.lesion_ml === null ? voxels : `${summary.lesion_ml.toFixed(2)} ml (${voxels})`;
+  let size = `${summary.lesion_voxels} voxels`;
+  if (summary.lesion_ml !== null) size = `${summary.lesion_ml.toFixed(2)} ml (${size})`;
   return `The network found a lesion of ${size}, on ${touched.length} of ${summary.shape[0]} slices: ${touched[0]} to ${touched.at(-1)}.`;
 }
 

@@ -59,16 +59,17 @@ export async function look(viewer, names, summary) {
   nv.setDrawColormap(LABELS);
   form.querySelector("#sequences").innerHTML = "<legend>Sequence</legend>" + viewer.sequences.map((name, k) =>
     `<label><input type="radio" name="sequence" value="${k}" ${k ? "" : "checked"}>${names[name]}</label>`).join("");
-  form.querySelector("#legend").innerHTML = (summary.scores ?
-    '<span class="both">both masks</span><span class="mask">network only</span><span class="truth">true mask only</span>'
-    : '<span class="mask">mask</span>') + '<span class="heat">probability, 0 to 1</span>';
-  const components = viewer.components.map(({ ml, voxels, slice, focus }, k) => {
+  let legend = '<span class="mask">mask</span>';
+  if (summary.scores) legend = '<span class="both">both masks</span><span class="mask">network only</span><span class="truth">true mask only</span>';
+  form.querySelector("#legend").innerHTML = legend + '<span class="heat">probability, 0 to 1</span>';
+  form.querySelector("#components").textContent = viewer.components.length ? "Go to component" : "";
+  viewer.components.forEach(({ ml, voxels, slice, focus }, k) => {
     const button = Object.assign(document.createElement("button"), { type: "button" });
-    button.textContent = `${k + 1}: ${ml === null ? `${voxels} voxels` : `${ml.toFixed(2)} ml`}, slice ${slice}`;
+    const size = ml === null ? `${voxels} voxels` : `${ml.toFixed(2)} ml`;
+    button.textContent = `${k + 1}: ${size}, slice ${slice}`;
     button.addEventListener("click", () => go(focus));
-    return button;
+    form.querySelector("#components").append(button);
   });
-  form.querySelector("#components").replaceChildren(...(components.length ? ["Go to component", ...components] : []));
   reset();
 }
 
