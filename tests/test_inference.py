@@ -859,9 +859,9 @@ def test_a_gpu_takes_one_case_at_a_time(
         return result
 
     monkeypatch.setattr(Segmenter, "_network", slowly)
-    words = "--batch-size", 5, "--workers", 4, "--no-amp", "--subset", "train"
+    words = "--batch-size", 5, "--workers", 4, "--no-amp", "--subset", "train", "--no-pictures"
     assert infer(phantoms, tmp_path, weights, *words) == 0
-    names = sorted(path.name for path in (tmp_path / "predictions").glob("phantom_???"))
+    names = sorted(path.name for path in (tmp_path / "predictions").glob("phantom_*"))
     assert max(most) == 1 and len(most) == 2 * len(names) == 16, "two batches a case"
     for name in names:
         assert dsc(read_masks(tmp_path, name) > 0, read_masks(done[0], name) > 0) > 0.99
