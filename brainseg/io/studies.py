@@ -69,13 +69,11 @@ def _top(root: Path, folder: Path) -> Path:
 
 def _without_others(root: Path, studies: list[Study]) -> list[Study]:
     """Leave out studies without MR, such as CT, beside MR studies."""
-    with_mr = {_top(root, study.folder) for study in studies if mr_series(study)}
-    remaining = []
-    for study in studies:
-        is_beside = root in with_mr or _top(root, study.folder) in with_mr
-        if mr_series(study) or not is_beside:
-            remaining.append(study)
-    return remaining
+    with_mr = [study for study in studies if mr_series(study)]
+    tops = {_top(root, study.folder) for study in with_mr}
+    if root in tops:
+        return with_mr
+    return with_mr + [study for study in studies if _top(root, study.folder) not in tops]
 
 
 def mr_series(study: Study) -> list[Series]:
