@@ -149,8 +149,8 @@ def open_run(
         import_optional("highdicom", "--dicom-seg", "dicom")
         if not any(holds_dicom(source.folder) for source in sources):
             raise ValueError(f"{sources[0].folder}: is not a DICOM series; leave out --dicom-seg")
+    check_places(outputs)
     with distributed.main_process_locks((folder, "--predictions", "run")):
-        check_places(outputs)
         run = Run(outputs, segmenter, record)
         with recorded(run, given_by):
             if skip_existing:
