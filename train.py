@@ -24,7 +24,6 @@ import cli
 import utils
 from brainseg import devices, distributed, runs, training
 from brainseg.cache import prune
-from brainseg.distillation import soft_targets
 from brainseg.io.archives import unpacked
 from brainseg.io.files import out_of_memory, sentence
 from brainseg.metrics import dsc
@@ -39,7 +38,7 @@ from brainseg.weights import (
     load_checkpoint,
     settings_of_weights,
 )
-from dataset import BatchLoader, SliceDataset, train_and_validation
+from dataset import BatchLoader, SliceDataset, soft_targets, train_and_validation
 from loss import LOSSES
 from transform import Augmentation
 

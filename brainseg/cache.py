@@ -8,6 +8,7 @@ last bytes are as recorded is trusted; one of another time, such as a copy, is r
 import hashlib
 import json
 import os
+import shutil
 import sys
 import threading
 import zlib
@@ -211,7 +212,7 @@ def prune(cache: Path | str | None = None) -> str:
         with suppress(OSError, ValueError, KeyError, TypeError):
             if _is_entry(entry) and not _exists(_read_record(entry)["source"]):
                 size = sum(path.stat().st_size for path in entry.iterdir())
-                remove(entry, _is_entry)
+                shutil.rmtree(entry)
                 count, freed = count + 1, freed + size
     return f"cache: deleted {count} volumes whose sources are gone ({freed / 2**30:.1f} GiB)"
 

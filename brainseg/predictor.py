@@ -60,7 +60,6 @@ class Predictor:
         An ensemble adds a channel with the standard deviation (see `average`). `progress` is called
         after each batch with the numbers of slices done and in all.
         """
-        # `progress` is called after each batch with the numbers of slices done and in all.
         around = neighbourhoods([len(images)], self.neighbours)  # (S, 2 neighbours + 1)
         around = around.to(images.device, non_blocking=True)
         parts, done = [], 0

@@ -8,12 +8,11 @@ import torch.nn.functional as F
 import export
 import train
 from brainseg.cache import prepare
-from brainseg.distillation import soft_targets
 from brainseg.io.layouts import find_case
 from brainseg.segmenter import Segmenter
 from brainseg.unet import UNet
 from brainseg.weights import read_card
-from dataset import SliceDataset
+from dataset import SliceDataset, soft_targets
 
 
 def test_a_student_learns_from_masks_and_teachers(phantoms, tmp_path):
