@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .volume_errors import volume_interval
+from .volume_errors import scale
 
 LEAST_DAYS = 90  # between the first and last scan of a rate
 YEAR = 365.25  # days
@@ -87,11 +87,17 @@ def mean_diameter(ml: float) -> float:
 
 
 def estimated_volume(ml: float | None, expected_dsc: float | None, errors: dict | None) -> Estimate:
-    """Return a volume with its interval, by the `errors` of the weights' card."""
+    """Return a volume with its 80 % interval, by the `errors` of the weights' card.
+
+    The interval is NaN without `errors`, and without an expected DSC: for an empty mask.
+    """
     if ml is None:
         return UNKNOWN
-    low, high = volume_interval(ml, expected_dsc, errors)
-    return Estimate(ml, low, high)
+    if errors is None or expected_dsc is None:
+        return Estimate(ml)
+    low, high = errors["interval"]
+    width = float(scale(expected_dsc))
+    return Estimate(ml, ml * math.exp(low * width), ml * math.exp(high * width))
 
 
 # Diameters of an outline in one slice, as a reader draws them

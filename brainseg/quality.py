@@ -15,6 +15,7 @@ import numpy as np
 from .appearance import fit_looks, unlikeness
 from .io.files import RUN, write_json, write_table
 from .io.pictures import new_figure, save_figure
+from .metrics import values_of
 from .volume_errors import conformal_limits, fit_volume_errors
 from .weights import read_card
 
@@ -286,11 +287,8 @@ def fit_and_save(files: Sequence[Path], options: dict, rows: Sequence[dict], fol
     save_scatter(folder / "expected_dsc.png", predicted, true)
     volumes = volume_rows(rows, predicted, fit["looks"])
     write_table(folder / "volume_errors.csv", volumes)
-    fit["volume_errors"] = fit_volume_errors(
-        predicted,
-        [row["predicted_voxels"] for row in volumes],
-        [row["lesion_voxels"] for row in volumes],
-    )
+    sizes, true_sizes = values_of(volumes, "predicted_voxels"), values_of(volumes, "lesion_voxels")
+    fit["volume_errors"] = fit_volume_errors(predicted, sizes.tolist(), true_sizes.tolist())
     fit |= options
     for file in files:
         write_json(file.with_suffix(".json"), read_card(file) | {"expected_dsc": fit})

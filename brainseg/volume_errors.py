@@ -70,17 +70,3 @@ def limits_of_agreement(predicted: np.ndarray, true: np.ndarray) -> list[dict]:
             }
         )
     return rows
-
-
-def volume_interval(
-    volume: float, expected_dsc: float | None, errors: dict | None
-) -> tuple[float, float]:
-    """Return the 80 % interval of the true volume, in the unit of `volume`.
-
-    `errors` is the card's fit. NaN where there is none, or no expected DSC: an empty mask.
-    """
-    if errors is None or expected_dsc is None:
-        return math.nan, math.nan
-    low, high = errors["interval"]
-    width = float(scale(expected_dsc))
-    return volume * math.exp(low * width), volume * math.exp(high * width)

@@ -188,7 +188,7 @@ def _write_all(files: Sequence[Sent], folder: Path, limits: Limits) -> dict[str,
                     )
                 left -= _write(content, path, left)
                 names[path.name] = name
-                if len(files) > 1 and _is_archive(file.name):
+                if len(files) > 1 and file.name.lower().endswith(".zip"):
                     names[path.name] = f"{Path(plain(file.name)).stem}/{name}"
                 if left < 0:
                     most = f"more than {limits.unpacked // MIB} MiB unpacked"
@@ -206,7 +206,7 @@ def _write_all(files: Sequence[Sent], folder: Path, limits: Limits) -> dict[str,
 
 def _members(file: Sent, limits: Limits) -> Iterator[tuple[str, IO[bytes]]]:
     """Yield the file itself, or the files in a zip archive, without hidden ones."""
-    if not _is_archive(file.name):
+    if not file.name.lower().endswith(".zip"):
         parts = re.split(r"[/\\]+", file.name)
         if not is_hidden(parts):
             with open(file.path, "rb") as content:
@@ -236,10 +236,6 @@ def plain(name: str) -> str:
     if len(name.encode()) > 200:
         raise ValueError(f"{name[:40]}…: its name is too long; rename it")
     return name or "upload"
-
-
-def _is_archive(name: str) -> bool:
-    return name.lower().endswith(".zip")
 
 
 def _is_volume(name: str) -> bool:

@@ -15,6 +15,7 @@ from brainseg.growth import (
     bidimensional,
     combine,
     difference,
+    estimated_volume,
     feret_diameters,
     growth_rate,
     growth_rows,
@@ -27,7 +28,6 @@ from brainseg.volume_errors import (
     fit_volume_errors,
     limits_of_agreement,
     scale,
-    volume_interval,
 )
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -76,7 +76,7 @@ def test_interval_covers_patients_left_out():
     for k in range(len(true)):
         others = np.arange(len(true)) != k
         errors = fit_volume_errors(expected[others], predicted[others], true[others])
-        low, high = volume_interval(predicted[k], expected[k], errors)
+        _, low, high = estimated_volume(predicted[k], expected[k], errors)
         covered += low <= true[k] <= high
     assert 0.75 <= covered / len(true) <= 0.85
 
@@ -85,7 +85,7 @@ def test_interval_is_wider_for_poorer_masks():
     errors = fit_volume_errors(*read_errors())
     widths = []
     for expected in (0.95, 0.85, 0.75):
-        low, high = volume_interval(10.0, expected, errors)
+        _, low, high = estimated_volume(10.0, expected, errors)
         assert low < 10 < high
         widths.append(high - low)
     assert widths[0] < widths[1] < widths[2]
@@ -93,8 +93,8 @@ def test_interval_is_wider_for_poorer_masks():
 
 def test_interval_is_unknown_without_a_fit_or_a_lesion():
     errors = fit_volume_errors(*read_errors())
-    assert np.isnan(volume_interval(10.0, 0.9, None)).all()
-    assert np.isnan(volume_interval(0.0, None, errors)).all()
+    assert np.isnan(estimated_volume(10.0, 0.9, None)[1:]).all()
+    assert np.isnan(estimated_volume(0.0, None, errors)[1:]).all()
 
 
 def test_conformal_limits_have_finite_sample_ranks():
