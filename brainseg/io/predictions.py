@@ -75,40 +75,48 @@ def write_case(
     run: str = "",
     with_pictures: bool = True,
 ) -> list[Path]:
-    """Write masks, outlined slices, the GIF and maps, each atomically; list them, in `folder`.
+    """Write masks and maps, then outlined slices and the GIF, atomically; list them, in `folder`.
 
     Earlier results of the case are removed. `volume` is (S, H, W, C), masks are (S, H, W) bool,
     `maps` (S, H, W) float32 by kind (see `map_files`). `run` is noted in every mask.
     """
-    maps = maps or {}
     mark = mark_of(run)
-    gif = Path(f"{case.name}.gif")
     remove_earlier(folder, case, with_pictures)
-    files, single = [], []
-    target = folder / case.name
-    with name_in_errors(target), scratch(folder) as temporary:
+    files = []
+    with name_in_errors(folder / case.name), scratch(folder) as temporary:
+        for kind, values in {"mask": mask, **(maps or {})}.items():
+            paths = map_files(case, kind)
+            if isinstance(case, Scan):
+                case.write_map(folder / paths[0], values, mark)
+            else:
+                save_slices(temporary, paths, values, mark)
+                move(temporary, paths, folder)
+            files += paths
         if with_pictures:
             pictures = outline(to_grey(volume), mask, truth, side=256)
+            gif = Path(f"{case.name}.gif")
             save_gif(folder / gif, pictures)
-            single.append(gif)
-            files += picture_files(case)
-            for file, picture in zip(files, pictures, strict=True):
-                save_png(temporary / file.name, picture)
-        if not isinstance(case, Scan):
-            for kind, values in {**maps, "mask": mask * np.uint8(255)}.items():
-                for file, image in zip(map_files(case, kind), values, strict=True):
-                    save_tiff(temporary / file.name, image, mark)
-                    files.append(file)
-        if files:
-            target.mkdir(exist_ok=True)
-        for file in files:
-            (temporary / file.name).replace(folder / file)
-    if isinstance(case, Scan):
-        for kind, values in {**maps, "mask": mask}.items():
-            (file,) = map_files(case, kind)
-            case.write_map(folder / file, values, mark)
-            single.append(file)
-    return single + files
+            paths = picture_files(case)
+            for path, picture in zip(paths, pictures, strict=True):
+                save_png(temporary / path.name, picture)
+            move(temporary, paths, folder)
+            files += [gif, *paths]
+    return files
+
+
+def save_slices(folder: Path, paths: Sequence[Path], values: np.ndarray, mark: str) -> None:
+    """Write a map (S, H, W), or a bool mask as 0 and 255, as one TIFF a slice, by their names."""
+    if values.dtype == bool:
+        values = values * np.uint8(255)
+    for path, image in zip(paths, values, strict=True):
+        save_tiff(folder / path.name, image, mark)
+
+
+def move(temporary: Path, paths: Sequence[Path], folder: Path) -> None:
+    """Move finished files of a case to their places in `folder`."""
+    (folder / paths[0]).parent.mkdir(exist_ok=True)
+    for path in paths:
+        (temporary / path.name).replace(folder / path)
 
 
 def remove_earlier(folder: Path, case: Case, with_pictures: bool = True) -> None:
