@@ -768,7 +768,7 @@ def test_full_disk_leaves_no_half_written_case(phantoms, weights, tmp_path, monk
     message = refused(phantoms, tmp_path, weights, "--cases", "phantom_003")
     assert "phantom_003" in message and "space" in message.lower()
     names = sorted(path.name for path in (tmp_path / "predictions").iterdir())
-    assert names == [".brainseg-run.lock", "args.json", "phantom_003.gif", "run.json"]
+    assert names == [".brainseg-run.lock", "args.json", "run.json"]
 
 
 # Bad weights and settings
