@@ -30,6 +30,7 @@ import pytest
 import torch
 from conftest import ROOT, TRAINED_ON, make_weights
 from test_files import leave_scratch
+from test_upload import start_idle
 
 import inference
 from brainseg.phantom import make_volume, write_data_set
@@ -95,6 +96,7 @@ def test_a_port_that_is_taken_is_one_sentence(files, tmp_path, monkeypatch):
     import app
 
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr("server.jobs.Reader._start", start_idle)
     leave_scratch(tmp_path)
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(SystemExit) as stop:
         port = str(taken.getsockname()[1])
@@ -459,13 +461,14 @@ def test_another_host_name_is_refused(server):
 
 @pytest.fixture(scope="module")
 def service(files):
-    """Return what segments in this process, with its reader; its phantom is small."""
+    """Return what segments in this process; its phantom is small, and it reads no upload."""
     from brainseg.segmenter import Segmenter
     from server import jobs
     from server.unpacking import Limits
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jobs, "make_volume", lambda seed, slices, size: make_volume(seed, slices, 48))
+        patch.setattr(jobs.Reader, "_start", start_idle)
         service = jobs.Service(Segmenter.from_weights(files / "unet.pt"), Limits())
         yield service
         service.close()

@@ -522,13 +522,13 @@ def small_phantom(monkeypatch):
 
 @pytest.fixture
 def without_reader(monkeypatch):
-    """Let the process that reads be one that starts at once, and reads nothing."""
-    monkeypatch.setattr(Reader, "_start", start_sleeping)
+    """Let the process that reads be one that starts at once, and answers nothing."""
+    monkeypatch.setattr(Reader, "_start", start_idle)
 
 
-def start_sleeping(_: Reader) -> subprocess.Popen:
+def start_idle(_: Reader) -> subprocess.Popen:
     return subprocess.Popen(
-        ["sleep", "600"],
+        ["sh", "-c", "cat > /dev/null"],  # it ends with this process
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -679,7 +679,7 @@ def test_an_abandoned_job_is_stopped(monkeypatch, without_reader):
 
 def test_an_abandoned_upload_is_read_no_further(service, monkeypatch):
     service.reader._kill()
-    service.reader._process = start_sleeping(service.reader)
+    service.reader._process = start_idle(service.reader)
     job = service.submit({"images": named(**{"a.nii": b"x"})})
     while service.reader.job is None:
         time.sleep(0.01)
