@@ -32,16 +32,7 @@ from pathlib import Path
 import cli
 import utils
 from brainseg import distributed
-from brainseg.evaluation import scoring
-from brainseg.evaluation.report import (
-    case_table,
-    differences_table,
-    differing_settings,
-    notes_on_tables,
-    save_gallery,
-    save_scores,
-    tables,
-)
+from brainseg.evaluation import report, scoring
 from brainseg.evaluation.statistics import compare
 from brainseg.io.archives import unpacked
 from brainseg.io.files import check_ours, check_page, remove, write_json, write_table
@@ -98,9 +89,9 @@ def run(args: argparse.Namespace, options: dict, images: Path) -> None:
     models = scoring.open_models(args.weights, options, sources)
     if args.fit_expected_dsc:
         scoring.model_to_fit(models)
-    differing = differing_settings(models)
+    differing = report.differing_settings(models)
     if differing:
-        print(differences_table(differing, models, args.own_settings).as_text(), end="\n\n")
+        print(report.differences_table(differing, models, args.own_settings).as_text(), end="\n\n")
         if not args.own_settings:
             scoring.use_settings_of_first(models)
     if not args.fit_expected_dsc:
@@ -134,8 +125,8 @@ def score(
     if not any(row["lesion_voxels"] for row in rows[models[0].name]):
         print(NO_LESION.format(len(cases)), file=sys.stderr)
     summary = compare(rows)
-    shown = tables(summary)
-    shown[0].note = "\n".join([shown[0].note] + notes_on_tables(models))
+    shown = report.tables(summary)
+    shown[0].note = "\n".join([shown[0].note] + report.notes_on_tables(models))
     print("\n\n".join(table.as_text() for table in shown))
     if left_out:
         print(f"\n{len(left_out)} cases left out: a model was trained on their patients")
@@ -154,16 +145,16 @@ def score(
     }
     write_json(args.out / "summary.json", details | {"models": summary})
     figures = {"DSC of every case": args.out / "scores.png"}
-    save_scores(args.out / "scores.png", rows)
+    report.save_scores(args.out / "scores.png", rows)
     remove(args.out / "gallery.png")  # of an earlier run
     if pictures:
         figures["Worst, median and best case of each model"] = args.out / "gallery.png"
-        save_gallery(args.out / "gallery.png", rows, pictures)
+        report.save_gallery(args.out / "gallery.png", rows, pictures)
     if args.report:
         title = f"brainseg: {', '.join(rows)}"
-        shown.append(case_table(rows))
+        shown.append(report.case_table(rows))
         if differing:
-            shown.insert(0, differences_table(differing, models, args.own_settings))
+            shown.insert(0, report.differences_table(differing, models, args.own_settings))
         pngs = {name: path.read_bytes() for name, path in figures.items()}
         write_page(args.report, "comparison.html", title, details, tables=shown, pictures=pngs)
     print(f"\ntables and pictures: {args.out}")

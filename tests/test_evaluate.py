@@ -99,7 +99,7 @@ def done(phantoms, weights, tmp_path_factory) -> Path:
 def no_pictures(monkeypatch):
     """Save no picture, which takes two thirds of a run, where none is looked at."""
     for name in ("save_scores", "save_gallery"):
-        monkeypatch.setattr(evaluate, name, lambda *_: None)
+        monkeypatch.setattr(evaluate.report, name, lambda *_: None)
 
 
 # Scores
