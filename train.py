@@ -232,6 +232,7 @@ def fit(
 
     Returns 0 after the last epoch, or the signal that stopped it.
     """
+    stop = 0
     bar = tqdm(total=args.epochs, initial=state.epoch, desc="training", unit="epoch", disable=None)
     with utils.Interruption() as interruption, bar:
         while state.epoch < args.epochs:
@@ -240,12 +241,7 @@ def fit(
             if stop:
                 contents = state.contents()
                 writer.save(contents)
-                python = "python3" if devices.world_size() == 1 else "torchrun, as before, with:"
-                print(
-                    f"stopped at epoch {state.epoch + 1}, step {state.step}; continue with: "
-                    f"{python} train.py --resume --weights {args.weights} --model {args.model}"
-                )
-                return stop
+                break
             speed = (state.slices - done) / (time.perf_counter() - start)
             train_loss = state.loss_sum / state.slices
             epoch, validation = state.epoch + 1, None
@@ -259,8 +255,15 @@ def fit(
             writer.save(contents, validation)
             writer.report(state, train_loss, speed, validation)
             bar.update()
-    print(f"weights: {args.weights / args.model}.pt   logs: tensorboard --logdir {args.logs}")
-    return 0
+    if stop:
+        python = "python3" if devices.world_size() == 1 else "torchrun, as before, with:"
+        print(
+            f"stopped at epoch {state.epoch + 1}, step {state.step}; continue with: "
+            f"{python} train.py --resume --weights {args.weights} --model {args.model}"
+        )
+    else:
+        print(f"weights: {args.weights / args.model}.pt   logs: tensorboard --logdir {args.logs}")
+    return stop
 
 
 def train_one_epoch(
@@ -299,8 +302,7 @@ def train_one_epoch(
 def train_step(state: TrainState, images: Tensor, masks: Tensor, batch_size: int) -> Tensor:
     """Take one optimiser step on this rank's part of a batch; return the loss of the whole batch.
 
-    `images` (B, C, N, N) and `masks` (B, 1, N, N) are as stored, on the device, where the loss
-    stays.
+    `images` (B, C, N, N) and `masks` (B, 1, N, N), as stored, and the loss are on the device.
     """
     generator = training.make_generator(state.seed, 1, state.global_step)
     images, masks = state.augment(images.float(), masks.float(), generator, batch_size)

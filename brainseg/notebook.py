@@ -1,20 +1,34 @@
 """Segment arrays, rate the masks, and measure growth: the class behind torch.hub's `segmenter`."""
 
 import datetime
+import math
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from .alignment import Measured
-from .arrays import Assessment, as_volume, aspect_of, volume_of
 from .io.slices import Case
 from .patients import parse_date
 from .reports.volumes import end_warnings, volume_row
-from .segmenter import Segmenter, Spacing
+from .segmenter import Segmenter, Spacing, as_volume
 from .visits import follow, in_order_of_time
 
 Date = datetime.date | str  # as 2014-03-02 or 20140302
+
+
+@dataclass(frozen=True)
+class Assessment:
+    """A mask, how large it is, and how good it probably is."""
+
+    mask: np.ndarray  # (S, H, W) bool
+    probabilities: np.ndarray  # of lesion, (S, H, W) float32
+    ml: float | None  # volume of the mask; None without a spacing
+    expected_dsc: float | None  # None if the mask is empty or the weights have no fit
+    expected_dsc_low: float | None  # the DSC of 80 % of such masks is between this
+    expected_dsc_high: float | None  # and this
+    warnings: list[str]  # a sentence each; empty if nothing calls for a second look
 
 
 class NotebookSegmenter(Segmenter):
@@ -69,3 +83,27 @@ class NotebookSegmenter(Segmenter):
             case, volume, result.mask, result.expected, result.warnings, replaced=result.replaced
         )
         return Measured(case, result.mask, row)
+
+
+def aspect_of(spacing: Sequence[float] | None) -> float:
+    """Return the height of a pixel over its width; 1 without a spacing.
+
+    Raises ValueError unless a spacing is three lengths in mm: of slices, rows and columns.
+    """
+    if spacing is None:
+        return 1.0
+    if np.shape(spacing) != (3,) or not all(
+        math.isfinite(length) and length > 0 for length in spacing
+    ):
+        raise ValueError(
+            f"spacing {spacing}: must be three lengths in mm, in the order of the axes: from slice "
+            "to slice, from row to row, from column to column"
+        )
+    return spacing[1] / spacing[2]
+
+
+def volume_of(mask: np.ndarray, spacing: Sequence[float] | None) -> float | None:
+    """Return the volume of a mask in ml, or None without a spacing in mm."""
+    if spacing is None:
+        return None
+    return float(mask.sum() * math.prod(spacing) / 1000)

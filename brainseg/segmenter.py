@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from .appearance import LOOKS, unlikeness
-from .arrays import as_volume
 from .ensemble import Ensemble, open_network, run_name, weights_files
+from .io.files import by
 from .onnx import OnnxNetwork
 from .predictor import Predictor
 from .preprocess import VERSION, Frame, preprocess, restore
@@ -28,6 +28,7 @@ from .quality import (
 )
 from .weights import CARD_DEFAULTS, Network, file_hash, shipped_files
 
+SHAPES = "(slices, rows, columns) of FLAIR, or (slices, rows, columns, channels)"
 VOXEL = 5.0  # mm³, see `least_voxels`
 Spacing = Sequence[float] | None  # mm from slice to slice, row to row, column to column
 DIFFERENT_FITS = (
@@ -175,6 +176,41 @@ class Segmenter(Predictor):
         return Segmentation(
             mask, lesion, deviation, features, expected, warnings, frame.replaced, notes, missing
         )
+
+
+def as_volume(array: np.ndarray, channels: int) -> np.ndarray:
+    """Return an array (S, H, W), (S, H, W, 1) or (S, H, W, C) as a volume with `channels`.
+
+    One channel is FLAIR, which stands in for the other two of three. Raises ValueError, with a
+    remedy, for axes in another number or order.
+    """
+    volume = np.asarray(array)
+    shape = volume.shape
+    if volume.ndim not in (3, 4):
+        raise ValueError(
+            f"a volume is {SHAPES}, not {shape}; give one whole scan (slice[None] is one slice)"
+        )
+    if volume.ndim == 3 and shape[2] in (1, 3):
+        raise ValueError(
+            f"an array {shape} looks like one slice with its channels; a volume is {SHAPES}: give "
+            "the whole scan, or slice[None]"
+        )
+    if volume.ndim == 4 and channels in shape[:2] and shape[3] not in (1, channels):
+        raise ValueError(
+            f"the channels of an array {shape} seem to come first; move them to the end, as in "
+            f"numpy.moveaxis(volume, {shape.index(channels)}, -1)"
+        )
+    sides = shape[1:3]
+    if max(sides) > 4 * min(sides):
+        raise ValueError(
+            f"slices of {by(sides)} pixels are too narrow for a volume (slices, rows, "
+            "columns, channels); move the axis of the slices to the front"
+        )
+    if volume.ndim == 3:
+        volume = volume[..., None]
+    if volume.shape[3] == 1 and channels == 3:
+        volume = np.repeat(volume, 3, axis=3)
+    return volume
 
 
 def unlikeness_notes(features: dict, fit: dict | None) -> list[str]:

@@ -219,7 +219,7 @@ def train_student(
     for name, length in (("student-small", SMALL), ("student", NATIVE)):
         start = ["--init-weights", weights] if weights else []
         options = tuple(str(word) for word in (*words, *length, *start, *args.options))
-        training = Training("unet", folder / name, options)
+        training = Training(folder / name, options)
         train_all(f"{folder.name}, {name}", [training], pool)
         weights = training.weights
     assert weights is not None
@@ -254,7 +254,7 @@ def training(
     """Make a training without fold `k`; if an option is given twice, train.py uses the last."""
     words = ["--images", str(args.images), *COMMON, "--fold", str(k), *options]
     first = ["--init-weights", str(start)] if start else []
-    return Training("unet", folder, (*words, *first, *args.options, *change))
+    return Training(folder, (*words, *first, *args.options, *change))
 
 
 def network_of_fold(folder: Path, k: int) -> Path:

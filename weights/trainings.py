@@ -25,13 +25,12 @@ ROOT = Path(__file__).resolve().parents[1]
 class Training:
     """One call of train.py, whose weights and log go to `folder`."""
 
-    model: str
     folder: Path
     options: tuple[str, ...]
 
     @property
     def weights(self) -> Path:
-        return self.folder / f"{self.model}.pt"
+        return self.folder / "unet.pt"
 
     @property
     def checkpoint(self) -> Path:
@@ -64,7 +63,7 @@ class Training:
         return bool(card) and card["epoch"] >= card["recipe"]["epochs"]
 
     def command(self) -> list[str]:
-        words = ["--weights", self.folder, "--model", self.model, "--logs", self.folder / "logs"]
+        words = ["--weights", self.folder, "--logs", self.folder / "logs"]
         resume = ["--resume"] if self.checkpoint.exists() else []
         return script("train.py", *words, *self.options, *resume)
 
