@@ -6,11 +6,11 @@ import json
 import shutil
 from pathlib import Path
 
-import pydicom
 import pytest
 import SimpleITK as sitk
 from conftest import make_weights
 from test_app import launch, opened, plain_tab, post, start, stop, unpacked  # noqa: F401
+from test_scan import edit as edit_file
 from test_scan import write_series
 from test_visits import COARSE
 
@@ -92,10 +92,7 @@ def studies(scans, tmp_path_factory) -> Path:
 def edit(folder: Path, **tags: str | int) -> None:
     """Change fields of the DICOM files in a folder and below it."""
     for path in sorted(folder.rglob("IM*")):
-        header = pydicom.dcmread(path)
-        for name, value in tags.items():
-            setattr(header, name, value)
-        header.save_as(path)
+        edit_file(path, **tags)
 
 
 def send_zipped(url: str, folder: Path):

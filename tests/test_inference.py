@@ -867,17 +867,22 @@ def test_a_gpu_takes_one_case_at_a_time(
         assert dsc(read_masks(tmp_path, name) > 0, read_masks(done[0], name) > 0) > 0.99
 
 
-def test_running_out_of_memory_loses_no_case(
-    phantoms, weights, done, tmp_path, monkeypatch, as_on_a_gpu
-):
+def bound_batches(monkeypatch, most: list[int]) -> None:
+    """Let more than most[0] slices at once not fit into the memory."""
     forward = Segmenter._network
 
     def small(self, batch):
-        if len(batch) > 3:
+        if len(batch) > most[0]:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         return forward(self, batch)
 
     monkeypatch.setattr(Segmenter, "_network", small)
+
+
+def test_running_out_of_memory_loses_no_case(
+    phantoms, weights, done, tmp_path, monkeypatch, as_on_a_gpu
+):
+    bound_batches(monkeypatch, [3])
     names = "phantom_003", "phantom_004", "phantom_005"
     assert infer(phantoms, tmp_path, weights, "--cases", *names) == 0
     for name in names:
@@ -887,14 +892,8 @@ def test_running_out_of_memory_loses_no_case(
 def test_a_batch_too_large_for_the_memory_is_halved(
     phantoms, weights, done, tmp_path, monkeypatch, capsys
 ):
-    forward, most = Segmenter._network, [1]
-
-    def small(self, batch):
-        if len(batch) > most[0]:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-        return forward(self, batch)
-
-    monkeypatch.setattr(Segmenter, "_network", small)
+    most = [1]
+    bound_batches(monkeypatch, most)
     only = "--cases", "phantom_003"
     assert infer(phantoms, tmp_path, weights, *only) == 0
     said = capsys.readouterr().err.strip().splitlines()

@@ -571,10 +571,7 @@ def test_pre_and_post_need_flair(tmp_path, weights):
 
 def edit_series(folder: Path, **tags: object) -> Path:
     for path in folder.iterdir():
-        data = pydicom.dcmread(path)
-        for name, value in tags.items():
-            setattr(data, name, value)
-        data.save_as(path)
+        edit(path, **tags)
     return folder
 
 
