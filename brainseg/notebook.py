@@ -38,7 +38,7 @@ class NotebookSegmenter(Segmenter):
         """Segment as a call does, and rate the mask; `spacing` is in mm: slices, rows, columns."""
         images, frame = self.preprocess(as_volume(volume, self.channels), aspect_of(spacing))
         result = self.rate(self.probabilities(images), frame, spacing)
-        ml = volume_of(result.mask, spacing)
+        ml = millilitres_of(result.mask, spacing)
         expected, low, high = result.expected or (None, None, None)
         reasons = result.warnings + end_warnings(result.mask)
         return Assessment(result.mask, result.probabilities, ml, expected, low, high, reasons)
@@ -102,7 +102,7 @@ def aspect_of(spacing: Sequence[float] | None) -> float:
     return spacing[1] / spacing[2]
 
 
-def volume_of(mask: np.ndarray, spacing: Sequence[float] | None) -> float | None:
+def millilitres_of(mask: np.ndarray, spacing: Sequence[float] | None) -> float | None:
     """Return the volume of a mask in ml, or None without a spacing in mm."""
     if spacing is None:
         return None

@@ -19,10 +19,10 @@ from .io.files import RUN, check_ours, sentence, with_archives
 from .io.layouts import Source
 from .io.pictures import thumbnail
 from .io.predictions import (
-    find_masks,
     map_files,
     outputs_of,
     picture_files,
+    read_mask_of_run,
     seg_file,
     write_case,
 )
@@ -170,7 +170,7 @@ def earlier_mask(loaded: Loaded, outputs: Outputs) -> np.ndarray | None:
         others += picture_files(case)
     if outputs.algorithm and series_of(case):
         others.append(seg_file(case))
-    mask = find_masks(outputs.folder, case, outputs.run, others)
+    mask = read_mask_of_run(outputs.folder, case, outputs.run, others)
     if mask is None or mask.shape != volume.shape[:3]:
         return None
     return mask

@@ -15,7 +15,7 @@ from .devices import in_order
 from .growth import Estimate, Visit, bidimensional, estimated_volume, growth_rows, rate_until
 from .io.files import RUN, sentence
 from .io.layouts import Source
-from .io.predictions import find_masks
+from .io.predictions import read_mask_of_run
 from .io.registration import register
 from .io.slices import Case
 from .patients import counted, date_of, timepoint
@@ -79,7 +79,7 @@ def follow_all(
         scans = []
         for case, day in ordered[patient]:
             row = rows[case.name]
-            mask = find_masks(folder, case, row[RUN])
+            mask = read_mask_of_run(folder, case, row[RUN])
             if mask is None:
                 return None, [f"{patient}: the mask of {case.name} is missing; run it again"]
             scans.append((Measured(case, mask, row), day))

@@ -33,7 +33,7 @@ from brainseg.phantom_head import make_volume
 from brainseg.segmenter import Segmentation, Segmenter
 
 from .answers import Answer, Loaded, answer_growth, make_answer, measured
-from .growth import Parts, SentScan, check_several, several_files
+from .several_scans import Parts, SentScan, check_several, several_files
 from .unpacking import Limits
 from .wording import in_page_words
 

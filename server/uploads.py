@@ -72,7 +72,7 @@ def work(order: dict, sender: Connection) -> None:
     for stream in (0, 1, 2):  # libraries print too; the parent answers on its own stdout
         os.dup2(nowhere, stream)
     try:
-        bound(limits)
+        limit_process(limits)
         parts = {}
         for part, files in order["parts"].items():
             parts[part] = [Sent(name, Path(path)) for name, path in files]
@@ -90,7 +90,7 @@ def work(order: dict, sender: Connection) -> None:
     sender.send_bytes(json.dumps(answer, default=np.ndarray.tolist).encode())
 
 
-def bound(limits: Limits) -> None:
+def limit_process(limits: Limits) -> None:
     """Limit the memory and time of this process, and the size of the files it writes."""
     seconds = int(limits.seconds) + 1
     resource.setrlimit(resource.RLIMIT_DATA, (limits.memory, limits.memory))
@@ -117,13 +117,13 @@ def read(parts: dict[str, list[Sent]], folder: Path, limits: Limits) -> dict:
         case = registered(case)
     if isinstance(case, Scan):
         for path in dict.fromkeys(case.slices):
-            check_size(path, read_grid(path)[0].shape, limits)
+            check_voxels(path, read_grid(path)[0].shape, limits)
     truth = None
     if case.masks:
         volume, truth = case.read_pair()
     else:
         volume = case.read()
-    check_size(case.folder, volume.shape[:3], limits)
+    check_voxels(case.folder, volume.shape[:3], limits)
     if volume.shape[3] > 4:
         raise ValueError(
             f"{case.folder}: {volume.shape[3]} channels; give pre-contrast, FLAIR, post-contrast"
@@ -166,7 +166,7 @@ def unused(case: Case, received: Path) -> list[str]:
     return [f"not used, as their names do not say what they are: {', '.join(names)}; {CHOOSE}"]
 
 
-def check_size(path: File, shape: Sequence[int], limits: Limits) -> None:
+def check_voxels(path: File, shape: Sequence[int], limits: Limits) -> None:
     """Raise ValueError for a volume (S, H, W), or (X, Y, Z), that would take too much memory."""
     if np.prod(shape, dtype=float) > limits.voxels or max(shape) > limits.side:
         raise ValueError(

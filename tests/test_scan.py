@@ -101,7 +101,7 @@ def test_all_48_orientations_come_back():
             grid = Grid(voxels.shape[:3], (1, 1, 1), (0, 0, 0), direction)
             axial = grid.to_axial(voxels)
             seen.add(axial.tobytes() + bytes(axial.shape))
-            assert np.array_equal(grid.from_axial(axial[..., 0]), voxels[..., 0])
+            assert np.array_equal(grid.to_file_axes(axial[..., 0]), voxels[..., 0])
     assert len(seen) == 48
 
 

@@ -82,7 +82,7 @@ def write_dicom_seg(path: Path, case: Case, mask: np.ndarray, algorithm: str, ve
     sources = read_references(series)
     for k, source in enumerate(sources):
         _place(source, case.grid, k)
-    frames = case.grid.from_axial(mask).transpose(2, 1, 0)  # as in the series: (S, rows, columns)
+    frames = case.grid.to_file_axes(mask).transpose(2, 1, 0)  # as in the series: (S, rows, columns)
     frames = np.ascontiguousarray(frames, dtype=np.uint8)
     classes = {}
     for source in sources:  # of an enhanced image, highdicom expects several frames

@@ -67,7 +67,7 @@ class Grid:
         axes, backward = self._turn
         return np.flip(voxels.transpose((*axes, 3)), backward).transpose(2, 1, 0, 3)
 
-    def from_axial(self, mask: np.ndarray) -> np.ndarray:
+    def to_file_axes(self, mask: np.ndarray) -> np.ndarray:
         """Turn a mask (S, H, W) into voxels (X, Y, Z) of the file."""
         axes, backward = self._turn
         return np.flip(mask.transpose(2, 1, 0), backward).transpose(np.argsort(axes))
@@ -112,7 +112,7 @@ class Grid:
         return float((np.abs(inside * 2 + 1 - other.shape) <= other.shape).all(axis=1).mean())
 
 
-def check_grid(
+def grid_of_header(
     path: Path,
     shape: tuple[int, int, int],
     spacing: ArrayLike,

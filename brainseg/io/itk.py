@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import SimpleITK as sitk
 
-from .grid import AXES, Grid, check_grid, damaged
+from .grid import AXES, Grid, damaged, grid_of_header
 
 UNITS = {"um": 0.001, "mm": 1.0, "?": 1.0, "cm": 10.0, "m": 1000.0}  # in mm
 HEADER = 1 << 20  # bytes: no header is longer
@@ -36,7 +36,7 @@ def itk_grid(path: Path) -> tuple[Grid, int]:
     direction = np.reshape(info.GetDirection(), (axes, axes))[:3, :3]
     spacing = np.array(info.GetSpacing()[:3]) * unit
     offset = np.array(info.GetOrigin()[:3]) * unit
-    grid = check_grid(path, size[:3], spacing, offset, direction)
+    grid = grid_of_header(path, size[:3], spacing, offset, direction)
     return replace(grid, notes=grid.notes + notes), channels
 
 

@@ -14,7 +14,7 @@ from nibabel.quaternions import quat2mat
 from nibabel.spatialimages import HeaderDataError
 
 from .files import atomic_write
-from .grid import AXES, ROUNDED, TO_LPS, Grid, check_grid, damaged
+from .grid import AXES, ROUNDED, TO_LPS, Grid, damaged, grid_of_header
 from .quiet import quiet
 
 CODES = ("qform_code", "sform_code")
@@ -162,7 +162,7 @@ def nifti_grid(path: Path) -> tuple[Grid, int]:
         spacing = np.linalg.norm(matrix[:, :3], axis=0)
     with np.errstate(divide="ignore", invalid="ignore"):
         direction = matrix[:, :3] / spacing
-    grid = check_grid(path, shape[:3], spacing, matrix[:, 3], direction)
+    grid = grid_of_header(path, shape[:3], spacing, matrix[:, 3], direction)
     if sform is not None and has_qform:
         far = [*grid.shape, 1]  # a small difference of a step is a large one at the far corner
         if not np.allclose(matrix * far, qform * far, rtol=0, atol=0.5):

@@ -42,7 +42,7 @@ def outputs_of(case: Case) -> list[Path]:
     return files
 
 
-def find_masks(
+def read_mask_of_run(
     folder: Path, case: Case, run: str, others: Sequence[Path] = ()
 ) -> np.ndarray | None:
     """Read a case's mask (S, H, W); None if it or one of `others` is missing, or not by `run`."""

@@ -147,7 +147,7 @@ class Scan(Case):
         """Write values (S, H, W), bool as 0 and 1, on the scan's grid; `mark`: what made them."""
         if values.dtype == bool:
             values = values.view(np.uint8)
-        voxels = np.ascontiguousarray(self.grid.from_axial(values))
+        voxels = np.ascontiguousarray(self.grid.to_file_axes(values))
         write_nifti(path, voxels, self.grid, self.folder, mark)
 
 

@@ -25,7 +25,7 @@ from .dicom import (
     text,
 )
 from .files import by
-from .grid import ROUNDED, Grid, check_grid
+from .grid import ROUNDED, Grid, grid_of_header
 from .quiet import quiet
 
 GEOMETRY = ("Rows", "Columns", "PixelSpacing", "ImageOrientationPatient")  # of every file
@@ -70,7 +70,7 @@ def series_grid(series: Series) -> Grid:
     places = np.array([_stated(series, header, "ImagePositionPatient", 3) for header in headers])
     shape = int(first.Columns), int(first.Rows), len(headers)
     # First what each file states.
-    check_grid(series.path, shape, (column_step, row_step, 1.0), places[0], direction)
+    grid_of_header(series.path, shape, (column_step, row_step, 1.0), places[0], direction)
     corrections = ()
     if len(headers) == 1:
         step, more = _thickness(series, first)
@@ -78,7 +78,7 @@ def series_grid(series: Series) -> Grid:
     else:
         step = _step(series, headers, places @ direction[:, 2])
         direction, corrections = _straighten(series, headers, places, direction)
-    grid = check_grid(series.path, shape, (column_step, row_step, step), places[0], direction)
+    grid = grid_of_header(series.path, shape, (column_step, row_step, step), places[0], direction)
     return replace(grid, notes=notes + (corrections or grid.notes))
 
 
