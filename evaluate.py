@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     options = cli.segmenter_options(parser, args)
     with cli.errors_in_one_sentence("stopped before all cases were scored; run it again"):
-        with unpacked(args.images) as images:
+        with unpacked(args.images, distributed.world_size()) as images:
             run(args, options, images)
 
 

@@ -107,7 +107,7 @@ def main(argv: list[str] | None = None) -> None:
             parser.error("--spacing takes three lengths in mm, for slices; files state their own")
     stopped = "stopped; finished cases are kept: continue with --skip-existing"
     with cli.errors_in_one_sentence(stopped), distributed.process_group():
-        with unpacked(args.images or Path("kaggle_3m")) as images:
+        with unpacked(args.images or Path("kaggle_3m"), distributed.world_size()) as images:
             failed = run(args, options, parser.sources, images)
     if failed:
         sys.exit(1)

@@ -82,7 +82,7 @@ def main(argv: list[str] | None = None) -> None:
         parser = get_args_parser()
         args, checkpoint = get_args(argv, parser)
         print(cli.summary(parser, args), flush=True)
-        with unpacked(args.images) as images:
+        with unpacked(args.images, distributed.world_size()) as images:
             try:
                 stop = train(args, parser.recipe, checkpoint, images)
             except (MemoryError, RuntimeError) as error:

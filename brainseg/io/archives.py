@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
-from ..distributed import world_size
 from .files import ARCHIVES, clear_leftovers, disk_is_full, scratch
 
 DAMAGED = "is damaged, encrypted or compressed in an unsupported way; zip it again"
@@ -57,17 +56,17 @@ def is_hidden(parts: Sequence[str]) -> bool:
 
 
 @contextmanager
-def unpacked(path: Path) -> Iterator[Path]:
+def unpacked(path: Path, processes: int = 1) -> Iterator[Path]:
     """Unpack a zip archive into a temporary folder, or yield any other path as it is.
 
     One folder that holds all is yielded itself. Files have the archive's time. Messages name the
     archive and the place in it (`with_archives`). Raises ValueError if it is damaged, unsafe or
-    too large.
+    too large, or if several `processes` would have to share it.
     """
     if path.suffix.lower() != ".zip" or not path.is_file():
         yield path
         return
-    if world_size() > 1:
+    if processes > 1:
         raise ValueError(
             f"{path}: several processes cannot share an archive; unpack it, and name its folder "
             "with --images"
