@@ -40,9 +40,14 @@ Work = Callable[[Path, argparse.Namespace], Measured]
 def segment(tree: Path, *options: object) -> Measured:
     """Measure inference.py of a checkout."""
     with tempfile.TemporaryDirectory() as out:
-        command = [sys.executable, tree / "inference.py"] + list(options)
-        command += ["--predictions", f"{out}/masks", "--figure", f"{out}/dsc.png"]
-        return measure(command)
+        return segment_into(out, tree, *options)
+
+
+def segment_into(out: str, tree: Path, *options: object) -> Measured:
+    """Measure inference.py of a checkout, whose masks stay in the folder `out`."""
+    command = [sys.executable, tree / "inference.py"] + list(options)
+    command += ["--predictions", out, "--figure", f"{out}/dsc.png"]
+    return measure(command)
 
 
 def validation(tree: Path, args: argparse.Namespace) -> Measured:
@@ -59,7 +64,7 @@ def mask(tree: Path, args: argparse.Namespace) -> Measured:
     """Measure inference.py on one case, from the command until its whole mask is in its place."""
     start = time.time()
     with tempfile.TemporaryDirectory() as out:
-        measured = segment(tree, "--images", args.case, "--predictions", out)
+        measured = segment_into(out, tree, "--images", args.case)
         moved = [path.stat().st_ctime for path in Path(out).glob("*/*_mask.tif")]
     return measured._replace(seconds=max(moved) - start)
 
