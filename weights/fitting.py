@@ -41,8 +41,8 @@ def fit_student(
         with open(scores / "scores.csv", newline="") as file:
             rows += csv.DictReader(file)
     features = [features_of(row, fit) for row in rows]
-    scores = [float(row["dsc"]) for row in rows]
-    moved = recentre(fit, features, scores, [row["patient"] for row in rows])
+    dsc = [float(row["dsc"]) for row in rows]
+    moved = recentre(fit, features, dsc, [row["patient"] for row in rows])
     for name in ("predicted", "dsc"):  # they are in the tables
         moved["leave_one_out"].pop(name)
     for path in weights.glob("*.pt"):
