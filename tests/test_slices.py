@@ -15,6 +15,7 @@ from conftest import file_limit
 from PIL import Image
 
 from brainseg import phantom
+from brainseg.io import predictions
 from brainseg.io.layouts import find_case, find_cases
 from brainseg.io.predictions import write_case
 from brainseg.io.slices import Case
@@ -345,6 +346,18 @@ def test_a_mask_that_does_not_fit_is_an_error(tmp_path, missing):
     with file_limit(len(earlier) - missing), pytest.raises(OSError, match=f"{tmp_path}"):
         write_case(tmp_path, slices, volume, mask, None)
     assert path.read_bytes() == earlier
+
+
+def test_no_picture_of_an_earlier_mask_stays_beside_a_new_one(tmp_path, monkeypatch):
+    slices = Case("x", (1,), (), ())
+    volume, mask = np.ones((1, 32, 32, 1), np.uint8), np.zeros((1, 32, 32), bool)
+    write_case(tmp_path, slices, volume, mask, None)
+    assert (tmp_path / "x/x_1.png").exists() and (tmp_path / "x.gif").exists()
+    monkeypatch.setattr(predictions, "outline", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        write_case(tmp_path, slices, volume, ~mask, None)
+    assert [path.name for path in tmp_path.rglob("x*.*")] == ["x_1_mask.tif"]
+    assert iio.imread(tmp_path / "x/x_1_mask.tif").all()
 
 
 @pytest.mark.parametrize("kept", [0, 8, 40, 0.5, 0.9])

@@ -81,7 +81,7 @@ def write_case(
     `maps` (S, H, W) float32 by kind (see `map_files`). `run` is noted in every mask.
     """
     mark = mark_of(run)
-    remove_earlier(folder, case, with_pictures)
+    remove_earlier(folder, case)
     files = []
     with name_in_errors(folder / case.name), scratch(folder) as temporary:
         for kind, values in {"mask": mask, **(maps or {})}.items():
@@ -119,21 +119,17 @@ def move(temporary: Path, paths: Sequence[Path], folder: Path) -> None:
         (temporary / path.name).replace(folder / path)
 
 
-def remove_earlier(folder: Path, case: Case, with_pictures: bool = True) -> None:
-    """Remove earlier files of a case that would stay beside its new mask and pictures."""
+def remove_earlier(folder: Path, case: Case) -> None:
+    """Remove earlier files of a case, pictures of an earlier mask too; its masks are replaced."""
     kinds = "|".join(KINDS)
     of_a_slice = re.compile(rf"{re.escape(case.name)}_\d+(\.png|_({kinds})\.tif)")
-    paths = [folder / seg_file(case)]
+    paths = [folder / seg_file(case), folder / f"{case.name}.gif"]
     for kind in KINDS:
         paths.append(folder / f"{case.name}_{kind}.nii.gz")
     for path in folder.glob(f"{glob.escape(case.name)}/*"):
         if of_a_slice.fullmatch(path.name):
             paths.append(path)
-    replaced = map_files(case, "mask")
-    if with_pictures:
-        replaced += picture_files(case)
-    else:
-        paths.append(folder / f"{case.name}.gif")
+    masks = map_files(case, "mask")
     for path in paths:
-        if path.relative_to(folder) not in replaced and has_mark(path):
+        if path.relative_to(folder) not in masks and has_mark(path):
             remove(path)
