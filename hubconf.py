@@ -53,7 +53,8 @@ def segmenter(network="unet", device=None, **options):
 
     A volume is (slices, H, W, 3) with the channels pre-contrast, FLAIR, post-contrast, or FLAIR
     alone, (slices, H, W) or (slices, H, W, 1), of any numeric type; needs numpy and scikit-image.
-    network: "unet", the five networks of weights/unet-folds, which are averaged.
+    network: "unet", the network that inference.py uses by default, or "unet-folds", the average of
+    five.
     device: by default an accelerator if available.
     options: threshold=None, largest_component=None, min_volume=None, tta=None (None: as in the
     cards), batch_size=16, amp=None.

@@ -145,7 +145,7 @@ def main() -> None:
     )
     parser.add_argument("--images", type=Path, required=True, help="cases with masks")
     parser.add_argument("--subset", nargs="+", default=["validation"], help="(validation)")
-    parser.add_argument("--weights", type=Path, default=shipped_weights("unet"))
+    parser.add_argument("--weights", type=Path, default=shipped_weights("unet-folds"))
     parser.add_argument("--device", help="cuda, cpu ... (an accelerator if available)")
     parser.add_argument("--only", nargs="+", choices=CHANGES, help="only these changes (all)")
     args = parser.parse_args()

@@ -39,10 +39,13 @@ FIT_TYPES = {  # of what is used of the fit of the expected DSC in a card
     "tta": bool,
 }  # fmt: skip
 ROOT = Path(__file__).resolve().parents[1]
-# What comes with the project: the network of the 2019 paper's shape, for `unet` of torch.hub, and
-# the default ensemble, one network per fold.
+# What comes with the project: the network of the 2019 paper's shape, for `unet` of torch.hub; the
+# default, a network that has seen every patient; and an ensemble, one network per fold.
 PUBLISHED = {"unet": ROOT / "weights" / "unet-9485c275.pt"}
-SHIPPED = {"unet": ROOT / "weights" / "unet-folds"}
+SHIPPED = {
+    "unet": ROOT / "weights" / "unet-student",
+    "unet-folds": ROOT / "weights" / "unet-folds",
+}
 # Eight digits at the end of a name; without a letter, they are a date or a job's number.
 HASH = re.compile(r"-(?=\d*[a-f])([0-9a-f]{8})$")
 
