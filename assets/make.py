@@ -1,7 +1,7 @@
 """Make the README's pictures from phantoms that the demo's network has not seen.
 
 make demo && .venv/bin/python -m assets.make
-.venv/bin/python -m assets.make growth                              # growth.png: shipped weights
+.venv/bin/python -m assets.make growth                              # growth.png: weights/unet-folds
 python3 app.py & python3 -m assets.make http://127.0.0.1:7860       # those of the page (playwright)
 
 folds_dsc.png and folds_expected.png are scores.png and expected_dsc.png of evaluate.py, with
@@ -46,8 +46,8 @@ def main() -> None:
 
 
 def growth() -> None:
-    """The growth of a phantom patient's lesion, by the masks of the shipped weights."""
-    segmenter = Segmenter.from_weights(shipped_weights("unet"))
+    """The growth of a phantom patient's lesion, by the masks of weights/unet-folds."""
+    segmenter = Segmenter.from_weights(shipped_weights("unet-folds"))
     fit = segmenter.expected_dsc_fit
     assert fit is not None
     scans = []
