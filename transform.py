@@ -21,7 +21,7 @@ DARK = 0.1  # of a slice's maximum: darker pixels are air, unless there is head 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """How slices vary in training, for data of `sequences` channels a slice."""
+    """Settings of the augmentation, and the augmentation of a batch of slices."""
 
     scale: float  # of `move`
     angle: float

@@ -1,4 +1,4 @@
-"""What this process computes with: its device, precision, memory, cores and threads.
+"""Pick the device, precision, memory, cores and threads of a process.
 
 Under torchrun, it is one of several ranks, and has a share of the machine.
 """
