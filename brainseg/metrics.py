@@ -57,8 +57,7 @@ def distances(
     from medpy.metric import binary
 
     # Beyond a margin of one voxel both masks are empty and cannot hold a surface.
-    union = np.nonzero(prediction | truth)
-    box = tuple(slice(max(axis.min() - 1, 0), axis.max() + 2) for axis in union)
+    box = bounding_box(prediction | truth, margin=1)
     prediction, truth = prediction[box], truth[box]
     return {
         "hd95": float(binary.hd95(prediction, truth, spacing)),
@@ -79,10 +78,9 @@ def lesion_recall(prediction: np.ndarray, truth: np.ndarray) -> float:
     """Compute the share of lesions (26-connected) that are touched; 1 if both masks are empty."""
     if not truth.any() or not prediction.any():
         return float(truth.any() == prediction.any())
-    from skimage.measure import label
-
-    lesions = np.asarray(label(truth))
-    return float(len(np.unique(lesions[prediction & truth])) / lesions.max())
+    lesions, box = components(truth)
+    touched = lesions[prediction[box] & truth[box]]
+    return float(len(np.unique(touched)) / lesions.max())
 
 
 def lesion_precision(prediction: np.ndarray, truth: np.ndarray) -> float:
@@ -197,6 +195,23 @@ def count_missed(rows: Sequence[Mapping]) -> int:
     """Count the rows of which exactly one mask is empty: their distances are the diagonal."""
     errors = values_of(rows, "volume_error")
     return int(((errors == -1) | np.isnan(errors)).sum())
+
+
+def bounding_box(mask: np.ndarray, margin: int = 0) -> tuple[slice, ...]:
+    """Return the slices of the smallest box around a mask that is not empty, and its `margin`."""
+    places = np.nonzero(mask)
+    return tuple(slice(max(axis.min() - margin, 0), axis.max() + 1 + margin) for axis in places)
+
+
+def components(mask: np.ndarray) -> tuple[np.ndarray, tuple[slice, ...]]:
+    """Number the components (26 neighbours) of a mask (S, H, W) that is not empty, from 1 on.
+
+    Returned are the numbers in the mask's bounding box, 0 outside the mask, and the box.
+    """
+    from skimage.measure import label
+
+    box = bounding_box(mask)
+    return np.asarray(label(mask[box])), box
 
 
 def _count(mask: np.ndarray) -> int:

@@ -148,9 +148,11 @@ def _observe(
 
 def _head_box(present: np.ndarray) -> tuple[int, int, int, int]:
     """Find the box of a map (H, W), ignoring specks of one or two pixels if there is more."""
-    from skimage.morphology import opening
+    from scipy import ndimage
 
-    without_specks = np.asarray(opening(present, np.ones((3, 3), np.uint8)))
+    square = np.ones((3, 3), bool)
+    eroded = ndimage.binary_erosion(present, square, border_value=1)
+    without_specks = ndimage.binary_dilation(eroded, square)
     if without_specks.any():
         return _bounding_box(without_specks)
     if present.any():
@@ -232,7 +234,7 @@ def restore(output: Tensor, frame: Frame) -> Tensor:
     operators = []
     for length, (side, start, end, pad) in zip(frame.shape[1:], frame.axes, strict=True):
         operator = torch.zeros(length, frame.size)
-        full = spline_operator(frame.size, side, order=order, mode="edge")  # (side, N)
+        full = spline_operator(frame.size, side, order=order, mode="nearest")  # (side, N)
         operator[start:end] = full[pad : pad + end - start]
         operators.append(operator.to(output.device))
     rows, columns = operators
@@ -267,16 +269,18 @@ def check_volume(volume: np.ndarray) -> None:
 
 
 @lru_cache(maxsize=64)
-def spline_operator(source: int, target: int, order: int = 2, mode: str = "constant") -> Tensor:
+def spline_operator(
+    source: int, target: int, order: int = 2, mode: str = "grid-constant"
+) -> Tensor:
     """Return the matrix (target, source), float32, that resizes a line like scikit-image.
 
     A spline resize is linear and separable: resizing the columns of an identity matrix makes an
     exact replacement, ``A @ slice @ A.T``.
     """
-    from skimage.transform import resize
+    from scipy import ndimage
 
-    identity, shape = np.eye(source), (target, source)
-    operator = np.asarray(resize(identity, shape, order, mode, clip=False, anti_aliasing=False))
+    zoom = 1 / (source / target), 1.0
+    operator = ndimage.zoom(np.eye(source), zoom, order=order, mode=mode, grid_mode=True)
     # A spline fades but never ends; entries too small to matter would be subnormal numbers, on
     # which CPUs are ten times slower.
     operator[np.abs(operator) < 1e-12] = 0

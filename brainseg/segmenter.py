@@ -15,6 +15,7 @@ from torch import Tensor
 from .appearance import LOOKS, unlikeness
 from .ensemble import Ensemble, open_network, run_name, weights_files
 from .io.files import by
+from .metrics import components
 from .onnx import OnnxNetwork
 from .predictor import Predictor
 from .preprocess import VERSION, Frame, preprocess, restore
@@ -328,14 +329,14 @@ def to_mask(probabilities: Tensor, threshold: float, largest: bool, min_volume=0
 
 def keep_components(mask: np.ndarray, largest: bool = True, min_volume: int = 0) -> np.ndarray:
     """Keep the largest component (26 neighbours) of a mask, or all from `min_volume` voxels on."""
-    if not largest and min_volume <= 1:
+    if (not largest and min_volume <= 1) or not mask.any():
         return mask
-    from skimage.measure import label
-
-    labels = np.asarray(label(mask))
-    sizes = np.bincount(labels.ravel())
+    numbers, box = components(mask)
+    sizes = np.bincount(numbers.ravel())
     sizes[0] = 0  # the background
     keep = sizes >= max(min_volume, 1)
     if largest:
         keep &= np.arange(len(sizes)) == sizes.argmax()
-    return keep[labels]
+    result = np.zeros_like(mask)
+    result[box] = keep[numbers]
+    return result

@@ -13,7 +13,7 @@ import numpy as np
 
 from brainseg.alignment import Measured
 from brainseg.io.files import RUN, write_json, write_table
-from brainseg.io.pictures import montage, outline, save_gif, save_png, to_grey
+from brainseg.io.pictures import montage, outline_in_palette, save_gif, save_png, to_grey
 from brainseg.io.predictions import map_files, mark_of, seg_file, write_case
 from brainseg.io.scans import Scan
 from brainseg.io.slices import Case
@@ -90,8 +90,8 @@ def make_answer(
     if segmentation_file.exists():
         segmentation_file.rename(out / seg_file(case))
     grey = to_grey(volume)
-    save_png(out / "montage.png", montage(outline(grey, mask, truth)))
-    save_gif(out / f"{case.name}.gif", outline(grey, mask, truth, side=256))
+    save_png(out / "montage.png", montage(outline_in_palette(grey, mask, truth)))
+    save_gif(out / f"{case.name}.gif", outline_in_palette(grey, mask, truth, side=256))
     summary = summary_of(loaded, segmentation, segmenter)
     write_json(out / "summary.json", summary)
     row = summary | (summary["scores"] or {}) | {"notes": "; ".join(summary["notes"])}

@@ -11,6 +11,7 @@ from brainseg.io.grid import Grid
 from brainseg.io.pictures import to_grey
 from brainseg.io.scans import Scan
 from brainseg.io.slices import Case
+from brainseg.metrics import components
 from brainseg.preprocess import copies_of_flair
 from brainseg.segmenter import Segmentation
 
@@ -51,19 +52,20 @@ def viewer_files(
 
 def _components(case: Case, mask: np.ndarray, grid: Grid) -> list[dict]:
     """List the components (26 neighbours) of a mask (S, H, W), the largest first."""
-    from skimage.measure import label
-
-    labels = np.asarray(label(mask))
-    sizes = np.bincount(labels.ravel())[1:]
-    components = []
+    if not mask.any():
+        return []
+    numbers, box = components(mask)
+    corner = [places.start for places in box]
+    sizes = np.bincount(numbers.ravel())[1:]
+    listed = []
     for k in np.argsort(-sizes, kind="stable")[:MOST]:
-        middle = _middle(labels == k + 1)
+        middle = _middle(numbers == k + 1) + corner
         component = {"voxels": int(sizes[k]), "ml": None, "focus": _place(grid, middle)}
         if case.spacing:
             component["ml"] = component["voxels"] * math.prod(case.spacing) / 1000
         component["slice"] = case.numbers[round(middle[0])]
-        components.append(component)
-    return components
+        listed.append(component)
+    return listed
 
 
 def _place(grid: Grid, voxel: np.ndarray) -> list[float]:

@@ -16,6 +16,7 @@ from brainseg.io.pictures import (
     edge,
     montage,
     outline,
+    outline_in_palette,
     save_dsc_figure,
     save_gif,
     to_grey,
@@ -102,18 +103,16 @@ def test_gif_has_every_slice(tmp_path):
     path = tmp_path / "case.gif"
     mask = np.zeros(grey.shape, dtype=bool)
     mask[1:4, 4:9, 5:12] = True
-    pictures = outline(grey, mask, mask[::-1])
-    save_gif(path, pictures)
+    save_gif(path, outline_in_palette(grey, mask, mask[::-1]))
     frames = iio.imread(path)
-    assert frames.shape == (5, 16, 20, 3)
-    assert np.abs(frames.astype(int) - pictures).max() <= 2, "two levels of grey are outlines"
+    assert np.array_equal(frames, outline(grey, mask, mask[::-1]))
     assert iio.immeta(path)["loop"] == 0 and iio.immeta(path)["duration"] == 120
     assert list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize("slices", [1, 4])
 def test_gif_of_blank_slices_is_readable(tmp_path, slices):
-    save_gif(tmp_path / "case.gif", np.zeros((slices, 16, 16, 3), dtype=np.uint8))
+    save_gif(tmp_path / "case.gif", np.zeros((slices, 16, 16), dtype=np.uint8))
     assert not iio.imread(tmp_path / "case.gif").any()
 
 
@@ -148,6 +147,7 @@ def test_montage_shows_every_picture_once_in_order():
     pictures = np.arange(1, 8, dtype=np.uint8)[:, None, None, None] * np.ones(
         (7, 4, 6, 3), np.uint8
     )
+    assert np.array_equal(montage(pictures[..., 0]), montage(pictures)[..., 0])
     whole = montage(pictures)
     assert whole.shape == (16, 12, 3)
     cells = whole[::4, ::6, 0].ravel()

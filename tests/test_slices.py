@@ -353,7 +353,7 @@ def test_no_picture_of_an_earlier_mask_stays_beside_a_new_one(tmp_path, monkeypa
     volume, mask = np.ones((1, 32, 32, 1), np.uint8), np.zeros((1, 32, 32), bool)
     write_case(tmp_path, slices, volume, mask, None)
     assert (tmp_path / "x/x_1.png").exists() and (tmp_path / "x.gif").exists()
-    monkeypatch.setattr(predictions, "outline", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(predictions, "outline_in_palette", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         write_case(tmp_path, slices, volume, ~mask, None)
     assert [path.name for path in tmp_path.rglob("x*.*")] == ["x_1_mask.tif"]

@@ -21,7 +21,10 @@ from .files import MARK, atomic_write
 if TYPE_CHECKING:  # slow to import
     from matplotlib.figure import Figure
 
-GREEN, RED, BLACK = (0, 255, 0), (255, 0, 0), (0, 0, 0)
+GREEN, RED = (0, 255, 0), (255, 0, 0)
+PALETTE = np.repeat(np.arange(256, dtype=np.uint8)[:, None], 3, axis=1)  # greys, and two colours:
+TRUTH, PREDICTION = 254, 255
+PALETTE[[TRUTH, PREDICTION]] = GREEN, RED
 DASH = 6  # pixels; dashes tell the truth from the prediction where colours do not
 
 
@@ -47,14 +50,21 @@ def outline(
 
     Small slices are enlarged by the integer that brings their longer side closest to `side`.
     """
+    return PALETTE[outline_in_palette(grey, prediction, truth, side)]
+
+
+def outline_in_palette(
+    grey: np.ndarray, prediction: np.ndarray, truth: np.ndarray | None = None, side: int = 1
+) -> np.ndarray:
+    """Draw as `outline` does, but return places in PALETTE, (S, H, W) uint8: a third to write."""
     times = max(1, round(side / max(grey.shape[1:])))
-    pictures = np.repeat(_enlarge(grey, times)[..., None], 3, axis=-1)
+    pictures = np.minimum(_enlarge(grey, times), TRUTH - 1)
     if truth is not None:
         line = edge(_enlarge(truth, times))
         _, rows, columns = np.nonzero(line)
         gaps = (rows + 2 * columns) // DASH % 2 == 1
-        pictures[line] = np.where(gaps[:, None], BLACK, GREEN)
-    pictures[edge(_enlarge(prediction, times))] = RED
+        pictures[line] = np.where(gaps, 0, TRUTH)
+    pictures[edge(_enlarge(prediction, times))] = PREDICTION
     return pictures
 
 
@@ -81,19 +91,28 @@ def thumbnail(
 
 
 def montage(pictures: np.ndarray) -> np.ndarray:
-    """Tile pictures (S, H, W, 3) into one that is about square."""
-    count, height, width, _ = pictures.shape
+    """Tile pictures (S, H, W, 3), or in PALETTE (S, H, W), into one that is about square."""
+    count, height, width = pictures.shape[:3]
     columns = max(1, round(math.sqrt(count * height / width)))
     shape = math.ceil(count / columns), columns
+    if pictures.ndim == 3:
+        return skimage.util.montage(pictures, fill=0, grid_shape=shape)
     return skimage.util.montage(pictures, fill=(0, 0, 0), grid_shape=shape, channel_axis=-1)
 
 
 def save_png(path: Path, picture: np.ndarray) -> None:
-    """Write a picture (H, W, 3) uint8, with our mark."""
-    # Level 1 of zlib takes a third of the time, and files are no larger.
+    """Write a picture in PALETTE (H, W), with our mark."""
     text = PngInfo()
     text.add_text("Software", MARK)
-    Image.fromarray(picture).save(path, compress_level=1, pnginfo=text)
+    # Level 1 of zlib takes a third of the time, and files are no larger.
+    with_palette(picture).save(path, compress_level=1, pnginfo=text)
+
+
+def with_palette(picture: np.ndarray) -> Image.Image:
+    """Return a picture (H, W) of places in PALETTE as one of Pillow."""
+    image = Image.fromarray(picture)
+    image.putpalette(PALETTE.tobytes())
+    return image
 
 
 def save_figure(path: Path | str, figure: Figure, dpi: int) -> None:
@@ -108,15 +127,8 @@ def save_figure(path: Path | str, figure: Figure, dpi: int) -> None:
 
 
 def save_gif(path: Path | str, pictures: np.ndarray) -> None:
-    """Write a looping GIF of outlined slices (S, H, W, 3), 0.12 s each, with a fixed palette."""
-    shown = np.minimum(pictures[..., 2], 253)  # grey
-    for k, colour in ((254, GREEN), (255, RED)):
-        shown[(pictures == colour).all(axis=-1)] = k
-    palette = np.repeat(np.arange(256, dtype=np.uint8)[:, None], 3, axis=1)
-    palette[254:] = GREEN, RED
-    frames = list(map(Image.fromarray, shown))
-    for frame in frames:
-        frame.putpalette(palette.tobytes())
+    """Write a looping GIF of outlined slices in PALETTE (S, H, W), 0.12 s each."""
+    frames = list(map(with_palette, pictures))
     with atomic_write(path) as temporary:
         frames[0].save(
             temporary,

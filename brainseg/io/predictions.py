@@ -10,7 +10,7 @@ import numpy as np
 
 from .files import MARK, has_mark, name_in_errors, remove, scratch
 from .labels import Labels
-from .pictures import outline, save_gif, save_png, to_grey
+from .pictures import outline_in_palette, save_gif, save_png, to_grey
 from .scans import Scan
 from .slices import Case, read_slices, save_tiff
 
@@ -93,7 +93,7 @@ def write_case(
                 move(temporary, paths, folder)
             files += paths
         if with_pictures:
-            pictures = outline(to_grey(volume), mask, truth, side=256)
+            pictures = outline_in_palette(to_grey(volume), mask, truth, side=256)
             gif = Path(f"{case.name}.gif")
             save_gif(folder / gif, pictures)
             paths = picture_files(case)

@@ -286,7 +286,7 @@ def _read_tiff(path: Path) -> tuple[np.ndarray, bool]:
                 raise ValueError("its directory is cut short")
             if len(tiff.pages) > 1:
                 # Not tiff.asarray(): an OME-TIFF may name other files, and it would open them.
-                images = np.stack([page.asarray() for page in tiff.pages])
+                images = np.stack([page.asarray(maxworkers=1) for page in tiff.pages])
                 height, width = page.shape[:2]
                 return images.reshape(len(images), height, width, -1), False
             # tifffile sets this tag for every bool array, whose True it stores as 1.
@@ -294,7 +294,7 @@ def _read_tiff(path: Path) -> tuple[np.ndarray, bool]:
             white_is_zero = page.photometric == PHOTOMETRIC.MINISWHITE and not own_bool
             if page.photometric > PHOTOMETRIC.MASK:
                 raise ValueError("its colours are not RGB")
-            image = page.asarray()
+            image = page.asarray(maxworkers=1)  # threads of its own take longer to start
             if page.photometric == PHOTOMETRIC.PALETTE:
                 red, green, blue = page.colormap
                 if np.array_equal(red, green) and np.array_equal(red, blue):

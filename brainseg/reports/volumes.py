@@ -12,6 +12,7 @@ import numpy as np
 from ..io.files import RUN, by, read_table, sentence
 from ..io.layouts import Source
 from ..io.slices import Case
+from ..metrics import components
 from ..patients import counted, patient_of
 from ..preprocess import CHANNELS, missing_sequences
 from ..quality import FIT_OF_ENSEMBLE, WARN_BELOW
@@ -108,13 +109,10 @@ def unread_row(case: Case | Source, error: Exception) -> dict:
 
 def component_sizes(mask: np.ndarray) -> list[int]:
     """Count the voxels of each component (26 neighbours) of a mask (S, H, W), largest first."""
-    from skimage.measure import label
-
     if not mask.any():
         return []
-    box = tuple(slice(places.min(), places.max() + 1) for places in np.nonzero(mask))
-    labels = np.asarray(label(mask[box]))
-    return sorted(np.bincount(labels.ravel())[1:].tolist(), reverse=True)
+    numbers, _ = components(mask)
+    return sorted(np.bincount(numbers.ravel())[1:].tolist(), reverse=True)
 
 
 def end_warnings(mask: np.ndarray) -> list[str]:
