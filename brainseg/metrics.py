@@ -199,8 +199,12 @@ def count_missed(rows: Sequence[Mapping]) -> int:
 
 def bounding_box(mask: np.ndarray, margin: int = 0) -> tuple[slice, ...]:
     """Return the slices of the smallest box around a mask that is not empty, and its `margin`."""
-    places = np.nonzero(mask)
-    return tuple(slice(max(axis.min() - margin, 0), axis.max() + 1 + margin) for axis in places)
+    box = []
+    for axis in range(mask.ndim):
+        others = tuple(other for other in range(mask.ndim) if other != axis)
+        places = np.flatnonzero(mask.any(axis=others))
+        box.append(slice(max(int(places[0]) - margin, 0), int(places[-1]) + 1 + margin))
+    return tuple(box)
 
 
 def components(mask: np.ndarray) -> tuple[np.ndarray, tuple[slice, ...]]:
@@ -208,10 +212,12 @@ def components(mask: np.ndarray) -> tuple[np.ndarray, tuple[slice, ...]]:
 
     Returned are the numbers in the mask's bounding box, 0 outside the mask, and the box.
     """
-    from skimage.measure import label
+    from scipy import ndimage
 
     box = bounding_box(mask)
-    return np.asarray(label(mask[box])), box
+    numbers = np.empty(mask[box].shape, np.int32)
+    ndimage.label(mask[box], np.ones((3, 3, 3)), numbers)
+    return numbers, box
 
 
 def _count(mask: np.ndarray) -> int:

@@ -16,6 +16,7 @@ from .appearance import looks
 from .io.files import by
 from .io.sequences import SEQUENCES
 from .levels import BRIGHTEST, MeasuredSequence, measure, oddities, order_note, treatments
+from .metrics import bounding_box
 
 VERSION = 2  # of the preprocessing, for new weights
 CHANNELS = {1: ("FLAIR",), 3: SEQUENCES}
@@ -152,7 +153,7 @@ def _head_box(present: np.ndarray) -> tuple[int, int, int, int]:
 
     square = np.ones((3, 3), bool)
     eroded = ndimage.binary_erosion(present, square, border_value=1)
-    without_specks = ndimage.binary_dilation(eroded, square)
+    without_specks = np.asarray(ndimage.binary_dilation(eroded, square))
     if without_specks.any():
         return _bounding_box(without_specks)
     if present.any():
@@ -162,8 +163,8 @@ def _head_box(present: np.ndarray) -> tuple[int, int, int, int]:
 
 def _bounding_box(present: np.ndarray) -> tuple[int, int, int, int]:
     """Find top, bottom, left and right of what is true in a map (H, W)."""
-    rows, columns = np.flatnonzero(present.any(axis=1)), np.flatnonzero(present.any(axis=0))
-    return int(rows[0]), int(rows[-1]) + 1, int(columns[0]), int(columns[-1]) + 1
+    rows, columns = bounding_box(present)
+    return rows.start, rows.stop, columns.start, columns.stop
 
 
 def _preprocess_1(
@@ -280,7 +281,8 @@ def spline_operator(
     from scipy import ndimage
 
     zoom = 1 / (source / target), 1.0
-    operator = ndimage.zoom(np.eye(source), zoom, order=order, mode=mode, grid_mode=True)
+    operator = np.empty((target, source))
+    ndimage.zoom(np.eye(source), zoom, operator, order, mode, grid_mode=True)
     # A spline fades but never ends; entries too small to matter would be subnormal numbers, on
     # which CPUs are ten times slower.
     operator[np.abs(operator) < 1e-12] = 0
