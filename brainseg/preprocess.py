@@ -122,9 +122,15 @@ def _preprocess_2(
         aspect=aspect,
     )
     top, bottom, left, right = box
-    crops = [sequence.scaled()[:, top:bottom, left:right] for sequence in sequences]  # step 1
-    resized = _resize(torch.from_numpy(np.stack(crops, axis=1)), frame, device)  # step 3
-    images = resized.clip_(0, BRIGHTEST).sub_(1).mul_(2)  # step 4
+    images = torch.empty(slices, channels, image_size, image_size, device=device)
+    for k, sequence in enumerate(sequences):
+        first = sequences.index(sequence)
+        if first < k:  # a copy of FLAIR
+            images[:, k] = images[:, first]
+            continue
+        scaled = sequence.scaled(np.s_[:, top:bottom, left:right])  # step 1
+        resized = _resize(torch.from_numpy(scaled), frame, device)  # step 3
+        images[:, k] = resized.clip_(0, BRIGHTEST).sub_(1).mul_(2)  # step 4
     return images, replace(frame, looks=looks(images, names.index(lead)))
 
 
@@ -200,7 +206,7 @@ def _preprocess_1(
 
 
 def _resize(voxels: Tensor, frame: Frame, device: torch.device | str) -> Tensor:
-    """Resize a crop (S, C, h, w), padded with 0 to a square, to (S, C, N, N) on `device`."""
+    """Resize a crop (..., h, w), padded with 0 to a square, to (..., N, N) on `device`."""
     # Padding with zeros adds nothing to a linear operator, so the padded square is never made.
     operators = []
     for side, start, end, pad in frame.axes:
