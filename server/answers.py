@@ -62,7 +62,7 @@ class Answer:
 def zipped(files: Mapping[str, bytes]) -> bytes:
     """Pack files, by name, in a zip archive."""
     buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
         for name, content in files.items():
             archive.writestr(name, content)
     return buffer.getvalue()
@@ -110,7 +110,7 @@ def make_answer(
     for name in ("summary.json", "summary.csv", "montage.png"):
         downloads[f"{case.name}_{name}"] = [name]
     downloads[f"{case.name}.gif"] = [f"{case.name}.gif"]
-    viewer = viewer_files(case, volume, segmentation, truth)
+    viewer = viewer_files(case, volume, grey, segmentation, truth)
     return Answer(summary, files, downloads, {"viewer": viewer})
 
 

@@ -20,10 +20,15 @@ MOST = 12  # components that the page lists
 
 
 def viewer_files(
-    case: Case, volume: np.ndarray, segmentation: Segmentation, truth: np.ndarray | None
+    case: Case,
+    volume: np.ndarray,
+    flair: np.ndarray,
+    segmentation: Segmentation,
+    truth: np.ndarray | None,
 ) -> dict:
     """Pack a volume (S, H, W, C), its segmentation and the truth (S, H, W) for the viewer.
 
+    `flair` is that of the volume in grey (`to_grey`).
     `scan` has a frame of 0..255 for each of `sequences`, `probability` is 0..255, `labels` 1 for
     the mask, 2 for the truth, 3 for both. Each `focus` is in mm to the right, front and up.
     """
@@ -38,10 +43,12 @@ def viewer_files(
         labels += 2 * truth.astype(np.uint8)
     probability = np.rint(255 * segmentation.probabilities[thin].clip(0, 1)).astype(np.uint8)
     sequences = _sequences(volume)
-    grey = [to_grey(volume[..., [channel]])[thin] for channel in sequences.values()]
+    scan = [flair[thin]]
+    for channel in list(sequences.values())[1:]:
+        scan.append(to_grey(volume[..., [channel]])[thin])
     return {
         "sequences": list(sequences),
-        "scan": _nifti(shown, grey),
+        "scan": _nifti(shown, scan),
         "probability": _nifti(shown, [probability]),
         "labels": _nifti(shown, [labels[thin]]),
         "numbers": case.numbers[thin[0]],
@@ -93,7 +100,7 @@ def _nifti(grid: Grid, frames: Sequence[np.ndarray]) -> bytes:
 
 
 def _sequences(volume: np.ndarray) -> dict[str, int]:
-    """Find the channel of each sequence of a volume (S, H, W, C), without copies of FLAIR."""
+    """Find the channels of a volume (S, H, W, C): FLAIR, then the sequences that are no copy of it."""
     if volume.shape[3] != 3:
         return {"flair": min(1, volume.shape[3] - 1)}
     sequences = {"flair": 1, "pre": 0, "post": 2}

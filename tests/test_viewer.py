@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import SimpleITK
 
+from brainseg.io.pictures import to_grey
 from brainseg.io.scans import Scan
 from brainseg.io.slices import Case
 from brainseg.phantom import make_volume
@@ -17,7 +18,8 @@ def phantom():
 
 
 def shown_of(case, volume, probabilities, mask, truth) -> dict:
-    return viewer_files(case, volume, Segmentation(mask, probabilities, None, {}, None, []), truth)
+    segmentation = Segmentation(mask, probabilities, None, {}, None, [])
+    return viewer_files(case, volume, to_grey(volume), segmentation, truth)
 
 
 def opened(folder, content: bytes) -> SimpleITK.Image:
