@@ -100,7 +100,7 @@ def _nifti(grid: Grid, frames: Sequence[np.ndarray]) -> bytes:
 
 
 def _sequences(volume: np.ndarray) -> dict[str, int]:
-    """Find the channels of a volume (S, H, W, C): FLAIR, then the sequences that are no copy of it."""
+    """Find the channels of a volume (S, H, W, C): FLAIR, then what is not a copy of it."""
     if volume.shape[3] != 3:
         return {"flair": min(1, volume.shape[3] - 1)}
     sequences = {"flair": 1, "pre": 0, "post": 2}
