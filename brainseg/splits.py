@@ -52,7 +52,8 @@ def list_cohort(
     labels_of_run = Labels(labels)
     if scan:
         case = find_sequences(scan.flair, scan.pre, scan.post)
-        everyone = [Source(case.name, case.folder, case.folder.parent, labels_of_run, scan=case)]
+        opener = functools.partial(replace, case)
+        everyone = [Source(case.name, case.folder, opener, case.patient_id, labels_of_run)]
     else:
         everyone = list_cases(images, other_than, layout, labels_of_run, channels)
     chosen = with_patients(choose_named(everyone, names, images), patients)

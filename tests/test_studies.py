@@ -9,6 +9,7 @@ from pydicom import uid
 
 from brainseg.io.layouts import list_cases
 from brainseg.io.sequences import sequence_of
+from brainseg.io.studies import find_studies
 from brainseg.patients import patient_of
 from brainseg.splits import list_cohort, select_cases, subset_of_patient
 
@@ -109,9 +110,9 @@ def test_studies_of_one_date_have_names_of_their_own(tmp_path):
 def test_t1_of_one_date_does_not_go_with_flair_of_another(tmp_path):
     image(tmp_path / "1", "p1", date="20200101")
     image(tmp_path / "2", "p1", date="20210101", SeriesDescription="T1", EchoTime=10)
-    old, new = list_cases(tmp_path)
-    assert [series.words for series in old.study.series] == ["FLAIR"]
-    assert [series.words for series in new.study.series] == ["T1"]
+    old, new = find_studies(tmp_path)
+    assert [series.words for series in old.series] == ["FLAIR"]
+    assert [series.words for series in new.series] == ["T1"]
 
 
 def test_studies_of_a_patient_are_in_one_subset(tmp_path):
@@ -142,8 +143,8 @@ def test_an_image_cut_anywhere_is_damaged(tmp_path):
     path = tmp_path / "anna" / "2"
     for length in (0, 100, *range(132, len(whole) - 2, 7)):
         path.write_bytes(whole[:length])
-        (source,) = list_cases(tmp_path)
-        assert source.name == "anna" and source.study.damaged == (path,), length
+        (study,) = find_studies(tmp_path)
+        assert study.name == "anna" and study.damaged == (path,), length
 
 
 @pytest.mark.parametrize("right, wrong", [(b"\x16\0UI", b"\x16\0UA"), (b"1.2.840", b"1.2\\840")])
@@ -160,8 +161,8 @@ def test_a_report_cut_anywhere_is_passed_over(tmp_path):
     whole = path.read_bytes()
     for length in range(400, len(whole), 7):
         path.write_bytes(whole[:length])
-        (source,) = list_cases(tmp_path)
-        assert not source.study.damaged, length
+        (study,) = find_studies(tmp_path)
+        assert not study.damaged, length
 
 
 def test_a_ct_study_beside_an_mr_study_is_passed_over(tmp_path):
@@ -169,8 +170,8 @@ def test_a_ct_study_beside_an_mr_study_is_passed_over(tmp_path):
         image(tmp_path / "anna" / f"mr{number}" / "1", "p1", series=number)
     image(tmp_path / "anna" / "ct" / "1", "p1", study="2", Modality="CT")
     for root in (tmp_path, tmp_path / "anna"):
-        (source,) = list_cases(root)
-        assert source.name == "anna" and len(source.study.series) == 2
+        (study,) = find_studies(root)
+        assert study.name == "anna" and len(study.series) == 2
 
 
 def test_listing_reads_each_header_once(tmp_path, monkeypatch):

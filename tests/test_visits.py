@@ -121,7 +121,7 @@ def test_table_of_dates(tmp_path):
 
 def test_dates_of_cases_that_no_patient_shares_are_said(tmp_path):
     measured = [{"case": name, "patient": name, "slices": 4} for name in "ab"]
-    sources = [Source(name, tmp_path / name, tmp_path) for name in "ab"]
+    sources = [Source(name, tmp_path / name, find_case) for name in "ab"]
     patients, notes = follow_all(sources, measured, tmp_path, {"a": day("2014-03-02")}, None)
     assert not patients and notes[0].startswith("--dates: each case is of another patient")
 

@@ -10,11 +10,13 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
 from .formats import scan_name, volumes_in
+from .opening import Source
+from .scans import Scan
 from .sequences import SEQUENCES, sequence_of
 
 DESCRIPTION = "dataset.json"
@@ -23,21 +25,7 @@ ALL = -1  # in place of the number of a channel
 CHANNEL = re.compile(r"^(?P<case>.+)_(?P<channel>\d{4})$")
 
 
-@dataclass(frozen=True)
-class DescribedCase:
-    """A case's files: pre-contrast, FLAIR, post-contrast, or one with some `channels` of it."""
-
-    name: str
-    files: tuple[Path | None, ...]
-    channels: tuple[int, ...]
-    mask: Path | None
-
-    @property
-    def flair(self) -> Path | None:
-        return self.files[len(self.files) // 2]
-
-
-def described_cases(root: Path, chosen: tuple[int, ...] = ()) -> list[DescribedCase] | None:
+def described_sources(root: Path, chosen: tuple[int, ...]) -> list[Source] | None:
     """List the cases of the data set in `root`, or in its folder of images; None if it is none.
 
     The folder of the data set stands for its training cases. `chosen` are the channels that are
@@ -67,20 +55,24 @@ def described_cases(root: Path, chosen: tuple[int, ...] = ()) -> list[DescribedC
                 "is FLAIR; say with --channels which are pre-contrast, FLAIR and post-contrast"
             )
     _check_present(folder, files, channels)
-    cases = []
+    sources = []
     for name, by_channel in files.items():
-        mask = masks.get(name)
+        picked = ()
+        paths = list(map(by_channel.get, channels))
         if ALL in by_channel:
-            cases.append(DescribedCase(name, (by_channel[ALL],), channels, mask))
-            continue
-        paths = tuple(map(by_channel.get, channels))
-        if not channels:
-            paths = tuple(by_channel.values())  # the only one
-        if len(paths) == 3:
-            pre, flair, post = paths
-            paths = (None if pre == flair else pre, flair, None if post == flair else post)
-        cases.append(DescribedCase(name, paths, (), mask))
-    return cases
+            paths, picked = [by_channel[ALL]], channels
+        elif not channels:
+            paths = list(by_channel.values())  # the only one
+        flair = paths[len(paths) // 2]
+        opener = partial(_open, root, name, paths, masks.get(name))
+        sources.append(Source(name, flair or root, opener, picked=picked))
+    return sources
+
+
+def _open(root: Path, name: str, files: Sequence[Path | None], mask: Path | None) -> Scan:
+    if not files[len(files) // 2]:
+        raise ValueError(f"{root}: {name} has no FLAIR; add its file")
+    return Scan.open(name, files, mask)
 
 
 def read_channel_names(description: Path) -> dict[int, str]:

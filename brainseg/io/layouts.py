@@ -1,10 +1,12 @@
 """The cases in a folder: slices as images, medical volume files, DICOM series, cohorts."""
 
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
-from .described import DescribedCase, described_cases
+from .described import described_sources
 from .dicom import find_images
 from .formats import (
     absolute,
@@ -19,69 +21,15 @@ from .labels import Labels
 from .opening import (
     BIDS,
     Layout,
-    case_folders,
+    Source,
     find_case,
-    folders_in,
     holds_case,
     holds_slices,
     is_one_case,
-    is_output,
-    name_below,
     open_study,
 )
-from .scans import Scan
-from .slices import Case, errors_name
-from .studies import Study, find_studies
-
-
-@dataclass(frozen=True)
-class Source:
-    """A case that has not been read yet: `folder` (or file) holds it, `root` all cases."""
-
-    name: str
-    folder: Path
-    root: Path
-    labels: Labels = field(default_factory=Labels, compare=False, repr=False)
-    layout: Layout | None = None  # None: found from the files in the folder
-    scan: Scan | None = field(default=None, repr=False)  # of files that the user names
-    study: Study | None = field(default=None, repr=False)  # of DICOM
-    patient: str = field(default="", compare=False)  # as in Case
-    subset: str = field(default="", compare=False)
-    picked: tuple[int, ...] = ()  # as in Case
-    described: DescribedCase | None = field(default=None, repr=False)  # by a dataset.json
-    given_spacing: tuple[float, float, float] | None = None  # as in Case
-
-    @property
-    def patient_id(self) -> str:
-        """Return the PatientID of the DICOM headers; empty if they name nobody."""
-        if self.scan:
-            return self.scan.patient_id
-        return self.study.patient if self.study else ""
-
-    def open(self) -> Case:
-        """Open the case without reading voxels; ValueError, naming the file, if it is unusable."""
-        with errors_name(self.folder):
-            if self.scan:
-                case = self.scan
-            elif self.study:
-                case = open_study(self.study)
-            elif self.described:
-                if not self.described.flair:
-                    raise ValueError(f"{self.root}: {self.name} has no FLAIR; add its file")
-                case = Scan.open(self.name, self.described.files, self.described.mask)
-            else:
-                case = find_case(self.folder, self.root, self.layout)
-        if self.given_spacing and isinstance(case, Scan):
-            raise ValueError(f"{self.folder}: states its voxel spacing itself; leave out --spacing")
-        return replace(
-            case,
-            given_spacing=self.given_spacing,
-            name=self.name,
-            labels=self.labels,
-            patient=self.patient,
-            subset=self.subset,
-            picked=self.picked,
-        )
+from .slices import Case
+from .studies import find_studies
 
 
 def find_cases(root: Path | str, names: Sequence[str] | None = None) -> list[Case]:
@@ -126,7 +74,7 @@ def list_cases(
         if folder.encode(errors="ignore").decode() != folder:
             raise ValueError(f"{ascii(folder)}: its name is not UTF-8; rename it")
         first = by_name.setdefault(source.name, source)
-        if first != source:
+        if first is not source:
             raise ValueError(
                 f"{first.folder} and {source.folder.name} have the same case name; rename one"
             )
@@ -153,14 +101,10 @@ def _sources_in(
         return [replace(_source(path), picked=picked)]
     if layout and not is_scan(root):
         top, folders = case_folders(path, layout, other_than)
-        return [Source(name_below(top, each), each, top, layout=layout) for each in folders]
-    described = described_cases(path, picked)
+        return _in_layout(top, folders, layout)
+    described = described_sources(path, picked)
     if described is not None:
-        sources = []
-        for case in described:
-            folder = case.flair or path  # FLAIR may be missing
-            sources.append(Source(case.name, folder, path, picked=case.channels, described=case))
-        return sources
+        return described
     sessions = _bids_sessions(path)
     if sessions:
         return sessions
@@ -182,7 +126,16 @@ def _bids_sessions(root: Path) -> list[Source]:
             if anat.is_dir():
                 folders.append(anat.parent)
     folders.sort()
-    return [Source(name_below(top, each), each, top, layout=BIDS) for each in folders]
+    return _in_layout(top, folders, BIDS)
+
+
+def _in_layout(root: Path, folders: Sequence[Path], layout: Layout) -> list[Source]:
+    """List the cases in folders below `root`, each named after its folder."""
+    sources = []
+    for folder in folders:
+        name = "_".join(folder.relative_to(root).parts)
+        sources.append(Source(name, folder, partial(find_case, folder, root, layout)))
+    return sources
 
 
 def _cases_in(root: Path, other_than: Path | None) -> list[Source]:
@@ -197,7 +150,10 @@ def _cases_in(root: Path, other_than: Path | None) -> list[Source]:
         return [_source(path)]
     searched = {path / folder.name for folder in folders if not volumes_in(folder)}
     studies = find_studies(path, skip=set(path.iterdir()) - searched)
-    cases = [Source(study.name, study.folder, path, study=study) for study in studies]
+    cases = []
+    for study in studies:
+        opener = partial(open_study, study)
+        cases.append(Source(study.name, study.folder, opener, study.patient))
     if any(study.folder == path for study in studies):
         return cases
     if not (volumes or holding or studies) and holds_slices(root):
@@ -236,4 +192,56 @@ def _check_not_too_high(root: Path, folders: Sequence[Path]) -> None:
 
 
 def _source(path: Path) -> Source:
-    return Source(scan_name(path), path, path.parent)
+    return Source(scan_name(path), path, partial(find_case, path))
+
+
+# Folders
+
+
+def case_folders(
+    root: Path, layout: Layout, other_than: Path | None = None
+) -> tuple[Path, list[Path]]:
+    """List folders, at most two levels down, that match a layout, or that hold other volumes.
+
+    Also return the folder that holds these cases: above `root`, if that is a case itself.
+    """
+    matching, lacking = [], []
+    for folder in folders_in(root, other_than):
+        if layout.fits(folder, root):
+            matching.append(folder)
+            continue
+        inner = [each for each in folders_in(folder, other_than) if layout.fits(each, root)]
+        matching += inner
+        place = f"{{root}}/{folder.relative_to(root)}/"
+        holds_masks = any(place in pattern for pattern in layout.mask)  # apart from the cases
+        if not inner and volumes_in(folder) and not holds_masks:
+            lacking.append(folder)
+    if not matching and layout.fits(root, root.parent):
+        return root.parent, [root]
+    files = [layout.files(folder, root) for folder in matching]
+    roles = ("pre", "post", "mask") if matching else ("flair",)  # a case reports a lack of FLAIR
+    for role in roles:
+        patterns = getattr(layout, role)
+        if patterns and not any(by_role[role] for by_role in files):
+            raise ValueError(
+                f"{root}: no file in its folders matches {role}={patterns[0]}; change --sequences"
+            )
+    return root, sorted(matching + lacking)
+
+
+def is_output(folder: Path) -> bool:
+    """Tell whether inference.py wrote here: its masks and pictures are neither truth nor scan."""
+    try:
+        return {"args", "weights"} <= json.loads((folder / "args.json").read_text()).keys()
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def folders_in(root: Path, other_than: Path | None = None) -> list[Path]:
+    """List the folders in `root` that may hold cases: not `other_than`, nor predictions."""
+    folders = []
+    for path in sorted(root.iterdir()):
+        is_other = other_than is not None and path.resolve() == other_than.resolve()
+        if path.is_dir() and path.name[0] not in "._" and not is_other and not is_output(path):
+            folders.append(path)
+    return folders

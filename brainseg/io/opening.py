@@ -6,9 +6,8 @@ folder below it and `{name}` the last part of that path.
 """
 
 import glob
-import json
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import NamedTuple
@@ -24,9 +23,10 @@ from .formats import (
     scan_name,
     volumes_in,
 )
+from .labels import Labels
 from .scans import Scan, with_doubts
 from .sequences import SEQUENCES, contradiction
-from .slices import SLICE_NAME, Case, find_slices
+from .slices import SLICE_NAME, Case, errors_name, find_slices
 from .studies import Study, find_studies, sort_study
 
 Patterns = tuple[str, ...]  # the first that matches any file is used
@@ -166,64 +166,38 @@ def _below(path: Path, folder: Path) -> Path:
     return path.relative_to(folder) if path.is_relative_to(folder) else path
 
 
-# Folders
-
-
-def case_folders(
-    root: Path, layout: Layout, other_than: Path | None = None
-) -> tuple[Path, list[Path]]:
-    """List folders, at most two levels down, that match a layout, or that hold other volumes.
-
-    Also return the folder that holds these cases: above `root`, if that is a case itself.
-    """
-    matching, lacking = [], []
-    for folder in folders_in(root, other_than):
-        if layout.fits(folder, root):
-            matching.append(folder)
-            continue
-        inner = [each for each in folders_in(folder, other_than) if layout.fits(each, root)]
-        matching += inner
-        place = f"{{root}}/{folder.relative_to(root)}/"
-        holds_masks = any(place in pattern for pattern in layout.mask)  # apart from the cases
-        if not inner and volumes_in(folder) and not holds_masks:
-            lacking.append(folder)
-    if not matching and layout.fits(root, root.parent):
-        return root.parent, [root]
-    files = [layout.files(folder, root) for folder in matching]
-    roles = ("pre", "post", "mask") if matching else ("flair",)  # a case reports a lack of FLAIR
-    for role in roles:
-        patterns = getattr(layout, role)
-        if patterns and not any(by_role[role] for by_role in files):
-            raise ValueError(
-                f"{root}: no file in its folders matches {role}={patterns[0]}; change --sequences"
-            )
-    return root, sorted(matching + lacking)
-
-
-def name_below(root: Path, folder: Path) -> str:
-    """Name a case after its folder below `root`."""
-    return "_".join(folder.relative_to(root).parts)
-
-
-def is_output(folder: Path) -> bool:
-    """Tell whether inference.py wrote here: its masks and pictures are neither truth nor scan."""
-    try:
-        return {"args", "weights"} <= json.loads((folder / "args.json").read_text()).keys()
-    except (OSError, ValueError, AttributeError):
-        return False
-
-
-def folders_in(root: Path, other_than: Path | None = None) -> list[Path]:
-    """List the folders in `root` that may hold cases: not `other_than`, nor predictions."""
-    folders = []
-    for path in sorted(root.iterdir()):
-        is_other = other_than is not None and path.resolve() == other_than.resolve()
-        if path.is_dir() and path.name[0] not in "._" and not is_other and not is_output(path):
-            folders.append(path)
-    return folders
-
-
 # Cases
+
+
+@dataclass(frozen=True)
+class Source:
+    """A case that has not been read yet: `folder` (or file) holds it, and `opener` opens it."""
+
+    name: str
+    folder: Path
+    opener: Callable[[], Case] = field(compare=False, repr=False)
+    patient_id: str = ""  # of the DICOM headers; empty if they name nobody
+    labels: Labels = field(default_factory=Labels, compare=False, repr=False)
+    patient: str = field(default="", compare=False)  # as in Case
+    subset: str = field(default="", compare=False)
+    picked: tuple[int, ...] = ()  # as in Case
+    given_spacing: tuple[float, float, float] | None = None  # as in Case
+
+    def open(self) -> Case:
+        """Open the case without reading voxels; ValueError, naming the file, if it is unusable."""
+        with errors_name(self.folder):
+            case = self.opener()
+        if self.given_spacing and isinstance(case, Scan):
+            raise ValueError(f"{self.folder}: states its voxel spacing itself; leave out --spacing")
+        return replace(
+            case,
+            given_spacing=self.given_spacing,
+            name=self.name,
+            labels=self.labels,
+            patient=self.patient,
+            subset=self.subset,
+            picked=self.picked,
+        )
 
 
 class SeveralStudies(ValueError):
