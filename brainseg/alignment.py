@@ -1,14 +1,13 @@
 """Two scans of one head in one frame: the axial one of the first, which the other was moved to."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import SimpleITK as sitk
 
 from .io.formats import read_voxels
-from .io.grid import Grid
 from .io.pictures import to_grey
-from .io.registration import like
+from .io.registration import interpolate
 from .io.scans import Scan
 from .io.slices import Case
 
@@ -46,26 +45,14 @@ def at_place(
     place: int,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return a scan and its mask, (H, W), in the slice `place` of the first one."""
-    volume = Grid.of(fixed)
-    step = np.asarray(volume.direction)[:, 2] * volume.spacing[2] * place
-    offset = tuple((np.asarray(volume.offset) + step).tolist())
-    width, height, _ = volume.shape
-    grid = replace(volume, shape=(width, height, 1), offset=offset)
-    grey = _resampled(grey_of(sitk.GetArrayFromImage(moving)), moving, grid, transform)
-    mask = _resampled(measured.mask, moving, grid, transform) > 0.5
+    one_slice = fixed[:, :, place : place + 1]
+    grey = interpolate(grey_of(sitk.GetArrayFromImage(moving)), moving, one_slice, transform)
+    mask = interpolate(measured.mask, moving, one_slice, transform) > 0.5
     return grey[0].astype(np.uint8), mask[0]
 
 
 def grey_of(flair: np.ndarray) -> np.ndarray:
     return to_grey(flair[..., None])
-
-
-def _resampled(
-    voxels: np.ndarray, moving: sitk.Image, grid: Grid, transform: sitk.Transform
-) -> np.ndarray:
-    """Resample voxels (S, H, W) on the grid of `moving` linearly to another grid; 0 outside."""
-    moved = sitk.Resample(like(moving, voxels), grid.blank, transform, sitk.sitkLinear, 0.0)
-    return sitk.GetArrayFromImage(moved)
 
 
 def components_alone(
@@ -74,7 +61,7 @@ def components_alone(
     """Say which components of one mask have no partner in the other, in the first scan's frame."""
     assert isinstance(first.case, Scan)
     grid = first.case.grid.axial
-    moved = _resampled(later.mask, moving, grid, transform) > 0.5
+    moved = interpolate(later.mask, moving, grid.blank, transform) > 0.5
     spacing = np.array(grid.spacing[::-1])
     said = []
     pairs = (later, moved, first.mask), (first, first.mask, moved)

@@ -19,7 +19,7 @@ from brainseg.fill import without_fill
 from brainseg.io.grid import Grid
 from brainseg.io.layouts import find_case
 from brainseg.io.pictures import to_grey
-from brainseg.io.registration import move, register
+from brainseg.io.registration import register, resample
 from brainseg.levels import measure
 from brainseg.metrics import dsc
 from brainseg.phantom import make_volume
@@ -168,8 +168,8 @@ def test_a_lesion_with_the_value_of_fill_is_kept():
 
 def test_a_moved_sequence_does_not_mix_fill_with_air(volume):
     grid = Grid((96, 96, 12), (3.0, 3.0, 6.0), (0.0, 0.0, 2.0), np.eye(3))
-    moved = move(image_of(fill(volume[..., 0], [0, -1], 4095)), grid)
-    expected = move(image_of(volume[..., 0]), grid)
+    moved = resample(image_of(fill(volume[..., 0], [0, -1], 4095)), grid)
+    expected = resample(image_of(volume[..., 0]), grid)
     np.testing.assert_allclose(moved[..., 1:10], expected[..., 1:10], atol=0.1)
     assert (moved[..., [0, -1]] == 4095).all()
     assert moved[..., 10].max() < 1500

@@ -12,7 +12,7 @@ from test_scan import edit, infer, read, write, write_series
 from brainseg.io.grid import Grid
 from brainseg.io.layouts import find_case, find_cases, list_cases
 from brainseg.io.opening import find_sequences
-from brainseg.io.registration import foreground_points, move, register
+from brainseg.io.registration import foreground_points, register, resample
 from brainseg.io.scans import registered
 from brainseg.metrics import dsc
 from brainseg.phantom import make_volume
@@ -86,7 +86,7 @@ def test_a_moved_head_is_brought_back(head, weights, tmp_path, capsys):
     fixed, post = image_of(volume[..., 1]), image_of(volume[..., 2])
     grid = Grid(post.GetSize(), post.GetSpacing(), post.GetOrigin(), np.eye(3))
     paths = [tmp_path / f"{name}.nii.gz" for name in "fc"]
-    for path, image in zip(paths, (fixed, grid.image(move(post, grid, moved))), strict=True):
+    for path, image in zip(paths, (fixed, grid.image(resample(post, grid, moved))), strict=True):
         SimpleITK.WriteImage(image, str(path))
     found = register(SimpleITK.ReadImage(str(paths[1])), fixed, paths[1])
     places = foreground_points(fixed)

@@ -136,15 +136,29 @@ def foreground_points(image: sitk.Image) -> np.ndarray:
     return np.array([image.TransformIndexToPhysicalPoint(i) for i in index[:, ::-1].tolist()])
 
 
-def move(moving: sitk.Image, grid: Grid, transform: sitk.Transform | None = None) -> np.ndarray:
+def resample(moving: sitk.Image, grid: Grid, transform: sitk.Transform | None = None) -> np.ndarray:
     """Resample an image linearly to a grid: voxels (X, Y, Z), float32, where fill is not mixed."""
     voxels = sitk.GetArrayFromImage(moving)
     scanned, fill = without_fill(voxels)
-    moved = _resample(like(moving, scanned), grid, transform)
+    transform = transform or sitk.Transform(3, sitk.sitkIdentity)
+    moved = interpolate(scanned, moving, grid.blank, transform, float(scanned.min()))
     if fill:
-        filled = _resample(like(moving, np.isin(voxels, fill)), grid, transform)
-        moved[filled > 0.5] = fill[0]
-    return moved
+        filled = np.isin(voxels, fill)
+        share = interpolate(filled, moving, grid.blank, transform, float(filled.min()))
+        moved[share > 0.5] = fill[0]
+    return moved.T
+
+
+def interpolate(
+    voxels: np.ndarray,
+    image: sitk.Image,
+    reference: sitk.Image,
+    transform: sitk.Transform,
+    outside: float = 0.0,
+) -> np.ndarray:
+    """Interpolate voxels (Z, Y, X) on the grid of an image linearly on that of another, float32."""
+    moved = sitk.Resample(like(image, voxels), reference, transform, sitk.sitkLinear, outside)
+    return sitk.GetArrayFromImage(moved)
 
 
 def like(image: sitk.Image, voxels: np.ndarray) -> sitk.Image:
@@ -152,11 +166,3 @@ def like(image: sitk.Image, voxels: np.ndarray) -> sitk.Image:
     changed = sitk.GetImageFromArray(voxels.astype(np.float32))
     changed.CopyInformation(image)
     return changed
-
-
-def _resample(moving: sitk.Image, grid: Grid, transform: sitk.Transform | None) -> np.ndarray:
-    """Resample an image linearly to a grid: voxels (X, Y, Z), its minimum outside it."""
-    transform = transform or sitk.Transform(3, sitk.sitkIdentity)
-    lowest = float(sitk.GetArrayViewFromImage(moving).min())
-    moved = sitk.Resample(moving, grid.blank, transform, sitk.sitkLinear, lowest)
-    return sitk.GetArrayFromImage(moved).T

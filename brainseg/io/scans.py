@@ -22,7 +22,7 @@ from .formats import read_grid, read_voxels, scan_name
 from .grid import Grid
 from .itk import voxel_file
 from .nifti import is_nifti, write_nifti
-from .registration import Movement, move, register
+from .registration import Movement, register, resample
 from .sequences import SEQUENCES, contradiction
 from .slices import Case
 
@@ -215,7 +215,7 @@ def _on_grid_of_flair(scan: Scan, file: File) -> np.ndarray:
         return voxels
     grid, _ = read_grid(file)
     if scan.register:
-        return move(grid.image(voxels), scan.grid, scan.movements[file].transform)
+        return resample(grid.image(voxels), scan.grid, scan.movements[file].transform)
     if not grid.difference(scan.grid):
         return voxels
     covered = scan.grid.coverage(grid)
@@ -224,7 +224,7 @@ def _on_grid_of_flair(scan: Scan, file: File) -> np.ndarray:
             f"{file}: covers {covered:.0%} of {scan.folder.name} by its header; if it is of "
             "another session, use --register"
         )
-    return move(grid.image(voxels), scan.grid)
+    return resample(grid.image(voxels), scan.grid)
 
 
 def _one_channel(file: File) -> np.ndarray:
