@@ -53,6 +53,18 @@ def without_fill(voxels: np.ndarray) -> tuple[np.ndarray, list[float]]:
     return changed, values
 
 
+def percentile(values: np.ndarray, percent: float) -> float:
+    """Return what np.percentile does; of integers, several times as fast."""
+    # NumPy finds one place among numbers of 16 bits by vector instructions, but not two at once.
+    if values.dtype.itemsize == 1:
+        values = values.astype(np.int16)
+    if values.dtype.kind in "iu":
+        lower = np.percentile(values, percent, method="lower")
+        if lower == np.percentile(values, percent, method="higher"):
+            return float(lower)
+    return float(np.percentile(values, percent))
+
+
 def _find_values(sample: np.ndarray) -> list[float]:
     """List values of fill in a sample (S, H, W) of the voxels.
 

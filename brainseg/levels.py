@@ -6,7 +6,7 @@ from functools import cached_property
 
 import numpy as np
 
-from .fill import without_fill
+from .fill import percentile, without_fill
 from .metrics import dsc
 
 BRIGHTEST = 4.0  # values above this many times the median tissue are clipped
@@ -74,15 +74,15 @@ def _find_levels(voxels: np.ndarray) -> MeasuredSequence | None:
     The background is the 1st percentile. The foreground begins a tenth of the way up from there to
     the 99th percentile of all voxels brighter than the background.
     """
-    background = float(np.percentile(voxels, 1))
+    background = percentile(voxels, 1)
     bright = voxels[voxels > background]
     if len(bright) <= 1e-3 * voxels.size:
         return None
-    high = float(np.percentile(bright, 99))
+    high = percentile(bright, 99)
     # A little under a tenth, so that rounding cannot move a grey level that is just on it.
     threshold = background + 0.0999 * (high - background)
     foreground = bright[bright > threshold]
-    median = float(np.median(foreground))
+    median = percentile(foreground, 50)
     saturated = float((foreground == foreground.max()).mean())
     flat = float((foreground == median).mean())
     return MeasuredSequence(voxels, background, threshold, median, saturated, flat)
@@ -145,7 +145,7 @@ def order_note(sequences: Sequence[MeasuredSequence | None]) -> str:
         return ""
     darkest = []
     for sequence in compared:
-        tenth = float(np.percentile(sequence.voxels[thin][head], 10))
+        tenth = percentile(sequence.voxels[thin][head], 10)
         darkest.append((tenth - sequence.background) / (sequence.median - sequence.background))
     pre, flair, post = darkest
     least = min(pre, post)

@@ -171,6 +171,7 @@ def _check_complete(folder: Path, slices: dict[int, Path], masks: dict[int, Path
         )
 
 
+@quiet  # on damaged files
 def read_slices(paths: Sequence[Path]) -> np.ndarray:
     """Read images of one shape as a volume (S, H, W, C), black lowest; ValueError if one is bad."""
     images = []
@@ -196,7 +197,6 @@ def read_slices(paths: Sequence[Path]) -> np.ndarray:
     return volume
 
 
-@quiet  # on a damaged file
 def _read_image(path: Path) -> tuple[np.ndarray, bool]:
     """Read one image (H, W, C), and whether its tag says that white is zero."""
     white_is_zero = False
