@@ -334,7 +334,7 @@ def validate(state: TrainState, data: SliceDataset, with_masks: bool) -> runs.Va
         logits = torch.logit(probabilities, eps=1e-6)  # within ± 14, always finite
         target = torch.from_numpy(volume.mask[:, None]).to(logits)
         loss = state.loss(logits, target).item()
-        mask = segmenter.finish(probabilities, volume.frame)
+        mask = segmenter.mask_of(probabilities, volume.frame)
         results.append((loss * len(mask), dsc(mask, volume.truth)))
         if with_masks:
             masks.append(mask)

@@ -57,7 +57,7 @@ def growth() -> None:
             case = find_case(path.with_name(path.name.replace("_mask", "")))
             volume = case.read()
             images, frame = segmenter.preprocess(volume, case.aspect)
-            found = segmenter.rate(segmenter.probabilities(images), frame, case.spacing)
+            found = segmenter.segmentation_of(segmenter.probabilities(images), frame, case.spacing)
             row = volume_row(case, volume, found.mask, found.expected)
             day = datetime.date.fromisoformat(case.name.rpartition("_")[2])
             scans.append((Measured(case, found.mask, row), day))

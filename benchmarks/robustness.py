@@ -111,7 +111,7 @@ def segment_unseen(model: NetworkModel, source: Source, volume: np.ndarray) -> S
         raise SystemExit(f"error: {model.path}: trained on {source.name}; choose another --subset")
     segmenter = model.segmenter_for(source)
     images, frame = segmenter.preprocess(volume)
-    return segmenter.rate(segmenter.probabilities(images), frame)
+    return segmenter.segmentation_of(segmenter.probabilities(images), frame)
 
 
 CHANGES = {

@@ -57,7 +57,7 @@ def segment(
     spacing: Sequence[float] | None = None,
 ) -> np.ndarray:
     images, frame = segmenter.preprocess(volume, aspect)
-    return segmenter.finish(segmenter.probabilities(images), frame, spacing)
+    return segmenter.mask_of(segmenter.probabilities(images), frame, spacing)
 
 
 def heads_text(title: str, marked: Sequence[Sequence[float]]) -> str:

@@ -37,7 +37,7 @@ class NotebookSegmenter(Segmenter):
     def assess(self, volume: np.ndarray, spacing: Spacing | None = None) -> Assessment:
         """Segment as a call does, and rate the mask; `spacing` is in mm: slices, rows, columns."""
         images, frame = self.preprocess(as_volume(volume, self.channels), aspect_of(spacing))
-        result = self.rate(self.probabilities(images), frame, spacing)
+        result = self.segmentation_of(self.probabilities(images), frame, spacing)
         ml = millilitres_of(result.mask, spacing)
         expected, low, high = result.expected or (None, None, None)
         reasons = result.warnings + end_warnings(result.mask)
@@ -78,7 +78,7 @@ class NotebookSegmenter(Segmenter):
         numbers = tuple(range(1, len(volume) + 1))
         case = Case(name, numbers, (), (), patient=patient, given_spacing=(slices, rows, columns))
         images, frame = self.preprocess(volume, case.aspect)
-        result = self.rate(self.probabilities(images), frame, case.spacing)
+        result = self.segmentation_of(self.probabilities(images), frame, case.spacing)
         row = volume_row(
             case, volume, result.mask, result.expected, result.warnings, replaced=result.replaced
         )

@@ -120,7 +120,7 @@ def segment_case(
             with turn:
                 probabilities = predict(segmenter, images)
             del images  # of some size, and drawing takes a while
-            segmentation = segmenter.rate(probabilities, frame, loaded.case.spacing)
+            segmentation = segmenter.segmentation_of(probabilities, frame, loaded.case.spacing)
             del probabilities
             return write(loaded, segmentation, outputs)
     except ValueError as error:

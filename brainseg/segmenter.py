@@ -133,7 +133,7 @@ class Segmenter(Predictor):
         of a pixel over its width. Raises ValueError, as `as_volume` does for axes in another order.
         """
         images, frame = self.preprocess(as_volume(volume, self.channels), aspect)
-        return self.finish(self.probabilities(images), frame)
+        return self.mask_of(self.probabilities(images), frame)
 
     def preprocess(self, volume: np.ndarray, aspect: float = 1.0) -> tuple[Tensor, Frame]:
         """Make the network's input (S, C, N, N), on its device if it fits, and the frame.
@@ -149,13 +149,15 @@ class Segmenter(Predictor):
                 pass  # its memory is free only once this block is left
         return preprocess(volume, self.image_size, self.version, aspect=aspect)
 
-    def finish(self, probabilities: Tensor, frame: Frame, spacing: Spacing = None) -> np.ndarray:
+    def mask_of(self, probabilities: Tensor, frame: Frame, spacing: Spacing = None) -> np.ndarray:
         """Turn probabilities (S, K, N, N) into a mask (S, H, W), bool, in the source geometry."""
         restored = _restored(probabilities[:, 0], frame)
         least = least_voxels(self.min_volume, spacing)
         return to_mask(restored, self.threshold, self.largest_component, least)
 
-    def rate(self, probabilities: Tensor, frame: Frame, spacing: Spacing = None) -> Segmentation:
+    def segmentation_of(
+        self, probabilities: Tensor, frame: Frame, spacing: Spacing = None
+    ) -> Segmentation:
         """Turn probabilities into a mask, and rate it; `spacing` is the source's, if known."""
         restored = _restored(probabilities[:, 0], frame).cpu()  # (S, H, W)
         deviation = None

@@ -173,7 +173,7 @@ class Service:
         except ValueError as error:
             raise ValueError(f"{loaded.case.name}: {error}") from error
         probabilities = self.segmenter.probabilities(images, progress)
-        return self.segmenter.rate(probabilities, frame, loaded.case.spacing)
+        return self.segmenter.segmentation_of(probabilities, frame, loaded.case.spacing)
 
 
 def shortage(error: Exception) -> str:

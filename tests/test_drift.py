@@ -32,7 +32,7 @@ def outputs(weights: Path, volume: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     segmenter = Segmenter.from_weights(weights, device="cpu", amp=False)
     images, frame = segmenter.preprocess(volume)
     probabilities = segmenter.probabilities(images)
-    return restore(probabilities[:, 0], frame).numpy(), segmenter.finish(probabilities, frame)
+    return restore(probabilities[:, 0], frame).numpy(), segmenter.mask_of(probabilities, frame)
 
 
 @pytest.mark.parametrize("name", sorted(NAMES))

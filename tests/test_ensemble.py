@@ -154,11 +154,11 @@ def test_a_minimum_volume_is_the_same_on_every_grid(folder):
     segmenter = opened(folder, threshold=0.3, largest_component=False)
     images, frame = segmenter.preprocess(make_volume(1, 8, 64)[0])
     probabilities = segmenter.probabilities(images)
-    sizes = np.bincount(label(segmenter.finish(probabilities, frame)).ravel())[1:]
+    sizes = np.bincount(label(segmenter.mask_of(probabilities, frame)).ravel())[1:]
     segmenter.min_volume = int(sizes.max())
-    assert segmenter.finish(probabilities, frame).sum() >= sizes.max()
-    assert not segmenter.finish(probabilities, frame, (5, 0.5, 0.5)).any()
-    assert not segmenter.rate(probabilities, frame, (5, 0.5, 0.5)).mask.any()
+    assert segmenter.mask_of(probabilities, frame).sum() >= sizes.max()
+    assert not segmenter.mask_of(probabilities, frame, (5, 0.5, 0.5)).any()
+    assert not segmenter.segmentation_of(probabilities, frame, (5, 0.5, 0.5)).mask.any()
 
 
 def test_networks_with_different_fits_have_no_expected_dsc_and_say_so(folder, tmp_path):
@@ -401,7 +401,7 @@ def test_fitting_writes_the_cards(phantoms, folder, tmp_path, capsys, monkeypatc
     fit = segmenter.expected_dsc_fit
     assert fit["cases"] == 12 and fit["threshold"] == 0.5
     images, frame = segmenter.preprocess(find_case(phantoms / NAMES[0]).read())
-    made = segmenter.rate(segmenter.probabilities(images), frame)
+    made = segmenter.segmentation_of(segmenter.probabilities(images), frame)
     assert made.expected and made.mask.any() and made.expected[0] < 0.7 and made.warnings
 
 

@@ -129,7 +129,7 @@ def test_settings_by_hand(phantoms, weights, done):
     row = next(row for row in scores(done) if row["case"] == "phantom_004")
     volume, truth = find_case(phantoms / "phantom_004").read_pair()
     images, frame = segmenter.preprocess(volume)
-    probabilities = segmenter.rate(segmenter.probabilities(images), frame).probabilities
+    probabilities = segmenter.segmentation_of(segmenter.probabilities(images), frame).probabilities
     for name, (threshold, largest) in SETTINGS.items():
         mask = probabilities >= threshold
         mask = keep_components(mask) if largest else mask

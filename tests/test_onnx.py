@@ -119,7 +119,7 @@ def test_an_ensemble_with_neighbours_in_half_precision(tmp_path, volume):
     rough, exact = there.probabilities(images), here.probabilities(images)
     assert rough.dtype == torch.float32 and not torch.equal(rough, exact)
     torch.testing.assert_close(rough, exact, atol=0.01, rtol=0)
-    assert there.rate(rough, frame).features["disagreement"] > 0
+    assert there.segmentation_of(rough, frame).features["disagreement"] > 0
     card = card_of(file)
     assert card["cases"]["train"] == ["phantom_000", "phantom_001"]
     assert [source["file"] for source in card["weights"]] == ["fold0.pt", "fold1.pt"]

@@ -306,7 +306,7 @@ def segment(loaded: Loaded, networks: Sequence[NetworkModel]) -> Segmented:
     for model in networks:
         segmenter = model.segmenter_for(case)
         images, frame = inputs[model.name]
-        segmentations[model.name] = segmenter.rate(
+        segmentations[model.name] = segmenter.segmentation_of(
             segmenter.probabilities(images), frame, case.spacing
         )
     return case, volume, truth, segmentations
