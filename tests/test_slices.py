@@ -90,6 +90,19 @@ def test_compressed_tiff(tmp_path, compression):
     assert np.array_equal(find_case(tmp_path).read()[0], image)
 
 
+@pytest.mark.parametrize("compression", ["tiff_lzw", None])
+def test_a_tiff_that_its_tag_turns_is_refused(tmp_path, compression):
+    """Pillow, which reads some TIFFs, turns them; tifffile, which reads the others, does not."""
+    image = noise(10, 14)
+    for orientation in (1, 3):
+        tags = {274: orientation}
+        Image.fromarray(image).save(tmp_path / "x_1.tif", compression=compression, tiffinfo=tags)
+        if orientation == 1:
+            assert np.array_equal(find_case(tmp_path).read()[0, ..., 0], image)
+    with pytest.raises(ValueError, match="x_1.tif: its tag Orientation turns it"):
+        find_case(tmp_path).read()
+
+
 def test_tiff_with_separate_planes(tmp_path):
     image = noise(10, 14, 3)
     planes = np.ascontiguousarray(image.transpose(2, 0, 1))
@@ -433,18 +446,30 @@ def test_nan_in_a_file(tmp_path, value):
         find_case(tmp_path).read()
 
 
-def test_png_of_16_bit_colour_keeps_its_16_bits(tmp_path):
-    """Pillow, and so most readers, would silently reduce it to 8 bits."""
-    image = np.random.default_rng(0).integers(0, 4096, (20, 30, 3)).astype(np.uint16)
+def write_png(path: Path, image: np.ndarray, colours: int) -> None:
+    """Write an image (H, W, C) uint16 with the number that PNG has for its kind of colours."""
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in image)
-    header = struct.pack(">IIBBBBB", 30, 20, 16, 2, 0, 0, 0)
-    with open(tmp_path / "scan_1.png", "wb") as file:
+    header = struct.pack(">IIBBBBB", image.shape[1], image.shape[0], 16, colours, 0, 0, 0)
+    with open(path, "wb") as file:
         file.write(b"\x89PNG\r\n\x1a\n")
         for name, data in ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")):
             check = struct.pack(">I", zlib.crc32(name + data))
             file.write(struct.pack(">I", len(data)) + name + data + check)
+
+
+def test_png_of_16_bit_colour_keeps_its_16_bits(tmp_path):
+    """Pillow, and so most readers, would silently reduce it to 8 bits."""
+    image = noise(20, 30, 3, high=4096, dtype=np.uint16)
+    write_png(tmp_path / "scan_1.png", image, 2)
     volume = find_case(tmp_path).read()
     assert volume.dtype == np.uint16 and np.array_equal(volume[0], image)
+
+
+def test_png_of_16_bit_grey_with_opacity_is_refused(tmp_path):
+    """In 8 bits, a mask of ones would be empty."""
+    write_png(tmp_path / "scan_1.png", np.full((20, 30, 2), (1, 65535), np.uint16), 4)
+    with pytest.raises(ValueError, match="scan_1.png: has 16 bits of grey, and opacity"):
+        find_case(tmp_path).read()
 
 
 def test_slices_of_two_cases_in_one_folder_are_refused(tmp_path):

@@ -20,6 +20,7 @@ from .labels import Labels
 from .quiet import quiet
 
 SLICE_NAME = re.compile(r"^(?P<stem>.+)_(?P<number>\d+)(?P<mask>_mask)?\.(?:tiff?|png)$", re.I)
+TURNED = range(2, 9)  # values of the tag Orientation of TIFF; at 1, it is shown as it is stored
 IMAGE_SUFFIXES = {".tif", ".tiff", ".png"}
 
 
@@ -197,6 +198,10 @@ def read_slices(paths: Sequence[Path]) -> np.ndarray:
     return volume
 
 
+class UnfitImage(ValueError):
+    """An image can be read, but not by every reader in the same way."""
+
+
 def _read_image(path: Path) -> tuple[np.ndarray, bool]:
     """Read one image (H, W, C), and whether its tag says that white is zero."""
     white_is_zero = False
@@ -205,7 +210,7 @@ def _read_image(path: Path) -> tuple[np.ndarray, bool]:
             image = _read_png(path)
         else:
             image, white_is_zero = _read_tiff(path)
-    except (FileNotFoundError, PermissionError, MemoryError):
+    except (FileNotFoundError, PermissionError, MemoryError, UnfitImage):
         raise
     except Exception as error:  # each library raises its own, some a bare Exception
         raise ValueError(f"{path}: not a readable image, or cut short; export it again") from error
@@ -267,6 +272,8 @@ def check_finite(path: Path, voxels: np.ndarray) -> None:
 def _read_png(path: Path) -> np.ndarray:
     with open(path, "rb") as file:
         header = file.read(26)
+    if header[24:] == b"\x10\x04":  # Pillow would keep only 8 of them, and ITK reads none
+        raise UnfitImage(f"{path}: has 16 bits of grey, and opacity; save it without opacity")
     deep_colour = header[24:] in (b"\x10\x02", b"\x10\x06")  # 16 bits of RGB or RGBA
     if not deep_colour:
         return _decode(path, "PNG")
@@ -282,6 +289,8 @@ def _read_tiff(path: Path) -> tuple[np.ndarray, bool]:
             if not tiff.pages:
                 raise ValueError("no page")
             page = tiff.pages[0]
+            if page.tags.valueof("Orientation") in TURNED:
+                raise UnfitImage(f"{path}: its tag Orientation turns it; save it upright, without")
             if "BitsPerSample" not in page.tags and page.samplesperpixel > 1:
                 raise ValueError("its directory is cut short")
             if len(tiff.pages) > 1:
@@ -302,6 +311,8 @@ def _read_tiff(path: Path) -> tuple[np.ndarray, bool]:
             if page.axes == "SYX":
                 image = np.moveaxis(image, 0, -1)
             return image, white_is_zero
+    except UnfitImage:
+        raise
     except ValueError:  # e.g. LZW or CMYK, which only Pillow can turn into RGB
         return _decode(path, "TIFF"), white_is_zero
 
