@@ -79,14 +79,16 @@ def test_whole_write_obeys_the_umask(tmp_path):
 
 def leave_scratch(folder: Path) -> None:
     """Kill a process while it writes."""
-    code = (
-        "import os, pathlib, signal; from brainseg.io.files import scratch\n"
-        f"with scratch(pathlib.Path({str(folder)!r})) as inner:\n"
-        "    (inner / 'half').write_text('x')\n"
-        "    os.kill(os.getpid(), signal.SIGKILL)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT)
-    assert done.returncode == -signal.SIGKILL
+
+    def write() -> None:
+        with scratch(folder) as inner:
+            (inner / "half").write_text("x")
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    writer = FORK.Process(target=write)
+    writer.start()
+    writer.join()
+    assert writer.exitcode == -signal.SIGKILL
 
 
 def test_leftovers_of_a_killed_process_are_cleared(tmp_path):
