@@ -4,6 +4,7 @@ They are forked, communicate through gloo, and train narrow networks on the CPU.
 several processes needs CUDA, so networks whose gradients are compared do not have it.
 """
 
+import itertools
 import os
 import shutil
 import signal
@@ -128,11 +129,11 @@ def test_one_device_cannot_be_named_for_all(capfd):
 # Gradients
 
 
-def gradients(phantoms: Path, loss: str) -> list[tuple[float, dict[str, np.ndarray]]]:
-    """Return loss and gradients of a training step for each batch, whatever the processes."""
+def gradients(phantoms: Path) -> list[tuple[str, float, dict[str, np.ndarray]]]:
+    """Return each loss and its gradients in a training step, for each batch."""
     dataset = BrainSegmentationDataset(phantoms, "all", 32, workers=1)
     results = []
-    for indices in BATCHES:
+    for loss, indices in itertools.product(LOSSES, BATCHES):
         model = build_network("unet", in_channels=3, features=4, seed=42)
         state = TrainState(
             model=model,
@@ -142,20 +143,19 @@ def gradients(phantoms: Path, loss: str) -> list[tuple[float, dict[str, np.ndarr
         training.prepare_network(state)
         images, masks = dataset.batch(shard_of_batch(indices))
         value = train.train_step(state, images, masks, len(indices)).item()
-        results.append((value, {k: p.grad.numpy() for k, p in model.named_parameters()}))
+        results.append((loss, value, {k: p.grad.numpy() for k, p in model.named_parameters()}))
     return results
 
 
-@pytest.mark.parametrize("loss", LOSSES)
-def test_two_processes_have_the_gradient_of_one(phantoms, no_batch_norm, loss):
+def test_two_processes_have_the_gradient_of_one(phantoms, no_batch_norm):
     """The gradient is that of the whole batch, though each loss is a ratio of sums over it."""
-    expected = gradients(phantoms, loss)
-    for results in in_processes(2, in_group(lambda: gradients(phantoms, loss))):
-        for (value, gradient), (other_value, other) in zip(expected, results, strict=True):
-            assert other_value == pytest.approx(value, rel=1e-6)
+    expected = gradients(phantoms)
+    for results in in_processes(2, in_group(lambda: gradients(phantoms))):
+        for (loss, value, gradient), (_, other_value, other) in zip(expected, results, strict=True):
+            assert other_value == pytest.approx(value, rel=1e-6), loss
             for name in gradient:
                 error = abs(other[name] - gradient[name]).max()
-                assert error <= 1e-4 * abs(gradient[name]).max(), name
+                assert error <= 1e-4 * abs(gradient[name]).max(), (loss, name)
 
 
 # Whole runs
@@ -251,14 +251,6 @@ def test_a_run_goes_on_with_another_number_of_processes(
 # What goes wrong
 
 
-@pytest.fixture(scope="module")
-def one_epoch(phantoms, tmp_path_factory) -> Path:
-    """Train one epoch in two processes."""
-    out = tmp_path_factory.mktemp("one_epoch")
-    assert trained(phantoms, out) == [None, None]
-    return out
-
-
 def said_once(capfd, ends: list) -> str:
     """Return the one sentence on stderr of a run that has failed on every rank."""
     assert ends[0] == "ended" and not any(isinstance(end, BaseException) for end in ends)
@@ -266,10 +258,8 @@ def said_once(capfd, ends: list) -> str:
     return line
 
 
-def test_a_nan_loss_stops_all_and_is_reported_once(
-    phantoms, one_epoch, tmp_path, monkeypatch, capfd
-):
-    shutil.copytree(one_epoch, tmp_path, dirs_exist_ok=True)
+def test_a_nan_loss_stops_all_and_is_reported_once(phantoms, pair, tmp_path, monkeypatch, capfd):
+    shutil.copytree(pair, tmp_path, dirs_exist_ok=True)
     before = contents(tmp_path / "weights")
     dice = LOSSES["dice"]
 
@@ -277,21 +267,21 @@ def test_a_nan_loss_stops_all_and_is_reported_once(
         return dice(logits * (float("nan") if distributed.rank() else 1), target, total=total)
 
     monkeypatch.setitem(LOSSES, "dice", nan_in_one)
-    line = said_once(capfd, trained(phantoms, tmp_path, "--resume", "--epochs", 2))
-    assert "not finite at epoch 2, step" in line
+    line = said_once(capfd, trained(phantoms, tmp_path, "--resume", "--epochs", 3))
+    assert "not finite at epoch 3, step" in line
     assert contents(tmp_path / "weights") == before
 
 
 @pytest.mark.parametrize("lost", [0, 1])
 def test_a_process_that_dies_ends_the_other_with_a_sentence(
-    phantoms, one_epoch, tmp_path, monkeypatch, capfd, lost
+    phantoms, pair, tmp_path, monkeypatch, capfd, lost
 ):
     """This holds even without torchrun to end it."""
-    shutil.copytree(one_epoch, tmp_path, dirs_exist_ok=True)
+    shutil.copytree(pair, tmp_path, dirs_exist_ok=True)
     before = contents(tmp_path / "weights")
     send_signal(monkeypatch, 2, signal.SIGKILL, to=lost)
     monkeypatch.setattr(distributed, "GRACE", 0.05)
-    words = flags(phantoms, tmp_path, "--resume", "--epochs", 2)
+    words = flags(phantoms, tmp_path, "--resume", "--epochs", 3)
     ends = in_processes(2, lambda: train.main(words), torchrun=False)
     assert f"error: rank {1 - lost} lost another of the 2 ranks" in said_once(capfd, ends)
     assert contents(tmp_path / "weights") == before
