@@ -149,9 +149,10 @@ def test_refuses_other_tables(trained, tmp_path, content):
         exported(tmp_path, "--weights", trained, "--metrics", metrics)
 
 
-def test_refuses_weights_that_half_precision_cannot_hold(tmp_path):
+@pytest.mark.parametrize("options", ["", "--format torch-export --precision float16"])
+def test_refuses_weights_that_half_precision_cannot_hold(tmp_path, options):
     model = UNet(init_features=4)
     model.conv.weight.data.fill_(1e6)
     save_weights(tmp_path / "unet.pt", model.state_dict(), {})
     with pytest.raises(SystemExit, match="half precision"):
-        exported(tmp_path, "--weights", tmp_path / "unet.pt")
+        exported(tmp_path, "--weights", tmp_path / "unet.pt", *options.split())

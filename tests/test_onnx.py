@@ -32,6 +32,14 @@ needs_onnx = pytest.mark.skipif(
 )
 
 
+@pytest.fixture(scope="module", autouse=True)
+def small_phantom():
+    """Compare an export with its network on a small phantom: the usual one takes long."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(exporting, "make_volume", lambda seed: make_volume(seed, 4, 48))
+        yield
+
+
 def run_export(weights: Path, out: Path, *options: object) -> None:
     export.main([str(word) for word in ("--weights", weights, "--out", out, *options)])
 
@@ -109,8 +117,8 @@ def test_an_ensemble_with_neighbours_in_half_precision(tmp_path, volume):
         card = {"image_size": 32, "neighbours": 1, "cases": {"train": [f"phantom_00{k}"]}}
         path.with_suffix(".json").write_text(json.dumps(card))
         files.append(path)
-    options = "--out", tmp_path, "--format", "onnx", "--precision", "float16"
-    export.main([str(word) for word in ("--weights", *files, *options)])
+    words = ["--weights", *files, "--out", tmp_path, "--format", "onnx", "--precision", "float16"]
+    export.main([*map(str, words)])
     (file,) = tmp_path.glob("ensemble-float16-*.onnx")
     assert file.stat().st_size < 0.6 * sum(path.stat().st_size for path in files)
     there, here = segmenter(file), segmenter(files)
@@ -202,7 +210,7 @@ def test_evaluate_compares_both(phantoms, onnx, weights, tmp_path):
 # What is refused
 
 
-@pytest.mark.parametrize("share", [0.001, 0.3, 0.999])
+@pytest.mark.parametrize("share", [0.001, 0.999])
 @pytest.mark.parametrize("renamed", [False, True])
 def test_a_file_cut_short_is_refused(phantoms, onnx, tmp_path, share, renamed):
     file, whole = tmp_path / ("x.onnx" if renamed else onnx.name), onnx.read_bytes()
@@ -263,13 +271,9 @@ def test_onnx_runtime_writes_no_log_of_its_use(onnx, tmp_path):
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
-def test_missing_files_are_named(phantoms, tmp_path):
-    file = tmp_path / "x.onnx"
-    assert f"{file}: no such ONNX file" in refused(phantoms, tmp_path, file)
-
-
-def test_options_that_do_not_fit_are_refused(phantoms, onnx, weights, tmp_path):
-    run = phantoms, tmp_path
+def test_files_and_options_that_do_not_fit_are_refused(phantoms, onnx, weights, tmp_path):
+    run, missing = (phantoms, tmp_path), tmp_path / "x.onnx"
+    assert f"{missing}: no such ONNX file" in refused(*run, missing)
     assert "leave out --amp" in refused(*run, onnx, "--amp")
     assert "is not an ONNX file" in refused(*run, weights, "--providers", "cpu")
     assert "not a multiple of 16" in refused(*run, onnx, "--image-size", 40)
@@ -336,13 +340,10 @@ def test_a_missing_package_is_named(phantoms, weights, tmp_path, monkeypatch):
     assert f"{file}: needs onnxruntime" in refused(phantoms, tmp_path, file)
 
 
-def test_an_exported_program_is_never_opened(phantoms, tmp_path):
+def test_files_of_other_kinds_are_never_opened(phantoms, onnx, tmp_path):
     file = tmp_path / "x.pt2"
     file.write_bytes(b"PK")
     assert f"{file}: is an exported program, refused" in refused(phantoms, tmp_path, file)
-
-
-def test_onnx_files_are_not_weights(onnx, tmp_path):
     with pytest.raises(SystemExit, match="is an ONNX file.*give the weights"):
         run_export(onnx, tmp_path)
 
@@ -371,15 +372,6 @@ def test_a_difference_of_nan_is_not_ignored():
     model = nn.Identity()
     model.stride = 16
     assert np.isnan(exporting.largest_difference(network, model, torch.zeros(2, 1, 16, 16)))
-
-
-def test_weights_that_half_precision_cannot_hold_are_refused(tmp_path):
-    model = UNet(init_features=4)
-    model.conv.weight.data.fill_(1e6)
-    torch.save(model.state_dict(), tmp_path / "unet.pt")
-    options = "--format", "torch-export", "--precision", "float16"
-    with pytest.raises(SystemExit, match="half precision"):
-        run_export(tmp_path / "unet.pt", tmp_path, *options)
 
 
 def test_options_of_other_formats_are_a_usage_error(weights, tmp_path, capsys):
