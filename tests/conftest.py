@@ -5,6 +5,7 @@ the two that test does not need it.
 """
 
 import contextlib
+import csv
 import functools
 import json
 import multiprocessing
@@ -147,11 +148,27 @@ def run_main(main: Callable[[list[str]], None], *words: object) -> str | int:
     return 0
 
 
+def read_rows(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     """Read all files below a folder, by their path there, but locks and run.json, with its time."""
     files = [path for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock"]
     files = [path for path in files if path.name != "run.json"]
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def traces() -> list:
+    """Return what a run could leave changed in its process."""
+    import torch
+
+    cudnn = torch.backends.cudnn
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    umask = os.umask(0o022)
+    os.umask(umask)
+    return [*handlers, umask, cudnn.deterministic, cudnn.benchmark, torch.get_num_threads()]
 
 
 @contextlib.contextmanager

@@ -1,7 +1,6 @@
 """Test weights/campaign.py: trainings that continue where they stopped, and their results."""
 
 import contextlib
-import csv
 import io
 import json
 import shutil
@@ -12,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import SimpleITK
-from conftest import FORK
+from conftest import FORK, read_rows
 
 import evaluate
 import export
@@ -20,10 +19,12 @@ import inference
 import train
 from brainseg import quality
 from brainseg.phantom import make_volume
+from brainseg.splits import subset_of_patient
 from brainseg.weights import read_card
 from weights import campaign, trainings
 
 SMALL = "--image-size 32 --epochs 1 --features 2 --batch-size 8".split()
+FOLDS = 3  # instead of five
 SCRIPTS = (train, evaluate, export, inference)
 MAINS = {f"{script.__name__}.py": script.main for script in SCRIPTS}
 
@@ -77,6 +78,9 @@ def run(*arguments, **options) -> tuple[int, str, str]:
         patch.setattr(signal, "signal", lambda *_: None)  # the process goes on afterwards
         patch.setattr(quality, "LEAST_CASES", 3)
         patch.setattr(campaign, "SEARCH_FOLDS", 2)
+        patch.setattr(campaign, "INNER_FOLDS", 2)
+        patch.setattr(campaign, "FOLDS", FOLDS)
+        patch.setattr(campaign, "COMMON", [*campaign.COMMON, "--folds", str(FOLDS)])
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             try:
                 campaign.main(words_of(*arguments, **options))
@@ -110,7 +114,7 @@ def test_a_search_compares_each_change_case_by_case(whole):
 def test_one_network_per_fold_is_shipped_with_a_fit(whole):
     files = sorted((whole / "weights").glob("unet-*.pt"))
     cards = [read_card(file) for file in files]
-    assert len(files) == 5 and {card["recipe"]["fold"] for card in cards} == set(range(5))
+    assert sorted(card["recipe"]["fold"] for card in cards) == [*range(FOLDS)]
     assert len({json.dumps(card["expected_dsc"]) for card in cards}) == 1
     (about,) = json.loads((whole / "ship/scores/summary.json").read_text())["models"].values()
     held_out = [case for card in cards for case in card["cases"]["validation"]]
@@ -138,7 +142,7 @@ def test_start_continues_from_the_network_of_the_fold(whole, phantoms, tmp_path)
 def test_start_without_a_network_of_each_fold_is_refused(whole, phantoms, tmp_path):
     one = next(whole.glob("search/dice/fold0"))
     status, _, err = run(phantoms, tmp_path, "--stage", "search", "--start", str(one))
-    assert status == 1 and err.count("\n") == 1 and "no network of fold 1 of 5" in err
+    assert status == 1 and err.count("\n") == 1 and "no network of fold 1 of 3" in err
 
 
 def test_changed_settings_need_another_folder(whole, phantoms):
@@ -186,7 +190,8 @@ def test_a_student_is_compared_with_its_teachers(phantoms, tmp_path):
     status, out, err = run(phantoms, tmp_path, *words, *teachers)
     assert status == 0, err
     folder = tmp_path / "nested" / "fold1"
-    held_out = set(read_scores(folder / "student-scores" / "scores.csv"))
+    rows = read_rows(folder / "student-scores" / "scores.csv")
+    held_out = {row["case"] for row in rows}
     for card in map(read_card, [*(folder / "weights").glob("*.pt"), folder / "student/unet.pt"]):
         assert held_out and not held_out & set(card["cases"]["train"])
     card = read_card(folder / "student" / "unet.pt")
@@ -198,10 +203,6 @@ def test_a_student_is_compared_with_its_teachers(phantoms, tmp_path):
     card = read_card(weights)
     assert held_out < set(card["cases"]["train"])
     fit = card["expected_dsc"]
-    assert fit["cases"] + fit["empty"] == len(held_out) and fit["tta"] is False
+    fitted = [name for name in held_out if subset_of_patient(name) != "test"]
+    assert fit["cases"] + fit["empty"] == len(fitted) > 1 and fit["tta"] is False
     assert "| 1 | " in (tmp_path / "student.md").read_text()
-
-
-def read_scores(path: Path) -> list[str]:
-    with open(path, newline="") as file:
-        return [row["case"] for row in csv.DictReader(file)]

@@ -1,6 +1,5 @@
 """Test cohorts in common layouts, with their labels, patients and bad cases."""
 
-import csv
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ import nibabel
 import numpy as np
 import pytest
 import SimpleITK
-from conftest import run_main
+from conftest import read_rows, run_main
 from PIL import Image
 
 import evaluate
@@ -154,8 +153,7 @@ def test_cohort_is_trained_on_segmented_and_scored(tmp_path, capsys, layout):
     assert segment(root / names.images, tmp_path, *names.options) == 0
     said = capsys.readouterr()
     assert "4 of 4 cases segmented" in said.out and "stands in" not in said.err
-    with open(tmp_path / "p" / "metrics.csv", newline="") as file:
-        rows = {row["case"]: row for row in csv.DictReader(file)}
+    rows = {row["case"]: row for row in read_rows(tmp_path / "p" / "metrics.csv")}
     assert rows.keys() == set(cases)
     for name, (_, mask) in zip(cases, VOLUMES, strict=True):
         image = SimpleITK.ReadImage(str(tmp_path / "p" / f"{name}_mask.nii.gz"))

@@ -1,13 +1,12 @@
 """Growth of a lesion over the dated scans of a patient: sizes, errors, rates, dates."""
 
-import csv
 import datetime
 import json
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import ROOT, read_rows
 
 from brainseg.growth import (
     Estimate,
@@ -30,15 +29,13 @@ from brainseg.volume_errors import (
     scale,
 )
 
-ROOT = Path(__file__).resolve().parents[1]
 TABLE = ROOT / "docs" / "volume_errors.csv"
 CARDS = sorted((ROOT / "weights" / "unet-folds").glob("*.json"))
 
 
 def read_errors() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Read expected DSC, predicted and true volumes of the 88, each out of fold."""
-    with open(TABLE, newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_rows(TABLE)
     columns = ("expected_dsc", "predicted_voxels", "lesion_voxels")
     return tuple(np.array([float(row[name]) for row in rows]) for name in columns)
 
@@ -57,8 +54,7 @@ def test_cards_hold_the_fit_to_the_table(card):
 
 def test_expected_dsc_covers_patients_left_out():
     """The DSC of the 88, each predicted by a fit to the others: within 0.75 and 0.85."""
-    with open(TABLE, newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_rows(TABLE)
     names = ("dsc", "expected_dsc", "unlikeness")
     dsc, expected, unlike = (np.array([float(row[name]) for row in rows]) for name in names)
     residuals = (dsc - expected) / ((1.05 - expected) * unlike)

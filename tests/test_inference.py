@@ -1,15 +1,11 @@
 """Test inference.py end to end: the files it writes, custom data, resuming, and bad input."""
 
-import csv
 import functools
 import hashlib
 import io
 import os
 import re
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stdout
@@ -20,7 +16,16 @@ import numpy as np
 import pytest
 import tifffile
 import torch
-from conftest import FORK, TRAINED_ON, contents, in_processes, make_weights, run_main
+from conftest import (
+    FORK,
+    TRAINED_ON,
+    contents,
+    in_processes,
+    make_weights,
+    read_rows,
+    run_main,
+    traces,
+)
 from test_files import leave_scratch
 
 import inference
@@ -62,8 +67,7 @@ def digest(folder: Path) -> str:
 
 
 def table(out: Path, name: str = "metrics.csv") -> list[dict]:
-    with open(out / "predictions" / name, newline="") as file:
-        return list(csv.DictReader(file))
+    return read_rows(out / "predictions" / name)
 
 
 def volumes(out: Path) -> list[dict]:
@@ -185,16 +189,6 @@ def test_cases_trained_on_are_marked_and_not_counted(done):
     assert marked == TRAINED_ON and "12 of 12 cases segmented" in said
 
 
-def test_without_masks_there_is_no_table(phantoms, weights, done, tmp_path):
-    images = subset_copy(phantoms, tmp_path / "images", "phantom_003")
-    for path in images.rglob("*_mask.tif"):
-        path.unlink()
-    assert infer(images, tmp_path, weights) == 0
-    assert np.array_equal(read_masks(tmp_path, "phantom_003"), read_masks(done[0], "phantom_003"))
-    assert not (tmp_path / "predictions" / "metrics.csv").exists()
-    assert not (tmp_path / "dsc.png").exists()
-
-
 def test_one_case_folder_chosen_cases_and_subsets(phantoms, weights, done, tmp_path):
     chosen = {
         "one": (phantoms / "phantom_004", ()),
@@ -230,6 +224,8 @@ def test_custom_slices_come_back_in_their_own_geometry(tmp_path, dtype, channels
         f"patient 7_{k}_mask.tif" for k in range(3, 9)
     }
     assert iio.imread(folder / "patient 7_3.png").shape == (240, 176, 3), "enlarged"
+    assert not (tmp_path / "predictions" / "metrics.csv").exists(), "there are no true masks"
+    assert not (tmp_path / "dsc.png").exists()
 
 
 def test_flags_that_change_the_mask_do(phantoms, weights, done, tmp_path):
@@ -244,24 +240,6 @@ def test_flags_that_change_the_mask_do(phantoms, weights, done, tmp_path):
         assert infer(phantoms, tmp_path / flag, weights, flag, "--cases", *names) == 0
         after = np.stack([read_masks(tmp_path / flag, name) for name in names])
         assert changed(after, before), flag
-
-
-def test_command_line_from_another_folder(phantoms, weights, tmp_path):
-    images = subset_copy(phantoms, tmp_path / "images", "phantom_003", "phantom_004")
-    damage(images / "phantom_004" / "phantom_004_5.tif")
-    words = "--device cpu --batch-size 4 --image-size 32 --predictions ./out --figure ./dsc.png"
-    finished = subprocess.run(
-        [sys.executable, inference.__file__, "--images", "images", "--weights", weights]
-        + words.split(),
-        cwd=tmp_path, capture_output=True, text=True, timeout=120,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert finished.returncode == 1 and "1 of 2 cases segmented" in finished.stdout
-    (line,) = finished.stderr.strip().splitlines()
-    assert line.startswith("error: images/phantom_004/phantom_004_5.tif: ")
-    assert len(contents(tmp_path / "out" / "phantom_003")) == 16
-    assert (tmp_path / "out" / "metrics.csv").is_file()
-    assert not (tmp_path / "dsc.png").exists(), "a figure of one case says nothing"
 
 
 # Resuming
@@ -352,17 +330,13 @@ def once(function):
     return lambda *arguments: next(calls, lambda *_: None)(*arguments)
 
 
-def test_a_given_image_size_equal_to_the_cards_is_no_change(phantoms, weights, tmp_path, capsys):
-    again = phantoms, tmp_path, weights, "--cases", "phantom_003", "--skip-existing"
-    assert infer(*again) == infer(*again, "--image-size", 32) == 0
-    assert "1 kept from an earlier run" in capsys.readouterr().out
-
-
-def test_masks_of_another_precision_are_not_kept(phantoms, weights, tmp_path):
+def test_masks_of_another_precision_are_not_kept(phantoms, weights, tmp_path, capsys):
     only = phantoms, tmp_path, weights, "--cases", "phantom_003"
     assert infer(*only, "--no-amp") == 0
     assert "made with other settings" in refused(*only, "--skip-existing", "--amp")
-    assert infer(*only, "--skip-existing", "--no-amp", "--batch-size", 1) == 0
+    same = "--no-amp", "--batch-size", 1, "--image-size", 32
+    assert infer(*only, "--skip-existing", *same) == 0
+    assert "1 kept from an earlier run" in capsys.readouterr().out
 
 
 def test_rows_of_other_cases_stay(phantoms, weights, tmp_path):
@@ -442,14 +416,6 @@ def test_files_of_others_are_neither_replaced_nor_removed(
     assert path.read_text() == FOREIGN[name]
 
 
-def test_a_truth_without_any_lesion_is_said(phantoms, weights, tmp_path, capsys):
-    images = subset_copy(phantoms, tmp_path / "images", "phantom_003", "phantom_004")
-    for path in images.rglob("*_mask.tif"):
-        tifffile.imwrite(path, np.zeros_like(tifffile.imread(path)))
-    assert infer(images, tmp_path, weights) == 0
-    assert one_sentence(capsys).startswith("none of the 2 true masks has a lesion")
-
-
 def test_bytes_that_are_no_text_end_no_cohort(phantoms, weights, tmp_path, capsys):
     images = subset_copy(phantoms, tmp_path / "images", "phantom_003")
     header = b"NDims = 3\nDimSize = 4 4 4\nElementType = MET_UCHAR\nElementDataFile = L\xfeCAL\n"
@@ -512,22 +478,6 @@ def test_a_case_too_large_does_not_stop_the_others(
     assert "1 of 2 cases segmented" in said.out
 
 
-def test_an_unwritable_figure_is_refused_at_once(phantoms, weights, tmp_path):
-    (tmp_path / "file").touch()
-    figure = "--figure", tmp_path / "file" / "dsc.png"
-    assert str(tmp_path / "file") in refused(phantoms, tmp_path, weights, *figure)
-    assert not list(tmp_path.rglob("*_mask.tif"))
-
-
-def test_a_blank_case_is_named(phantoms, weights, tmp_path, capsys):
-    folder = tmp_path / "images" / "blank"
-    folder.mkdir(parents=True)
-    for k in range(2):
-        tifffile.imwrite(folder / f"blank_{k}.tif", np.zeros((40, 40, 3), np.uint8))
-    assert infer(tmp_path / "images", tmp_path, weights) == 0
-    assert one_sentence(capsys) == f"{folder}: every voxel is 0, and so is its mask"
-
-
 def test_running_again_replaces_what_was_there(phantoms, weights, tmp_path):
     run = phantoms, tmp_path, weights, "--cases", "phantom_003"
     assert infer(*run, "--threshold", 0.9) == 0
@@ -539,16 +489,6 @@ def test_running_again_replaces_what_was_there(phantoms, weights, tmp_path):
     note.unlink()
     after = contents(tmp_path / "predictions")
     assert after.keys() == before.keys() and after != before
-
-
-def test_sources_are_never_overwritten(phantoms, weights, tmp_path):
-    """Predictions written beside or over the images would replace slices and masks."""
-    shutil.copytree(phantoms, tmp_path / "images")
-    before = contents(tmp_path / "images")
-    for images in (tmp_path / "images", tmp_path / "images" / "phantom_003"):
-        message = refused(images, tmp_path, weights, "--predictions", tmp_path / "images")
-        assert "name another folder with --predictions" in message
-    assert contents(tmp_path / "images") == before
 
 
 def test_predictions_are_not_cases(phantoms, weights, tmp_path):
@@ -571,28 +511,10 @@ def test_linked_cases_keep_their_own_names(phantoms, weights, tmp_path):
     assert {path.name for path in (tmp_path / "predictions").glob("*.gif")} == {"p1.gif", "p2.gif"}
 
 
-def test_an_unsound_case_does_not_stop_the_others(phantoms, weights, tmp_path, capsys):
-    for name in ("phantom_001", "phantom_003"):
-        shutil.copytree(phantoms / name, tmp_path / "images" / name)
-    (tmp_path / "images" / "phantom_001" / "phantom_001_4.tif").unlink()
-    (tmp_path / "images" / "empty").mkdir()
-    (tmp_path / "images" / "figure_1.png").write_text("lies about in the root")
-    assert infer(tmp_path / "images", tmp_path, weights) == 1
-    err = capsys.readouterr().err
-    assert "slice 4 is missing" in err and "empty: holds no slice" in err
-    assert (tmp_path / "predictions" / "phantom_003").is_dir()
-
-
 # From a notebook
 
 
 def test_a_run_in_a_thread_or_not_leaves_nothing_behind(phantoms, weights, tmp_path):
-    def traces() -> list:
-        umask = os.umask(0o022)
-        os.umask(umask)
-        handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-        return [*handlers, umask, torch.backends.cudnn.deterministic, torch.get_num_threads()]
-
     before = traces()
     words = "--images", phantoms, "--weights", weights, "--cases", "phantom_003", "--device", "cpu"
     for k in (0, 1):
@@ -680,33 +602,39 @@ def test_torchrun_starts_it(phantoms, weights, tmp_path, monkeypatch, capfd):
 # Bad images
 
 
-def test_a_damaged_case_does_not_stop_the_others(phantoms, weights, done, tmp_path, capsys):
-    names = [f"phantom_{i:03d}" for i in (3, 4, 5)]
+def test_bad_cases_do_not_stop_the_others(phantoms, weights, done, tmp_path, monkeypatch, capsys):
+    names = [f"phantom_{i:03d}" for i in (3, 4, 5, 6)]
     images = subset_copy(phantoms, tmp_path / "images", *names)
-    damaged = images / names[1] / f"{names[1]}_5.tif"
-    damage(damaged)
-    assert infer(images, tmp_path, weights) == 1
-    captured = capsys.readouterr()
-    (line,) = captured.err.strip().splitlines()
-    assert line.startswith(f"error: {damaged}: ") and "2 of 3 cases" in captured.out
-    assert [row["case"] for row in table(tmp_path)] == [names[0], names[2]]
-    for name in (names[0], names[2]):
+    (images / "empty").mkdir()
+    (images / "figure_1.png").write_text("lies about in the root")
+    damage(images / names[1] / f"{names[1]}_5.tif")
+    (images / names[2] / f"{names[2]}_4.tif").unlink()
+    for path in images.glob(f"{names[3]}/*_mask.tif"):
+        path.unlink()
+    monkeypatch.chdir(tmp_path)
+    assert infer(Path("images"), tmp_path, weights) == 1
+    said = capsys.readouterr()
+    first, second, third = sorted(said.err.splitlines())
+    assert first.startswith("error: images/empty: holds no slice")
+    assert second.startswith(f"error: images/{names[1]}/{names[1]}_5.tif: ")
+    assert third.startswith(f"error: images/{names[2]}: slice 4 is missing")
+    assert "2 of 5 cases" in said.out
+    assert [row["case"] for row in table(tmp_path)] == [names[0]], "one has no true mask"
+    for name in (names[0], names[3]):
         assert np.array_equal(read_masks(tmp_path, name), read_masks(done[0], name))
     assert not (tmp_path / "predictions" / names[1]).exists()
 
 
-def test_an_all_zero_volume_has_an_empty_mask(weights, tmp_path):
-    write_case(tmp_path / "images" / "dark", np.zeros((5, 40, 48, 3), np.uint8))
-    assert infer(tmp_path / "images", tmp_path, weights) == 0
-    masks = read_masks(tmp_path, "dark")
-    assert masks.shape == (5, 40, 48) and not masks.any()
-
-
-def test_an_all_zero_volume_with_empty_masks_scores_1(weights, tmp_path):
+def test_a_blank_case_is_named_and_its_empty_mask_scores_1(weights, tmp_path, capsys):
     folder = write_case(tmp_path / "images" / "dark", np.zeros((5, 40, 48, 3), np.uint8))
     for k in range(3, 8):
         tifffile.imwrite(folder / f"scan_of_{k}_mask.tif", np.zeros((40, 48), np.uint8))
     assert infer(tmp_path / "images", tmp_path, weights) == 0
+    blank, no_lesion = capsys.readouterr().err.splitlines()
+    assert blank == f"{folder}: every voxel is 0, and so is its mask"
+    assert no_lesion.startswith("none of the 1 true masks has a lesion")
+    masks = read_masks(tmp_path, "dark")
+    assert masks.shape == (5, 40, 48) and not masks.any()
     (row,) = table(tmp_path)
     assert (row["dsc"], row["iou"], row["hd95_px"]) == ("1", "1", "0")
 
@@ -749,6 +677,11 @@ def test_output_that_cannot_be_written_is_one_sentence(phantoms, weights, tmp_pa
     (tmp_path / "b" / "dsc.png").mkdir(parents=True)
     assert str(tmp_path / "b" / "dsc.png") in refused(phantoms, tmp_path / "b", *only)
     assert not any((tmp_path / "b" / "predictions").iterdir()), "refused before the work"
+    said = refused(phantoms, tmp_path / "c", *only, "--report", tmp_path)
+    assert f"{tmp_path}: is a folder" in said
+    figure = tmp_path / "predictions" / "dsc.png"
+    assert str(figure.parent) in refused(phantoms, tmp_path / "c", *only, "--figure", figure)
+    assert not list(tmp_path.rglob("*_mask.tif"))
     for name in ("dsc", "dsc.xyz"):
         assert f"{name}: --figure must be" in refused(
             phantoms, tmp_path / "b", *only, "--figure", name

@@ -1,6 +1,5 @@
 """The dates of scans, the scans of a patient in order, and their registration to the first."""
 
-import csv
 import datetime
 import json
 from dataclasses import replace
@@ -11,7 +10,7 @@ import numpy as np
 import pydicom
 import pytest
 import SimpleITK as sitk
-from conftest import ROOT, make_weights
+from conftest import ROOT, make_weights, read_rows
 
 import inference
 from brainseg import phantom
@@ -361,8 +360,7 @@ def run(cohort: Path, out: Path, *flags: object) -> dict[str, dict[str, str]]:
     argv = ["--images", cohort / "images", "--weights", cohort / "unet.pt", "--predictions", out]
     argv += ["--figure", out.with_suffix(".png"), "--device", "cpu", "--workers", 1, *flags]
     inference.main([*map(str, argv)])
-    with open(out / "growth.csv", newline="") as file:
-        return {row["case"]: row for row in csv.DictReader(file)}
+    return {row["case"]: row for row in read_rows(out / "growth.csv")}
 
 
 def check_notebook_agrees(cohort: Path, rows: list[dict[str, str]]) -> None:
@@ -458,8 +456,7 @@ def test_growth_of_a_cohort(cohort, tmp_path, capsys):
     assert later["patient"] == "phantom_000" and int(later["days"]) >= 120
     low, value, high = (float(later[f"mm_per_year{end}"]) for end in ("_low", "", "_high"))
     assert low < value < high
-    with open(tmp_path / "out" / "volumes.csv", newline="") as file:
-        volumes = {row["case"]: row for row in csv.DictReader(file)}
+    volumes = {row["case"]: row for row in read_rows(tmp_path / "out" / "volumes.csv")}
     assert later["lesion_ml"] == volumes[names[1]]["lesion_ml"]
     said = capsys.readouterr().out
     assert "Growth: 2 patients" in said and "mm a year" in said
@@ -494,8 +491,7 @@ def test_phantom_patients_of_the_command_line(tmp_path, monkeypatch):
     monkeypatch.setattr(phantom, "DETAIL", COARSE)
     phantom.main([str(tmp_path / "p"), "--patients", "1", "--scans", "2", "--size", "32"])
     assert len(list((tmp_path / "p").glob("*_mask.nii.gz"))) == 2
-    with open(tmp_path / "p" / "truth.csv", newline="") as file:
-        first, second = csv.DictReader(file)
+    first, second = read_rows(tmp_path / "p" / "truth.csv")
     days = day(second["case"][-10:]) - day(first["case"][-10:])
     grown = float(second["diameter_mm"]) - float(first["diameter_mm"])
     assert grown == pytest.approx(4 * days.days / 365.25, abs=1e-3)
