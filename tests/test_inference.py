@@ -253,13 +253,13 @@ def test_finished_cases_are_skipped_and_still_scored(
     assert infer(*again) == 0
     first = contents(tmp_path / "predictions")
 
-    segmented, rate = [], Segmenter.rate
+    segmented, work = [], Segmenter.segmentation_of
 
     def spy(self, probabilities, frame, spacing):
         segmented.append(frame)
-        return rate(self, probabilities, frame, spacing)
+        return work(self, probabilities, frame, spacing)
 
-    monkeypatch.setattr(Segmenter, "rate", spy)
+    monkeypatch.setattr(Segmenter, "segmentation_of", spy)
     assert infer(*again) == 0
     assert not segmented, "the network does not run again"
     assert contents(tmp_path / "predictions") == first
@@ -458,7 +458,7 @@ def test_leftovers_of_a_killed_run_are_cleared(phantoms, weights, tmp_path):
     assert not list(tmp_path.glob("*/.brainseg-*/"))
 
 
-@pytest.mark.parametrize("step", ["preprocess", "probabilities", "rate"])
+@pytest.mark.parametrize("step", ["preprocess", "probabilities", "segmentation_of"])
 def test_a_case_too_large_does_not_stop_the_others(
     phantoms, weights, tmp_path, monkeypatch, capsys, step
 ):
