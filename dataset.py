@@ -3,6 +3,7 @@
 import hashlib
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,20 @@ from tqdm import tqdm
 
 from brainseg.cache import Prepared, prepare, unless_bad
 from brainseg.devices import concatenate, free_memory, in_order, to_device
-from brainseg.ensemble import weights_id
-from brainseg.io.files import atomic_write, default_cache, save_array, with_archives
+from brainseg.ensemble import load_ensemble, weights_files, weights_id
+from brainseg.io.files import (
+    atomic_write,
+    clear_leftovers,
+    default_cache,
+    save_array,
+    with_archives,
+)
 from brainseg.io.labels import odd_masks
 from brainseg.io.layouts import Source, list_cases
 from brainseg.io.slices import Case
 from brainseg.patients import alike_names, count_patients, counted, names_of, patient_of
+from brainseg.predictor import Predictor
 from brainseg.preprocess import VERSION, neighbourhoods
-from brainseg.segmenter import Segmenter
 from brainseg.splits import (
     by_subset,
     is_placed,
@@ -31,6 +38,7 @@ from brainseg.splits import (
     split_folds,
     subset_of,
 )
+from brainseg.weights import CARD_DEFAULTS, file_hash
 
 FEW_TO_CHOOSE = 3  # validation patients; with fewer, the best epoch is hardly chosen
 MOST = 0.5  # share of a device's free memory; a training step needs the rest
@@ -218,26 +226,36 @@ def check_channels(volumes: Sequence[Prepared]) -> int:
 
 def soft_targets(
     volumes: Sequence[Prepared],
-    teachers: Segmenter,
+    teachers: Path,
+    device: torch.device,
     cache: Path | None = None,
     workers: int | None = None,
 ) -> list[np.ndarray]:
     """Return the targets (S, N, N) of a student, float16 between 0 and 1, of each prepared case.
 
-    They are the true masks, averaged with what an ensemble of teachers predicts: one network that
-    learns from the average of several comes close to it at the price of one. Hinton, Vinyals and
+    They are the true masks, averaged with what the weights files `teachers` predict as an ensemble:
+    one network that learns from it comes close to it at the price of one. Hinton, Vinyals and
     Dean 2015 (https://arxiv.org/abs/1503.02531); for ensembles in medical image segmentation
     Noothout et al. 2022 (doi 10.1117/1.JMI.9.5.052407). True and predicted masks weigh the same
     here. A case without lesion keeps its empty mask: there the teachers can only be wrong.
 
     The teachers see all sequences of a case at their own image size. Their predictions are kept in
-    the folder `cache`. Raises ValueError if they were trained on other channels.
+    the folder `cache`. Raises FileNotFoundError or ValueError if a file cannot be used, ValueError
+    if they were trained on other channels.
     """
-    teachers.check_channels(volumes[0].images.shape[1])
+    files = weights_files(teachers)
+    network, card = load_ensemble(files)
+    card = CARD_DEFAULTS | card
+    predictor = Predictor(network, tta=True, device=device, neighbours=card["neighbours"])
+    try:
+        predictor.check_channels(volumes[0].images.shape[1])
+    except ValueError as error:
+        raise ValueError(f"{teachers}: {error}") from error
     cases = [volume.case for volume in volumes]
-    seen_by_teachers = prepare(cases, teachers.image_size, cache, workers, version=teachers.version)
-    folder = (cache or default_cache()) / f"teachers-{weights_id(teachers.hashes.values())}"
+    seen_by_teachers = prepare(cases, card["image_size"], cache, workers, card["preprocessing"])
+    folder = (cache or default_cache()) / f"teachers-{weights_id(list(map(file_hash, files)))}"
     folder.mkdir(parents=True, exist_ok=True)
+    clear_leftovers(folder)
     targets = []
     pairs = zip(volumes, seen_by_teachers, strict=True)
     for volume, for_teachers in tqdm(pairs, "teachers", len(volumes), unit="case", disable=None):
@@ -246,10 +264,11 @@ def soft_targets(
             continue
         images = np.ascontiguousarray(for_teachers.images)
         path = folder / f"{hashlib.sha256(images.data).hexdigest()[:16]}.npy"
-        if path.exists():
+        predicted = None
+        with suppress(OSError, ValueError, EOFError):  # missing, or damaged
             predicted = torch.from_numpy(np.load(path))
-        else:
-            predicted = teachers.probabilities(torch.from_numpy(images))[:, 0].cpu().half()
+        if predicted is None:
+            predicted = predictor.probabilities(torch.from_numpy(images))[:, 0].cpu().half()
             with atomic_write(path) as temporary:
                 save_array(temporary, predicted.numpy())
         size = volume.mask.shape[1:]

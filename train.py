@@ -162,9 +162,9 @@ def train(args: Namespace, recipe: list[str], checkpoint: dict | None, images: P
                 sources, args.folds, args.fold, args.skip_bad, size, version, cache, workers
             )
             if args.teachers:
-                teachers = Segmenter.from_weights(args.teachers, tta=True, device=device)
-                targets = soft_targets(train_set.volumes, teachers, cache, workers)
-                train_set = SliceDataset(train_set.volumes, targets)
+                train_set.targets = soft_targets(
+                    train_set.volumes, args.teachers, device, cache, workers
+                )
             channels = train_set.in_channels * (2 * args.neighbours + 1)
             pretrained, start = args.pretrained, args.init_weights
             if checkpoint:

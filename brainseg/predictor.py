@@ -23,11 +23,11 @@ class Predictor:
     def __init__(
         self,
         model: Network | Ensemble | OnnxNetwork,
-        tta: bool,
-        batch_size: int,
-        device: torch.device | str | None,
-        amp: bool | None,
-        neighbours: int,
+        tta: bool = False,
+        batch_size: int = 16,
+        device: torch.device | str | None = None,
+        amp: bool | None = None,
+        neighbours: int = 0,
     ):
         if isinstance(model, OnnxNetwork):
             if amp:

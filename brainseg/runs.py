@@ -24,7 +24,6 @@ from .io.files import check_ours, sentence, write_json
 from .io.pictures import outline, to_grey
 from .io.slices import Case
 from .metrics import summarise
-from .onnx import card_of
 from .patients import names_of, patient_of, patients_by_case, patients_of_card
 from .quality import mask_settings
 from .training import TrainState
@@ -146,7 +145,7 @@ def origin_of_teachers(teachers: str) -> dict:
     """Return the files, training cases and patients of an ensemble that is learnt from."""
     files, cases, patients = {}, set(), {}
     for path in weights_files(teachers):
-        card = card_of(path)
+        card = read_card(path)
         files[path.name] = file_hash(path)
         cases.update((card.get("cases") or {}).get("train", []))
         patients |= card.get("patients") or {}

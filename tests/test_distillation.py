@@ -9,9 +9,10 @@ import export
 import train
 from brainseg.cache import prepare
 from brainseg.io.layouts import find_case
+from brainseg.predictor import Predictor
 from brainseg.segmenter import Segmenter
 from brainseg.unet import UNet
-from brainseg.weights import read_card
+from brainseg.weights import read_card, save_weights
 from dataset import SliceDataset, soft_targets
 
 
@@ -41,15 +42,21 @@ def test_a_student_learns_from_masks_and_teachers(phantoms, tmp_path):
 def test_soft_targets_are_half_mask_and_half_prediction(phantoms, tmp_path, monkeypatch):
     case = find_case(phantoms / "phantom_001")
     (volume,) = prepare([case], 32, tmp_path)
-    teachers = Segmenter(UNet(init_features=2), image_size=48)
-    teachers.hashes = {tmp_path: "0" * 64}
-    (target,) = soft_targets([volume], teachers, tmp_path)
-    (larger,) = prepare([case], 48, tmp_path)
-    predicted = teachers.probabilities(torch.from_numpy(larger.images))[:, :1]
+    weights, device = tmp_path / "unet.pt", torch.device("cpu")
+    save_weights(weights, UNet(init_features=2).state_dict(), {"image_size": 48})
+    (target,) = soft_targets([volume], weights, device, tmp_path)
+    (larger,) = prepare([case], 48, tmp_path, version=1)
+    teacher = Segmenter.from_weights(weights, tta=True, device="cpu")
+    predicted = teacher.probabilities(torch.from_numpy(larger.images))[:, :1]
     predicted = F.interpolate(predicted, (32, 32), mode="bilinear", antialias=True)[:, 0]
     assert np.allclose(2 * target - volume.mask, predicted.numpy(), atol=2e-3)
-    monkeypatch.setattr(teachers, "probabilities", None)
-    assert np.array_equal(soft_targets([volume], teachers, tmp_path)[0], target), "it was kept"
+    (kept,) = tmp_path.glob("teachers-*/*.npy")
+    kept.write_bytes(b"")
+    (again,) = soft_targets([volume], weights, device, tmp_path)
+    assert np.array_equal(again, target), "what is damaged is made again"
+    monkeypatch.setattr(Predictor, "probabilities", None)
+    (again,) = soft_targets([volume], weights, device, tmp_path)
+    assert np.array_equal(again, target), "it was kept"
     data = SliceDataset([volume], [target])
     lesion = int(volume.mask.sum(axis=(1, 2)).argmax())
     assert data.batch([lesion])[1].dtype == torch.float16
