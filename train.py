@@ -80,11 +80,11 @@ def main(argv: list[str] | None = None) -> None:
     errors, quiet = cli.errors_in_one_sentence(stopped), distributed.only_main_process_prints()
     with errors, quiet, distributed.process_group():
         parser = get_args_parser()
-        args, checkpoint = get_args(argv, parser)
+        args = get_args(argv, parser)
         print(cli.summary(parser, args), flush=True)
         with unpacked(args.images, distributed.world_size()) as images:
             try:
-                stop = train(args, parser.recipe, checkpoint, images)
+                stop = train(args, parser.recipe, images)
             except (MemoryError, RuntimeError) as error:
                 if not out_of_memory(error):
                     raise
@@ -96,18 +96,19 @@ def main(argv: list[str] | None = None) -> None:
             sys.exit(128 + stop)
 
 
-def get_args(argv: list[str] | None, parser: cli.Parser) -> tuple[Namespace, dict | None]:
-    """Read the settings, and the checkpoint to resume.
+def get_args(argv: list[str] | None, parser: cli.Parser) -> Namespace:
+    """Read the settings.
 
     Flags win over --config, that over the checkpoint or card, that over --recipe and defaults.
     """
     layers = parser.read(argv)
-    args, checkpoint = parser.resolve(layers), None
+    args = parser.resolve(layers)
     if args.model != "unet" and parser.sources["features"] != cli.DEFAULTS:
         parser.error("--features is for --model unet")
     weights, stride = args.weights / f"{args.model}.pt", MODELS[args.model].stride
     if args.resume:
-        checkpoint = load_checkpoint(weights.with_suffix(".ckpt"))
+        path = weights.with_suffix(".ckpt")
+        args = cli.resume(parser, layers, load_checkpoint(path)["args"], path)
     else:
         if args.recipe and parser.sources["recipe"] == cli.FLAGS:  # they win over the file, too
             values = {k: v for k, v in parser.classic.items() if k not in OF_NETWORK}
@@ -117,9 +118,6 @@ def get_args(argv: list[str] | None, parser: cli.Parser) -> tuple[Namespace, dic
             layers.append((f"from the card of {args.init_weights}", card))
         if args.recipe:
             layers.append(("from --recipe", parser.classic))
-    if checkpoint:
-        args = cli.resume(parser, layers, checkpoint["args"], weights.with_suffix(".ckpt"))
-    else:
         args = parser.resolve(layers)
     if args.model != "unet":
         args.features = None
@@ -138,10 +136,10 @@ def get_args(argv: list[str] | None, parser: cli.Parser) -> tuple[Namespace, dic
             f"--batch-size {args.batch_size} is less than one slice for each of "
             f"{devices.world_size()} processes; raise it, or start fewer processes"
         )
-    return args, checkpoint
+    return args
 
 
-def train(args: Namespace, recipe: list[str], checkpoint: dict | None, images: Path) -> int:
+def train(args: Namespace, recipe: list[str], images: Path) -> int:
     """Train on the cases in `images`, or continue; return 0, or the signal that stopped it."""
     device = devices.pick_device(devices.rank_device(args.device))
     workers = devices.rank_workers(args.workers)
@@ -152,7 +150,7 @@ def train(args: Namespace, recipe: list[str], checkpoint: dict | None, images: P
         sources = validate_on(sources, args.validation)
     if args.folds:
         check_folds(sources, args.folds, args.fold)
-    claim = runs.claimed(args.weights / f"{args.model}.pt", args.logs, checkpoint)
+    claim = runs.claimed(args.weights / f"{args.model}.pt", args.logs, args.resume)
     with claim as checkpoint, cudnn:
         if args.prune_cache and distributed.is_main_process():
             print(prune(args.cache))

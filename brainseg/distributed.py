@@ -70,13 +70,17 @@ def process_group() -> Iterator[None]:
 
 @contextlib.contextmanager
 def main_process_locks(*places: tuple[Path, str, str]) -> Iterator[None]:
-    """Lock each (folder, option, name) for this run (`locked`), and clear what killed runs left."""
+    """Lock each (folder, option, name) for this run (`locked`), and clear what killed runs left.
+
+    No rank enters the block before.
+    """
     with contextlib.ExitStack() as locks:
         if is_main_process():
             for folder, option, name in places:
                 check_writable(folder)
                 locks.enter_context(locked(folder, option, name))
                 clear_leftovers(folder)
+        barrier()
         yield
 
 

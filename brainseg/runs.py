@@ -56,28 +56,29 @@ class Validation:
 
 
 @contextmanager
-def claimed(weights: Path, logs: Path, checkpoint: dict | None) -> Iterator[dict | None]:
+def claimed(weights: Path, logs: Path, resume: bool) -> Iterator[dict | None]:
     """Keep other runs from the files of `weights` (.pt) and LOGS; yield the checkpoint to resume.
 
     A checkpoint is mended if a killed run left newer weights or a missing card. Raises OSError if a
     folder cannot be written, ValueError if another run writes there, files in the way are not of a
     run, or the weights are not those of the checkpoint.
     """
+    path, checkpoint = weights.with_suffix(".ckpt"), None
     places = (weights.parent, "--weights", weights.stem), (logs, "--logs", "logs")
     with main_process_locks(*places):
+        if resume:  # a run that held the locks until now may have written it
+            checkpoint = load_checkpoint(path)
         if is_main_process():
             check_ours(logs / "args.json", is_card)
-        if checkpoint and checkpoint["best"] >= 0:
-            yield _with_weights(checkpoint, weights)
-            return
-        if is_main_process():  # no epoch was kept yet
-            path = weights.with_suffix(".ckpt")
-            check_ours(path, _is_checkpoint)
-            check_ours(weights.with_suffix(".json"), is_card)
-            check_ours(weights, _is_of_a_run)
-            if path.exists() and not checkpoint:
+            if not checkpoint or checkpoint["best"] < 0:  # no epoch was kept yet
+                check_ours(path, _is_checkpoint)
+                check_ours(weights.with_suffix(".json"), is_card)
+                check_ours(weights, _is_of_a_run)
+            if path.exists() and not resume:
                 after = "it and its weights are overwritten after the first epoch"
                 print(f"{path}: is from an earlier run; {after}")
+        if checkpoint and checkpoint["best"] >= 0:
+            checkpoint = _with_weights(checkpoint, weights)
         yield checkpoint
 
 

@@ -50,7 +50,7 @@ def run(images: Path, out: Path, *more: object) -> Path:
 
 
 def settings(words: list[str]):
-    return train.get_args(words, train.get_args_parser())[0]
+    return train.get_args(words, train.get_args_parser())
 
 
 def refused(images: Path, out: Path, *more: object) -> str:
@@ -388,6 +388,24 @@ def test_two_trainings_never_write_into_one_folder(phantoms, tmp_path):
     run(phantoms, tmp_path, "--resume", "--epochs", 1)
 
 
+def test_a_checkpoint_is_read_when_nobody_can_write_it(
+    phantoms, straight, tmp_path, monkeypatch, capsys
+):
+    """Once, a run that ended while the next one listed its cases had its last epochs repeated."""
+    whole, list_cohort = straight / "weights", train.list_cohort
+    (tmp_path / "weights").mkdir()
+    earlier = load_tensors(whole / "unet.ckpt") | {"epoch": 1}
+    torch.save(earlier, tmp_path / "weights" / "unet.ckpt")
+
+    def end_the_other_run(*args, **options):
+        shutil.copytree(whole, tmp_path / "weights", dirs_exist_ok=True)
+        return list_cohort(*args, **options)
+
+    monkeypatch.setattr(train, "list_cohort", end_the_other_run)
+    run(phantoms, tmp_path, "--resume", "--epochs", 3)
+    assert "all 3 epochs are done" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("lost", [".pt", ".json"])
 def test_a_checkpoint_without_its_weights_is_refused(phantoms, straight, tmp_path, lost, capsys):
     """Once, the run ended well and named weights that did not exist."""
@@ -548,7 +566,7 @@ def test_fine_tuning_takes_over_size_and_preprocessing(tmp_path, capsys):
     assert (args.features, args.image_size, args.preprocessing) == (4, 256, 1)  # it has no card
     file.with_suffix(".json").write_text('{"image_size": 96, "preprocessing": 2, "neighbours": 1}')
     parser = train.get_args_parser()
-    args, _ = train.get_args(["--init-weights", str(file), "--image-size", "64"], parser)
+    args = train.get_args(["--init-weights", str(file), "--image-size", "64"], parser)
     assert (args.image_size, args.preprocessing, args.neighbours) == (64, 2, 1)
     lines = cli.summary(parser, args).splitlines()
     assert "image size 64 (given)" in lines
