@@ -47,16 +47,16 @@ MOST = 0.5  # share of a device's free memory; a training step needs the rest
 class SliceDataset(Dataset):
     """Slices of prepared cases: item i is (image (C, N, N), mask (1, N, N)), float32.
 
-    They are not augmented. `targets` (S, N, N), from 0 to 1, replace the masks of the cases. Raises
-    ValueError, naming cases, if their numbers of channels differ.
+    They are not augmented. `targets`, the masks (S, N, N) of the cases, may be replaced by numbers
+    from 0 to 1. Raises ValueError, naming cases, if their numbers of channels differ.
     """
 
-    def __init__(self, volumes: Sequence[Prepared], targets: Sequence[np.ndarray] | None = None):
+    def __init__(self, volumes: Sequence[Prepared]):
         self.volumes = volumes
-        self.targets = targets or [volume.mask for volume in volumes]
+        self.targets = [volume.mask for volume in volumes]
         self.cases = [volume.case for volume in volumes]
         self.names = names_of(volumes)
-        self.in_channels = check_channels(volumes)
+        self.in_channels = channels_of(volumes)
         self._places = []  # the numbers of the volume and of the slice in it, of each item
         for number, volume in enumerate(volumes):
             self._places += [(number, index) for index in range(len(volume.mask))]
@@ -151,32 +151,32 @@ def train_and_validation(
         in_training = [case for case in cases if subset_of(case) == "train"]
     else:
         lesions = {volume.name: int(volume.truth.sum()) for volume in volumes}
-        in_training, _ = split_folds(cases, folds, fold, voxels=lambda case: lesions[case.name])
+        in_training, _ = split_folds(cases, folds, fold, lesions)
     names = set(names_of(in_training))
     train = [volume for volume in volumes if volume.name in names]
     validation = [volume for volume in volumes if volume.name not in names]
     for verb, part in (("train", train), ("validate", validation)):
         if not part:
             raise ValueError(f"no readable case is left to {verb} on")
-    check_channels(volumes)
+    channels_of(volumes)
     cases[0].labels.check()
-    report_cases(train, validation, sources)
-    return SliceDataset(train), SliceDataset(validation)
-
-
-def report_cases(
-    train: Sequence[Prepared], validation: Sequence[Prepared], sources: Sequence[Source]
-) -> None:
-    """Report oddities and subset sizes; ValueError if no training case has a lesion."""
-    both = list(train) + list(validation)
-    for volume in both:
-        for note in volume.frame.notes:
-            print(with_archives(f"{volume.case.folder}: {note}"), file=sys.stderr)
     if not any(volume.mask.any() for volume in train):
         raise ValueError(
             f"{train[0].case.folder}: has no lesion in its mask, and neither has any other of the "
             f"{len(train)} training cases; check how the masks were exported, and --labels"
         )
+    report_subsets(train, validation, sources)
+    return SliceDataset(train), SliceDataset(validation)
+
+
+def report_subsets(
+    train: Sequence[Prepared], validation: Sequence[Prepared], sources: Sequence[Source]
+) -> None:
+    """Print the sizes of the subsets and, on stderr, what cannot be right about them."""
+    both = list(train) + list(validation)
+    for volume in both:
+        for note in volume.frame.notes:
+            print(with_archives(f"{volume.case.folder}: {note}"), file=sys.stderr)
     for part, volumes in (("training", train), ("validation", validation)):
         shares = {volume.name: volume.mask.mean() for volume in volumes}
         for oddity in odd_masks(shares, (volume.truth for volume in volumes)):
@@ -215,7 +215,7 @@ def open_cases(sources: Sequence[Source], skip_bad: bool = False) -> list[Case]:
     return [case for case in cases if case is not None]
 
 
-def check_channels(volumes: Sequence[Prepared]) -> int:
+def channels_of(volumes: Sequence[Prepared]) -> int:
     """Return the cases' number of channels. Raises ValueError, naming cases, if it differs."""
     channels = {volume.images.shape[1]: volume.case.folder for volume in volumes}
     if len(channels) > 1:

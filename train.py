@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 import cli
 import utils
-from brainseg import devices, distributed, runs, training
+from brainseg import devices, distributed, training, training_files
 from brainseg.cache import prune
 from brainseg.io.archives import unpacked
 from brainseg.io.files import out_of_memory, sentence
@@ -150,7 +150,7 @@ def train(args: Namespace, recipe: list[str], images: Path) -> int:
         sources = validate_on(sources, args.validation)
     if args.folds:
         check_folds(sources, args.folds, args.fold)
-    claim = runs.claimed(args.weights / f"{args.model}.pt", args.logs, args.resume)
+    claim = training_files.claimed(args.weights / f"{args.model}.pt", args.logs, args.resume)
     with claim as checkpoint, cudnn:
         if args.prune_cache and distributed.is_main_process():
             print(prune(args.cache))
@@ -179,10 +179,12 @@ def train(args: Namespace, recipe: list[str], images: Path) -> int:
             print(f"all {args.epochs} epochs are done; raise --epochs to continue")
             return 0
         settings, commit = utils.plain(args) | {"resume": False}, utils.git_commit()
-        cases, volumes = train_set.cases, validation_set.volumes
-        with runs.RunWriter(state, cases, volumes, settings, recipe, checkpoint, commit) as writer:
-            print(f"{runs.headline(writer.card, state.slices)}; {loader.place}", flush=True)
-            training.prepare_network(state, args.image_size if args.compile else None)
+        writer = training_files.RunWriter(
+            state, train_set.cases, validation_set.volumes, settings, recipe, checkpoint, commit
+        )
+        with writer:
+            print(f"{writer.headline(state.slices)}; {loader.place}", flush=True)
+            training.wrap_network(state, args.image_size if args.compile else None)
             return fit(args, state, loader, weights, validation_set, writer)
 
 
@@ -224,7 +226,7 @@ def fit(
     loader: BatchLoader,
     weights: Tensor,
     data: SliceDataset,
-    writer: runs.RunWriter,
+    writer: training_files.RunWriter,
 ) -> int:
     """Train on slices drawn by `weights`, validate on `data` and save, epoch by epoch.
 
@@ -320,7 +322,7 @@ def train_step(state: TrainState, images: Tensor, masks: Tensor, batch_size: int
     return loss.detach()
 
 
-def validate(state: TrainState, data: SliceDataset, with_masks: bool) -> runs.Validation:
+def validate(state: TrainState, data: SliceDataset, with_masks: bool) -> training_files.Validation:
     """Segment the validation cases as inference does; ranks share them."""
     distributed.broadcast_buffers(state.trained)
     options = {"batch_size": state.batch_size, "device": state.device, "amp": state.amp}
@@ -341,7 +343,7 @@ def validate(state: TrainState, data: SliceDataset, with_masks: bool) -> runs.Va
     state.check_finite(loss)
     better = sum(scores) / len(scores) > state.best
     scores = dict(zip(data.names, scores, strict=True))
-    return runs.Validation(loss, scores, distributed.gather(masks), better)
+    return training_files.Validation(loss, scores, distributed.gather(masks), better)
 
 
 if __name__ == "__main__":

@@ -273,7 +273,7 @@ def write_growth(
     for patient in patients:
         rows += [row | {RUN: run} for row in patient.rows]
     rows.sort(key=lambda row: row["patient"])
-    files.write_table(path, rows)
+    files.replace_table(path, rows)
 
 
 def written(run: Run, since: float) -> list[str]:

@@ -3,7 +3,7 @@
 import functools
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from .patients import (
     SUBSETS,
     Named,
     counted,
+    names_of,
     patient_named,
     patient_of,
     site_of,
@@ -235,23 +236,24 @@ def split_folds(
     cases: Sequence[Case],
     folds: int,
     fold: int,
-    workers: int | None = None,
-    voxels: Callable[[Case], int] | None = None,
+    lesions: Mapping[str, int] | None = None,
 ) -> tuple[list[Case], list[Case]]:
     """Split cases for cross-validation into those to train on and those that `fold` holds out.
 
     Folds are by patient, balanced over hospitals (for LGG) and lesion volumes, and the same on
     every machine for the same cases and masks; cases that the user or the LGG lists set aside for
-    testing are in none. `voxels` returns the lesion volume of a case; by default its mask is read.
+    testing are in none. `lesions` are the lesion volumes by case; by default the masks are read.
     Raises ValueError as `check_folds` does.
     """
     check_folds(cases, folds, fold)
     pool = outside_test(cases)
-    lesion = Counter()  # voxels of each patient
-    for case, count in zip(pool, in_order(voxels or _lesion_voxels, pool, workers), strict=True):
-        lesion[patient_of(case)] += count
+    if lesions is None:
+        lesions = dict(zip(names_of(pool), in_order(_lesion_voxels, pool), strict=True))
+    voxels = Counter()  # of each patient
+    for case in pool:
+        voxels[patient_of(case)] += lesions[case.name]
     # Dealt out in this order, the patients of a site, and of a size, go to different folds.
-    patients = sorted(lesion, key=lambda patient: (site_of(patient), lesion[patient], patient))
+    patients = sorted(voxels, key=lambda patient: (site_of(patient), voxels[patient], patient))
     held_out = set(patients[fold::folds])
     train = [case for case in pool if patient_of(case) not in held_out]
     return train, [case for case in pool if patient_of(case) in held_out]

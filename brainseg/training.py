@@ -161,8 +161,8 @@ def report_changes(checkpoint: dict, state: TrainState, validation: list[str]) -
             f"the validation cases have changed (new: {new}; gone: {gone}); the best DSC so far, "
             f"{state.best:.3f}, is that of the earlier ones"
         )
-    schedule, epochs = checkpoint["args"]["schedule"], checkpoint["args"]["epochs"]
-    if schedule == "cosine" and epochs != state.epochs and state.epoch < state.epochs:
+    epochs = checkpoint["args"]["epochs"]
+    if state.schedule == "cosine" and epochs != state.epochs and state.epoch < state.epochs:
         print(
             f"the cosine now spans {state.epochs} epochs, not {epochs}: the learning rate jumps "
             f"from {state.learning_rate(epochs):.3g} to {state.learning_rate():.3g}, then falls "
@@ -198,10 +198,10 @@ def compile_ahead(state: TrainState, image_size: int) -> None:
     print(f"compiled in {time.perf_counter() - start:.1f} s", flush=True)
 
 
-def prepare_network(state: TrainState, compile_for: int | None = None) -> None:
-    """Make the ranks, if there are several, end each step with the same gradients.
+def wrap_network(state: TrainState, compile_for: int | None = None) -> None:
+    """Compile the network if `compile_for` says the side of its slices, then wrap it for the ranks.
 
-    The network is compiled before if `compile_for` says the side of its slices.
+    If there are several, DistributedDataParallel makes them end each step with the same gradients.
     """
     if compile_for:  # before the ranks wait for each other's gradients
         compile_ahead(state, compile_for)

@@ -57,7 +57,8 @@ def test_soft_targets_are_half_mask_and_half_prediction(phantoms, tmp_path, monk
     monkeypatch.setattr(Predictor, "probabilities", None)
     (again,) = soft_targets([volume], weights, device, tmp_path)
     assert np.array_equal(again, target), "it was kept"
-    data = SliceDataset([volume], [target])
+    data = SliceDataset([volume])
+    data.targets = [target]
     lesion = int(volume.mask.sum(axis=(1, 2)).argmax())
     assert data.batch([lesion])[1].dtype == torch.float16
     assert torch.equal(data.sampling_weights(0.1), SliceDataset([volume]).sampling_weights(0.1))

@@ -140,7 +140,7 @@ def gradients(phantoms: Path) -> list[tuple[str, float, dict[str, np.ndarray]]]:
             slices=len(dataset), batch_size=16, epochs=1, lr=1e-3, seed=42,
             loss=LOSSES[loss], augment=Augmentation(0.05, 15, 0.4, 0.3, 3),
         )  # fmt: skip
-        training.prepare_network(state)
+        training.wrap_network(state)
         images, masks = dataset.batch(shard_of_batch(indices))
         value = train.train_step(state, images, masks, len(indices)).item()
         results.append((loss, value, {k: p.grad.numpy() for k, p in model.named_parameters()}))

@@ -178,13 +178,7 @@ def save_array(path: Path, array: np.ndarray) -> None:
 
 
 def write_table(path: Path, rows: Sequence[dict]) -> None:
-    """Write dicts as rows of a CSV file, atomically: floats to six digits, lists with spaces.
-
-    Without rows, an earlier file is removed.
-    """
-    if not rows:
-        remove(path)
-        return
+    """Write dicts as rows of a CSV file, atomically: floats to six digits, lists with spaces."""
     columns = {}
     lines = []
     for row in rows:
@@ -235,10 +229,18 @@ def read_rows(
     return rows
 
 
+def replace_table(path: Path, rows: Sequence[dict]) -> None:
+    """Write rows as `write_table` does; without rows, remove an earlier file."""
+    if rows:
+        write_table(path, rows)
+    else:
+        remove(path)
+
+
 def update_table(path: Path, rows: dict[str, dict | None]) -> None:
     """Write rows by case (None: remove) into a CSV file, sorted; rows of other cases stay."""
     table: dict[str, dict | None] = {**read_table(path), **rows}
-    write_table(path, [row for _, row in sorted(table.items()) if row])
+    replace_table(path, [row for _, row in sorted(table.items()) if row])
 
 
 def write_json(path: Path, content: dict) -> None:

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from .cache import Prepared
 from .devices import world_size
 from .distributed import is_main_process, main_process_locks
-from .ensemble import weights_files
+from .ensemble import common_card, weights_files
 from .io.files import check_ours, sentence, write_json
 from .io.pictures import outline, to_grey
 from .io.slices import Case
@@ -144,13 +144,10 @@ def origin_of(init_weights: str | None, checkpoint: dict | None) -> dict | None:
 
 def origin_of_teachers(teachers: str) -> dict:
     """Return the files, training cases and patients of an ensemble that is learnt from."""
-    files, cases, patients = {}, set(), {}
-    for path in weights_files(teachers):
-        card = read_card(path)
-        files[path.name] = file_hash(path)
-        cases.update((card.get("cases") or {}).get("train", []))
-        patients |= card.get("patients") or {}
-    return {"files": files, "cases": {"train": sorted(cases)}, "patients": patients}
+    files = weights_files(teachers)
+    card = common_card(list(map(read_card, files)))
+    hashes = {path.name: file_hash(path) for path in files}
+    return {"files": hashes, "cases": card["cases"], "patients": card.get("patients", {})}
 
 
 def make_card(
@@ -218,16 +215,6 @@ def check_seen(card: dict, allowed: bool) -> None:
     print(f"{text}: the validation DSC is too high")
 
 
-def headline(card: dict, slices: int) -> str:
-    """Describe network, device and data in one line."""
-    device = card["device"]
-    if card["processes"] > 1:
-        device = f"{card['processes']} x {device}"
-    if card["recipe"]["amp"]:
-        device += ", half precision"
-    return f"{card['model']} on {device}: {slices} slices to train on"
-
-
 class RunWriter:
     """Writes WEIGHTS/<model>.pt with its card, <model>.ckpt, and TensorBoard events in LOGS.
 
@@ -284,6 +271,15 @@ class RunWriter:
     def __exit__(self, *error: object) -> None:
         if self.log:
             self.log.close()
+
+    def headline(self, slices: int) -> str:
+        """Describe network, device and data in one line."""
+        device = self.card["device"]
+        if self.card["processes"] > 1:
+            device = f"{self.card['processes']} x {device}"
+        if self.card["recipe"]["amp"]:
+            device += ", half precision"
+        return f"{self.card['model']} on {device}: {slices} slices to train on"
 
     def save(self, contents: dict, validation: Validation | None = None) -> None:
         """Write a state: its weights and their card, if they are to be kept, and the checkpoint."""
