@@ -224,60 +224,69 @@ def channels_of(volumes: Sequence[Prepared]) -> int:
     return next(iter(channels))
 
 
-def soft_targets(
-    volumes: Sequence[Prepared],
-    teachers: Path,
-    device: torch.device,
-    cache: Path | None = None,
-    workers: int | None = None,
-) -> list[np.ndarray]:
-    """Return the targets (S, N, N) of a student, float16 between 0 and 1, of each prepared case.
+class Teachers:
+    """An ensemble of weights files, which a student learns from beside the true masks.
 
-    They are the true masks, averaged with what the weights files `teachers` predict as an ensemble:
-    one network that learns from it comes close to it at the price of one. Hinton, Vinyals and
-    Dean 2015 (https://arxiv.org/abs/1503.02531); for ensembles in medical image segmentation
-    Noothout et al. 2022 (doi 10.1117/1.JMI.9.5.052407). True and predicted masks weigh the same
-    here. A case without lesion keeps its empty mask: there the teachers can only be wrong.
-
-    The teachers see all sequences of a case at their own image size. Their predictions are kept in
-    the folder `cache`. Raises FileNotFoundError or ValueError if a file cannot be used, ValueError
-    if they were trained on other channels.
+    Raises FileNotFoundError or ValueError if a file cannot be used.
     """
-    files = weights_files(teachers)
-    network, card = load_ensemble(files)
-    card = CARD_DEFAULTS | card
-    predictor = Predictor(network, tta=True, device=device, neighbours=card["neighbours"])
-    try:
-        predictor.check_channels(volumes[0].images.shape[1])
-    except ValueError as error:
-        raise ValueError(f"{teachers}: {error}") from error
-    cases = [volume.case for volume in volumes]
-    seen_by_teachers = prepare(cases, card["image_size"], cache, workers, card["preprocessing"])
-    folder = (cache or default_cache()) / f"teachers-{weights_id(list(map(file_hash, files)))}"
-    folder.mkdir(parents=True, exist_ok=True)
-    clear_leftovers(folder)
-    targets = []
-    pairs = zip(volumes, seen_by_teachers, strict=True)
-    for volume, for_teachers in tqdm(pairs, "teachers", len(volumes), unit="case", disable=None):
-        if not volume.mask.any():
-            targets.append(np.zeros(volume.mask.shape, np.float16))
-            continue
-        images = np.ascontiguousarray(for_teachers.images)
-        path = folder / f"{hashlib.sha256(images.data).hexdigest()[:16]}.npy"
-        predicted = None
-        with suppress(OSError, ValueError, EOFError):  # missing, or damaged
-            predicted = torch.from_numpy(np.load(path))
-        if predicted is None:
-            predicted = predictor.probabilities(torch.from_numpy(images))[:, 0].cpu().half()
-            with atomic_write(path) as temporary:
-                save_array(temporary, predicted.numpy())
-        size = volume.mask.shape[1:]
-        resized = F.interpolate(  # from (S, T, T)
-            predicted[:, None].float(), size, mode="bilinear", antialias=True
-        )
-        target = (resized[:, 0].numpy() + volume.mask) / 2
-        targets.append(target.astype(np.float16))
-    return targets
+
+    def __init__(self, path: Path):
+        self.path = path
+        files = weights_files(path)
+        self.network, card = load_ensemble(files)
+        self.card = CARD_DEFAULTS | card
+        self.id = weights_id(list(map(file_hash, files)))
+
+    def soft_targets(
+        self,
+        volumes: Sequence[Prepared],
+        device: torch.device,
+        cache: Path | None = None,
+        workers: int | None = None,
+    ) -> list[np.ndarray]:
+        """Return the targets (S, N, N), float16 between 0 and 1, of each prepared case.
+
+        They are the true masks, averaged with what the teachers predict: one network that learns
+        from the average of several comes close to it at the price of one. Hinton, Vinyals and Dean
+        2015 (https://arxiv.org/abs/1503.02531); for ensembles in medical image segmentation
+        Noothout et al. 2022 (doi 10.1117/1.JMI.9.5.052407). True and predicted masks weigh the same
+        here. A case without lesion keeps its empty mask: there the teachers can only be wrong.
+
+        The teachers see all sequences of a case at their own image size. Their predictions are kept
+        in the folder `cache`. Raises ValueError if they were trained on other channels.
+        """
+        card, cases = self.card, [volume.case for volume in volumes]
+        predictor = Predictor(self.network, tta=True, device=device, neighbours=card["neighbours"])
+        try:
+            predictor.check_channels(volumes[0].images.shape[1])
+        except ValueError as error:
+            raise ValueError(f"{self.path}: {error}") from error
+        seen_by_teachers = prepare(cases, card["image_size"], cache, workers, card["preprocessing"])
+        folder = (cache or default_cache()) / f"teachers-{self.id}"
+        folder.mkdir(parents=True, exist_ok=True)
+        clear_leftovers(folder)
+        targets = []
+        pairs = zip(volumes, seen_by_teachers, strict=True)
+        for volume, for_teachers in tqdm(pairs, "teachers", len(cases), unit="case", disable=None):
+            if not volume.mask.any():
+                targets.append(np.zeros(volume.mask.shape, np.float16))
+                continue
+            images = np.ascontiguousarray(for_teachers.images)
+            path = folder / f"{hashlib.sha256(images.data).hexdigest()[:16]}.npy"
+            predicted = None
+            with suppress(OSError, ValueError, EOFError):  # missing, or damaged
+                predicted = torch.from_numpy(np.load(path))
+            if predicted is None:
+                predicted = predictor.probabilities(torch.from_numpy(images))[:, 0].cpu().half()
+                with atomic_write(path) as temporary:
+                    save_array(temporary, predicted.numpy())
+            size = volume.mask.shape[1:]
+            resized = F.interpolate(  # from (S, T, T)
+                predicted[:, None].float(), size, mode="bilinear", antialias=True
+            )
+            target = (resized[:, 0].numpy() + volume.mask) / 2
+            targets.append(target.astype(np.float16))
+        return targets
 
 
 class BatchLoader:

@@ -38,7 +38,7 @@ from brainseg.weights import (
     load_checkpoint,
     settings_of_weights,
 )
-from dataset import BatchLoader, SliceDataset, soft_targets, train_and_validation
+from dataset import BatchLoader, SliceDataset, Teachers, train_and_validation
 from loss import LOSSES
 from transform import Augmentation
 
@@ -150,6 +150,7 @@ def train(args: Namespace, recipe: list[str], images: Path) -> int:
         sources = validate_on(sources, args.validation)
     if args.folds:
         check_folds(sources, args.folds, args.fold)
+    teachers = Teachers(args.teachers) if args.teachers else None
     claim = training_files.claimed(args.weights / f"{args.model}.pt", args.logs, args.resume)
     with claim as checkpoint, cudnn:
         if args.prune_cache and distributed.is_main_process():
@@ -159,10 +160,8 @@ def train(args: Namespace, recipe: list[str], images: Path) -> int:
             train_set, validation_set = train_and_validation(
                 sources, args.folds, args.fold, args.skip_bad, size, version, cache, workers
             )
-            if args.teachers:
-                train_set.targets = soft_targets(
-                    train_set.volumes, args.teachers, device, cache, workers
-                )
+            if teachers:
+                train_set.targets = teachers.soft_targets(train_set.volumes, device, cache, workers)
             channels = train_set.in_channels * (2 * args.neighbours + 1)
             pretrained, start = args.pretrained, args.init_weights
             if checkpoint:

@@ -13,10 +13,10 @@ from brainseg.predictor import Predictor
 from brainseg.segmenter import Segmenter
 from brainseg.unet import UNet
 from brainseg.weights import read_card, save_weights
-from dataset import SliceDataset, soft_targets
+from dataset import SliceDataset, Teachers
 
 
-def test_a_student_learns_from_masks_and_teachers(phantoms, tmp_path):
+def test_a_student_learns_from_masks_and_teachers(phantoms, tmp_path, monkeypatch):
     """Its targets lie between both; its card counts what the teachers have seen."""
     shared = ["--image-size", 32, "--features", 2, "--epochs", 1, "--vis-freq", 0, "--keep", "last"]
     shared += ["--images", phantoms, "--cache", tmp_path / "c", "--logs", tmp_path / "l"]
@@ -29,6 +29,9 @@ def test_a_student_learns_from_masks_and_teachers(phantoms, tmp_path):
         export.main([str(word) for word in words])
     words = [*shared, "--teachers", teachers, "--flair-alone", "--weights", tmp_path / "s"]
     words += ["--folds", 2, "--fold", 1]
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="no weights"):
+        patch.setattr(train, "train_and_validation", None)  # before anything is read
+        train.main([str(word) for word in (*words, "--teachers", phantoms)])
     with pytest.raises(SystemExit, match="teachers saw patients of . validation cases"):
         train.main([str(word) for word in words])
     train.main([str(word) for word in (*words, "--allow-seen")])
@@ -44,7 +47,7 @@ def test_soft_targets_are_half_mask_and_half_prediction(phantoms, tmp_path, monk
     (volume,) = prepare([case], 32, tmp_path)
     weights, device = tmp_path / "unet.pt", torch.device("cpu")
     save_weights(weights, UNet(init_features=2).state_dict(), {"image_size": 48})
-    (target,) = soft_targets([volume], weights, device, tmp_path)
+    (target,) = Teachers(weights).soft_targets([volume], device, tmp_path)
     (larger,) = prepare([case], 48, tmp_path, version=1)
     teacher = Segmenter.from_weights(weights, tta=True, device="cpu")
     predicted = teacher.probabilities(torch.from_numpy(larger.images))[:, :1]
@@ -52,10 +55,10 @@ def test_soft_targets_are_half_mask_and_half_prediction(phantoms, tmp_path, monk
     assert np.allclose(2 * target - volume.mask, predicted.numpy(), atol=2e-3)
     (kept,) = tmp_path.glob("teachers-*/*.npy")
     kept.write_bytes(b"")
-    (again,) = soft_targets([volume], weights, device, tmp_path)
+    (again,) = Teachers(weights).soft_targets([volume], device, tmp_path)
     assert np.array_equal(again, target), "what is damaged is made again"
     monkeypatch.setattr(Predictor, "probabilities", None)
-    (again,) = soft_targets([volume], weights, device, tmp_path)
+    (again,) = Teachers(weights).soft_targets([volume], device, tmp_path)
     assert np.array_equal(again, target), "it was kept"
     data = SliceDataset([volume])
     data.targets = [target]
