@@ -10,6 +10,7 @@ from pathlib import Path
 import imageio.v3 as iio
 import numpy as np
 import pytest
+import SimpleITK as sitk
 import tifffile
 from conftest import file_limit
 from PIL import Image
@@ -100,6 +101,22 @@ def test_a_tiff_that_its_tag_turns_is_refused(tmp_path, compression):
         if orientation == 1:
             assert np.array_equal(find_case(tmp_path).read()[0, ..., 0], image)
     with pytest.raises(ValueError, match="x_1.tif: its tag Orientation turns it"):
+        find_case(tmp_path).read()
+
+
+@pytest.mark.parametrize("kind, shape", [("uint16", (10, 14, 3)), ("int8", (10, 14))])
+def test_compressed_tiff_that_would_lose_bits_is_refused(tmp_path, kind, shape):
+    """Pillow, which reads LZW, keeps 8 bits of such colours, and makes -1 of signed bytes 255."""
+    image = sitk.GetImageFromArray(noise(*shape, low=-5, dtype=kind), isVector=len(shape) == 3)
+    writer = sitk.ImageFileWriter()
+    writer.SetFileName(str(tmp_path / "x_1.tif"))
+    for compressor in ("PackBits", "LZW"):
+        writer.UseCompressionOn()
+        writer.SetCompressor(compressor)
+        writer.Execute(image)
+        if compressor == "PackBits":
+            assert find_case(tmp_path).read().dtype == kind
+    with pytest.raises(ValueError, match=f"x_1.tif: has compressed {kind} pixels; save it without"):
         find_case(tmp_path).read()
 
 

@@ -283,12 +283,14 @@ def _read_png(path: Path) -> np.ndarray:
 
 def _read_tiff(path: Path) -> tuple[np.ndarray, bool]:
     """Read a TIFF, and whether its tag says that white is zero; several pages give 4 axes."""
-    white_is_zero = False
+    white_is_zero, kind = False, np.dtype(bool)
     try:
         with tifffile.TiffFile(path) as tiff:
             if not tiff.pages:
                 raise ValueError("no page")
             page = tiff.pages[0]
+            if page.dtype is not None:
+                kind = page.dtype
             if page.tags.valueof("Orientation") in TURNED:
                 raise UnfitImage(f"{path}: its tag Orientation turns it; save it upright, without")
             if "BitsPerSample" not in page.tags and page.samplesperpixel > 1:
@@ -314,7 +316,12 @@ def _read_tiff(path: Path) -> tuple[np.ndarray, bool]:
     except UnfitImage:
         raise
     except ValueError:  # e.g. LZW or CMYK, which only Pillow can turn into RGB
-        return _decode(path, "TIFF"), white_is_zero
+        image = _decode(path, "TIFF")
+    # Of 16-bit colours Pillow keeps 8 bits, and of signed bytes not the sign.
+    sign_lost = kind.kind == "i" and image.dtype.kind == "u"
+    if sign_lost or image.dtype.itemsize < kind.itemsize:
+        raise UnfitImage(f"{path}: has compressed {kind} pixels; save it without compression")
+    return image, white_is_zero
 
 
 def _decode(path: Path, kind: str) -> np.ndarray:
