@@ -18,10 +18,11 @@ import export
 import inference
 import train
 from brainseg import quality
+from brainseg.io.layouts import find_case
 from brainseg.phantom import make_volume
 from brainseg.splits import subset_of_patient
 from brainseg.weights import read_card
-from weights import campaign, trainings
+from weights import campaign, negatives, trainings
 
 SMALL = "--image-size 32 --epochs 1 --features 2 --batch-size 8".split()
 FOLDS = 3  # instead of five
@@ -206,3 +207,21 @@ def test_a_student_is_compared_with_its_teachers(phantoms, tmp_path):
     fitted = [name for name in held_out if subset_of_patient(name) != "test"]
     assert fit["cases"] + fit["empty"] == len(fitted) > 1 and fit["tta"] is False
     assert "| 1 | " in (tmp_path / "student.md").read_text()
+
+
+def test_a_head_without_lesion_is_written_whole_or_not_at_all(phantoms, tmp_path, monkeypatch):
+    """Once, a campaign that was killed meanwhile trained on the first slices of a head."""
+    case, saved = find_case(phantoms / "phantom_001"), []
+
+    def save_tiff(path, *_, **__):
+        saved.append(path)
+        if len(saved) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(negatives, "without_lesion", lambda volume, mask: volume)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(negatives, "save_tiff", save_tiff)
+        negatives.write_mirrored([case], tmp_path)
+    assert not list(tmp_path.iterdir())
+    negatives.write_mirrored([case], tmp_path)
+    assert len(list(tmp_path.glob("phantom_001_mirrored/*.tif"))) == 16

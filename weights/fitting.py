@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import shutil
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -30,10 +31,10 @@ def fit_student(
     """
     if not students:
         raise ValueError(f"{folder}: no student of a fold to fit with; run --stage student first")
-    copies = folder / "folds"
-    shutil.copytree(folds, copies, dirs_exist_ok=True)
-    evaluate(images, copies, folder / "folds-scores", "--fit-expected-dsc")
-    fit = read_card(next(copies.glob("*.pt")))["expected_dsc"]
+    with tempfile.TemporaryDirectory() as name:  # the fit is written into the cards of the copies
+        copies = Path(shutil.copytree(folds, Path(name) / "folds"))
+        evaluate(images, copies, folder / "folds-scores", "--fit-expected-dsc")
+        fit = read_card(next(copies.glob("*.pt")))["expected_dsc"]
     rows = []
     for student in students:
         scores = folder / f"{student.parent.parent.name}-scores"

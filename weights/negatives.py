@@ -6,13 +6,14 @@ lesion is made of its healthy half and the mirror image of that.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import SimpleITK
 
-from brainseg.io.files import MARK
+from brainseg.io.files import MARK, scratch
 from brainseg.io.layouts import find_cases
 from brainseg.io.slices import Case, save_tiff
 
@@ -58,11 +59,11 @@ def write_mirrored(cases: Sequence[Case], folder: Path) -> None:
         healthy = without_lesion(*case.read_pair())
         if healthy is None:
             continue
-        (folder / name).mkdir(parents=True)
-        for k, image in enumerate(healthy, start=1):
-            save_tiff(folder / name / f"{name}_{k}.tif", image, MARK, photometric="rgb")
-            empty = np.zeros(image.shape[:2], np.uint8)
-            save_tiff(folder / name / f"{name}_{k}_mask.tif", empty, MARK)
+        with new_case(folder, name) as new:
+            for k, image in enumerate(healthy, start=1):
+                save_tiff(new / f"{name}_{k}.tif", image, MARK, photometric="rgb")
+                empty = np.zeros(image.shape[:2], np.uint8)
+                save_tiff(new / f"{name}_{k}_mask.tif", empty, MARK)
 
 
 def link_scans(scans: Path, folder: Path, held_back: Sequence[str]) -> None:
@@ -73,9 +74,20 @@ def link_scans(scans: Path, folder: Path, held_back: Sequence[str]) -> None:
     for case in find_cases(scans):
         if case.name.startswith(tuple(held_back)) or (folder / case.name).exists():
             continue
-        (folder / case.name).mkdir(parents=True)
-        for path in set(case.files):
-            (folder / case.name / path.name).symlink_to(path.resolve())
-        empty = SimpleITK.ReadImage(str(case.folder)) * 0  # the FLAIR file
-        mask = SimpleITK.Cast(empty, SimpleITK.sitkUInt8)
-        SimpleITK.WriteImage(mask, str(folder / case.name / "mask.nii.gz"))
+        with new_case(folder, case.name) as new:
+            for path in set(case.files):
+                (new / path.name).symlink_to(path.resolve())
+            empty = SimpleITK.ReadImage(str(case.folder)) * 0  # the FLAIR file
+            mask = SimpleITK.Cast(empty, SimpleITK.sitkUInt8)
+            SimpleITK.WriteImage(mask, str(new / "mask.nii.gz"))
+
+
+@contextmanager
+def new_case(folder: Path, name: str) -> Iterator[Path]:
+    """Yield an empty folder that becomes the case `name` once it is whole."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with scratch(folder) as temporary:
+        new = temporary / name
+        new.mkdir()
+        yield new
+        new.rename(folder / name)
