@@ -76,16 +76,11 @@ def studies(scans, tmp_path_factory) -> Path:
     for k, (name, path) in enumerate(zip(VISITS, scans, strict=True)):
         voxels = sitk.GetArrayFromImage(sitk.ReadImage(str(path)))
         for words, channel in (("FLAIR", 1), ("T1 post gd", 2)):
-            series = f"1.2.{k + 1}.{channel}"
-            place = write_series(folder / name / words, voxels[..., channel], series)
-            edit(
-                place,
-                PatientID="p1",
-                StudyDate=f"{2014 + k}0302",
-                StudyInstanceUID=f"1.2.{k + 1}",
-                SeriesDescription=words,
-                SeriesNumber=channel,
-            )
+            study = f"1.2.{k + 1}"
+            tags = {"PatientID": "p1", "StudyDate": f"{2014 + k}0302", "StudyInstanceUID": study}
+            tags |= {"SeriesDescription": words, "SeriesNumber": channel}
+            series = f"{study}.{channel}"
+            write_series(folder / name / words, voxels[..., channel], series, **tags)
     return folder
 
 

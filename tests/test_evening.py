@@ -11,7 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import pydicom
 import pytest
 from conftest import ROOT, run_main
 from test_layouts import DECATHLON, write
@@ -51,12 +50,8 @@ def decathlon(root: Path) -> None:
 def zipped_dicom(root: Path) -> None:
     """Write a study of FLAIR alone for each case, and all of them as root.zip."""
     for k, (case, (volume, mask)) in enumerate(volumes().items()):
-        folder = write_series(root / case, volume[..., 1], f"1.2.{k}.3")
-        for file in folder.iterdir():
-            header = pydicom.dcmread(file)
-            header.StudyInstanceUID, header.PatientID = f"1.2.{k}", case
-            header.SeriesDescription = "AX FLAIR"
-            header.save_as(file)
+        tags = {"StudyInstanceUID": f"1.2.{k}", "PatientID": case, "SeriesDescription": "AX FLAIR"}
+        folder = write_series(root / case, volume[..., 1], f"1.2.{k}.3", **tags)
         find_case(folder).write_map(root / f"{case}_mask.nii.gz", mask)
     shutil.make_archive(str(root), "zip", root)
     shutil.rmtree(root)

@@ -62,10 +62,8 @@ def pair() -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.fixture
 def series(pair, tmp_path) -> Path:
-    folder = write_series(tmp_path / "series", pair[0][..., 1])
-    for path in folder.iterdir():
-        edit(path, FrameOfReferenceUID="1.2.9", PatientID="P7")
-    return folder
+    tags = {"FrameOfReferenceUID": "1.2.9", "PatientID": "P7"}
+    return write_series(tmp_path / "series", pair[0][..., 1], **tags)
 
 
 def table(out: Path) -> list[dict]:

@@ -430,7 +430,7 @@ def test_training_reads_volume_files_too(pair, tmp_path):
 # DICOM
 
 
-def write_series(folder: Path, flair: np.ndarray, series: str = "1.2.3") -> Path:
+def write_series(folder: Path, flair: np.ndarray, series: str = "1.2.3", **tags: object) -> Path:
     """Write axial slices (S, H, W) as a DICOM series, upward, its files in another order."""
     folder.mkdir(parents=True, exist_ok=True)
     for k, image in enumerate(flair):
@@ -450,6 +450,8 @@ def write_series(folder: Path, flair: np.ndarray, series: str = "1.2.3") -> Path
         data.SamplesPerPixel, data.PhotometricInterpretation = 1, "MONOCHROME2"
         data.BitsAllocated, data.BitsStored, data.HighBit, data.PixelRepresentation = 16, 16, 15, 0
         data.PixelData = image.astype("<u2").tobytes()
+        for name, value in tags.items():
+            setattr(data, name, value)
         data.save_as(folder / f"IM{(7 * k) % 11:03d}", enforce_file_format=True)
     return folder
 
@@ -558,12 +560,6 @@ def test_pre_and_post_need_flair(tmp_path, weights):
 # What is not what it seems
 
 
-def edit_series(folder: Path, **tags: object) -> Path:
-    for path in folder.iterdir():
-        edit(path, **tags)
-    return folder
-
-
 @pytest.mark.parametrize(
     "tags, said",
     [
@@ -576,7 +572,7 @@ def edit_series(folder: Path, **tags: object) -> Path:
     ids=str,
 )
 def test_a_lone_series_of_another_kind_is_not_taken_for_flair(pair, tmp_path, tags, said):
-    folder = edit_series(write_series(tmp_path / "p1", pair[0][..., 1]), **tags)
+    folder = write_series(tmp_path / "p1", pair[0][..., 1], **tags)
     with pytest.raises(ValueError, match=said) as error:
         find_case(folder)
     assert str(folder) in str(error.value)
@@ -585,7 +581,7 @@ def test_a_lone_series_of_another_kind_is_not_taken_for_flair(pair, tmp_path, ta
 
 def test_a_lone_series_is_named(pair, tmp_path):
     tags = {"SeriesDescription": "AX T2 FLAIR", "EchoTime": 120, "InversionTime": 2500}
-    folder = edit_series(write_series(tmp_path / "p1", pair[0][..., 1]), **tags)
+    folder = write_series(tmp_path / "p1", pair[0][..., 1], **tags)
     assert "FLAIR is 'AX T2 FLAIR'" in find_case(folder).notes
 
 

@@ -173,9 +173,8 @@ T2 = {"SeriesDescription": "AX T2 TSE", "EchoTime": 95}
 def write_study(folder: Path, volume: np.ndarray, *series: dict) -> Path:
     """Write a folder of series, each with the next sequence of the volume."""
     for k, tags in enumerate(series):
-        place = write_series(folder / f"s{k}", volume[..., k % 3], f"1.2.{k + 3}")
-        for path in place.iterdir():
-            edit(path, SeriesNumber=k, PatientID="p1", **tags)
+        tags = {"SeriesNumber": k, "PatientID": "p1"} | tags
+        write_series(folder / f"s{k}", volume[..., k % 3], f"1.2.{k + 3}", **tags)
     return folder
 
 
@@ -286,7 +285,6 @@ def test_other_frames_of_reference_are_reported(head, tmp_path):
 
 def test_folders_of_several_studies_are_cases(head, tmp_path):
     for name in ("anna", "bert"):
-        series = write_series(tmp_path / name, head[0][:4, ..., 1])
-        for path in series.iterdir():
-            edit(path, StudyInstanceUID=f"1.{len(name)}.{ord(name[0])}")
+        study = f"1.{len(name)}.{ord(name[0])}"
+        write_series(tmp_path / name, head[0][:4, ..., 1], StudyInstanceUID=study)
     assert [source.name for source in list_cases(tmp_path)] == ["anna", "bert"]

@@ -176,21 +176,14 @@ def test_a_dicom_series(phantom, receive, tmp_path, packed):
 @pytest.mark.parametrize("packed", [True, False])
 def test_a_study_in_folders_whose_files_share_names(phantom, receive, tmp_path, packed):
     """Send a study as the page does when it is dropped: each file with its path."""
-    import pydicom
     from test_scan import write_series
 
-    names = ("T1 pre", "FLAIR", "T1 post gd")
     files = {}
-    for k, words in enumerate(names):
-        folder = write_series(tmp_path / words, phantom[0][..., k])
+    for k, words in enumerate(("T1 pre", "FLAIR", "T1 post gd")):
+        tags = {"PatientID": "p1", "FrameOfReferenceUID": "1.2.4"}
+        tags |= {"SeriesDescription": words, "SeriesNumber": k}
+        folder = write_series(tmp_path / words, phantom[0][..., k], f"1.2.3.{k}", **tags)
         for path in folder.iterdir():
-            header = pydicom.dcmread(path)
-            header.StudyInstanceUID, header.PatientID = "1.2.3", "p1"
-            header.SeriesInstanceUID = f"1.2.3.{k}"
-            header.SeriesDescription, header.SeriesNumber = words, k
-            header.FrameOfReferenceUID = "1.2.4"
-            header.SOPInstanceUID = f"{header.SOPInstanceUID}.{k}"
-            header.save_as(path)
             files[f"study/{words}/{path.name}"] = path.read_bytes()
     assert len({name.rpartition("/")[2] for name in files}) == len(files) // 3, "as in the title"
     if packed:
@@ -556,13 +549,10 @@ def test_a_dicom_upload_gets_a_segmentation(service, phantom, tmp_path, valid):
     from test_scan import write_series
 
     pytest.importorskip("highdicom", reason="pip install -r requirements-dicom.txt")
-    folder = write_series(tmp_path / "series", phantom[0][..., 1])
+    tags = {"FrameOfReferenceUID": "1.2.4"} if valid else {}
+    folder = write_series(tmp_path / "series", phantom[0][..., 1], **tags)
     files = []
     for path in sorted(folder.iterdir()):
-        header = pydicom.dcmread(path)
-        if valid:
-            header.FrameOfReferenceUID = "1.2.4"
-        header.save_as(path)
         files.append(("images", (f"series/{path.name}", path.read_bytes())))
     with zipfile.ZipFile(io.BytesIO(post(service, files=files).content)) as archive:
         summary = json.loads(archive.read("summary.json"))
