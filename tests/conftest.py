@@ -30,8 +30,8 @@ TRAINED_ON = ["phantom_001", "phantom_002"]
 Items = list[tuple]  # images and masks of a data set, as tensors
 FORK = multiprocessing.get_context("fork")
 # These take longest: a worker that got one of them last would finish long after the others.
-SLOW = "app inference train onnx evaluate campaign dicom_seg visits distributed upload".split()
-SLOW += "hospital_files hub app_growth ensemble fill outputs sequences cohorts notebook".split()
+SLOW = "app inference onnx train campaign distributed evaluate visits dicom_seg outputs".split()
+SLOW += "ensemble hospital_files app_growth upload hub fill sequences scan cohorts notebook".split()
 SHARED = Path(os.environ.get("LGG", ROOT.parent / "shared" / "lgg"))
 
 
@@ -137,6 +137,15 @@ def make_weights(path: Path, in_channels: int = 3, trained_on=TRAINED_ON) -> Pat
 def weights(tmp_path_factory) -> Path:
     """Return weights of `make_weights`, in a folder of their own. They must not be changed."""
     return make_weights(tmp_path_factory.mktemp("weights") / "narrow.pt")
+
+
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """Let evaluate.py save no picture, which takes two thirds of a run, where none is looked at."""
+    import evaluate
+
+    for name in ("save_scores", "save_gallery"):
+        monkeypatch.setattr(evaluate.report, name, lambda *_: None)
 
 
 def run_main(main: Callable[[list[str]], None], *words: object) -> str | int:

@@ -122,12 +122,14 @@ def test_one_network_per_fold_is_shipped_with_a_fit(whole):
     assert about["scores"]["dsc"]["n"] == len(held_out) == len(set(held_out))
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_finished_trainings_are_not_repeated(whole, phantoms):
     weights = {path: path.stat().st_mtime_ns for path in whole.rglob("unet.pt")}
     assert run(phantoms, whole, "--stage", "search", "--only", "dice")[0] == 0
     assert {path: path.stat().st_mtime_ns for path in whole.rglob("unet.pt")} == weights
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_start_continues_from_the_network_of_the_fold(whole, phantoms, tmp_path):
     words = "--stage", "search", "--only", "dice", "--start", whole / "weights"
     status, _, err = run(phantoms, tmp_path, *map(str, words))
@@ -178,6 +180,7 @@ def test_a_signal_stops_the_trainings_which_save(phantoms, tmp_path):
     assert "continue with" in (folder / "log.txt").read_text().splitlines()[-1]
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_a_student_is_compared_with_its_teachers(phantoms, tmp_path):
     """On the patients of a fold that none of them has seen."""
     healthy = tmp_path / "healthy" / "mary"

@@ -133,6 +133,7 @@ def segment(images: Path, out: Path, *more: object) -> object:
     return run_main(inference.main, *words)
 
 
+@pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize("layout", ["BIDS", "any"])
 def test_cohort_is_trained_on_segmented_and_scored(tmp_path, capsys, layout):
     root, names = tmp_path / "cohort", LAYOUTS[layout]

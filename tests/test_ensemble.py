@@ -385,6 +385,7 @@ def test_one_missed_lesion_does_not_bend_the_fit():
     assert np.abs(change).max() < 0.04
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_fitting_writes_the_cards(phantoms, folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(rating, "LEAST_CASES", 12)
     copy = shutil.copytree(folder, tmp_path / "folds")

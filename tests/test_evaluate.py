@@ -93,13 +93,6 @@ def done(phantoms, weights, tmp_path_factory) -> Path:
     return out
 
 
-@pytest.fixture
-def no_pictures(monkeypatch):
-    """Save no picture, which takes two thirds of a run, where none is looked at."""
-    for name in ("save_scores", "save_gallery"):
-        monkeypatch.setattr(evaluate.report, name, lambda *_: None)
-
-
 # Scores
 
 

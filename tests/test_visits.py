@@ -465,7 +465,8 @@ def test_growth_of_a_cohort(cohort, tmp_path, capsys):
     for verdict in ("progress", "respon", "stable"):
         assert verdict not in text.partition("</style>")[2].lower()
 
-    assert run(cohort, tmp_path / "out", "--skip-existing") == rows  # of masks that are kept
+    # Of masks that are kept.
+    assert run(cohort, tmp_path / "out", "--skip-existing", "--cases", *names[:2]) == rows
 
     # Dates by a table, and the rows of other patients stay.
     dates = tmp_path / "dates.csv"
