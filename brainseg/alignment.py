@@ -38,11 +38,7 @@ def read_flair(measured: Measured) -> sitk.Image | None:
 
 
 def at_place(
-    measured: Measured,
-    moving: sitk.Image,
-    fixed: sitk.Image,
-    transform: sitk.Transform,
-    place: int,
+    measured: Measured, moving: sitk.Image, fixed: sitk.Image, transform: sitk.Transform, place: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return a scan and its mask, (H, W), in the slice `place` of the first one."""
     one_slice = fixed[:, :, place : place + 1]

@@ -14,15 +14,7 @@ from .io.layouts import Source, choose_named, list_cases
 from .io.opening import Sequences, find_sequences, parse_sequences
 from .io.sequences import SEQUENCES
 from .io.slices import Case
-from .patients import (
-    SUBSETS,
-    Named,
-    counted,
-    names_of,
-    patient_named,
-    patient_of,
-    site_of,
-)
+from .patients import SUBSETS, Named, counted, names_of, patient_named, patient_of, site_of
 
 SPLITS = Path(__file__).resolve().parents[1] / "splits"
 

@@ -1,7 +1,5 @@
 """Fit the interval of a lesion's true volume on scored cases that no network was trained on."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

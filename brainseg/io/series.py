@@ -15,15 +15,7 @@ import pydicom
 import SimpleITK as sitk
 from pydicom import Dataset, uid
 
-from .dicom import (
-    UNDEFINED,
-    Series,
-    number,
-    numbers,
-    pixel_data,
-    read_header,
-    text,
-)
+from .dicom import UNDEFINED, Series, number, numbers, pixel_data, read_header, text
 from .files import by
 from .grid import ROUNDED, Grid, grid_of_header
 from .quiet import quiet
@@ -89,7 +81,6 @@ def read_series(series: Series) -> np.ndarray:
     PixelPaddingValue becomes the darkest value of the rest, unless it is darker still: `fill` finds
     that. Raises ValueError, naming the file, if one cannot be read.
     """
-    # PixelPaddingValue becomes the darkest value of the rest, unless it is darker: see fill.py.
     slices, padding = [], []
     for header in series_headers(series):
         try:
