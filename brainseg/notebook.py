@@ -38,7 +38,9 @@ class NotebookSegmenter(Segmenter):
         """Segment as a call does, and rate the mask; `spacing` is in mm: slices, rows, columns."""
         images, frame = self.preprocess(as_volume(volume, self.channels), aspect_of(spacing))
         result = self.segmentation_of(self.probabilities(images), frame, spacing)
-        ml = millilitres_of(result.mask, spacing)
+        ml = None
+        if spacing is not None:
+            ml = float(result.mask.sum() * math.prod(spacing) / 1000)
         expected, low, high = result.expected or (None, None, None)
         reasons = result.warnings + end_warnings(result.mask)
         return Assessment(result.mask, result.probabilities, ml, expected, low, high, reasons)
@@ -100,10 +102,3 @@ def aspect_of(spacing: Sequence[float] | None) -> float:
             "to slice, from row to row, from column to column"
         )
     return spacing[1] / spacing[2]
-
-
-def millilitres_of(mask: np.ndarray, spacing: Sequence[float] | None) -> float | None:
-    """Return the volume of a mask in ml, or None without a spacing in mm."""
-    if spacing is None:
-        return None
-    return float(mask.sum() * math.prod(spacing) / 1000)

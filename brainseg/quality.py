@@ -5,8 +5,6 @@ measures that on one mask, `fit_expected_dsc` learns from scored cases how it pr
 `expected_dsc` makes the prediction. The fit is in the weights' card under "expected_dsc".
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -74,12 +72,9 @@ def expected_dsc(features: dict, fit: dict | None) -> tuple[float, float, float]
     """
     if not fit or not fit.get("features") or not features["voxels"]:
         return None
-    values = []
-    for name in fit["features"]:
-        if features.get(name) is None:
-            return None
-        values.append(features[name])
-    value = _predict(fit, values)
+    if any(features.get(name) is None for name in fit["features"]):
+        return None
+    value = _predict(fit, [features[name] for name in fit["features"]])
     low, high = fit["interval"]
     width = _width(value) * unlikeness(features, fit.get("looks"))
     return value, max(value + low * width, 0.0), min(value + high * width, 1.0)
