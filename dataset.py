@@ -24,7 +24,7 @@ from brainseg.io.files import (
     save_array,
     with_archives,
 )
-from brainseg.io.labels import odd_masks
+from brainseg.io.labels import doubtful_masks
 from brainseg.io.layouts import Source, list_cases
 from brainseg.io.slices import Case
 from brainseg.patients import alike_names, count_patients, counted, names_of, patient_of
@@ -179,7 +179,7 @@ def report_subsets(
             print(with_archives(f"{volume.case.folder}: {note}"), file=sys.stderr)
     for part, volumes in (("training", train), ("validation", validation)):
         shares = {volume.name: volume.mask.mean() for volume in volumes}
-        for oddity in odd_masks(shares, (volume.truth for volume in volumes)):
+        for oddity in doubtful_masks(shares, (volume.truth for volume in volumes)):
             print(f"{part}: {oddity}", file=sys.stderr)
     used = names_of(both)
     subsets = {

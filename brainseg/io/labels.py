@@ -118,7 +118,7 @@ NO_LESION = (
 )
 
 
-def odd_masks(shares: Mapping[str, float], masks: Iterable[np.ndarray] = ()) -> list[str]:
+def doubtful_masks(shares: Mapping[str, float], masks: Iterable[np.ndarray] = ()) -> list[str]:
     """Say what cannot be right about `masks`, or the `shares` of their volumes that are lesion."""
     sentences = []
     count = len(shares)
