@@ -158,7 +158,7 @@ def _place_mask(masks: Sequence[Sent], scan: Path, limits: Limits) -> None:
         inside = [path for path in scan.iterdir() if is_scan(path)]
     if len(masks) == 1 and _is_volume(masks[0].name):
         if len(inside) != 1:
-            raise ValueError(f"{masks[0].name}: is a volume file, but the images are not")
+            raise ValueError(f"{masks[0].name}: is one volume file, but the images are not")
         name = plain(masks[0].name)
         suffix = name[len(scan_name(Path(name))) :]
         masks[0].path.rename(inside[0].with_name(f"{scan_name(inside[0])}_mask{suffix}"))
