@@ -54,7 +54,6 @@ class Diameters:
 
     longest: float
     across: float
-    slice: int
 
     @property
     def product(self) -> float:
@@ -114,18 +113,18 @@ def bidimensional(mask: np.ndarray, spacing: tuple[float, float, float]) -> Diam
 
     pixel = spacing[1:]
     pieces = []
-    for k in np.flatnonzero(mask.any(axis=(1, 2))):
-        for piece in regionprops(label(mask[k], connectivity=2)):
+    for outline in mask[mask.any(axis=(1, 2))]:
+        for piece in regionprops(label(outline, connectivity=2)):
             bound = math.hypot(piece.image.shape[0] * pixel[0], piece.image.shape[1] * pixel[1])
-            pieces.append((bound, int(k), piece.image))
+            pieces.append((bound, piece.image))
     pieces.sort(key=lambda piece: -piece[0])
     best = None
-    for bound, k, image in pieces:
+    for bound, image in pieces:
         if best and bound <= best.longest:  # no piece from here on can be longer
             break
         longest, across = feret_diameters(image, pixel)
         if not best or longest > best.longest:
-            best = Diameters(longest, across, k)
+            best = Diameters(longest, across)
     return best
 
 
