@@ -30,8 +30,8 @@ TRAINED_ON = ["phantom_001", "phantom_002"]
 Items = list[tuple]  # images and masks of a data set, as tensors
 FORK = multiprocessing.get_context("fork")
 # These take longest: a worker that got one of them last would finish long after the others.
-SLOW = "app inference onnx train campaign distributed evaluate visits dicom_seg outputs".split()
-SLOW += "ensemble hospital_files app_growth upload hub fill sequences scan cohorts notebook".split()
+SLOW = "app inference onnx train campaign app_growth distributed evaluate visits outputs".split()
+SLOW += "hospital_files dicom_seg ensemble hub upload evening cohorts scan fill notebook".split()
 SHARED = Path(os.environ.get("LGG", ROOT.parent / "shared" / "lgg"))
 
 

@@ -18,6 +18,7 @@ import export
 import inference
 import train
 from brainseg import quality
+from brainseg.io.files import MARK
 from brainseg.io.layouts import find_case
 from brainseg.phantom import make_volume
 from brainseg.splits import subset_of_patient
@@ -78,6 +79,8 @@ def run(*arguments, **options) -> tuple[int, str, str]:
         patch.setattr(trainings, "subprocess", SimpleNamespace(Popen=Forked, run=run_forked))
         patch.setattr(signal, "signal", lambda *_: None)  # the process goes on afterwards
         patch.setattr(quality, "LEAST_CASES", 3)
+        for name in ("save_scores", "save_gallery"):  # which take longest
+            patch.setattr(evaluate.report, name, lambda path, *_: path.write_text(MARK))
         patch.setattr(campaign, "SEARCH_FOLDS", 2)
         patch.setattr(campaign, "INNER_FOLDS", 2)
         patch.setattr(campaign, "FOLDS", FOLDS)
@@ -122,14 +125,12 @@ def test_one_network_per_fold_is_shipped_with_a_fit(whole):
     assert about["scores"]["dsc"]["n"] == len(held_out) == len(set(held_out))
 
 
-@pytest.mark.usefixtures("no_pictures")
 def test_finished_trainings_are_not_repeated(whole, phantoms):
     weights = {path: path.stat().st_mtime_ns for path in whole.rglob("unet.pt")}
     assert run(phantoms, whole, "--stage", "search", "--only", "dice")[0] == 0
     assert {path: path.stat().st_mtime_ns for path in whole.rglob("unet.pt")} == weights
 
 
-@pytest.mark.usefixtures("no_pictures")
 def test_start_continues_from_the_network_of_the_fold(whole, phantoms, tmp_path):
     words = "--stage", "search", "--only", "dice", "--start", whole / "weights"
     status, _, err = run(phantoms, tmp_path, *map(str, words))
@@ -180,7 +181,6 @@ def test_a_signal_stops_the_trainings_which_save(phantoms, tmp_path):
     assert "continue with" in (folder / "log.txt").read_text().splitlines()[-1]
 
 
-@pytest.mark.usefixtures("no_pictures")
 def test_a_student_is_compared_with_its_teachers(phantoms, tmp_path):
     """On the patients of a fold that none of them has seen."""
     healthy = tmp_path / "healthy" / "mary"
