@@ -100,8 +100,7 @@ def _sources_in(
     if not root.is_dir():
         return [replace(_source(path), picked=picked)]
     if layout and not is_scan(root):
-        top, folders = case_folders(path, layout, other_than)
-        return _in_layout(top, folders, layout)
+        return _cases_in_layout(path, layout, other_than)
     described = described_sources(path, picked)
     if described is not None:
         return described
@@ -112,6 +111,35 @@ def _sources_in(
         root = root / "images_structural"
     cases = _cases_in(root, other_than)
     return [replace(case, picked=picked) for case in cases]
+
+
+def _cases_in_layout(root: Path, layout: Layout, other_than: Path | None) -> list[Source]:
+    """List folders, at most two levels down, that match a layout, or that hold other volumes.
+
+    `root` may be such a folder itself.
+    """
+    matching, lacking = [], []
+    for folder in folders_in(root, other_than):
+        if layout.fits(folder, root):
+            matching.append(folder)
+            continue
+        inner = [each for each in folders_in(folder, other_than) if layout.fits(each, root)]
+        matching += inner
+        place = f"{{root}}/{folder.relative_to(root)}/"
+        holds_masks = any(place in pattern for pattern in layout.mask)  # apart from the cases
+        if not inner and volumes_in(folder) and not holds_masks:
+            lacking.append(folder)
+    if not matching and layout.fits(root, root.parent):
+        return _in_layout(root.parent, [root], layout)
+    files = [layout.files(folder, root) for folder in matching]
+    roles = ("pre", "post", "mask") if matching else ("flair",)  # a case reports a lack of FLAIR
+    for role in roles:
+        patterns = getattr(layout, role)
+        if patterns and not any(by_role[role] for by_role in files):
+            raise ValueError(
+                f"{root}: no file in its folders matches {role}={patterns[0]}; change --sequences"
+            )
+    return _in_layout(root, sorted(matching + lacking), layout)
 
 
 def _bids_sessions(root: Path) -> list[Source]:
@@ -196,37 +224,6 @@ def _source(path: Path) -> Source:
 
 
 # Folders
-
-
-def case_folders(
-    root: Path, layout: Layout, other_than: Path | None = None
-) -> tuple[Path, list[Path]]:
-    """List folders, at most two levels down, that match a layout, or that hold other volumes.
-
-    Also return the folder that holds these cases: above `root`, if that is a case itself.
-    """
-    matching, lacking = [], []
-    for folder in folders_in(root, other_than):
-        if layout.fits(folder, root):
-            matching.append(folder)
-            continue
-        inner = [each for each in folders_in(folder, other_than) if layout.fits(each, root)]
-        matching += inner
-        place = f"{{root}}/{folder.relative_to(root)}/"
-        holds_masks = any(place in pattern for pattern in layout.mask)  # apart from the cases
-        if not inner and volumes_in(folder) and not holds_masks:
-            lacking.append(folder)
-    if not matching and layout.fits(root, root.parent):
-        return root.parent, [root]
-    files = [layout.files(folder, root) for folder in matching]
-    roles = ("pre", "post", "mask") if matching else ("flair",)  # a case reports a lack of FLAIR
-    for role in roles:
-        patterns = getattr(layout, role)
-        if patterns and not any(by_role[role] for by_role in files):
-            raise ValueError(
-                f"{root}: no file in its folders matches {role}={patterns[0]}; change --sequences"
-            )
-    return root, sorted(matching + lacking)
 
 
 def is_output(folder: Path) -> bool:
