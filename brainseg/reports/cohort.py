@@ -42,7 +42,7 @@ def save_cohort(
         "cohort.html",
         f"brainseg: {counted(len(rows), 'case')}",
         details,
-        tiles=_tiles(lines, read, unit) | _score_tiles(scores),
+        tiles=_tiles(lines, read, unit, scores),
         counts=counts,
         step=step,
         unit=unit,
@@ -54,8 +54,10 @@ def save_cohort(
     )
 
 
-def _tiles(rows: Sequence[dict], read: Sequence[dict], unit: str) -> dict[str, object]:
-    """Summarise all cases, and those that could be `read`: a value for each title."""
+def _tiles(
+    rows: Sequence[dict], read: Sequence[dict], unit: str, scores: Sequence[dict]
+) -> dict[str, object]:
+    """Summarise all cases, those `read`, and scores of patients not trained on, by title."""
     sizes = [row["size"] for row in read if row["lesion_voxels"]]
     expected = [row["expected_dsc"] for row in rows if row["expected_dsc"] is not None]
     median_size, median_expected = "-", "-"
@@ -63,21 +65,17 @@ def _tiles(rows: Sequence[dict], read: Sequence[dict], unit: str) -> dict[str, o
         median_size = f"{np.median(sizes):,.1f}".removesuffix(".0")
     if expected:
         median_expected = f"{np.median(expected):.2f}"
-    return {
+    tiles: dict[str, object] = {
         "cases": len(rows),
         "need a look": sum(bool(row["warning"]) for row in rows),
         "without a lesion": len(read) - len(sizes),
         f"median lesion, {unit}": median_size,
         "median expected DSC": median_expected,
     }
-
-
-def _score_tiles(scores: Sequence[dict]) -> dict[str, str]:
-    """Summarise the scores of patients that the weights were not trained on, if there are any."""
-    values = [row["dsc"] for row in scores if not row["trained_on"]]
-    if not values:
-        return {}
-    return {f"median DSC, n = {len(values)}": f"{np.median(values):.2f}"}
+    unseen = [row["dsc"] for row in scores if not row["trained_on"]]
+    if unseen:
+        tiles[f"median DSC, n = {len(unseen)}"] = f"{np.median(unseen):.2f}"
+    return tiles
 
 
 def _histogram(sizes: Sequence[float]) -> tuple[list[int], float]:
