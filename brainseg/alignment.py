@@ -7,7 +7,7 @@ import SimpleITK as sitk
 
 from .io.formats import read_voxels
 from .io.pictures import to_grey
-from .io.registration import interpolate
+from .io.registration import interpolate, like
 from .io.scans import Scan
 from .io.slices import Case
 
@@ -42,8 +42,9 @@ def at_place(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return a scan and its mask, (H, W), in the slice `place` of the first one."""
     one_slice = fixed[:, :, place : place + 1]
-    grey = interpolate(grey_of(sitk.GetArrayFromImage(moving)), moving, one_slice, transform)
-    mask = interpolate(measured.mask, moving, one_slice, transform) > 0.5
+    shades = like(moving, grey_of(sitk.GetArrayFromImage(moving)))
+    grey = interpolate(shades, one_slice, transform)
+    mask = interpolate(like(moving, measured.mask), one_slice, transform) > 0.5
     return grey[0].astype(np.uint8), mask[0]
 
 
@@ -57,7 +58,7 @@ def components_alone(
     """Say which components of one mask have no partner in the other, in the first scan's frame."""
     assert isinstance(first.case, Scan)
     grid = first.case.grid.axial
-    moved = interpolate(later.mask, moving, grid.blank, transform) > 0.5
+    moved = interpolate(like(moving, later.mask), grid.blank, transform) > 0.5
     spacing = np.array(grid.spacing[::-1])
     said = []
     pairs = (later, moved, first.mask), (first, first.mask, moved)

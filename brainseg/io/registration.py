@@ -141,23 +141,19 @@ def resample(moving: sitk.Image, grid: Grid, transform: sitk.Transform | None = 
     voxels = sitk.GetArrayFromImage(moving)
     scanned, fill = without_fill(voxels)
     transform = transform or sitk.Transform(3, sitk.sitkIdentity)
-    moved = interpolate(scanned, moving, grid.blank, transform, float(scanned.min()))
+    moved = interpolate(like(moving, scanned), grid.blank, transform, float(scanned.min()))
     if fill:
         filled = np.isin(voxels, fill)
-        share = interpolate(filled, moving, grid.blank, transform, float(filled.min()))
+        share = interpolate(like(moving, filled), grid.blank, transform, float(filled.min()))
         moved[share > 0.5] = fill[0]
     return moved.T
 
 
 def interpolate(
-    voxels: np.ndarray,
-    image: sitk.Image,
-    reference: sitk.Image,
-    transform: sitk.Transform,
-    outside: float = 0.0,
+    image: sitk.Image, reference: sitk.Image, transform: sitk.Transform, outside: float = 0.0
 ) -> np.ndarray:
-    """Interpolate voxels (Z, Y, X) on the grid of an image linearly on that of another, float32."""
-    moved = sitk.Resample(like(image, voxels), reference, transform, sitk.sitkLinear, outside)
+    """Interpolate an image linearly on the grid of another: voxels (Z, Y, X)."""
+    moved = sitk.Resample(image, reference, transform, sitk.sitkLinear, outside)
     return sitk.GetArrayFromImage(moved)
 
 
