@@ -262,7 +262,8 @@ class Teachers:
         except ValueError as error:
             raise ValueError(f"{self.path}: {error}") from error
         seen_by_teachers = prepare(cases, card["image_size"], cache, workers, card["preprocessing"])
-        folder = (cache or default_cache()) / f"teachers-{self.id}"
+        precision = "-half" if predictor.amp else ""
+        folder = (cache or default_cache()) / f"teachers-{self.id}{precision}"
         folder.mkdir(parents=True, exist_ok=True)
         clear_leftovers(folder)
         targets = []

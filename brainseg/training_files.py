@@ -95,7 +95,7 @@ def _with_weights(checkpoint: dict, weights: Path) -> dict:
         of_this_run = bool(newer)
         if card:
             next_epoch = newer.get("epoch", 0) > checkpoint["epoch"]
-            of_this_run = next_epoch and newer.get("started") == card["started"]
+            of_this_run = next_epoch and newer.get("started") == card.get("started")
         if not of_this_run:
             raise ValueError(
                 f"{weights}: is not of the same training as the checkpoint beside it; copy its "

@@ -7,9 +7,10 @@ import torch.nn.functional as F
 
 import export
 import train
+from brainseg import predictor
 from brainseg.cache import prepare
+from brainseg.devices import has_bfloat16
 from brainseg.io.layouts import find_case
-from brainseg.predictor import Predictor
 from brainseg.segmenter import Segmenter
 from brainseg.unet import UNet
 from brainseg.weights import read_card, save_weights
@@ -57,9 +58,13 @@ def test_soft_targets_are_half_mask_and_half_prediction(phantoms, tmp_path, monk
     kept.write_bytes(b"")
     (again,) = Teachers(weights).soft_targets([volume], device, tmp_path)
     assert np.array_equal(again, target), "what is damaged is made again"
-    monkeypatch.setattr(Predictor, "probabilities", None)
+    monkeypatch.setattr(predictor.Predictor, "probabilities", None)
     (again,) = Teachers(weights).soft_targets([volume], device, tmp_path)
     assert np.array_equal(again, target), "it was kept"
+    monkeypatch.undo()
+    monkeypatch.setattr(predictor, "has_bfloat16", lambda device: not has_bfloat16(device))
+    Teachers(weights).soft_targets([volume], device, tmp_path)
+    assert len(list(tmp_path.glob("teachers-*/*.npy"))) == 2, "each precision is apart"
     data = SliceDataset([volume])
     data.targets = [target]
     lesion = int(volume.mask.sum(axis=(1, 2)).argmax())
