@@ -281,9 +281,8 @@ class Teachers:
                 predicted = predictor.probabilities(torch.from_numpy(images))[:, 0].cpu().half()
                 with atomic_write(path) as temporary:
                     save_array(temporary, predicted.numpy())
-            size = volume.mask.shape[1:]
             resized = F.interpolate(  # from (S, T, T)
-                predicted[:, None].float(), size, mode="bilinear", antialias=True
+                predicted[:, None].float(), volume.mask.shape[1:], mode="bilinear", antialias=True
             )
             target = (resized[:, 0].numpy() + volume.mask) / 2
             targets.append(target.astype(np.float16))
