@@ -9,7 +9,7 @@ import pytest
 import SimpleITK
 
 import inference
-from brainseg.io.layouts import list_cases
+from brainseg.io.layouts import find_case, list_cases
 from brainseg.patients import patient_of
 from brainseg.splits import list_cohort
 
@@ -114,6 +114,14 @@ def test_channels_of_a_file_of_four_axes(tmp_path):
     (source,) = list_cohort(path, channels=[0])
     case = source.open()
     assert case.read().shape[3] == 3 and list(case.replaced) == ["pre-contrast", "post-contrast"]
+
+
+def test_three_volumes_of_another_image_are_doubtful(tmp_path):
+    for name, doubtful in (("p1_dwi", True), ("p1-ADC", True), ("p1_post", False)):
+        case = find_case(write(tmp_path / f"{name}.nii.gz", VOLUME[..., :3]))
+        assert bool(case.doubts) == doubtful
+        if doubtful:
+            assert "are its volumes pre-contrast, FLAIR, post-contrast?" in case.doubts[0]
 
 
 @pytest.mark.parametrize(

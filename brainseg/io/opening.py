@@ -25,7 +25,7 @@ from .formats import (
 )
 from .labels import Labels
 from .scans import Scan, with_doubts
-from .sequences import SEQUENCES, contradiction
+from .sequences import OF_SEVERAL, SEQUENCES, contradiction, plain
 from .slices import SLICE_NAME, Case, errors_name, find_slices
 from .studies import Study, find_studies, sort_study
 
@@ -284,7 +284,10 @@ def open_study(study: Study) -> Scan:
 
 
 def _find_scan(path: Path) -> Scan:
-    """Open the scan in one file; ValueError if it has one channel and another name than FLAIR."""
+    """Open the scan in one file; ValueError if it has one channel and another name than FLAIR.
+
+    If it has three, and the name of images that often have several, they are doubtful.
+    """
     scan = Scan.open(scan_name(path), [path], mask_of(path))
     wrong = contradiction("FLAIR", scan.name) or mask_words(scan.name)
     if scan.channels == 1 and wrong:
@@ -292,4 +295,8 @@ def _find_scan(path: Path) -> Scan:
             f"{path}: its one channel would be used as FLAIR, but its name says {wrong!r}; name "
             "the sequences with --flair, --pre and --post"
         )
+    other = OF_SEVERAL.search(plain(scan.name))
+    if scan.channels == 3 and other:
+        doubt = f"its name says {other[0]!r}: are its volumes pre-contrast, FLAIR, post-contrast?"
+        return replace(scan, doubts=(doubt,))
     return scan

@@ -33,6 +33,9 @@ OTHER_FILE = re.compile(
     r"|(?<![a-z0-9])(pre|post|gd|seg[a-z]*|label[a-z]*)$"
 )
 
+# Files of other images often hold several volumes: directions, echoes, points in time.
+OF_SEVERAL = re.compile(r"(?<![a-z0-9])(dwi|dti|adc|swi|asl|bold|fmri|dsc|dce|perf)(?![a-z0-9])")
+
 # Words before the name of a contrast agent that was not given, and of one that was.
 CONTRAST = {
     "English": ("without wo no non not pre before", "with w post after plus"),
