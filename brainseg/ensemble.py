@@ -56,14 +56,15 @@ def fold_batch_norm(network: Network) -> Network:
     are called in another, the logits of one batch differ: the copy is not folded then, and a
     warning says so.
     """
-    plain = copy.deepcopy(network).eval()
-    folded = copy.deepcopy(plain)
+    folded = copy.deepcopy(network).eval()
+    expected = _logits_of_noise(folded)
     for module in list(folded.modules()):
         for (name, conv), (norm_name, norm) in pairwise(list(module.named_children())):
             if isinstance(conv, nn.Conv2d) and isinstance(norm, (nn.BatchNorm2d, nn.SyncBatchNorm)):
                 setattr(module, name, fuse_conv_bn_eval(conv, norm))
                 setattr(module, norm_name, nn.Identity())
-    difference = _relative_difference(plain, folded)
+    change = (_logits_of_noise(folded) - expected).abs().max()
+    difference = float(change / expected.abs().max().clamp(min=1e-6))
     if not difference > FOLDED_ALIKE:  # nor if it is NaN: then both are, and validation says so
         return folded
     warnings.warn(
@@ -71,19 +72,16 @@ def fold_batch_norm(network: Network) -> Network:
         f"would change by {difference:.0%}; define each norm right after its convolution",
         stacklevel=2,
     )
-    return plain
+    return copy.deepcopy(network).eval()
 
 
 @torch.inference_mode()
-def _relative_difference(plain: Network, folded: Network) -> float:
-    """Compare the logits of two networks on one random slice, relative to the largest of them."""
+def _logits_of_noise(network: Network) -> Tensor:
+    """Return the logits of one random slice, the same for every network of as many channels."""
     draws = torch.Generator().manual_seed(0)
-    side = 2 * plain.stride
-    batch = torch.randn(1, plain.settings["in_channels"], side, side, generator=draws)
-    batch = batch.to(next(plain.parameters()))
-    expected = plain(batch, logits=True)
-    difference = (folded(batch, logits=True) - expected).abs().max()
-    return float(difference / expected.abs().max().clamp(min=1e-6))
+    side = 2 * network.stride
+    batch = torch.randn(1, network.settings["in_channels"], side, side, generator=draws)
+    return network(batch.to(next(network.parameters())), logits=True)
 
 
 def weights_files(weights: Path | str | Sequence[Path | str]) -> list[Path]:
