@@ -18,7 +18,7 @@ the source) and <case>_<k>.png with outlines (truth dashed green, prediction red
 PREDICTIONS/<case>.gif animates them. A volume file gets one mask on its own grid instead of the
 TIFFs, PREDICTIONS/<case>_mask.nii.gz. volumes.csv has a row per case: what was found, its volume,
 the expected DSC, notes on what happened to the scan, and a warning if somebody should look: a mask
-that is empty, at an end of the scan or probably poor, a scan unlike most of the run, or unread. If
+that is empty, only at an end of the scan or probably poor, a scan unlike most, or unread. If
 cases have masks, metrics.csv and, from two on, a figure of sorted DSCs are written too; cases that
 the weights were trained on are marked. For patients with two or more dated scans, growth.csv has
 the mean tumour diameter, its changes and mm a year, with intervals (brainseg/growth.py). Tables

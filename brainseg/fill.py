@@ -59,9 +59,9 @@ def percentile(values: np.ndarray, percent: float) -> float:
     if values.dtype.itemsize == 1:
         values = values.astype(np.int16)
     if values.dtype.kind in "iu":
-        lower = np.percentile(values, percent, method="lower")
-        if lower == np.percentile(values, percent, method="higher"):
-            return float(lower)
+        lower = float(np.percentile(values, percent, method="lower"))
+        higher = float(np.percentile(values, percent, method="higher"))
+        return lower + (percent / 100 * (values.size - 1) % 1) * (higher - lower)
     return float(np.percentile(values, percent))
 
 

@@ -18,6 +18,7 @@ from .volume_errors import conformal_limits, fit_volume_errors
 from .weights import read_card
 
 WARN_BELOW = 0.7  # a mask with a lower expected DSC needs checking
+LARGEST = 0.25  # share of a scan; of 88 cases of LGG, the largest lesion has 0.05
 # What `quality` measures: 1 if a higher value means a better mask, -1 if a worse one.
 FEATURES = {"overlap": 1, "confidence": 1, "log_share": 1, "kept": 1, "disagreement": -1}
 LEAST_CASES = 20  # for a fit
@@ -42,14 +43,16 @@ def quality(
     disagreement: sum(deviation) / sum(p), None for one network. Beside these, voxels: the size of
     the mask; certain: the number of voxels at 0.5 or more.
     """
-    square = np.square(probabilities, dtype=np.float64)
-    if deviation is not None:
-        square += np.square(deviation, dtype=np.float64)
-    inside = float(square[mask].sum())
+    inside = everywhere = 0.0  # sums of q
+    for part in (probabilities, deviation):
+        if part is not None:
+            inside += float(np.square(part[mask], dtype=np.float64).sum())
+            # Without a copy in float64, which would be the largest array of a run.
+            everywhere += float(np.einsum("shw,shw->", part, part, dtype=np.float64))
     weight = float(probabilities[mask].sum(dtype=np.float64))
     voxels, certain = int(mask.sum()), int((probabilities >= 0.5).sum())
     features = {
-        "overlap": 2 * inside / max(float(square.sum()) + weight, 1e-6),
+        "overlap": 2 * inside / max(everywhere + weight, 1e-6),
         "confidence": inside / max(weight, 1e-6),
         "log_share": float(np.log10(voxels / mask.size)) if voxels else 0.0,
         "kept": min(voxels / max(certain, 1), 1.0),
@@ -264,6 +267,9 @@ def quality_warnings(
             f"the mask is probably poor: expected DSC {value:.2f} ({low:.2f} to {high:.2f}); "
             "or there may be no tumour in this scan: check it against the scan"
         )
+    if features["voxels"] and features["log_share"] > np.log10(LARGEST):
+        share = 10 ** features["log_share"]
+        warnings.append(f"the mask fills {share:.0%} of the scan, more than a lesion can")
     return warnings
 
 

@@ -20,6 +20,7 @@ from .onnx import OnnxNetwork
 from .predictor import Predictor
 from .preprocess import VERSION, Frame, preprocess, restore
 from .quality import (
+    FEATURES,
     FIT_OF_ENSEMBLE,
     FITTED_WITH,
     expected_dsc,
@@ -27,7 +28,7 @@ from .quality import (
     quality,
     quality_warnings,
 )
-from .weights import CARD_DEFAULTS, Network, file_hash, shipped_files
+from .weights import CARD_DEFAULTS, SHIPPED, Network, file_hash
 
 SHAPES = "(slices, rows, columns) of FLAIR, or (slices, rows, columns, channels)"
 VOXEL = 5.0  # mm³, see `least_voxels`
@@ -138,9 +139,11 @@ class Segmenter(Predictor):
     def preprocess(self, volume: np.ndarray, aspect: float = 1.0) -> tuple[Tensor, Frame]:
         """Make the network's input (S, C, N, N), on its device if it fits, and the frame.
 
-        Raises ValueError for a wrong channel count.
+        The only channel of a volume stands in for the three of a network (`with_copies`). Raises
+        ValueError for a wrong channel count.
         """
         if volume.ndim == 4:
+            volume = with_copies(volume, self.channels)
             self.check_channels(volume.shape[3])
         if self.device.type == "cuda":
             try:
@@ -211,8 +214,13 @@ def as_volume(array: np.ndarray, channels: int) -> np.ndarray:
         )
     if volume.ndim == 3:
         volume = volume[..., None]
+    return with_copies(volume, channels)
+
+
+def with_copies(volume: np.ndarray, channels: int) -> np.ndarray:
+    """Let FLAIR stand in for the other sequences of three `channels`, if a volume has it alone."""
     if volume.shape[3] == 1 and channels == 3:
-        volume = np.repeat(volume, 3, axis=3)
+        return np.repeat(volume, 3, axis=3)
     return volume
 
 
@@ -261,7 +269,8 @@ def note_weights(segmenter: Segmenter, settings: dict) -> None:
                 f"the cards of these networks differ in {name.replace('_', ' ')}: "
                 f"{getattr(segmenter, name)} is used; choose with --{name.replace('_', '-')}"
             )
-    if len(files) > 1 and not set(files) <= set(shipped_files()):
+    folders = {file.parent for file in files}
+    if len(files) > 1 and folders not in [{folder} for folder in SHIPPED.values()]:
         averaged = ", ".join(map(str, files))
         segmenter.notes.append(f"{len(files)} networks are averaged: {averaged}")
         if "fits_differ" in segmenter.card:
@@ -274,7 +283,13 @@ def note_weights(segmenter: Segmenter, settings: dict) -> None:
     if not settings["expected_dsc_fit"].get("features"):
         return
     segmenter.no_expected_dsc = ""
-    if changed:
+    unknown = set(settings["expected_dsc_fit"]["features"]) - FEATURES.keys()
+    if unknown:
+        segmenter.expected_dsc_fit = None
+        segmenter.no_expected_dsc = (
+            f"its fit needs {', '.join(sorted(unknown))}, which this version does not measure"
+        )
+    elif changed:
         segmenter.expected_dsc_fit = None
         segmenter.no_expected_dsc = f"the card's fit is for {', '.join(changed)}"
         segmenter.notes.append(

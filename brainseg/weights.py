@@ -13,7 +13,7 @@ import math
 import pickle
 import re
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -283,21 +283,29 @@ def settings_of_weights(path: Path) -> dict[str, int]:
 
 
 def check_fit(fit: dict) -> None:
-    """Raise ValueError, TypeError or KeyError if a fit of the expected DSC lacks a part."""
+    """Raise ValueError, TypeError or KeyError if a fit of the expected DSC lacks a number."""
     if not fit.get("features"):
         return
-    for name in ("mean", "deviation", "weights"):
-        if len(fit[name]) != len(fit["features"]):
-            raise ValueError(name)
-    if len(fit["interval"]) != 2 or not math.isfinite(fit["intercept"]):
-        raise ValueError("interval")
+    count = len(fit["features"])
+    _check_numbers(fit["mean"], count)
+    _check_numbers(fit["deviation"], count, above=0)
+    _check_numbers(fit["weights"], count)
+    _check_numbers(fit["interval"], 2)
+    _check_numbers([fit["intercept"]], 1)
     looks = fit.get("looks")
     if looks:
-        for name in ("mean", "deviation"):
-            if len(looks[name]) != len(looks["names"]):
-                raise ValueError(name)
-        if not looks["usual"] > 0:
-            raise ValueError("usual")
+        count = len(looks["names"])
+        _check_numbers(looks["mean"], count)
+        _check_numbers(looks["deviation"], count, above=0)
+        _check_numbers([looks["usual"]], 1, above=0)
+
+
+def _check_numbers(values: Sequence[float], count: int, above: float = -math.inf) -> None:
+    if len(values) != count:
+        raise ValueError(f"{len(values)} numbers, not {count}")
+    for value in values:
+        if not above < value < math.inf:  # nor if it is NaN
+            raise ValueError(value)
 
 
 def shipped_weights(name: str) -> Path:

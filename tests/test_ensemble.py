@@ -373,6 +373,8 @@ def test_warnings_in_words():
     assert quality_warnings(features[0], None) == []
     (poor,) = quality_warnings(features[0], (0.6, 0.4, 0.7))
     assert "expected DSC 0.60 (0.40 to 0.70)" in poor and "may be no tumour" in poor
+    (huge,) = quality_warnings(features[0] | {"log_share": np.log10(0.6)}, (0.9, 0.8, 1.0))
+    assert huge == "the mask fills 60% of the scan, more than a lesion can"
     odd, empty = quality_warnings({"voxels": 0, "certain": 0}, None, ["FLAIR is saturated"])
     assert odd == "unusual input: FLAIR is saturated" and "mask is empty" in empty
 

@@ -15,7 +15,7 @@ from scipy import ndimage
 from test_hospital_files import LESION, VOXELS, flair
 from test_sequences import image_of
 
-from brainseg.fill import without_fill
+from brainseg.fill import percentile, without_fill
 from brainseg.io.grid import Grid
 from brainseg.io.layouts import find_case
 from brainseg.io.pictures import to_grey
@@ -37,6 +37,15 @@ FRAME = np.maximum(np.abs(ROWS), np.abs(COLUMNS)) > 0.97
 def volume() -> np.ndarray:
     """Make a phantom (12, 96, 96, 3), float32, with air at 50 to 100 and tissue up to 1300."""
     return 5 * make_volume(3, slices=12, size=96)[0].astype(np.float32) + 50
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.uint16, np.int16, np.int32, np.float32])
+def test_percentiles_are_those_of_numpy(dtype):
+    values = np.random.default_rng(0).normal(50, 30, 1001).clip(0, 120).astype(dtype)
+    for percent in (0, 1, 33.3, 50, 99, 100):
+        assert percentile(values, percent) == pytest.approx(np.percentile(values, percent))
+    far = np.array([-100] * 50 + [100] * 50, np.int8)
+    assert percentile(far, 50) == 0, "not out of the range of the type"
 
 
 def fill(volume: np.ndarray, where, value: float) -> np.ndarray:

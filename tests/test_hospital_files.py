@@ -184,6 +184,7 @@ for what, refused, noted, fields in [
     ("sform and qform of code 0", "no orientation", "", {"sform_code": 0, "qform_code": 0}),
     ("sform of code 9", "sform_code is 9", "", {"sform_code": 9}),
     ("voxels inside its header", "cut short", "", {"vox_offset": 100}),
+    ("voxels nowhere", "cut short", "", {"vox_offset": np.nan}),
     ("complex voxels", "are complex", "", {"datatype": 32, "bitpix": 64}),
 ]:
     kind(f"NIfTI with {what}", refused, noted)(partial(nifti, **fields))

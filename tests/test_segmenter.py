@@ -218,6 +218,11 @@ def test_tta_mirrors_only_slices_that_may_have_lesion(model, volume):
     assert (average != plain)[~low].flatten(1).any(1).all()
 
 
+def test_one_channel_stands_in_for_three(model, volume):
+    alone = segmenter(model).preprocess(volume[..., 1:2])[0]
+    assert torch.equal(alone, segmenter(model).preprocess(volume[..., [1, 1, 1]])[0])
+
+
 # Refusals
 
 

@@ -5,6 +5,7 @@ import math
 import shutil
 import struct
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -17,6 +18,7 @@ from PIL import Image
 
 from brainseg import phantom
 from brainseg.io import predictions
+from brainseg.io.labels import Labels
 from brainseg.io.layouts import find_case, find_cases
 from brainseg.io.predictions import write_case
 from brainseg.io.slices import Case
@@ -161,6 +163,27 @@ def test_png_masks_of_a_drawing_program(tmp_path, mode):
         tmp_path / "x_1_mask.png"
     )
     assert np.array_equal(find_case(tmp_path).read_mask()[0], mask)
+
+
+def test_numbers_of_a_coloured_palette_are_labels(tmp_path):
+    """So drawing programs and annotation tools store labels; 0 is black."""
+    labels = np.random.default_rng(0).integers(0, 3, (10, 14)).astype(np.uint8)
+    write(tmp_path, noise(1, 10, 14, 3))
+    image = Image.fromarray(labels)
+    image.putpalette(bytes.fromhex("000000800000008000"))
+    image.save(tmp_path / "x_1_mask.png")
+    case = find_case(tmp_path)
+    assert np.array_equal(case.read_mask()[0], labels > 0)
+    second = replace(case, labels=Labels((2,)))
+    assert np.array_equal(second.read_mask()[0], labels == 2)
+
+
+def test_a_png_that_its_exif_turns_is_refused(tmp_path):
+    exif = Image.Exif()
+    exif[274] = 6
+    Image.fromarray(noise(10, 14)).save(tmp_path / "x_1.png", exif=exif)
+    with pytest.raises(ValueError, match="x_1.png: its tag Orientation turns it"):
+        find_case(tmp_path).read()
 
 
 # Folders

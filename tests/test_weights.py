@@ -215,6 +215,21 @@ def test_a_card_whose_fit_lacks_a_part_is_refused(tmp_path, part):
         read_card(path)
 
 
+@pytest.mark.parametrize(
+    "part, value",
+    [("weights", float("nan")), ("weights", "0.1"), ("deviation", 0.0), ("interval", None)],
+)
+def test_a_card_whose_fit_has_no_numbers_is_refused(tmp_path, part, value):
+    """An expected DSC of NaN would be below no limit, and warn of nothing."""
+    path = saved(tmp_path / "x.pt")
+    fit = {"features": ["kept"], "mean": [0.9], "deviation": [0.1], "weights": [0.1]}
+    fit |= {"intercept": 0.8, "interval": [-0.4, 0.3]}
+    fit[part][0] = value
+    path.with_suffix(".json").write_text(json.dumps({"expected_dsc": fit}))
+    with pytest.raises(ValueError, match="is not the JSON card of x.pt"):
+        read_card(path)
+
+
 def test_initialise_names_what_it_did_not_load():
     model = narrow(in_channels=1)
     before = model.state_dict()["encoder1.enc1conv1.weight"].clone()

@@ -187,6 +187,8 @@ def _qform(header: nibabel.Nifti1Header) -> np.ndarray:
 
 def nifti_voxels(path: Path) -> np.ndarray:
     header = nifti_header(path)
+    if not np.isfinite(header["vox_offset"]):
+        raise ValueError(damaged(path))
     shape, kind = _shape_of(path, header), _type_of(path, header)
     start, length = header.get_data_offset(), math.prod(shape) * kind.itemsize
     if start < header.sizeof_hdr or length > path.stat().st_size * DEFLATE:

@@ -15,7 +15,7 @@ import skimage.util
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from ..fill import without_fill
+from ..fill import percentile, without_fill
 from .files import MARK, atomic_write
 
 if TYPE_CHECKING:  # slow to import
@@ -31,8 +31,10 @@ DASH = 6  # pixels; dashes tell the truth from the prediction where colours do n
 def to_grey(volume: np.ndarray) -> np.ndarray:
     """Return FLAIR (channel 1, or the only one) of a volume (S, H, W, C) as (S, H, W) uint8."""
     flair, _ = without_fill(volume[..., min(1, volume.shape[-1] - 1)])
+    if flair.dtype.kind == "f":  # of integers, the percentile is sooner there
+        flair = flair.astype(np.float32)
+    low, high = float(flair.min()), percentile(flair, 99.8)
     flair = flair.astype(np.float32)
-    low, high = flair.min(), np.percentile(flair, 99.8)
     return (255 * np.clip((flair - low) / max(high - low, 1e-6), 0, 1)).astype(np.uint8)
 
 

@@ -20,6 +20,8 @@ from .labels import Labels
 from .quiet import quiet
 
 SLICE_NAME = re.compile(r"^(?P<stem>.+)_(?P<number>\d+)(?P<mask>_mask)?\.(?:tiff?|png)$", re.I)
+ORIENTATION = 274  # the number of the tag in Exif
+TURNS = "its tag Orientation turns it; save it upright, without"
 TURNED = range(2, 9)  # values of the tag Orientation of TIFF; at 1, it is shown as it is stored
 IMAGE_SUFFIXES = {".tif", ".tiff", ".png"}
 
@@ -292,7 +294,7 @@ def _read_tiff(path: Path) -> tuple[np.ndarray, bool]:
             if page.dtype is not None:
                 kind = page.dtype
             if page.tags.valueof("Orientation") in TURNED:
-                raise UnfitImage(f"{path}: its tag Orientation turns it; save it upright, without")
+                raise UnfitImage(f"{path}: {TURNS}")
             if "BitsPerSample" not in page.tags and page.samplesperpixel > 1:
                 raise ValueError("its directory is cut short")
             if len(tiff.pages) > 1:
@@ -328,10 +330,28 @@ def _decode(path: Path, kind: str) -> np.ndarray:
     """Read an image by Pillow (else its content would choose the `kind`); frames give 4 axes."""
     frames = []
     with Image.open(path, formats=[kind]) as image:
+        if image.getexif().get(ORIENTATION) in TURNED:
+            raise UnfitImage(f"{path}: {TURNS}")
         for frame in ImageSequence.Iterator(image):
             if frame.mode == "P":
-                frame = frame.convert(frame.palette.mode)
-            elif frame.mode in ("CMYK", "YCbCr", "LAB"):
+                frames.append(_from_palette(frame))
+                continue
+            if frame.mode in ("CMYK", "YCbCr", "LAB"):
                 frame = frame.convert("RGB")
             frames.append(np.asarray(frame))
     return frames[0] if len(frames) == 1 else np.stack(frames)
+
+
+def _from_palette(image: Image.Image) -> np.ndarray:
+    """Return the greys (H, W) of an image with a palette, or the colours (H, W, 3).
+
+    Of colours, the numbers (H, W) are labels, if 0 alone is black.
+    """
+    numbers = np.asarray(image)
+    palette = np.array(image.getpalette("RGB"), np.uint8).reshape(-1, 3)
+    if (palette == palette[:, :1]).all():
+        return palette[numbers, 0]
+    shown = palette[numbers]
+    if np.array_equal(shown.any(axis=-1), numbers > 0):
+        return numbers
+    return shown
