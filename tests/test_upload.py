@@ -331,7 +331,7 @@ def test_archives_that_cannot_be_read(phantom, receive, kind):
         ({"images": {"a.nii.gz": b""}}, "a.nii.gz: not a readable volume"),
         ({"images": {"h_1.tif": b"II*\0"}}, "h_1.tif: not a readable image"),
         ({"images": {"x" * 300 + ".nii": b""}}, "its name is too long"),
-        ({"images": {"h_1.tif": b"x"}, "mask": {"m.nii": b"x"}}, "m.nii: is a volume file"),
+        ({"images": {"h_1.tif": b"x"}, "mask": {"m.nii": b"x"}}, "m.nii: is one volume file"),
         ({"images": {"h.nii": b"x"}, "mask": {"m_1.tif": b"x"}}, "m_1.tif: send the mask as one"),
         ({"images": {"a/h_1.tif": b"x", "b/h_1.tif": b"x"}}, "h_1.tif was sent twice"),
     ],
