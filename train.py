@@ -36,7 +36,6 @@ from brainseg.weights import (
     Network,
     build_network,
     load_checkpoint,
-    settings_of_weights,
 )
 from dataset import BatchLoader, SliceDataset, Teachers, train_and_validation
 from loss import LOSSES
@@ -114,7 +113,7 @@ def get_args(argv: list[str] | None, parser: cli.Parser) -> Namespace:
             values = {k: v for k, v in parser.classic.items() if k not in OF_NETWORK}
             layers.insert(1, ("from --recipe", values))
         if args.init_weights:
-            card = settings_of_weights(args.init_weights)
+            card = training_files.settings_of_weights(args.init_weights)
             layers.append((f"from the card of {args.init_weights}", card))
         if args.recipe:
             layers.append(("from --recipe", parser.classic))

@@ -21,6 +21,7 @@ WARN_BELOW = 0.7  # a mask with a lower expected DSC needs checking
 LARGEST = 0.25  # share of a scan; of 88 cases of LGG, the largest lesion has 0.05
 # What `quality` measures: 1 if a higher value means a better mask, -1 if a worse one.
 FEATURES = {"overlap": 1, "confidence": 1, "log_share": 1, "kept": 1, "disagreement": -1}
+NOTED = 1.5  # a scan so many times as unlike those of the fit as usual ones at most are
 LEAST_CASES = 20  # for a fit
 # Options that a fit is for, beside the image size.
 FITTED_WITH = ("threshold", "largest_component", "min_volume", "tta")
@@ -271,6 +272,17 @@ def quality_warnings(
         share = 10 ** features["log_share"]
         warnings.append(f"the mask fills {share:.0%} of the scan, more than a lesion can")
     return warnings
+
+
+def unlikeness_notes(features: dict, fit: dict | None) -> list[str]:
+    """Note that a scan looks unlike those of the fit of the expected DSC, if it does."""
+    wider = unlikeness(features, (fit or {}).get("looks"))
+    if wider <= NOTED:
+        return []
+    return [
+        "the scan looks unlike those that the expected DSC was fitted on: its interval is "
+        f"{wider:.1f} times as wide as theirs"
+    ]
 
 
 def fit_and_save(files: Sequence[Path], options: dict, rows: Sequence[dict], folder: Path) -> str:

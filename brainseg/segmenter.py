@@ -12,13 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .appearance import LOOKS, unlikeness
+from .appearance import LOOKS
 from .ensemble import Ensemble, open_network, run_name, weights_files
 from .io.files import by
 from .metrics import components
 from .onnx import OnnxNetwork
 from .predictor import Predictor
-from .preprocess import VERSION, Frame, preprocess, restore
+from .preprocess import VERSION, Frame, preprocess, restore, with_copies
 from .quality import (
     FEATURES,
     FIT_OF_ENSEMBLE,
@@ -27,6 +27,7 @@ from .quality import (
     mask_settings,
     quality,
     quality_warnings,
+    unlikeness_notes,
 )
 from .weights import CARD_DEFAULTS, SHIPPED, Network, file_hash
 
@@ -39,7 +40,6 @@ DIFFERENT_FITS = (
 )
 NO_FIT = "this network has no fit; evaluate.py --fit-expected-dsc makes one"
 MASK_SETTINGS = ("image_size",) + FITTED_WITH  # of the options, those that change a mask
-NOTED = 1.5  # a scan so many times as unlike those of the fit as usual ones at most are
 RUN_SETTINGS = ("image_size", "neighbours", "version", "amp") + FITTED_WITH  # in `Segmenter.run`
 
 
@@ -215,24 +215,6 @@ def as_volume(array: np.ndarray, channels: int) -> np.ndarray:
     if volume.ndim == 3:
         volume = volume[..., None]
     return with_copies(volume, channels)
-
-
-def with_copies(volume: np.ndarray, channels: int) -> np.ndarray:
-    """Let FLAIR stand in for the other sequences of three `channels`, if a volume has it alone."""
-    if volume.shape[3] == 1 and channels == 3:
-        return np.repeat(volume, 3, axis=3)
-    return volume
-
-
-def unlikeness_notes(features: dict, fit: dict | None) -> list[str]:
-    """Note that a scan looks unlike those of the fit of the expected DSC, if it does."""
-    wider = unlikeness(features, (fit or {}).get("looks"))
-    if wider <= NOTED:
-        return []
-    return [
-        "the scan looks unlike those that the expected DSC was fitted on: its interval is "
-        f"{wider:.1f} times as wide as theirs"
-    ]
 
 
 def check_options(size: int, stride: int, threshold: float) -> None:

@@ -28,10 +28,13 @@ from .patients import names_of, patient_of, patients_by_case, patients_of_card
 from .quality import mask_settings
 from .training import TrainState
 from .weights import (
+    CARD_DEFAULTS,
+    MODELS,
     file_hash,
     has_card,
     is_card,
     load_checkpoint,
+    load_state,
     read_card,
     save_tensors,
     save_weights,
@@ -126,6 +129,16 @@ def _is_of_a_run(weights: Path) -> bool:
         if best is not None:  # else no epoch was kept yet
             hashes.add(best.get("sha256"))
     return hashes == {None} or file_hash(weights) in hashes
+
+
+def settings_of_weights(path: Path) -> dict[str, int]:
+    """Return the settings of the network in a weights file and of its input, by their card."""
+    unet = MODELS["unet"].settings_of(load_state(path))
+    card = CARD_DEFAULTS | read_card(path)
+    settings = {name: card[name] for name in CARD_DEFAULTS}
+    if unet:
+        settings["features"] = unet["init_features"]
+    return settings
 
 
 def origin_of(init_weights: str | None, checkpoint: dict | None) -> dict | None:

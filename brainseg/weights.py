@@ -272,16 +272,6 @@ def has_card(weights: Path) -> bool:
         return False
 
 
-def settings_of_weights(path: Path) -> dict[str, int]:
-    """Return the settings of the network in a weights file and of its input, by their card."""
-    unet = MODELS["unet"].settings_of(load_state(path))
-    card = CARD_DEFAULTS | read_card(path)
-    settings = {name: card[name] for name in CARD_DEFAULTS}
-    if unet:
-        settings["features"] = unet["init_features"]
-    return settings
-
-
 def check_fit(fit: dict) -> None:
     """Raise ValueError, TypeError or KeyError if a fit of the expected DSC lacks a number."""
     if not fit.get("features"):
@@ -301,11 +291,8 @@ def check_fit(fit: dict) -> None:
 
 
 def _check_numbers(values: Sequence[float], count: int, above: float = -math.inf) -> None:
-    if len(values) != count:
-        raise ValueError(f"{len(values)} numbers, not {count}")
-    for value in values:
-        if not above < value < math.inf:  # nor if it is NaN
-            raise ValueError(value)
+    if len(values) != count or not all(above < value < math.inf for value in values):
+        raise ValueError(f"{values}: not {count} finite numbers above {above}")
 
 
 def shipped_weights(name: str) -> Path:
