@@ -29,7 +29,7 @@ from .growth import YEAR, mean_diameter
 from .io.files import MARK, RUN, check_ours, has_mark, remove, write_table
 from .io.grid import Grid
 from .io.nifti import write_nifti
-from .io.slices import save_tiff
+from .io.predictions import save_tiff
 from .phantom_head import (
     MIN_SIZE,
     MIN_SLICES,

@@ -15,7 +15,8 @@ import SimpleITK
 
 from brainseg.io.files import MARK, scratch
 from brainseg.io.layouts import find_cases
-from brainseg.io.slices import Case, save_tiff
+from brainseg.io.predictions import save_tiff
+from brainseg.io.slices import Case
 
 ONE_SIDE = 0.98  # of the lesion's pixels in a slice, for the other half to be healthy
 LEAST_SLICES = 8

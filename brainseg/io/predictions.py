@@ -1,18 +1,21 @@
 """The output of a segmented case, written and found again: masks, maps and pictures."""
 
 import glob
+import io
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import tifffile
 
 from .files import MARK, has_mark, name_in_errors, remove, scratch
 from .labels import Labels
 from .pictures import outline_in_palette, save_gif, save_png, to_grey
 from .scans import Scan
-from .slices import Case, read_slices, save_tiff
+from .slices import Case, read_slices
 
 KINDS = ("mask", "probability", "disagreement")  # of maps
 
@@ -110,6 +113,14 @@ def save_slices(folder: Path, paths: Sequence[Path], values: np.ndarray, mark: s
         values = values * np.uint8(255)
     for path, image in zip(paths, values, strict=True):
         save_tiff(folder / path.name, image, mark)
+
+
+def save_tiff(path: Path, image: np.ndarray, mark: str, **options: Any) -> None:
+    """Write an image as a TIFF with our mark; OSError if the disk is full."""
+    # NumPy would write the file for tifffile, in C, and lose an error with the last bytes.
+    content = io.BytesIO()
+    tifffile.imwrite(content, image, software=mark, **options)
+    path.write_bytes(content.getbuffer())
 
 
 def move(temporary: Path, paths: Sequence[Path], folder: Path) -> None:

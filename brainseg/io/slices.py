@@ -1,13 +1,12 @@
 """A case, its files in slice order, and reading the image of a slice."""
 
-import io
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import SimpleITK as sitk
@@ -255,14 +254,6 @@ def _painted(colours: np.ndarray, opacity: np.ndarray, path: Path) -> np.ndarray
     if opaque.any() and not opaque.all() and not visible.any():
         raise ValueError(f"{path}: its masks are painted in black; paint the lesion in white")
     return visible
-
-
-def save_tiff(path: Path, image: np.ndarray, mark: str, **options: Any) -> None:
-    """Write an image as a TIFF with our mark; OSError if the disk is full."""
-    # NumPy would write the file for tifffile, in C, and lose an error with the last bytes.
-    content = io.BytesIO()
-    tifffile.imwrite(content, image, software=mark, **options)
-    path.write_bytes(content.getbuffer())
 
 
 def check_finite(path: Path, voxels: np.ndarray) -> None:
