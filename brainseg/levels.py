@@ -39,7 +39,8 @@ class MeasuredSequence:
         """Return a crop, float32, with background at 0 and median tissue at 1, clipped."""
         largest = max(-float(self.voxels.min()), float(self.voxels.max()))
         exact = np.float32 if 1e-30 < largest < 2**24 else np.float64
-        scaled = self.voxels[crop].astype(exact) - exact(self.background)
+        scaled = self.voxels[crop].astype(exact)
+        scaled -= exact(self.background)
         scaled /= exact(self.median - self.background)
         return np.clip(scaled, 0, BRIGHTEST, out=scaled).astype(np.float32, copy=False)
 

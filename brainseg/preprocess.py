@@ -122,7 +122,9 @@ def _preprocess_2(
         aspect=aspect,
     )
     top, bottom, left, right = box
-    images = torch.empty(slices, channels, image_size, image_size, device=device)
+    if all(sequence is flair for sequence in sequences):
+        sequences = [flair]
+    images = torch.empty(slices, len(sequences), image_size, image_size, device=device)
     for k, sequence in enumerate(sequences):
         first = sequences.index(sequence)
         if first < k:  # a copy of FLAIR
@@ -131,6 +133,7 @@ def _preprocess_2(
         scaled = sequence.scaled(np.s_[:, top:bottom, left:right])  # step 1
         resized = _resize(torch.from_numpy(scaled), frame, device)  # step 3
         images[:, k] = resized.clip_(0, BRIGHTEST).sub_(1).mul_(2)  # step 4
+    images = images.expand(-1, channels, -1, -1)  # FLAIR alone is there once
     return images, replace(frame, looks=looks(images, names.index(lead)))
 
 
@@ -254,7 +257,7 @@ def restore(output: Tensor, frame: Frame) -> Tensor:
 def with_copies(volume: np.ndarray, channels: int) -> np.ndarray:
     """Let FLAIR stand in for the other sequences of three `channels`, if a volume has it alone."""
     if volume.shape[3] == 1 and channels == 3:
-        return np.repeat(volume, 3, axis=3)
+        return np.broadcast_to(volume, (*volume.shape[:3], channels))  # once in memory
     return volume
 
 

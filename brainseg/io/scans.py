@@ -122,14 +122,16 @@ class Scan(Case):
         """Read the volume (S, H, W, C); raises ValueError, naming the file, if one is unusable."""
         if len(self.slices) == 1:
             voxels = self.pick(read_voxels(self.flair))
-            if voxels.shape[3] == 1:
-                voxels = np.repeat(voxels, 3, axis=3)
         elif self.picked:
             raise ValueError(f"{self.folder}: its case has several files; leave out --channels")
         else:
             sequences = {file: _on_grid_of_flair(self, file) for file in dict.fromkeys(self.slices)}
-            voxels = np.stack([sequences[file] for file in self.slices], axis=3)
-        return np.ascontiguousarray(self.grid.to_axial(voxels))
+            files = self.slices if len(sequences) > 1 else [self.flair]
+            voxels = np.stack([sequences[file] for file in files], axis=3)
+        volume = np.ascontiguousarray(self.grid.to_axial(voxels))
+        if volume.shape[3] == 1:  # FLAIR alone stands in for the others, once in memory
+            return np.broadcast_to(volume, (*volume.shape[:3], 3))
+        return volume
 
     def read_mask(self) -> np.ndarray:
         """Read the mask (S, H, W), bool: true wherever the mask file holds a lesion label."""

@@ -94,10 +94,13 @@ def _columns_of_sizes(sizes: Sequence[int], spacing: Sequence[float] | None) -> 
 
 def scan_hash(volume: np.ndarray, spacing: Sequence[float] | None = None) -> str:
     """Return 16 digits of the SHA-256 of a volume's voxels, and of a given spacing, if any."""
-    kind = f"{volume.dtype.str} {volume.shape}".encode()
+    kind = f"{volume.dtype.str} {volume.shape}"
     if spacing:
-        kind += f" {spacing}".encode()
-    return hashlib.sha256(kind + np.ascontiguousarray(volume).data).hexdigest()[:16]
+        kind += f" {spacing}"
+    digest = hashlib.sha256(kind.encode())
+    for voxels in volume:  # slice by slice: a copy of the whole would be of some size
+        digest.update(np.ascontiguousarray(voxels).data)
+    return digest.hexdigest()[:16]
 
 
 def unread_row(case: Case | Source, error: Exception) -> dict:
