@@ -57,10 +57,12 @@ def growth() -> None:
             case = find_case(path.with_name(path.name.replace("_mask", "")))
             volume = case.read()
             images, frame = segmenter.preprocess(volume, case.aspect)
-            found = segmenter.segmentation_of(segmenter.probabilities(images), frame, case.spacing)
-            row = volume_row(case, volume, found.mask, found.expected)
+            segmentation = segmenter.segmentation_of(
+                segmenter.probabilities(images), frame, case.spacing
+            )
+            row = volume_row(case, volume, segmentation.mask, segmentation.expected)
             day = datetime.date.fromisoformat(case.name.rpartition("_")[2])
-            scans.append((Measured(case, found.mask, row), day))
+            scans.append((Measured(case, segmentation.mask, row), day))
         patient, _ = follow(scans, fit["volume_errors"])
     save_figure(ROOT / "assets" / "growth.png", growth_figure(patient), dpi=90)
 

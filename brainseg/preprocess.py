@@ -121,10 +121,20 @@ def _preprocess_2(
         ),
         aspect=aspect,
     )
-    top, bottom, left, right = box
-    if all(sequence is flair for sequence in sequences):
-        sequences = [flair]
-    images = torch.empty(slices, len(sequences), image_size, image_size, device=device)
+    if all(sequence is flair for sequence in sequences):  # FLAIR alone is there once
+        images = _scale([flair], frame, device).expand(-1, channels, -1, -1)
+    else:
+        images = _scale(sequences, frame, device)
+    return images, replace(frame, looks=looks(images, names.index(lead)))
+
+
+def _scale(
+    sequences: Sequence[MeasuredSequence], frame: Frame, device: torch.device | str
+) -> Tensor:
+    """Scale and resize sequences to slices (S, C, N, N): steps 1, 3 and 4 of `_preprocess_2`."""
+    top, bottom, left, right = frame.box
+    shape = frame.shape[0], len(sequences), frame.size, frame.size
+    images = torch.empty(shape, device=device)
     for k, sequence in enumerate(sequences):
         first = sequences.index(sequence)
         if first < k:  # a copy of FLAIR
@@ -133,8 +143,7 @@ def _preprocess_2(
         scaled = sequence.scaled(np.s_[:, top:bottom, left:right])  # step 1
         resized = _resize(torch.from_numpy(scaled), frame, device)  # step 3
         images[:, k] = resized.clip_(0, BRIGHTEST).sub_(1).mul_(2)  # step 4
-    images = images.expand(-1, channels, -1, -1)  # FLAIR alone is there once
-    return images, replace(frame, looks=looks(images, names.index(lead)))
+    return images
 
 
 def _observe(

@@ -26,12 +26,12 @@ def fit_volume_errors(
     cases lie outside as a conformal interval of the coverage allows, half of them at each end.
     """
     drawn = np.maximum(np.asarray(true, float), 1.0)  # a head without a lesion has a logarithm, too
-    made = np.asarray(predicted, float)
-    residuals = np.log(drawn / made) / scale(np.asarray(expected_dsc, float))
+    measured = np.asarray(predicted, float)
+    residuals = np.log(drawn / measured) / scale(np.asarray(expected_dsc, float))
     return {
         "interval": list(conformal_limits(residuals)),
         "cases": len(residuals),
-        "by_size": limits_of_agreement(made, drawn),
+        "by_size": limits_of_agreement(measured, drawn),
     }
 
 

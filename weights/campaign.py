@@ -96,9 +96,9 @@ def search(args: argparse.Namespace, pool: Pool) -> str:
     call(script("evaluate.py", *words, "--out", out / "search" / "scores"))
     models = read_summary(out / "search" / "scores")
     rows = []
-    for name, about in models.items():
+    for name, summary in models.items():
         options = f"`{changes[name]}`" if changes[name] else ""
-        rows.append([name, options, dsc(about), difference(about)])
+        rows.append([name, options, dsc(summary), difference(summary)])
     return table(["change", "options", "DSC", "difference, case by case"], rows)
 
 
@@ -123,8 +123,8 @@ def ship(args: argparse.Namespace, pool: Pool) -> str:
     cases = held_out_by(trainings)
     words = ["--images", images, *cases, "--weights", weights, "--fit-expected-dsc", *MASKS]
     call(script("evaluate.py", *words, "--out", scores, "--report", scores / "report.html"))
-    (about,) = read_summary(scores).values()
-    return table(["weights", "DSC of every patient, unseen"], [[str(weights), dsc(about)]])
+    (summary,) = read_summary(scores).values()
+    return table(["weights", "DSC of every patient, unseen"], [[str(weights), dsc(summary)]])
 
 
 def nested(args: argparse.Namespace, pool: Pool) -> str:
@@ -278,15 +278,15 @@ def read_summary(folder: Path) -> dict[str, dict]:
     return json.loads((folder / "summary.json").read_text())["models"]
 
 
-def dsc(about: dict) -> str:
-    scores = about["scores"]["dsc"]
+def dsc(summary: dict) -> str:
+    scores = summary["scores"]["dsc"]
     return f"{mean_text(scores)}, median {scores['median']:.3f}, n = {scores['n']}"
 
 
-def difference(about: dict) -> str:
-    if "difference" not in about:
+def difference(summary: dict) -> str:
+    if "difference" not in summary:
         return ""
-    return mean_text(about["difference"], "+")
+    return mean_text(summary["difference"], "+")
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
