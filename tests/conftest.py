@@ -30,7 +30,7 @@ TRAINED_ON = ["phantom_001", "phantom_002"]
 Items = list[tuple]  # images and masks of a data set, as tensors
 FORK = multiprocessing.get_context("fork")
 # These take longest: a worker that got one of them last would finish long after the others.
-SLOW = "app inference onnx train campaign app_growth distributed evaluate visits outputs".split()
+SLOW = "app inference onnx train campaign page distributed evaluate visits outputs".split()
 SLOW += "hospital_files dicom_seg ensemble hub upload evening cohorts scan fill notebook".split()
 SHARED = Path(os.environ.get("LGG", ROOT.parent / "shared" / "lgg"))
 
