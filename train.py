@@ -152,6 +152,8 @@ def train(args: Namespace, recipe: list[str], images: Path) -> int:
     teachers = Teachers(args.teachers) if args.teachers else None
     claim = training_files.claimed(args.weights / f"{args.model}.pt", args.logs, args.resume)
     with claim as checkpoint, cudnn:
+        if teachers and checkpoint:
+            training_files.check_teachers(args.teachers, checkpoint)
         if args.prune_cache and distributed.is_main_process():
             print(prune(args.cache))
         with distributed.local_rank_zero_first():  # it fills the cache, the others read it

@@ -155,12 +155,22 @@ def origin_of(init_weights: str | None, checkpoint: dict | None) -> dict | None:
     return {name: card.get(name) for name in names} | {"mask_settings": mask_settings(card)}
 
 
-def origin_of_teachers(teachers: str) -> dict:
+def origin_of_teachers(teachers: Path | str) -> dict:
     """Return the files, training cases and patients of an ensemble that is learnt from."""
     files = weights_files(teachers)
     card = common_card(list(map(read_card, files)))
     hashes = {path.name: file_hash(path) for path in files}
     return {"files": hashes, "cases": card["cases"], "patients": card.get("patients", {})}
+
+
+def check_teachers(teachers: Path, checkpoint: dict) -> None:
+    """Raise ValueError unless the checkpoint, if it names its teachers, has learned from these."""
+    files = checkpoint.get("teachers")  # checkpoints of earlier versions have none
+    if files and origin_of_teachers(teachers)["files"] != files:
+        raise ValueError(
+            f"{teachers}: holds other networks than when the checkpoint was started; put "
+            f"{', '.join(files)} there, or start a new run in another --weights folder"
+        )
 
 
 def make_card(
@@ -267,6 +277,7 @@ class RunWriter:
             "cases": names_of(train),
             "validation_cases": names_of(cases),
             "args": settings | {"amp": state.amp},
+            "teachers": origins.get("teachers", {}).get("files"),
             "card": best,
         }
         self.files = Path(settings["weights"]) / settings["model"]

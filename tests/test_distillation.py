@@ -41,6 +41,9 @@ def test_a_student_learns_from_masks_and_teachers(phantoms, tmp_path, monkeypatc
     assert card["recipe"]["teachers"] == "teachers" and len(card["cases"]["train"]) == 12
     kept = list((tmp_path / "c").glob("teachers-*/*.npy"))
     assert len(kept) == 6, "the predictions of each training case"
+    next(teachers.glob("*.pt")).unlink()
+    with pytest.raises(SystemExit, match="teachers: holds other networks than when the checkpoint"):
+        train.main([str(word) for word in ("--resume", "--weights", tmp_path / "s", "--epochs", 9)])
 
 
 def test_soft_targets_are_half_mask_and_half_prediction(phantoms, tmp_path, monkeypatch):
