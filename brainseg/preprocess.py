@@ -68,13 +68,17 @@ def preprocess(
     if version not in steps:
         raise ValueError(f"preprocessing version {version} is not known; update the program")
     check_volume(volume)
-    if not volume.any():
+    voxels = volume
+    if volume.strides[3] == 0:  # FLAIR alone, see `with_copies`: looked at once
+        voxels = volume[..., 0]
+    low, high = voxels.min(), voxels.max()
+    if low == high == 0:
         slices, rows, columns, channels = volume.shape
         box = (0, rows, 0, columns)
         frame = Frame(volume.shape[:3], box, image_size, blank=True, aspect=aspect)
         return torch.zeros(slices, channels, image_size, image_size, device=device), frame
-    if volume.min() == volume.max():
-        raise ValueError(f"every voxel is {volume.max()}: this is not an image")
+    if low == high:
+        raise ValueError(f"every voxel is {high}: this is not an image")
     return steps[version](volume, image_size, device, aspect)
 
 

@@ -34,8 +34,12 @@ def to_grey(volume: np.ndarray) -> np.ndarray:
     if flair.dtype.kind == "f":  # of integers, the percentile is sooner there
         flair = flair.astype(np.float32)
     low, high = float(flair.min()), percentile(flair, 99.8)
-    flair = flair.astype(np.float32)
-    return (255 * np.clip((flair - low) / max(high - low, 1e-6), 0, 1)).astype(np.uint8)
+    grey = flair.astype(np.float32)
+    grey -= low  # in place: copies of it would be the largest arrays of a run
+    grey /= max(high - low, 1e-6)
+    np.clip(grey, 0, 1, out=grey)
+    grey *= 255
+    return grey.astype(np.uint8)
 
 
 def edge(mask: np.ndarray) -> np.ndarray:
