@@ -1,5 +1,6 @@
 """Test weights/campaign.py: trainings that continue where they stopped, and their results."""
 
+import argparse
 import contextlib
 import io
 import json
@@ -194,7 +195,7 @@ def test_a_student_is_compared_with_its_teachers(phantoms, tmp_path):
     status, out, err = run(phantoms, tmp_path, *words, *teachers)
     assert status == 0, err
     folder = tmp_path / "nested" / "fold1"
-    rows = read_rows(folder / "student-scores" / "scores.csv")
+    rows = read_rows(folder / "student-masks" / "metrics.csv")
     held_out = {row["case"] for row in rows}
     for card in map(read_card, [*(folder / "weights").glob("*.pt"), folder / "student/unet.pt"]):
         assert held_out and not held_out & set(card["cases"]["train"])
@@ -210,6 +211,28 @@ def test_a_student_is_compared_with_its_teachers(phantoms, tmp_path):
     fitted = [name for name in held_out if subset_of_patient(name) != "test"]
     assert fit["cases"] + fit["empty"] == len(fitted) > 1 and fit["tta"] is False
     assert "| 1 | " in (tmp_path / "student.md").read_text()
+
+
+def test_the_last_row_of_students_is_over_all_folds(tmp_path, monkeypatch):
+    """Each patient counts once, whatever the sizes of the folds."""
+    folds = [["a", "b", "c"], ["d"]]
+    before, after = (
+        {"a": 0.5, "b": 0.7, "c": 0.9, "d": 0.1},
+        {"a": 0.6, "b": 0.7, "c": 0.9, "d": 0.6},
+    )
+
+    def scored(args, names, weights, out, more):
+        scores = before if out.name == "teachers-masks" else after
+        return [{"patient": name, "dsc": scores[name]} for name in names]
+
+    cases = [[SimpleNamespace(name=name) for name in names] for names in folds]
+    monkeypatch.setattr(campaign, "split_cases", lambda images, outer: ([], cases[outer]))
+    monkeypatch.setattr(campaign, "train_student", lambda *_: tmp_path / "unet.pt")
+    monkeypatch.setattr(campaign, "scored", scored)
+    args = argparse.Namespace(images=tmp_path, out=tmp_path, outer=[0, 1])
+    last = campaign.student(args, campaign.Pool(1)).splitlines()[-1]
+    assert last.split(" | ")[0] == "| all"
+    assert "0.550" in last and "0.700" in last and "+0.150" in last and last.count("n = 4") == 2
 
 
 def test_a_head_without_lesion_is_written_whole_or_not_at_all(phantoms, tmp_path, monkeypatch):

@@ -42,7 +42,8 @@ from pathlib import Path
 
 from brainseg.io.files import atomic_write, remove
 from brainseg.io.slices import Case
-from brainseg.metrics import mean_text
+from brainseg.metrics import mean_text, summarise, values_of
+from brainseg.reports.scores import read_scores
 from brainseg.splits import list_cohort, outside_test, split_folds
 from brainseg.weights import has_card, is_card, read_card
 from cli import fail
@@ -98,7 +99,7 @@ def search(args: argparse.Namespace, pool: Pool) -> str:
     rows = []
     for name, summary in models.items():
         options = f"`{changes[name]}`" if changes[name] else ""
-        rows.append([name, options, dsc(summary), difference(summary)])
+        rows.append([name, options, dsc(summary["scores"]["dsc"]), difference(summary)])
     return table(["change", "options", "DSC", "difference, case by case"], rows)
 
 
@@ -124,7 +125,8 @@ def ship(args: argparse.Namespace, pool: Pool) -> str:
     words = ["--images", images, *cases, "--weights", weights, "--fit-expected-dsc", *MASKS]
     call(script("evaluate.py", *words, "--out", scores, "--report", scores / "report.html"))
     (summary,) = read_summary(scores).values()
-    return table(["weights", "DSC of every patient, unseen"], [[str(weights), dsc(summary)]])
+    row = [str(weights), dsc(summary["scores"]["dsc"])]
+    return table(["weights", "DSC of every patient, unseen"], [row])
 
 
 def nested(args: argparse.Namespace, pool: Pool) -> str:
@@ -161,28 +163,38 @@ def held_out_by(trainings: Sequence[Training]) -> list[str]:
 
 def student(args: argparse.Namespace, pool: Pool) -> str:
     """Train the student of each outer fold's networks, score both on the fold; return the table."""
-    rows = []
+    rows, teachers, students = [], [], []
     for outer in args.outer:
         folder = args.out / "nested" / f"fold{outer}"
         train, held_out = split_cases(args.images, outer)
         weights = train_student(args, folder, train, folder / "weights", pool)
         names = [case.name for case in held_out]
-        tables = []
-        for name, network, more in (
-            ("teachers", folder / "weights", []),
-            ("student", weights, ["--no-tta"]),
-        ):
-            out = folder / f"{name}-masks"
-            words = ["--images", args.images, "--cases", *names, "--weights", network]
-            call(script("inference.py", *words, "--predictions", out, *MASKS, *more))
-            tables.append(f"{name}={out / 'metrics.csv'}")
-        scores = folder / "student-scores"
-        words = ["--images", args.images, "--cases", *names, "--subset", "all"]
-        call(script("evaluate.py", *words, "--weights", *tables, "--out", scores))
-        models = read_summary(scores)
-        four, one = models["teachers"], models["student"]
-        rows.append([str(outer), dsc(four), dsc(one), difference(one)])
+        four = scored(args, names, folder / "weights", folder / "teachers-masks", [])
+        one = scored(args, names, weights, folder / "student-masks", ["--no-tta"])
+        rows.append([str(outer), *compared(four, one)])
+        teachers += four
+        students += one
+    if len(args.outer) > 1:
+        rows.append(["all", *compared(teachers, students)])
     return table(["fold", "four, mirrored", "student", "difference, case by case"], rows)
+
+
+def scored(
+    args: argparse.Namespace, names: Sequence[str], weights: Path, out: Path, more: Sequence[str]
+) -> list[dict]:
+    """Segment the cases of `names` into `out`; return their rows of metrics.csv, in that order."""
+    words = ["--images", args.images, "--cases", *names, "--weights", weights]
+    call(script("inference.py", *words, "--predictions", out, *MASKS, *more))
+    rows = read_scores(out / "metrics.csv", ["dsc"])
+    return [rows[name] for name in names]
+
+
+def compared(four: Sequence[dict], one: Sequence[dict]) -> list[str]:
+    """Return the scores of both, from their rows, and the difference, case by case, as texts."""
+    patients = values_of(four, "patient")
+    before, after = values_of(four, "dsc"), values_of(one, "dsc")
+    gain = mean_text(summarise(after - before, patients), "+")
+    return [dsc(summarise(before, patients)), dsc(summarise(after, patients)), gain]
 
 
 def one(args: argparse.Namespace, pool: Pool) -> str:
@@ -278,8 +290,7 @@ def read_summary(folder: Path) -> dict[str, dict]:
     return json.loads((folder / "summary.json").read_text())["models"]
 
 
-def dsc(summary: dict) -> str:
-    scores = summary["scores"]["dsc"]
+def dsc(scores: dict) -> str:
     return f"{mean_text(scores)}, median {scores['median']:.3f}, n = {scores['n']}"
 
 
