@@ -267,13 +267,6 @@ def restore(output: Tensor, frame: Frame) -> Tensor:
     return restored
 
 
-def with_copies(volume: np.ndarray, channels: int) -> np.ndarray:
-    """Let FLAIR stand in for the other sequences of three `channels`, if a volume has it alone."""
-    if volume.shape[3] == 1 and channels == 3:
-        return np.broadcast_to(volume, (*volume.shape[:3], channels))  # once in memory
-    return volume
-
-
 def neighbourhoods(lengths: Sequence[int], neighbours: int) -> Tensor:
     """Return the slices (S, 2 K + 1) that the network sees for each: itself and K on either side.
 

@@ -15,10 +15,11 @@ from torch import Tensor
 from .appearance import LOOKS
 from .ensemble import Ensemble, open_network, run_name, weights_files
 from .io.files import by
+from .io.sequences import with_copies
 from .metrics import components
 from .onnx import OnnxNetwork
 from .predictor import Predictor
-from .preprocess import VERSION, Frame, preprocess, restore, with_copies
+from .preprocess import VERSION, Frame, preprocess, restore
 from .quality import (
     FEATURES,
     FIT_OF_ENSEMBLE,

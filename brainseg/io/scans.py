@@ -23,7 +23,7 @@ from .grid import Grid
 from .itk import voxel_file
 from .nifti import is_nifti, write_nifti
 from .registration import Movement, register, resample
-from .sequences import SEQUENCES, contradiction
+from .sequences import SEQUENCES, contradiction, with_copies
 from .slices import Case
 
 MOST_ASPECT = 10.0  # of pixels: more is a damaged header
@@ -128,10 +128,7 @@ class Scan(Case):
             sequences = {file: _on_grid_of_flair(self, file) for file in dict.fromkeys(self.slices)}
             files = self.slices if len(sequences) > 1 else [self.flair]
             voxels = np.stack([sequences[file] for file in files], axis=3)
-        volume = np.ascontiguousarray(self.grid.to_axial(voxels))
-        if volume.shape[3] == 1:  # FLAIR alone stands in for the others, once in memory
-            return np.broadcast_to(volume, (*volume.shape[:3], 3))
-        return volume
+        return with_copies(np.ascontiguousarray(self.grid.to_axial(voxels)), 3)
 
     def read_mask(self) -> np.ndarray:
         """Read the mask (S, H, W), bool: true wherever the mask file holds a lesion label."""

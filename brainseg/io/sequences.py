@@ -7,6 +7,8 @@ import re
 import unicodedata
 from itertools import zip_longest
 
+import numpy as np
+
 SEQUENCES = ("pre-contrast", "FLAIR", "post-contrast")  # in the order of the channels
 LONG_ECHO, NULLS_CSF = 60.0, 1400.0  # minimum echo and inversion time of a FLAIR in ms
 
@@ -203,3 +205,13 @@ def plain(text: str) -> str:
     """Return a text in small letters without accents and underscores."""
     letters = unicodedata.normalize("NFKD", text.replace("_", " ").casefold())
     return "".join(letter for letter in letters if not unicodedata.combining(letter)).strip()
+
+
+def with_copies(volume: np.ndarray, channels: int) -> np.ndarray:
+    """Let FLAIR stand in for the other sequences of three `channels`, if a volume has it alone.
+
+    The copies are views, which cannot be written to.
+    """
+    if volume.shape[3] == 1 and channels == 3:
+        return np.broadcast_to(volume, (*volume.shape[:3], channels))  # once in memory
+    return volume
