@@ -27,6 +27,7 @@ from brainseg.cache import prune
 from brainseg.io.archives import unpacked
 from brainseg.io.files import out_of_memory, sentence
 from brainseg.metrics import dsc
+from brainseg.origins import check_teachers, settings_of_weights
 from brainseg.segmenter import Segmenter
 from brainseg.splits import check_folds, list_cohort, validate_on
 from brainseg.training import TrainState
@@ -113,7 +114,7 @@ def get_args(argv: list[str] | None, parser: cli.Parser) -> Namespace:
             values = {k: v for k, v in parser.classic.items() if k not in OF_NETWORK}
             layers.insert(1, ("from --recipe", values))
         if args.init_weights:
-            card = training_files.settings_of_weights(args.init_weights)
+            card = settings_of_weights(args.init_weights)
             layers.append((f"from the card of {args.init_weights}", card))
         if args.recipe:
             layers.append(("from --recipe", parser.classic))
@@ -153,7 +154,7 @@ def train(args: Namespace, recipe: list[str], images: Path) -> int:
     claim = training_files.claimed(args.weights / f"{args.model}.pt", args.logs, args.resume)
     with claim as checkpoint, cudnn:
         if teachers and checkpoint:
-            training_files.check_teachers(args.teachers, checkpoint)
+            check_teachers(args.teachers, checkpoint)
         if args.prune_cache and distributed.is_main_process():
             print(prune(args.cache))
         with distributed.local_rank_zero_first():  # it fills the cache, the others read it
