@@ -5,9 +5,11 @@
 
 The teachers are averaged and mirrored, the student is used as it is; both drop components of fewer
 than 200 voxels. Each case is segmented as published, from FLAIR alone and without its skull (as in
-benchmarks.robustness); the table has the mean DSC of both and the difference, case by case. Then
-heads without a lesion: the same cases mirrored (weights/negatives.py), a voxel counting as 0.005
-millilitres, and scans of people without a tumour, if a folder of them is given.
+benchmarks.robustness). That takes some of the lesion away too: so this mask is also compared with
+what is left of the lesion, beside the mask of the whole head, cut alike. The table has the mean DSC
+of both and the difference, case by case. Then heads without a lesion: the same cases mirrored
+(weights/negatives.py), a voxel counting as 0.005 millilitres, and scans of people without a tumour,
+if a folder of them is given.
 """
 
 from __future__ import annotations
@@ -35,6 +37,8 @@ CHANGES = {
     "FLAIR alone": flair_alone,
     "skull taken away": without_skull,
 }
+LEFT = "the same, against what is left of the lesion"
+CUT = "as published, both cut to what is left of the head"
 LEAST = 200  # voxels of a component
 VOXEL_ML = 0.005  # 1 x 1 x 5 mm: published slices have no spacing
 
@@ -89,14 +93,19 @@ def main() -> None:
     ]
     segmenters = [model.segmenter for model in models]
     cases = unseen_cases(args.images, models)
-    scores = {name: ([], []) for name in CHANGES}
+    scores = {name: ([], []) for name in (*CHANGES, LEFT, CUT)}
     mirrored = [], []
     for case in tqdm(cases, unit="case", disable=None):
         volume, truth = case.read_pair()
+        inputs = {name: change(volume) for name, change in CHANGES.items()}
+        left = inputs["skull taken away"].any(axis=-1)
         healthy = without_lesion(volume, truth)
         for k, segmenter in enumerate(segmenters):
-            for name, change in CHANGES.items():
-                scores[name][k].append(dsc(segment(segmenter, change(volume)), truth))
+            masks = {name: segment(segmenter, changed) for name, changed in inputs.items()}
+            for name, mask in masks.items():
+                scores[name][k].append(dsc(mask, truth))
+            scores[LEFT][k].append(dsc(masks["skull taken away"], truth & left))
+            scores[CUT][k].append(dsc(masks["as published"] & left, truth & left))
             if healthy is not None:
                 mirrored[k].append(float(segment(segmenter, healthy).sum()) * VOXEL_ML)
     print(f"{len(cases)} patients\n\n| input | teachers | student | difference, case by case |")
