@@ -153,8 +153,12 @@ def train_and_validation(
         lesions = {volume.name: int(volume.truth.sum()) for volume in volumes}
         in_training, _ = split_folds(cases, folds, fold, lesions)
     names = set(names_of(in_training))
-    train = [volume for volume in volumes if volume.name in names]
-    validation = [volume for volume in volumes if volume.name not in names]
+    train, validation = [], []
+    for volume in volumes:
+        if volume.name in names:
+            train.append(volume)
+        else:
+            validation.append(volume)
     for verb, part in (("train", train), ("validate", validation)):
         if not part:
             raise ValueError(f"no readable case is left to {verb} on")
@@ -211,8 +215,12 @@ def open_cases(sources: Sequence[Source], skip_bad: bool = False) -> list[Case]:
     """Open the cases; with `skip_bad`, leave out damaged ones, naming them on stderr."""
     if not skip_bad:
         return list(map(Source.open, sources))
-    cases = [unless_bad(Source.open, source) for source in sources]
-    return [case for case in cases if case is not None]
+    cases = []
+    for source in sources:
+        case = unless_bad(Source.open, source)
+        if case is not None:
+            cases.append(case)
+    return cases
 
 
 def channels_of(volumes: Sequence[Prepared]) -> int:
@@ -255,13 +263,15 @@ class Teachers:
         The teachers see all sequences of a case at their own image size. Their predictions are kept
         in the folder `cache`. Raises ValueError if they were trained on other channels.
         """
-        card, cases = self.card, [volume.case for volume in volumes]
+        card = self.card
         predictor = Predictor(self.network, tta=True, device=device, neighbours=card["neighbours"])
         try:
             predictor.check_channels(volumes[0].images.shape[1])
         except ValueError as error:
             raise ValueError(f"{self.path}: {error}") from error
-        seen_by_teachers = prepare(cases, card["image_size"], cache, workers, card["preprocessing"])
+        size, version = card["image_size"], card["preprocessing"]
+        cases = [volume.case for volume in volumes]
+        seen_by_teachers = prepare(cases, size, cache, workers, version)
         precision = "-half" if predictor.amp else ""
         folder = (cache or default_cache()) / f"teachers-{self.id}{precision}"
         folder.mkdir(parents=True, exist_ok=True)

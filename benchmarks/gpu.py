@@ -114,7 +114,7 @@ def main(argv: list[str] | None = None) -> None:
     except ValueError as error:
         fail(error)
 
-    print(", ".join(f"{name}: {value}" for name, value in conditions(args.device).items()))
+    print(conditions(args.device))
     print("\n| what | slices/s |\n|---|---|")
     if args.only != "inference":
         for size in args.shapes:

@@ -155,7 +155,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name, errors_in_one_sentence("stopped"):
         folder = Path(name)
         write_inputs(args, folder)
-        print(", ".join(f"{k}: {v}" for k, v in conditions(torch.device("cpu")).items()))
+        print(conditions(torch.device("cpu")))
         print(f"medians of {args.pairs} pairs\n")
         print(f"| work | cores | {args.against}, s | now, s | ratio | GiB | GiB now | ratio |")
         print("|---|---|---|---|---|---|---|---|")

@@ -88,10 +88,10 @@ def resident(process: int) -> int:
     return kilobytes * 1024
 
 
-def conditions(device: torch.device) -> dict[str, object]:
-    """Describe the machine and the versions."""
+def conditions(device: torch.device) -> str:
+    """Describe the machine and the versions in one line."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
-    return {
+    described = {
         "processor": processor(),
         "cores": available_cores(),
         "device": name,
@@ -101,6 +101,7 @@ def conditions(device: torch.device) -> dict[str, object]:
         "commit": git_commit(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
+    return ", ".join(f"{name}: {value}" for name, value in described.items())
 
 
 def processor() -> str:

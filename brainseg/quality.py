@@ -237,8 +237,8 @@ def _agreement(predicted: np.ndarray, dsc: np.ndarray) -> dict:
         "poor": int(poor.sum()),
         "warned": int((poor & warned).sum()),
         "false_alarms": int((~poor & warned).sum()),
-        "predicted": [round(float(value), 4) for value in predicted],
-        "dsc": [round(float(value), 4) for value in dsc],
+        "predicted": predicted.round(4).tolist(),
+        "dsc": dsc.round(4).tolist(),
     }
 
 
@@ -293,8 +293,8 @@ def fit_and_save(files: Sequence[Path], options: dict, rows: Sequence[dict], fol
     Raises ValueError for too few cases.
     """
     features = [row | {"voxels": row["predicted_voxels"]} for row in rows]
-    patients = [row["patient"] for row in rows]
-    fit = fit_expected_dsc(features, [row["dsc"] for row in rows], patients)
+    patients = values_of(rows, "patient").tolist()
+    fit = fit_expected_dsc(features, values_of(rows, "dsc").tolist(), patients)
     scores = fit["leave_one_out"]
     predicted, true = scores.pop("predicted"), scores.pop("dsc")
     save_scatter(folder / "expected_dsc.png", predicted, true)

@@ -43,10 +43,12 @@ from pathlib import Path
 from brainseg.io.files import atomic_write, remove
 from brainseg.io.slices import Case
 from brainseg.metrics import mean_text, summarise, values_of
+from brainseg.patients import names_of
 from brainseg.reports.scores import read_scores
 from brainseg.splits import list_cohort, outside_test, split_folds
 from brainseg.weights import has_card, is_card, read_card
 from cli import fail
+from dataset import open_cases
 
 from .fitting import fit_student
 from .negatives import link_scans, write_mirrored
@@ -83,23 +85,26 @@ MASKS = ["--tta", "--min-volume", "200"]  # how they are made: see MODEL_CARD.md
 def search(args: argparse.Namespace, pool: Pool) -> str:
     """Train, compare, and return the table."""
     out, images = args.out, args.images
-    changes = {BASE: ""} | {k: v for k, v in CHANGES.items() if not args.only or k in args.only}
-    start = [network_of_fold(args.start, k) if args.start else None for k in range(SEARCH_FOLDS)]
-    trainings = [
-        training(args, out / "search" / name / f"fold{k}", k, SEARCH, start[k], more.split())
-        for name, more in changes.items()
-        for k in range(SEARCH_FOLDS)
-    ]
+    changes = {BASE: ""}
+    for name in args.only or CHANGES:
+        changes[name] = CHANGES[name]
+    trainings, weights = [], []
+    for name, more in changes.items():
+        folder = out / "search" / name
+        weights.append(f"{name}={folder}")
+        for k in range(SEARCH_FOLDS):
+            start = network_of_fold(args.start, k) if args.start else None
+            trainings.append(training(args, folder / f"fold{k}", k, SEARCH, start, more.split()))
     train_all("search", trainings, pool)
     cases = held_out_by(trainings[:SEARCH_FOLDS])
-    weights = [f"{name}={out / 'search' / name}" for name in changes]
     words = ["--images", images, *cases, "--weights", *weights]
     call(script("evaluate.py", *words, "--out", out / "search" / "scores"))
     models = read_summary(out / "search" / "scores")
     rows = []
     for name, summary in models.items():
         options = f"`{changes[name]}`" if changes[name] else ""
-        rows.append([name, options, dsc(summary["scores"]["dsc"]), difference(summary)])
+        change = mean_text(summary["difference"], "+") if name != BASE else ""
+        rows.append([name, options, dsc(summary["scores"]["dsc"]), change])
     return table(["change", "options", "DSC", "difference, case by case"], rows)
 
 
@@ -168,7 +173,7 @@ def student(args: argparse.Namespace, pool: Pool) -> str:
         folder = args.out / "nested" / f"fold{outer}"
         train, held_out = split_cases(args.images, outer)
         weights = train_student(args, folder, train, folder / "weights", pool)
-        names = [case.name for case in held_out]
+        names = names_of(held_out)
         four = scored(args, names, folder / "weights", folder / "teachers-masks", [])
         one = scored(args, names, weights, folder / "student-masks", ["--no-tta"])
         rows.append([str(outer), *compared(four, one)])
@@ -200,7 +205,7 @@ def compared(four: Sequence[dict], one: Sequence[dict]) -> list[str]:
 def one(args: argparse.Namespace, pool: Pool) -> str:
     """Train, export and fit the student of all patients, whose teachers are those of ship."""
     folder = args.out / "one"
-    cases = [source.open() for source in outside_test(list_cohort(args.images))]
+    cases = open_cases(outside_test(list_cohort(args.images)))
     teachers = args.start or args.out / "weights"
     weights = train_student(args, folder, cases, teachers, pool)
     exported = folder / "weights"
@@ -240,7 +245,7 @@ def train_student(
 
 def split_cases(images: Path, outer: int) -> tuple[list[Case], list[Case]]:
     """Split the cases of `images` into those outside the fold `outer` and those in it."""
-    return split_folds([source.open() for source in list_cohort(images)], FOLDS, outer)
+    return split_folds(open_cases(list_cohort(images)), FOLDS, outer)
 
 
 def link_cases(cases: Sequence[Case], folder: Path) -> None:
@@ -292,12 +297,6 @@ def read_summary(folder: Path) -> dict[str, dict]:
 
 def dsc(scores: dict) -> str:
     return f"{mean_text(scores)}, median {scores['median']:.3f}, n = {scores['n']}"
-
-
-def difference(summary: dict) -> str:
-    if "difference" not in summary:
-        return ""
-    return mean_text(summary["difference"], "+")
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:

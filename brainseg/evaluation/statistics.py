@@ -39,14 +39,17 @@ def compare(models: Mapping[str, list[dict]]) -> dict[str, dict]:
     for rows in models.values():
         for row in rows:
             columns &= row.keys()
-    metrics = [metric for metric in SCORES if metric in columns]
     summary = {}
     for name, rows in models.items():
         dsc = values_of(rows, "dsc")
         change = dsc - first_dsc
         change[np.abs(change) < 1e-5] = 0  # tables hold six digits
+        scores = {}
+        for metric in SCORES:
+            if metric in columns:
+                scores[metric] = summarise(values_of(rows, metric), patients)
         summary[name] = {
-            "scores": {metric: summarise(values_of(rows, metric), patients) for metric in metrics},
+            "scores": scores,
             "missed": count_missed(rows),
             "chose_epoch": sum(row.get("chose_epoch", 0) for row in rows),
             "groups": {},

@@ -23,7 +23,11 @@ def save_cohort(
 ) -> None:
     """Write the page of a cohort: rows of volumes.csv, their JPEGs, patients' growth, scores."""
     thumbnails = {row["case"]: picture for row, picture in zip(rows, pictures, strict=True)}
-    true_dsc = {row["case"]: row["dsc"] for row in scores}
+    true_dsc, trained_on = {}, set()
+    for row in scores:
+        true_dsc[row["case"]] = row["dsc"]
+        if row["trained_on"]:
+            trained_on.add(row["case"])
     lines = []
     for place, row in enumerate(volumes.by_need(rows)):
         size = row["lesion_voxels"] if row["lesion_ml"] is None else row["lesion_ml"]
@@ -50,7 +54,7 @@ def save_cohort(
         thumbnails=thumbnails,
         volumes=volumes,
         patients=patients,
-        trained_on={row["case"] for row in scores if row["trained_on"]},
+        trained_on=trained_on,
     )
 
 

@@ -50,7 +50,12 @@ def volume_row(
     """
     names = CHANNELS.get(volume.shape[-1], ())
     copies = [name for name in missing_sequences(volume) if name not in replaced]
-    replaced = [name for name in names if name in replaced or name in copies]
+    present, absent = [], []
+    for name in names:
+        if name in replaced or name in copies:
+            absent.append(name)
+        else:
+            present.append(name)
     notes, warnings = list(notes), list(warnings)
     if copies:
         notes.append(f"FLAIR stands in for {' and '.join(copies)}")
@@ -64,8 +69,8 @@ def volume_row(
         "case": case.name,
         "patient": patient_of(case),
         "slices": len(mask),
-        "sequences": ", ".join(name for name in names if name not in replaced),
-        "replaced": ", ".join(replaced),
+        "sequences": ", ".join(present),
+        "replaced": ", ".join(absent),
         "components": len(sizes),
         "slices_touched": [case.numbers[k] for k in np.flatnonzero(mask.any(axis=(1, 2)))],
         "notes": "; ".join(notes),
