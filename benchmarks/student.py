@@ -64,6 +64,18 @@ def segment(
     return segmenter.mask_of(segmenter.probabilities(images), frame, spacing)
 
 
+def scores_of(segmenter: Segmenter, volume: np.ndarray, truth: np.ndarray) -> dict[str, float]:
+    """Return the DSC of a case for each of CHANGES, and against what is left without the skull."""
+    scores, masks = {}, {}
+    for name, change in CHANGES.items():
+        masks[name] = segment(segmenter, change(volume))
+        scores[name] = dsc(masks[name], truth)
+    left = without_skull(volume).any(axis=-1)
+    scores[LEFT] = dsc(masks["skull taken away"], truth & left)
+    scores[CUT] = dsc(masks["as published"] & left, truth & left)
+    return scores
+
+
 def heads_text(title: str, marked: Sequence[Sequence[float]]) -> str:
     """Give a row of the table of heads without a lesion; `marked` holds ml by model and head."""
     cells = []
@@ -97,15 +109,10 @@ def main() -> None:
     mirrored = [], []
     for case in tqdm(cases, unit="case", disable=None):
         volume, truth = case.read_pair()
-        inputs = {name: change(volume) for name, change in CHANGES.items()}
-        left = inputs["skull taken away"].any(axis=-1)
         healthy = without_lesion(volume, truth)
         for k, segmenter in enumerate(segmenters):
-            masks = {name: segment(segmenter, changed) for name, changed in inputs.items()}
-            for name, mask in masks.items():
-                scores[name][k].append(dsc(mask, truth))
-            scores[LEFT][k].append(dsc(masks["skull taken away"], truth & left))
-            scores[CUT][k].append(dsc(masks["as published"] & left, truth & left))
+            for name, score in scores_of(segmenter, volume, truth).items():
+                scores[name][k].append(score)
             if healthy is not None:
                 mirrored[k].append(float(segment(segmenter, healthy).sum()) * VOXEL_ML)
     print(f"{len(cases)} patients\n\n| input | teachers | student | difference, case by case |")
