@@ -41,7 +41,7 @@ FIT_TYPES = {  # of what is used of the fit of the expected DSC in a card
 ROOT = Path(__file__).resolve().parents[1]
 # What comes with the project: the network of the 2019 paper's shape, for `unet` of torch.hub; the
 # default, a network that has seen every patient; and an ensemble, one network per fold.
-PUBLISHED = {"unet": ROOT / "weights" / "unet-9485c275.pt"}
+PUBLISHED = {"unet": ROOT / "weights" / "unet-2019" / "unet-9485c275.pt"}
 SHIPPED = {
     "unet": ROOT / "weights" / "unet-student",
     "unet-folds": ROOT / "weights" / "unet-folds",

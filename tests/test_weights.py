@@ -14,6 +14,7 @@ from brainseg.ensemble import load_ensemble
 from brainseg.unet import UNet
 from brainseg.weights import (
     HASH,
+    ROOT,
     build_model,
     file_hash,
     initialise,
@@ -23,6 +24,7 @@ from brainseg.weights import (
     model_from_state,
     read_card,
     save_weights,
+    shipped_files,
     shipped_weights,
 )
 
@@ -255,6 +257,12 @@ def test_shipped_weights_are_found_by_name_and_hash(tmp_path, monkeypatch):
     path.unlink()
     with pytest.raises(FileNotFoundError, match=f"{path}: is missing; fetch"):
         shipped_weights("unet")
+
+
+def test_shipped_weights_leave_the_folder_of_trainings_to_these():
+    """Else `--weights weights/` would be another network than the one that train.py wrote there."""
+    folders = {path.parent.relative_to(ROOT / "weights") for path in shipped_files()}
+    assert len(folders) == 3 and Path() not in folders
 
 
 @pytest.mark.parametrize("odd", [{"in_channels": 1}, {"out_channels": 2}, {"init_features": 8}])
