@@ -33,6 +33,7 @@ from test_files import leave_scratch
 from test_upload import start_idle
 
 import inference
+from brainseg.metrics import dsc
 from brainseg.phantom import make_volume, write_data_set
 
 for module in ("starlette", "uvicorn", "python_multipart"):
@@ -470,6 +471,17 @@ def service(files):
         service = jobs.Service(Segmenter.from_weights(files / "unet.pt"), Limits())
         yield service
         service.close()
+
+
+def test_the_lesion_of_the_head_to_try_is_found():
+    """Once, the mask was of the fat behind its eyes, with a DSC of 0."""
+    from brainseg.segmenter import Segmenter
+    from brainseg.weights import shipped_weights
+    from server.jobs import PHANTOM
+
+    volume, truth = make_volume(PHANTOM, slices=24, size=192)
+    mask = Segmenter.from_weights(shipped_weights("unet"), device="cpu")(volume)
+    assert dsc(mask, truth) > 0.85
 
 
 def test_a_full_queue_says_so(service, monkeypatch):
