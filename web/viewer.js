@@ -50,7 +50,7 @@ export async function look(viewer, names, summary) {
   if (!nv) await start();
   files = viewer;
   measures = Boolean(summary.spacing);
-  for (const name of ["#ruler", "#measuring"]) form.querySelector(name).hidden = !measures;
+  for (const part of form.querySelectorAll("#ruler, .measuring")) part.hidden = !measures;
   for (const volume of [...nv.volumes]) nv.removeVolume(volume);
   const open = (name, options) => nv.image.loadFromBase64({ base64: viewer[name], name: `${name}.nii.gz`, ...options });
   nv.addVolume(await open("scan"));
