@@ -35,16 +35,20 @@ def origin_of(init_weights: str | None, checkpoint: dict | None) -> dict | None:
 
 def origin_of_teachers(teachers: Path | str) -> dict:
     """Return the files, training cases and patients of an ensemble that is learnt from."""
-    files = weights_files(teachers)
-    card = common_card(list(map(read_card, files)))
-    hashes = {path.name: file_hash(path) for path in files}
-    return {"files": hashes, "cases": card["cases"], "patients": card.get("patients", {})}
+    card = common_card(list(map(read_card, weights_files(teachers))))
+    files = hashes_of_teachers(teachers)
+    return {"files": files, "cases": card["cases"], "patients": card.get("patients", {})}
+
+
+def hashes_of_teachers(teachers: Path | str) -> dict[str, str]:
+    """Return the SHA-256 of each file of an ensemble, by its name."""
+    return {path.name: file_hash(path) for path in weights_files(teachers)}
 
 
 def check_teachers(teachers: Path, checkpoint: dict) -> None:
     """Raise ValueError unless the checkpoint, if it names its teachers, has learned from these."""
     files = checkpoint.get("teachers")  # checkpoints of earlier versions have none
-    if files and origin_of_teachers(teachers)["files"] != files:
+    if files and hashes_of_teachers(teachers) != files:
         raise ValueError(
             f"{teachers}: holds other networks than when the checkpoint was started; put "
             f"{', '.join(files)} there, or start a new run in another --weights folder"
