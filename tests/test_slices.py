@@ -178,6 +178,16 @@ def test_numbers_of_a_coloured_palette_are_labels(tmp_path):
     assert np.array_equal(second.read_mask()[0], labels == 2)
 
 
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_a_coloured_palette_of_a_scan_is_refused(tmp_path, suffix):
+    """Its numbers were taken for FLAIR: no lesion was where it is."""
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 3, (10, 14)).astype(np.uint8))
+    image.putpalette(bytes.fromhex("000000800000008000"))
+    image.save(tmp_path / f"x_1.{suffix}")
+    with pytest.raises(ValueError, match=f"x_1.{suffix}: has a palette of colours; save it as RGB"):
+        find_case(tmp_path).read()
+
+
 def test_a_png_that_its_exif_turns_is_refused(tmp_path):
     exif = Image.Exif()
     exif[274] = 6

@@ -112,6 +112,15 @@ def find_labels(mask: np.ndarray, path: Path) -> list[int] | None:
     return None
 
 
+def painted(colours: np.ndarray, opacity: np.ndarray, path: Path) -> np.ndarray:
+    """Return colours (S, H, W, C), 0 where they are see-through; ValueError if they are black."""
+    opaque = opacity > opacity.max() / 2
+    visible = colours * opaque
+    if opaque.any() and not opaque.all() and not visible.any():
+        raise ValueError(f"{path}: its masks are painted in black; paint the lesion in white")
+    return visible
+
+
 NO_LESION = (
     "none of the {} true masks has a lesion, so a DSC says nothing here; check how they were "
     "exported, and --labels"

@@ -58,7 +58,7 @@ def read_mask_of_run(
     try:
         if isinstance(case, Scan):
             return replace(case, masks=tuple(paths), labels=Labels()).read_mask()
-        return read_slices(paths)[..., 0] > 0
+        return read_slices(paths, of_masks=True)[..., 0] > 0
     except (ValueError, FileNotFoundError):  # damaged, or of several sizes: make it again
         return None
 

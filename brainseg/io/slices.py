@@ -15,11 +15,12 @@ from PIL import Image, ImageSequence
 from tifffile import PHOTOMETRIC
 
 from .files import by, out_of_memory
-from .labels import Labels
+from .labels import Labels, painted
 from .quiet import quiet
 
 SLICE_NAME = re.compile(r"^(?P<stem>.+)_(?P<number>\d+)(?P<mask>_mask)?\.(?:tiff?|png)$", re.I)
 ORIENTATION = 274  # the number of the tag in Exif
+COLOURS = "has a palette of colours; save it as RGB, or in grey if it is FLAIR alone"
 TURNS = "its tag Orientation turns it; save it upright, without"
 TURNED = range(2, 9)  # values of the tag Orientation of TIFF; at 1, it is shown as it is stored
 IMAGE_SUFFIXES = {".tif", ".tiff", ".png"}
@@ -89,9 +90,9 @@ class Case:
 
     def read_mask(self) -> np.ndarray:
         """Read the mask (S, H, W), bool: true wherever a mask file holds a lesion label."""
-        masks = read_slices(self.masks)
+        masks = read_slices(self.masks, of_masks=True)
         if masks.shape[-1] in (2, 4):  # the last channel is opacity
-            masks = _painted(masks[..., :-1], masks[..., -1:], self.folder)
+            masks = painted(masks[..., :-1], masks[..., -1:], self.folder)
         return self.labels.lesion(masks.max(axis=-1), self.name, self.folder)
 
     def read_pair(self) -> tuple[np.ndarray, np.ndarray]:
@@ -174,12 +175,15 @@ def _check_complete(folder: Path, slices: dict[int, Path], masks: dict[int, Path
 
 
 @quiet  # on damaged files
-def read_slices(paths: Sequence[Path]) -> np.ndarray:
-    """Read images of one shape as a volume (S, H, W, C), black lowest; ValueError if one is bad."""
+def read_slices(paths: Sequence[Path], of_masks: bool = False) -> np.ndarray:
+    """Read images of one shape as a volume (S, H, W, C), black lowest; ValueError if one is bad.
+
+    The numbers of a palette of colours are labels `of_masks`; in a scan they are refused.
+    """
     images = []
     doubtful = []  # the places of those tagged "white is zero"
     for path in paths:
-        image, white_is_zero = _read_image(path)
+        image, white_is_zero = _read_image(path, of_masks)
         if images and image.shape != images[0].shape:
             raise ValueError(
                 f"{path}: {by(image.shape)} voxels, but {paths[0].name} has "
@@ -203,14 +207,14 @@ class UnfitImage(ValueError):
     """An image can be read, but not by every reader in the same way."""
 
 
-def _read_image(path: Path) -> tuple[np.ndarray, bool]:
+def _read_image(path: Path, of_mask: bool) -> tuple[np.ndarray, bool]:
     """Read one image (H, W, C), and whether its tag says that white is zero."""
     white_is_zero = False
     try:
         if path.suffix.lower() == ".png":
-            image = _read_png(path)
+            image = _read_png(path, of_mask)
         else:
-            image, white_is_zero = _read_tiff(path)
+            image, white_is_zero = _read_tiff(path, of_mask)
     except (FileNotFoundError, PermissionError, MemoryError, UnfitImage):
         raise
     except Exception as error:  # each library raises its own, some a bare Exception
@@ -247,34 +251,25 @@ def _black_is_zero(images: np.ndarray, path: Path) -> np.ndarray:
     )
 
 
-def _painted(colours: np.ndarray, opacity: np.ndarray, path: Path) -> np.ndarray:
-    """Return colours (S, H, W, C), 0 where they are see-through; ValueError if they are black."""
-    opaque = opacity > opacity.max() / 2
-    visible = colours * opaque
-    if opaque.any() and not opaque.all() and not visible.any():
-        raise ValueError(f"{path}: its masks are painted in black; paint the lesion in white")
-    return visible
-
-
 def check_finite(path: Path, voxels: np.ndarray) -> None:
     """Raise ValueError, naming the file, for NaN or infinite voxels."""
     if voxels.dtype.kind == "f" and not np.isfinite(voxels).all():
         raise ValueError(f"{path}: holds NaN or infinite voxels; export it again")
 
 
-def _read_png(path: Path) -> np.ndarray:
+def _read_png(path: Path, of_mask: bool) -> np.ndarray:
     with open(path, "rb") as file:
         header = file.read(26)
     if header[24:] == b"\x10\x04":  # Pillow would keep only 8 of them, and ITK reads none
         raise UnfitImage(f"{path}: has 16 bits of grey, and opacity; save it without opacity")
     deep_colour = header[24:] in (b"\x10\x02", b"\x10\x06")  # 16 bits of RGB or RGBA
     if not deep_colour:
-        return _decode(path, "PNG")
+        return _decode(path, "PNG", of_mask)
     image = sitk.ReadImage(str(path), imageIO="PNGImageIO")  # Pillow keeps only 8 bits
     return sitk.GetArrayFromImage(image)
 
 
-def _read_tiff(path: Path) -> tuple[np.ndarray, bool]:
+def _read_tiff(path: Path, of_mask: bool) -> tuple[np.ndarray, bool]:
     """Read a TIFF, and whether its tag says that white is zero; several pages give 4 axes."""
     white_is_zero, kind = False, np.dtype(bool)
     try:
@@ -302,14 +297,16 @@ def _read_tiff(path: Path) -> tuple[np.ndarray, bool]:
             if page.photometric == PHOTOMETRIC.PALETTE:
                 red, green, blue = page.colormap
                 if np.array_equal(red, green) and np.array_equal(red, blue):
-                    image = (red >> 8).astype(np.uint8)[image]  # of colours, the numbers are labels
+                    image = (red >> 8).astype(np.uint8)[image]
+                elif not of_mask:  # whose labels are the numbers
+                    raise UnfitImage(f"{path}: {COLOURS}")
             if page.axes == "SYX":
                 image = np.moveaxis(image, 0, -1)
             return image, white_is_zero
     except UnfitImage:
         raise
     except ValueError:  # e.g. LZW or CMYK, which only Pillow can turn into RGB
-        image = _decode(path, "TIFF")
+        image = _decode(path, "TIFF", of_mask)
     # Of 16-bit colours Pillow keeps 8 bits, and of signed bytes not the sign.
     sign_lost = kind.kind == "i" and image.dtype.kind == "u"
     if sign_lost or image.dtype.itemsize < kind.itemsize:
@@ -317,7 +314,7 @@ def _read_tiff(path: Path) -> tuple[np.ndarray, bool]:
     return image, white_is_zero
 
 
-def _decode(path: Path, kind: str) -> np.ndarray:
+def _decode(path: Path, kind: str, of_mask: bool) -> np.ndarray:
     """Read an image by Pillow (else its content would choose the `kind`); frames give 4 axes."""
     frames = []
     with Image.open(path, formats=[kind]) as image:
@@ -325,7 +322,7 @@ def _decode(path: Path, kind: str) -> np.ndarray:
             raise UnfitImage(f"{path}: {TURNS}")
         for frame in ImageSequence.Iterator(image):
             if frame.mode == "P":
-                frames.append(_from_palette(frame))
+                frames.append(_from_palette(frame, path, of_mask))
                 continue
             if frame.mode in ("CMYK", "YCbCr", "LAB"):
                 frame = frame.convert("RGB")
@@ -333,10 +330,10 @@ def _decode(path: Path, kind: str) -> np.ndarray:
     return frames[0] if len(frames) == 1 else np.stack(frames)
 
 
-def _from_palette(image: Image.Image) -> np.ndarray:
+def _from_palette(image: Image.Image, path: Path, of_mask: bool) -> np.ndarray:
     """Return the greys (H, W) of an image with a palette, or the colours (H, W, 3).
 
-    Of colours, the numbers (H, W) are labels, if 0 alone is black.
+    Of colours, the numbers (H, W) are labels, if 0 alone is black: ValueError unless `of_mask`.
     """
     numbers = np.asarray(image)
     palette = np.array(image.getpalette("RGB"), np.uint8).reshape(-1, 3)
@@ -344,5 +341,7 @@ def _from_palette(image: Image.Image) -> np.ndarray:
         return palette[numbers, 0]
     shown = palette[numbers]
     if np.array_equal(shown.any(axis=-1), numbers > 0):
+        if not of_mask:
+            raise UnfitImage(f"{path}: {COLOURS}")
         return numbers
     return shown
