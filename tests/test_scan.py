@@ -456,6 +456,24 @@ def write_series(folder: Path, flair: np.ndarray, series: str = "1.2.3", **tags:
     return folder
 
 
+@pytest.mark.parametrize(
+    "of_t1", [{"EchoTime": 10}, {"SeriesNumber": 4}, {"SeriesDescription": "t1"}], ids=str
+)
+def test_two_sequences_in_one_series_are_refused(pair, tmp_path, of_t1):
+    """Once, T1 between the slices of FLAIR made a small mask, with a high expected DSC."""
+    stated = {"EchoTime": 120, "SeriesNumber": 3, "SeriesDescription": "flair"}
+    write_series(tmp_path / "s", pair[0][..., 1], **stated)
+    write_series(tmp_path / "t1", pair[0][..., 0], **stated | of_t1)
+    for k, path in enumerate(sorted((tmp_path / "t1").iterdir())):
+        header = pydicom.dcmread(path)
+        header.ImagePositionPatient[2] += 2.5
+        header.SOPInstanceUID = f"1.2.3.4.{k}"
+        header.save_as(tmp_path / "s" / f"T{k}")
+    (tag,) = of_t1
+    with pytest.raises(ValueError, match=f"has {tag} .* give each image a folder"):
+        find_case(tmp_path / "s").read()
+
+
 def test_dicom_series_goes_the_whole_way(pair, weights, tmp_path):
     flair = pair[0][..., 1]
     series = write_series(tmp_path / "series", flair)

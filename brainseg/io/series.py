@@ -21,6 +21,8 @@ from .grid import ROUNDED, Grid, grid_of_header
 from .quiet import quiet
 
 GEOMETRY = ("Rows", "Columns", "PixelSpacing", "ImageOrientationPatient")  # of every file
+# Sequences that share a SeriesInstanceUID, or have none, differ in one of these.
+NAMES, TIMES = ("SeriesNumber", "SeriesDescription"), ("EchoTime", "InversionTime")
 SIZE = ("Rows", "Columns", "BitsAllocated")
 SPACINGS = ("PixelSpacing", "ImagerPixelSpacing", "NominalScannedPixelSpacing")  # best first
 OFF_LINE = 0.5  # mm: a slice further from its place in a regular stack was moved
@@ -201,14 +203,26 @@ def _fault_in_pixels(header: Dataset, needed: int) -> str:
 
 
 def _check_alike(series: Series, header: Dataset, first: Dataset) -> None:
-    """Raise ValueError if two files differ in size, spacing or orientation."""
+    """Raise ValueError if two files differ in size, spacing or orientation, or in sequence."""
+    differing = []
     for tag in GEOMETRY:
         here, there = numbers(header, tag), numbers(first, tag)
         if here.shape != there.shape or np.any(np.abs(here - there) > 1e-3):
-            raise ValueError(
-                f"{series}: {_name(header)} has {tag} {text(header, tag)!r}, but {_name(first)} "
-                f"{text(first, tag)!r}; give each image a folder"
-            )
+            differing.append(tag)
+    for tag in TIMES:
+        here, there = number(header, tag), number(first, tag)
+        if abs(here - there) > 0.01 * there:  # not if one is not stated, NaN
+            differing.append(tag)
+    for tag in NAMES:
+        here, there = text(header, tag), text(first, tag)
+        if here and there and here != there:  # an anonymiser may have emptied some
+            differing.append(tag)
+    if differing:
+        tag = differing[0]
+        raise ValueError(
+            f"{series}: {_name(header)} has {tag} {text(header, tag)!r}, but {_name(first)} "
+            f"{text(first, tag)!r}; give each image a folder"
+        )
 
 
 def _stated(series: Series, header: Dataset, tag: str, count: int) -> np.ndarray:
