@@ -97,6 +97,23 @@ def test_an_unclear_dataset_json_is_refused(tmp_path, description, fault):
         list_cases(tmp_path / "imagesTr")
 
 
+@pytest.mark.parametrize("cases", [1, 2])
+def test_channels_in_a_folder_of_another_name_are_no_cases(tmp_path, cases):
+    """Once, T1 and T2 were segmented as FLAIR."""
+    folder = write_nnunet(tmp_path, cases=cases) / "imagesTr"
+    folder.rename(tmp_path / "scans")
+    with pytest.raises(ValueError, match="head_0_0000 and head_0_0001 seem to be channels of one"):
+        list_cases(tmp_path / "scans")
+
+
+@pytest.mark.parametrize("last, side", [("0004", 20), ("0001", 21)])
+def test_numbered_cases_are_no_channels(tmp_path, last, side):
+    """They have numbers of other kinds, or other grids."""
+    write(tmp_path / "case_0000.nii.gz", VOLUME[:, :20, :, 0])
+    write(tmp_path / f"case_{last}.nii.gz", np.ones((6, side, 24), np.int16))
+    assert len(list_cases(tmp_path)) == 2
+
+
 @pytest.mark.parametrize("description", [None, {"channel_names": {"0": "MRI", "1": "MRI2"}}])
 def test_channels_choose_without_a_description(tmp_path, description):
     root = write_nnunet(tmp_path, description)

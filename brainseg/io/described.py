@@ -14,13 +14,14 @@ from functools import partial
 from itertools import chain
 from pathlib import Path
 
-from .formats import scan_name, volumes_in
+from .formats import read_grid, scan_name, volumes_in
 from .opening import Source
 from .scans import Scan
 from .sequences import SEQUENCES, sequence_of
 
 DESCRIPTION = "dataset.json"
 IMAGES = {"imagesTr": "labelsTr", "imagesTs": "labelsTs", "imagesVal": "labelsVal"}
+MOST = 4  # channels of a scan
 ALL = -1  # in place of the number of a channel
 CHANNEL = re.compile(r"^(?P<case>.+)_(?P<channel>\d{4})$")
 
@@ -36,6 +37,7 @@ def described_sources(root: Path, chosen: tuple[int, ...]) -> list[Source] | Non
     if (root / "imagesTr").is_dir():
         folder = root / "imagesTr"
     if folder.name not in IMAGES:
+        _check_no_channels(folder)
         return None
     masks = _masks_in(folder.with_name(IMAGES[folder.name]))
     files = _files_by_channel(folder, masks)
@@ -131,6 +133,34 @@ def _files_by_channel(folder: Path, masks: Mapping[str, Path]) -> dict[str, dict
             raise ValueError(_same_name(by_channel[channel], path))
         by_channel[channel] = path
     return files
+
+
+def _check_no_channels(folder: Path) -> None:
+    """Raise ValueError if the files of a folder are numbered, and alike, as channels of scans.
+
+    That is, all have numbers from 0000 to at most 0003, one channel, and the grid of the first.
+    """
+    files: dict[str, dict[int, Path]] = {}
+    for path in volumes_in(folder):
+        numbered = CHANNEL.match(scan_name(path))
+        if not numbered:
+            return
+        files.setdefault(numbered["case"], {})[int(numbered["channel"])] = path
+    for by_channel in files.values():
+        if not 1 < len(by_channel) <= MOST or sorted(by_channel) != list(range(len(by_channel))):
+            return
+    for by_channel in files.values():
+        first, _ = read_grid(by_channel[0])
+        for path in by_channel.values():
+            grid, channels = read_grid(path)
+            if channels > 1 or first.difference(grid):
+                return
+    if files:
+        raise ValueError(
+            f"{folder}: {min(files)}_0000 and {min(files)}_0001 seem to be channels of one scan, as "
+            "nnU-Net names them; name their folder imagesTs, and say with --channels which are "
+            "pre-contrast, FLAIR and post-contrast. If they are cases, rename them (case_0001a)"
+        )
 
 
 def _check_numbers(folder: Path, files: Mapping[str, dict[int, Path]], last: int) -> None:
