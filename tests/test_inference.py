@@ -679,6 +679,13 @@ def test_output_that_cannot_be_written_is_one_sentence(phantoms, weights, tmp_pa
     assert not any((tmp_path / "b" / "predictions").iterdir()), "refused before the work"
     said = refused(phantoms, tmp_path / "c", *only, "--report", tmp_path)
     assert f"{tmp_path}: is a folder" in said
+    table = tmp_path / "c" / "predictions" / "volumes.csv"
+    assert "volumes.csv: is no name of a page" in refused(
+        phantoms, tmp_path / "c", *only, "--report", table
+    )
+    figure = phantoms / "phantom_003" / "dsc.png"  # it would be taken for a slice
+    said = refused(phantoms, tmp_path / "c", weights, "--figure", figure)
+    assert f"{figure.parent}: is a source; name another place with --figure" in said
     figure = tmp_path / "predictions" / "dsc.png"
     assert str(figure.parent) in refused(phantoms, tmp_path / "c", *only, "--figure", figure)
     assert not list(tmp_path.rglob("*_mask.tif"))
