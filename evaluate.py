@@ -37,6 +37,7 @@ from brainseg.evaluation.statistics import compare
 from brainseg.io.archives import unpacked
 from brainseg.io.files import check_ours, check_page, remove, write_json, write_table
 from brainseg.io.labels import NO_LESION
+from brainseg.io.opening import check_apart
 from brainseg.io.slices import Case
 from brainseg.patients import SUBSETS, count_patients, names_of
 from brainseg.quality import FITTED_WITH, check_cases, fit_and_save
@@ -103,6 +104,7 @@ def run(args: argparse.Namespace, options: dict, images: Path) -> None:
     if args.fit_expected_dsc:
         check_cases(len(cases))
     print(count_patients(by_subset(cases)), flush=True)
+    check_apart(args.out, "--out", sources)
     for name in FILES:
         check_ours(args.out / name)
     if args.report:

@@ -150,6 +150,7 @@ def train(args: Namespace, recipe: list[str], images: Path) -> int:
         sources = validate_on(sources, args.validation)
     if args.folds:
         check_folds(sources, args.folds, args.fold)
+    training_files.check_places(args, sources, images)
     teachers = Teachers(args.teachers) if args.teachers else None
     claim = training_files.claimed(args.weights / f"{args.model}.pt", args.logs, args.resume)
     with claim as checkpoint, cudnn:
@@ -240,8 +241,7 @@ def fit(
             start, done = time.perf_counter(), state.step * state.batch_size
             stop = train_one_epoch(state, loader, weights, interruption)
             if stop:
-                contents = state.contents()
-                writer.save(contents)
+                writer.save(state.contents())
                 break
             speed = (state.slices - done) / (time.perf_counter() - start)
             train_loss = state.loss_sum / state.slices
@@ -252,8 +252,7 @@ def fit(
                 validation = validate(state, data, drawn)
                 state.best = max(validation.mean, state.best)
             state.epoch, state.step, state.loss_sum = epoch, 0, 0.0
-            contents = state.contents()
-            writer.save(contents, validation)
+            writer.save(state.contents(), validation)
             writer.report(state, train_loss, speed, validation)
             bar.update()
     if stop:

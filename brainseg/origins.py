@@ -8,6 +8,10 @@ from .ensemble import common_card, weights_files
 from .quality import mask_settings
 from .weights import CARD_DEFAULTS, MODELS, file_hash, load_state, read_card
 
+UNKNOWN = (
+    "no card says what it was trained on; if on these patients, the validation DSC is too high"
+)
+
 
 def settings_of_weights(path: Path) -> dict[str, int]:
     """Return the settings of the network in a weights file and of its input, by their card."""
@@ -27,15 +31,17 @@ def origin_of(init_weights: str | None, checkpoint: dict | None) -> dict | None:
         return None
     card = read_card(init_weights)
     if not card.get("cases"):
-        unknown = "no card says what it was trained on"
-        print(f"{init_weights}: {unknown}; if on these patients, the validation DSC is too high")
+        print(f"{init_weights}: {UNKNOWN}")
     names = ("recipe", "commit", "cases", "patients", "initialised_from")
     return {name: card.get(name) for name in names} | {"mask_settings": mask_settings(card)}
 
 
 def origin_of_teachers(teachers: Path | str) -> dict:
-    """Return the files, training cases and patients of an ensemble that is learnt from."""
-    card = common_card(list(map(read_card, weights_files(teachers))))
+    """Return the files, training cases and patients of teachers; say so if one names no cases."""
+    cards = list(map(read_card, weights_files(teachers)))
+    if not all(card.get("cases") for card in cards):
+        print(f"{teachers}: {UNKNOWN}")
+    card = common_card(cards)
     files = hashes_of_teachers(teachers)
     return {"files": files, "cases": card["cases"], "patients": card.get("patients", {})}
 
@@ -43,6 +49,13 @@ def origin_of_teachers(teachers: Path | str) -> dict:
 def hashes_of_teachers(teachers: Path | str) -> dict[str, str]:
     """Return the SHA-256 of each file of an ensemble, by its name."""
     return {path.name: file_hash(path) for path in weights_files(teachers)}
+
+
+def check_not_replaced(teachers: Path, weights: Path) -> None:
+    """Raise ValueError if weights written to a folder would replace, or join, the teachers."""
+    for path in weights_files(teachers):
+        if path.resolve().parent == weights.resolve():
+            raise ValueError(f"{path}: is a teacher; name another folder with --weights")
 
 
 def check_teachers(teachers: Path, checkpoint: dict) -> None:

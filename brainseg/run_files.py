@@ -16,7 +16,7 @@ from .io import files
 from .io.dicom_seg import holds_dicom
 from .io.files import RUN
 from .io.labels import NO_LESION, Labels
-from .io.layouts import Source
+from .io.opening import Source, check_apart
 from .io.pictures import save_dsc_figure
 from .optional import import_optional
 from .pipeline import Outputs, Result
@@ -145,6 +145,8 @@ def open_run(
         targets = folder, folder / path.name, folder / source.name
         if path in [target.resolve() for target in targets]:
             raise ValueError(f"{path}: is a source; name another folder with --predictions")
+    if outputs.pictures and len(sources) > 1:
+        check_apart(outputs.figure.parent, "--figure", sources)
     if outputs.algorithm:
         import_optional("highdicom", "--dicom-seg", "dicom")
         if not any(holds_dicom(source.folder) for source in sources):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import sys
+from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,10 +21,11 @@ from .cache import Prepared
 from .devices import world_size
 from .distributed import is_main_process, main_process_locks
 from .io.files import check_ours, sentence, write_json
+from .io.opening import Source, check_apart
 from .io.pictures import outline, to_grey
 from .io.slices import Case
 from .metrics import summarise
-from .origins import check_seen, origin_of, origin_of_teachers
+from .origins import check_not_replaced, check_seen, origin_of, origin_of_teachers
 from .patients import names_of, patient_of, patients_by_case, patients_of_card
 from .training import TrainState
 from .weights import (
@@ -52,6 +54,19 @@ class Validation:
     @property
     def mean(self) -> float:
         return sum(self.scores.values()) / len(self.scores)
+
+
+def check_places(args: Namespace, sources: Sequence[Source], images: Path) -> None:
+    """Raise ValueError if a training would write among the cases, or over its teachers."""
+    if args.teachers:
+        check_not_replaced(args.teachers, args.weights)
+    places = {"--weights": args.weights, "--logs": args.logs}
+    if args.cache:
+        places["--cache"] = args.cache
+        if args.cache.resolve() == images.resolve():
+            raise ValueError(f"{args.cache}: holds the cases; name another place with --cache")
+    for option, folder in places.items():
+        check_apart(folder, option, sources)
 
 
 @contextmanager

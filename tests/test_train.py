@@ -63,6 +63,16 @@ def refused(images: Path, out: Path, *more: object) -> str:
     return message
 
 
+@pytest.mark.parametrize("option", ["--weights", "--logs", "--cache"])
+def test_nothing_is_written_among_the_files_of_a_case(two, tmp_path, option):
+    """Once, the case could not be read afterwards, nor any of the cohort with a cache in it."""
+    before = sorted(two.rglob("*"))
+    said = refused(two, tmp_path, option, two / "phantom_001")
+    assert f"phantom_001: is a source; name another place with {option}" in said
+    assert "two: holds the cases" in refused(two, tmp_path, "--cache", two)
+    assert sorted(two.rglob("*")) == before
+
+
 def same(a, b) -> bool:
     """Tell whether two nested state dicts are equal bit for bit."""
     if isinstance(a, torch.Tensor):

@@ -157,8 +157,8 @@ def _check_no_channels(folder: Path) -> None:
                 return
     if files:
         raise ValueError(
-            f"{folder}: {min(files)}_0000 and {min(files)}_0001 seem to be channels of one scan, as "
-            "nnU-Net names them; name their folder imagesTs, and say with --channels which are "
+            f"{folder}: {min(files)}_0000 and {min(files)}_0001 seem to be channels of one scan, "
+            "as nnU-Net names them; name their folder imagesTs, and say with --channels which are "
             "pre-contrast, FLAIR and post-contrast. If they are cases, rename them (case_0001a)"
         )
 

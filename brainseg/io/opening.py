@@ -200,6 +200,13 @@ class Source:
         )
 
 
+def check_apart(folder: Path, option: str, sources: Sequence[Source]) -> None:
+    """Raise ValueError if files that are written to `folder` would lie among those of a case."""
+    for source in sources:
+        if source.folder.resolve() == folder.resolve():
+            raise ValueError(f"{folder}: is a source; name another place with {option}")
+
+
 class SeveralStudies(ValueError):
     """A folder that should hold one case holds several DICOM studies."""
 
