@@ -67,10 +67,10 @@ def preprocess(
     steps = {1: _preprocess_1, 2: _preprocess_2}
     if version not in steps:
         raise ValueError(f"preprocessing version {version} is not known; update the program")
-    check_volume(volume)
     voxels = volume
-    if volume.strides[3] == 0:  # FLAIR alone, see `with_copies`: looked at once
-        voxels = volume[..., 0]
+    if volume.ndim == 4 and volume.strides[3] == 0:  # FLAIR alone, see `with_copies`
+        voxels = volume[..., :1]  # looked at once
+    check_volume(voxels)
     low, high = voxels.min(), voxels.max()
     if low == high == 0:
         slices, rows, columns, channels = volume.shape

@@ -22,6 +22,7 @@ from brainseg.io.opening import find_sequences
 from brainseg.io.scans import Scan, read_voxels
 from brainseg.patients import patient_named
 from brainseg.phantom import make_volume, write_data_set
+from brainseg.preprocess import preprocess
 from brainseg.segmenter import Segmenter
 from dataset import BrainSegmentationDataset
 
@@ -237,6 +238,9 @@ def test_the_patient_of_sequences_is_known_by_their_folder(pair, tmp_path):
 def test_flair_alone_stands_in_for_the_missing_sequences(pair, tmp_path):
     volume = find_case(write(tmp_path / "flair.nii.gz", pair[0][..., 1])).read()
     assert all(np.array_equal(volume[..., k], pair[0][..., 1]) for k in range(3))
+    assert volume.strides[3] == 0, "once in memory"
+    images, _ = preprocess(volume, 32)
+    assert images.stride(1) == 0
 
 
 def test_sequences_in_separate_files(pair, weights, tmp_path):

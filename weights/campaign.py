@@ -210,8 +210,8 @@ def one(args: argparse.Namespace, pool: Pool) -> str:
     weights = train_student(args, folder, cases, teachers, pool)
     exported = folder / "weights"
     call(script("export.py", "--weights", weights, "--out", exported))
-    nested = [args.out / "nested" / f"fold{outer}" / "student" / "unet.pt" for outer in args.outer]
-    students = [path for path in nested if path.exists()]
+    folds = [args.out / "nested" / f"fold{outer}" for outer in args.outer]
+    students = [fold / "student" / "unet.pt" for fold in folds]  # all, or it fails
     fit_student(args.images, teachers, students, folder / "fit", exported)
     return table(["weights", "cases"], [[str(exported), str(len(cases))]])
 
@@ -314,7 +314,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--stage", nargs="+", choices=STAGES, default=["search", "ship"],
         help="what to run (search ship)")  # fmt: skip
     add("--outer", type=int, nargs="+", choices=range(FOLDS), default=[0, 1],
-        help="nested, student: the folds to leave out (0 1)")  # fmt: skip
+        help="nested, student: the folds to leave out; one: those of its fit (0 1)")  # fmt: skip
     add("--only", nargs="+", choices=CHANGES, help="only these changes in the search (all)")
     add("--start", type=Path,
         help="folder of networks to continue from, one per fold; teachers of one")  # fmt: skip

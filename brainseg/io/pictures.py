@@ -34,7 +34,7 @@ def to_grey(volume: np.ndarray) -> np.ndarray:
     if flair.dtype.kind == "f":  # of integers, the percentile is sooner there
         flair = flair.astype(np.float32)
     low, high = float(flair.min()), percentile(flair, 99.8)
-    grey = flair.astype(np.float32)
+    grey = flair.astype(np.float32, copy=False)
     grey -= low  # in place: copies of it would be the largest arrays of a run
     grey /= max(high - low, 1e-6)
     np.clip(grey, 0, 1, out=grey)
