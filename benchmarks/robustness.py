@@ -25,7 +25,7 @@ from tqdm import tqdm
 from brainseg.evaluation.scoring import NetworkModel, open_networks
 from brainseg.io.layouts import Source, list_cases
 from brainseg.metrics import dsc, mean_text, summarise
-from brainseg.quality import WARN_BELOW
+from brainseg.quality import POOR, WARN_BELOW
 from brainseg.segmenter import Segmentation
 from brainseg.splits import select_cases
 from brainseg.weights import shipped_weights
@@ -184,9 +184,9 @@ def rate_forecast(scores: list[float], expected: list[tuple | None]) -> str:
         value, low, high = forecast
         n += 1
         inside += low <= true <= high
-        poor += true < WARN_BELOW
-        warned += value < WARN_BELOW and true < WARN_BELOW
-        false_alarms += value < WARN_BELOW <= true
+        poor += true < POOR
+        warned += value < WARN_BELOW and true < POOR
+        false_alarms += value < WARN_BELOW and true >= POOR
     share = ""
     if n:
         share = f"{inside / n:.2f} of {n}"

@@ -17,7 +17,8 @@ from .metrics import values_of
 from .volume_errors import conformal_limits, fit_volume_errors
 from .weights import read_card
 
-WARN_BELOW = 0.7  # a mask with a lower expected DSC needs checking
+POOR = 0.7  # a mask with a lower DSC needs checking
+WARN_BELOW = 0.75  # expected DSC; a fit errs towards the mean, so that of poor masks is higher
 LARGEST = 0.25  # share of a scan; of 88 cases of LGG, the largest lesion has 0.05
 # What `quality` measures: 1 if a higher value means a better mask, -1 if a worse one.
 FEATURES = {"overlap": 1, "confidence": 1, "log_share": 1, "kept": 1, "disagreement": -1}
@@ -230,7 +231,7 @@ def _agreement(predicted: np.ndarray, dsc: np.ndarray) -> dict:
     spearman = None
     if np.ptp(predicted) > 0 and np.ptp(dsc) > 0:
         spearman = float(spearmanr(predicted, dsc).statistic)  # pyright: ignore[reportAttributeAccessIssue]
-    poor, warned = dsc < WARN_BELOW, predicted < WARN_BELOW
+    poor, warned = dsc < POOR, predicted < WARN_BELOW
     return {
         "spearman": spearman,
         "mean_error": float(np.abs(predicted - dsc).mean()),
@@ -314,7 +315,7 @@ def fit_and_save(files: Sequence[Path], options: dict, rows: Sequence[dict], fol
     return (
         f"expected DSC, fitted on {fit['cases']} cases{empty}; leave-one-out: rank "
         f"correlation (Spearman) {rank}, mean error {scores['mean_error']:.3f}, "
-        f"{scores['warned']} of {scores['poor']} masks under {WARN_BELOW} get a warning, with "
+        f"{scores['warned']} of {scores['poor']} masks under {POOR} get a warning, with "
         f"{scores['false_alarms']} false alarms, the 80 % interval covers "
         f"{scores['coverage']:.2f}; saved in the card of {len(files)} file(s)"
     )
@@ -340,8 +341,8 @@ def save_scatter(path: Path, expected: Sequence[float], true: Sequence[float]) -
     figure = new_figure(figsize=(5, 5))
     axes = figure.subplots()
     axes.plot([0, 1], [0, 1], color="0.8", zorder=0)
-    for line in (axes.axvline, axes.axhline):
-        line(WARN_BELOW, color="0.8", linestyle="--", zorder=0)
+    axes.axvline(WARN_BELOW, color="0.8", linestyle="--", zorder=0)
+    axes.axhline(POOR, color="0.8", linestyle="--", zorder=0)
     axes.scatter(expected, true, s=16)
     axes.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
     axes.set(xlabel="expected DSC, fitted on the other cases", ylabel="DSC")
