@@ -17,6 +17,7 @@ from .devices import in_order
 from .io.dicom_seg import series_of, write_dicom_seg
 from .io.files import RUN, check_ours, sentence, with_archives
 from .io.layouts import Source
+from .io.nifti import is_edited
 from .io.pictures import thumbnail
 from .io.predictions import (
     map_files,
@@ -152,6 +153,11 @@ def check_not_overwritten(case: Case, folder: Path) -> None:
         if path.resolve() in sources:
             raise ValueError(f"{path}: is a source; name another folder with --predictions")
         check_ours(path)
+        if path.suffix == ".gz" and is_edited(path):
+            raise ValueError(
+                f"{path}: was edited since it was written; move it elsewhere, so that it is not "
+                "replaced, nor taken for a mask of the network"
+            )
 
 
 def earlier_mask(loaded: Loaded, outputs: Outputs) -> np.ndarray | None:

@@ -504,3 +504,19 @@ def test_weights_without_a_card_are_reported(phantoms, weights, tmp_path, capsys
     bare.write_bytes(weights.read_bytes())
     infer(phantoms, tmp_path, bare, "--cases", "phantom_003", "--image-size", 32)
     assert "bare.pt: has no card (.json); assuming preprocessing 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("more", [(), ("--skip-existing",)], ids=str)
+def test_a_mask_that_was_corrected_by_hand_stays(pair, weights, tmp_path, more):
+    """Editors keep the header, by which it would be ours."""
+    scan = write(tmp_path / "scan.nii.gz", pair[0][..., 1])
+    assert infer(scan, tmp_path, weights, "--no-pictures") == 0
+    path = tmp_path / "predictions" / "scan_mask.nii.gz"
+    assert infer(scan, tmp_path, weights, "--no-pictures", *more) == 0, "it was not edited"
+    image = nibabel.load(path)
+    voxels = np.asarray(image.dataobj).copy()
+    voxels[3, 3, 3] = 1 - voxels[3, 3, 3]
+    nibabel.save(nibabel.Nifti1Image(voxels, image.affine, image.header), path)
+    before = path.read_bytes()
+    assert infer(scan, tmp_path, weights, "--no-pictures", *more) == 1
+    assert path.read_bytes() == before

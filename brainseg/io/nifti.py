@@ -3,6 +3,7 @@
 import gzip
 import io
 import math
+import re
 import zlib
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from .quiet import quiet
 CODES = ("qform_code", "sform_code")
 TURNS = ("quatern_b", "quatern_c", "quatern_d")
 LENGTHS = ("qoffset_x", "qoffset_y", "qoffset_z", "srow_x", "srow_y", "srow_z")
+CHECKSUM = re.compile(rb" voxels ([0-9a-f]{8})$")
 UNITS = {1: 1000.0, 3: 0.001}  # millimetres per metre and per micron, by xyzt_units
 PART = 1 << 20  # bytes
 DEFLATE = 1032  # the most bytes that one of a .gz unpacks to
@@ -30,14 +32,14 @@ def write_nifti(path: Path, voxels: np.ndarray, grid: Grid, source: Path, mark: 
     """Write voxels (X, Y, Z) on the grid of `source`, in millimetres, whole or not at all.
 
     Of a NIfTI source, the file takes both forms and both codes, because programs differ in which
-    they use. `mark` says what made it. Raises OSError unless voxels and header are read back as
-    they were written.
+    they use. `mark` says what made it, with a checksum for `is_edited`. Raises OSError unless
+    voxels and header are read back as they were written.
     """
     header = nibabel.Nifti1Header()
     header.set_data_dtype(voxels.dtype)
     header.set_data_shape(voxels.shape)
     header.set_xyzt_units("mm", "sec")
-    header["descrip"] = mark
+    header["descrip"] = f"{mark} voxels {_checksum(voxels)}"
     if is_nifti(source):
         _copy_forms(nifti_header(source), header)
     else:
@@ -48,6 +50,20 @@ def write_nifti(path: Path, voxels: np.ndarray, grid: Grid, source: Path, mark: 
         nibabel.save(image, temporary)
         if not _holds(temporary, image):
             raise OSError(f"{path}: not read back as it was written; check the disk")
+
+
+def is_edited(path: Path) -> bool:
+    """Tell whether the voxels of a file that `write_nifti` wrote were changed since, as by hand."""
+    try:
+        image = nibabel.Nifti1Image.from_filename(path)
+        stated = CHECKSUM.search(bytes(image.header["descrip"]).rstrip(b"\0"))
+        return bool(stated) and _checksum(np.asanyarray(image.dataobj)).encode() != stated[1]
+    except (OSError, EOFError, ValueError, zlib.error, ImageFileError):  # damaged: by no hand
+        return False
+
+
+def _checksum(voxels: np.ndarray) -> str:
+    return f"{zlib.crc32(np.ascontiguousarray(voxels).data):08x}"
 
 
 def _holds(path: Path, image: nibabel.Nifti1Image) -> bool:
