@@ -104,7 +104,7 @@ def run(args: argparse.Namespace, options: dict, images: Path) -> None:
     if args.fit_expected_dsc:
         check_cases(len(cases))
     print(count_patients(by_subset(cases)), flush=True)
-    check_apart(args.out, "--out", sources)
+    check_apart(args.out, "--out", sources, images)
     for name in FILES:
         check_ours(args.out / name)
     if args.report:

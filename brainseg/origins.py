@@ -1,4 +1,4 @@
-"""Where a network comes from: the start weights and the teachers of its training."""
+"""The start weights and the teachers of a training: what they are, and whether they may be used."""
 
 from __future__ import annotations
 

@@ -63,10 +63,8 @@ def check_places(args: Namespace, sources: Sequence[Source], images: Path) -> No
     places = {"--weights": args.weights, "--logs": args.logs}
     if args.cache:
         places["--cache"] = args.cache
-        if args.cache.resolve() == images.resolve():
-            raise ValueError(f"{args.cache}: holds the cases; name another place with --cache")
     for option, folder in places.items():
-        check_apart(folder, option, sources)
+        check_apart(folder, option, sources, images)
 
 
 @contextmanager

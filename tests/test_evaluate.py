@@ -568,7 +568,7 @@ def test_models_cases_and_places_that_do_not_fit_are_refused(phantoms, weights, 
     said = refused(phantoms, out, "--weights", weights, "--report", tmp_path)
     assert f"{tmp_path}: is a folder" in said and not (out / "scores.csv").exists()
     said = refused(phantoms, phantoms / NAMES[0], "--weights", weights)
-    assert f"{phantoms / NAMES[0]}: is a source; name another place with --out" in said
+    assert f"{phantoms / NAMES[0]}: lies among the cases; name another place with --out" in said
 
 
 def test_images_of_other_channels_are_refused_by_name(phantoms, tmp_path):

@@ -680,7 +680,7 @@ def test_output_that_cannot_be_written_is_one_sentence(phantoms, weights, tmp_pa
     said = refused(phantoms, tmp_path / "c", *only, "--report", tmp_path)
     assert f"{tmp_path}: is a folder" in said
     table = tmp_path / "c" / "predictions" / "volumes.csv"
-    assert "volumes.csv: is no name of a page" in refused(
+    assert "volumes.csv: is not the name of a page" in refused(
         phantoms, tmp_path / "c", *only, "--report", table
     )
     figure = phantoms / "phantom_003" / "dsc.png"  # it would be taken for a slice

@@ -64,12 +64,17 @@ def refused(images: Path, out: Path, *more: object) -> str:
 
 
 @pytest.mark.parametrize("option", ["--weights", "--logs", "--cache"])
-def test_nothing_is_written_among_the_files_of_a_case(two, tmp_path, option):
+def test_nothing_is_written_among_the_cases(two, tmp_path, option):
     """Once, the case could not be read afterwards, nor any of the cohort with a cache in it."""
     before = sorted(two.rglob("*"))
-    said = refused(two, tmp_path, option, two / "phantom_001")
+    for place in (two, two / "phantom_001", two / "new"):
+        said = refused(two, tmp_path, option, place)
+        assert f"{place}: lies among the cases; name another place with {option}" in said
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "a").symlink_to(two / "phantom_001")
+    (tmp_path / "linked" / "b").symlink_to(two / "phantom_002")
+    said = refused(tmp_path / "linked", tmp_path, option, two / "phantom_001")
     assert f"phantom_001: is a source; name another place with {option}" in said
-    assert "two: holds the cases" in refused(two, tmp_path, "--cache", two)
     assert sorted(two.rglob("*")) == before
 
 

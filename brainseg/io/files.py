@@ -286,7 +286,7 @@ def check_page(path: Path) -> None:
     if path.is_dir():
         raise ValueError(f"{path}: is a folder; give the file name of the page")
     if path.suffix.lower() not in (".html", ".htm"):  # it may be a mask or a table of this run
-        raise ValueError(f"{path}: is no name of a page; end it in .html")
+        raise ValueError(f"{path}: is not the name of a page; end it in .html")
     check_ours(path)
     clear_leftovers(path.parent)
 

@@ -200,8 +200,15 @@ class Source:
         )
 
 
-def check_apart(folder: Path, option: str, sources: Sequence[Source]) -> None:
-    """Raise ValueError if files that are written to `folder` would lie among those of a case."""
+def check_apart(
+    folder: Path, option: str, sources: Sequence[Source], images: Path | None = None
+) -> None:
+    """Raise ValueError if a folder that is written to is a case, or would be taken for one.
+
+    That is so of every folder in `images`, if given.
+    """
+    if images and folder.resolve().is_relative_to(images.resolve()):
+        raise ValueError(f"{folder}: lies among the cases; name another place with {option}")
     for source in sources:
         if source.folder.resolve() == folder.resolve():
             raise ValueError(f"{folder}: is a source; name another place with {option}")
