@@ -30,14 +30,7 @@ from brainseg.io.slices import Case
 from brainseg.patients import alike_names, count_patients, counted, names_of, patient_of
 from brainseg.predictor import Predictor
 from brainseg.preprocess import VERSION, neighbourhoods
-from brainseg.splits import (
-    by_subset,
-    is_placed,
-    outside_test,
-    select_cases,
-    split_folds,
-    subset_of,
-)
+from brainseg.splits import by_subset, is_placed, outside_test, select_cases, split_folds, subset_of
 from brainseg.weights import CARD_DEFAULTS, file_hash
 
 FEW_TO_CHOOSE = 3  # validation patients; with fewer, the best epoch is hardly chosen
@@ -282,21 +275,25 @@ class Teachers:
             if not volume.mask.any():
                 targets.append(np.zeros(volume.mask.shape, np.float16))
                 continue
-            images = np.ascontiguousarray(for_teachers.images)
-            path = folder / f"{hashlib.sha256(images.data).hexdigest()[:16]}.npy"
-            predicted = None
-            with suppress(OSError, ValueError, EOFError):  # missing, or damaged
-                predicted = torch.from_numpy(np.load(path))
-            if predicted is None:
-                predicted = predictor.probabilities(torch.from_numpy(images))[:, 0].cpu().half()
-                with atomic_write(path) as temporary:
-                    save_array(temporary, predicted.numpy())
+            predicted = kept_prediction(predictor, for_teachers.images, folder)
             resized = F.interpolate(  # from (S, T, T)
                 predicted[:, None].float(), volume.mask.shape[1:], mode="bilinear", antialias=True
             )
             target = (resized[:, 0].numpy() + volume.mask) / 2
             targets.append(target.astype(np.float16))
         return targets
+
+
+def kept_prediction(predictor: Predictor, images: np.ndarray, folder: Path) -> Tensor:
+    """Predict the lesion (S, N, N), float16, in images (S, C, N, N), or read it from `folder`."""
+    images = np.ascontiguousarray(images)
+    path = folder / f"{hashlib.sha256(images.data).hexdigest()[:16]}.npy"
+    with suppress(OSError, ValueError, EOFError):  # missing, or damaged
+        return torch.from_numpy(np.load(path))
+    predicted = predictor.probabilities(torch.from_numpy(images))[:, 0].cpu().half()
+    with atomic_write(path) as temporary:
+        save_array(temporary, predicted.numpy())
+    return predicted
 
 
 class BatchLoader:
