@@ -16,7 +16,6 @@ from brainseg.devices import to_device
 from brainseg.distributed import shard_of_batch
 
 THINNEST, THICKEST = 0.04, 0.09  # scalp and skull, as a share of a slice's side
-CONTRASTS = 0.5  # share of the batches
 DARK = 0.1  # of a slice's maximum: darker pixels are air, unless there is head on all sides
 
 
@@ -47,8 +46,6 @@ class Augmentation:
             images, masks = strip_skulls(images, masks, widths)
             zoom = 1 / (1 - 2 * widths)  # brain extraction comes before the crop to the head
         images, masks = move(images, masks, draws[:, :3], self.scale, self.angle, self.flip, zoom)
-        if torch.rand(1, generator=generator).item() < CONTRASTS:
-            images = random_contrasts(images, generator)
         if self.drop:
             images = drop_sequences(images, draws[:, 3:5], self.drop, self.drop_both)
         if self.intensity:
@@ -188,41 +185,3 @@ def vary_intensity(images: Tensor, draws: Tensor, strength: float) -> Tensor:
     gains, shifts = changes[:, None, :, None, None].chunk(2, dim=2)  # (N, 1, sequences, 1, 1)
     slices = images.unflatten(1, (-1, gains.shape[2]))  # (N, slices, sequences, H, W)
     return (slices * (1 + gains) + shifts).flatten(1, 2)
-
-
-def random_contrasts(images: Tensor, generator: Generator) -> Tensor:
-    """Mix each sequence of each slice with what a small random network makes of it.
-
-    Four convolutions of 1 or 3 pixels with random weights, two channels and leaky ReLU between them
-    (Ouyang 2022, arXiv 2111.12525; Xu 2021, arXiv 2007.13003), mixed with the image by a uniform
-    share. Signs are such that bright stays bright; mean and deviation of the head stay; air stays.
-    """
-    n, channels, height, width = images.shape
-    count = n * channels
-    background = images.amin(dim=(2, 3), keepdim=True)
-    head = (
-        images - background > DARK * (images.amax(dim=(2, 3), keepdim=True) - background)
-    ).float()
-    pixels = head.sum(dim=(2, 3), keepdim=True).clamp(min=1)
-
-    def standard(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        mean = (x * head).sum(dim=(2, 3), keepdim=True) / pixels
-        deviation = (((x - mean) * head).square().sum(dim=(2, 3), keepdim=True) / pixels).sqrt()
-        return (x - mean) / (deviation + 1e-3), mean, deviation
-
-    original, mean, deviation = standard(images)
-    x = original.reshape(1, count, height, width)
-    widths = (1, 2, 2, 2, 1)
-    for layer in range(4):
-        size = 2 * int(torch.randint(2, (1,), generator=generator)) + 1
-        shape = (count * widths[layer + 1], widths[layer], size, size)
-        weight = torch.randn(shape, generator=generator)
-        bias = torch.randn(shape[0], generator=generator)
-        x = F.conv2d(x, weight, bias, padding=size // 2, groups=count)
-        if layer < 3:
-            x = F.leaky_relu(x)
-    changed, _, _ = standard(x.reshape(n, channels, height, width))
-    sign = torch.where((changed * original * head).sum(dim=(2, 3), keepdim=True) < 0, -1.0, 1.0)
-    share = torch.rand(n, channels, 1, 1, generator=generator)
-    mixed, _, _ = standard(share * sign * changed + (1 - share) * original)
-    return torch.where(head > 0, mixed * deviation + mean, images)
