@@ -34,19 +34,23 @@ class Assessment:
 class NotebookSegmenter(Segmenter):
     """A Segmenter of arrays, without files."""
 
-    def assess(self, volume: np.ndarray, spacing: Spacing | None = None) -> Assessment:
+    def assess(self, volume: np.ndarray, spacing: Spacing = None) -> Assessment:
         """Segment as a call does, and rate the mask; `spacing` is in mm: slices, rows, columns."""
-        images, frame = self.preprocess(as_volume(volume, self.channels), aspect_of(spacing))
-        result = self.segmentation_of(self.probabilities(images), frame, spacing)
-        ml = None
+        aspect, lengths = 1.0, None
         if spacing is not None:
-            ml = float(result.mask.sum() * math.prod(spacing) / 1000)
+            lengths = lengths_of(spacing)
+            aspect = lengths[1] / lengths[2]
+        images, frame = self.preprocess(as_volume(volume, self.channels), aspect)
+        result = self.segmentation_of(self.probabilities(images), frame, lengths)
+        ml = None
+        if lengths is not None:
+            ml = float(result.mask.sum() * math.prod(lengths) / 1000)
         expected, low, high = result.expected or (None, None, None)
         reasons = result.warnings + end_warnings(result.mask)
         return Assessment(result.mask, result.probabilities, ml, expected, low, high, reasons)
 
     def growth(
-        self, scans: Sequence[tuple[Date, np.ndarray, Spacing]], patient: str = "patient"
+        self, scans: Sequence[tuple[Date, np.ndarray, Sequence[float]]], patient: str = "patient"
     ) -> list[dict]:
         """Segment several scans of one patient; return the rows of growth.csv, in order of time.
 
@@ -70,15 +74,15 @@ class NotebookSegmenter(Segmenter):
         followed, _ = follow(in_order, errors, with_registration=False)
         return followed.rows
 
-    def _measure(self, name: str, patient: str, array: np.ndarray, spacing: Spacing) -> Measured:
+    def _measure(
+        self, name: str, patient: str, array: np.ndarray, spacing: Sequence[float] | None
+    ) -> Measured:
         """Segment one scan of a patient, and keep what its growth needs."""
         if spacing is None:
             raise ValueError(f"{name}: has no spacing; give mm from slice to slice, row, column")
-        aspect_of(spacing)  # raises ValueError
         volume = as_volume(array, self.channels)
-        slices, rows, columns = map(float, spacing)
         numbers = tuple(range(1, len(volume) + 1))
-        case = Case(name, numbers, (), (), patient=patient, given_spacing=(slices, rows, columns))
+        case = Case(name, numbers, (), (), patient=patient, given_spacing=lengths_of(spacing))
         images, frame = self.preprocess(volume, case.aspect)
         result = self.segmentation_of(self.probabilities(images), frame, case.spacing)
         row = volume_row(
@@ -87,18 +91,16 @@ class NotebookSegmenter(Segmenter):
         return Measured(case, result.mask, row)
 
 
-def aspect_of(spacing: Sequence[float] | None) -> float:
-    """Return the height of a pixel over its width; 1 without a spacing.
-
-    Raises ValueError unless a spacing is three lengths in mm: of slices, rows and columns.
-    """
-    if spacing is None:
-        return 1.0
-    if np.shape(spacing) != (3,) or not all(
-        math.isfinite(length) and length > 0 for length in spacing
-    ):
-        raise ValueError(
-            f"spacing {spacing}: must be three lengths in mm, in the order of the axes: from slice "
-            "to slice, from row to row, from column to column"
-        )
-    return spacing[1] / spacing[2]
+def lengths_of(spacing: Sequence[float]) -> tuple[float, float, float]:
+    """Return a spacing as numbers; ValueError unless it is three lengths: slices, rows, columns."""
+    fault = (
+        f"spacing {spacing}: must be three lengths in mm, in the order of the axes: from slice to "
+        "slice, from row to row, from column to column"
+    )
+    try:
+        slices, rows, columns = map(float, spacing)
+    except (TypeError, ValueError) as error:
+        raise ValueError(fault) from error
+    if not all(0 < length < math.inf for length in (slices, rows, columns)):
+        raise ValueError(fault)
+    return slices, rows, columns

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,9 +133,12 @@ class Segmenter(Predictor):
         """Segment a raw volume (S, H, W, C), or FLAIR alone (S, H, W); return its mask, bool.
 
         Channels are pre-contrast, FLAIR, post-contrast, of any numeric type. `aspect` is the height
-        of a pixel over its width. Raises ValueError, as `as_volume` does for axes in another order.
+        of a pixel over its width. Warns of a scan that calls for a look. Raises ValueError, as
+        `as_volume` does for axes in another order.
         """
         images, frame = self.preprocess(as_volume(volume, self.channels), aspect)
+        for doubt in frame.doubts:
+            warnings.warn(f"unusual input: {doubt}", stacklevel=2)
         return self.mask_of(self.probabilities(images), frame)
 
     def preprocess(self, volume: np.ndarray, aspect: float = 1.0) -> tuple[Tensor, Frame]:
@@ -185,12 +189,16 @@ class Segmenter(Predictor):
         )
 
 
-def as_volume(array: np.ndarray, channels: int) -> np.ndarray:
+def as_volume(array: np.ndarray | Tensor, channels: int) -> np.ndarray:
     """Return an array (S, H, W), (S, H, W, 1) or (S, H, W, C) as a volume with `channels`.
 
     One channel is FLAIR, which stands in for the other two of three. Raises ValueError, with a
     remedy, for axes in another number or order.
     """
+    if isinstance(array, np.ma.MaskedArray):
+        raise ValueError("a masked array does not say what was not scanned; give array.filled(0)")
+    if isinstance(array, Tensor):
+        array = array.detach().cpu().float()  # NumPy has no bfloat16
     volume = np.asarray(array)
     shape = volume.shape
     if volume.ndim not in (3, 4):

@@ -173,6 +173,10 @@ def test_segmenter_takes_a_raw_volume(own_weights):
     assert segmenter.image_size == 32 and segmenter.threshold == 0.4
     volume, _ = make_volume(0, slices=4, size=48)
     assert np.array_equal(segmenter(torch.from_numpy(volume)), segmenter(volume.tolist()))
+    learned = torch.from_numpy(volume).bfloat16().requires_grad_()
+    assert np.array_equal(segmenter(learned), segmenter(learned.detach().float().numpy()))
+    with pytest.raises(ValueError, match=r"masked array .* give array.filled\(0\)"):
+        segmenter(np.ma.masked_less(volume, 5))
     with pytest.raises(ValueError, match="threshold 50: "):
         load("segmenter", device="cpu", threshold=50)
     with pytest.raises(FileNotFoundError, match="'resnext_unet', only for unet"):
@@ -208,10 +212,20 @@ def test_assess_gives_all_that_is_known_of_a_volume(own_weights):
     assert not any("confined" in warning for warning in result.warnings)
     bare = segmenter.assess(volume[..., 1])
     assert bare.ml is None and bare.mask.any()
-    wide = segmenter.assess(volume, spacing=(5, 1, 0.5))
+    wide = segmenter.assess(volume, spacing=torch.tensor([5, 1, 0.5]))
     assert np.array_equal(wide.mask, segmenter(volume, aspect=2))
     other = load("segmenter", device="cpu", threshold=0.45).assess(volume)
     assert other.expected_dsc is None and other.expected_dsc_low is None
+
+
+def test_an_odd_volume_is_warned_of(own_weights):
+    segmenter = load("segmenter", device="cpu", version=2)
+    volume, _ = make_volume(0, slices=8, size=64)
+    volume[..., 0] = np.roll(volume[..., 0], 30, axis=1)
+    with pytest.warns(UserWarning, match="unusual input: ") as warned:
+        segmenter(volume)
+    said = " ".join(str(warning.message) for warning in warned)
+    assert "pre-contrast covers a different region from FLAIR" in said
 
 
 def test_assess_warns_of_a_mask_at_an_end_of_the_scan(own_weights, monkeypatch):
