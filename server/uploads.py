@@ -21,14 +21,13 @@ import numpy as np
 from brainseg.io.dicom import File, text
 from brainseg.io.dicom_seg import series_of, write_dicom_seg
 from brainseg.io.files import by, disk_is_full, out_of_memory, save_array, sentence
-from brainseg.io.formats import SUFFIXES, read_grid
+from brainseg.io.formats import read_grid
 from brainseg.io.opening import find_case
 from brainseg.io.scans import Scan, registered
 from brainseg.io.slices import Case
 from brainseg.patients import patient_of
 
 from .unpacking import MIB, Limits, Sent, unpack
-from .wording import CHOOSE
 
 FORK = multiprocessing.get_context("fork")
 BROKEN = "the upload cannot be read, as it is damaged or too large; export it again, or crop it"
@@ -112,7 +111,6 @@ def read(parts: dict[str, list[Sent]], folder: Path, limits: Limits) -> dict:
         case = unpack(parts, received, limits)
     if isinstance(case, list):
         return {"studies": [[study.name, study.patient] for study in case]}
-    notes = unused(case, received)
     if "register" in parts:
         case = registered(case)
     if isinstance(case, Scan):
@@ -131,7 +129,7 @@ def read(parts: dict[str, list[Sent]], folder: Path, limits: Limits) -> dict:
     save_array(folder / "volume.npy", volume)
     if truth is not None:
         save_array(folder / "truth.npy", truth)
-    notes = [note for note in case.notes if note not in case.doubts] + notes
+    notes = [note for note in case.notes if note not in case.doubts]
     header, series = None, series_of(case)
     if series:
         header = {name: text(series.header, name) for name in ("PatientID", "StudyDate")}
@@ -155,15 +153,6 @@ def write_seg(folder: Path, algorithm: str, version: str) -> dict:
     mask = np.load(folder / "mask.npy")
     write_dicom_seg(folder / "seg.dcm", case, mask, algorithm, version)
     return {}
-
-
-def unused(case: Case, received: Path) -> list[str]:
-    """Say which volume files of an upload are not in its case, and how to use them."""
-    files = [path for path in received.rglob("*") if path.name.lower().endswith(SUFFIXES)]
-    names = sorted(path.name for path in files if path.is_file() and path not in case.files)
-    if not names:
-        return []
-    return [f"not used, as their names do not say what they are: {', '.join(names)}; {CHOOSE}"]
 
 
 def check_voxels(path: File, shape: Sequence[int], limits: Limits) -> None:

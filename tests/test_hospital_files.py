@@ -421,6 +421,7 @@ for what, tags in {
     "rightly written": {},
     "SpacingBetweenSlices is 0": {"SpacingBetweenSlices": 0},
     "SpacingBetweenSlices is wrong": {"SpacingBetweenSlices": 1},
+    "SpacingBetweenSlices is the gap": {"SpacingBetweenSlices": 1, "SliceThickness": 5},
     "a vast number of no interest": {"RepetitionTime": "1e999"},
 }.items():
     dicom_kind(what, **tags)
@@ -464,6 +465,10 @@ for what, refused, tags in (
     ("no pixels in one", "IM011: not a readable DICOM image", {"PixelData": None}),
 ):
     dicom_kind(what, refused, one=True, **tags)
+dicom_kind(
+    "every second slice", noted="only one in 2 seems to be here",
+    SpacingBetweenSlices=3, SliceThickness=3,
+)  # fmt: skip
 dicom_kind(
     "spacing in another tag", noted="ImagerPixelSpacing is used, 2 x 2 mm",
     PixelSpacing=None, ImagerPixelSpacing=[2, 2],

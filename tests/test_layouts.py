@@ -170,6 +170,15 @@ def test_plain_names_are_a_case(tmp_path):
     assert (mask == (volume[..., 1] > 700)).all()
 
 
+def test_files_of_no_known_name_are_named(tmp_path):
+    for name in ("a_flair", "a_t1ce", "a_gado", "a_t2", "a_seg"):
+        write(tmp_path / "anna" / f"{name}.nii.gz", VOLUME[..., 0])
+    note = "not used, as their names do not say what they are: a_gado.nii.gz; name each"
+    assert any(note in said for said in find_case(tmp_path / "anna").notes)
+    (source,) = list_cohort(tmp_path, ["flair=*_flair.nii.gz", "post=*_gado.nii.gz"])
+    assert not any("not used" in said for said in source.open().notes)
+
+
 def test_a_mixed_cohort_may_lack_sequences_and_masks(tmp_path):
     words = ["flair=*_f.nii.gz", "pre=*_a.nii.gz", "post=*_c.nii.gz", "mask=*_m.nii.gz"]
     for name, letters in (("anna", "facm"), ("bert", "fc"), ("carl", "f")):

@@ -25,7 +25,7 @@ from .formats import (
 )
 from .labels import Labels
 from .scans import Scan, with_doubts
-from .sequences import OF_SEVERAL, SEQUENCES, contradiction, plain
+from .sequences import OF_SEVERAL, SEQUENCES, contradiction, plain, says_other
 from .slices import SLICE_NAME, Case, errors_name, find_slices
 from .studies import Study, find_studies, sort_study
 
@@ -281,10 +281,22 @@ def find_sequences(flair: Path, pre: Path | None, post: Path | None) -> Scan:
 
 def _in_layout(folder: Path, files: Sequences, layout: Layout | None = None) -> Scan:
     """Open the scan whose sequences a layout has found, and whose mask it may leave out."""
-    mask = files.mask
+    mask, note = files.mask, ""
     if mask is None and not (layout and layout.of_user and layout.mask):
         mask = mask_of(files.flair)
-    return with_doubts(Scan.open(folder.name, [files.pre, files.flair, files.post], mask))
+    if not layout:
+        unused = []
+        for path in volumes_in(folder):
+            name = scan_name(path)
+            if path not in files and not says_other(name) and not mask_words(name):
+                unused.append(path.name)
+        if unused:
+            names = ", ".join(unused)
+            note = (
+                f"not used, as their names do not say what they are: {names}; name each sequence "
+                "with --sequences"
+            )
+    return with_doubts(Scan.open(folder.name, [files.pre, files.flair, files.post], mask, note))
 
 
 def open_study(study: Study) -> Scan:

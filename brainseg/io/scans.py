@@ -44,7 +44,7 @@ class Scan(Case):
     grid: Grid  # FLAIR's
     channels: int  # of FLAIR's file
     register: bool = False
-    chosen: str = ""  # which series of a study are used
+    chosen: str = ""  # which series of a study are used, or which files of a folder are not
 
     @classmethod
     def open(

@@ -71,6 +71,7 @@ def series_grid(series: Series) -> Grid:
         notes += more
     else:
         step = _step(series, headers, places @ direction[:, 2])
+        notes += _missing(first, step)
         direction, corrections = _straighten(series, headers, places, direction)
     grid = grid_of_header(series.path, shape, (column_step, row_step, step), places[0], direction)
     return replace(grid, notes=notes + (corrections or grid.notes))
@@ -280,6 +281,23 @@ def _step(series: Series, headers: Sequence[Dataset], heights: np.ndarray) -> fl
                 "slice is missing or duplicated: export it again"
             )
     return float(steps.mean())
+
+
+def _missing(header: Dataset, step: float) -> Notes:
+    """Note that a whole number of slices seems to be missing between any two.
+
+    Some scanners state the gap between slices as SpacingBetweenSlices: then it is the thinner.
+    """
+    spacing, thickness = number(header, "SpacingBetweenSlices"), number(header, "SliceThickness")
+    if not 0 < thickness <= spacing:
+        return ()
+    times = round(step / spacing)
+    if times < 2 or abs(step - times * spacing) > 0.02 * step:
+        return ()
+    return (
+        f"its slices are {step:g} mm apart, but SpacingBetweenSlices is {spacing:g} mm: only one in "
+        f"{times} seems to be here",
+    )
 
 
 def _straighten(
