@@ -145,6 +145,11 @@ def open_run(
         targets = folder, folder / path.name, folder / source.name
         if path in [target.resolve() for target in targets]:
             raise ValueError(f"{path}: is a source; name another folder with --predictions")
+        if outputs.figure.parent.resolve() == (folder / source.name).resolve():
+            raise ValueError(
+                f"{outputs.figure}: is among the pictures of a case; name another place with "
+                "--figure"
+            )
     if outputs.pictures and len(sources) > 1:
         check_apart(outputs.figure.parent, "--figure", sources)
     if outputs.algorithm:

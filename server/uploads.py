@@ -24,7 +24,6 @@ from brainseg.io.files import by, disk_is_full, out_of_memory, save_array, sente
 from brainseg.io.formats import read_grid
 from brainseg.io.opening import find_case
 from brainseg.io.scans import Scan, registered
-from brainseg.io.slices import Case
 from brainseg.patients import patient_of
 
 from .unpacking import MIB, Limits, Sent, unpack

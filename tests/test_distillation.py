@@ -43,9 +43,12 @@ def test_a_student_learns_from_masks_and_teachers(phantoms, tmp_path, monkeypatc
     assert card["recipe"]["teachers"] == "teachers" and len(card["cases"]["train"]) == 12
     kept = list((tmp_path / "c").glob("teachers-*/*.npy"))
     assert len(kept) == 6, "the predictions of each training case"
-    next(teachers.glob("*.pt")).unlink()
-    with pytest.raises(SystemExit, match="teachers: holds other networks than when the checkpoint"):
-        train.main([str(word) for word in ("--resume", "--weights", tmp_path / "s", "--epochs", 9)])
+    words = ["--resume", "--weights", tmp_path / "s", "--epochs", "2"]
+    moved = teachers.rename(tmp_path / "moved")
+    train.main([str(word) for word in (*words, "--teachers", moved)])
+    next(moved.glob("*.pt")).unlink()
+    with pytest.raises(SystemExit, match="moved: holds other networks than when the checkpoint"):
+        train.main([str(word) for word in (*words[:-1], "9", "--teachers", moved)])
 
 
 def test_soft_targets_are_half_mask_and_half_prediction(phantoms, tmp_path, monkeypatch):

@@ -686,6 +686,9 @@ def test_output_that_cannot_be_written_is_one_sentence(phantoms, weights, tmp_pa
     figure = phantoms / "phantom_003" / "dsc.png"  # it would be taken for a slice
     said = refused(phantoms, tmp_path / "c", weights, "--figure", figure)
     assert f"{figure.parent}: is a source; name another place with --figure" in said
+    picture = tmp_path / "c" / "predictions" / "phantom_003" / "phantom_003_1.png"
+    said = refused(phantoms, tmp_path / "c", *only, "--figure", picture)
+    assert "phantom_003_1.png: is among the pictures of a case" in said
     figure = tmp_path / "predictions" / "dsc.png"
     assert str(figure.parent) in refused(phantoms, tmp_path / "c", *only, "--figure", figure)
     assert not list(tmp_path.rglob("*_mask.tif"))

@@ -147,7 +147,7 @@ def open_models(texts: Sequence[str], options: dict, cases: Sequence[Source] = (
         name, equals, rest = text.partition("=")
         path = Path(text)
         if equals and not path.exists():
-            path = Path(rest)
+            path = Path(rest or text)
         elif path.is_file():
             name = str(path.with_suffix(""))
         else:

@@ -295,8 +295,8 @@ def _missing(header: Dataset, step: float) -> Notes:
     if times < 2 or abs(step - times * spacing) > 0.02 * step:
         return ()
     return (
-        f"its slices are {step:g} mm apart, but SpacingBetweenSlices is {spacing:g} mm: only one in "
-        f"{times} seems to be here",
+        f"its slices are {step:g} mm apart, but SpacingBetweenSlices is {spacing:g} mm: only "
+        f"one in {times} seems to be here",
     )
 
 
