@@ -56,11 +56,11 @@ def get_parser() -> argparse.ArgumentParser:
     parser.group("what")
     add = parser.add
     add("--images", type=Path, default="./kaggle_3m", help="folder or .zip of cases with masks")
-    add("--subset", type=str, nargs="+", choices=("all",) + SUBSETS, default=["validation"],
+    add("--subset", nargs="+", choices=("all",) + SUBSETS, default=["validation"],
         help="all, train, validation, test, or several (validation)")
-    add("--cases", type=str, nargs="+", help="only these cases")
+    add("--cases", nargs="+", help="only these cases")
     cli.add_cohort_options(parser)
-    add("--weights", type=str, nargs="+", help="the models, as above (the shipped weights)")
+    add("--weights", nargs="+", help="the models, as above (the shipped weights)")
     add("--own-settings", action="store_true",
         help="compare each model at its own settings (at those of the first)")
     add("--fit-expected-dsc", action="store_true", help="learn to predict the DSC of a mask")

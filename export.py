@@ -59,14 +59,14 @@ def get_parser() -> argparse.ArgumentParser:
     add = parser.add
     add("--weights", type=Path, nargs="+",
         help="file written by train.py, several, or a folder of them")
-    add("--format", type=str, choices=["weights"] + list(FORMATS), default="weights",
+    add("--format", choices=["weights"] + list(FORMATS), default="weights",
         help="weights, onnx or torch-export")
     add("--metrics", type=Path, help="metrics.csv that inference.py wrote with these weights")
-    add("--subset", type=str, choices=SUBSETS + ("all",),
+    add("--subset", choices=SUBSETS + ("all",),
         help="with --metrics: which of its cases to count (validation)")
     add("--out", type=Path, help="folder to write to (that of --weights)")
     parser.group("onnx and torch-export")
-    add("--precision", type=str, choices=TOLERANCES,
+    add("--precision", choices=TOLERANCES,
         help="precision of the network: float32 or float16 (float32)")
     add("--images", type=Path,
         help="cases; the first is used to compare (./kaggle_3m, or a synthetic case if missing)")

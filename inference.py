@@ -65,11 +65,11 @@ def get_parser() -> cli.Parser:
     add("--flair", type=Path, help="instead of --images: the FLAIR sequence of one scan")
     add("--pre", type=Path, help="with --flair: pre-contrast, on any grid (FLAIR)")
     add("--post", type=Path, help="with --flair: post-contrast, on any grid (FLAIR)")
-    add("--register", action=argparse.BooleanOptionalAction,
+    add("--register", action=cli.SWITCH,
         help="register the other sequences to FLAIR; --no-register: nor a patient's scans to the "
         "first of them")
-    add("--subset", type=str, default="all", help=f"all, {', '.join(SUBSETS)}")
-    add("--cases", type=str, nargs="+", help="only these cases")
+    add("--subset", default="all", help=f"all, {', '.join(SUBSETS)}")
+    add("--cases", nargs="+", help="only these cases")
     cli.add_cohort_options(parser)
     add("--spacing", type=float, nargs="+", least=0.01, below=100,
         help="of slices, which state none: mm from slice to slice, row to row, column to column")
@@ -84,7 +84,7 @@ def get_parser() -> cli.Parser:
     parser.group("where to")
     add("--predictions", type=Path, default="./predictions", help="folder to write to")
     add("--figure", type=Path, default="./dsc.png", help="bar chart of the cases' DSC, from two on")
-    add("--pictures", action=argparse.BooleanOptionalAction, default=True,
+    add("--pictures", action=cli.SWITCH, default=True,
         help="draw outlined slices, GIFs and the figure; --no-pictures: masks and tables alone")
     add("--probabilities", action="store_true", help="also write maps of the lesion probability")
     add("--dicom-seg", action="store_true", help="also write a Segmentation of each DICOM series")

@@ -42,14 +42,10 @@ def at_place(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return a scan and its mask, (H, W), in the slice `place` of the first one."""
     one_slice = fixed[:, :, place : place + 1]
-    shades = like(moving, grey_of(sitk.GetArrayFromImage(moving)))
+    shades = like(moving, to_grey(sitk.GetArrayFromImage(moving)[..., None]))
     grey = interpolate(shades, one_slice, transform)
     mask = interpolate(like(moving, measured.mask), one_slice, transform) > 0.5
     return grey[0].astype(np.uint8), mask[0]
-
-
-def grey_of(flair: np.ndarray) -> np.ndarray:
-    return to_grey(flair[..., None])
 
 
 def components_alone(

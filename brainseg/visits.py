@@ -10,17 +10,17 @@ from pathlib import Path
 import numpy as np
 import SimpleITK as sitk
 
-from .alignment import Measured, at_place, components_alone, grey_of, read_flair
+from .alignment import Measured, at_place, components_alone, read_flair
 from .devices import in_order
 from .growth import Estimate, Visit, bidimensional, estimated_volume, growth_rows, rate_until
 from .io.files import RUN, sentence
 from .io.layouts import Source
+from .io.pictures import to_grey
 from .io.predictions import read_mask_of_run
 from .io.registration import register
 from .io.slices import Case
 from .patients import counted, date_of, timepoint
-from .quality import WARN_BELOW
-from .reports.volumes import edge_notes
+from .reports.volumes import edge_notes, is_poor
 
 
 @dataclass(frozen=True)
@@ -188,7 +188,7 @@ def follow(
     areas = first.mask.sum(axis=(1, 2))
     place = int(areas.argmax()) if areas.any() else len(areas) // 2
     outline = first.mask[place]
-    grey = grey_of(sitk.GetArrayFromImage(fixed))[place]
+    grey = to_grey(sitk.GetArrayFromImage(fixed)[..., None])[place]
     views = [View(labels[0], grey, outline, outline)]
     for k, (measured, _) in enumerate(scans[1:], 1):
         moving = read_flair(measured)
@@ -214,16 +214,15 @@ def follow(
 def _visit(measured: Measured, day: datetime.date | None, errors: dict | None) -> Visit:
     case, mask, row = measured.case, measured.mask, measured.row
     concerns = edge_notes(mask)
-    expected = row["expected_dsc"]
     if not mask.any():
         concerns.append("the mask is empty")
-    elif expected is not None and expected < WARN_BELOW:
+    elif is_poor(row):
         concerns.append("the mask is probably poor")
     return Visit(
         case.name,
         row["patient"],
         day,
-        estimated_volume(_as_written(row["lesion_ml"]), _as_written(expected), errors),
+        estimated_volume(_as_written(row["lesion_ml"]), _as_written(row["expected_dsc"]), errors),
         bidimensional(mask, case.spacing) if case.spacing else None,
         case.spacing,
         row["sequences"],

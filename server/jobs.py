@@ -28,6 +28,7 @@ from brainseg.io.files import disk_is_full, out_of_memory, remove, scratch
 from brainseg.io.grid import Grid
 from brainseg.io.quiet import quiet
 from brainseg.io.scans import Scan
+from brainseg.io.sequences import with_copies
 from brainseg.io.slices import Case
 from brainseg.phantom_head import make_volume
 from brainseg.segmenter import Segmentation, Segmenter
@@ -231,7 +232,7 @@ class Reader:
         if "studies" in answer:
             return [SentScan(name, patient_id, {}) for name, patient_id in answer["studies"]]
         truth = np.load(folder / "truth.npy") if answer["truth"] else None
-        volume = np.load(folder / "volume.npy")
+        volume = with_copies(np.load(folder / "volume.npy"), 3)
         case, notes, replaced = case_of(answer), answer["notes"], answer["replaced"]
         return Loaded(case, notes, replaced, volume, truth)
 

@@ -125,7 +125,8 @@ def read(parts: dict[str, list[Sent]], folder: Path, limits: Limits) -> dict:
         raise ValueError(
             f"{case.folder}: {volume.shape[3]} channels; give pre-contrast, FLAIR, post-contrast"
         )
-    save_array(folder / "volume.npy", volume)
+    is_flair_alone = volume.strides[3] == 0  # then the others are views of it
+    save_array(folder / "volume.npy", volume[..., :1] if is_flair_alone else volume)
     if truth is not None:
         save_array(folder / "truth.npy", truth)
     notes = [note for note in case.notes if note not in case.doubts]

@@ -180,14 +180,6 @@ def test_summary_by_hand():
     assert summary == pytest.approx(expected)
 
 
-def test_interval_is_deterministic_and_follows_the_seed():
-    values, ones = np.random.default_rng(0).random(30), np.ones(30)
-    summary = summarise(values)
-    assert summary == summarise(values)
-    assert (summary["low"], summary["high"]) == mean_interval(values, ones)
-    assert mean_interval(values, ones) != mean_interval(values, ones, seed=1)
-
-
 def test_interval_has_the_width_of_the_standard_error():
     values = np.random.default_rng(0).normal(0.8, 0.1, 100)
     summary = summarise(values)

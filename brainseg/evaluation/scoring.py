@@ -341,5 +341,8 @@ def score_case(segmented: Segmented, models: Sequence[Model]) -> tuple[list[dict
         k = int(lesion.sum(axis=(1, 2)).argmax())
         slices = outline(grey[k : k + 1], mask[k : k + 1], truth[k : k + 1], side=256)
         pictures[model.name, case.name] = slices[0]
-    digest = hashlib.sha256(np.ascontiguousarray(volume).data).digest()
-    return rows, pictures, digest + hashlib.sha256(np.ascontiguousarray(truth).data).digest()
+    digest = hashlib.sha256()
+    for part in volume, truth:
+        for voxels in part:  # slice by slice, as the whole may be a view
+            digest.update(np.ascontiguousarray(voxels).data)
+    return rows, pictures, digest.digest()

@@ -78,10 +78,8 @@ def _enlarge(slices: np.ndarray, times: int) -> np.ndarray:
     return slices.repeat(times, axis=1).repeat(times, axis=2)
 
 
-def thumbnail(
-    volume: np.ndarray, mask: np.ndarray, truth: np.ndarray | None = None, side: int = 480
-) -> bytes:
-    """Draw the FLAIR slice with the largest mask, or truth, outlined: a JPEG of at most `side`."""
+def thumbnail(volume: np.ndarray, mask: np.ndarray, truth: np.ndarray | None = None) -> bytes:
+    """Draw the FLAIR slice with the largest mask, or truth, outlined: a JPEG of at most 480²."""
     areas = mask.sum(axis=(1, 2))
     if truth is not None and not areas.any():
         areas = truth.sum(axis=(1, 2))
@@ -90,20 +88,18 @@ def thumbnail(
     if truth is not None:
         truth = truth[shown]
     picture = Image.fromarray(outline(to_grey(volume)[shown], mask[shown], truth, side=256)[0])
-    picture.thumbnail((side, side))
+    picture.thumbnail((480, 480))
     content = io.BytesIO()
     picture.save(content, "JPEG", quality=80, subsampling=0)  # colours of thin lines stay
     return content.getvalue()
 
 
 def montage(pictures: np.ndarray) -> np.ndarray:
-    """Tile pictures (S, H, W, 3), or in PALETTE (S, H, W), into one that is about square."""
-    count, height, width = pictures.shape[:3]
+    """Tile pictures in PALETTE (S, H, W) into one that is about square."""
+    count, height, width = pictures.shape
     columns = max(1, round(math.sqrt(count * height / width)))
     shape = math.ceil(count / columns), columns
-    if pictures.ndim == 3:
-        return skimage.util.montage(pictures, fill=0, grid_shape=shape)
-    return skimage.util.montage(pictures, fill=(0, 0, 0), grid_shape=shape, channel_axis=-1)
+    return skimage.util.montage(pictures, fill=0, grid_shape=shape)
 
 
 def save_png(path: Path, picture: np.ndarray) -> None:
