@@ -1,37 +1,26 @@
-"""The slices of a subset, what a student learns from, and training batches of them."""
+"""The slices of a subset, and training batches of them."""
 
-import hashlib
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
 from brainseg.cache import Prepared, prepare, unless_bad
 from brainseg.devices import concatenate, free_memory, in_order, to_device
-from brainseg.ensemble import load_ensemble, weights_files, weights_id
 from brainseg.io.files import (
-    atomic_write,
-    clear_leftovers,
-    default_cache,
-    save_array,
     with_archives,
 )
 from brainseg.io.labels import doubtful_masks
 from brainseg.io.layouts import Source, list_cases
 from brainseg.io.slices import Case
 from brainseg.patients import alike_names, count_patients, counted, names_of, patient_of
-from brainseg.predictor import Predictor
 from brainseg.preprocess import VERSION, neighbourhoods
 from brainseg.splits import by_subset, is_placed, outside_test, select_cases, split_folds, subset_of
-from brainseg.weights import CARD_DEFAULTS, file_hash
 
 FEW_TO_CHOOSE = 3  # validation patients; with fewer, the best epoch is hardly chosen
 MOST = 0.5  # share of a device's free memory; a training step needs the rest
@@ -223,77 +212,6 @@ def channels_of(volumes: Sequence[Prepared]) -> int:
         listed = ", ".join(f"{count} in {folder}" for count, folder in sorted(channels.items()))
         raise ValueError(f"cases differ in number of channels: {listed}; keep those of one kind")
     return next(iter(channels))
-
-
-class Teachers:
-    """An ensemble of weights files, which a student learns from beside the true masks.
-
-    Raises FileNotFoundError or ValueError if a file cannot be used.
-    """
-
-    def __init__(self, path: Path):
-        self.path = path
-        files = weights_files(path)
-        self.network, card = load_ensemble(files)
-        self.card = CARD_DEFAULTS | card
-        self.id = weights_id(list(map(file_hash, files)))
-
-    def soft_targets(
-        self,
-        volumes: Sequence[Prepared],
-        device: torch.device,
-        cache: Path | None = None,
-        workers: int | None = None,
-    ) -> list[np.ndarray]:
-        """Return the targets (S, N, N), float16 between 0 and 1, of each prepared case.
-
-        They are the true masks, averaged with what the teachers predict: one network that learns
-        from the average of several comes close to it at the price of one. Hinton, Vinyals and Dean
-        2015 (https://arxiv.org/abs/1503.02531); for ensembles in medical image segmentation
-        Noothout et al. 2022 (doi 10.1117/1.JMI.9.5.052407). True and predicted masks weigh the same
-        here. A case without lesion keeps its empty mask: there the teachers can only be wrong.
-
-        The teachers see all sequences of a case at their own image size. Their predictions are kept
-        in the folder `cache`. Raises ValueError if they were trained on other channels.
-        """
-        card = self.card
-        predictor = Predictor(self.network, tta=True, device=device, neighbours=card["neighbours"])
-        try:
-            predictor.check_channels(volumes[0].images.shape[1])
-        except ValueError as error:
-            raise ValueError(f"{self.path}: {error}") from error
-        size, version = card["image_size"], card["preprocessing"]
-        cases = [volume.case for volume in volumes]
-        seen_by_teachers = prepare(cases, size, cache, workers, version)
-        precision = "-half" if predictor.amp else ""
-        folder = (cache or default_cache()) / f"teachers-{self.id}{precision}"
-        folder.mkdir(parents=True, exist_ok=True)
-        clear_leftovers(folder)
-        targets = []
-        pairs = zip(volumes, seen_by_teachers, strict=True)
-        for volume, for_teachers in tqdm(pairs, "teachers", len(cases), unit="case", disable=None):
-            if not volume.mask.any():
-                targets.append(np.zeros(volume.mask.shape, np.float16))
-                continue
-            predicted = kept_prediction(predictor, for_teachers.images, folder)
-            resized = F.interpolate(  # from (S, T, T)
-                predicted[:, None].float(), volume.mask.shape[1:], mode="bilinear", antialias=True
-            )
-            target = (resized[:, 0].numpy() + volume.mask) / 2
-            targets.append(target.astype(np.float16))
-        return targets
-
-
-def kept_prediction(predictor: Predictor, images: np.ndarray, folder: Path) -> Tensor:
-    """Predict the lesion (S, N, N), float16, in images (S, C, N, N), or read it from `folder`."""
-    images = np.ascontiguousarray(images)
-    path = folder / f"{hashlib.sha256(images.data).hexdigest()[:16]}.npy"
-    with suppress(OSError, ValueError, EOFError):  # missing, or damaged
-        return torch.from_numpy(np.load(path))
-    predicted = predictor.probabilities(torch.from_numpy(images))[:, 0].cpu().half()
-    with atomic_write(path) as temporary:
-        save_array(temporary, predicted.numpy())
-    return predicted
 
 
 class BatchLoader:

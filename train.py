@@ -27,18 +27,13 @@ from brainseg.cache import prune
 from brainseg.io.archives import unpacked
 from brainseg.io.files import out_of_memory, sentence
 from brainseg.metrics import dsc
-from brainseg.origins import check_teachers, settings_of_weights
+from brainseg.origins import settings_of_weights
 from brainseg.segmenter import Segmenter
 from brainseg.splits import check_folds, list_cohort, validate_on
+from brainseg.teachers import Teachers
 from brainseg.training import TrainState
-from brainseg.weights import (
-    CARD_DEFAULTS,
-    MODELS,
-    Network,
-    build_network,
-    load_checkpoint,
-)
-from dataset import BatchLoader, SliceDataset, Teachers, train_and_validation
+from brainseg.weights import CARD_DEFAULTS, MODELS, Network, build_network, load_checkpoint
+from dataset import BatchLoader, SliceDataset, train_and_validation
 from loss import LOSSES
 from transform import Augmentation
 
@@ -151,11 +146,11 @@ def train(args: Namespace, recipe: list[str], images: Path) -> int:
     if args.folds:
         check_folds(sources, args.folds, args.fold)
     training_files.check_places(args, sources, images)
-    teachers = Teachers(args.teachers) if args.teachers else None
+    teachers = Teachers(args.teachers, args.weights) if args.teachers else None
     claim = training_files.claimed(args.weights / f"{args.model}.pt", args.logs, args.resume)
     with claim as checkpoint, cudnn:
         if teachers and checkpoint:
-            check_teachers(args.teachers, checkpoint)
+            teachers.check_resumed(checkpoint)
         if args.prune_cache and distributed.is_main_process():
             print(prune(args.cache))
         with distributed.local_rank_zero_first():  # it fills the cache, the others read it
@@ -180,9 +175,10 @@ def train(args: Namespace, recipe: list[str], images: Path) -> int:
         if state.epoch >= args.epochs:
             print(f"all {args.epochs} epochs are done; raise --epochs to continue")
             return 0
+        cases, volumes = train_set.cases, validation_set.volumes
         settings, commit = utils.plain(args) | {"resume": False}, utils.git_commit()
         writer = training_files.RunWriter(
-            state, train_set.cases, validation_set.volumes, settings, recipe, checkpoint, commit
+            state, cases, volumes, settings, recipe, teachers, checkpoint, commit
         )
         with writer:
             print(f"{writer.headline(state.slices)}; {loader.place}", flush=True)
@@ -241,7 +237,7 @@ def fit(
             start, done = time.perf_counter(), state.step * state.batch_size
             stop = train_one_epoch(state, loader, weights, interruption)
             if stop:
-                writer.save(state.contents())
+                writer.save(state)
                 break
             speed = (state.slices - done) / (time.perf_counter() - start)
             train_loss = state.loss_sum / state.slices
@@ -252,7 +248,7 @@ def fit(
                 validation = validate(state, data, drawn)
                 state.best = max(validation.mean, state.best)
             state.epoch, state.step, state.loss_sum = epoch, 0, 0.0
-            writer.save(state.contents(), validation)
+            writer.save(state, validation)
             writer.report(state, train_loss, speed, validation)
             bar.update()
     if stop:

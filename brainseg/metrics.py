@@ -13,25 +13,25 @@ import numpy as np
 
 def dsc(prediction: np.ndarray, truth: np.ndarray) -> float:
     """Compute the Dice coefficient (Dice 1945), 2 |P and T| / (|P| + |T|); 1 if both are empty."""
-    both = np.count_nonzero(prediction) + np.count_nonzero(truth)
+    both = _count(prediction) + _count(truth)
     if not both:
         return 1.0
-    return 2 * np.count_nonzero(prediction & truth) / both
+    return 2 * _count(prediction & truth) / both
 
 
 def iou(prediction: np.ndarray, truth: np.ndarray) -> float:
     """Compute intersection over union, |P and T| / |P or T|; 1 if both are empty (Jaccard 1912)."""
-    either = np.count_nonzero(prediction | truth)
+    either = _count(prediction | truth)
     if not either:
         return 1.0
-    return np.count_nonzero(prediction & truth) / either
+    return _count(prediction & truth) / either
 
 
 def precision(prediction: np.ndarray, truth: np.ndarray) -> float:
     """Compute the share of predicted voxels that are lesion; 1 if both masks are empty."""
     if not prediction.any():
         return float(not truth.any())
-    return np.count_nonzero(prediction & truth) / np.count_nonzero(prediction)
+    return _count(prediction & truth) / _count(prediction)
 
 
 def recall(prediction: np.ndarray, truth: np.ndarray) -> float:
@@ -71,7 +71,7 @@ def volume_error(prediction: np.ndarray, truth: np.ndarray) -> float:
         return 0.0
     if not truth.any():
         return math.nan
-    return np.count_nonzero(prediction) / np.count_nonzero(truth) - 1
+    return _count(prediction) / _count(truth) - 1
 
 
 def lesion_recall(prediction: np.ndarray, truth: np.ndarray) -> float:
@@ -218,3 +218,7 @@ def components(mask: np.ndarray) -> tuple[np.ndarray, tuple[slice, ...]]:
     numbers = np.empty(mask[box].shape, np.int32)
     ndimage.label(mask[box], np.ones((3, 3, 3)), numbers)
     return numbers, box
+
+
+def _count(mask: np.ndarray) -> int:
+    return int(np.count_nonzero(mask))  # plain: a checkpoint holds no number of NumPy

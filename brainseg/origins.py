@@ -1,12 +1,11 @@
-"""The start weights and the teachers of a training: what they are, and whether they may be used."""
+"""What a training starts from: the weights, and whether they have seen who it is validated on."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from .ensemble import common_card, weights_files
 from .quality import mask_settings
-from .weights import CARD_DEFAULTS, MODELS, file_hash, load_state, read_card
+from .weights import CARD_DEFAULTS, MODELS, load_state, read_card
 
 UNKNOWN = (
     "no card says what it was trained on; if on these patients, the validation DSC is too high"
@@ -34,38 +33,6 @@ def origin_of(init_weights: str | None, checkpoint: dict | None) -> dict | None:
         print(f"{init_weights}: {UNKNOWN}")
     names = ("recipe", "commit", "cases", "patients", "initialised_from")
     return {name: card.get(name) for name in names} | {"mask_settings": mask_settings(card)}
-
-
-def origin_of_teachers(teachers: Path | str) -> dict:
-    """Return the files, training cases and patients of teachers; say so if one names no cases."""
-    cards = list(map(read_card, weights_files(teachers)))
-    if not all(card.get("cases") for card in cards):
-        print(f"{teachers}: {UNKNOWN}")
-    card = common_card(cards)
-    files = hashes_of_teachers(teachers)
-    return {"files": files, "cases": card["cases"], "patients": card.get("patients", {})}
-
-
-def hashes_of_teachers(teachers: Path | str) -> dict[str, str]:
-    """Return the SHA-256 of each file of an ensemble, by its name."""
-    return {path.name: file_hash(path) for path in weights_files(teachers)}
-
-
-def check_not_replaced(teachers: Path, weights: Path) -> None:
-    """Raise ValueError if weights written to a folder would replace, or join, the teachers."""
-    for path in weights_files(teachers):
-        if path.resolve().parent == weights.resolve():
-            raise ValueError(f"{path}: is a teacher; name another folder with --weights")
-
-
-def check_teachers(teachers: Path, checkpoint: dict) -> None:
-    """Raise ValueError unless the checkpoint, if it names its teachers, has learned from these."""
-    files = checkpoint.get("teachers")  # checkpoints of earlier versions have none
-    if files and hashes_of_teachers(teachers) != files:
-        raise ValueError(
-            f"{teachers}: holds other networks than when the checkpoint was started; put "
-            f"{', '.join(files)} there, or start a new run in another --weights folder"
-        )
 
 
 def check_seen(card: dict, allowed: bool) -> None:

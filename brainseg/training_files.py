@@ -25,8 +25,9 @@ from .io.opening import Source, check_apart
 from .io.pictures import outline, to_grey
 from .io.slices import Case
 from .metrics import summarise
-from .origins import check_not_replaced, check_seen, origin_of, origin_of_teachers
+from .origins import check_seen, origin_of
 from .patients import names_of, patient_of, patients_by_case, patients_of_card
+from .teachers import Teachers
 from .training import TrainState
 from .weights import (
     file_hash,
@@ -57,9 +58,7 @@ class Validation:
 
 
 def check_places(args: Namespace, sources: Sequence[Source], images: Path) -> None:
-    """Raise ValueError if a training would write among the cases, or over its teachers."""
-    if args.teachers:
-        check_not_replaced(args.teachers, args.weights)
+    """Raise ValueError if a training would write among the cases."""
     places = {"--weights": args.weights, "--logs": args.logs}
     if args.cache:
         places["--cache"] = args.cache
@@ -205,6 +204,7 @@ class RunWriter:
         validation: Sequence[Prepared],
         settings: dict,
         recipe: Sequence[str],
+        teachers: Teachers | None,
         checkpoint: dict | None,
         commit: str | None,
     ):
@@ -216,8 +216,8 @@ class RunWriter:
         origins = {}
         if start:
             origins["initialised_from"] = start
-        if settings["teachers"]:
-            origins["teachers"] = origin_of_teachers(settings["teachers"])
+        if teachers:
+            origins["teachers"] = teachers.origin()
         self.card = make_card(state, values, train, cases, origins)
         self.card["commit"] = commit
         check_seen(self.card, settings["allow_seen"] or checkpoint is not None)
@@ -230,7 +230,7 @@ class RunWriter:
             "cases": names_of(train),
             "validation_cases": names_of(cases),
             "args": settings | {"amp": state.amp},
-            "teachers": origins.get("teachers", {}).get("files"),
+            "teachers": teachers.hashes if teachers else None,
             "card": best,
         }
         self.files = Path(settings["weights"]) / settings["model"]
@@ -258,10 +258,11 @@ class RunWriter:
             device += ", half precision"
         return f"{self.card['model']} on {device}: {slices} slices to train on"
 
-    def save(self, contents: dict, validation: Validation | None = None) -> None:
+    def save(self, state: TrainState, validation: Validation | None = None) -> None:
         """Write a state: its weights and their card, if they are to be kept, and the checkpoint."""
         if not self.log:
             return
+        contents = state.contents()
         if validation and (validation.better or self.settings["keep"] == "last"):
             patients = [patient_of(volume.case) for volume in self.validation]
             summary = summarise(list(validation.scores.values()), patients)

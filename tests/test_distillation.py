@@ -12,9 +12,10 @@ from brainseg.cache import prepare
 from brainseg.devices import has_bfloat16
 from brainseg.io.layouts import find_case
 from brainseg.segmenter import Segmenter
+from brainseg.teachers import Teachers
 from brainseg.unet import UNet
 from brainseg.weights import read_card, save_weights
-from dataset import SliceDataset, Teachers
+from dataset import SliceDataset
 
 
 def test_a_student_learns_from_masks_and_teachers(phantoms, tmp_path, monkeypatch):
