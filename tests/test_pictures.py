@@ -144,10 +144,13 @@ def test_dsc_figure_keeps_training_cases_out_of_its_mean(tmp_path, marked, mean,
 
 
 def test_montage_shows_every_picture_once_in_order():
-    pictures = np.arange(1, 8, dtype=np.uint8)[:, None, None] * np.ones((7, 4, 6), np.uint8)
+    pictures = np.arange(1, 8, dtype=np.uint8)[:, None, None, None] * np.ones(
+        (7, 4, 6, 3), np.uint8
+    )
+    assert np.array_equal(montage(pictures[..., 0]), montage(pictures)[..., 0])
     whole = montage(pictures)
-    assert whole.shape == (16, 12)
-    cells = whole[::4, ::6].ravel()
+    assert whole.shape == (16, 12, 3)
+    cells = whole[::4, ::6, 0].ravel()
     assert cells.tolist() == [1, 2, 3, 4, 5, 6, 7, 0]
 
 

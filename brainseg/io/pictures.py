@@ -95,11 +95,13 @@ def thumbnail(volume: np.ndarray, mask: np.ndarray, truth: np.ndarray | None = N
 
 
 def montage(pictures: np.ndarray) -> np.ndarray:
-    """Tile pictures in PALETTE (S, H, W) into one that is about square."""
-    count, height, width = pictures.shape
+    """Tile pictures (S, H, W, 3), or in PALETTE (S, H, W), into one that is about square."""
+    count, height, width = pictures.shape[:3]
     columns = max(1, round(math.sqrt(count * height / width)))
     shape = math.ceil(count / columns), columns
-    return skimage.util.montage(pictures, fill=0, grid_shape=shape)
+    if pictures.ndim == 3:
+        return skimage.util.montage(pictures, fill=0, grid_shape=shape)
+    return skimage.util.montage(pictures, fill=(0, 0, 0), grid_shape=shape, channel_axis=-1)
 
 
 def save_png(path: Path, picture: np.ndarray) -> None:
