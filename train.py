@@ -26,6 +26,7 @@ from brainseg import devices, distributed, training, training_files
 from brainseg.cache import prune
 from brainseg.io.archives import unpacked
 from brainseg.io.files import out_of_memory, sentence
+from brainseg.io.opening import check_apart
 from brainseg.metrics import dsc
 from brainseg.origins import settings_of_weights
 from brainseg.segmenter import Segmenter
@@ -145,7 +146,10 @@ def train(args: Namespace, recipe: list[str], images: Path) -> int:
         sources = validate_on(sources, args.validation)
     if args.folds:
         check_folds(sources, args.folds, args.fold)
-    training_files.check_places(args, sources, images)
+    places = {"--weights": args.weights, "--logs": args.logs, "--cache": args.cache}
+    for option, folder in places.items():
+        if folder:
+            check_apart(folder, option, sources, images)
     teachers = Teachers(args.teachers, args.weights) if args.teachers else None
     claim = training_files.claimed(args.weights / f"{args.model}.pt", args.logs, args.resume)
     with claim as checkpoint, cudnn:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import platform
 import sys
-from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,7 +20,6 @@ from .cache import Prepared
 from .devices import world_size
 from .distributed import is_main_process, main_process_locks
 from .io.files import check_ours, sentence, write_json
-from .io.opening import Source, check_apart
 from .io.pictures import outline, to_grey
 from .io.slices import Case
 from .metrics import summarise
@@ -55,15 +53,6 @@ class Validation:
     @property
     def mean(self) -> float:
         return sum(self.scores.values()) / len(self.scores)
-
-
-def check_places(args: Namespace, sources: Sequence[Source], images: Path) -> None:
-    """Raise ValueError if a training would write among the cases."""
-    places = {"--weights": args.weights, "--logs": args.logs}
-    if args.cache:
-        places["--cache"] = args.cache
-    for option, folder in places.items():
-        check_apart(folder, option, sources, images)
 
 
 @contextmanager
