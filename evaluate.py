@@ -37,7 +37,7 @@ from brainseg.evaluation.statistics import compare
 from brainseg.io.archives import unpacked
 from brainseg.io.files import check_ours, check_page, remove, write_json, write_table
 from brainseg.io.labels import NO_LESION
-from brainseg.io.opening import check_apart
+from brainseg.io.opening import check_apart, check_file_apart
 from brainseg.io.slices import Case
 from brainseg.patients import SUBSETS, count_patients, names_of
 from brainseg.quality import FITTED_WITH, check_cases, fit_and_save
@@ -108,6 +108,7 @@ def run(args: argparse.Namespace, options: dict, images: Path) -> None:
     for name in FILES:
         check_ours(args.out / name)
     if args.report:
+        check_file_apart(args.report, "--report", sources, images)
         check_page(args.report)
     with distributed.main_process_locks((args.out, "--out", "run")):
         score(args, models, cases, left_out, differing)

@@ -46,7 +46,7 @@ from brainseg.io.archives import unpacked
 from brainseg.io.dicom_seg import algorithm_name
 from brainseg.io.files import RUN
 from brainseg.io.layouts import Source
-from brainseg.io.opening import Sequences
+from brainseg.io.opening import Sequences, check_file_apart
 from brainseg.patients import SUBSETS, names_of, patients_of_card, read_dates
 from brainseg.pipeline import Outputs, segment_all
 from brainseg.run_files import open_run
@@ -120,6 +120,10 @@ def run(args: argparse.Namespace, options: dict, given_by: Mapping[str, str], im
     says where each of the `args` is from.
     """
     sources = list_sources(args, images)
+    figure = args.figure if args.pictures and len(sources) > 1 else None
+    for option, path in (("--figure", figure), ("--report", args.report)):
+        if path and not path.resolve().is_relative_to(args.predictions.resolve()):
+            check_file_apart(path, option, sources, images)
     dates = read_dates(args.dates, names_of(sources)) if args.dates else {}
     weights = args.weights or [shipped_weights("unet")]
     # The first rank of a machine caches what TensorRT builds, for the others.

@@ -150,8 +150,9 @@ def train(args: Namespace, recipe: list[str], images: Path) -> int:
     for option, folder in places.items():
         if folder:
             check_apart(folder, option, sources, images)
-    teachers = Teachers(args.teachers, args.weights) if args.teachers else None
-    claim = training_files.claimed(args.weights / f"{args.model}.pt", args.logs, args.resume)
+    student = args.weights / f"{args.model}.pt"
+    teachers = Teachers(args.teachers, student) if args.teachers else None
+    claim = training_files.claimed(student, args.logs, args.resume)
     with claim as checkpoint, cudnn:
         if teachers and checkpoint:
             teachers.check_resumed(checkpoint)

@@ -20,6 +20,7 @@ from .io.layouts import Source
 from .io.nifti import is_edited
 from .io.pictures import thumbnail
 from .io.predictions import (
+    earlier_files,
     map_files,
     outputs_of,
     picture_files,
@@ -64,13 +65,17 @@ class Loaded:
 class Result:
     """The result of a case."""
 
-    state: str  # segmented, kept or unread
+    state: str  # segmented, kept, unread, or edited, and so left with its rows
     volumes: dict  # its row of volumes.csv
     scores: dict | None = None  # its row of metrics.csv, if it has a truth
     thumbnail: bytes | None = None  # a JPEG for the report
     spacing: tuple[float, float, float] | None = None  # mm: slices, rows, columns
     error: str = ""  # why it could not be read, or what could not be written
     files: tuple[Path, ...] = ()  # written, in the folder of the outputs
+
+
+class EditedMask(ValueError):
+    """A mask was edited since it was written."""
 
 
 def segment_all(
@@ -124,6 +129,8 @@ def segment_case(
             segmentation = segmenter.segmentation_of(probabilities, frame, loaded.case.spacing)
             del probabilities
             return write(loaded, segmentation, outputs)
+    except EditedMask as error:
+        return Result("edited", unread_row(source, error), error=sentence(error))
     except ValueError as error:
         return Result("unread", unread_row(source, error), error=sentence(error))
 
@@ -146,15 +153,19 @@ def read(source: Source, outputs: Outputs, register: bool) -> Loaded:
 
 
 def check_not_overwritten(case: Case, folder: Path) -> None:
-    """Raise ValueError if a file of the case or of somebody else would be replaced or removed."""
+    """Raise ValueError if a file of the case or of somebody else would be replaced or removed.
+
+    It is an EditedMask if it is ours, but was edited.
+    """
     sources = {path.resolve() for path in case.files}
     for file in outputs_of(case):
         path = folder / file
         if path.resolve() in sources:
             raise ValueError(f"{path}: is a source; name another folder with --predictions")
         check_ours(path)
-        if path.suffix == ".gz" and is_edited(path):
-            raise ValueError(
+    for path in earlier_files(folder, case):
+        if is_edited(path):
+            raise EditedMask(
                 f"{path}: was edited since it was written; move it elsewhere, so that it is not "
                 "replaced, nor taken for a mask of the network"
             )

@@ -16,7 +16,7 @@ from .io import files
 from .io.dicom_seg import holds_dicom
 from .io.files import RUN
 from .io.labels import NO_LESION, Labels
-from .io.opening import Source, check_apart
+from .io.opening import Source
 from .io.pictures import save_dsc_figure
 from .optional import import_optional
 from .pipeline import Outputs, Result
@@ -81,6 +81,8 @@ class Run:
         volumes, scores = {}, {}
         for result in self.results:
             case = result.volumes["case"]
+            if result.state == "edited":
+                continue
             volumes[case] = result.volumes
             scores[case] = result.scores
         files.update_table(self.outputs.folder / "volumes.csv", volumes)
@@ -150,8 +152,6 @@ def open_run(
                 f"{outputs.figure}: is among the pictures of a case; name another place with "
                 "--figure"
             )
-    if outputs.pictures and len(sources) > 1:
-        check_apart(outputs.figure.parent, "--figure", sources)
     if outputs.algorithm:
         import_optional("highdicom", "--dicom-seg", "dicom")
         if not any(holds_dicom(source.folder) for source in sources):

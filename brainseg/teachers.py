@@ -2,7 +2,6 @@
 
 import hashlib
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -22,16 +21,21 @@ from .weights import CARD_DEFAULTS, file_hash, read_card
 class Teachers:
     """An ensemble of weights files, which a student learns from beside the true masks.
 
-    Raises FileNotFoundError or ValueError if a file cannot be used, or if the student, written to
-    the folder `weights`, would replace or join them.
+    Raises FileNotFoundError or ValueError if a file cannot be used, or if the `student` (.pt) would
+    replace one of them or, in their folder, join them.
     """
 
-    def __init__(self, path: Path, weights: Path | None = None):
+    def __init__(self, path: Path, student: Path | None = None):
         self.path = path
         self.files = weights_files(path)
-        for file in self.files:
-            if weights and file.resolve().parent == weights.resolve():
-                raise ValueError(f"{file}: is a teacher; name another folder with --weights")
+        if student:
+            joins = student.parent.resolve().is_relative_to(path.resolve())
+            replaces = student.resolve() in {file.resolve() for file in self.files}
+            if joins or replaces:
+                raise ValueError(
+                    f"{student}: would replace or join the teachers; name another folder with "
+                    "--weights"
+                )
         self.network, card = load_ensemble(self.files)
         self.card = CARD_DEFAULTS | card
         self.hashes = {file.name: file_hash(file) for file in self.files}  # SHA-256
@@ -105,8 +109,10 @@ def kept_prediction(predictor: Predictor, images: np.ndarray, folder: Path) -> T
     """Predict the lesion (S, N, N), float16, in images (S, C, N, N), or read it from `folder`."""
     images = np.ascontiguousarray(images)
     path = folder / f"{hashlib.sha256(images.data).hexdigest()[:16]}.npy"
-    with suppress(OSError, ValueError, EOFError):  # missing, or damaged
+    try:
         return torch.from_numpy(np.load(path))
+    except (OSError, ValueError, EOFError):  # missing, or damaged
+        pass
     predicted = predictor.probabilities(torch.from_numpy(images))[:, 0].cpu().half()
     with atomic_write(path) as temporary:
         save_array(temporary, predicted.numpy())

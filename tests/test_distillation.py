@@ -34,8 +34,16 @@ def test_a_student_learns_from_masks_and_teachers(phantoms, tmp_path, monkeypatc
     with monkeypatch.context() as patch, pytest.raises(SystemExit, match="no weights"):
         patch.setattr(train, "train_and_validation", None)  # before anything is read
         train.main([str(word) for word in (*words, "--teachers", phantoms)])
-    with pytest.raises(SystemExit, match="pt: is a teacher; name another folder with --weights"):
-        train.main([str(word) for word in (*words, "--weights", teachers)])
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "unet.pt").symlink_to(next(teachers.glob("*.pt")))
+    for place, taught_by in (
+        (teachers, teachers),
+        (teachers / "new", teachers),
+        (tmp_path / "links", next(teachers.glob("*.pt"))),
+    ):
+        more = "--weights", place, "--teachers", taught_by
+        with pytest.raises(SystemExit, match="unet.pt: would replace or join the teachers; name"):
+            train.main([str(word) for word in (*words, *more)])
     with pytest.raises(SystemExit, match="teachers saw patients of . validation cases"):
         train.main([str(word) for word in words])
     train.main([str(word) for word in (*words, "--allow-seen")])

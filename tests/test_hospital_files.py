@@ -449,6 +449,7 @@ for what, refused, tags in (
     ("no orientation in one", "IM011 has ImageOrient", {"ImageOrientationPatient": ""}),
     ("another plane in one", "IM011 has ImageOr", {"ImageOrientationPatient": [1, 0, 0, 0, 0, 1]}),
     ("fewer rows in one", "IM011 has Rows '48', but", {"Rows": 48, "PixelData": bytes(48 * 192)}),
+    ("no echo time in one", "IM011 has EchoTime ''", {"EchoTime": None}),
     ("no position in one", "IM011 has ImagePositionPatient", {"ImagePositionPatient": ""}),
     ("two at one position", "have one ImagePositionPatient", {"ImagePositionPatient": [*ORIGIN]}),
     (

@@ -684,8 +684,11 @@ def test_output_that_cannot_be_written_is_one_sentence(phantoms, weights, tmp_pa
         phantoms, tmp_path / "c", *only, "--report", table
     )
     figure = phantoms / "phantom_003" / "dsc.png"  # it would be taken for a slice
-    said = refused(phantoms, tmp_path / "c", weights, "--figure", figure)
-    assert f"{figure.parent}: is a source; name another place with --figure" in said
+    others = weights, "--cases", "phantom_001", "phantom_002"
+    for option, place in (("--figure", figure), ("--report", phantoms / "pages" / "x.html")):
+        said = refused(phantoms, tmp_path / "c", *others, option, place)
+        assert f"{place.parent}: lies among the cases; name another place with {option}" in said
+    assert not (phantoms / "pages").exists()
     picture = tmp_path / "c" / "predictions" / "phantom_003" / "phantom_003_1.png"
     said = refused(phantoms, tmp_path / "c", *only, "--figure", picture)
     assert "phantom_003_1.png: is among the pictures of a case" in said

@@ -101,6 +101,9 @@ def test_an_unclear_dataset_json_is_refused(tmp_path, description, fault):
 def test_channels_in_a_folder_of_another_name_are_no_cases(tmp_path, cases):
     """Once, T1 and T2 were segmented as FLAIR."""
     folder = write_nnunet(tmp_path, cases=cases) / "imagesTr"
+    write(folder / "template.nii.gz", VOLUME[..., 0])
+    write(folder / "head_9_0001.nii.gz", VOLUME[..., 1])  # of a case that lacks the others
+    (folder / "head_8_0000.nii.gz").write_bytes(b"damaged")
     folder.rename(tmp_path / "scans")
     with pytest.raises(ValueError, match="head_0_0000 and head_0_0001 seem to be channels of one"):
         list_cases(tmp_path / "scans")
@@ -112,6 +115,13 @@ def test_numbered_cases_are_no_channels(tmp_path, last, side):
     write(tmp_path / "case_0000.nii.gz", VOLUME[:, :20, :, 0])
     write(tmp_path / f"case_{last}.nii.gz", np.ones((6, side, 24), np.int16))
     assert len(list_cases(tmp_path)) == 2
+
+
+def test_numbered_cases_with_masks_are_no_channels(tmp_path):
+    for number in range(2):
+        write(tmp_path / f"case_000{number}.nii.gz", VOLUME[..., 0])
+        write(tmp_path / f"case_000{number}_mask.nii.gz", MASK)
+    assert [source.name for source in list_cases(tmp_path)] == ["case_0000", "case_0001"]
 
 
 @pytest.mark.parametrize("description", [None, {"channel_names": {"0": "MRI", "1": "MRI2"}}])

@@ -1,5 +1,6 @@
 """Test what inference.py writes beside masks: volumes.csv, maps, DICOM, the report."""
 
+import gzip
 import hashlib
 import html
 import json
@@ -506,17 +507,44 @@ def test_weights_without_a_card_are_reported(phantoms, weights, tmp_path, capsys
     assert "bare.pt: has no card (.json); assuming preprocessing 1" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("more", [(), ("--skip-existing",)], ids=str)
-def test_a_mask_that_was_corrected_by_hand_stays(pair, weights, tmp_path, more):
-    """Editors keep the header, by which it would be ours."""
-    scan = write(tmp_path / "scan.nii.gz", pair[0][..., 1])
-    assert infer(scan, tmp_path, weights, "--no-pictures") == 0
-    path = tmp_path / "predictions" / "scan_mask.nii.gz"
-    assert infer(scan, tmp_path, weights, "--no-pictures", *more) == 0, "it was not edited"
+def edit_mask(path: Path) -> bytes:
+    """Change a voxel of a mask as editors do, which keep the header; return the new content."""
     image = nibabel.load(path)
     voxels = np.asarray(image.dataobj).copy()
     voxels[3, 3, 3] = 1 - voxels[3, 3, 3]
     nibabel.save(nibabel.Nifti1Image(voxels, image.affine, image.header), path)
-    before = path.read_bytes()
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize("more", [(), ("--skip-existing",)], ids=str)
+def test_a_mask_that_was_corrected_by_hand_stays(pair, weights, tmp_path, more):
+    """And so do its rows: what is in growth.csv belongs to them."""
+    scan = write(tmp_path / "scan.nii.gz", pair[0][..., 1])
+    assert infer(scan, tmp_path, weights, "--no-pictures") == 0
+    path = tmp_path / "predictions" / "scan_mask.nii.gz"
+    assert infer(scan, tmp_path, weights, "--no-pictures", *more) == 0, "it was not edited"
+    before, table = edit_mask(path), (tmp_path / "predictions" / "volumes.csv").read_text()
     assert infer(scan, tmp_path, weights, "--no-pictures", *more) == 1
     assert path.read_bytes() == before
+    assert (tmp_path / "predictions" / "volumes.csv").read_text() == table
+
+
+def test_an_edited_mask_of_another_scan_of_that_name_stays(pair, phantoms, weights, tmp_path):
+    """A volume was segmented before, now a folder of slices."""
+    assert infer(write(tmp_path / "phantom_000.nii.gz", pair[0][..., 1]), tmp_path, weights) == 0
+    path = tmp_path / "predictions" / "phantom_000_mask.nii.gz"
+    before = edit_mask(path)
+    assert infer(phantoms / "phantom_000", tmp_path, weights) == 1
+    assert path.read_bytes() == before
+
+
+def test_a_mask_with_a_damaged_header_is_made_again(pair, weights, tmp_path):
+    scan = write(tmp_path / "scan.nii.gz", pair[0][..., 1])
+    assert infer(scan, tmp_path, weights, "--no-pictures") == 0
+    path = tmp_path / "predictions" / "scan_mask.nii.gz"
+    before = path.read_bytes()
+    content = bytearray(gzip.decompress(before))
+    content[70:72] = (9999).to_bytes(2, "little")  # the type of its voxels
+    path.write_bytes(gzip.compress(bytes(content)))
+    assert infer(scan, tmp_path, weights, "--no-pictures") == 0
+    assert gzip.decompress(path.read_bytes()) == gzip.decompress(before)

@@ -178,14 +178,26 @@ def test_numbers_of_a_coloured_palette_are_labels(tmp_path):
     assert np.array_equal(second.read_mask()[0], labels == 2)
 
 
-@pytest.mark.parametrize("suffix", ["png", "tif"])
-def test_a_coloured_palette_of_a_scan_is_refused(tmp_path, suffix):
+COMPRESSED = [("png", None), ("tif", None), ("tif", "tiff_lzw"), ("tif", "tiff_deflate")]
+
+
+@pytest.mark.parametrize("suffix, compression", COMPRESSED)
+def test_a_coloured_palette_of_a_scan_is_refused(tmp_path, suffix, compression):
     """Its numbers were taken for FLAIR: no lesion was where it is."""
     image = Image.fromarray(np.random.default_rng(0).integers(0, 3, (10, 14)).astype(np.uint8))
     image.putpalette(bytes.fromhex("000000800000008000"))
-    image.save(tmp_path / f"x_1.{suffix}")
+    image.save(tmp_path / f"x_1.{suffix}", compression=compression)
     with pytest.raises(ValueError, match=f"x_1.{suffix}: has a palette of colours; save it as RGB"):
         find_case(tmp_path).read()
+
+
+@pytest.mark.parametrize("suffix, compression", COMPRESSED)
+def test_colours_of_a_palette_are_read_as_rgb(tmp_path, suffix, compression):
+    """Unless 0 alone is black, its numbers mean nothing."""
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 3, (10, 14)).astype(np.uint8))
+    image.putpalette(bytes.fromhex("0a0a14800000008000"))
+    image.save(tmp_path / f"x_1.{suffix}", compression=compression)
+    assert np.array_equal(find_case(tmp_path).read()[0], np.asarray(image.convert("RGB")))
 
 
 def test_a_png_that_its_exif_turns_is_refused(tmp_path):

@@ -14,14 +14,14 @@ from functools import partial
 from itertools import chain
 from pathlib import Path
 
-from .formats import read_grid, scan_name, volumes_in
+from .formats import mask_of, read_grid, scan_name, volumes_in
 from .opening import Source
 from .scans import Scan
 from .sequences import SEQUENCES, sequence_of
 
 DESCRIPTION = "dataset.json"
 IMAGES = {"imagesTr": "labelsTr", "imagesTs": "labelsTs", "imagesVal": "labelsVal"}
-MOST = 4  # channels of a scan
+MOST_CHANNELS = 4  # channels of a scan
 ALL = -1  # in place of the number of a channel
 CHANNEL = re.compile(r"^(?P<case>.+)_(?P<channel>\d{4})$")
 
@@ -136,31 +136,38 @@ def _files_by_channel(folder: Path, masks: Mapping[str, Path]) -> dict[str, dict
 
 
 def _check_no_channels(folder: Path) -> None:
-    """Raise ValueError if the files of a folder are numbered, and alike, as channels of scans.
+    """Raise ValueError if files of a folder are numbered, and alike, as the channels of a scan.
 
-    That is, all have numbers from 0000 to at most 0003, one channel, and the grid of the first.
+    Such are up to four of one name, from 0000 on, of one channel each, on one grid, without masks.
     """
     files: dict[str, dict[int, Path]] = {}
     for path in volumes_in(folder):
         numbered = CHANNEL.match(scan_name(path))
-        if not numbered:
-            return
-        files.setdefault(numbered["case"], {})[int(numbered["channel"])] = path
-    for by_channel in files.values():
-        if not 1 < len(by_channel) <= MOST or sorted(by_channel) != list(range(len(by_channel))):
-            return
-    for by_channel in files.values():
-        first, _ = read_grid(by_channel[0])
-        for path in by_channel.values():
+        if numbered:
+            files.setdefault(numbered["case"], {})[int(numbered["channel"])] = path
+    for case, by_channel in sorted(files.items()):
+        count = len(by_channel)
+        are_counted = sorted(by_channel) == list(range(count)) and 1 < count <= MOST_CHANNELS
+        if are_counted and _are_alike(list(by_channel.values())):
+            raise ValueError(
+                f"{folder}: {case}_0000 and {case}_0001 seem to be channels of one scan, as "
+                "nnU-Net names them; name their folder imagesTs, and say with --channels which "
+                "are pre-contrast, FLAIR and post-contrast. If they are cases, rename them "
+                "(case_0001a)"
+            )
+
+
+def _are_alike(files: Sequence[Path]) -> bool:
+    """Tell whether files have one channel each, one grid and no masks."""
+    try:
+        first, _ = read_grid(files[0])
+        for path in files:
             grid, channels = read_grid(path)
-            if channels > 1 or first.difference(grid):
-                return
-    if files:
-        raise ValueError(
-            f"{folder}: {min(files)}_0000 and {min(files)}_0001 seem to be channels of one scan, "
-            "as nnU-Net names them; name their folder imagesTs, and say with --channels which are "
-            "pre-contrast, FLAIR and post-contrast. If they are cases, rename them (case_0001a)"
-        )
+            if channels > 1 or first.difference(grid) or mask_of(path):
+                return False
+    except (ValueError, OSError):  # whoever opens the case says what is wrong with it
+        return False
+    return True
 
 
 def _check_numbers(folder: Path, files: Mapping[str, dict[int, Path]], last: int) -> None:

@@ -203,15 +203,26 @@ class Source:
 def check_apart(
     folder: Path, option: str, sources: Sequence[Source], images: Path | None = None
 ) -> None:
-    """Raise ValueError if a folder that is written to is a case, or would be taken for one.
+    """Raise ValueError if a folder that is written to is a case, or may be taken for one.
 
-    That is so of every folder in `images`, if given.
+    That may be so of every folder in `images`, if given, but not in derivatives (BIDS).
     """
     if images and folder.resolve().is_relative_to(images.resolve()):
-        raise ValueError(f"{folder}: lies among the cases; name another place with {option}")
+        if "derivatives" not in folder.resolve().relative_to(images.resolve()).parts:
+            raise ValueError(f"{folder}: lies among the cases; name another place with {option}")
     for source in sources:
         if source.folder.resolve() == folder.resolve():
             raise ValueError(f"{folder}: is a source; name another place with {option}")
+
+
+def check_file_apart(path: Path, option: str, sources: Sequence[Source], images: Path) -> None:
+    """Raise ValueError if a file that is written would lie in a case, or in what is taken for one.
+
+    Beside the folders of the cases, in `images` itself, it does no harm.
+    """
+    folder = path.parent
+    is_beside = folder.resolve() == images.resolve()
+    check_apart(folder, option, sources, None if is_beside else images)
 
 
 class SeveralStudies(ValueError):

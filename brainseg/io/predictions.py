@@ -58,7 +58,7 @@ def read_mask_of_run(
     try:
         if isinstance(case, Scan):
             return replace(case, masks=tuple(paths), labels=Labels()).read_mask()
-        return read_slices(paths, of_masks=True)[..., 0] > 0
+        return read_slices(paths)[..., 0] > 0
     except (ValueError, FileNotFoundError):  # damaged, or of several sizes: make it again
         return None
 
@@ -130,8 +130,8 @@ def move(temporary: Path, paths: Sequence[Path], folder: Path) -> None:
         (temporary / path.name).replace(folder / path)
 
 
-def remove_earlier(folder: Path, case: Case) -> None:
-    """Remove earlier files of a case, pictures of an earlier mask too; its masks are replaced."""
+def earlier_files(folder: Path, case: Case) -> list[Path]:
+    """List the files that earlier runs may have written of a case, and of others of its name."""
     kinds = "|".join(KINDS)
     of_a_slice = re.compile(rf"{re.escape(case.name)}_\d+(\.png|_({kinds})\.tif)")
     paths = [folder / seg_file(case), folder / f"{case.name}.gif"]
@@ -140,7 +140,12 @@ def remove_earlier(folder: Path, case: Case) -> None:
     for path in folder.glob(f"{glob.escape(case.name)}/*"):
         if of_a_slice.fullmatch(path.name):
             paths.append(path)
+    return paths
+
+
+def remove_earlier(folder: Path, case: Case) -> None:
+    """Remove earlier files of a case, pictures of an earlier mask too; its masks are replaced."""
     masks = map_files(case, "mask")
-    for path in paths:
+    for path in earlier_files(folder, case):
         if path.relative_to(folder) not in masks and has_mark(path):
             remove(path)

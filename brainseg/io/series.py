@@ -22,7 +22,8 @@ from .quiet import quiet
 
 GEOMETRY = ("Rows", "Columns", "PixelSpacing", "ImageOrientationPatient")  # of every file
 # Sequences that share a SeriesInstanceUID, or have none, differ in one of these.
-NAMES, TIMES = ("SeriesNumber", "SeriesDescription"), ("EchoTime", "InversionTime")
+SEQUENCE_NAMES = ("SeriesNumber", "SeriesDescription")
+SEQUENCE_TIMES = ("EchoTime", "InversionTime")
 SIZE = ("Rows", "Columns", "BitsAllocated")
 SPACINGS = ("PixelSpacing", "ImagerPixelSpacing", "NominalScannedPixelSpacing")  # best first
 OFF_LINE = 0.5  # mm: a slice further from its place in a regular stack was moved
@@ -56,7 +57,7 @@ def series_grid(series: Series) -> Grid:
     first = headers[0]
     for header in headers:
         _check_image(series, header)
-        _check_alike(series, header, first)
+    _check_alike(series, headers)
     row_step, column_step, notes = _pixel_spacing(series, first)
     row, column = _stated(series, first, "ImageOrientationPatient", 6).reshape(2, 3)
     normal = np.cross(row, column)
@@ -203,27 +204,27 @@ def _fault_in_pixels(header: Dataset, needed: int) -> str:
     )
 
 
-def _check_alike(series: Series, header: Dataset, first: Dataset) -> None:
+def _check_alike(series: Series, headers: Sequence[Dataset]) -> None:
     """Raise ValueError if two files differ in size, spacing or orientation, or in sequence."""
-    differing = []
-    for tag in GEOMETRY:
-        here, there = numbers(header, tag), numbers(first, tag)
-        if here.shape != there.shape or np.any(np.abs(here - there) > 1e-3):
-            differing.append(tag)
-    for tag in TIMES:
-        here, there = number(header, tag), number(first, tag)
-        if abs(here - there) > 0.01 * there:  # not if one is not stated, NaN
-            differing.append(tag)
-    for tag in NAMES:
-        here, there = text(header, tag), text(first, tag)
-        if here and there and here != there:  # an anonymiser may have emptied some
-            differing.append(tag)
-    if differing:
-        tag = differing[0]
-        raise ValueError(
-            f"{series}: {_name(header)} has {tag} {text(header, tag)!r}, but {_name(first)} "
-            f"{text(first, tag)!r}; give each image a folder"
-        )
+    for tag in (*GEOMETRY, *SEQUENCE_TIMES):
+        first = headers[0]
+        for header in headers:
+            here, there = numbers(header, tag), numbers(first, tag)
+            tolerance = 0.01 * np.abs(there) if tag in SEQUENCE_TIMES else 1e-3
+            if here.shape != there.shape or np.any(np.abs(here - there) > tolerance):
+                raise ValueError(_unlike(series, tag, header, first))
+    for tag in SEQUENCE_NAMES:
+        stating = [header for header in headers if text(header, tag)]  # others may be anonymised
+        for header in stating:
+            if text(header, tag) != text(stating[0], tag):
+                raise ValueError(_unlike(series, tag, header, stating[0]))
+
+
+def _unlike(series: Series, tag: str, header: Dataset, first: Dataset) -> str:
+    return (
+        f"{series}: {_name(header)} has {tag} {text(header, tag)!r}, but {_name(first)} "
+        f"{text(first, tag)!r}; give each image a folder"
+    )
 
 
 def _stated(series: Series, header: Dataset, tag: str, count: int) -> np.ndarray:

@@ -295,11 +295,8 @@ def _read_tiff(path: Path, of_mask: bool) -> tuple[np.ndarray, bool]:
                 raise ValueError("its colours are not RGB")
             image = page.asarray(maxworkers=1)  # threads of its own take longer to start
             if page.photometric == PHOTOMETRIC.PALETTE:
-                red, green, blue = page.colormap
-                if np.array_equal(red, green) and np.array_equal(red, blue):
-                    image = (red >> 8).astype(np.uint8)[image]
-                elif not of_mask:  # whose labels are the numbers
-                    raise UnfitImage(f"{path}: {COLOURS}")
+                palette = (page.colormap.T >> 8).astype(np.uint8)
+                image = _from_palette(image, palette, path, of_mask)
             if page.axes == "SYX":
                 image = np.moveaxis(image, 0, -1)
             return image, white_is_zero
@@ -322,7 +319,8 @@ def _decode(path: Path, kind: str, of_mask: bool) -> np.ndarray:
             raise UnfitImage(f"{path}: {TURNS}")
         for frame in ImageSequence.Iterator(image):
             if frame.mode == "P":
-                frames.append(_from_palette(frame, path, of_mask))
+                palette = np.array(frame.getpalette("RGB"), np.uint8).reshape(-1, 3)
+                frames.append(_from_palette(np.asarray(frame), palette, path, of_mask))
                 continue
             if frame.mode in ("CMYK", "YCbCr", "LAB"):
                 frame = frame.convert("RGB")
@@ -330,13 +328,13 @@ def _decode(path: Path, kind: str, of_mask: bool) -> np.ndarray:
     return frames[0] if len(frames) == 1 else np.stack(frames)
 
 
-def _from_palette(image: Image.Image, path: Path, of_mask: bool) -> np.ndarray:
-    """Return the greys (H, W) of an image with a palette, or the colours (H, W, 3).
+def _from_palette(
+    numbers: np.ndarray, palette: np.ndarray, path: Path, of_mask: bool
+) -> np.ndarray:
+    """Return the greys (H, W) that numbers stand for in a palette (K, 3), or the colours (H, W, 3).
 
     Of colours, the numbers (H, W) are labels, if 0 alone is black: ValueError unless `of_mask`.
     """
-    numbers = np.asarray(image)
-    palette = np.array(image.getpalette("RGB"), np.uint8).reshape(-1, 3)
     if (palette == palette[:, :1]).all():
         return palette[numbers, 0]
     shown = palette[numbers]
