@@ -25,6 +25,7 @@ from brainseg.evaluation.scoring import NetworkModel, open_networks
 from brainseg.io.layouts import list_cases
 from brainseg.io.slices import Case
 from brainseg.metrics import dsc, mean_text, summarise
+from brainseg.patients import patient_of
 from brainseg.segmenter import Segmenter
 from brainseg.splits import outside_test
 from cli import errors_in_one_sentence
@@ -80,6 +81,8 @@ def heads_text(title: str, marked: Sequence[Sequence[float]]) -> str:
     """Give a row of the table of heads without a lesion; `marked` holds ml by model and head."""
     cells = []
     for ml in marked:
+        if not ml:
+            return f"| {title}: none | | | |"
         empty = sum(value == 0 for value in ml)
         cells.append(f"{empty} of {len(ml)} empty, {np.mean(ml):.2f} ml (most {max(ml):.1f})")
     return f"| {title} | {' | '.join(cells)} | |"
@@ -105,6 +108,11 @@ def main() -> None:
     ]
     segmenters = [model.segmenter for model in models]
     cases = unseen_cases(args.images, models)
+    healthy_scans = []
+    for source in list_cases(args.healthy) if args.healthy else []:
+        if source.name.startswith(tuple(args.hold_back)):
+            healthy_scans.append(source.open())
+    patients = [patient_of(case) for case in cases]
     scores = {name: ([], []) for name in (*CHANGES, LEFT, CUT)}
     mirrored = [], []
     for case in tqdm(cases, unit="case", disable=None):
@@ -119,19 +127,16 @@ def main() -> None:
     print("|---|---|---|---|")
     for name, (teachers, student) in scores.items():
         gains = [after - before for before, after in zip(teachers, student, strict=True)]
-        change = mean_text(summarise(gains), "+")
+        change = mean_text(summarise(gains, patients), "+")
         print(f"| {name} | {np.mean(teachers):.3f} | {np.mean(student):.3f} | {change} |")
     print(heads_text("mirrored heads", mirrored))
-    if args.healthy:
-        marked = [], []
-        for source in list_cases(args.healthy):
-            if source.name.startswith(tuple(args.hold_back)):
-                case = source.open()
-                volume = case.read()
-                for k, segmenter in enumerate(segmenters):
-                    voxels = segment(segmenter, volume, case.aspect, case.spacing).sum()
-                    marked[k].append(float(voxels * np.prod(case.spacing or (5, 1, 1)) / 1000))
-        print(heads_text("people without a tumour", marked))
+    marked = [], []
+    for case in healthy_scans:
+        volume = case.read()
+        for k, segmenter in enumerate(segmenters):
+            voxels = segment(segmenter, volume, case.aspect, case.spacing).sum()
+            marked[k].append(float(voxels * np.prod(case.spacing or (5, 1, 1)) / 1000))
+    print(heads_text("people without a tumour", marked))
 
 
 if __name__ == "__main__":

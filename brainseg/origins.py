@@ -8,7 +8,8 @@ from .quality import mask_settings
 from .weights import CARD_DEFAULTS, MODELS, load_state, read_card
 
 UNKNOWN = (
-    "no card says what it was trained on; if on these patients, the validation DSC is too high"
+    "its card does not say what it was trained on; if on these patients, the validation DSC is too "
+    "high"
 )
 
 

@@ -221,7 +221,7 @@ def test_the_last_row_of_students_is_over_all_folds(tmp_path, monkeypatch):
         {"a": 0.6, "b": 0.7, "c": 0.9, "d": 0.6},
     )
 
-    def scored(args, names, weights, out, more):
+    def scored(args, names, weights, out, masks):
         scores = before if out.name == "teachers-masks" else after
         return [{"patient": name, "dsc": scores[name]} for name in names]
 
@@ -233,6 +233,12 @@ def test_the_last_row_of_students_is_over_all_folds(tmp_path, monkeypatch):
     last = campaign.student(args, campaign.Pool(1)).splitlines()[-1]
     assert last.split(" | ")[0] == "| all"
     assert "0.550" in last and "0.700" in last and "+0.150" in last and last.count("n = 4") == 2
+
+
+def test_a_missing_student_is_named_before_the_last_training(phantoms, tmp_path, capsys):
+    status, _, err = run(phantoms, tmp_path, "--stage", "one", "--outer", "0")
+    missing = tmp_path / "nested" / "fold0" / "student" / "unet.pt"
+    assert status == 1 and f"{missing}: is missing for the fit; run --stage student first" in err
 
 
 def test_a_head_without_lesion_is_written_whole_or_not_at_all(phantoms, tmp_path, monkeypatch):

@@ -50,7 +50,7 @@ from brainseg.weights import has_card, is_card, read_card
 from cli import fail
 from dataset import open_cases
 
-from .fitting import fit_student
+from .fitting import STUDENT_MASKS, fit_student
 from .negatives import link_scans, write_mirrored
 from .trainings import Pool, Training, call, script
 
@@ -79,7 +79,7 @@ CHANGES = {
 }
 STUDENT = "--keep last --vis-freq 0 --validate-every 5 --flair-alone --strip-skulls 0.33".split()
 MIRRORED = 4  # every so many cases, one is written without its lesion
-MASKS = ["--tta", "--min-volume", "200"]  # how they are made: see MODEL_CARD.md
+MASKS = ["--tta", "--min-volume", "200"]  # how those of an ensemble are made: see MODEL_CARD.md
 
 
 def search(args: argparse.Namespace, pool: Pool) -> str:
@@ -174,8 +174,8 @@ def student(args: argparse.Namespace, pool: Pool) -> str:
         train, held_out = split_cases(args.images, outer)
         weights = train_student(args, folder, train, folder / "weights", pool)
         names = names_of(held_out)
-        four = scored(args, names, folder / "weights", folder / "teachers-masks", [])
-        one = scored(args, names, weights, folder / "student-masks", ["--no-tta"])
+        four = scored(args, names, folder / "weights", folder / "teachers-masks", MASKS)
+        one = scored(args, names, weights, folder / "student-masks", STUDENT_MASKS)
         rows.append([str(outer), *compared(four, one)])
         teachers += four
         students += one
@@ -185,11 +185,11 @@ def student(args: argparse.Namespace, pool: Pool) -> str:
 
 
 def scored(
-    args: argparse.Namespace, names: Sequence[str], weights: Path, out: Path, more: Sequence[str]
+    args: argparse.Namespace, names: Sequence[str], weights: Path, out: Path, masks: Sequence[str]
 ) -> list[dict]:
     """Segment the cases of `names` into `out`; return their rows of metrics.csv, in that order."""
     words = ["--images", args.images, "--cases", *names, "--weights", weights]
-    call(script("inference.py", *words, "--predictions", out, *MASKS, *more))
+    call(script("inference.py", *words, "--predictions", out, *masks))
     rows = read_scores(out / "metrics.csv", ["dsc"])
     return [rows[name] for name in names]
 
@@ -205,13 +205,16 @@ def compared(four: Sequence[dict], one: Sequence[dict]) -> list[str]:
 def one(args: argparse.Namespace, pool: Pool) -> str:
     """Train, export and fit the student of all patients, whose teachers are those of ship."""
     folder = args.out / "one"
+    students = []
+    for outer in args.outer:
+        students.append(args.out / "nested" / f"fold{outer}" / "student" / "unet.pt")
+        if not students[-1].is_file():
+            raise ValueError(f"{students[-1]}: is missing for the fit; run --stage student first")
     cases = open_cases(outside_test(list_cohort(args.images)))
     teachers = args.start or args.out / "weights"
     weights = train_student(args, folder, cases, teachers, pool)
     exported = folder / "weights"
     call(script("export.py", "--weights", weights, "--out", exported))
-    folds = [args.out / "nested" / f"fold{outer}" for outer in args.outer]
-    students = [fold / "student" / "unet.pt" for fold in folds]  # all, or it fails
     fit_student(args.images, teachers, students, folder / "fit", exported)
     return table(["weights", "cases"], [[str(exported), str(len(cases))]])
 

@@ -19,7 +19,7 @@ from brainseg.weights import read_card
 
 from .trainings import call, script
 
-MASKS = ["--no-tta", "--min-volume", "200"]  # how a student's are made
+STUDENT_MASKS = ["--no-tta", "--min-volume", "200"]  # how a student's are made
 
 
 def fit_student(
@@ -27,10 +27,8 @@ def fit_student(
 ) -> None:
     """Fit with the networks in `folds`, move it to `students`, save it in the cards in `weights`.
 
-    Scores are written to `folder`. Raises ValueError without students.
+    Scores are written to `folder`.
     """
-    if not students:
-        raise ValueError(f"{folder}: no student of a fold to fit with; run --stage student first")
     with tempfile.TemporaryDirectory() as name:  # the fit is written into the cards of the copies
         copies = Path(shutil.copytree(folds, Path(name) / "folds"))
         evaluate(images, copies, folder / "folds-scores", "--fit-expected-dsc")
@@ -53,7 +51,7 @@ def fit_student(
 def evaluate(images: Path, weights: Path, out: Path, *options: str) -> None:
     """Score weights on the patients that they have not seen."""
     words = ["--images", images, "--subset", "train", "validation", "--weights", weights]
-    call(script("evaluate.py", *words, *MASKS, "--out", out, *options))
+    call(script("evaluate.py", *words, *STUDENT_MASKS, "--out", out, *options))
 
 
 def features_of(row: dict[str, str], fit: dict) -> dict[str, float]:
