@@ -92,7 +92,7 @@ def test_the_card_of_an_ensemble_names_every_patient(folder):
     assert card["cases"]["train"] == NAMES and card["model"] == "unet"
 
 
-def test_settings_of_masks_stay_if_only_the_fits_differ(tmp_path):
+def test_settings_of_mask_stay_if_only_the_fits_differ(tmp_path):
     """Once, two networks fitted one by one were averaged without mirroring, and without a word."""
     settings = {"threshold": 0.4, "tta": True, "largest_component": False, "min_volume": 9}
     files = []

@@ -90,7 +90,7 @@ class Case:
 
     def read_mask(self) -> np.ndarray:
         """Read the mask (S, H, W), bool: true wherever a mask file holds a lesion label."""
-        masks = read_slices(self.masks, of_masks=True)
+        masks = read_slices(self.masks, of_mask=True)
         if masks.shape[-1] in (2, 4):  # the last channel is opacity
             masks = painted(masks[..., :-1], masks[..., -1:], self.folder)
         return self.labels.lesion(masks.max(axis=-1), self.name, self.folder)
@@ -175,15 +175,15 @@ def _check_complete(folder: Path, slices: dict[int, Path], masks: dict[int, Path
 
 
 @quiet  # on damaged files
-def read_slices(paths: Sequence[Path], of_masks: bool = False) -> np.ndarray:
+def read_slices(paths: Sequence[Path], of_mask: bool = False) -> np.ndarray:
     """Read images of one shape as a volume (S, H, W, C), black lowest; ValueError if one is bad.
 
-    The numbers of a palette of colours are labels `of_masks`; in a scan they are refused.
+    The numbers of a palette of colours are labels `of_mask`; in a scan they are refused.
     """
     images = []
     doubtful = []  # the places of those tagged "white is zero"
     for path in paths:
-        image, white_is_zero = _read_image(path, of_masks)
+        image, white_is_zero = _read_image(path, of_mask)
         if images and image.shape != images[0].shape:
             raise ValueError(
                 f"{path}: {by(image.shape)} voxels, but {paths[0].name} has "
