@@ -35,6 +35,7 @@ from .weights import (
     read_card,
     save_tensors,
     save_weights,
+    shipped_files,
 )
 
 if TYPE_CHECKING:
@@ -60,9 +61,14 @@ def claimed(weights: Path, logs: Path, resume: bool) -> Iterator[dict | None]:
     """Keep other runs from the files of `weights` (.pt) and LOGS; yield the checkpoint to resume.
 
     A checkpoint is mended if a killed run left newer weights or a missing card. Raises OSError if a
-    folder cannot be written, ValueError if another run writes there, files in the way are not of a
-    run, or the weights are not those of the checkpoint.
+    folder cannot be written, ValueError if it holds shipped weights, if another run writes there,
+    files in the way are not of a run, or the weights are not those of the checkpoint.
     """
+    if weights.parent.resolve() in {file.parent for file in shipped_files()}:
+        raise ValueError(
+            f"{weights.parent}: holds weights that come with the project, which {weights.name} "
+            "would join; name another folder with --weights"
+        )
     path, checkpoint = weights.with_suffix(".ckpt"), None
     places = (weights.parent, "--weights", weights.stem), (logs, "--logs", "logs")
     with main_process_locks(*places):

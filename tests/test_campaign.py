@@ -202,7 +202,7 @@ def test_a_student_is_compared_with_its_teachers(phantoms, tmp_path):
     card = read_card(folder / "student" / "unet.pt")
     assert card["recipe"]["flair_alone"] is True and card["recipe"]["strip_skulls"] == 0.33
     trained_on = card["cases"]["train"]
-    assert "mary" in trained_on and "martha" not in trained_on
+    assert "healthy_mary" in trained_on and "healthy_martha" not in trained_on
     assert any(name.endswith("_mirrored") for name in trained_on)
     (weights,) = (tmp_path / "one" / "weights").glob("*.pt")
     card = read_card(weights)

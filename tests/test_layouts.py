@@ -180,6 +180,14 @@ def test_plain_names_are_a_case(tmp_path):
     assert (mask == (volume[..., 1] > 700)).all()
 
 
+def test_folders_that_are_passed_over_are_named(tmp_path, capsys):
+    write(tmp_path / "loose.nii.gz", VOLUME[..., 0])
+    write(tmp_path / "named" / "flair.nii.gz", VOLUME[..., 0])
+    write(tmp_path / "more" / "anna" / "flair.nii.gz", VOLUME[..., 0])
+    assert [source.name for source in list_cases(tmp_path)] == ["loose", "named"]
+    assert f"{tmp_path}: the folders more are not read" in capsys.readouterr().err
+
+
 def test_files_of_no_known_name_are_named(tmp_path):
     for name in ("a_flair", "a_t1ce", "a_gado", "a_t2", "a_seg"):
         write(tmp_path / "anna" / f"{name}.nii.gz", VOLUME[..., 0])

@@ -23,7 +23,7 @@ from conftest import FORK, contents, traces
 
 import cli
 import train
-from brainseg import training
+from brainseg import training, training_files
 from brainseg.segmenter import Segmenter, settings_text
 from brainseg.unet import UNet
 from brainseg.weights import load_state, load_tensors, model_from_state, read_card
@@ -76,6 +76,15 @@ def test_nothing_is_written_among_the_cases(two, tmp_path, option):
     said = refused(tmp_path / "linked", tmp_path, option, two / "phantom_001")
     assert f"phantom_001: is a source; name another place with {option}" in said
     assert sorted(two.rglob("*")) == before
+
+
+def test_nothing_is_written_beside_shipped_weights(two, tmp_path, monkeypatch):
+    """inference.py would average them with the new ones, or refuse them all."""
+    folder = tmp_path / "shipped"
+    monkeypatch.setattr(training_files, "shipped_files", lambda: [folder / "unet-0.pt"])
+    said = refused(two, tmp_path, "--weights", folder)
+    assert f"{folder}: holds weights that come with the project, which unet.pt would join" in said
+    assert not list(folder.glob("*.pt"))
 
 
 def same(a, b) -> bool:

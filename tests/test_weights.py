@@ -11,6 +11,7 @@ from torch import nn
 
 from brainseg import weights
 from brainseg.ensemble import load_ensemble
+from brainseg.patients import patients_of_card
 from brainseg.unet import UNet
 from brainseg.weights import (
     HASH,
@@ -289,3 +290,10 @@ def test_weights_that_come_with_the_project_are_sound():
     settings = {"in_channels": 3, "out_channels": 1, "init_features": 32}
     assert load_pretrained("unet", **settings).settings == settings
     assert sum(path.stat().st_size for path in paths) < 40 << 20
+
+
+def test_no_card_names_a_patient_as_any_cohort_may():
+    """A patient01 of another cohort would count as trained on, and be left out of scores."""
+    for file in weights.shipped_files():
+        patients = patients_of_card(read_card(file), "train")
+        assert patients and not [name for name in patients if name.startswith("patient")]

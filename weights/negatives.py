@@ -70,12 +70,14 @@ def write_mirrored(cases: Sequence[Case], folder: Path) -> None:
 def link_scans(scans: Path, folder: Path, held_back: Sequence[str]) -> None:
     """Link the scans of people without a tumour, and put an empty mask beside each.
 
-    Cases whose name begins as one of `held_back` are left out, so that something can be chosen.
+    Cases whose name begins as one of `held_back` are left out, so that something can be chosen. The
+    name of the folder goes before theirs: a patient01 is in many cohorts.
     """
     for case in find_cases(scans):
-        if case.name.startswith(tuple(held_back)) or (folder / case.name).exists():
+        name = f"{scans.resolve().name}_{case.name}"
+        if case.name.startswith(tuple(held_back)) or (folder / name).exists():
             continue
-        with new_case(folder, case.name) as new:
+        with new_case(folder, name) as new:
             for path in set(case.files):
                 (new / path.name).symlink_to(path.resolve())
             empty = SimpleITK.ReadImage(str(case.folder)) * 0  # the FLAIR file

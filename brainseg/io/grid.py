@@ -140,7 +140,8 @@ def grid_of_header(
         left, _, right = np.linalg.svd(direction)
         direction = left @ right  # the nearest orthonormal matrix
         notes = ("its axes are up to a degree off right angles; the nearest ones are used",)
-    return Grid(shape, tuple(spacing.tolist()), tuple(offset.tolist()), direction, notes)
+    x, y, z = map(int, shape)  # of some readers, numbers of NumPy
+    return Grid((x, y, z), tuple(spacing.tolist()), tuple(offset.tolist()), direction, notes)
 
 
 def damaged(path: Path | str) -> str:

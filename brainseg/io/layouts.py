@@ -1,10 +1,13 @@
 """The cases in a folder: slices as images, medical volume files, DICOM series, cohorts."""
 
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+
+from tqdm import tqdm
 
 from .described import described_sources
 from .dicom import find_images
@@ -191,10 +194,16 @@ def _cases_in(root: Path, other_than: Path | None) -> list[Source]:
     others = [folder for folder in folders if folder.name not in taken]
     if not (volumes or holding or studies):
         _check_not_too_high(root, others)
+    passed = []
     for folder in others:
         # Beside volumes, other folders may be anything; else opening them says what they lack.
         if folder in holding or not volumes:
             cases.append(_source(folder))
+        elif folder.name != "derivatives":
+            passed.append(folder.name)
+    if passed:
+        text = "are not read, as they hold no scan themselves; give them with --images"
+        tqdm.write(f"{root}: the folders {', '.join(passed)} {text}", file=sys.stderr)
     cases += map(_source, volumes)
     return sorted(cases, key=lambda case: (case.folder, case.name))
 

@@ -62,7 +62,12 @@ def _tiles(
     rows: Sequence[dict], read: Sequence[dict], unit: str, scores: Sequence[dict]
 ) -> dict[str, object]:
     """Summarise all cases, those `read`, and scores of patients not trained on, by title."""
-    sizes = [row["size"] for row in read if row["lesion_voxels"]]
+    lesions = [row for row in read if row["lesion_voxels"]]
+    sizes = [row["lesion_ml"] for row in lesions if row["lesion_ml"] is not None]
+    if sizes:
+        unit = "ml"  # other lesions, of scans without spacing, are left out
+    else:
+        sizes = [row["size"] for row in lesions]
     expected = [row["expected_dsc"] for row in rows if row["expected_dsc"] is not None]
     median_size, median_expected = "-", "-"
     if sizes:
@@ -72,7 +77,7 @@ def _tiles(
     tiles: dict[str, object] = {
         "cases": len(rows),
         "need a look": sum(bool(row["warning"]) for row in rows),
-        "without a lesion": len(read) - len(sizes),
+        "without a lesion": len(read) - len(lesions),
         f"median lesion, {unit}": median_size,
         "median expected DSC": median_expected,
     }

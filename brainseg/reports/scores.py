@@ -29,7 +29,7 @@ def table_row(case: Case, mask: np.ndarray, truth: np.ndarray) -> dict:
 
 def scores_text(rows: Sequence[dict]) -> str:
     """Format the rows of metrics.csv as a table, with a summary of patients not trained on."""
-    width = max(len(row["case"]) for row in rows) + 2
+    width = max(len("case"), *(len(row["case"]) for row in rows)) + 2
     hd95 = "hd95_mm" if all("hd95_mm" in row for row in rows) else "hd95_px"
     lines = [
         f"{'case':{width}}slices   lesion  predicted    DSC    IoU  precision  recall  "
