@@ -9,6 +9,7 @@ from brainseg.training import make_generator
 from transform import (
     Augmentation,
     drop_sequences,
+    fade_lesions,
     move,
     strip_skulls,
     vary_intensity,
@@ -218,10 +219,11 @@ def test_parts_of_a_batch_are_augmented_by_the_same_draws():
     moves, drops = torch.rand(5, 3, generator=generator), torch.rand(5, 2, generator=generator)
     changes = torch.rand(2, 5, 3, generator=generator)
     drawn = Augmentation(0.2, 15, 0.4, 0.2, 3).draw(5, make_generator(1))
-    assert torch.equal(drawn[:, :-2], torch.cat((moves, drops, *changes), dim=1))
+    assert torch.equal(drawn["move"], moves) and torch.equal(drawn["drop"], drops)
+    assert torch.equal(drawn["intensity"], torch.cat((*changes,), dim=1))
     changes = torch.rand(2, 5, 1, generator=make_generator(1))  # nothing is dropped
     drawn = Augmentation(0.2, 15, 0, 0.2, 1).draw(5, make_generator(1))
-    assert torch.equal(drawn[:, :3], moves) and not drawn[:, 3:5].any()
+    assert torch.equal(drawn["move"], moves) and "drop" not in drawn
 
 
 def heads(n: int, side: int = 100) -> tuple[torch.Tensor, torch.Tensor]:
@@ -254,20 +256,41 @@ def test_widths_are_drawn_for_the_share_of_slices():
     assert 0.04 <= drawn.min() < 0.045 and 0.085 < drawn.max() <= 0.09
 
 
-def test_stripping_changes_no_other_draw():
+@pytest.mark.parametrize("change", ["strip", "fade"])
+def test_a_later_change_alters_no_other_draw(change):
     options = {"scale": 0.2, "angle": 15, "drop": 0.4, "intensity": 0.2, "sequences": 3}
-    with_skull = Augmentation(**options).draw(8, make_generator(0))
-    without = Augmentation(**options, strip=0.3).draw(8, make_generator(0))
-    assert torch.equal(with_skull[:, :-2], without[:, :-2])
-    assert not with_skull[:, -2:].any() and without[:, -2:].any()
+    before = Augmentation(**options).draw(8, make_generator(0))
+    after = Augmentation(**options, **{change: 0.3}).draw(8, make_generator(0))
+    assert after.keys() - before.keys() == {change}
+    assert all(torch.equal(numbers, after[name]) for name, numbers in before.items())
 
 
 def test_a_stripped_head_is_enlarged_as_the_crop_to_the_brain_would():
     images, masks = heads(1)
     options = {"scale": 0, "angle": 0, "drop": 0, "intensity": 0, "sequences": 3, "flip": 0}
     augment_all = Augmentation(**options, strip=0.999)
-    (width,) = widths_to_strip(augment_all.draw(1, make_generator(3))[:, -2:], 0.999)
+    (width,) = widths_to_strip(augment_all.draw(1, make_generator(3))["strip"], 0.999)
     moved, lesion = augment_all(images, masks, make_generator(3), 1)
     radius = lesion[0, 0, 50].sum() / 2
     assert abs(radius - (40 - 100 * width) / (1 - 2 * width)) <= 1.5
     assert moved.min() == -2
+
+
+def test_a_lesion_is_faded_and_gets_a_grey_core():
+    """Within a head at 2 over air at -2, a round lesion of radius 20 at 6."""
+    images, masks = heads(3)
+    y, x = np.mgrid[:100, :100] - 50 + 0.5
+    lesion = torch.from_numpy(np.hypot(y, x - 15) < 20).float().expand(3, 1, 100, 100)
+    images = images + 4 * lesion
+    before = images.clone()
+    draws = torch.tensor(
+        [[0.9, 1, 0.5, 0.0, 0.0], [0.1, 1, 0.5, 0.9, 0.0], [0.1, 0, 0.5, 0.0, 0.0]]
+    )
+    faded = fade_lesions(images, lesion, draws, 0.5)
+    assert torch.equal(images, before), "the arguments are not modified"
+    assert torch.allclose(faded[0], images[0]), "not chosen"
+    outside = ~lesion[1].bool().expand(3, -1, -1)
+    assert torch.allclose(faded[1][outside], images[1][outside])
+    middle, rim = faded[:, 1, 50, 65], faded[:, 1, 50, 83]
+    assert images[1, 1, 50, 65] > rim[1] > middle[1] > -2, "fainter, less at the rim"
+    assert rim[2] == images[2, 1, 50, 83] and middle[2] < 0, "bright at the rim, grey within"
