@@ -286,8 +286,6 @@ def add_sampling_options(parser: Parser) -> None:
         help="replace pre-contrast in all of these slices, not in half of them (no)")
     add("--strip-skulls", type=float, default=0, least=0, below=1,
         help="share of slices whose skull is removed, crudely")
-    add("--fade-lesions", type=float, default=0, least=0, below=1,
-        help="share of slices whose lesion is made fainter, in half of these with a grey core")
     add("--teachers", type=Path, help="ensemble to learn from, beside the masks, as its student")
     add("--seed", type=int, default=42, least=0, help="seed of every random draw")
     add("--keep", choices=("best", "last"), default="best", help="epoch to keep, by validation DSC")

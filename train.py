@@ -204,7 +204,6 @@ def make_state(
         intensity=args.aug_intensity,
         sequences=sequences,
         strip=args.strip_skulls,
-        fade=args.fade_lesions,
     )
     return TrainState(
         model=training.on_device(model, device, args.sync_bn),

@@ -16,8 +16,6 @@ from brainseg.devices import to_device
 from brainseg.distributed import shard_of_batch
 
 THINNEST, THICKEST = 0.04, 0.09  # scalp and skull, as a share of a slice's side
-MOST_FADED = 0.6  # of a lesion's difference from the mean of the head
-SHALLOWEST, DEEPEST = 4, 24  # pixels from the rim of a lesion to its middle, of one with a core
 DARK = 0.1  # of a slice's maximum: darker pixels are air, unless there is head on all sides
 
 
@@ -31,7 +29,6 @@ class Augmentation:
     intensity: float  # strength of `vary_intensity`
     sequences: int
     strip: float = 0  # probability of `strip_skulls`
-    fade: float = 0  # probability of `fade_lesions`
     flip: float = 0.5
     drop_both: float = 0.5  # share of the dropped whose pre-contrast is dropped too
 
@@ -50,8 +47,6 @@ class Augmentation:
             images, masks = strip_skulls(images, masks, widths)
             zoom = 1 / (1 - 2 * widths)  # brain extraction comes before the crop to the head
         images, masks = move(images, masks, draws["move"], self.scale, self.angle, self.flip, zoom)
-        if self.fade:
-            images = fade_lesions(images, masks, draws["fade"], self.fade)
         if self.drop:
             images = drop_sequences(images, draws["drop"], self.drop, self.drop_both)
         if self.intensity:
@@ -68,8 +63,6 @@ class Augmentation:
             draws["intensity"] = torch.cat((gains, shifts), dim=1)
         if self.strip:
             draws["strip"] = torch.rand(slices, 2, generator=generator)
-        if self.fade:
-            draws["fade"] = torch.rand(slices, 5, generator=generator)
         return draws
 
 
@@ -159,37 +152,6 @@ def depth_in_head(bright: Tensor, most: int) -> Tensor:
 def erode(head: Tensor) -> Tensor:
     """Take a pixel from the edge of a map (N, 1, H, W) of 0 and 1; outside the slice is 0."""
     return 1 - F.max_pool2d(F.pad(1 - head, (1, 1, 1, 1), value=1.0), 3, stride=1)
-
-
-def fade_lesions(images: Tensor, masks: Tensor, draws: Tensor, probability: float) -> Tensor:
-    """Make lesions fainter with `probability`, and half of these grey within, by `draws` (N, 5).
-
-    Up to 0.6 of a lesion's difference from the mean of the head is taken away, less at its rim. The
-    core, the inmost 0.3 to 0.8 of its depth, goes to 0.4 to 1.1 of that mean, as in necrosis: to
-    the training data, lesions are bright all through. All channels of (N, C, H, W) change alike.
-    """
-    draws = to_device(draws, images.device)[:, :, None, None, None]
-    chosen, share, depth_of_core, with_core, level = draws.unbind(dim=1)
-    chosen = chosen < probability
-    background = images.amin(dim=(2, 3), keepdim=True)
-    bright = images - background
-    head = bright > DARK * bright.amax(dim=(2, 3), keepdim=True)
-    pixels = head.sum(dim=(2, 3), keepdim=True).clamp(min=1)
-    mean = (bright * head).sum(dim=(2, 3), keepdim=True) / pixels
-
-    lesion = (masks >= 0.5).float()
-    rim = F.avg_pool2d(lesion, 5, stride=1, padding=2)
-    bright = bright + chosen * MOST_FADED * share * rim * lesion * (mean - bright)
-
-    depth, inner = torch.zeros_like(lesion), lesion
-    for _ in range(DEEPEST):
-        inner = erode(inner)
-        depth = depth + inner
-    deepest = depth.amax(dim=(2, 3), keepdim=True)
-    core = (depth > deepest * (0.2 + 0.5 * depth_of_core)) & (deepest >= SHALLOWEST)
-    core = F.avg_pool2d(core.float(), 3, stride=1, padding=1) * (chosen & (with_core < 0.5))
-    bright = bright + 0.85 * core * (mean * (0.4 + 0.7 * level) - bright)
-    return bright + background
 
 
 def drop_sequences(images: Tensor, draws: Tensor, probability: float, both: float = 0.5) -> Tensor:
