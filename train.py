@@ -152,8 +152,7 @@ def train(args: Namespace, recipe: list[str], images: Path) -> int:
             check_apart(folder, option, sources, images)
     student = args.weights / f"{args.model}.pt"
     teachers = Teachers(args.teachers, student) if args.teachers else None
-    claim = training_files.claimed(student, args.logs, args.resume)
-    with claim as checkpoint, cudnn:
+    with training_files.claimed(student, args.logs, args.resume) as checkpoint, cudnn:
         if teachers and checkpoint:
             teachers.check_resumed(checkpoint)
         if args.prune_cache and distributed.is_main_process():
