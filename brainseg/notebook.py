@@ -4,7 +4,7 @@ import datetime
 import math
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -22,8 +22,8 @@ Date = datetime.date | str  # as 2014-03-02 or 20140302
 class Assessment:
     """A mask, how large it is, and how good it probably is."""
 
-    mask: np.ndarray  # (S, H, W) bool
-    probabilities: np.ndarray  # of lesion, (S, H, W) float32
+    mask: np.ndarray = field(repr=False)  # (S, H, W) bool
+    probabilities: np.ndarray = field(repr=False)  # of lesion, (S, H, W) float32
     ml: float | None  # volume of the mask; None without a spacing
     expected_dsc: float | None  # None if the mask is empty or the weights have no fit
     expected_dsc_low: float | None  # the DSC of 80 % of such masks is between this
@@ -60,6 +60,8 @@ class NotebookSegmenter(Segmenter):
         """
         if len(scans) < 2:
             raise ValueError(f"growth needs two scans or more, not {len(scans)}")
+        if not all(len(scan) == 3 for scan in scans):
+            raise ValueError("a scan is not (date, volume, spacing); give all three of each")
         dates, measured = {}, {}
         for number, (date, volume, spacing) in enumerate(scans, 1):
             name = f"scan {number}"

@@ -83,9 +83,9 @@ def alike_names(cases: Iterable[Case | Source]) -> str:
     """
     groups: dict[str, set[str]] = {}
     for case in cases:
-        if case.patient:
-            continue  # said by the user
         patient = patient_of(case)
+        if case.patient or TCGA.search(patient) or COHORT.search(patient):
+            continue  # said by the user, or the name of a public data set
         stem = LAST_NUMBER.sub("", patient)
         if stem and stem != patient:
             groups.setdefault(stem, set()).add(patient)

@@ -271,6 +271,7 @@ def test_growth_of_arrays(own_weights):
     for scans, said in [
         ([first], "two scans or more, not 1"),
         ([first, ("2021-02-30", volume, (5, 1, 1))], "not in the calendar"),
+        ([first, ("2021-02-03", volume)], "a scan is not .date, volume, spacing."),
         ([first, ("2021-02-03", volume, None)], "scan 2: has no spacing"),
         ([first, ("2021-02-03", volume, (5, 1))], "three lengths"),
     ]:
