@@ -30,8 +30,7 @@ class Teachers:
         self.files = weights_files(path)
         if student:
             joins = student.parent.resolve().is_relative_to(path.resolve())
-            replaces = student.resolve() in {file.resolve() for file in self.files}
-            if joins or replaces:
+            if joins or student.resolve() in map(Path.resolve, self.files):
                 raise ValueError(
                     f"{student}: would replace or join the teachers; name another folder with "
                     "--weights"

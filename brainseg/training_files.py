@@ -64,11 +64,12 @@ def claimed(weights: Path, logs: Path, resume: bool) -> Iterator[dict | None]:
     folder cannot be written, ValueError if it holds shipped weights, if another run writes there,
     files in the way are not of a run, or the weights are not those of the checkpoint.
     """
-    if weights.parent.resolve() in {file.parent for file in shipped_files()}:
-        raise ValueError(
-            f"{weights.parent}: holds weights that come with the project, which {weights.name} "
-            "would join; name another folder with --weights"
-        )
+    for shipped in shipped_files():
+        if shipped.parent == weights.parent.resolve():
+            raise ValueError(
+                f"{weights.parent}: holds weights that come with the project, which {weights.name} "
+                "would join; name another folder with --weights"
+            )
     path, checkpoint = weights.with_suffix(".ckpt"), None
     places = (weights.parent, "--weights", weights.stem), (logs, "--logs", "logs")
     with main_process_locks(*places):

@@ -63,11 +63,12 @@ def _tiles(
 ) -> dict[str, object]:
     """Summarise all cases, those `read`, and scores of patients not trained on, by title."""
     lesions = [row for row in read if row["lesion_voxels"]]
-    sizes = [row["lesion_ml"] for row in lesions if row["lesion_ml"] is not None]
-    if sizes:
-        unit = "ml"  # other lesions, of scans without spacing, are left out
-    else:
-        sizes = [row["size"] for row in lesions]
+    sizes = []
+    for row in lesions:
+        if row["lesion_ml"] is not None or unit == "voxels":
+            sizes.append(row["size"])
+    if unit != "voxels":
+        unit = "ml"  # lesions of scans without spacing are left out
     expected = [row["expected_dsc"] for row in rows if row["expected_dsc"] is not None]
     median_size, median_expected = "-", "-"
     if sizes:
